@@ -1,0 +1,131 @@
+"""What capture hands to the store: plain numpy, one object per forward pass.
+
+Shapes: N real tokens (padding never gets here), S sites, E experts, K slots, G domains, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Level = Literal["stats", "ids", "scores", "attention"]
+LEVELS: tuple[Level, ...] = ("stats", "ids", "scores", "attention")
+Phase = Literal["prompt", "generated"]
+
+
+class SiteInfo(NamedTuple):
+    """One router and its experts, as stored in the view ``sites``."""
+
+    layer: int  # decoder layer, counted as the model counts
+    site: int  # 0 unless a layer has several routers
+    module: str  # full module name of the block that owns router and experts
+    n_experts: int  # routed experts; shared experts are not counted
+    top_k: int
+    n_shared_experts: int
+    score_function: str  # softmax | sigmoid | softmax_topk | sigmoid_topk | probabilities | other
+
+
+class PromptInfo(NamedTuple):
+    """One prompt, as stored in the view ``prompts``."""
+
+    text: str | None  # None when the prompt came as token ids and no tokenizer is known
+    domain: str | None
+    source: str | None  # file and line, or "given"
+    n_tokens: int  # tokens recorded
+    truncated: int  # tokens cut off because the model's context is shorter
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """The real tokens of one forward pass, in the order of the routing rows.
+
+    Attributes
+    ----------
+    token_id : array [N], uint32
+        Row number of the token in the run: prompt tokens first, in prompt order.
+    prompt_id : array [N], uint32
+    position : array [N], uint32
+        0 is the first token of the prompt.
+    token : array [N], int32
+        Id in the model's vocabulary.
+    text : list [N] or None
+        Pieces that join to the prompt; None without a tokenizer.
+    loss : masked array [N], float32, nats
+        Loss of the next token; masked where there is none.
+    phase : {"prompt", "generated"}
+    """
+
+    token_id: npt.NDArray[np.uint32]
+    prompt_id: npt.NDArray[np.uint32]
+    position: npt.NDArray[np.uint32]
+    token: npt.NDArray[np.int32]
+    text: Sequence[str] | None
+    loss: "np.ma.MaskedArray[Any, Any]"
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRows:
+    """What one site did in one forward pass.
+
+    Attributes
+    ----------
+    site_index : int
+        Index into the run's list of sites.
+    assignments, weight_sum, prob_sum : array [G, E]
+        Per domain of the forward pass: how often each expert was chosen, the sum of its combine
+        weights, and the sum of its probability over all tokens (None when the router's scores
+        are not known).
+    expert_ids : array [N, K], int32, or None at level stats
+        Best first; -1 = empty slot.
+    weights : array [N, K], float32, or None at level stats
+        Combine weights as the model applied them; 0 in an empty slot.
+    entropy, margin, logsumexp, topk_mass : array [N], float32, or None
+        None at level stats and where the router's scores are not known.
+    scores : tuple (array [M], array [M, E]) or None
+        Row indices into N and the scores of these rows, as the router put them out.
+    hidden : tuple (array [M], array [M, D]) or None
+        Row indices into N and the router inputs of these rows.
+    """
+
+    site_index: int
+    assignments: npt.NDArray[np.int64]
+    weight_sum: npt.NDArray[np.float64]
+    prob_sum: npt.NDArray[np.float64] | None
+    expert_ids: npt.NDArray[np.int32] | None = None
+    weights: npt.NDArray[np.float32] | None = None
+    entropy: npt.NDArray[np.float32] | None = None
+    margin: npt.NDArray[np.float32] | None = None
+    logsumexp: npt.NDArray[np.float32] | None = None
+    topk_mass: npt.NDArray[np.float32] | None = None
+    scores: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
+    hidden: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRows:
+    """One forward pass: its tokens, and what every site did with them."""
+
+    tokens: TokenRows
+    domains: Sequence[str | None]  # the G domains that occur here, in the order of the [G, E] rows
+    sites: Sequence[SiteRows]
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What is known of a run before its first token."""
+
+    model: str
+    revision: str | None
+    architecture: str
+    dtype: str
+    device: str
+    level: Level
+    vocab_size: int
+    hidden_size: int
+    backends: dict[str, str] = field(default_factory=dict)  # kernel -> backend that ran
+    packages: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # the CaptureConfig, as JSON
+    sample: dict[str, Any] = field(default_factory=dict)  # requested, planned, strata, seed
