@@ -82,6 +82,19 @@ def test_an_empty_slot_counts_nowhere():
     assert_close("margin", out.margin, (probs[1] - probs[2])[None], atol=1e-6)
 
 
+def test_an_empty_slot_leaves_expert_0_in_the_running():
+    logits = torch.tensor([[9.0, 2.0, 3.0]])
+    ids, weights = torch.tensor([[1, -1]]), torch.tensor([[0.5, 0.0]])
+    out = gate(logits, top_k=2, score_function="softmax_topk", expert_ids=ids, weights=weights)
+    assert_close("margin", out.margin, torch.tensor([2.0 - 9.0]), atol=1e-6)
+
+
+def test_sigmoid_weights_without_renormalising_are_the_sigmoids():
+    logits = torch.tensor([[0.0, math.log(3), -math.log(3)]])
+    out = gate(logits, top_k=2, score_function="sigmoid", renormalize=False)
+    assert_close("weights", out.weights, torch.tensor([[0.75, 0.5]]), atol=1e-6)
+
+
 def test_padding_may_hold_nan_and_counts_nowhere():
     logits = torch.tensor([[1.0, 2.0, 3.0], [math.nan, math.inf, 0.0]])
     valid = torch.tensor([True, False])
