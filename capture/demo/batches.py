@@ -1,0 +1,102 @@
+"""Draw training windows: every domain in turn, at a random place of its stream."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from capture.demo.sources import DOMAINS
+
+WINDOW = 256  # tokens
+
+
+def load_streams(encoded: Path, split: str) -> list[np.ndarray]:
+    """Open the token stream of every domain, in the order of `DOMAINS`."""
+    return [np.load(encoded / split / f"{domain.name}.npy", mmap_mode="r") for domain in DOMAINS]
+
+
+def domain_order(weights: list[float], seed: int) -> Iterator[int]:
+    """Yield domain numbers for ever, each domain once a round before any repeats.
+
+    A domain of weight ``w < 1`` sits out so many rounds that it takes part in a share ``w``.
+    """
+    generator = np.random.default_rng(seed)
+    for round_number in itertools.count():
+        present = [
+            number
+            for number, weight in enumerate(weights)
+            if int((round_number + 1) * weight) > int(round_number * weight)
+        ]
+        yield from generator.permutation(present).tolist()
+
+
+class WindowSampler:
+    """Training batches for one process, the same after a restart at any step.
+
+    Parameters
+    ----------
+    streams : list of array
+        One token stream a domain.
+    batch : int
+        Windows a step and process.
+    rank, world : int
+        This process and how many there are.
+    seed : int
+        Decides the order of domains and the places.
+    first_step : int
+        Where to go on.
+    """
+
+    def __init__(
+        self,
+        streams: list[np.ndarray],
+        *,
+        batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        first_step: int = 0,
+    ) -> None:
+        self._streams = streams
+        self._batch, self._rank, self._world, self._seed = batch, rank, world, seed
+        self._step = first_step
+        self._order = domain_order([domain.weight for domain in DOMAINS], seed)
+        # draw what the earlier steps drew
+        for _ in range(first_step * batch * world):
+            next(self._order)
+
+    def draw(self) -> torch.Tensor:
+        """Draw the next batch.
+
+        Returns
+        -------
+        Tensor [batch, WINDOW + 1], int64
+            Token ids; the last of each row is only a target.
+        """
+        domains = list(itertools.islice(self._order, self._batch * self._world))
+        places = np.random.default_rng([self._seed, self._step, self._rank])
+        rows = []
+        for number in domains[self._rank :: self._world]:
+            stream = self._streams[number]
+            start = int(places.integers(0, len(stream) - WINDOW - 1))
+            rows.append(stream[start : start + WINDOW + 1].astype(np.int64))
+        self._step += 1
+        return torch.from_numpy(np.stack(rows))
+
+
+def cut_windows(stream: np.ndarray, limit: int | None = None) -> torch.Tensor:
+    """Cut a stream into neighbouring windows.
+
+    Returns
+    -------
+    Tensor [windows, WINDOW + 1], int64
+        At most ``limit`` windows, evenly spread over the stream.
+    """
+    count = (len(stream) - 1) // WINDOW
+    starts = np.arange(count) * WINDOW
+    if limit is not None and limit < count:
+        starts = starts[np.linspace(0, count - 1, limit).astype(int)]
+    rows = [stream[start : start + WINDOW + 1].astype(np.int64) for start in starts]
+    return torch.from_numpy(np.stack(rows))
