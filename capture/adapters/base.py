@@ -1,0 +1,108 @@
+"""What an adapter is: how one kind of MoE block is recognised and listened to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class Parts(NamedTuple):
+    """The pieces of one MoE block that an adapter recognised.
+
+    Attributes
+    ----------
+    router : Module
+        Scores the experts.
+    experts : Module
+        Holds the experts' weights; equals the block itself where they have no module.
+    n_experts : int
+        Routed experts, as many as the router's scores have columns.
+    top_k : int
+        Experts per token.
+    score_function : str or None
+        Fixed by the family, or None: the self-test measures it.
+    """
+
+    router: nn.Module
+    experts: nn.Module
+    n_experts: int
+    top_k: int
+    score_function: str | None = None
+
+
+@dataclass(slots=True)
+class Channel:
+    """What one site put out during one forward pass; hooks fill it, ``Taps.take`` empties it.
+
+    Attributes
+    ----------
+    rows : Tensor [R'] or None, int64
+        Which router inputs to keep, set before the forward pass; None keeps none.
+    scores : Tensor [..., E] or None
+        As the router put them out.
+    hidden : Tensor [R', D] or None
+        Router inputs of the wanted rows, copied.
+    expert_ids, weights : Tensor [R, K] or None
+        In the model's order; -1 = empty slot.
+    n_scored, n_routed : int
+        How often the router and the experts ran.
+    """
+
+    scores: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    expert_ids: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    n_scored: int = 0
+    n_routed: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def put_choice(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Keep what the experts were told to do: ids [..., K] and weights [..., K]."""
+        self.expert_ids = expert_ids.detach()
+        self.weights = weights.detach()
+        self.n_routed += 1
+
+    def put_scores(
+        self,
+        scores: torch.Tensor | None,
+        hidden: torch.Tensor | None,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Keep the router's scores [..., E] and copy the wanted rows of its input [..., D]."""
+        self.scores = None if scores is None else scores.detach()
+        if rows is not None and hidden is not None:
+            flat = hidden.detach().reshape(-1, hidden.shape[-1])
+            # copied now: the block may go on to write into this tensor, and the rest is not wanted
+            self.hidden = flat.index_select(0, rows.to(flat.device, non_blocking=True))
+        self.n_scored += 1
+
+    def clear(self) -> None:
+        """Forget the forward pass."""
+        self.scores = self.hidden = self.expert_ids = self.weights = None
+        self.n_scored = self.n_routed = 0
+        self.problems.clear()
+
+
+class Rows(Protocol):
+    """Tells which rows of the router's input a forward pass should keep."""
+
+    def __call__(self) -> torch.Tensor | None:
+        """Return row indices [R'], int64, or None for no rows."""
+        ...
+
+
+class Adapter(Protocol):
+    """One kind of MoE block."""
+
+    name: str
+
+    def find(self, block: nn.Module, config: object) -> Parts | None:
+        """Return the parts of ``block`` when it is of this kind, by its structure."""
+        ...
+
+    def listen(self, parts: Parts, channel: Channel, rows: Rows) -> Sequence[RemovableHandle]:
+        """Install hooks that fill ``channel`` and never change what the model computes."""
+        ...

@@ -1,0 +1,268 @@
+"""Load the model to record: the demo, a hub id, a local folder, or one that is loaded already."""
+
+import importlib.metadata
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from capture.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+DEMO = Path(__file__).parent / "demo" / "weights"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class LoadedModel(NamedTuple):
+    """A model that is ready to run, and how to call it in the run file.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        In evaluation mode, on its device.
+    tokenizer : PreTrainedTokenizerBase or None
+        None when the model comes without one.
+    name : str
+        As given by the caller, or what a loaded model calls itself.
+    revision : str or None
+        Commit of the hub repository, when known.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    name: str
+    revision: str | None
+
+
+def load_model(
+    model: "str | Path | PreTrainedModel",
+    *,
+    revision: str | None = None,
+    dtype: "str | torch.dtype | None" = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer, or take a loaded model as it is.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        ``"demo"``, a Hugging Face id, a local folder, or a loaded model, which is neither moved
+        nor converted.
+    revision : str, optional
+        Branch, tag or commit of a hub id.
+    dtype : str or torch.dtype, optional
+        Default: float32 on CPU, the stored dtype elsewhere.
+    device : str, optional
+        Such as ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"`` to spread a large model over
+        all devices. Default: CUDA where there is one.
+    trust_remote_code : bool
+        Whether Python code that comes with the model may run.
+    allow_pickle : bool
+        Whether ``.bin`` weights may be unpickled when there is no safetensors file.
+
+    Raises
+    ------
+    ModelError
+        If the model is missing, is not a causal language model, or needs a flag.
+    """
+    refuse_kernels_package()
+    if not isinstance(model, str | Path):
+        return _taken(model, dtype=dtype, device=device)
+    source, name = _source(model)
+    _check_folder(source, allow_pickle=allow_pickle)
+    hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    loaded = _load(source, name, hub, dtype, device, allow_pickle)
+    commit = getattr(loaded.config, "_commit_hash", None)
+    return LoadedModel(loaded, _tokenizer(source, hub), name, commit or revision)
+
+
+def refuse_kernels_package() -> None:
+    """Refuse to import transformers beside Hugging Face's ``kernels`` distribution.
+
+    transformers looks that distribution up by name and would import our package ``kernels``
+    instead, which ends in an ImportError that explains nothing.
+    """
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ModelError(
+        "RouteScope's package 'kernels' cannot run beside the Hugging Face distribution of that "
+        f"name, and version {version} of it is installed. Run: pip uninstall kernels"
+    )
+
+
+def _taken(model: Any, *, dtype: object, device: object) -> LoadedModel:
+    """Check a model that the caller loaded."""
+    if not hasattr(model, "named_modules") or not hasattr(model, "config"):
+        raise ModelError(
+            "A model name, a folder or a loaded PreTrainedModel was expected, "
+            f"got {type(model).__name__}. Pass 'demo' to use the demo model."
+        )
+    if dtype is not None or device is not None:
+        raise ModelError(
+            "A loaded model is used as it is, but dtype or device was given as well. "
+            "Leave both out, or convert the model with model.to(...) first."
+        )
+    if model.training:
+        raise ModelError(
+            f"A model in evaluation mode was expected, but this {type(model).__name__} is in "
+            "training mode, where routers add noise. Call model.eval() first."
+        )
+    config = model.config
+    path = str(getattr(config, "_name_or_path", "") or "")
+    tokenizer = _tokenizer(path, {"local_files_only": True}) if path else None
+    name = path or type(model).__name__
+    return LoadedModel(model, tokenizer, name, getattr(config, "_commit_hash", None))
+
+
+def _source(model: str | Path) -> tuple[str, str]:
+    """Return where to load from, and the name to record."""
+    if model == "demo":
+        return str(DEMO), "demo"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder), str(model)
+    text = str(model)
+    local = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if folder.exists() or local or not text.strip():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ModelError(
+            f"A model folder was expected, but {text!r} {what}. Give the folder that holds "
+            "config.json, a Hugging Face id such as allenai/OLMoE-1B-7B-0125, or demo."
+        )
+    return text, text
+
+
+def _check_folder(source: str, *, allow_pickle: bool) -> None:
+    """Refuse a local folder that holds no model, or only weights that need a flag."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        holds = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise ModelError(
+            f"A model folder with config.json was expected, but {source} holds {holds}. "
+            "Give the folder that model.save_pretrained(...) wrote."
+        )
+    pickled = any(folder.glob("*.bin"))
+    if any(folder.glob("*.safetensors")) or (pickled and allow_pickle):
+        return
+    if pickled:
+        raise ModelError(
+            f"Safetensors weights were expected, but {source} holds only pickled .bin files, "
+            "which can run code when loaded. If you trust them, pass allow_pickle=True "
+            "(--allow-pickle)."
+        )
+    raise ModelError(
+        f"Weights in *.safetensors were expected, but {source} holds none. "
+        "Download the model completely."
+    )
+
+
+def _load(
+    source: str,
+    name: str,
+    hub: dict[str, Any],
+    dtype: "str | torch.dtype | None",
+    device: str | None,
+    allow_pickle: bool,
+) -> "PreTrainedModel":
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            **hub,
+            dtype=_dtype(dtype, place),
+            device_map=_device_map(place),
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _explained(error, name, hub) from error
+    loaded, report = found
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"Weights for every parameter were expected, but {name} has none for {missing[0]} and "
+            f"{len(missing) - 1} more, which would stay random. Give a complete checkpoint."
+        )
+    model: PreTrainedModel = loaded.eval()
+    return model
+
+
+def _device_map(place: str) -> Any:
+    import torch
+
+    if place == "auto":
+        return "auto"
+    try:
+        device = torch.device(place)
+    except RuntimeError as error:
+        raise ModelError(
+            f"A device such as 'cpu', 'cuda' or 'cuda:0' was expected, got {place!r}."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f"device={place!r} was asked for, but torch sees no CUDA device. Use device='cpu'."
+        )
+    return None if device.type == "cpu" else {"": device}
+
+
+def _dtype(dtype: "str | torch.dtype | None", place: str) -> "str | torch.dtype":
+    import torch
+
+    if dtype is None:
+        return torch.float32 if place == "cpu" else "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen
+
+
+def _explained(error: Exception, name: str, hub: dict[str, Any]) -> ModelError:
+    """Turn what transformers raised into one error that says what to do."""
+    text = str(error)
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{name} comes with Python code of its own, which does not run by default. "
+            "If you trust it, pass trust_remote_code=True (--trust-remote-code)."
+        )
+    if "safetensors" in text:
+        return ModelError(
+            f"Safetensors weights were expected, but {name} has none. If you trust its pickled "
+            "weights, pass allow_pickle=True (--allow-pickle)."
+        )
+    if "Unrecognized configuration class" in text or "model type" in text:
+        return ModelError(f"A causal language model was expected, but {name} is none: {first}")
+    if isinstance(error, OSError):
+        at = f" at revision {hub['revision']}" if hub.get("revision") else ""
+        return ModelError(
+            f"No model {name!r}{at} could be loaded: it is no local folder, and the Hugging Face "
+            f"hub did not give it ({first}). Check the spelling and the network, or pass demo."
+        )
+    return ModelError(f"{name} could not be loaded: {first}")
+
+
+def _tokenizer(source: str, hub: dict[str, Any]) -> "PreTrainedTokenizerBase | None":
+    """Return the model's tokenizer, or None when it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **hub)
+    except Exception as error:  # transformers raises a dozen kinds when files are missing
+        log.info("No tokenizer for %s: %s", source, error)
+        return None
+    return tokenizer

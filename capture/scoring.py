@@ -1,0 +1,91 @@
+"""Find out which rule turned a router's scores into its choice and its weights."""
+
+import torch
+
+from kernels.gate import SCORE_FUNCTIONS, gate
+
+# relative error of a weight: rounding to 8 (bfloat16) or 11 bits and the router's own arithmetic
+HALF_TOLERANCE = 2e-2
+TOLERANCE = 1e-3
+# what a row of probabilities may be off 1, in the router's own dtype
+SUM_TOLERANCE = 1e-2
+# a selection score this close to the next decides by rounding, not by the rule
+TIE = 1e-6
+
+
+def score_function_of(
+    scores: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, *, half: bool
+) -> str:
+    """Name the rule that explains the weights by the scores.
+
+    Parameters
+    ----------
+    scores : Tensor [T, E], float32
+        As the router put them out.
+    expert_ids, weights : Tensor [T, K]
+        What the experts were told.
+    half : bool
+        Whether the weights were rounded to 16 bits.
+
+    Returns
+    -------
+    str
+        "probabilities" when every row of scores is a distribution, else "softmax" or "sigmoid"
+        when the weights are that function of the scores up to a factor per token or per site,
+        else "other".
+    """
+    sums = scores.sum(dim=-1)
+    if bool((scores >= 0).all()) and bool(((sums - 1).abs() < SUM_TOLERANCE).all()):
+        return "probabilities"
+    slots = expert_ids.clamp_min(0)
+    used = (expert_ids >= 0) & (weights > 0)
+    errors = {
+        name: _misfit(values.gather(-1, slots), weights, used)
+        for name, values in (("softmax", scores.softmax(-1)), ("sigmoid", scores.sigmoid()))
+    }
+    best = min(errors, key=lambda name: errors[name])
+    return best if errors[best] < (HALF_TOLERANCE if half else TOLERANCE) else "other"
+
+
+def explains_choice(
+    scores: torch.Tensor,
+    expert_ids: torch.Tensor,
+    score_function: str,
+    *,
+    selection_bias: torch.Tensor | None,
+    n_groups: int | None,
+    top_groups: int | None,
+) -> bool:
+    """Whether choosing by scores, bias and groups gives the ids [T, K] that were seen.
+
+    The test is the margin itself, as it will be recorded: it is negative where a chosen expert
+    scores below one left out.
+    """
+    function = "sigmoid" if score_function == "sigmoid_topk" else score_function
+    if function not in SCORE_FUNCTIONS or bool((expert_ids < 0).all()):
+        return False
+    out = gate(
+        scores,
+        top_k=expert_ids.shape[-1],
+        score_function=function,
+        selection_bias=None if selection_bias is None else selection_bias.float().cpu(),
+        n_groups=n_groups,
+        top_groups=top_groups,
+        expert_ids=expert_ids,
+        weights=torch.ones_like(expert_ids, dtype=torch.float32),
+    )
+    return bool((out.margin >= -TIE).all())
+
+
+def _misfit(values: torch.Tensor, weights: torch.Tensor, used: torch.Tensor) -> float:
+    """Return the largest relative error of values [T, K] against weights, best of both factors."""
+    ratio = torch.where(used, weights / values, torch.nan)
+    per_token = _spread(ratio, dim=-1) if weights.shape[-1] > 1 else torch.inf
+    return min(per_token, _spread(ratio.flatten(), dim=0))
+
+
+def _spread(ratio: torch.Tensor, dim: int) -> float:
+    """Return how far the ratios along ``dim`` are from one common factor, relative."""
+    center = ratio.nanmedian(dim=dim, keepdim=True).values
+    error = ((ratio / center) - 1).abs()
+    return float(error.nan_to_num(0.0).max())

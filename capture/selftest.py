@@ -1,0 +1,138 @@
+"""Check, with one short forward pass, that every site can be tapped and what its scores mean."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.errors import SiteError
+from capture.hooks import SiteObservation, tap
+from capture.scoring import explains_choice, score_function_of
+from capture.sites import Site, find_sites, text_config
+
+# enough tokens that a rule which does not explain the choice is caught, few enough to be quick
+ROWS, LENGTH = 4, 16
+SEED = 0
+
+
+def attach(model: nn.Module) -> list[Site]:
+    """Find a model's sites and self-test them: the way to get sites that are safe to record."""
+    return self_test(model, find_sites(model))
+
+
+def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """Run one short forward pass and return the sites with what it measured.
+
+    Checks that every site ran exactly once, that ids and weights are [tokens, K], ids in range
+    and distinct per token, weights finite and not negative, and assignments add up.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In evaluation mode; random generators are left as they are.
+    sites : sequence of Site
+        All sites of the model.
+
+    Returns
+    -------
+    list of Site
+        The same sites; ``info.score_function`` and ``margin_known`` are now measured.
+
+    Raises
+    ------
+    SiteError
+        If a check fails; the message names the site.
+
+    Notes
+    -----
+    ``score_function`` is the rule that explains the recorded weights by the recorded scores, up
+    to one factor per token (weights that sum to 1) or per site (scaling). A softmax over all
+    experts that is renormalised over the chosen equals a softmax over the chosen: both are
+    called "softmax". Where no rule fits it is "other".
+    """
+    ids = probe_tokens(model)
+    with torch.inference_mode(), tap(sites) as taps:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        seen = taps.take()
+    return [
+        _measured(site, observation, ids.numel())
+        for site, observation in zip(sites, seen, strict=True)
+    ]
+
+
+def probe_tokens(model: nn.Module) -> torch.Tensor:
+    """Return token ids [4, 16] that a text model accepts, always the same ones."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    size = int(embedding.weight.shape[0])
+    special = set(_special_ids(model))
+    plain = torch.tensor([i for i in range(size) if i not in special] or [*range(size)])
+    positions = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
+    generator = torch.Generator().manual_seed(SEED)
+    chosen = torch.randint(len(plain), (ROWS, min(LENGTH, int(positions))), generator=generator)
+    return plain[chosen].to(embedding.weight.device)
+
+
+def _special_ids(model: nn.Module) -> Iterable[int]:
+    """Yield ids that stand for something else than text: padding, images, audio."""
+    config = getattr(model, "config", None)
+    for owner in (config, text_config(model)):
+        for name, value in vars(owner).items() if owner is not None else ():
+            if name.endswith(("_token_id", "_token_index")):
+                values = value if isinstance(value, list | tuple) else [value]
+                yield from (v for v in values if isinstance(v, int))
+
+
+def _measured(site: Site, seen: SiteObservation, n_tokens: int) -> Site:
+    ids, weights = seen.expert_ids.cpu(), seen.weights.float().cpu()
+    _check_values(site, ids, weights, n_tokens)
+    if seen.scores is None:
+        return site
+    scores = seen.scores.float().cpu()
+    if not bool(scores.isfinite().any(dim=-1).all()) or bool(scores.isnan().any()):
+        raise SiteError(
+            f"{site.info.module}: finite router scores were expected, got nan or an empty row. "
+            "Check the model's weights and dtype."
+        )
+    label = site.parts.score_function or score_function_of(
+        scores, ids, weights, half=seen.weights.dtype != torch.float32
+    )
+    margin = explains_choice(
+        scores,
+        ids,
+        label,
+        selection_bias=site.selection_bias,
+        n_groups=site.n_groups,
+        top_groups=site.top_groups,
+    )
+    return replace(site, info=site.info._replace(score_function=label), margin_known=margin)
+
+
+def _check_values(site: Site, ids: torch.Tensor, weights: torch.Tensor, n_tokens: int) -> None:
+    module, n_experts, top_k = site.info.module, site.info.n_experts, site.info.top_k
+    problem = None
+    filled = ids >= 0
+    if ids.shape != (n_tokens, top_k):
+        problem = f"ids of shape [{n_tokens}, {top_k}], got {list(ids.shape)}"
+    elif int(ids.max()) >= n_experts or int(ids.min()) < -1:
+        problem = f"ids from 0 to {n_experts - 1}, got {int(ids.min())} to {int(ids.max())}"
+    elif bool(_repeated(ids).any()):
+        problem = "distinct ids in a token, got one expert twice"
+    elif not bool(weights.isfinite().all()) or bool((weights < 0).any()):
+        problem = f"finite weights >= 0, got {weights.min().item():g} to {weights.max().item():g}"
+    elif bool((weights[~filled] != 0).any()):
+        problem = "weight 0 in an empty slot"
+    elif int(ids[filled].bincount(minlength=n_experts).sum()) + int((~filled).sum()) != ids.numel():
+        problem = "assignments that add up to tokens x top_k"
+    if problem:
+        raise SiteError(
+            f"{module}: the self-test expected {problem}. This architecture routes in a way that "
+            "is not supported; please report it with the model's name."
+        )
+
+
+def _repeated(ids: torch.Tensor) -> torch.Tensor:
+    """Return where a token's ids [T, K] name one expert twice, [T, K - 1]."""
+    ordered = ids.sort(dim=-1).values
+    return (ordered.diff(dim=-1) == 0) & (ordered[:, 1:] >= 0)
