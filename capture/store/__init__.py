@@ -1,1 +1,35 @@
-"""The run file: schema, writer, reader."""
+"""The run file: one DuckDB database per capture, written once, read by many."""
+
+from capture.store.migrations import migrate
+from capture.store.reader import RunReader
+from capture.store.records import (
+    LEVELS,
+    ForwardRows,
+    Level,
+    Phase,
+    PromptInfo,
+    RunInfo,
+    SiteInfo,
+    SiteRows,
+    TokenRows,
+)
+from capture.store.recovery import recover
+from capture.store.schema import SCHEMA_VERSION
+from capture.store.writer import RunWriter
+
+__all__ = [
+    "LEVELS",
+    "SCHEMA_VERSION",
+    "ForwardRows",
+    "Level",
+    "Phase",
+    "PromptInfo",
+    "RunInfo",
+    "RunReader",
+    "RunWriter",
+    "SiteInfo",
+    "SiteRows",
+    "TokenRows",
+    "migrate",
+    "recover",
+]

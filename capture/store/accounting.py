@@ -1,0 +1,72 @@
+"""The check at the end of a capture: what was handed in is what the file holds."""
+
+from collections.abc import Sequence
+
+import duckdb
+
+from capture.errors import StoreError
+from capture.store import schema
+from capture.store.codec import Layout
+from capture.store.records import SiteInfo
+
+_ADVICE = "The partial file stays; report this, it is a defect of the capture."
+
+
+def check_counts(
+    connection: duckdb.DuckDBPyConnection,
+    *,
+    layout: Layout,
+    sites: Sequence[SiteInfo],
+    routed: bool,
+    n_tokens: int,
+    assignments: Sequence[int],
+) -> None:
+    """Compare the stored rows with what was handed in.
+
+    Parameters
+    ----------
+    connection : DuckDBPyConnection
+        Open on the file.
+    layout : Layout
+        Bits and slots of a packed row.
+    sites : sequence of SiteInfo
+    routed : bool
+        Whether the level stores a row per token and site.
+    n_tokens : int
+        Tokens handed in.
+    assignments : sequence of int
+        Assignments of every site, summed while the forward passes came in.
+
+    Raises
+    ------
+    StoreError
+        If a count differs; the message names the site.
+    """
+    rows, distinct = connection.sql(schema.COUNT_TOKENS).fetchall()[0]
+    if rows != n_tokens or distinct != n_tokens:
+        raise StoreError(
+            f"{n_tokens} tokens were handed in, but {rows} rows with {distinct} different token "
+            f"ids are stored. {_ADVICE}"
+        )
+    load = _by_site(connection, schema.COUNT_LOAD)
+    routes = _by_site(connection, schema.COUNT_ROUTES)
+    filled = _by_site(connection, schema.count_assignments(layout)) if routed else load
+    for site, expected in zip(sites, assignments, strict=True):
+        place = (site.layer, site.site)
+        name = f"site {site.site} of layer {site.layer} ({site.module})"
+        wanted = n_tokens if routed else 0
+        if routes.get(place, 0) != wanted:
+            raise StoreError(
+                f"{name} must have {wanted} rows, one per token, and has {routes.get(place, 0)}. "
+                f"{_ADVICE}"
+            )
+        if not load.get(place, 0) == filled.get(place, 0) == expected:
+            raise StoreError(
+                f"{name} was handed {expected} assignments, but its load sums to "
+                f"{load.get(place, 0)} and its rows to {filled.get(place, 0)}. {_ADVICE}"
+            )
+
+
+def _by_site(connection: duckdb.DuckDBPyConnection, sql: str) -> dict[tuple[int, int], int]:
+    rows = connection.sql(sql).fetchall()
+    return {(layer, site): count or 0 for layer, site, count in rows}

@@ -1,0 +1,206 @@
+"""Packing of routing rows into integers with numpy, and the SQL that unpacks them.
+
+Each pair (``pack_*`` in numpy, ``sql_*`` as an expression) is one definition written twice; the
+tests compare ``sql_*`` with the ``unpack_*`` twin on every code there is.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from capture.errors import StoreError
+
+# 6 exponent and 10 mantissa bits: relative error <= 2**-11 from 2**-55 up to 2**9; 0 stays 0
+WEIGHT_MANTISSA = 10
+WEIGHT_BIAS = 55
+WEIGHT_LIMIT = 2.0**9
+_FLOAT32_MANTISSA = 23
+_FLOAT32_BIAS = 127
+_WEIGHT_SHIFT = _FLOAT32_MANTISSA - WEIGHT_MANTISSA
+_WEIGHT_OFFSET = (_FLOAT32_BIAS - WEIGHT_BIAS) << WEIGHT_MANTISSA
+
+HALF_LIMIT = float(np.finfo(np.float16).max)
+WORD_BITS = 64
+WEIGHT_BITS = 16
+
+Words = npt.NDArray[np.uint64]
+Codes = npt.NDArray[np.uint16]
+
+
+class Layout(NamedTuple):
+    """How many bits and slots one packed row of this run has."""
+
+    id_bits: int  # 8 or 16
+    slots: int  # the largest top_k of the run's sites
+
+    @property
+    def empty(self) -> int:
+        """Code of an empty slot: all ones."""
+        return (1 << self.id_bits) - 1
+
+    @property
+    def id_words(self) -> int:
+        """64-bit words that hold the ids of one row."""
+        return -(-self.slots * self.id_bits // WORD_BITS)
+
+    @property
+    def weight_words(self) -> int:
+        """64-bit words that hold the weights of one row."""
+        return -(-self.slots * WEIGHT_BITS // WORD_BITS)
+
+
+def layout_for(n_experts: int, slots: int) -> Layout:
+    """Choose the layout of a run from its largest expert count and its largest top_k."""
+    return Layout(id_bits=8 if n_experts <= 255 else 16, slots=slots)
+
+
+def pack_ids(expert_ids: npt.NDArray[np.int32], layout: Layout) -> Words:
+    """Pack ids [R, slots] into words [R, id_words]; -1 becomes all ones."""
+    dtype = np.dtype("<u1") if layout.id_bits == 8 else np.dtype("<u2")
+    per_word = WORD_BITS // layout.id_bits
+    codes = np.full((len(expert_ids), layout.id_words * per_word), layout.empty, dtype)
+    # -1 wraps to all ones, which is the code of an empty slot
+    codes[:, : expert_ids.shape[1]] = expert_ids.astype(dtype)
+    return codes.view(np.dtype("<u8")).astype(np.uint64, copy=False)
+
+
+def unpack_ids(words: Words, layout: Layout) -> npt.NDArray[np.int32]:
+    """Unpack words [R, id_words] into ids [R, slots], -1 = empty slot."""
+    dtype = np.dtype("<u1") if layout.id_bits == 8 else np.dtype("<u2")
+    codes = np.ascontiguousarray(words, np.dtype("<u8")).view(dtype)[:, : layout.slots]
+    ids = codes.astype(np.int32)
+    ids[ids == layout.empty] = -1
+    return ids
+
+
+def encode_weights(weights: npt.NDArray[np.float32]) -> Codes:
+    """Round weights to the nearest 16-bit code, ties to even.
+
+    Weights below the range of the code become 0.
+
+    Raises
+    ------
+    StoreError
+        If a weight is nan, infinite, negative or too large for the code.
+    """
+    bits = np.ascontiguousarray(weights, np.float32).view(np.uint32)
+    # as integers, every negative number, nan and infinity lies above every legal weight
+    limit = int(np.float32(WEIGHT_LIMIT * (1 - 2.0**-12)).view(np.uint32))
+    if bits.size and int(bits.max()) >= limit:
+        return encode_weights(_checked_weights(weights, limit))
+    half = (bits >> np.uint32(_WEIGHT_SHIFT)) & np.uint32(1)
+    half += bits
+    half += np.uint32((1 << (_WEIGHT_SHIFT - 1)) - 1)
+    half >>= np.uint32(_WEIGHT_SHIFT)
+    np.maximum(half, np.uint32(_WEIGHT_OFFSET), out=half)
+    half -= np.uint32(_WEIGHT_OFFSET)
+    return half.astype(np.uint16)
+
+
+def _checked_weights(weights: npt.NDArray[np.float32], limit: int) -> npt.NDArray[np.float32]:
+    """Replace -0 by 0 and refuse what has no code."""
+    values = np.asarray(weights, np.float32) + np.float32(0)
+    wrong = ~(values >= 0) | (values.view(np.uint32) >= limit)
+    if wrong.any():
+        raise StoreError(
+            f"Combine weights must be finite and from 0 to {WEIGHT_LIMIT:g}, got "
+            f"{values[wrong][0]}. Check the model's precision (dtype), or the site's adapter."
+        )
+    return values
+
+
+def decode_weights(codes: Codes) -> npt.NDArray[np.float32]:
+    """Return the weights that the codes stand for, exactly."""
+    code = codes.astype(np.int64)
+    mantissa = (code & ((1 << WEIGHT_MANTISSA) - 1)) + (1 << WEIGHT_MANTISSA)
+    exponent = (code >> WEIGHT_MANTISSA) - WEIGHT_BIAS - WEIGHT_MANTISSA
+    values = np.ldexp(mantissa.astype(np.float64), exponent.astype(np.int32))
+    return np.where(code == 0, 0.0, values).astype(np.float32)
+
+
+def pack_weights(weights: npt.NDArray[np.float32], layout: Layout) -> Words:
+    """Pack weights [R, slots] into words [R, weight_words]."""
+    per_word = WORD_BITS // WEIGHT_BITS
+    codes = np.zeros((len(weights), layout.weight_words * per_word), np.dtype("<u2"))
+    codes[:, : weights.shape[1]] = encode_weights(weights)
+    return codes.view(np.dtype("<u8")).astype(np.uint64, copy=False)
+
+
+def unpack_weights(words: Words, layout: Layout) -> npt.NDArray[np.float32]:
+    """Unpack words [R, weight_words] into weights [R, slots]."""
+    codes = np.ascontiguousarray(words, np.dtype("<u8")).view(np.dtype("<u2"))
+    return decode_weights(codes[:, : layout.slots].astype(np.uint16))
+
+
+def encode_half(name: str, values: npt.NDArray[np.float32]) -> "np.ma.MaskedArray[Any, Any]":
+    """Turn a statistic into the bits of its float16, masked where there is no finite value.
+
+    An infinite statistic (the margin of a token whose other experts were all ruled out) has no
+    finite value and is masked, which the file stores as NULL.
+
+    Raises
+    ------
+    StoreError
+        If a value is nan, or finite and beyond the range of float16.
+    """
+    plain = np.ascontiguousarray(np.ma.getdata(values), np.float32)
+    missing = np.ma.getmaskarray(values)
+    finite = np.isfinite(plain)
+    if not finite.all():
+        if (np.isnan(plain) & ~missing).any():
+            raise StoreError(
+                f"The statistic {name} must be a number, got nan. Mask what is missing."
+            )
+        missing = missing | ~finite
+        plain = np.where(finite, plain, np.float32(0))
+    if plain.size and max(float(plain.max()), -float(plain.min())) >= HALF_LIMIT:
+        raise StoreError(
+            f"The statistic {name} must lie within +-{HALF_LIMIT:g}, got "
+            f"{plain[np.abs(plain).argmax()]}. Check the model's precision (dtype)."
+        )
+    return np.ma.MaskedArray(plain.astype(np.float16).view(np.uint16), missing)
+
+
+def decode_half(codes: Codes) -> npt.NDArray[np.float32]:
+    """Return the numbers whose float16 bits these are."""
+    return np.asarray(codes, np.uint16).view(np.float16).astype(np.float32)
+
+
+def sql_id(word: str, slot: int, layout: Layout) -> str:
+    """Write the expression for the id code in ``slot``, given the name pattern of its word."""
+    per_word = WORD_BITS // layout.id_bits
+    shift = slot % per_word * layout.id_bits
+    return f"(({word.format(slot // per_word)} >> {shift}) & {layout.empty})"
+
+
+def sql_weight(word: str, slot: int) -> str:
+    """Write the expression for the weight in ``slot``, given the name pattern of its word."""
+    per_word = WORD_BITS // WEIGHT_BITS
+    shift = slot % per_word * WEIGHT_BITS
+    code = f"(({word.format(slot // per_word)} >> {shift}) & 65535)"
+    return sql_weight_of_code(code)
+
+
+def sql_weight_of_code(code: str) -> str:
+    """Write the expression for the weight of a 16-bit code.
+
+    The power of two is a shift, which is exact and several times faster than ``pow``.
+    """
+    one = 1 << WEIGHT_MANTISSA
+    scale = 2.0 ** -(WEIGHT_BIAS + WEIGHT_MANTISSA)
+    return (
+        f"(CASE WHEN {code} = 0 THEN 0 ELSE ({one} + ({code} & {one - 1}))::DOUBLE"
+        f" * (1::UBIGINT << ({code} >> {WEIGHT_MANTISSA}))::DOUBLE * {scale!r}::DOUBLE END)::FLOAT"
+    )
+
+
+def sql_half(code: str) -> str:
+    """Write the expression for the number with these float16 bits; NULL stays NULL."""
+    magnitude = (
+        f"CASE WHEN ({code} & 31744) = 0 THEN ({code} & 1023)::DOUBLE * {2.0**-24!r}::DOUBLE"
+        f" ELSE (1024 + ({code} & 1023))::DOUBLE"
+        f" * (1::UBIGINT << (({code} >> 10) & 31))::DOUBLE * {2.0**-25!r}::DOUBLE END"
+    )
+    sign = f"CASE WHEN {code} >= 32768 THEN -1 ELSE 1 END"
+    return f"(({sign}) * ({magnitude}))::FLOAT"

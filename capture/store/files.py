@@ -1,0 +1,67 @@
+"""Names of run files on disk: the partial file, and closing it without overwriting anything."""
+
+import os
+from pathlib import Path
+
+from capture.errors import StoreError
+
+SUFFIX = ".partial"
+
+
+def partial_of(out: Path) -> Path:
+    """Return the name under which OUT is written."""
+    return out.with_name(out.name + SUFFIX)
+
+
+def check_free(out: Path) -> None:
+    """Refuse an OUT that exists."""
+    if out.is_dir():
+        raise StoreError(
+            f"The run file must be a file name, but {out} is a folder. "
+            f"Give a name in it: {out / 'run.duckdb'}."
+        )
+    if os.path.lexists(out):
+        raise StoreError(
+            f"{out} already exists, and a run is never overwritten. Choose another name, or "
+            "delete it first."
+        )
+
+
+def check_new(out: Path) -> None:
+    """Refuse an OUT that exists, has an unfinished capture, or has no folder to lie in."""
+    check_free(out)
+    if not out.parent.is_dir():
+        raise StoreError(
+            f"The folder of {out} does not exist. Create it first: mkdir -p '{out.parent}'"
+        )
+    partial = partial_of(out)
+    if os.path.lexists(partial):
+        raise StoreError(
+            f"{partial} is left from an unfinished capture. Close it with: "
+            f"python -m capture recover '{partial}', or delete it."
+        )
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give the closed partial file its name, or refuse when something has that name by now."""
+    try:
+        try:
+            # unlike a rename, a link never replaces what is there
+            os.link(partial, out)
+        except FileExistsError:
+            raise
+        except OSError:
+            # no hard links on this file system: claim the name, then replace our own claim
+            os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.replace(partial, out)
+        else:
+            os.unlink(partial)
+    except FileExistsError as error:
+        raise StoreError(
+            f"{out} appeared while the capture ran, and a run is never overwritten. The data is "
+            f"in {partial}: move {out} away, then python -m capture recover '{partial}'."
+        ) from error
+    except OSError as error:
+        raise StoreError(
+            f"{partial} could not be renamed to {out}: {error.strerror}. Rename it by hand."
+        ) from error

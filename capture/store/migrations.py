@@ -1,0 +1,108 @@
+"""Bringing a run file of an older schema version up to date, step by step, into a new file."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import duckdb
+
+from capture.errors import SchemaVersionError, StoreError
+from capture.store import schema
+from capture.store.files import check_new, partial_of, publish
+from capture.store.reader import connect, read_version
+
+
+class Step(NamedTuple):
+    """One change of the schema, from version ``before`` to ``before + 1``."""
+
+    before: int
+    name: str
+    apply: Callable[[duckdb.DuckDBPyConnection], None]
+
+
+# one entry for every version that was ever released, oldest first
+STEPS: tuple[Step, ...] = ()
+
+
+def migrate(path: str | Path, out: str | Path, *, steps: Sequence[Step] = STEPS) -> Path:
+    """Write the run at ``path`` as ``out`` with the current schema version.
+
+    The old file is not touched. Every step runs in its own transaction and sets the version.
+
+    Parameters
+    ----------
+    path, out : path
+        An older run, and the name of the new one.
+    steps : sequence of Step
+        Known steps; the default is all there are.
+
+    Raises
+    ------
+    SchemaVersionError
+        If the run is newer than this code, is current already, or no step leads on.
+    StoreError
+        If ``path`` is no run or ``out`` exists.
+    """
+    path, out = Path(path), Path(out)
+    check_new(out)
+    connection = connect(path, read_only=True)
+    try:
+        found = read_version(path, connection)
+    finally:
+        connection.close()
+    plan = plan_steps(path, found, steps)
+    partial = partial_of(out)
+    try:
+        shutil.copyfile(path, partial)
+        _run(partial, plan)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(f"{path} could not be copied to {out}: {error}.") from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    publish(partial, out)
+    return out
+
+
+def plan_steps(path: Path, found: int, steps: Sequence[Step]) -> list[Step]:
+    """Return the steps from version ``found`` to the current one, in order."""
+    if found >= schema.SCHEMA_VERSION:
+        reason = "is up to date" if found == schema.SCHEMA_VERSION else "is newer than this code"
+        raise SchemaVersionError(
+            f"{path} has schema version {found} and {reason} (version {schema.SCHEMA_VERSION}). "
+            + ("Open it as it is." if found == schema.SCHEMA_VERSION else "Update RouteScope.")
+        )
+    known = {step.before: step for step in steps}
+    if len(known) != len(steps):
+        raise StoreError(
+            f"Each version has one step, got {[step.name for step in steps]}. Remove the double."
+        )
+    missing = [v for v in range(found, schema.SCHEMA_VERSION) if v not in known]
+    if missing:
+        raise SchemaVersionError(
+            f"{path} has schema version {found}, and no step leads on from version {missing[0]}. "
+            "Record the run again."
+        )
+    return [known[version] for version in range(found, schema.SCHEMA_VERSION)]
+
+
+def _run(partial: Path, plan: Sequence[Step]) -> None:
+    """Apply the steps to the copy."""
+    connection = connect(partial, read_only=False)
+    try:
+        for step in plan:
+            connection.execute("BEGIN")
+            try:
+                step.apply(connection)
+            except duckdb.Error as error:
+                raise StoreError(
+                    f"The migration step {step.name!r} failed: {error}. The old file is unchanged; "
+                    "report this."
+                ) from error
+            connection.execute(schema.SET_VERSION, [step.before + 1])
+            connection.execute("COMMIT")
+        connection.execute("CHECKPOINT")
+    finally:
+        connection.close()

@@ -1,0 +1,273 @@
+"""Writing a run file: forward passes in, one finished DuckDB file out."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import duckdb
+import pyarrow as pa
+
+from capture.errors import StoreError
+from capture.store import schema
+from capture.store.accounting import check_counts
+from capture.store.codec import layout_for
+from capture.store.files import check_new, partial_of, publish
+from capture.store.records import LEVELS, ForwardRows, PromptInfo, RunInfo, SiteInfo
+from capture.store.rollup import Rollup
+from capture.store.rows import RowBuilder, strings
+
+_log = logging.getLogger(__name__)
+
+# DuckDB's row group; transactions of several of them are appended without the log
+ROW_GROUP = 122_880
+COMMIT_ROWS = 8 * ROW_GROUP
+COMMIT_BYTES = 256 * 2**20
+COMMIT_SECONDS = 1.0
+# small blocks keep a short run at a few megabytes; large runs lose no speed (capture.bench store)
+BLOCK_SIZE = 16_384
+
+
+def as_json(value: object) -> str:
+    """Return valid JSON text; what JSON does not know becomes its ``str``.
+
+    Raises
+    ------
+    StoreError
+        If a number is nan or infinite.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, default=str)
+    except (ValueError, TypeError) as error:
+        raise StoreError(
+            f"Facts of a run must be plain JSON, got {value!r:.200}: {error}. "
+            "Use None where a number is missing."
+        ) from error
+
+
+class RunWriter:
+    """Fills the partial file of one run; use from one thread at a time."""
+
+    def __init__(
+        self, out: Path, connection: duckdb.DuckDBPyConnection, info: RunInfo, sites: list[SiteInfo]
+    ) -> None:
+        self.out = out
+        self.partial = partial_of(out)
+        self._connection: duckdb.DuckDBPyConnection | None = connection
+        self._sites = sites
+        self._level = info.level
+        layout = layout_for(max(s.n_experts for s in sites), max(s.top_k for s in sites))
+        self._layout = layout
+        self._tables = schema.tables(layout)
+        self._builder = RowBuilder(info.level, sites, layout, self._tables)
+        self._rollup = Rollup(sites)
+        self._pending: list[dict[str, pa.Table]] = []
+        self._pending_rows = self._pending_bytes = 0
+        self._n_tokens = self._n_batches = 0
+        self._started = self._committed = time.monotonic()
+
+    @classmethod
+    def create(
+        cls, out: Path, info: RunInfo, sites: Sequence[SiteInfo], prompts: Sequence[PromptInfo]
+    ) -> Self:
+        """Start a run in ``OUT.partial``.
+
+        Raises
+        ------
+        StoreError
+            If ``out`` or its partial file exists, cannot be created, or a fact is not storable.
+        """
+        out = Path(out)
+        check_new(out)
+        _check_facts(info, sites)
+        try:
+            connection = duckdb.connect(
+                str(partial_of(out)), config={"default_block_size": str(BLOCK_SIZE)}
+            )
+        except duckdb.Error as error:
+            raise StoreError(
+                f"{partial_of(out)} cannot be created: {_first_line(error)}. Choose a folder that "
+                "can be written to."
+            ) from error
+        writer = cls(out, connection, info, list(sites))
+        try:
+            writer._start(info, prompts)
+        except BaseException:
+            # nothing was recorded yet, so nothing is worth keeping
+            writer.abandon()
+            writer.partial.unlink(missing_ok=True)
+            raise
+        return writer
+
+    def _start(self, info: RunInfo, prompts: Sequence[PromptInfo]) -> None:
+        """Create tables and views and store what is known before the first token."""
+        connection = self._open()
+        connection.execute("BEGIN")
+        for statement in schema.create_statements(self._layout):
+            connection.execute(statement)
+        documents = [as_json(v) for v in (info.backends, info.packages, info.config, info.sample)]
+        facts = [info.model, info.revision, info.architecture, info.dtype, info.device, info.level]
+        started_at = datetime.now(UTC).replace(tzinfo=None)
+        connection.execute(
+            schema.INSERT_RUN,
+            [*facts, info.vocab_size, info.hidden_size, *documents, *self._layout]
+            + [started_at, schema.SCHEMA_VERSION],
+        )
+        connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
+        if prompts:
+            self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
+        connection.execute("COMMIT")
+
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        if self._connection is None:
+            raise StoreError(
+                f"{self.partial} is closed already. Start another run with RunWriter.create."
+            )
+        return self._connection
+
+    def append(self, forward: ForwardRows) -> None:
+        """Add one forward pass; it is stored whole or not at all.
+
+        The arrays are copied, so the caller may reuse its buffers. Rows reach the disk in large
+        transactions, at the latest with the first append a second after the last one.
+
+        Raises
+        ------
+        StoreError
+            If a number is nan, an id is out of range or a site is missing.
+        """
+        self._open()
+        now = time.monotonic()
+        tables = self._builder.build(forward, self._n_batches, now - self._started)
+        self._rollup.add(forward)
+        self._pending.append(tables)
+        self._n_batches += 1
+        self._n_tokens += len(forward.tokens.token_id)
+        self._pending_rows += sum(table.num_rows for table in tables.values())
+        self._pending_bytes += sum(table.nbytes for table in tables.values())
+        full = self._pending_rows >= COMMIT_ROWS or self._pending_bytes >= COMMIT_BYTES
+        if full or now - self._committed >= COMMIT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit every forward pass handed in so far."""
+        connection = self._open()
+        if self._pending:
+            connection.execute("BEGIN")
+            for name in self._tables:
+                parts = [tables[name] for tables in self._pending if name in tables]
+                if parts:
+                    self._insert(schema.insert(name), pa.concat_tables(parts).combine_chunks())
+            # the sums so far, not their change: a killed run needs no addition to be right
+            connection.execute(schema.CLEAR_ROLLUP)
+            self._insert(schema.insert("rollup"), self._rollup.table(self._tables["rollup"]))
+            connection.execute("COMMIT")
+            self._pending.clear()
+            self._pending_rows = self._pending_bytes = 0
+        self._committed = time.monotonic()
+
+    def _insert(self, statement: str, rows: pa.Table) -> None:
+        connection = self._open()
+        connection.register("rows", rows)
+        try:
+            connection.execute(statement)
+        except duckdb.Error as error:
+            raise StoreError(
+                f"{self.partial} could not be written: {_first_line(error)}. Free disk space or "
+                f"choose another folder; python -m capture recover '{self.partial}' keeps the rest."
+            ) from error
+        finally:
+            connection.unregister("rows")
+
+    def finish(
+        self,
+        *,
+        seconds: float,
+        complete: bool = True,
+        backends: Mapping[str, str] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Check that everything handed in is stored, close the file and give it its name.
+
+        Parameters
+        ----------
+        seconds : float
+            How long the capture took.
+        complete : bool
+            False when the capture was cut short on purpose.
+        backends : mapping, optional
+            Backend that ran, by kernel; replaces what ``create`` was told.
+        notes : mapping, optional
+            Whatever else a reader of the run should know; plain JSON.
+
+        Raises
+        ------
+        StoreError
+            If the stored rows do not add up; the message names the site, and the partial file
+            stays.
+        """
+        self.flush()
+        connection = self._open()
+        check_counts(
+            connection,
+            layout=self._layout,
+            sites=self._sites,
+            routed=LEVELS.index(self._level) >= LEVELS.index("ids"),
+            n_tokens=self._n_tokens,
+            assignments=self._rollup.assignments(),
+        )
+        connection.execute("BEGIN")
+        connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
+        if backends is not None:
+            connection.execute(schema.SET_BACKENDS, [as_json(dict(backends))])
+        if notes is not None:
+            connection.execute(schema.SET_NOTES, [as_json(dict(notes))])
+        connection.execute("COMMIT")
+        connection.execute("CHECKPOINT")
+        self.abandon()
+        publish(self.partial, self.out)
+        _log.info("%s holds %d tokens", self.out, self._n_tokens)
+        return self.out
+
+    def abandon(self) -> None:
+        """Close the connection and leave the partial file as the last commit left it."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+def _check_facts(info: RunInfo, sites: Sequence[SiteInfo]) -> None:
+    """Refuse an unknown level, a run without sites and two sites of one name."""
+    if info.level not in LEVELS:
+        raise StoreError(f"level must be one of {', '.join(LEVELS)}, got {info.level!r}.")
+    places = [(site.layer, site.site) for site in sites]
+    if not places or len(set(places)) != len(places):
+        raise StoreError(
+            f"A run needs one or more sites with different (layer, site), got {places}. Count "
+            "site from 0 within a layer."
+        )
+    for site in sites:
+        if not 1 <= site.top_k <= site.n_experts <= 2**16 - 1:
+            raise StoreError(
+                f"{site.module} must have 1 <= top_k <= n_experts <= 65535, got top_k="
+                f"{site.top_k} and n_experts={site.n_experts}. Check how the site was found."
+            )
+
+
+def _prompt_table(prompts: Sequence[PromptInfo]) -> pa.Table:
+    arrays = [
+        pa.array(range(len(prompts)), pa.int32()),
+        strings([prompt.text for prompt in prompts]),
+        strings([prompt.domain for prompt in prompts]),
+        strings([prompt.source for prompt in prompts]),
+        pa.array([prompt.n_tokens for prompt in prompts], pa.int32()),
+        pa.array([prompt.truncated for prompt in prompts], pa.int32()),
+    ]
+    return pa.Table.from_arrays(arrays, names=list(schema.PROMPT_COLUMNS))
