@@ -1,0 +1,90 @@
+"""The options of one capture, checked once and saved in the run file."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from capture.errors import ConfigError
+from capture.store.records import LEVELS, Level
+
+DEFAULT_SAMPLE_TOKENS = 50_000
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """What to record and how to run the model.
+
+    Attributes
+    ----------
+    level : {"stats", "ids", "scores"}
+        How much is kept of every token. ``stats``: per-expert sums only. ``ids``: also expert ids,
+        combine weights and four statistics per token. ``scores``: also every expert's score.
+    sample_tokens : int, tokens
+        Tokens of which scores and router inputs are kept as well, at any level; 0 = none.
+    generate : int, tokens
+        Tokens to decode greedily after each prompt; 0 = none.
+    batch_tokens : int or None, tokens
+        Upper bound of one forward pass, padding included; None = by device.
+    max_length : int or None, tokens
+        Prompts are cut to this length, and in any case to the model's context.
+    dtype : {"float32", "bfloat16", "float16"} or None
+        None = float32 on CPU, the stored dtype on CUDA.
+    device : str or None
+        As torch spells it; None = CUDA when there is one.
+    revision : str or None
+        Branch, tag or commit of a Hugging Face model.
+    trust_remote_code : bool
+        Run Python code that comes with the model.
+    allow_pickle : bool
+        Load weights that are not safetensors; unpickling can run code.
+    seed : int
+        Seeds the choice of the sampled tokens.
+    """
+
+    level: Level = "ids"
+    sample_tokens: int = DEFAULT_SAMPLE_TOKENS
+    generate: int = 0
+    batch_tokens: int | None = None
+    max_length: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before a model is loaded."""
+        if self.level == "attention":
+            raise ConfigError(
+                "Level 'attention' is not available in this version. "
+                "Choose 'stats', 'ids' or 'scores'."
+            )
+        if self.level not in LEVELS:
+            raise ConfigError(
+                f"level must be one of {', '.join(LEVELS[:-1])}, got {self.level!r}. "
+                "'ids' is the usual choice."
+            )
+        _check_count("sample_tokens", self.sample_tokens, least=0, none="0 samples nothing")
+        _check_count("generate", self.generate, least=0, none="0 generates nothing")
+        _check_count("seed", self.seed, least=0, none="any whole number seeds the sample")
+        if self.batch_tokens is not None:
+            _check_count("batch_tokens", self.batch_tokens, least=1, none="leave it out to choose")
+        if self.max_length is not None:
+            _check_count("max_length", self.max_length, least=1, none="leave it out not to cut")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(
+                f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}. "
+                "Leave it out for float32 on CPU and the stored dtype on CUDA."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as plain values, for the run file."""
+        return asdict(self)
+
+
+def _check_count(name: str, value: object, *, least: int, none: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"{name} must be a whole number of at least {least}, got {value!r}; {none}."
+        )

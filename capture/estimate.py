@@ -1,0 +1,123 @@
+"""What a capture will cost on disk, before it starts; needs no model in memory."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from capture.errors import ConfigError
+from capture.store.records import Level, SiteInfo
+
+# measured on finished runs of the demo model, with the database's own compression
+FILE_BYTES = 1_600_000  # an empty run file: tables, views, free blocks
+TOKEN_BYTES = 14  # ids, position, loss and text of one token
+ROW_BYTES = 4  # token_id, layer and site of one routing row
+STATISTICS_BYTES = 8  # four half-precision statistics
+ROLLUP_BYTES = 24  # three sums an expert, for every site, domain and phase
+FLOAT_BYTES = 4
+HEADROOM = 1.3  # a database file grows in blocks and holds the last transaction twice
+
+
+class Estimate(NamedTuple):
+    """The expected size of a run.
+
+    Attributes
+    ----------
+    tokens : int
+        Prompt tokens and, as an upper bound, generated tokens.
+    bytes_per_token : dict of str to float, bytes
+        For every level, without the sample.
+    level : str
+    sample_tokens : int
+        Tokens that will be sampled.
+    sample_bytes : int, bytes
+    total_bytes : int, bytes
+    """
+
+    tokens: int
+    bytes_per_token: dict[str, float]
+    level: Level
+    sample_tokens: int
+    sample_bytes: int
+    total_bytes: int
+
+    def lines(self) -> list[str]:
+        """Return the estimate as sentences for people."""
+        per_token = ", ".join(
+            f"{level} {value:,.0f} B" for level, value in self.bytes_per_token.items()
+        )
+        here = self.bytes_per_token[self.level]
+        return [
+            f"Bytes per token by level: {per_token}.",
+            f"Level {self.level}: {self.tokens:,} tokens x {here:,.0f} B, plus a sample of "
+            f"{self.sample_tokens:,} tokens ({human_bytes(self.sample_bytes)}): "
+            f"about {human_bytes(self.total_bytes)}.",
+        ]
+
+
+def estimate(
+    *,
+    n_tokens: int,
+    sites: Sequence[SiteInfo],
+    hidden_size: int,
+    level: Level = "ids",
+    sample_tokens: int = 0,
+    n_domains: int = 1,
+) -> Estimate:
+    """Estimate the size of a run.
+
+    Parameters
+    ----------
+    n_tokens : int
+        Prompt tokens and tokens to generate.
+    sites : sequence of SiteInfo
+    hidden_size : int
+        Width of the router inputs.
+    level : {"stats", "ids", "scores"}
+    sample_tokens : int
+        Tokens asked for; no more than there are get sampled.
+    n_domains : int
+    """
+    slots = max((site.top_k for site in sites), default=0)
+    wide = max((site.n_experts for site in sites), default=0) > 255
+    packed = 8 * -(-slots * (2 if wide else 1) // 8) + 8 * -(-slots * 2 // 8)
+    ids = TOKEN_BYTES + len(sites) * (ROW_BYTES + STATISTICS_BYTES + packed)
+    scores = sum(ROW_BYTES + FLOAT_BYTES * site.n_experts for site in sites)
+    per_token = {"stats": float(TOKEN_BYTES), "ids": float(ids), "scores": float(ids + scores)}
+    sampled = min(sample_tokens, n_tokens)
+    sample = len(sites) * (ROW_BYTES + FLOAT_BYTES * hidden_size)
+    if level != "scores":
+        sample += scores
+    rollup = ROLLUP_BYTES * n_domains * sum(site.n_experts for site in sites)
+    total = FILE_BYTES + rollup + n_tokens * per_token[level] + sampled * sample
+    return Estimate(n_tokens, per_token, level, sampled, sampled * sample, int(total))
+
+
+def check_space(cost: Estimate, out: Path) -> None:
+    """Refuse a capture that does not fit on the disk of ``out``.
+
+    Raises
+    ------
+    ConfigError
+        With the space needed and the space there is.
+    """
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = int(cost.total_bytes * HEADROOM)
+    if needed > free:
+        raise ConfigError(
+            f"The capture needs about {human_bytes(needed)}, but {folder} has "
+            f"{human_bytes(free)} free. Choose another place, fewer prompts, a smaller "
+            "sample_tokens or a lower level ('stats' < 'ids' < 'scores')."
+        )
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,199 @@
+"""Prompts from lists, records and files, checked and numbered."""
+
+import gzip
+import importlib.resources
+import lzma
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from capture.errors import PromptError
+
+DEMO_SETS = {
+    "demo": "prompts.jsonl",
+    "demo-fit": "fit.jsonl.xz",
+    "demo-heldout": "heldout.jsonl.xz",
+}
+FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
+COMPRESSIONS = {".xz": lzma.decompress, ".gz": gzip.decompress}
+
+PromptSource: TypeAlias = "str | Path | Iterable[str | list[int] | Mapping[str, Any] | Prompt]"
+
+
+class Prompt(NamedTuple):
+    """One prompt: text, or token ids, and where it comes from."""
+
+    text: str | None
+    ids: tuple[int, ...] | None
+    domain: str | None
+    source: str | None  # file and line, what the record says, or "given"
+
+
+def read_prompts(source: PromptSource) -> list[Prompt]:
+    """Read prompts from a known name, a file or a sequence.
+
+    Parameters
+    ----------
+    source : str, Path or iterable
+        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; or a .txt, .csv, .jsonl or .parquet file,
+        the first three possibly compressed (.xz, .gz); or an iterable of strings, token-id lists
+        and records with ``text`` (or ``ids``) and optionally ``domain`` and ``source``.
+
+    Raises
+    ------
+    PromptError
+        With the file, line and column, or the number of the prompt, and what was expected.
+    """
+    if isinstance(source, (str, Path)):
+        return _read_named(source)
+    if isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
+        raise PromptError(
+            f"prompts must be a list of strings, token-id lists or records, or a file name; "
+            f"got {type(source).__name__}. Put a single prompt into a list."
+        )
+    prompts = [
+        item if isinstance(item, Prompt) else to_prompt(item, where=f"prompt {number}")
+        for number, item in enumerate(source, start=1)
+    ]
+    return _not_empty(prompts, "the list")
+
+
+def read_prompts_bytes(name: str, data: bytes) -> list[Prompt]:
+    """Read an uploaded file: its name says the format, compressed files are refused.
+
+    Raises
+    ------
+    PromptError
+        As :func:`read_prompts`.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix in COMPRESSIONS:
+        raise PromptError(f"{name}: unpack the file first; expected {_listed(FORMATS)}.")
+    return _parse(Path(name).name, suffix, data)
+
+
+def to_prompt(item: object, *, where: str, source: str = "given") -> Prompt:
+    """Turn a string, a token-id list or a record into a checked prompt."""
+    if isinstance(item, str):
+        return Prompt(_checked_text(item, where), None, None, source)
+    if isinstance(item, Mapping):
+        return _from_record(item, where, source)
+    if isinstance(item, Iterable) and not isinstance(item, bytes):
+        return Prompt(None, _checked_ids(item, where), None, source)
+    raise PromptError(
+        f"{where}: expected a string, a list of token ids or a record with 'text', "
+        f"got {type(item).__name__}."
+    )
+
+
+def _from_record(record: Mapping[str, Any], where: str, source: str) -> Prompt:
+    known = {"text", "ids", "domain", "source"}
+    text, ids = record.get("text"), record.get("ids")
+    if (text is None) == (ids is None):
+        found = "both" if text is not None else f"the fields {_listed(map(str, record)) or 'none'}"
+        raise PromptError(
+            f"{where}: expected a record with either 'text' (a string) or 'ids' (token ids), "
+            f"found {found}. Known fields are {_listed(sorted(known))}."
+        )
+    domain = record.get("domain")
+    if domain is not None and not isinstance(domain, str):
+        raise PromptError(f"{where}: 'domain' must be a string or null, got {domain!r}.")
+    named = record.get("source")
+    said = source if named is None else str(named)
+    domain = None if domain is None or not domain.strip() else _valid_unicode(domain, where)
+    if ids is not None:
+        return Prompt(None, _checked_ids(ids, where), domain, said)
+    return Prompt(_checked_text(text, where), None, domain, said)
+
+
+def _checked_text(text: object, where: str) -> str:
+    if not isinstance(text, str):
+        raise PromptError(f"{where}: 'text' must be a string, got {type(text).__name__}.")
+    if not text:
+        raise PromptError(f"{where} is empty. Remove it, or write at least one character.")
+    return _valid_unicode(text, where)
+
+
+def _valid_unicode(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where}, character {error.start + 1}: half of a surrogate pair "
+            f"({text[error.start]!r}) is not text. Write the whole character."
+        ) from None
+    return text
+
+
+def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise PromptError(f"{where}: token ids must be a list of whole numbers, got {values!r}.")
+    found = tuple(values)
+    if not found:
+        raise PromptError(f"{where} is empty. Remove it, or give at least one token id.")
+    for position, value in enumerate(found):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise PromptError(
+                f"{where}, position {position}: a token id is a whole number of at least 0, "
+                f"got {value!r}."
+            )
+    return found
+
+
+def _read_named(source: str | Path) -> list[Prompt]:
+    path = Path(source)
+    if isinstance(source, str) and source in DEMO_SETS:
+        folder = importlib.resources.files("capture.demo")
+        path = Path(str(folder)) / DEMO_SETS[source]
+        if not path.is_file():
+            raise PromptError(
+                f"The prompt set {source!r} is not in this copy of the project: {path.name} is "
+                "missing from capture/demo. Restore it from version control."
+            )
+    if path.is_dir():
+        raise PromptError(f"{path} is a folder; expected a {_listed(FORMATS)} file.")
+    if not path.is_file():
+        raise PromptError(
+            f"There is no prompt file {str(source)!r}. Expected {_listed(DEMO_SETS)}, or a "
+            f"{_listed(FORMATS)} file; put a prompt of your own into a list: [{str(source)!r}]."
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}.") from None
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        unpack = COMPRESSIONS[suffixes.pop()]
+        try:
+            data = unpack(data)
+        except (lzma.LZMAError, OSError, EOFError) as error:
+            raise PromptError(f"{path} cannot be unpacked: {error}.") from None
+    return _parse(path.name, suffixes[-1] if suffixes else "", data)
+
+
+def _parse(name: str, suffix: str, data: bytes) -> list[Prompt]:
+    from capture import prompt_files
+
+    readers = {
+        ".txt": prompt_files.read_txt,
+        ".csv": prompt_files.read_csv,
+        ".jsonl": prompt_files.read_jsonl,
+        ".parquet": prompt_files.read_parquet,
+    }
+    if suffix not in readers:
+        raise PromptError(
+            f"{name}: the ending {suffix or '(none)'} is not a prompt format. "
+            f"Expected {_listed(FORMATS)}."
+        )
+    return _not_empty(readers[suffix](name, data), name)
+
+
+def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
+    if not prompts:
+        raise PromptError(f"{where} holds no prompt. Expected at least one.")
+    return prompts
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

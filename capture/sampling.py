@@ -1,0 +1,81 @@
+"""Which tokens are sampled: equal shares for every domain, chosen by a seed."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+WHY = (
+    "Scores and router inputs of every token would outgrow the rest of the run, so they are kept "
+    "for a sample of the prompt tokens only: every domain gets the same number, a domain with "
+    "fewer tokens gives all of them and leaves its share to the others, and within a domain "
+    "tokens are drawn uniformly without replacement. Generated tokens are never sampled."
+)
+
+
+class Sample(NamedTuple):
+    """The sampled tokens of a run.
+
+    Attributes
+    ----------
+    is_sampled : array [T], bool
+        Indexed by token_id, over all prompt tokens.
+    record : dict
+        What the run file says about it: requested, planned, seed, strata, why.
+    """
+
+    is_sampled: npt.NDArray[np.bool_]
+    record: dict[str, Any]
+
+
+def quotas(sizes: Sequence[int], total: int) -> list[int]:
+    """Share ``total`` equally among strata of the given sizes, none above its size.
+
+    What a small stratum cannot use goes to the others; a remainder goes to the largest strata.
+    """
+    shares = [0] * len(sizes)
+    left = min(total, sum(sizes))
+    by_size = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    for rank, stratum in enumerate(by_size):
+        # what a small stratum leaves makes the equal part of those still to come larger
+        shares[stratum] = min(sizes[stratum], left // (len(sizes) - rank))
+        left -= shares[stratum]
+    return shares
+
+
+def plan_sample(
+    domains: Sequence[str | None], lengths: Sequence[int], requested: int, seed: int
+) -> Sample:
+    """Choose the sampled tokens of a run before it starts.
+
+    Parameters
+    ----------
+    domains : sequence of str or None, one a prompt
+        Prompts without a domain form one stratum together.
+    lengths : sequence of int, one a prompt, tokens
+    requested : int, tokens
+    seed : int
+    """
+    token_domains = np.repeat(np.arange(len(domains)), lengths)  # prompt of each token
+    names = list(dict.fromkeys(domains))
+    stratum_of_prompt = np.array([names.index(d) for d in domains], dtype=np.int64)
+    stratum_of_token = stratum_of_prompt[token_domains]
+    is_sampled = np.zeros(len(token_domains), dtype=np.bool_)
+    sizes = np.bincount(stratum_of_token, minlength=len(names)).tolist()
+    shares = quotas(sizes, requested)
+    rng = np.random.default_rng(seed)
+    for stratum, share in enumerate(shares):
+        members = np.flatnonzero(stratum_of_token == stratum)
+        is_sampled[rng.choice(members, size=share, replace=False)] = True
+    record = {
+        "requested": requested,
+        "planned": int(is_sampled.sum()),
+        "seed": seed,
+        "strata": [
+            {"domain": name, "tokens": size, "sampled": share}
+            for name, size, share in zip(names, sizes, shares, strict=True)
+        ],
+        "why": WHY if requested else "No sample was asked for (sample_tokens=0).",
+    }
+    return Sample(is_sampled, record)
