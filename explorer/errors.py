@@ -1,12 +1,27 @@
 """Errors raised by the explorer.
 
 ExplorerError
+├── RunError            a run file is missing, unreadable, or has not what a question needs
+├── MetricError         a metric was given numbers that it is not defined for
+├── WorkerError         the worker process cannot be used
 └── UnknownNameError    a name is not among the registered ones
 """
 
 
 class ExplorerError(Exception):
     """Base of everything the explorer raises on purpose; the message says what to do."""
+
+
+class RunError(ExplorerError):
+    """A run file is missing, unreadable, or has not what a question needs."""
+
+
+class MetricError(ExplorerError, ValueError):
+    """A metric was given numbers that it is not defined for."""
+
+
+class WorkerError(ExplorerError):
+    """The worker process cannot be used."""
 
 
 class UnknownNameError(ExplorerError, KeyError):

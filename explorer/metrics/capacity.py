@@ -1,0 +1,202 @@
+"""What is dropped when every expert takes only so many tokens of a batch.
+
+A batch is one forward pass: that is the group over which a limit acts in a running system. How
+many assignments a batch drops depends only on its loads; *which* ones, and so how much combine
+weight is lost, depends on the drop policy.
+
+References
+----------
+Megatron-Core ``topk_softmax_with_capacity`` and ``get_capacity`` (``moe_utils.py``),
+``--moe-token-drop-policy``; Switch Transformer, arXiv:2101.03961, section 2.2.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from explorer.errors import MetricError
+from explorer.metrics.load import expert_capacity
+
+Policy = Literal["position", "probs"]
+POLICIES: tuple[Policy, ...] = ("position", "probs")
+
+
+class Drops(NamedTuple):
+    """What a capacity limit drops.
+
+    Attributes
+    ----------
+    mask : array [T, K], bool
+        True where an assignment is dropped; an empty slot is never dropped.
+    assignments : float, 0..1
+        Share of the assignments that are dropped; the same for both policies.
+    weight : float, 0..1
+        Share of the combine weight that is dropped; nan without weights.
+    tokens : float, 0..1
+        Share of the tokens that lose every expert they chose.
+    """
+
+    mask: npt.NDArray[np.bool_]
+    assignments: float
+    weight: float
+    tokens: float
+
+
+def dropped(
+    expert_ids: npt.ArrayLike,
+    n_experts: int,
+    capacity_factor: float,
+    *,
+    policy: Policy = "position",
+    weights: npt.ArrayLike | None = None,
+    batch: npt.ArrayLike | None = None,
+) -> Drops:
+    """Apply a capacity limit to recorded routing.
+
+    Parameters
+    ----------
+    expert_ids : array [T, K], int
+        Chosen experts of each token, tokens in the order of the forward pass; -1 = empty slot.
+    n_experts : int
+    capacity_factor : float
+        An expert takes ``ceil(capacity_factor * assignments / experts)`` tokens of a batch.
+    policy : {"position", "probs"}
+        ``position``: an expert keeps the tokens that come first. ``probs``: it keeps those with
+        the largest weight, earlier tokens first among equals.
+    weights : array [T, K], optional
+        Combine weights; needed for ``probs``.
+    batch : array [T], int, optional
+        Which batch a token was in; one batch without it.
+
+    Notes
+    -----
+    Slots do not compete: a token takes an expert once, so the order within an expert is the order
+    of its tokens. GShard and Switch with k > 1 serve all first choices before any second one;
+    that is a third policy, which Megatron-Core does not have.
+    Differs from the source: Megatron counts ``T * K`` assignments also where slots are empty; here
+    only real ones count. Padding is not in the run and takes no place.
+    """
+    order = arrival(expert_ids, n_experts, policy=policy, weights=weights, batch=batch)
+    return order.drop(capacity_factor)
+
+
+class Arrival(NamedTuple):
+    """The order in which assignments reach their experts; one sort serves every factor.
+
+    Attributes
+    ----------
+    rank : array [T, K]
+        How many assignments of the same batch the expert prefers to this one; -1 = empty slot.
+    batch : array [T]
+        Batch number of each token, 0 .. B-1.
+    assignments : array [B]
+        Assignments per batch.
+    weights : array [T, K] or None
+    n_experts : int
+    """
+
+    rank: npt.NDArray[np.int64]
+    batch: npt.NDArray[np.int64]
+    assignments: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float64] | None
+    n_experts: int
+
+    def drop(self, capacity_factor: float) -> Drops:
+        """Return what this capacity factor drops."""
+        places = np.array(
+            [expert_capacity(int(n), self.n_experts, capacity_factor) for n in self.assignments],
+            dtype=np.int64,
+        )
+        limit = places[self.batch] if len(places) else np.empty(0, dtype=np.int64)
+        mask = self.rank >= limit[:, None]
+        real = self.rank >= 0
+        n_real = int(real.sum())
+        chose = real.any(axis=1)
+        lost = chose & (mask == real).all(axis=1)
+        return Drops(
+            mask,
+            _share(float(mask.sum()), float(n_real)),
+            float("nan")
+            if self.weights is None
+            else _share(float(self.weights[mask].sum()), float(self.weights[real].sum())),
+            _share(float(lost.sum()), float(chose.sum())),
+        )
+
+
+def arrival(
+    expert_ids: npt.ArrayLike,
+    n_experts: int,
+    *,
+    policy: Policy = "position",
+    weights: npt.ArrayLike | None = None,
+    batch: npt.ArrayLike | None = None,
+) -> Arrival:
+    """Return the order of the assignments at their experts; arguments as for ``dropped``."""
+    ids = np.asarray(expert_ids, dtype=np.int64)
+    shape = ids.shape
+    if ids.ndim != 2 or (ids.size and (ids.min() < -1 or ids.max() >= n_experts)):
+        raise MetricError(
+            f"Expected expert ids [T, K] within -1 .. {n_experts - 1}, got shape {shape}"
+            f"{f' with ids {ids.min()} .. {ids.max()}' if ids.size else ''}. "
+            "Pass one layer's ids, one row per token."
+        )
+    if policy not in POLICIES:
+        raise MetricError(f"Expected a policy of {POLICIES}, got {policy!r}.")
+    gates = None if weights is None else np.asarray(weights, dtype=np.float64)
+    if gates is None and policy == "probs":
+        raise MetricError("The policy 'probs' drops by weight: pass weights [T, K], or 'position'.")
+    if gates is not None and gates.shape != shape:
+        raise MetricError(f"Expected weights of shape {shape} like the ids, got {gates.shape}.")
+    numbers, counts = _batches(batch, ids)
+    token, slot = np.nonzero(ids >= 0)
+    group = numbers[token] * n_experts + ids[token, slot]
+    if policy == "probs" and gates is not None:
+        order = np.lexsort((-gates[token, slot], group))
+    else:
+        order = np.argsort(group, kind="stable")
+    grouped = group[order]
+    first = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(grouped) else order
+    starts = np.repeat(first, np.diff(np.r_[first, len(grouped)]))
+    rank = np.full(shape, -1, dtype=np.int64)
+    rank[token[order], slot[order]] = np.arange(len(grouped)) - starts
+    return Arrival(rank, numbers, counts, gates, n_experts)
+
+
+def curve(
+    expert_ids: npt.ArrayLike,
+    n_experts: int,
+    capacity_factors: Sequence[float],
+    *,
+    policy: Policy = "position",
+    weights: npt.ArrayLike | None = None,
+    batch: npt.ArrayLike | None = None,
+) -> list[Drops]:
+    """Return what each capacity factor drops; arguments as for ``dropped``."""
+    order = arrival(expert_ids, n_experts, policy=policy, weights=weights, batch=batch)
+    return [order.drop(factor) for factor in capacity_factors]
+
+
+def _batches(
+    batch: npt.ArrayLike | None, ids: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return batch numbers [T] from 0, and assignments per batch [B]."""
+    if batch is None:
+        numbers = np.zeros(len(ids), dtype=np.int64)
+    else:
+        names = np.asarray(batch)
+        if names.shape != (len(ids),):
+            raise MetricError(
+                f"Expected one batch per token, shape ({len(ids)},), got {names.shape}."
+            )
+        numbers = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    real = (ids >= 0).sum(axis=1)
+    n_batches = int(numbers.max()) + 1 if len(numbers) else 0
+    counts = np.zeros(n_batches, dtype=np.int64)
+    np.add.at(counts, numbers, real)
+    return numbers, counts
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else float("nan")

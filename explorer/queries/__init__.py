@@ -1,0 +1,24 @@
+"""Every SELECT of the explorer: one function per question, a DataFrame as the answer.
+
+overview    token_count(run, *, domain, phase)          domain_counts(run)
+            gate_means(run, *, domain, phase)
+load        expert_load(run, *, layer, site, domain, phase)
+            expert_load_by_domain(run, layer, *, site, phase)
+            expert_load_by_phase(run, layer, *, site, domain)
+            routing(run, layer, *, site, phase, max_tokens)     arrays, for capacity per batch
+prompts     prompts(run, *, domain, search, limit, offset)      prompt(run, prompt_id)
+            prompt_count(run, *, domain, search)
+tokens      tokens(run, prompt_id)                      token(run, token_id)
+            token_quantity(run, prompt_id, quantity, *, pinned)     long frame, token x site
+            token_strip(run, prompt_id, quantity, *, layer, site, pinned)   one value per token
+            token_experts(run, token_id)                token_gates(run, token_id)
+            token_scores(run, token_id, layer, *, site)             QUANTITIES
+experts     expert_tokens(run, layer, expert_id, *, site, domain, phase, limit, context)
+            expert_token_count(run, layer, expert_id, ...)
+            expert_vocabulary(run, layer, expert_id, ..., min_count, limit)
+
+``domain=None`` and ``phase=None`` mean all; ``domain=""`` means prompts without a domain. Missing
+values stay missing (None, NaN or NA) and are never 0; a count of nothing is 0. ``overview`` (save
+``gate_means``) and ``load`` (save ``routing``) read totals only, so their time does not grow with
+the number of (token, layer) rows.
+"""

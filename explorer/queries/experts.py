@@ -1,0 +1,129 @@
+"""The tokens that went to one expert of one site."""
+
+import pandas as pd
+
+from explorer.queries._where import Params, conditions
+from explorer.run import Run
+
+
+def expert_tokens(
+    run: Run,
+    layer: int,
+    expert_id: int,
+    *,
+    site: int = 0,
+    domain: str | None = None,
+    phase: str | None = None,
+    limit: int = 50,
+    context: int = 8,
+) -> pd.DataFrame:
+    """Return the tokens that gave an expert the largest weight, with the text around them.
+
+    Parameters
+    ----------
+    limit : int
+        How many tokens; ``expert_token_count`` says how many there are.
+    context : int
+        Tokens of text on either side.
+
+    Returns
+    -------
+    DataFrame
+        Heaviest first: ``token_id``, ``prompt_id``, ``position``, ``phase``, ``domain``
+        (``""`` = none), ``slot``, ``weight``, ``before``, ``text``, ``after``, ``loss`` (nats).
+        The three texts are None without a tokenizer. No rows at level ``stats``.
+    """
+    where, params = _of_expert(layer, expert_id, site, domain, phase)
+    return run.query(
+        f"""
+        WITH hits AS (
+            SELECT token_id, prompt_id, position, phase, coalesce(domain, '') AS domain, slot,
+                weight, tokens.text AS text, loss
+            FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
+            WHERE {where} ORDER BY weight DESC, token_id LIMIT $limit
+        )
+        SELECT h.token_id, h.prompt_id, h.position, h.phase, h.domain, h.slot, h.weight,
+            CASE WHEN h.text IS NOT NULL THEN coalesce(string_agg(near.text, '' ORDER BY
+                near.position) FILTER (near.position < h.position), '') END AS before,
+            h.text,
+            CASE WHEN h.text IS NOT NULL THEN coalesce(string_agg(near.text, '' ORDER BY
+                near.position) FILTER (near.position > h.position), '') END AS after,
+            h.loss
+        FROM hits AS h JOIN tokens AS near ON near.prompt_id = h.prompt_id
+            AND near.position BETWEEN h.position - $context AND h.position + $context
+        GROUP BY ALL ORDER BY h.weight DESC, h.token_id
+        """,
+        params | {"limit": limit, "context": context},
+    )
+
+
+def expert_token_count(
+    run: Run,
+    layer: int,
+    expert_id: int,
+    *,
+    site: int = 0,
+    domain: str | None = None,
+    phase: str | None = None,
+) -> int:
+    """Return how many tokens went to an expert, from the run's totals."""
+    where, params = _of_expert(layer, expert_id, site, domain, phase)
+    rows = run.query(
+        f"SELECT coalesce(sum(assignments), 0)::BIGINT AS n FROM expert_load_by WHERE {where}",
+        params,
+    )
+    return int(rows["n"].iloc[0])
+
+
+def expert_vocabulary(
+    run: Run,
+    layer: int,
+    expert_id: int,
+    *,
+    site: int = 0,
+    domain: str | None = None,
+    phase: str | None = None,
+    min_count: int = 5,
+    limit: int = 30,
+) -> pd.DataFrame:
+    """Return the vocabulary entries that go to an expert most often.
+
+    Parameters
+    ----------
+    min_count : int
+        Entries seen less often are left out: one that occurs once always goes to its experts
+        in full.
+
+    Returns
+    -------
+    DataFrame
+        ``token`` (vocabulary id), ``text``, ``occurrences`` in the run, ``assignments`` to this
+        expert, ``share`` = assignments / occurrences; uniform routing gives top_k / n_experts.
+        Largest share first.
+    """
+    where, params = _of_expert(layer, expert_id, site, domain, phase)
+    every, every_params = conditions(domain=domain, phase=phase)
+    return run.query(
+        f"""
+        WITH seen AS (
+            SELECT token, any_value(tokens.text) AS text, count(*) AS occurrences
+            FROM tokens JOIN prompts USING (prompt_id) WHERE {every} GROUP BY token
+        ), used AS (
+            SELECT token, count(*) AS assignments
+            FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
+            WHERE {where} GROUP BY token
+        )
+        SELECT token, text, occurrences, assignments,
+            assignments / occurrences::DOUBLE AS share
+        FROM seen JOIN used USING (token) WHERE occurrences >= $min_count
+        ORDER BY share DESC, assignments DESC, token LIMIT $limit
+        """,
+        params | every_params | {"min_count": min_count, "limit": limit},
+    )
+
+
+def _of_expert(
+    layer: int, expert_id: int, site: int, domain: str | None, phase: str | None
+) -> tuple[str, Params]:
+    where, params = conditions(layer=layer, site=site, domain=domain, phase=phase)
+    return f"{where} AND expert_id = $expert_id", params | {"expert_id": expert_id}

@@ -1,0 +1,189 @@
+"""How much work every expert got. Only ``routing`` reads rows per token."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from explorer.errors import RunError
+from explorer.queries._where import conditions
+from explorer.run import Run
+
+
+def expert_load(
+    run: Run,
+    *,
+    layer: int | None = None,
+    site: int | None = None,
+    domain: str | None = None,
+    phase: str | None = None,
+) -> pd.DataFrame:
+    """Return the load of every expert, idle experts included.
+
+    Returns
+    -------
+    DataFrame
+        One row per layer, site and expert, in this order: ``layer``, ``site``, ``expert_id``,
+        ``n_experts``, ``top_k``, ``assignments``, ``weight_sum``, ``prob_sum``; ``share`` =
+        assignments / the site's assignments, and ``ratio`` = share / uniform share, so 1 is a
+        fair load. ``share`` and ``ratio`` are missing where the site has no assignment,
+        ``prob_sum`` where the router's scores were not known.
+    """
+    place, place_params = conditions(layer=layer, site=site)
+    where, params = conditions(domain=domain, phase=phase)
+    return run.query(
+        f"""
+        WITH experts AS (
+            SELECT layer, site, n_experts, top_k, unnest(range(n_experts))::INTEGER AS expert_id
+            FROM sites WHERE {place}
+        ), load AS (
+            SELECT layer, site, expert_id, sum(assignments)::BIGINT AS assignments,
+                sum(weight_sum) AS weight_sum,
+                CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum
+            FROM {"expert_load" if where == "true" else "expert_load_by"}
+            WHERE {where} GROUP BY layer, site, expert_id
+        )
+        SELECT layer, site, expert_id, n_experts, top_k,
+            coalesce(assignments, 0) AS assignments, coalesce(weight_sum, 0) AS weight_sum, prob_sum,
+            coalesce(assignments, 0) / nullif(sum(assignments) OVER of_site, 0)::DOUBLE AS share,
+            n_experts * share AS ratio
+        FROM experts LEFT JOIN load USING (layer, site, expert_id)
+        WINDOW of_site AS (PARTITION BY layer, site)
+        ORDER BY layer, site, expert_id
+        """,
+        place_params | params,
+    )
+
+
+def expert_load_by_domain(
+    run: Run, layer: int, *, site: int = 0, phase: str | None = None
+) -> pd.DataFrame:
+    """Return the load of one site's experts in each domain that occurs.
+
+    Returns
+    -------
+    DataFrame
+        One row per domain and expert: ``domain`` (``""`` = no domain), ``layer``, ``site``,
+        ``expert_id``, ``n_experts``, ``assignments``, ``share`` of the domain's assignments,
+        ``ratio`` = share / uniform share (missing where the domain has no assignment).
+    """
+    return _load_by(run, "coalesce(domain, '')", "domain", layer, site, phase=phase)
+
+
+def expert_load_by_phase(
+    run: Run, layer: int, *, site: int = 0, domain: str | None = None
+) -> pd.DataFrame:
+    """Return the load of one site's experts in each phase; columns as by domain."""
+    return _load_by(run, "phase", "phase", layer, site, domain=domain)
+
+
+def _load_by(
+    run: Run,
+    key: str,
+    name: str,
+    layer: int,
+    site: int,
+    *,
+    domain: str | None = None,
+    phase: str | None = None,
+) -> pd.DataFrame:
+    where, params = conditions(layer=layer, site=site, domain=domain, phase=phase)
+    return run.query(
+        f"""
+        WITH load AS (
+            SELECT {key} AS part, layer, site, expert_id, sum(assignments)::BIGINT AS assignments
+            FROM expert_load_by WHERE {where} GROUP BY ALL
+        )
+        SELECT part AS {name}, layer, site, expert_id, n_experts, assignments,
+            assignments / nullif(sum(assignments) OVER (PARTITION BY part), 0)::DOUBLE AS share,
+            n_experts * share AS ratio
+        FROM load JOIN sites USING (layer, site)
+        ORDER BY part = '', part, expert_id
+        """,
+        params,
+    )
+
+
+class Routing(NamedTuple):
+    """What one site chose, in the order of the forward passes.
+
+    Attributes
+    ----------
+    token_id : array [T]
+    batch : array [T]
+        The forward pass of each token.
+    expert_ids : array [T, K], int32
+        -1 = empty slot.
+    weights : array [T, K], float32
+    n_tokens : int
+        Tokens that the run has at this site and phase; more than T when ``max_tokens`` cut.
+    """
+
+    token_id: npt.NDArray[np.int64]
+    batch: npt.NDArray[np.int64]
+    expert_ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    n_tokens: int
+
+
+def routing(
+    run: Run,
+    layer: int,
+    *,
+    site: int = 0,
+    phase: str | None = None,
+    max_tokens: int | None = None,
+) -> Routing:
+    """Return a site's choices batch by batch, for limits that act within a batch.
+
+    Parameters
+    ----------
+    phase : str, optional
+        A forward pass is of one phase, so this keeps batches whole; a domain would not.
+    max_tokens : int, optional
+        Take the first batches up to about this many tokens, whole batches only, at least one.
+
+    Raises
+    ------
+    RunError
+        If the run does not hold expert ids.
+    """
+    info = run.site_info(layer, site)
+    if not run.records_ids:
+        raise RunError(
+            "This run was recorded at level stats, which keeps no expert ids per token. "
+            "Record it again with --level ids."
+        )
+    where, params = conditions(phase=phase)
+    sizes = run.query(
+        f"SELECT batch_id, tokens FROM batches WHERE {where} ORDER BY batch_id", params
+    )
+    before = sizes["tokens"].cumsum() - sizes["tokens"]
+    kept = sizes["batch_id"] if max_tokens is None else sizes["batch_id"][before < max_tokens]
+    last = -1 if kept.empty else int(kept.max())
+    order = run.table(
+        "SELECT token_id, batch_id FROM token_batches JOIN batches USING (batch_id) "
+        f"WHERE {where} AND batch_id <= $last ORDER BY batch_id, row_in_batch",
+        params | {"last": last},
+    )
+    token_id = order["token_id"].to_numpy().astype(np.int64)
+    rows = run.table(
+        "SELECT token_id, slot, expert_id, weight FROM assignments "
+        "WHERE layer = $layer AND site = $site",
+        {"layer": layer, "site": site},
+    )
+    ids = np.full((len(token_id), info.top_k), -1, dtype=np.int32)
+    weights = np.zeros((len(token_id), info.top_k), dtype=np.float32)
+    if len(token_id):
+        row_of = np.full(int(token_id.max()) + 1, -1, dtype=np.int64)
+        row_of[token_id] = np.arange(len(token_id))
+        token = rows["token_id"].to_numpy().astype(np.int64)
+        inside = token < len(row_of)
+        inside[inside] = row_of[token[inside]] >= 0
+        row = row_of[token[inside]]
+        slot = rows["slot"].to_numpy()[inside]
+        ids[row, slot] = rows["expert_id"].to_numpy()[inside]
+        weights[row, slot] = rows["weight"].to_numpy()[inside]
+    batch = order["batch_id"].to_numpy().astype(np.int64)
+    return Routing(token_id, batch, ids, weights, int(sizes["tokens"].sum()))

@@ -1,0 +1,80 @@
+"""What is in a run."""
+
+import pandas as pd
+
+from explorer.queries._where import conditions
+from explorer.run import Run
+
+
+def token_count(run: Run, *, domain: str | None = None, phase: str | None = None) -> int:
+    """Return how many tokens were recorded; padding is never recorded."""
+    where, params = conditions(domain=domain, phase=phase)
+    if where == "true":
+        return int(run.info["n_tokens"])
+    rows = run.query(
+        f"SELECT count(*) AS n FROM tokens JOIN prompts USING (prompt_id) WHERE {where}", params
+    )
+    return int(rows["n"].iloc[0])
+
+
+def domain_counts(run: Run) -> pd.DataFrame:
+    """Return what was recorded of each domain.
+
+    Returns
+    -------
+    DataFrame
+        ``domain`` (``""`` = no domain), ``prompts``, ``tokens``, ``generated`` (tokens of phase
+        generated, contained in ``tokens``), ``mean_loss`` in nats per token (missing where no
+        token has a loss), ``truncated`` prompts. Ordered by domain.
+    """
+    return run.query(
+        """
+        WITH per_prompt AS (
+            SELECT prompt_id, count(*) AS tokens, count(*) FILTER (phase = 'generated') AS generated,
+                sum(loss) AS loss, count(loss) AS losses
+            FROM tokens GROUP BY prompt_id
+        )
+        SELECT coalesce(domain, '') AS domain, count(*) AS prompts,
+            coalesce(sum(tokens), 0)::BIGINT AS tokens,
+            coalesce(sum(generated), 0)::BIGINT AS generated,
+            sum(loss) / nullif(sum(losses), 0) AS mean_loss,
+            count(*) FILTER (truncated > 0) AS truncated
+        FROM prompts JOIN prompt_sizes USING (prompt_id) LEFT JOIN per_prompt USING (prompt_id)
+        GROUP BY 1 ORDER BY 1 = '', 1
+        """
+    )
+
+
+def gate_means(run: Run, *, domain: str | None = None, phase: str | None = None) -> pd.DataFrame:
+    """Return the means of each site's per-token statistics. Reads every row of the run.
+
+    Returns
+    -------
+    DataFrame
+        ``layer``, ``site``, ``tokens`` (with statistics), ``entropy`` (nats),
+        ``normalized_entropy`` (entropy / ln E, missing for one expert), ``margin``,
+        ``logsumexp``, ``topk_mass``; missing where they were not recorded.
+    """
+    where, params = conditions(domain=domain, phase=phase)
+    return run.query(
+        f"""
+        SELECT layer, site, coalesce(any_value(n), 0) AS tokens, any_value(entropy) AS entropy,
+            any_value(entropy) / nullif(ln(any_value(n_experts)), 0) AS normalized_entropy,
+            any_value(margin) AS margin, any_value(logsumexp) AS logsumexp,
+            any_value(topk_mass) AS topk_mass
+        FROM sites LEFT JOIN (
+            SELECT layer, site, count(entropy) AS n, avg(entropy) AS entropy,
+                avg(margin) AS margin, avg(logsumexp) AS logsumexp, avg(topk_mass) AS topk_mass
+            FROM gates {_token_join(where)} GROUP BY layer, site
+        ) USING (layer, site)
+        GROUP BY layer, site ORDER BY layer, site
+        """,
+        params,
+    )
+
+
+def _token_join(where: str) -> str:
+    """Write the join to the tokens' phase and domain, or nothing where it is not needed."""
+    if where == "true":
+        return ""
+    return f"JOIN tokens USING (token_id) JOIN prompts USING (prompt_id) WHERE {where}"

@@ -1,0 +1,141 @@
+"""An open run file, as the explorer's questions see it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+import pyarrow as pa
+
+from capture.store import RunReader, SiteInfo
+from explorer.errors import RunError
+
+# how a prompt without a domain is named in filters and results; NULL in the run file
+UNLABELLED = ""
+
+
+class Run:
+    """A finished run, open for reading; safe to share between threads.
+
+    Attributes
+    ----------
+    path : Path
+    info : dict
+        The one row of the view ``run``.
+    sites : list of SiteInfo
+        Ordered by layer and site.
+    layers : list of int
+        Decoder layers with at least one site, in order.
+    domains : list of str
+        In alphabetical order, ``""`` (UNLABELLED) last when some prompts have no domain.
+    phases : list of str
+        Of ``prompt`` and ``generated``, those that occur.
+    """
+
+    def __init__(self, reader: RunReader) -> None:
+        self._reader = reader
+        self.path = Path(reader.path)
+        self.info: dict[str, Any] = dict(reader.info)
+        self.sites: list[SiteInfo] = list(reader.sites)
+        self.layers: list[int] = sorted({site.layer for site in self.sites})
+        named = self.query("SELECT DISTINCT domain FROM prompts")["domain"].tolist()
+        self.domains = sorted({name for name in named if name})
+        if any(not name for name in named):
+            self.domains.append(UNLABELLED)
+        found = set(self.query("SELECT DISTINCT phase FROM batches")["phase"])
+        self.phases: list[str] = [phase for phase in ("prompt", "generated") if phase in found]
+
+    def query(
+        self, sql: str, params: Sequence[object] | Mapping[str, object] | None = None
+    ) -> pd.DataFrame:
+        """Return the result of a SELECT; values go into ``params``, never into ``sql``.
+
+        Returns
+        -------
+        DataFrame
+            Missing is None in columns of text, NaN in columns of floats (a run file holds no
+            NaN, so it cannot be mistaken for a value) and NA in nullable columns of integers.
+        """
+        return frame(self.table(sql, params))
+
+    def table(
+        self, sql: str, params: Sequence[object] | Mapping[str, object] | None = None
+    ) -> pa.Table:
+        """Return the result of a SELECT as an Arrow table, for results of millions of rows."""
+        return self._reader.query(sql, dict(params) if isinstance(params, Mapping) else params)
+
+    def site_info(self, layer: int, site: int = 0) -> SiteInfo:
+        """Return what is known of one router.
+
+        Raises
+        ------
+        RunError
+            If the run has no router there.
+        """
+        for info in self.sites:
+            if (info.layer, info.site) == (layer, site):
+                return info
+        raise RunError(
+            f"Layer {layer} has no router {site} in {self.path.name}. "
+            f"Choose one of the layers {', '.join(map(str, self.layers))}."
+        )
+
+    @property
+    def records_ids(self) -> bool:
+        """Whether expert ids per token were recorded; at level ``stats`` they were not."""
+        return bool(self.info["level"] != "stats")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a finished run file.
+
+    Raises
+    ------
+    RunError
+        If there is no such file, or it is the ``.partial`` file of a capture that has not ended.
+    capture.errors.StoreError
+        If the file is not a run, or of a schema version that this code does not read.
+    """
+    path = Path(path)
+    if path.name.endswith(".partial"):
+        raise RunError(
+            f"{path.name} is the file of a capture that has not ended. If that capture was killed,"
+            f" close the file with: python -m capture recover {path.name}"
+        )
+    if not path.is_file():
+        raise RunError(
+            f"Expected a run file at {path}, there is none. "
+            "Record one with: python -m capture demo --prompts demo --out runs/demo.duckdb"
+        )
+    return Run(RunReader.open(path))
+
+
+def frame(table: pa.Table) -> pd.DataFrame:
+    """Return an Arrow table as a DataFrame, with missing values as ``Run.query`` says."""
+    columns: dict[str, pd.Series] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            columns[name] = pd.Series(column.to_pylist(), dtype=object)
+        elif pa.types.is_integer(column.type) and column.null_count:
+            columns[name] = pd.Series(column.to_pylist(), dtype="Int64")
+        elif pa.types.is_floating(column.type):
+            columns[name] = pd.Series(column.cast(pa.float64()).to_numpy(), dtype="float64")
+        else:
+            columns[name] = column.to_pandas()
+    return pd.DataFrame(columns)
