@@ -4,6 +4,7 @@ Each pair (``pack_*`` in numpy, ``sql_*`` as an expression) is one definition wr
 tests compare ``sql_*`` with the ``unpack_*`` twin on every code there is.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,13 +56,19 @@ def layout_for(n_experts: int, slots: int) -> Layout:
     return Layout(id_bits=8 if n_experts <= 255 else 16, slots=slots)
 
 
-def pack_ids(expert_ids: npt.NDArray[np.int32], layout: Layout) -> Words:
-    """Pack ids [R, slots] into words [R, id_words]; -1 becomes all ones."""
+def pack_ids(parts: Sequence[npt.NDArray[np.int32]], layout: Layout) -> Words:
+    """Pack blocks of ids [R_i, K_i], K_i <= slots, into words [sum R_i, id_words].
+
+    -1 and the slots that a block does not have become all ones.
+    """
     dtype = np.dtype("<u1") if layout.id_bits == 8 else np.dtype("<u2")
-    per_word = WORD_BITS // layout.id_bits
-    codes = np.full((len(expert_ids), layout.id_words * per_word), layout.empty, dtype)
-    # -1 wraps to all ones, which is the code of an empty slot
-    codes[:, : expert_ids.shape[1]] = expert_ids.astype(dtype)
+    shape = (sum(map(len, parts)), layout.id_words * WORD_BITS // layout.id_bits)
+    codes = np.full(shape, layout.empty, dtype)
+    start = 0
+    for part in parts:
+        # -1 wraps to all ones, which is the code of an empty slot
+        codes[start : start + len(part), : part.shape[1]] = part.astype(dtype)
+        start += len(part)
     return codes.view(np.dtype("<u8")).astype(np.uint64, copy=False)
 
 
@@ -119,11 +126,14 @@ def decode_weights(codes: Codes) -> npt.NDArray[np.float32]:
     return np.where(code == 0, 0.0, values).astype(np.float32)
 
 
-def pack_weights(weights: npt.NDArray[np.float32], layout: Layout) -> Words:
-    """Pack weights [R, slots] into words [R, weight_words]."""
-    per_word = WORD_BITS // WEIGHT_BITS
-    codes = np.zeros((len(weights), layout.weight_words * per_word), np.dtype("<u2"))
-    codes[:, : weights.shape[1]] = encode_weights(weights)
+def pack_weights(parts: Sequence[npt.NDArray[np.float32]], layout: Layout) -> Words:
+    """Pack blocks of weights [R_i, K_i], K_i <= slots, into words [sum R_i, weight_words]."""
+    shape = (sum(map(len, parts)), layout.weight_words * WORD_BITS // WEIGHT_BITS)
+    codes = np.zeros(shape, np.dtype("<u2"))
+    start = 0
+    for part in parts:
+        codes[start : start + len(part), : part.shape[1]] = encode_weights(part)
+        start += len(part)
     return codes.view(np.dtype("<u8")).astype(np.uint64, copy=False)
 
 
@@ -144,22 +154,20 @@ def encode_half(name: str, values: npt.NDArray[np.float32]) -> "np.ma.MaskedArra
     StoreError
         If a value is nan, or finite and beyond the range of float16.
     """
-    plain = np.ascontiguousarray(np.ma.getdata(values), np.float32)
-    missing = np.ma.getmaskarray(values)
+    plain = np.ascontiguousarray(values, np.float32)
     finite = np.isfinite(plain)
     if not finite.all():
-        if (np.isnan(plain) & ~missing).any():
+        if np.isnan(plain).any():
             raise StoreError(
-                f"The statistic {name} must be a number, got nan. Mask what is missing."
+                f"The statistic {name} must be a number, got nan. Pass None where it is not known."
             )
-        missing = missing | ~finite
         plain = np.where(finite, plain, np.float32(0))
     if plain.size and max(float(plain.max()), -float(plain.min())) >= HALF_LIMIT:
         raise StoreError(
             f"The statistic {name} must lie within +-{HALF_LIMIT:g}, got "
             f"{plain[np.abs(plain).argmax()]}. Check the model's precision (dtype)."
         )
-    return np.ma.MaskedArray(plain.astype(np.float16).view(np.uint16), missing)
+    return np.ma.MaskedArray(plain.astype(np.float16).view(np.uint16), ~finite)
 
 
 def decode_half(codes: Codes) -> npt.NDArray[np.float32]:

@@ -215,16 +215,9 @@ class RowBuilder:
         ]
 
     def _route_columns(self, forward: ForwardRows) -> list[Any]:
-        n_tokens = len(forward.tokens.token_id)
-        shape = (len(forward.sites) * n_tokens, self._layout.slots)
-        ids = np.full(shape, -1, np.int32)
-        weights = np.zeros(shape, np.float32)
-        for index, site in enumerate(forward.sites):
-            place = slice(index * n_tokens, (index + 1) * n_tokens)
-            if site.expert_ids is not None and site.weights is not None:
-                ids[place, : site.expert_ids.shape[1]] = site.expert_ids
-                weights[place, : site.weights.shape[1]] = site.weights
-        everything = [np.arange(n_tokens)] * len(forward.sites)
+        ids = [site.expert_ids for site in forward.sites if site.expert_ids is not None]
+        weights = [site.weights for site in forward.sites if site.weights is not None]
+        everything = [np.arange(len(forward.tokens.token_id))] * len(forward.sites)
         id_words = pack_ids(ids, self._layout)
         weight_words = pack_weights(weights, self._layout)
         return [
@@ -241,8 +234,11 @@ class RowBuilder:
         parts = [getattr(site, name) for site in forward.sites]
         if all(part is None for part in parts):
             return pa.nulls(n_tokens * len(parts), pa.uint16())
-        unknown = np.ma.masked_all(n_tokens, np.float32)
-        joined = np.ma.concatenate([unknown if part is None else part for part in parts])
+        # an infinite statistic has no finite value and becomes NULL, as one that is not known
+        unknown = np.full(n_tokens, np.inf, np.float32)
+        joined = np.concatenate(
+            [unknown if part is None else np.ma.filled(part, np.inf) for part in parts]
+        )
         codes = encode_half(name, joined)
         if len(codes) != n_tokens * len(parts):
             raise StoreError(
@@ -263,10 +259,11 @@ class RowBuilder:
             return []
         lengths = np.concatenate([np.full(len(rows), v.shape[1], np.int32) for rows, v in vectors])
         flat = np.concatenate([v.astype(np.float32).ravel() for _, v in vectors])
-        offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
-        # a masked expert's score of -inf is no number: NULL
-        values = pa.array(flat, pa.float32(), mask=np.isneginf(flat))
-        lists = pa.ListArray.from_arrays(pa.array(offsets), values)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        # the score of an expert that was ruled out is -inf, which is no number: NULL
+        ruled_out = np.isneginf(flat)
+        values = pa.array(flat, pa.float32(), mask=ruled_out if ruled_out.any() else None)
+        lists = pa.LargeListArray.from_arrays(pa.array(offsets), values)
         return [*self._places(forward, [rows for rows, _ in vectors]), lists]
 
     def _check_vectors(

@@ -38,7 +38,7 @@ def tables(layout: Layout) -> dict[str, list[Column]]:
     one per forward pass; ``rollup`` one per site, domain and phase, with lists over experts.
     """
     place = [Column("token_id", *_INTEGER), Column("layer", *_INTEGER), Column("site", *_INTEGER)]
-    floats = ("FLOAT[] NOT NULL", pa.list_(pa.float32()))
+    floats = ("FLOAT[] NOT NULL", pa.large_list(pa.float32()))
     return {
         "token": [
             Column("token_id", *_INTEGER),
@@ -71,9 +71,9 @@ def tables(layout: Layout) -> dict[str, list[Column]]:
             Column("site", *_INTEGER),
             Column("domain", *_TEXT),
             Column("phase", "VARCHAR NOT NULL", pa.string()),
-            Column("assignments", "BIGINT[] NOT NULL", pa.list_(pa.int64())),
-            Column("weight_sum", "DOUBLE[] NOT NULL", pa.list_(pa.float64())),
-            Column("prob_sum", "DOUBLE[]", pa.list_(pa.float64())),
+            Column("assignments", "BIGINT[] NOT NULL", pa.large_list(pa.int64())),
+            Column("weight_sum", "DOUBLE[] NOT NULL", pa.large_list(pa.float64())),
+            Column("prob_sum", "DOUBLE[]", pa.large_list(pa.float64())),
         ],
     }
 
