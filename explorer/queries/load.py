@@ -45,7 +45,8 @@ def expert_load(
             WHERE {where} GROUP BY layer, site, expert_id
         )
         SELECT layer, site, expert_id, n_experts, top_k,
-            coalesce(assignments, 0) AS assignments, coalesce(weight_sum, 0) AS weight_sum, prob_sum,
+            coalesce(assignments, 0) AS assignments, coalesce(weight_sum, 0) AS weight_sum,
+            prob_sum,
             coalesce(assignments, 0) / nullif(sum(assignments) OVER of_site, 0)::DOUBLE AS share,
             n_experts * share AS ratio
         FROM experts LEFT JOIN load USING (layer, site, expert_id)

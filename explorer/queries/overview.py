@@ -30,7 +30,8 @@ def domain_counts(run: Run) -> pd.DataFrame:
     return run.query(
         """
         WITH per_prompt AS (
-            SELECT prompt_id, count(*) AS tokens, count(*) FILTER (phase = 'generated') AS generated,
+            SELECT prompt_id, count(*) AS tokens,
+                count(*) FILTER (phase = 'generated') AS generated,
                 sum(loss) AS loss, count(loss) AS losses
             FROM tokens GROUP BY prompt_id
         )

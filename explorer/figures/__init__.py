@@ -1,0 +1,19 @@
+"""Pure functions from DataFrames to plotly figures; all text from outside is escaped here.
+
+load        load_heatmap(load, *, scope, order, pins, dark)     layer x expert, clickable
+            load_bars(load, *, scope, pins, dark)               lorenz(load, *, scope, dark)
+            domain_heatmap(load, *, scope, by, dark)            floor_note(floor)
+balance     balance_over_layers(table, metric, *, scope, dark)  METRIC_TEXTS
+            capacity_curve(curve, *, layer, capacity_factor, zero_from, n_batches, scope, dark)
+tokens      token_layer_heatmap(values, quantity, *, scope, start, dark)
+            token_routes(experts, *, token_text, pins, dark)
+            score_bars(scores, *, layer, token_text, unit, baseline, order, column, dark)
+caption     Scope(n_tokens, domain, phase, complete), the tokens behind a figure
+text        visible(text), label(text), domain_label(domain)
+theme       template(dark), pin_colors(pins), SEQUENTIAL, diverging(dark)
+
+A click returns ``customdata`` that starts with [layer, site, expert], or [layer, site, token_id]
+in ``token_layer_heatmap``; numbers may arrive as floats. ``explorer.balance`` makes the tables for
+``balance``: balance_table(load, *, n_tokens), capacity_table(chosen, n_experts, factors),
+smallest_safe_factor(chosen, n_experts). Show figures with ``theme=None``: they bring their own.
+"""

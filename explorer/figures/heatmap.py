@@ -1,0 +1,169 @@
+"""A heatmap whose cells can be clicked."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+
+from explorer.errors import ExplorerError
+from explorer.figures import theme
+
+# a browser takes seconds to draw more, and every cell is also a point of the click layer
+MAX_CELLS = 60_000
+# above this many, labels overlap
+MAX_LABELS = 60
+_LABELS_SHOWN = 16
+# a click counts for the nearest marker within this many pixels, which on a grid is its own cell
+_CLICK_REACH = 80
+
+
+class Scale(NamedTuple):
+    """Colours of a heatmap.
+
+    Attributes
+    ----------
+    title : str
+        Of the colour bar, with unit.
+    low, high : float
+        Ends of the scale; values beyond take the colour of the end.
+    neutral : float or None
+        Middle of a diverging scale; None for a sequential one.
+    ticks : dict, optional
+        Value -> label of the colour bar.
+    """
+
+    title: str
+    low: float
+    high: float
+    neutral: float | None = None
+    ticks: dict[float, str] | None = None
+
+
+def clickable_heatmap(
+    z: npt.NDArray[np.float64],
+    *,
+    ids: npt.NDArray[Any],
+    hover: str,
+    hover_text: Sequence[str] | None = None,
+    x_labels: Sequence[str],
+    y_labels: Sequence[str],
+    x_title: str,
+    y_title: str,
+    scale: Scale,
+    dark: bool,
+) -> go.Figure:
+    """Draw a heatmap under a layer of near-invisible markers that carry the ids of the cells.
+
+    Streamlit gets nothing from a click on a heatmap (streamlit#8760), but does from a click on
+    a marker. Axes are integer positions with tick texts, since plotly merges equal categories
+    (plotly.js#1516).
+
+    Parameters
+    ----------
+    z : array [Y, X]
+        nan = missing, drawn as grey ground. The first row is drawn at the top.
+    ids : array [Y, X, C], numbers
+        What a click returns as ``customdata``.
+    hover : str
+        Hover template; ``%{customdata[0]}`` and so on are the ids, ``%{text}`` the hover text.
+    hover_text : sequence [Y * X] of str, optional
+        Escaped.
+    x_labels, y_labels : sequences [X], [Y] of str
+        Escaped.
+
+    Raises
+    ------
+    ExplorerError
+        For more cells than a browser can draw.
+    """
+    rows, columns = z.shape
+    if z.size > MAX_CELLS:
+        raise ExplorerError(
+            f"Expected at most {MAX_CELLS:,} cells in a heatmap, got {rows:,} x {columns:,}. "
+            "Show a part of the rows or columns."
+        )
+    figure = go.Figure(
+        go.Heatmap(
+            z=z,
+            x=np.arange(columns),
+            y=np.arange(rows),
+            colorscale=theme.SEQUENTIAL if scale.neutral is None else theme.diverging(dark),
+            zmin=scale.low,
+            zmax=scale.high,
+            hoverinfo="skip",
+            colorbar=_colorbar(scale),
+        )
+    )
+    y, x = np.divmod(np.arange(z.size), columns) if z.size else (np.empty(0), np.empty(0))
+    figure.add_trace(
+        go.Scattergl(
+            x=x,
+            y=y,
+            mode="markers",
+            # fully transparent markers get no clicks
+            marker={"symbol": "square", "size": 10, "opacity": 0.001},
+            # the default fades all other markers, which shows nothing here but costs a redraw
+            unselected={"marker": {"opacity": 0.001}},
+            selected={"marker": {"opacity": 0.001}},
+            customdata=ids.reshape(z.size, -1),
+            text=None if hover_text is None else list(hover_text),
+            hovertemplate=hover + "<extra></extra>",
+            showlegend=False,
+            name="cells",
+        )
+    )
+    figure.update_xaxes(title=x_title, range=[-0.5, columns - 0.5], **_ticks(x_labels))
+    figure.update_yaxes(title=y_title, range=[rows - 0.5, -0.5], **_ticks(y_labels))
+    figure.update_layout(
+        clickmode="event+select",
+        dragmode="zoom",
+        hovermode="closest",
+        hoverdistance=_CLICK_REACH,
+    )
+    return figure
+
+
+def ground(figure: go.Figure, dark: bool) -> go.Figure:
+    """Paint the ground of missing cells; call after ``theme.finish``."""
+    figure.update_layout(plot_bgcolor=theme.missing(dark))
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def outline(
+    figure: go.Figure, cells: Sequence[tuple[float, float]], color: str, name: str
+) -> go.Figure:
+    """Mark cells (x, y) with an outline of one colour and a legend entry ``name`` (escaped)."""
+    figure.add_trace(
+        go.Scatter(
+            x=[x for x, _ in cells],
+            y=[y for _, y in cells],
+            mode="markers",
+            marker={"symbol": "square-open", "size": 13, "color": color, "line": {"width": 3}},
+            name=name,
+            hoverinfo="skip",
+        )
+    )
+    return figure
+
+
+def _ticks(labels: Sequence[str]) -> dict[str, Any]:
+    """Return tick positions and texts, thinned where all of them would overlap."""
+    step = 1 if len(labels) <= MAX_LABELS else -(-len(labels) // _LABELS_SHOWN)
+    shown = list(range(0, len(labels), step))
+    return {
+        "tickmode": "array",
+        "tickvals": shown,
+        "ticktext": [labels[i] for i in shown],
+        "tickfont": {"size": 10},
+    }
+
+
+def _colorbar(scale: Scale) -> dict[str, Any]:
+    bar: dict[str, Any] = {"title": {"text": scale.title, "side": "right"}, "thickness": 14}
+    if scale.ticks:
+        bar |= {"tickvals": list(scale.ticks), "ticktext": list(scale.ticks.values())}
+    return bar

@@ -1,0 +1,110 @@
+"""Colours and templates of all figures, for light and dark ground.
+
+Sequential scales are cividis; scales with a neutral middle run from purple (less) over the ground
+to orange (more); named things are Okabe-Ito colours, at most eight at a time. All of them can be
+told apart with the common colour vision deficiencies.
+"""
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+SEQUENTIAL = "cividis"
+# ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the
+# cells that stand out are the ones far from neutral on either ground
+_DIVERGING = {
+    False: ["#2d004b", "#8073ac", "#d8daeb", "#f7f7f7", "#fee0b6", "#e08214", "#7f3b08"],
+    True: ["#d8daeb", "#8073ac", "#4a3a75", "#2a2a32", "#7f3b08", "#e08214", "#fee0b6"],
+}
+# Okabe and Ito 2008; black gives way to grey, which is seen on both grounds
+OKABE_ITO = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#999999",
+)
+_MISSING = {False: "#d9d9d9", True: "#4d4d4d"}
+_TEXT = {False: "#262730", True: "#fafafa"}
+_GROUND = {False: "#ffffff", True: "#0e1117"}
+_GRID = {False: "#e6e6ea", True: "#31333f"}
+_ACCENT = {False: "#0072B2", True: "#56B4E9"}
+
+PinKey = tuple[int, int, int]  # layer, site, expert
+
+
+def diverging(dark: bool) -> list[tuple[float, str]]:
+    """Return the colour scale for values around a neutral one."""
+    colors = _DIVERGING[dark]
+    return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
+
+
+def missing(dark: bool) -> str:
+    """Return the ground of heatmaps, seen where there is no value."""
+    return _MISSING[dark]
+
+
+def accent(dark: bool) -> str:
+    """Return the colour of a single series."""
+    return _ACCENT[dark]
+
+
+def foreground(dark: bool) -> str:
+    """Return the colour of text and reference lines."""
+    return _TEXT[dark]
+
+
+def pin_colors(pins: Sequence[PinKey]) -> dict[PinKey, str]:
+    """Return a colour for each pinned (layer, site, expert), in the order of pinning.
+
+    From the ninth pin on there is no colour left; such pins are not in the result.
+    """
+    return dict(zip(dict.fromkeys(pins), OKABE_ITO, strict=False))
+
+
+def template(dark: bool) -> go.layout.Template:
+    """Return the plotly template; figures carry it, so that an export looks like the screen."""
+    axis = {
+        "gridcolor": _GRID[dark],
+        "linecolor": _GRID[dark],
+        "zeroline": False,
+        "automargin": True,
+        "title": {"standoff": 8},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"family": "Source Sans Pro, Arial, sans-serif", "color": _TEXT[dark]},
+            "title": {"x": 0, "xanchor": "left", "font": {"size": 15}},
+            "paper_bgcolor": _GROUND[dark],
+            "plot_bgcolor": _GROUND[dark],
+            "colorway": list(OKABE_ITO),
+            "margin": {"l": 60, "r": 20, "t": 64, "b": 48},
+            "xaxis": axis,
+            "yaxis": axis,
+            "hoverlabel": {"align": "left"},
+            "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
+        }
+    )
+
+
+def finish(
+    figure: go.Figure, *, title: str, caption: str, dark: bool, height: int = 380
+) -> go.Figure:
+    """Set what every figure has: title with unit, caption, template, and a steady zoom.
+
+    Parameters
+    ----------
+    title, caption : str
+        Already escaped where they hold text from outside.
+    """
+    figure.update_layout(
+        template=template(dark),
+        title={"text": title, "subtitle": {"text": caption, "font": {"size": 12}}},
+        height=height,
+        # without it, plotly forgets the zoom whenever a page is drawn again
+        uirevision="keep",
+    )
+    return figure
