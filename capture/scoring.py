@@ -53,10 +53,9 @@ def explains_choice(
     score_function: str,
     *,
     selection_bias: torch.Tensor | None,
-    n_groups: int | None,
-    top_groups: int | None,
+    groups: tuple[int | None, int | None],
 ) -> bool:
-    """Whether choosing by scores, bias and groups gives the ids [T, K] that were seen.
+    """Whether choosing by scores, bias and groups (count, kept) gives the ids [T, K] seen.
 
     The test is the margin itself, as it will be recorded: it is negative where a chosen expert
     scores below one left out.
@@ -69,8 +68,8 @@ def explains_choice(
         top_k=expert_ids.shape[-1],
         score_function=function,
         selection_bias=None if selection_bias is None else selection_bias.float().cpu(),
-        n_groups=n_groups,
-        top_groups=top_groups,
+        n_groups=groups[0],
+        top_groups=groups[1],
         expert_ids=expert_ids,
         weights=torch.ones_like(expert_ids, dtype=torch.float32),
     )

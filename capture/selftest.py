@@ -15,6 +15,7 @@ from capture.sites import Site, find_sites, text_config
 # enough tokens that a rule which does not explain the choice is caught, few enough to be quick
 ROWS, LENGTH = 4, 16
 SEED = 0
+NO_GROUPS = (None, None)
 
 
 def attach(model: nn.Module) -> list[Site]:
@@ -98,15 +99,22 @@ def _measured(site: Site, seen: SiteObservation, n_tokens: int) -> Site:
     label = site.parts.score_function or score_function_of(
         scores, ids, weights, half=seen.weights.dtype != torch.float32
     )
-    margin = explains_choice(
-        scores,
-        ids,
-        label,
-        selection_bias=site.selection_bias,
-        n_groups=site.n_groups,
-        top_groups=site.top_groups,
+    bias, groups = site.selection_bias, (site.n_groups, site.top_groups)
+    # a router may carry a bias or groups that its configuration switches off
+    for use_bias, use_groups in ((bias, groups), (bias, NO_GROUPS), (None, NO_GROUPS)):
+        if explains_choice(scores, ids, label, selection_bias=use_bias, groups=use_groups):
+            bias, groups, known = use_bias, use_groups, True
+            break
+    else:
+        known = False
+    return replace(
+        site,
+        info=site.info._replace(score_function=label),
+        selection_bias=bias,
+        n_groups=groups[0],
+        top_groups=groups[1],
+        margin_known=known,
     )
-    return replace(site, info=site.info._replace(score_function=label), margin_known=margin)
 
 
 def _check_values(site: Site, ids: torch.Tensor, weights: torch.Tensor, n_tokens: int) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from capture.adapters import ADAPTERS, Adapter, Parts, probe
-from capture.adapters.standard import router_of
 from capture.errors import SiteError
 from capture.store.records import SiteInfo
 
@@ -131,32 +130,26 @@ def layer_of(module: str) -> int:
 
 def _blocks(model: nn.Module, config: object) -> Iterator[tuple[str, nn.Module, Adapter, Parts]]:
     """Yield every block that an adapter recognises; refuse one that routes unrecognised."""
-    unknown = []
-    inside: set[nn.Module] = set()
+    unknown: list[tuple[str, nn.Module]] = []
+    known: set[nn.Module] = set()
     for module, parent in model.named_modules():
         if set(module.split(".")) & set(OTHER_STACKS):
             continue
         for adapter in ADAPTERS:
             parts = adapter.find(parent, config)
             if parts is not None:
-                inside.update({parent, parts.router, parts.experts})
+                known.update((parent, *parts.router.modules(), *parts.experts.modules()))
                 yield module, parent, adapter, parts
                 break
         else:
-            if _looks_routed(parent):
+            if any(name == "experts" or "router" in name for name, _ in parent.named_children()):
                 unknown.append((module, parent))
     for module, parent in unknown:
-        if not any(child in inside for child in parent.children()):
+        if parent not in known and known.isdisjoint(parent.children()):
             raise SiteError(
-                f"{module} ({type(parent).__name__}) has experts, but no place was found where "
-                "their ids and weights can be read. This architecture is not supported."
+                f"{module} ({type(parent).__name__}) routes to experts, but no place was found "
+                "where ids and weights can be read. This architecture is not supported."
             )
-
-
-def _looks_routed(block: nn.Module) -> bool:
-    """Whether a block has experts or a router of a kind that no adapter knows."""
-    children = dict(block.named_children())
-    return "experts" in children or ("router" in children and router_of(block) is not None)
 
 
 def _site(

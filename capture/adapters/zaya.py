@@ -1,0 +1,43 @@
+"""ZAYA: one more class than experts, "skip", which the router hides as expert 0 with weight 0."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from capture.adapters.base import Channel, Parts, Rows
+from capture.adapters.standard import StandardAdapter
+
+
+class SkipExpertAdapter:
+    """Count "skip this block" as one more expert, with the highest id and weight 0.
+
+    The router scores E experts and the class E, "skip"; where that class is chosen, the experts
+    are told expert 0 with weight 0, which a naive count takes for expert 0. A softmax never gives
+    exactly 0 to a class it chose by itself, so weight 0 marks the skipped tokens.
+    """
+
+    name = "skip-expert"
+    _standard = StandardAdapter()
+
+    def find(self, block: nn.Module, config: object) -> Parts | None:
+        """Recognise a standard block whose router has exactly one class more than experts."""
+        parts = self._standard.find(block, config)
+        classes = getattr(parts.router, "num_router_classes", None) if parts else None
+        experts = getattr(parts.router, "num_experts", None) if parts else None
+        if parts is None or not isinstance(experts, int) or classes != experts + 1:
+            return None
+        return parts._replace(n_experts=classes)
+
+    def listen(self, parts: Parts, channel: Channel, rows: Rows) -> Sequence[RemovableHandle]:
+        """Listen as usual, and name the skipped slots."""
+        handles = self._standard.listen(parts, channel, rows)
+
+        def on_experts(_: nn.Module, args: object) -> None:
+            ids, weights = channel.expert_ids, channel.weights
+            if ids is not None and weights is not None:
+                skipped: torch.Tensor = (weights == 0) & (ids == 0)
+                channel.expert_ids = ids.masked_fill(skipped, parts.n_experts - 1)
+
+        return [*handles, parts.experts.register_forward_pre_hook(on_experts)]
