@@ -10,6 +10,8 @@ CaptureError
 └── CaptureCancelled      the caller asked the capture to stop; what was recorded is kept
 """
 
+from pathlib import Path
+
 
 class CaptureError(Exception):
     """Base of everything capture raises on purpose; the message says what to do."""
@@ -40,4 +42,14 @@ class SchemaVersionError(StoreError):
 
 
 class CaptureCancelled(CaptureError):
-    """The caller asked the capture to stop; what was recorded is kept."""
+    """The caller asked the capture to stop; what was recorded is kept.
+
+    Attributes
+    ----------
+    path : Path or None
+        The finished, incomplete run; None when nothing was recorded yet.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path

@@ -1,0 +1,144 @@
+"""Next-token losses in pieces, so that [tokens, vocabulary] never exists at once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.sites import text_config
+
+Finish = Callable[[torch.Tensor], torch.Tensor]
+
+# logits held at a time; on a CPU they should stay within its caches
+LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+FLOAT_BYTES = 4
+# relative to the largest logit; half-precision heads round differently by shape
+PROBE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
+HALF_TOLERANCE = 2e-2
+
+
+class Head:
+    """The last step of a language model, run on chosen rows only.
+
+    While open, the model computes logits of one position instead of all, and the rows that the
+    caller asks for are computed in pieces. Where the model does more to its logits than one
+    of the known last steps, it is left to compute all of them.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._module: nn.Module | None = model.get_output_embeddings()
+        self._hidden: torch.Tensor | None = None
+        self._narrow = False
+        self._finish: Finish | None = None
+
+    @contextmanager
+    def open(self, probe_ids: torch.Tensor) -> Iterator["Head"]:
+        """Attach to the output layer and find out by ``probe_ids`` [B, S] what follows it."""
+        if self._module is None:
+            yield self
+            return
+        handle = self._module.register_forward_pre_hook(self._on_head)
+        try:
+            self._finish = self._probe(probe_ids)
+            self._narrow = self._finish is not None
+            yield self
+        finally:
+            handle.remove()
+            self._narrow = False
+            self._hidden = None
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether logits are computed in pieces."""
+        return self._finish is not None
+
+    def take(self, output: Any) -> torch.Tensor:
+        """Return what :meth:`logits` needs from a forward pass, flattened to rows [R, ...]."""
+        if self._finish is None or self._hidden is None:
+            values: torch.Tensor = output.logits
+        else:
+            values, self._hidden = self._hidden, None
+        return values.reshape(-1, values.shape[-1])
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [R, V] of rows that :meth:`take` gave."""
+        if self._finish is None or self._module is None:
+            return rows.float()
+        logits = self._finish(self._module(rows)).float()
+        self._hidden = None  # the hook saw these rows too
+        return logits
+
+    def losses(
+        self, taken: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of predicting ``targets`` [N] from ``rows`` [N] of ``taken``, nats."""
+        loss = torch.empty(len(rows), dtype=torch.float32, device=taken.device)
+        vocabulary = self.vocabulary(taken)
+        budget = LOGIT_BYTES.get(taken.device.type, LOGIT_BYTES["cpu"])
+        step = max(1, budget // (vocabulary * FLOAT_BYTES))
+        for start in range(0, len(rows), step):
+            piece = slice(start, start + step)
+            logits = self.logits(taken.index_select(0, rows[piece]))
+            loss[piece] = nn.functional.cross_entropy(logits, targets[piece], reduction="none")
+        return loss
+
+    def vocabulary(self, taken: torch.Tensor) -> int:
+        """Return the width of the logits."""
+        if self._finish is None:
+            return int(taken.shape[-1])
+        return int(self._module.weight.shape[0])  # type: ignore[union-attr, index]
+
+    def _on_head(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], torch.Tensor):
+            return None
+        self._hidden = args[0].detach()
+        if not self._narrow or args[0].ndim < 3:
+            return None
+        return (args[0][:, -1:], *args[1:])
+
+    def _probe(self, ids: torch.Tensor) -> Finish | None:
+        """Return what the model does after its output layer, or None when that is unknown."""
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            )
+            hidden, logits = self._hidden, output.logits
+            weight = getattr(self._module, "weight", None)
+            if hidden is None or hidden.shape[:-1] != logits.shape[:-1] or weight is None:
+                return None
+            if self._module is None or weight.shape[0] != logits.shape[-1]:
+                return None
+            plain = self._module(hidden)
+            tolerance = PROBE_TOLERANCE.get(weight.dtype, HALF_TOLERANCE)
+            limit = logits.float().abs().amax() * tolerance
+            for finish in _known_finishes(text_config(self._model)):
+                error = (finish(plain).float() - logits.float()).abs().amax()
+                if bool(error <= limit):
+                    return finish
+        return None
+
+
+def _known_finishes(config: Any) -> Iterator[Finish]:
+    """Yield the last steps that causal language models take, those the config names first."""
+    scaling = getattr(config, "logits_scaling", None)  # Granite
+    if scaling:
+        yield lambda logits: logits / scaling
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale:
+        yield lambda logits: logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    if cap:
+        yield lambda logits: torch.tanh(logits / cap) * cap
+    # last: small logits pass a soft cap almost unchanged
+    yield _identity
+
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits

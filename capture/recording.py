@@ -1,0 +1,208 @@
+"""Run batches through a tapped model and send what its sites did to the writer."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from capture.assemble import DecodeStep, PromptStep
+from capture.batching import Ints, PaddedBatch, pad_batch
+from capture.buffer import Staging, WriterThread
+from capture.forward import PromptPass, Runner, to_device
+from capture.hooks import Taps
+from capture.observe import Rows, SiteGroup, observe
+from capture.sampling import Sample
+from capture.sites import Site
+from capture.store.records import Level
+from capture.tokens import TokenizedPrompt
+
+
+@dataclass
+class HiddenRows:
+    """Tells the taps which router inputs to keep in the next forward pass."""
+
+    rows: torch.Tensor | None = None
+
+    def __call__(self) -> torch.Tensor | None:
+        """Return the rows of the batch that belong to the sample."""
+        return self.rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recording needs to know of its prompts.
+
+    Attributes
+    ----------
+    prompts : sequence of TokenizedPrompt
+    batches : sequence of array
+        Numbers of the prompts of each forward pass.
+    sample : Sample
+    level : Level
+    generate : int, tokens
+    pad_id : int
+    end_ids : tuple of int
+        Tokens that end a generated text.
+    """
+
+    prompts: Sequence[TokenizedPrompt]
+    batches: Sequence[Ints]
+    sample: Sample
+    level: Level
+    generate: int
+    pad_id: int
+    end_ids: tuple[int, ...]
+
+
+@dataclass
+class Recording:
+    """The loop over batches; every forward pass ends as one step in the writer's queue.
+
+    Attributes
+    ----------
+    runner, taps, hidden_rows, sites, groups : as the session made them
+    plan : Plan
+    thread : WriterThread
+    advance : callable
+        Told the number of rows of every forward pass.
+    check : callable
+        Called before every forward pass; raises to end the recording.
+    """
+
+    runner: Runner
+    taps: Taps
+    hidden_rows: HiddenRows
+    sites: Sequence[Site]
+    groups: Sequence[SiteGroup]
+    plan: Plan
+    thread: WriterThread[PromptStep | DecodeStep]
+    advance: Callable[[int], None]
+    check: Callable[[], None]
+    staging: Staging = field(default_factory=Staging)
+
+    def __post_init__(self) -> None:
+        """Count the tokens and the domains."""
+        prompts = self.plan.prompts
+        lengths = [len(prompt.ids) for prompt in prompts]
+        self._first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._domains = list(dict.fromkeys(prompt.domain for prompt in prompts))
+        number = {domain: i for i, domain in enumerate(self._domains)}
+        self._domain_of = np.array([number[prompt.domain] for prompt in prompts], dtype=np.int64)
+        self._ids = [prompt.ids for prompt in prompts]
+
+    def run(self) -> None:
+        """Record every batch of the plan."""
+        side: Literal["left", "right"] = "left" if self.plan.generate else "right"
+        with torch.inference_mode():
+            for prompts in self.plan.batches:
+                batch = pad_batch(prompts, self._ids, side=side, pad_id=self.plan.pad_id)
+                self.check()
+                done = self._prompts(batch)
+                if self.plan.generate:
+                    self._generate(batch, done)
+
+    def _prompts(self, batch: PaddedBatch) -> PromptPass:
+        device = self.runner.device
+        token_id = self._first[batch.row_prompt] + batch.position
+        sampled = np.flatnonzero(self.plan.sample.is_sampled[token_id])
+        place = to_device(batch.rows[sampled], device) if len(sampled) else None
+        self.hidden_rows.rows = place
+        try:
+            done = self.runner.prompts(batch, keep_cache=self.plan.generate > 0)
+        finally:
+            self.hidden_rows.rows = None
+        domains, of_prompt = self._local_domains(batch)
+        rows = Rows(
+            rows=to_device(batch.rows, device) if batch.is_padded else None,
+            domain=to_device(np.repeat(of_prompt, batch.lengths), device),
+            n_domains=len(domains),
+            sampled=to_device(sampled, device) if len(sampled) else None,
+        )
+        tensors = {"loss": done.loss} | self._observed(rows)
+        parcel = self.staging.send(tensors, stop=self.thread.failed)
+        self.thread.put(PromptStep(batch, domains, sampled, parcel))
+        self.advance(len(batch.rows))
+        return done
+
+    def _generate(self, batch: PaddedBatch, done: PromptPass) -> None:
+        """Decode greedily; a row that has ended is computed on, but no longer counts."""
+        device = done.taken.device
+        width = batch.input_ids.shape[1]
+        domains, of_prompt = self._local_domains(batch)
+        domain = to_device(of_prompt, device)
+        end_ids = torch.tensor(self.plan.end_ids, dtype=torch.int64, device=device)
+        last = to_device((np.arange(len(batch.prompts)) + 1) * width - 1, device)
+        token = self.runner.head.logits(done.taken.index_select(0, last)).argmax(dim=-1)  # [B]
+        state: dict[str, Any] = {
+            "cache": done.cache,
+            "mask": to_device(batch.mask, self.runner.device),
+            "position": to_device(batch.lengths, self.runner.device),
+        }
+        valid = torch.ones_like(token, dtype=torch.bool)
+        all_ended = threading.Event()
+        for number in range(self.plan.generate):
+            if all_ended.is_set():
+                return
+            self.check()
+            logits = self._decode(token, state)
+            following = logits.argmax(dim=-1)
+            goes_on = valid & ~torch.isin(token, end_ids)
+            if number == self.plan.generate - 1:
+                goes_on = torch.zeros_like(goes_on)
+            loss = torch.nn.functional.cross_entropy(logits, following, reduction="none")
+            tensors = {
+                "token": token, "loss": loss, "has_loss": goes_on,
+                "valid": valid, "goes_on": goes_on,
+            }  # fmt: skip
+            tensors |= self._observed(Rows(None, domain, len(domains), None, valid))
+            parcel = self.staging.send(tensors, stop=self.thread.failed)
+            self.thread.put(DecodeStep(batch, domains, number, all_ended, parcel))
+            self.advance(len(batch.prompts))
+            valid = goes_on
+            token = torch.where(goes_on, following, self.plan.pad_id)
+
+    def _decode(self, token: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        """Feed one token per row and return the logits of the next, [B, V] float32."""
+        mask = state["mask"]
+        state["mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        output = self.runner.model(
+            input_ids=token.to(mask.device)[:, None],
+            attention_mask=state["mask"],
+            past_key_values=state["cache"],
+            use_cache=True,
+            **self.runner.positions(state["position"][:, None]),
+        )
+        state["cache"] = output.past_key_values
+        state["position"] = state["position"] + 1
+        return self.runner.head.logits(self.runner.head.take(output))
+
+    def _observed(self, rows: Rows) -> dict[str, torch.Tensor]:
+        seen = self.taps.take()
+        tensors: dict[str, torch.Tensor] = {}
+        for number, group in enumerate(self.groups):
+            device = seen[group.members[0]].expert_ids.device
+            here = rows if device == rows.domain.device else _moved(rows, device)
+            found = observe(group, self.sites, seen, here, self.plan.level)
+            tensors |= {f"{number}.{name}": tensor for name, tensor in found.items()}
+        return tensors
+
+    def _local_domains(self, batch: PaddedBatch) -> tuple[list[str | None], Ints]:
+        """Return the domains of a batch and each prompt's place among them."""
+        present, of_prompt = np.unique(self._domain_of[batch.prompts], return_inverse=True)
+        return [self._domains[i] for i in present], of_prompt.astype(np.int64)
+
+
+def _moved(rows: Rows, device: torch.device) -> Rows:
+    def move(value: torch.Tensor | None) -> torch.Tensor | None:
+        return None if value is None else value.to(device, non_blocking=True)
+
+    return Rows(
+        rows=move(rows.rows),
+        domain=rows.domain.to(device, non_blocking=True),
+        n_domains=rows.n_domains,
+        sampled=move(rows.sampled),
+        valid=move(rows.valid),
+    )

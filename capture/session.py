@@ -1,0 +1,416 @@
+"""One capture from start to end: load, test, estimate, record, check, close."""
+
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capture.config import DEFAULT_SAMPLE_TOKENS, CaptureConfig
+from capture.errors import CaptureCancelled, CaptureError, ConfigError
+from capture.estimate import Estimate, check_space, estimate
+from capture.progress import Progress, Reporter
+from capture.prompts import PromptSource, read_prompts
+from capture.sampling import Sample, plan_sample
+from capture.store import PromptInfo, RunInfo, RunWriter
+from capture.store.files import check_new
+from capture.store.records import Level
+from capture.tokens import TokenizedPrompt, has_offsets, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from capture.assemble import DecodeStep, PromptStep
+    from capture.buffer import WriterThread
+    from capture.models import LoadedModel
+    from capture.recording import Plan
+    from capture.sites import Site
+
+__all__ = ["Progress", "record"]
+
+log = logging.getLogger(__name__)
+
+# padded tokens of a forward pass; on a CPU larger ones leave the caches, on a GPU smaller ones
+# leave it idle
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+NO_TEXT = "The tokenizer {name} gives no character offsets, so the text of tokens is not known."
+
+
+class _Stop(Exception):
+    """The caller's ``cancel`` said so."""
+
+
+def record(
+    model: "str | Path | PreTrainedModel",
+    prompts: PromptSource,
+    out: str | Path,
+    *,
+    level: Level = "ids",
+    sample_tokens: int = DEFAULT_SAMPLE_TOKENS,
+    generate: int = 0,
+    batch_tokens: int | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    seed: int = 0,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    progress: bool | Callable[[Progress], None] = True,
+    cancel: Callable[[], bool] | None = None,
+) -> Path:
+    """Record the routing of a mixture-of-experts model on some prompts as a run file.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        ``"demo"``, a Hugging Face id, a local folder, or a loaded model in evaluation mode.
+    prompts : str, Path or iterable
+        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; a .txt, .csv, .jsonl or .parquet file; or
+        strings, token-id lists and records with ``text`` (or ``ids``) and ``domain``.
+    out : str or Path
+        The run file; it must not exist. While recording, its name ends in ``.partial``.
+    level, sample_tokens, generate, batch_tokens, max_length, dtype, device, revision, \
+trust_remote_code, allow_pickle, seed
+        As in :class:`capture.CaptureConfig`.
+    tokenizer : tokenizer, optional
+        For a loaded model that does not know where its tokenizer lies.
+    progress : bool or callable
+        True draws a bar on standard error; a callable gets :class:`Progress` reports.
+    cancel : callable, optional
+        Asked before every forward pass; True ends the capture.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    CaptureCancelled
+        If ``cancel`` said so or Ctrl-C was pressed. What was recorded is closed as an incomplete
+        run, whose path is the error's ``path``; None when there was nothing yet.
+    CaptureError
+        If an option, the prompts, the model or the file cannot work. Whatever fails after the
+        first forward pass leaves ``OUT.partial`` for ``python -m capture recover``.
+    """
+    config = CaptureConfig(
+        level=level,
+        sample_tokens=sample_tokens,
+        generate=generate,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        seed=seed,
+    )
+    reporter = Reporter(progress)
+    try:
+        return _record(model, prompts, Path(out), config, tokenizer, reporter, cancel)
+    finally:
+        reporter.close()
+
+
+def _record(
+    model: "str | Path | PreTrainedModel",
+    source: PromptSource,
+    out: Path,
+    config: CaptureConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    reporter: Reporter,
+    cancel: Callable[[], bool] | None,
+) -> Path:
+    check_new(out)
+    given = read_prompts(source)
+    name = model if isinstance(model, str | Path) else type(model).__name__
+    started = time.monotonic()
+    reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
+    from capture.models import load_model
+    from capture.selftest import attach
+
+    loaded = load_model(
+        model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )
+    if tokenizer is not None:
+        loaded = loaded._replace(tokenizer=tokenizer)
+    prompts = tokenize(
+        given,
+        loaded.tokenizer,
+        vocab_size=_vocab_size(loaded),
+        max_length=_max_length(loaded, config),
+    )
+    reporter.enter("self-test", "Testing that every router can be tapped.")
+    sites = attach(loaded.model)
+    sample = plan_sample(
+        [p.domain for p in prompts],
+        [len(p.ids) for p in prompts],
+        config.sample_tokens,
+        config.seed,
+    )
+    cost = _estimate(prompts, sites, loaded, config, sample)
+    check_space(cost, out)
+    if cancel is not None and cancel():
+        raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
+    info = _run_info(loaded, config, sample)
+    rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
+    writer = RunWriter.create(out, info, [site.info for site in sites], rows)
+    session = _Session(loaded, sites, _plan(prompts, sample, loaded, config), writer, reporter)
+    session.seconds_before = time.monotonic() - started
+    reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
+    return session.run(cancel)
+
+
+class _Session:
+    """The recording of one run, from the first forward pass to the closed file."""
+
+    def __init__(
+        self,
+        loaded: "LoadedModel",
+        sites: "list[Site]",
+        plan: "Plan",
+        writer: RunWriter,
+        reporter: Reporter,
+    ) -> None:
+        from capture.assemble import Assembler
+        from capture.observe import group_sites
+
+        self.loaded = loaded
+        self.sites = sites
+        self.plan = plan
+        self.writer = writer
+        self.reporter = reporter
+        self.seconds_before = 0.0
+        self.groups = group_sites(sites)
+        self.assembler = Assembler(
+            append=writer.append,
+            groups=self.groups,
+            prompts=plan.prompts,
+            level=plan.level,
+            tokenizer=loaded.tokenizer if has_offsets(loaded.tokenizer) else None,
+        )
+
+    def run(self, cancel: Callable[[], bool] | None) -> Path:
+        """Record, and close the file whatever happens; see :func:`record`."""
+        from capture.buffer import WriterThread
+
+        started = time.monotonic()
+        thread: WriterThread[PromptStep | DecodeStep] = WriterThread(self.assembler.consume)
+        why = None
+        try:
+            try:
+                self._record(thread, cancel)
+            except KeyboardInterrupt:
+                why = "Interrupted"
+            except _Stop:
+                why = "Cancelled"
+            self.reporter.enter("writing", f"Closing {self.writer.out}.")
+            thread.close()
+            self.assembler.flush()
+            if why is not None and not self.assembler.forwards:
+                self._discard()
+                raise CaptureCancelled(f"{why} before anything was recorded; nothing is kept.")
+            if why is None:
+                self._check_counts()
+            path = self._finish(started, complete=why is None)
+        except CaptureCancelled:
+            raise
+        except BaseException as error:
+            self._keep(thread, error)
+            raise
+        counted = f"{self.assembler.prompt_tokens + self.assembler.generated_tokens:,} tokens"
+        if why is not None:
+            raise CaptureCancelled(
+                f"{why}: {counted} were recorded and are kept as the incomplete run {path}.", path
+            )
+        self.reporter.enter("done", f"{path}: {counted} recorded.")
+        return path
+
+    def _record(
+        self, thread: "WriterThread[PromptStep | DecodeStep]", cancel: Callable[[], bool] | None
+    ) -> None:
+        from capture.forward import Runner
+        from capture.head import Head
+        from capture.hooks import tap
+        from capture.recording import HiddenRows, Recording
+        from capture.selftest import probe_tokens
+
+        def check() -> None:
+            if cancel is not None and cancel():
+                raise _Stop
+
+        hidden_rows = HiddenRows()
+        model = self.loaded.model
+        with (
+            Head(model).open(probe_tokens(model)[:1]) as head,
+            tap(self.sites, hidden_rows=hidden_rows) as taps,
+        ):
+            Recording(
+                runner=Runner(model, head),
+                taps=taps,
+                hidden_rows=hidden_rows,
+                sites=self.sites,
+                groups=self.groups,
+                plan=self.plan,
+                thread=thread,
+                advance=self.reporter.advance,
+                check=check,
+            ).run()
+
+    def _check_counts(self) -> None:
+        """Refuse to call a run complete that lacks a prompt token."""
+        expected = sum(len(prompt.ids) for prompt in self.plan.prompts)
+        if self.assembler.prompt_tokens != expected:
+            raise CaptureError(
+                f"{expected} prompt tokens were to be recorded, but "
+                f"{self.assembler.prompt_tokens} were. Please report this."
+            )
+
+    def _finish(self, started: float, *, complete: bool) -> Path:
+        notes: dict[str, Any] = {
+            "seconds_before_recording": round(self.seconds_before, 3),
+            "forward_passes": self.assembler.forwards,
+            "sampled_tokens": self.assembler.sampled_tokens,
+        }
+        if self.loaded.tokenizer is not None and self.assembler.tokenizer is None:
+            notes["text"] = NO_TEXT.format(name=type(self.loaded.tokenizer).__name__)
+        if any(site.selection_bias is not None for site in self.sites):
+            notes["selection_bias"] = "Margins include the bias that routers add for the choice."
+        return self.writer.finish(
+            seconds=time.monotonic() - started, complete=complete, notes=notes
+        )
+
+    def _keep(self, thread: "WriterThread[PromptStep | DecodeStep]", error: BaseException) -> None:
+        """After a failure, commit what can be committed and leave the partial file."""
+        try:
+            thread.close()
+            self.assembler.flush()
+            self.writer.flush()
+        except Exception as second:
+            if second is not error:
+                log.warning("While keeping what was recorded: %s", second)
+        if self.assembler.forwards:
+            self.writer.abandon()
+            error.add_note(
+                f"What was recorded is in {self.writer.partial}. Close it with: "
+                f"python -m capture recover '{self.writer.partial}'"
+            )
+        else:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Remove a partial file that holds no token."""
+        self.writer.abandon()
+        self.writer.partial.unlink(missing_ok=True)
+
+
+def _vocab_size(loaded: "LoadedModel") -> int:
+    embedding: Any = loaded.model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def _max_length(loaded: "LoadedModel", config: CaptureConfig) -> int | None:
+    """Return how many tokens of a prompt fit, with room for what is generated."""
+    from capture.sites import text_config
+
+    options = text_config(loaded.model)
+    sizes = [getattr(options, name, None) for name in CONTEXT_NAMES]
+    context = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if context is None:
+        return config.max_length
+    if config.generate >= context:
+        raise ConfigError(
+            f"generate={config.generate} leaves no room for a prompt in the model's context of "
+            f"{context} tokens. Choose at most {context - 1}."
+        )
+    return min(context - config.generate, config.max_length or context)
+
+
+def _estimate(
+    prompts: list[TokenizedPrompt],
+    sites: "list[Site]",
+    loaded: "LoadedModel",
+    config: CaptureConfig,
+    sample: Sample,
+) -> Estimate:
+    n_tokens = sum(len(prompt.ids) for prompt in prompts) + config.generate * len(prompts)
+    return estimate(
+        n_tokens=n_tokens,
+        sites=[site.info for site in sites],
+        hidden_size=_hidden_size(loaded),
+        level=config.level,
+        sample_tokens=int(sample.record["planned"]),
+        n_domains=len({prompt.domain for prompt in prompts}),
+    )
+
+
+def _hidden_size(loaded: "LoadedModel") -> int:
+    embedding: Any = loaded.model.get_input_embeddings()
+    return int(embedding.weight.shape[1])
+
+
+def _plan(
+    prompts: list[TokenizedPrompt], sample: Sample, loaded: "LoadedModel", config: CaptureConfig
+) -> "Plan":
+    from capture.batching import plan_batches
+    from capture.recording import Plan
+    from capture.sites import text_config
+
+    budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
+    lengths = [len(prompt.ids) for prompt in prompts]
+    pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
+    return Plan(
+        prompts=prompts,
+        batches=plan_batches(lengths, budget, config.generate),
+        sample=sample,
+        level=config.level,
+        generate=config.generate,
+        pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < _vocab_size(loaded) else 0,
+        end_ids=_end_ids(loaded),
+    )
+
+
+def _end_ids(loaded: "LoadedModel") -> tuple[int, ...]:
+    """Return the tokens that end a text, from wherever the model says it."""
+    generation = getattr(loaded.model, "generation_config", None)
+    for owner in (generation, loaded.model.config, loaded.tokenizer):
+        found = getattr(owner, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
+
+
+def _run_info(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -> RunInfo:
+    import torch
+
+    model = loaded.model
+    device = str(model.device)
+    if model.device.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return RunInfo(
+        model=loaded.name,
+        revision=loaded.revision,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        level=config.level,
+        vocab_size=_vocab_size(loaded),
+        hidden_size=_hidden_size(loaded),
+        backends={"gate": "torch"},
+        packages={"python": platform.python_version(), **packages},
+        config=config.to_json(),
+        sample=sample.record,
+    )
