@@ -130,7 +130,7 @@ def score_bars(
     Figure
         A click returns ``customdata`` [expert, weight].
     """
-    if scores[column].isna().any():
+    if not scores["recorded"].any():
         raise ExplorerError(
             "The scores of this token were not recorded, so there is nothing to draw. "
             "Record with --level scores, or with a larger --sample-tokens."

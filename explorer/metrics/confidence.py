@@ -16,28 +16,33 @@ def probabilities(scores: npt.ArrayLike, score_function: str) -> Floats:
     Parameters
     ----------
     scores : array [..., E]
-        As the router put them out; see the view ``scores``.
+        As the router put them out; see the view ``scores``. nan = ruled out by the router.
     score_function : str
         The site's; ``other`` gives nan, since then the scores have no known meaning.
 
     Returns
     -------
     array [..., E]
-        Sums to 1 over the experts. Sigmoid scores are divided by their sum.
+        Sums to 1 over the experts, 0 for those ruled out; nan where every score is nan. Sigmoid
+        scores are divided by their sum.
 
     Notes
     -----
     Selection may have used more than this: a bias added for balance, or a limit on groups.
     """
     values = np.asarray(scores, dtype=np.float64)
+    ruled_out = np.isnan(values)
+    known = ~ruled_out.all(axis=-1, keepdims=True)
     if score_function in ("softmax", "softmax_topk"):
-        shifted = np.exp(values - values.max(axis=-1, keepdims=True))
-        return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+        logits = np.where(ruled_out, -np.inf, values)
+        largest = np.where(known, logits.max(axis=-1, keepdims=True), 0.0)
+        parts = np.exp(logits - largest)
+        return _normalized(parts, known)
     if score_function in ("sigmoid", "sigmoid_topk"):
-        positive = np.exp(-np.logaddexp(0.0, -values))
-        return np.asarray(positive / positive.sum(axis=-1, keepdims=True))
+        parts = np.exp(-np.logaddexp(0.0, -np.where(ruled_out, -np.inf, values)))
+        return _normalized(parts, known)
     if score_function == "probabilities":
-        return values
+        return np.where(ruled_out & known, 0.0, values)
     if score_function == "other":
         return np.full_like(values, np.nan)
     raise MetricError(
@@ -45,6 +50,12 @@ def probabilities(scores: npt.ArrayLike, score_function: str) -> Floats:
         "Take it from the site's row: softmax, sigmoid, softmax_topk, sigmoid_topk, "
         "probabilities or other."
     )
+
+
+def _normalized(parts: Floats, known: npt.NDArray[np.bool_]) -> Floats:
+    total = parts.sum(axis=-1, keepdims=True)
+    whole = np.where(known & (total > 0), total, np.nan)
+    return np.asarray(parts / whole)
 
 
 def entropy(probs: npt.ArrayLike) -> Floats:

@@ -41,17 +41,20 @@ def expert_tokens(
                 weight, tokens.text AS text, loss
             FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
             WHERE {where} ORDER BY weight DESC, token_id LIMIT $limit
+        ), around AS (
+            SELECT hits.token_id,
+                string_agg(near.text, '' ORDER BY near.position)
+                    FILTER (near.position < hits.position) AS before,
+                string_agg(near.text, '' ORDER BY near.position)
+                    FILTER (near.position > hits.position) AS after
+            FROM hits JOIN tokens AS near ON near.prompt_id = hits.prompt_id
+                AND near.position BETWEEN hits.position - $context AND hits.position + $context
+            GROUP BY hits.token_id
         )
-        SELECT h.token_id, h.prompt_id, h.position, h.phase, h.domain, h.slot, h.weight,
-            CASE WHEN h.text IS NOT NULL THEN coalesce(string_agg(near.text, '' ORDER BY
-                near.position) FILTER (near.position < h.position), '') END AS before,
-            h.text,
-            CASE WHEN h.text IS NOT NULL THEN coalesce(string_agg(near.text, '' ORDER BY
-                near.position) FILTER (near.position > h.position), '') END AS after,
-            h.loss
-        FROM hits AS h JOIN tokens AS near ON near.prompt_id = h.prompt_id
-            AND near.position BETWEEN h.position - $context AND h.position + $context
-        GROUP BY ALL ORDER BY h.weight DESC, h.token_id
+        SELECT token_id, prompt_id, position, phase, domain, slot, weight,
+            CASE WHEN text IS NOT NULL THEN coalesce(before, '') END AS before, text,
+            CASE WHEN text IS NOT NULL THEN coalesce(after, '') END AS after, loss
+        FROM hits JOIN around USING (token_id) ORDER BY weight DESC, token_id
         """,
         params | {"limit": limit, "context": context},
     )

@@ -75,7 +75,7 @@ def expert_load_by_domain(
 def expert_load_by_phase(
     run: Run, layer: int, *, site: int = 0, domain: str | None = None
 ) -> pd.DataFrame:
-    """Return the load of one site's experts in each phase; columns as by domain."""
+    """Return the load of one site's experts in each phase, prompt first; columns as by domain."""
     return _load_by(run, "phase", "phase", layer, site, domain=domain)
 
 
@@ -100,7 +100,7 @@ def _load_by(
             assignments / nullif(sum(assignments) OVER (PARTITION BY part), 0)::DOUBLE AS share,
             n_experts * share AS ratio
         FROM load JOIN sites USING (layer, site)
-        ORDER BY part = '', part, expert_id
+        ORDER BY part IN ('', 'generated'), part, expert_id
         """,
         params,
     )

@@ -41,7 +41,8 @@ def domain_counts(run: Run) -> pd.DataFrame:
             sum(loss) / nullif(sum(losses), 0) AS mean_loss,
             count(*) FILTER (truncated > 0) AS truncated
         FROM prompts JOIN prompt_sizes USING (prompt_id) LEFT JOIN per_prompt USING (prompt_id)
-        GROUP BY 1 ORDER BY 1 = '', 1
+        GROUP BY coalesce(domain, '')
+        ORDER BY coalesce(prompts.domain, '') = '', coalesce(prompts.domain, '')
         """
     )
 

@@ -154,10 +154,13 @@ def token_quantity(
         )
     else:
         marked, params = _pinned(quantity, pinned, params)
+        # from gates, so that a token with nothing chosen has a row too
         values = f"""
             SELECT token_id, layer, site, {kind.sql} AS value
-            FROM (SELECT *, {marked} FROM assignments) {_only_pinned_sites(quantity)}
-            WHERE token_id IN (SELECT token_id FROM listed)
+            FROM (SELECT token_id, layer, site FROM gates {_only_pinned_sites(quantity)}
+                WHERE token_id IN (SELECT token_id FROM listed))
+            LEFT JOIN (SELECT *, {marked} FROM assignments
+                WHERE token_id IN (SELECT token_id FROM listed)) USING (token_id, layer, site)
             GROUP BY token_id, layer, site
         """
     return run.query(
@@ -275,9 +278,10 @@ def token_scores(run: Run, token_id: int, layer: int, *, site: int = 0) -> pd.Da
     Returns
     -------
     DataFrame
-        One row per expert: ``expert_id``, ``score`` (as the router put it out; missing for all
-        experts where scores were not recorded for this token), ``slot`` and ``weight`` (missing
-        where the expert was not chosen or ids were not recorded).
+        One row per expert: ``expert_id``, ``recorded`` (whether this token's scores were),
+        ``score`` (as the router put it out; missing where not recorded, and where the router
+        ruled the expert out), ``slot`` and ``weight`` (missing where the expert was not chosen or
+        ids were not recorded).
     """
     run.site_info(layer, site)
     return run.query(
@@ -292,7 +296,7 @@ def token_scores(run: Run, token_id: int, layer: int, *, site: int = 0) -> pd.Da
             SELECT expert_id, slot, weight FROM assignments
             WHERE token_id = $token_id AND layer = $layer AND site = $site
         )
-        SELECT expert_id, score, slot, weight
+        SELECT expert_id, (SELECT count(*) > 0 FROM recorded) AS recorded, score, slot, weight
         FROM experts LEFT JOIN recorded USING (expert_id) LEFT JOIN chosen USING (expert_id)
         ORDER BY expert_id
         """,
