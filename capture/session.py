@@ -294,21 +294,21 @@ class _Session:
 
     def _keep(self, thread: "WriterThread[PromptStep | DecodeStep]", error: BaseException) -> None:
         """After a failure, commit what can be committed and leave the partial file."""
-        try:
-            thread.close()
-            self.assembler.flush()
-            self.writer.flush()
-        except Exception as second:
-            if second is not error:
-                log.warning("While keeping what was recorded: %s", second)
-        if self.assembler.forwards:
-            self.writer.abandon()
+        for step in (thread.close, self.assembler.flush, self.writer.flush):
+            try:
+                step()
+            except Exception as second:
+                if second is not error:
+                    log.warning("While keeping what was recorded: %s", second)
+        if not self.assembler.forwards:
+            self._discard()
+            return
+        self.writer.abandon()
+        if "recover" not in str(error):
             error.add_note(
                 f"What was recorded is in {self.writer.partial}. Close it with: "
                 f"python -m capture recover '{self.writer.partial}'"
             )
-        else:
-            self._discard()
 
     def _discard(self) -> None:
         """Remove a partial file that holds no token."""

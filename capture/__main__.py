@@ -1,0 +1,174 @@
+"""Command line: record a run, close a killed one, bring an old one up to date."""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from capture.config import DEFAULT_SAMPLE_TOKENS, DTYPES
+from capture.errors import CaptureCancelled, CaptureError, ConfigError
+
+ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+
+EXAMPLES = """\
+examples:
+  python -m capture demo
+      the embedded model on its own prompts, into runs/demo-<time>.duckdb
+  python -m capture demo --prompts mine.txt --out runs/mine.duckdb --generate 32
+      your own prompts, one a line, and 32 decoded tokens after each
+  python -m capture allenai/OLMoE-1B-7B-0125 --prompts questions.csv --out runs/olmoe.duckdb
+      a model of the Hugging Face hub; the file has a column text and perhaps domain
+  python -m capture recover runs/olmoe.duckdb.partial
+      close the file of a capture that was killed; everything committed is kept
+  python -m capture migrate runs/old.duckdb runs/new.duckdb
+      write a run of an older version as a new file
+
+prompts: .txt (one a line, or blocks between blank lines), .csv, .jsonl, .parquet,
+or one of the names demo, demo-fit, demo-heldout
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"recover": _recover, "migrate": _migrate}
+    run = commands.get(given[0], _capture) if given else _capture
+    try:
+        return run(given)
+    except CaptureCancelled as error:
+        _complain(str(error))
+        return INTERRUPTED
+    except CaptureError as error:
+        _complain(f"error: {error}")
+        for note in getattr(error, "__notes__", ()):
+            _complain(note)
+        return ERROR
+    except KeyboardInterrupt as error:
+        _complain("Interrupted.")
+        for note in getattr(error, "__notes__", ()):
+            _complain(note)
+        return INTERRUPTED
+
+
+def _capture(arguments: Sequence[str]) -> int:
+    options = _capture_parser().parse_args(arguments)
+    out = options.out or _default_out(options.model)
+    from capture.session import record
+
+    path = record(
+        options.model,
+        options.prompts,
+        out,
+        level=options.level,
+        sample_tokens=options.sample_tokens,
+        generate=options.generate,
+        batch_tokens=options.batch_tokens,
+        max_length=options.max_length,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    print(path)
+    return 0
+
+
+def _capture_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m capture",
+        description="Record the routing of a mixture-of-experts model as a run file.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="demo, a Hugging Face id, or a local folder")
+    add("--prompts", default="demo", metavar="FILE", help="a file or a name (default: demo)")
+    add(
+        "--out",
+        type=Path,
+        metavar="RUN",
+        help="the run file, never overwritten (default: runs/MODEL-TIME.duckdb)",
+    )
+    add(
+        "--level",
+        default="ids",
+        metavar="LEVEL",
+        help="stats: sums per expert; ids: also expert ids, weights and statistics of every "
+        "token; scores: also every expert's score (default: ids)",
+    )
+    add("--generate", type=int, default=0, metavar="N", help="tokens to decode after each prompt")
+    add(
+        "--sample-tokens",
+        type=int,
+        default=DEFAULT_SAMPLE_TOKENS,
+        metavar="N",
+        help="tokens whose scores and router inputs are kept at any level, for clusters and "
+        f"replay; 0 = none (default: {DEFAULT_SAMPLE_TOKENS})",
+    )
+    add("--batch-tokens", type=int, metavar="N", help="tokens of a forward pass, padding included")
+    add("--max-length", type=int, metavar="N", help="cut prompts to N tokens")
+    add(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"{', '.join(DTYPES)} (default: float32 on CPU, as stored on CUDA)",
+    )
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto (default: CUDA if any)")
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--trust-remote-code", action="store_true", help="run Python code that the model brings")
+    add("--allow-pickle", action="store_true", help="load weights that are not safetensors")
+    add("--seed", type=int, default=0, metavar="N", help="of the sampled tokens (default: 0)")
+    add("--quiet", action="store_true", help="print only the path of the run")
+    return parser
+
+
+def _recover(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m capture recover",
+        description="Close NAME.partial of a killed capture as NAME, marked incomplete.",
+    )
+    parser.add_argument("partial", type=Path, metavar="NAME.partial")
+    options = parser.parse_args(arguments[1:])
+    from capture.store import recover
+
+    print(recover(options.partial))
+    return 0
+
+
+def _migrate(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m capture migrate",
+        description="Write a run of an older schema version as a new file; the old one stays.",
+    )
+    parser.add_argument("old", type=Path, metavar="OLD")
+    parser.add_argument("new", type=Path, metavar="NEW")
+    options = parser.parse_args(arguments[1:])
+    from capture.store import migrate
+
+    print(migrate(options.old, options.new))
+    return 0
+
+
+def _default_out(model: str) -> Path:
+    folder = Path("runs")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The folder {folder.absolute()} cannot be made: {error.strerror}. Give --out RUN."
+        ) from None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
+    return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.duckdb"
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
