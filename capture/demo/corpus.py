@@ -83,7 +83,9 @@ def _clean(documents: Iterable[tuple[str, str]]) -> Iterator[Document]:
             yield Document(key, stripped)
 
 
-def _share_out(held_out: list[Document], trained: set[str]) -> tuple[list[Document], list[Document]]:
+def _share_out(
+    held_out: list[Document], trained: set[str]
+) -> tuple[list[Document], list[Document]]:
     """Divide held-out documents between fit and heldout, by key and without repeated texts."""
     keys = sorted(
         {document.key for document in held_out},
@@ -198,8 +200,8 @@ def prepare(unpacked: Path, corpus: Path) -> None:
             records = (document._asdict() for document in getattr(split, name))
             _write_lines(corpus / name / f"{domain.name}.jsonl", records)
         for name in ("fit", "heldout"):
-            records = _pieces(domain, getattr(split, name))
-            _write_lines(corpus / name / f"{domain.name}.jsonl", records)
+            pieces = _pieces(domain, getattr(split, name))
+            _write_lines(corpus / name / f"{domain.name}.jsonl", pieces)
 
 
 def ship(corpus: Path, folder: Path) -> None:

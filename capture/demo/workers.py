@@ -37,19 +37,19 @@ def broadcast_number(value: float) -> float:
 
 
 @contextlib.contextmanager
-def join_workers(folder: Path, *, threads: bool) -> Iterator[None]:
+def join_workers(folder: Path, *, single_thread: bool) -> Iterator[None]:
     """Join the group of processes that `launch` started, if there is one.
 
     Parameters
     ----------
     folder : Path
         Where the processes find each other.
-    threads : bool
+    single_thread : bool
         Keep torch to one thread a process, which a busy machine needs.
     """
     rank, world = rank_and_world()
     folder.mkdir(parents=True, exist_ok=True)
-    if threads:
+    if single_thread:
         torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if world > 1:

@@ -1,0 +1,295 @@
+"""Measure the demo model on its held-out text and write the figures behind its card."""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from capture.demo import FIGURES, WEIGHTS, work_folder
+from capture.demo.ablation import Harm, measure_harm
+from capture.demo.batches import cut_windows, load_streams
+from capture.demo.card import write_card
+from capture.demo.corpus import read_lines
+from capture.demo.model import load_model, random_model, use_experts
+from capture.demo.routing import (
+    Sample,
+    Windows,
+    balance,
+    domain_counts,
+    histograms,
+    information,
+    observe,
+    shuffled_information,
+    window_accuracy,
+)
+from capture.demo.sources import DOMAIN_NAMES
+from capture.demo.tokenizer import BOS
+
+ROUTING_WINDOWS = 64  # windows a domain, the same number for each
+SCAN_WINDOWS = 6  # windows a domain while every expert is masked once
+HARM_WINDOWS = 48  # windows a domain for the experts that the scan found
+HARM_CANDIDATES = 24
+HARM_OWN = 0.1  # nats a token that an expert's own domain has to lose
+HARM_OTHERS = 0.01  # nats a token that the other domains may lose, on average
+RANDOM_SEED = 1
+SAMPLE_TOKENS = 48
+SAMPLE_TEMPERATURE = 0.7
+SAMPLE_TOP_K = 40
+
+SAMPLE_STARTS = {
+    "en_prose": "The Congress of the United States",
+    "bible_kjv": "And the LORD said unto",
+    "en_geography": "Geography - note: ",
+    "en_legal": "Permission is hereby",
+    "de_help": "Klicken Sie",
+    "fr_help": "Cliquez sur",
+    "ru_help": "Выберите",
+    "ja_help": "このコマンド",
+    "zh_classical": "春風",
+    "python": "def __init__(self, ",
+    "c": "static int sqlite3",
+    "sql": "SELECT * FROM",
+    "math_formal": "$( The ",
+}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The prototype's held-out split, encoded.
+
+    Attributes
+    ----------
+    streams : list of array
+        One token stream a domain.
+    bytes_per_token : list of float
+        UTF-8 bytes of the domain's text over its tokens, document marks included.
+    """
+
+    streams: list[np.ndarray]
+    bytes_per_token: list[float]
+
+    def windows(self, limit: int | None = None) -> Windows:
+        """Cut neighbouring windows, at most ``limit`` a domain, spread over its text."""
+        parts = [cut_windows(stream, limit) for stream in self.streams]
+        labels = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return Windows(torch.cat(parts), labels)
+
+
+def load_held_out(work: Path) -> HeldOut:
+    """Load the held-out split from the work folder."""
+    streams = load_streams(work / "encoded", "validation")
+    sizes = []
+    for name, stream in zip(DOMAIN_NAMES, streams, strict=True):
+        lines = read_lines(work / "corpus" / "validation" / f"{name}.jsonl")
+        sizes.append(sum(len(line["text"].encode()) for line in lines) / len(stream))
+    return HeldOut(streams, sizes)
+
+
+def prepare_model(folder: Path) -> PreTrainedModel:
+    """Load a model for evaluation on the CPU."""
+    model: PreTrainedModel = load_model(folder)
+    model.train(False)
+    use_experts(model, torch.device("cpu"))
+    return model
+
+
+def language_figures(sample: Sample, windows: Windows, held_out: HeldOut) -> dict[str, Any]:
+    """Summarise loss and bits per byte by domain."""
+    domains = {}
+    for number, name in enumerate(DOMAIN_NAMES):
+        losses = sample.losses[windows.domains == number]
+        per_byte = losses / np.log(2) / held_out.bytes_per_token[number]
+        domains[name] = {
+            "loss_nats": float(losses.mean()),
+            "bits_per_byte": float(per_byte.mean()),
+            "error": float(per_byte.std(ddof=1) / np.sqrt(len(losses))),
+            "tokens": int(len(losses) * (windows.tokens.shape[1] - 1)),
+        }
+    return {
+        "mean_loss_nats": float(np.mean([row["loss_nats"] for row in domains.values()])),
+        "mean_bits_per_byte": float(np.mean([row["bits_per_byte"] for row in domains.values()])),
+        "domains": domains,
+    }
+
+
+def routing_figures(trained: Sample, untrained: Sample, windows: Windows) -> dict[str, Any]:
+    """Summarise balance and expert-domain information of every layer.
+
+    Parameters
+    ----------
+    trained, untrained : Sample
+        The same windows through the model and through a random-init one.
+    windows : Windows
+        Equally many of every domain.
+    """
+    experts = int(max(trained.expert_ids.max(), untrained.expert_ids.max())) + 1
+    generator = np.random.default_rng(0)
+    layers = []
+    for ids, random_ids in zip(trained.expert_ids, untrained.expert_ids, strict=True):
+        counts = domain_counts(ids, windows.domains, experts)
+        random_counts = domain_counts(random_ids, windows.domains, experts)
+        shuffled = shuffled_information(ids, windows.domains, experts, generator)
+        layers.append(
+            {
+                "information_bits": information(counts),
+                "information_shuffled_bits": shuffled,
+                "information_random_init_bits": information(random_counts),
+                **balance(counts),
+            }
+        )
+    accuracy, by_domain = window_accuracy(histograms(trained.expert_ids, experts), windows.domains)
+    random_accuracy, _ = window_accuracy(histograms(untrained.expert_ids, experts), windows.domains)
+    return {
+        "windows_per_domain": int(np.bincount(windows.domains).min()),
+        "tokens": int(trained.expert_ids[0, ..., 0].size),
+        "layers": layers,
+        "window_accuracy": accuracy,
+        "window_accuracy_random_init": random_accuracy,
+        "window_accuracy_by_domain": {DOMAIN_NAMES[d]: share for d, share in by_domain.items()},
+    }
+
+
+def _describe(harm: Harm) -> dict[str, Any]:
+    worst = int(np.argsort(harm.mean)[-2])
+    return {
+        "layer": harm.layer,
+        "expert": harm.expert,
+        "domain": DOMAIN_NAMES[harm.domain],
+        "own": float(harm.mean[harm.domain]),
+        "own_error": float(harm.error[harm.domain]),
+        "others_mean": harm.elsewhere,
+        "next_domain": DOMAIN_NAMES[worst],
+        "next": float(harm.mean[worst]),
+    }
+
+
+def harm_figures(model: PreTrainedModel, held_out: HeldOut) -> dict[str, Any]:
+    """Mask every expert on a few windows, and the most specific ones on many."""
+    every = [
+        (layer, expert)
+        for layer in range(model.config.num_hidden_layers)
+        for expert in range(model.config.num_experts)
+    ]
+    scan = measure_harm(model, held_out.windows(SCAN_WINDOWS), every, "mask every expert")
+    # specific and strong first: what its own domain loses, less what the others lose
+    scan.sort(key=lambda harm: harm.mean[harm.domain] - 5 * max(harm.elsewhere, 0), reverse=True)
+    chosen = [(harm.layer, harm.expert) for harm in scan[:HARM_CANDIDATES]]
+    windows = held_out.windows(HARM_WINDOWS)
+    harms = [
+        _describe(harm) for harm in measure_harm(model, windows, chosen, "mask specific experts")
+    ]
+    harms.sort(key=lambda row: row["own"], reverse=True)
+    specific = [r for r in harms if r["own"] >= HARM_OWN and r["others_mean"] <= HARM_OTHERS]
+    return {
+        "windows_per_domain": HARM_WINDOWS,
+        "threshold_own": HARM_OWN,
+        "threshold_others": HARM_OTHERS,
+        "experts_scanned": len(every),
+        "specific": specific,
+        "measured": harms,
+    }
+
+
+def continue_texts(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
+    """Sample a continuation of one opening a domain."""
+    torch.manual_seed(0)
+    texts = {}
+    for domain, start in SAMPLE_STARTS.items():
+        ids = torch.tensor([[BOS, *tokenizer.encode(start).ids]])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=SAMPLE_TOKENS,
+            do_sample=True,
+            temperature=SAMPLE_TEMPERATURE,
+            top_k=SAMPLE_TOP_K,
+        )
+        texts[domain] = tokenizer.decode(output[0].tolist(), skip_special_tokens=True)
+    return texts
+
+
+def compare(ours: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Set bits per byte beside an earlier model's on the same windows."""
+    ratios = {
+        name: row["bits_per_byte"] / earlier["domains"][name]["bits_per_byte"]
+        for name, row in ours["domains"].items()
+    }
+    return {
+        "mean_bits_per_byte": earlier["mean_bits_per_byte"],
+        "domains": {n: row["bits_per_byte"] for n, row in earlier["domains"].items()},
+        "worst_ratio": max(ratios.values()),
+        "worst_domain": max(ratios, key=lambda name: ratios[name]),
+    }
+
+
+def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, Any]:
+    """Measure everything the card reports.
+
+    Parameters
+    ----------
+    model_folder : Path
+        Weights and tokenizer.
+    work : Path
+        Work folder with the corpus.
+    earlier : Path or None
+        Weights to compare bits per byte with; they must share the tokenizer.
+
+    Returns
+    -------
+    dict
+        The content of ``figures.json``.
+    """
+    held_out = load_held_out(work)
+    model = prepare_model(model_folder)
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    windows = held_out.windows()
+    language = language_figures(observe(model, windows, "held-out loss"), windows, held_out)
+    figures: dict[str, Any] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": model.config.num_hidden_layers,
+        "experts": model.config.num_experts,
+        "top_k": model.config.num_experts_per_tok,
+        "held_out": language,
+    }
+    if earlier is not None:
+        sample = observe(prepare_model(earlier), windows, "earlier model")
+        figures["earlier"] = compare(language, language_figures(sample, windows, held_out))
+    equal = held_out.windows(ROUTING_WINDOWS)
+    untrained = random_model(RANDOM_SEED)
+    untrained.train(False)
+    figures["routing"] = routing_figures(
+        observe(model, equal, "routing"), observe(untrained, equal, "random-init"), equal
+    )
+    figures["harm"] = harm_figures(model, held_out)
+    figures["samples"] = continue_texts(model, tokenizer)
+    summary = work / "training" / "summary.json"
+    if summary.exists():
+        figures["training"] = json.loads(summary.read_text())
+    return figures
+
+
+def main(arguments: list[str]) -> None:
+    """Write ``figures.json`` and the card."""
+    parser = argparse.ArgumentParser(prog="python -m capture.demo.evaluate", description=__doc__)
+    parser.add_argument("--work", type=Path, default=work_folder())
+    parser.add_argument("--model", type=Path, default=WEIGHTS)
+    parser.add_argument("--earlier", type=Path, help="weights to compare with")
+    parser.add_argument("--out", type=Path, default=FIGURES.parent)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    figures = evaluate(options.model, options.work, options.earlier)
+    path = options.out / FIGURES.name
+    path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(figures, options.out / "MODEL_CARD.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

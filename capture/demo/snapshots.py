@@ -1,0 +1,85 @@
+"""Weights of moments of the training, and the demo prompts' routing through them."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from capture.demo.model import random_model, save_weights
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+RANDOM_SEED = 1
+
+
+def snapshot_folder(work: Path, step: int, percent: int) -> Path:
+    """Name the folder of a snapshot."""
+    return work / "training" / "snapshots" / f"step_{step:05d}_{percent:03d}"
+
+
+def list_snapshots(work: Path) -> list[Path]:
+    """List the snapshots, earliest first."""
+    return sorted((work / "training" / "snapshots").glob("step_*"))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Put the tokenizer's files beside the weights."""
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(source / name, folder / name)
+
+
+def save_snapshot(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
+    """Save weights and tokenizer so that `from_pretrained` reads them.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model, which stays as it is.
+    tokenizer : Path
+        Folder of the tokenizer.
+    folder : Path
+        Where to save.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder)
+    copy_tokenizer(tokenizer, folder)
+
+
+def install(snapshot: Path, weights: Path) -> None:
+    """Replace the shipped model by a snapshot."""
+    weights.mkdir(parents=True, exist_ok=True)
+    for path in snapshot.iterdir():
+        shutil.copyfile(path, weights / path.name)
+
+
+def record_snapshots(work: Path, folder: Path) -> list[Path]:
+    """Record the demo prompts through a random-init model and through every snapshot.
+
+    Parameters
+    ----------
+    work : Path
+        Work folder of the training.
+    folder : Path
+        Where the run files go; runs that are there stay.
+
+    Returns
+    -------
+    list of Path
+        The run files, in the order of the training.
+    """
+    # the library's own entry point, imported late: training does not need it
+    from capture import record
+
+    snapshots = list_snapshots(work)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        untrained = Path(scratch) / "random_init"
+        save_snapshot(random_model(RANDOM_SEED), snapshots[-1], untrained)
+        for snapshot in tqdm([untrained, *snapshots], desc="record", unit="run"):
+            run = folder / f"{snapshot.name}.duckdb"
+            if not run.exists():
+                record(str(snapshot), "demo", run, level="ids", sample_tokens=0)
+            runs.append(run)
+    return runs
