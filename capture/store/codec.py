@@ -175,22 +175,51 @@ def decode_half(codes: Codes) -> npt.NDArray[np.float32]:
     return np.asarray(codes, np.uint16).view(np.float16).astype(np.float32)
 
 
-def sql_id(word: str, slot: int, layout: Layout) -> str:
-    """Write the expression for the id code in ``slot``, given the name pattern of its word."""
-    per_word = WORD_BITS // layout.id_bits
-    shift = slot % per_word * layout.id_bits
-    return f"(({word.format(slot // per_word)} >> {shift}) & {layout.empty})"
+def sql_slots(layout: Layout) -> str:
+    """Write the rows (slot, id_word, id_shift, weight_word, weight_shift) of a list of slots."""
+    rows = []
+    for slot in range(layout.slots):
+        id_word, id_shift = divmod(slot * layout.id_bits, WORD_BITS)
+        weight_word, weight_shift = divmod(slot * WEIGHT_BITS, WORD_BITS)
+        ids = f"{id_word}, {id_shift}::UBIGINT"
+        rows.append(f"({slot}, {ids}, {weight_word}, {weight_shift}::UBIGINT)")
+    return ", ".join(rows)
 
 
-def sql_weight(word: str, slot: int) -> str:
-    """Write the expression for the weight in ``slot``, given the name pattern of its word."""
-    per_word = WORD_BITS // WEIGHT_BITS
-    shift = slot % per_word * WEIGHT_BITS
-    code = f"(({word.format(slot // per_word)} >> {shift}) & 65535)"
-    return sql_weight_of_code(code)
+def _sql_field(words: str, n_words: int, word: str, shift: str, mask: int) -> str:
+    """Write the expression for the bits at ``shift`` of column ``words`` + the number ``word``."""
+    column = f"{words}0"
+    if n_words > 1:
+        cases = " ".join(f"WHEN {index} THEN {words}{index}" for index in range(n_words))
+        column = f"(CASE {word} {cases} END)"
+    return f"(({column} >> {shift}) & {mask})"
 
 
-def sql_weight_of_code(code: str) -> str:
+def sql_id_code(words: str, layout: Layout) -> str:
+    """Write the expression for the id code at (id_word, id_shift); ``layout.empty`` = empty.
+
+    ``words`` is what the names of the packed columns begin with; a number follows.
+    """
+    return _sql_field(words, layout.id_words, "id_word", "id_shift", layout.empty)
+
+
+def sql_weight_code(words: str, layout: Layout) -> str:
+    """Write the expression for the weight code at (weight_word, weight_shift)."""
+    mask = (1 << WEIGHT_BITS) - 1
+    return _sql_field(words, layout.weight_words, "weight_word", "weight_shift", mask)
+
+
+def sql_count_filled(words: str, layout: Layout) -> str:
+    """Write the expression for the number of filled slots of a packed row."""
+    terms = []
+    for slot in range(layout.slots):
+        word, shift = divmod(slot * layout.id_bits, WORD_BITS)
+        code = f"(({words}{word} >> {shift}) & {layout.empty})"
+        terms.append(f"({code} <> {layout.empty})::INTEGER")
+    return " + ".join(terms)
+
+
+def sql_weight(code: str) -> str:
     """Write the expression for the weight of a 16-bit code.
 
     The power of two is a shift, which is exact and several times faster than ``pow``.

@@ -9,7 +9,15 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from capture.store.codec import Layout, sql_half, sql_id, sql_weight
+from capture.store.codec import (
+    Layout,
+    sql_count_filled,
+    sql_half,
+    sql_id_code,
+    sql_slots,
+    sql_weight,
+    sql_weight_code,
+)
 
 SCHEMA_VERSION = 1
 
@@ -184,23 +192,29 @@ def insert(table: str) -> str:
 
 
 def _assignments(layout: Layout) -> str:
-    """Write the view with one row per token, site and filled slot."""
-    return " UNION ALL ".join(
-        f"SELECT token_id, layer, site, {slot}::INTEGER AS slot,"
-        f" {sql_id('ids{}', slot, layout)}::INTEGER AS expert_id,"
-        f" {sql_weight('weights{}', slot)} AS weight"
-        f" FROM packed.route WHERE {sql_id('ids{}', slot, layout)} <> {layout.empty}"
-        for slot in range(layout.slots)
+    """Write the view with one row per token, site and filled slot.
+
+    A join with the list of slots reads the packed rows once, where a union over the slots reads
+    them once per slot and takes 4 to 8 times as long to find one token.
+    """
+    return (
+        f"SELECT token_id, layer, site, slot, id_code::INTEGER AS expert_id,"
+        f" {sql_weight('weight_code')} AS weight"
+        f" FROM (SELECT token_id, layer, site, slot,"
+        f" {sql_id_code('ids', layout)} AS id_code,"
+        f" {sql_weight_code('weights', layout)} AS weight_code"
+        f" FROM packed.route CROSS JOIN (VALUES {sql_slots(layout)})"
+        f" AS slots(slot, id_word, id_shift, weight_word, weight_shift))"
+        f" WHERE id_code <> {layout.empty}"
     )
 
 
 def count_assignments(layout: Layout) -> str:
     """Write the query that counts the filled slots of every site."""
-    filled = " + ".join(
-        f"({sql_id('ids{}', slot, layout)} <> {layout.empty})::INTEGER"
-        for slot in range(layout.slots)
+    return (
+        f"SELECT layer, site, sum({sql_count_filled('ids', layout)})::BIGINT"
+        " FROM packed.route GROUP BY layer, site"
     )
-    return f"SELECT layer, site, sum({filled})::BIGINT FROM packed.route GROUP BY layer, site"
 
 
 def create_statements(layout: Layout) -> Sequence[str]:
