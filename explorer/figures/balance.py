@@ -128,6 +128,7 @@ def balance_over_layers(
         title=f"Balance over layers: {text.label}",
         caption=scope.caption("grey: what uniform routing gives by chance (sampling floor)"),
         dark=dark,
+        legend=True,
     )
 
 
@@ -179,8 +180,9 @@ def capacity_curve(
     )
     figure.update_xaxes(title="capacity factor (× uniform load of a batch)")
     figure.update_yaxes(title="share dropped", tickformat=".1%", rangemode="tozero")
-    figure.update_layout(legend={"orientation": "v", "x": 1, "xanchor": "right", "y": 1})
-    figure.update_layout(legend={"yanchor": "top"})
+    figure.update_layout(
+        legend={"orientation": "v", "x": 1, "xanchor": "right", "y": 1, "yanchor": "top"}
+    )
     batches = "batch" if n_batches == 1 else "batches"
     return theme.finish(
         figure,

@@ -1,6 +1,6 @@
 """A heatmap whose cells can be clicked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ def clickable_heatmap(
     *,
     ids: npt.NDArray[Any],
     hover: str,
+    missing_hover: str = "nothing recorded",
     hover_text: Sequence[str] | None = None,
     x_labels: Sequence[str],
     y_labels: Sequence[str],
@@ -65,9 +66,12 @@ def clickable_heatmap(
     z : array [Y, X]
         nan = missing, drawn as grey ground. The first row is drawn at the top.
     ids : array [Y, X, C], numbers
-        What a click returns as ``customdata``.
+        What a click returns as ``customdata``. A cell whose first id is nan cannot be clicked:
+        a layer may have fewer experts than another.
     hover : str
         Hover template; ``%{customdata[0]}`` and so on are the ids, ``%{text}`` the hover text.
+    missing_hover : str
+        The same for cells whose value is nan.
     hover_text : sequence [Y * X] of str, optional
         Escaped.
     x_labels, y_labels : sequences [X], [Y] of str
@@ -96,24 +100,7 @@ def clickable_heatmap(
             colorbar=_colorbar(scale),
         )
     )
-    y, x = np.divmod(np.arange(z.size), columns) if z.size else (np.empty(0), np.empty(0))
-    figure.add_trace(
-        go.Scattergl(
-            x=x,
-            y=y,
-            mode="markers",
-            # fully transparent markers get no clicks
-            marker={"symbol": "square", "size": 10, "opacity": 0.001},
-            # the default fades all other markers, which shows nothing here but costs a redraw
-            unselected={"marker": {"opacity": 0.001}},
-            selected={"marker": {"opacity": 0.001}},
-            customdata=ids.reshape(z.size, -1),
-            text=None if hover_text is None else list(hover_text),
-            hovertemplate=hover + "<extra></extra>",
-            showlegend=False,
-            name="cells",
-        )
-    )
+    figure.add_traces(list(_click_layers(z, ids, hover, missing_hover, hover_text)))
     figure.update_xaxes(title=x_title, range=[-0.5, columns - 0.5], **_ticks(x_labels))
     figure.update_yaxes(title=y_title, range=[rows - 0.5, -0.5], **_ticks(y_labels))
     figure.update_layout(
@@ -123,6 +110,41 @@ def clickable_heatmap(
         hoverdistance=_CLICK_REACH,
     )
     return figure
+
+
+def _click_layers(
+    z: npt.NDArray[np.float64],
+    ids: npt.NDArray[Any],
+    hover: str,
+    missing_hover: str,
+    hover_text: Sequence[str] | None,
+) -> Iterator[go.Scattergl]:
+    """Yield the markers of the cells with a value, and of those without one."""
+    flat = ids.reshape(z.size, ids.shape[-1])
+    exists = ~np.isnan(flat[:, 0])
+    known = ~np.isnan(z.ravel())
+    for name, mask, template in (
+        ("cells", exists & known, hover),
+        ("cells without a value", exists & ~known, missing_hover),
+    ):
+        cells = np.flatnonzero(mask)
+        if not len(cells):
+            continue
+        # fully transparent markers get no clicks; by default a selection fades all others
+        faint = {"opacity": 0.001}
+        yield go.Scattergl(
+            x=cells % z.shape[1],
+            y=cells // z.shape[1],
+            mode="markers",
+            marker={"symbol": "square", "size": 10, **faint},
+            selected={"marker": faint},
+            unselected={"marker": faint},
+            customdata=flat[cells],
+            text=None if hover_text is None else [hover_text[cell] for cell in cells.tolist()],
+            hovertemplate=template + "<extra></extra>",
+            showlegend=False,
+            name=name,
+        )
 
 
 def ground(figure: go.Figure, dark: bool) -> go.Figure:

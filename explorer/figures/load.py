@@ -74,6 +74,7 @@ def load_heatmap(
         hover="layer %{customdata[0]}, expert %{customdata[2]}<br>"
         + _CELL_HOVER
         + "<br>rank %{customdata[6]} in its layer",
+        missing_hover="layer %{customdata[0]}: no assignment of these tokens",
         x_labels=[str(column) for column in range(width)],
         y_labels=[site_name(layer, site, several=several) for layer, site in sites],
         x_title="expert" if order == "expert" else "experts of each layer by falling load (rank)",
@@ -81,7 +82,8 @@ def load_heatmap(
         scale=RATIO_SCALE,
         dark=dark,
     )
-    for pin, color in theme.pin_colors([pin for pin in pins if pin in place]).items():
+    colors = {pin: color for pin, color in theme.pin_colors(pins).items() if pin in place}
+    for pin, color in colors.items():
         outline(figure, [place[pin]], color, pin_name(pin))
     uniform = _uniform_text(load)
     theme.finish(
@@ -89,7 +91,8 @@ def load_heatmap(
         title="Load of every expert (share of its layer's assignments / uniform share)",
         caption=scope.caption(f"1× = uniform share {uniform}", "click a cell for its tokens"),
         dark=dark,
-        height=int(np.clip(130 + 26 * len(sites), 260, 900)),
+        height=int(np.clip(150 + 26 * len(sites), 300, 900)),
+        legend=bool(colors),
     )
     return ground(figure, dark)
 
@@ -151,6 +154,7 @@ def load_bars(
     experts = rows["expert_id"].tolist()
     figure.update_xaxes(
         title="expert id, most loaded first",
+        range=[-0.6, len(rows) - 0.4],
         tickmode="array",
         tickvals=position[::step],
         ticktext=[str(expert) for expert in experts[::step]],
@@ -198,6 +202,7 @@ def lorenz(load: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure
         title=f"Lorenz curve of layer {_layer(load)} (cumulative share of assignments)",
         caption=scope.caption("dotted: uniform load; the further below, the less even"),
         dark=dark,
+        legend=True,
     )
 
 
@@ -228,6 +233,7 @@ def domain_heatmap(
         log_ratio(ids[:, :, 5]),
         ids=ids,
         hover="%{text}, expert %{customdata[2]}<br>" + _CELL_HOVER,
+        missing_hover="%{text}: no assignment",
         hover_text=[name for name in names for _ in range(width)],
         x_labels=[str(column) for column in range(width)],
         y_labels=[
@@ -244,7 +250,7 @@ def domain_heatmap(
         f"(share of the {by}'s assignments / uniform share)",
         caption=scope.caption(f"1× = uniform share {_uniform_text(load)}"),
         dark=dark,
-        height=int(np.clip(130 + 26 * len(parts), 240, 900)),
+        height=int(np.clip(150 + 26 * len(parts), 300, 900)),
     )
     return ground(figure, dark)
 

@@ -33,6 +33,11 @@ _GROUND = {False: "#ffffff", True: "#0e1117"}
 _GRID = {False: "#e6e6ea", True: "#31333f"}
 _ACCENT = {False: "#0072B2", True: "#56B4E9"}
 
+# pixels above the plot: title and one line of caption, each further line, a legend
+_TOP, _LINE, _LEGEND = 64, 16, 26
+# characters that fit beside each other on half a page
+_CAPTION_WIDTH = 95
+
 PinKey = tuple[int, int, int]  # layer, site, expert
 
 
@@ -77,11 +82,19 @@ def template(dark: bool) -> go.layout.Template:
     return go.layout.Template(
         layout={
             "font": {"family": "Source Sans Pro, Arial, sans-serif", "color": _TEXT[dark]},
-            "title": {"x": 0, "xanchor": "left", "font": {"size": 15}},
+            "title": {
+                "x": 0,
+                "xanchor": "left",
+                "y": 1,
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"t": 12, "l": 4},
+                "font": {"size": 15},
+            },
             "paper_bgcolor": _GROUND[dark],
             "plot_bgcolor": _GROUND[dark],
             "colorway": list(OKABE_ITO),
-            "margin": {"l": 60, "r": 20, "t": 64, "b": 48},
+            "margin": {"l": 60, "r": 20, "t": _TOP, "b": 48},
             "xaxis": axis,
             "yaxis": axis,
             "hoverlabel": {"align": "left"},
@@ -91,20 +104,45 @@ def template(dark: bool) -> go.layout.Template:
 
 
 def finish(
-    figure: go.Figure, *, title: str, caption: str, dark: bool, height: int = 380
+    figure: go.Figure,
+    *,
+    title: str,
+    caption: str,
+    dark: bool,
+    height: int = 380,
+    legend: bool = False,
 ) -> go.Figure:
     """Set what every figure has: title with unit, caption, template, and a steady zoom.
 
     Parameters
     ----------
     title, caption : str
-        Already escaped where they hold text from outside.
+        Already escaped where they hold text from outside. The caption is broken at "; ".
+    height : int, pixels
+        Without the lines that a long caption adds.
+    legend : bool
+        Leave room for a legend between caption and plot.
     """
+    lines = wrapped(caption)
+    extra = _LINE * (len(lines) - 1) + (_LEGEND if legend else 0)
     figure.update_layout(
         template=template(dark),
-        title={"text": title, "subtitle": {"text": caption, "font": {"size": 12}}},
-        height=height,
+        title={"text": title, "subtitle": {"text": "<br>".join(lines), "font": {"size": 12}}},
+        height=height + extra,
+        margin={"t": _TOP + extra},
         # without it, plotly forgets the zoom whenever a page is drawn again
         uirevision="keep",
     )
     return figure
+
+
+def wrapped(caption: str) -> list[str]:
+    """Break a caption between its parts, since plotly does not."""
+    lines = [""]
+    for part in caption.split("; "):
+        joined = f"{lines[-1]}; {part}" if lines[-1] else part
+        if lines[-1] and len(joined) > _CAPTION_WIDTH:
+            lines.append(part)
+        else:
+            lines[-1] = joined
+    return lines

@@ -64,6 +64,7 @@ def token_layer_heatmap(
         hover="token %{customdata[3]}: %{text}<br>layer %{customdata[0]}<br>"
         + quantity.label.replace("%", "&#37;")
         + ": %{customdata[4]:.4g}",
+        missing_hover="token %{customdata[3]}: %{text}<br>layer %{customdata[0]}<br>not recorded",
         hover_text=texts * len(sites),
         x_labels=ticks,
         y_labels=[site_name(layer, site, several=several) for layer, site in sites],
@@ -84,7 +85,7 @@ def token_layer_heatmap(
             "click a cell for the token",
         ),
         dark=dark,
-        height=int(np.clip(190 + 22 * len(sites), 280, 900)),
+        height=int(np.clip(200 + 24 * len(sites), 340, 900)),
     )
     return ground(figure, dark)
 
@@ -150,6 +151,7 @@ def score_bars(
         figure.add_trace(
             go.Bar(
                 x=position[mask],
+                width=0.85,
                 y=part[column].to_numpy(dtype=np.float64),
                 customdata=np.stack([part["expert_id"].to_numpy(dtype=np.float64), weight], 1),
                 marker={"color": color},
@@ -168,18 +170,20 @@ def score_bars(
     experts = rows["expert_id"].tolist()
     figure.update_xaxes(
         title="expert, highest score first" if order == "score" else "expert",
+        range=[-0.6, len(rows) - 0.4],
         tickmode="array",
         tickvals=position[::step],
         ticktext=[str(expert) for expert in experts[::step]],
     )
     figure.update_yaxes(title=unit)
-    figure.update_layout(bargap=0.1, barmode="overlay")
+    figure.update_layout(barmode="overlay")
     return theme.finish(
         figure,
         title=f"Scores of all {len(rows)} experts in layer {layer} ({unit})",
         caption=f"one token: {label(token_text, spaces=True)}; {int(chosen.sum())} chosen",
         dark=dark,
         height=320,
+        legend=True,
     )
 
 
@@ -244,5 +248,5 @@ def token_routes(
         title="Experts of one token, layer by layer (share of its combine weight)",
         caption=f"one token: {label(token_text, spaces=True)}; numbers are expert ids",
         dark=dark,
-        height=int(np.clip(130 + 26 * len(sites), 220, 1400)),
+        height=int(np.clip(130 + 26 * len(sites), 260, 1400)),
     )

@@ -32,7 +32,7 @@ def probabilities(scores: npt.ArrayLike, score_function: str) -> Floats:
     """
     values = np.asarray(scores, dtype=np.float64)
     ruled_out = np.isnan(values)
-    known = ~ruled_out.all(axis=-1, keepdims=True)
+    known = np.asarray(~ruled_out.all(axis=-1, keepdims=True))
     if score_function in ("softmax", "softmax_topk"):
         logits = np.where(ruled_out, -np.inf, values)
         largest = np.where(known, logits.max(axis=-1, keepdims=True), 0.0)
