@@ -90,11 +90,7 @@ def tap(
         If the model is in training mode or a site is tapped already.
     """
     for site in sites:
-        if site.parent.training:
-            raise SiteError(
-                f"{site.info.module} is in training mode, where routers add noise and gradient "
-                "checkpointing runs a site twice. Call model.eval() first."
-            )
+        _check_mode(site)
         if site.parent in _tapped:
             raise SiteError(
                 f"{site.info.module} is tapped already: two captures of one model at a time would "
@@ -128,6 +124,14 @@ def best_first(
     return expert_ids.gather(-1, order), weights.gather(-1, order)
 
 
+def _check_mode(site: Site) -> None:
+    if site.parent.training:
+        raise SiteError(
+            f"{site.info.module} is in training mode, where routers add noise and gradient "
+            "checkpointing runs a site twice. Call model.eval() first."
+        )
+
+
 def _no_rows() -> torch.Tensor | None:
     return None
 
@@ -135,6 +139,7 @@ def _no_rows() -> torch.Tensor | None:
 def _observe(site: Site, channel: Channel) -> SiteObservation:
     """Check one site's channel and bring it into the common form."""
     module, top_k, n_experts = site.info.module, site.info.top_k, site.info.n_experts
+    _check_mode(site)
     _check_fired(site, channel)
     ids, weights, scores = channel.expert_ids, channel.weights, channel.scores
     if ids is None or weights is None:

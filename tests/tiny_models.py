@@ -40,6 +40,11 @@ SMALL = {
     "qk_nope_head_dim": 8,
     "qk_head_dim": 16,
     "v_head_dim": 8,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "expert_ffn_hidden_size": 16,
+    "ffn_hidden_size": 48,
+    "moe_hidden_size": 16,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
@@ -239,5 +244,6 @@ def randomise(model, *, seed=0):
 
 
 def tokens(rows=2, length=7, *, vocab=64, seed=0):
-    """Return token ids [rows, length] without special ids."""
-    return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """Return token ids [rows, length], all different, without special ids."""
+    order = torch.randperm(vocab - 3, generator=torch.Generator().manual_seed(seed)) + 3
+    return order[: rows * length].reshape(rows, length)
