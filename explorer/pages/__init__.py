@@ -1,0 +1,1 @@
+"""The pages: scripts that Streamlit runs, and what they share. Nothing else imports Streamlit."""

@@ -1,0 +1,47 @@
+"""Token text as a reader can see it: marks for what is invisible, nothing else changed."""
+
+import unicodedata
+
+# characters that steer the direction of text, or take no room: they could hide or reorder text
+_STEERING = {
+    *range(0x200E, 0x2010),  # direction marks
+    *range(0x202A, 0x202F),  # embeddings and overrides
+    *range(0x2066, 0x206A),  # isolates
+    0x061C,  # Arabic letter mark
+    0x200B,  # zero-width space
+    0xFEFF,  # byte order mark
+}
+_JOINERS = {0x200C, 0x200D}  # part of Persian words and of emoji: shown only when alone
+_NAMES = {"\n": "↵\n", "\r": "␍", "\t": "⇥\t"}
+CONTINUATION = "·"  # a token without text of its own
+
+
+def visible(text: str) -> str:
+    """Return the text of a token with a mark for every character that shows nothing.
+
+    A line end keeps its line break after its mark. Spaces stay as they are unless the token is
+    nothing but spaces; the empty text of a token in the middle of a character becomes a dot.
+    """
+    if not text:
+        return CONTINUATION
+    if text.strip(" ") == "":
+        return "␣" * len(text)
+    alone = len(text) == 1
+    return "".join(_mark(character, alone) for character in text)
+
+
+def _mark(character: str, alone: bool) -> str:
+    if character in _NAMES:
+        return _NAMES[character]
+    code = ord(character)
+    if code in _STEERING or (alone and code in _JOINERS):
+        return f"⟦U+{code:04X}⟧"
+    if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn"):
+        return f"⟦U+{code:04X}⟧"
+    return character
+
+
+def one_line(text: str, length: int) -> str:
+    """Return the beginning of a text on one line, with an ellipsis where it was cut."""
+    flat = " ".join(visible(text).replace("↵\n", " ").split()) if text else ""
+    return flat if len(flat) <= length else flat[: length - 1].rstrip() + "…"

@@ -1,0 +1,116 @@
+"""What the app and the worker process say to each other: one JSON object a line.
+
+The app sends ``{"do": "run", "job": 3, "request": {...}}`` and ``{"do": "cancel", "job": 3}``.
+The worker answers with ``{"event": "progress" | "done" | "failed" | "cancelled", "job": 3, ...}``.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """A capture: which model reads which prompts, and where the run goes.
+
+    Attributes
+    ----------
+    out : str
+        Path of the run file to write; it must not exist.
+    model : str
+        ``"demo"``, a Hugging Face id or a local folder.
+    prompts : str or list of dict
+        ``"demo"``, the path of a prompt file, or records with ``text`` and maybe ``domain``.
+    level : str
+        ``stats``, ``ids`` or ``scores``.
+    generate : int, tokens
+        New tokens to generate per prompt.
+    sample_tokens : int, tokens
+        Tokens that also get every expert's score and the router's input.
+    """
+
+    out: str
+    model: str = "demo"
+    prompts: str | list[dict[str, Any]] = "demo"
+    level: str = "ids"
+    generate: int = 0
+    sample_tokens: int = 50_000
+
+    @property
+    def title(self) -> str:
+        """Name of the run, for messages."""
+        return Path(self.out).stem
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverRequest:
+    """Close the ``.partial`` file that a killed capture left behind, as an incomplete run."""
+
+    partial: str
+
+    @property
+    def out(self) -> str:
+        """Path of the run file that results."""
+        return self.partial.removesuffix(".partial")
+
+    @property
+    def title(self) -> str:
+        """Name of the run, for messages."""
+        return Path(self.out).stem
+
+
+Request = CaptureRequest | RecoverRequest
+_KINDS: dict[str, type[CaptureRequest] | type[RecoverRequest]] = {
+    "capture": CaptureRequest,
+    "recover": RecoverRequest,
+}
+
+
+class JobProgress(NamedTuple):
+    """How far a job is; the fields of ``capture``'s progress reports."""
+
+    stage: str = "starting"
+    tokens_done: int = 0
+    tokens_total: int = 0
+    tokens_per_second: float = 0.0
+    seconds_left: float | None = None
+    message: str = ""
+
+
+@dataclass(slots=True)
+class Job:
+    """One request and what became of it."""
+
+    job_id: int
+    request: Request
+    state: JobState = "queued"
+    progress: JobProgress = field(default_factory=JobProgress)
+    cancelling: bool = False
+    path: str | None = None  # the run file, once there is one
+    error: str = ""
+    submitted_at: float = 0.0  # seconds since the epoch
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ("queued", "running")
+
+
+def encode(message: dict[str, Any]) -> str:
+    """Return the message as one line of plain ASCII."""
+    return json.dumps(message) + "\n"
+
+
+def pack_request(request: Request) -> dict[str, Any]:
+    """Return a request as JSON values, with its kind."""
+    kind = next(kind for kind, cls in _KINDS.items() if isinstance(request, cls))
+    return {"kind": kind, **asdict(request)}
+
+
+def unpack_request(values: dict[str, Any]) -> Request:
+    """Return the request that `pack_request` packed."""
+    fields = dict(values)
+    return _KINDS[fields.pop("kind")](**fields)
