@@ -13,6 +13,11 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + SUFFIX)
 
 
+def log_of(path: Path) -> Path:
+    """Return the name of DuckDB's write-ahead log of a file."""
+    return path.with_name(path.name + ".wal")
+
+
 def check_free(out: Path) -> None:
     """Refuse an OUT that exists."""
     if out.is_dir():
@@ -44,6 +49,12 @@ def check_new(out: Path) -> None:
 
 def publish(partial: Path, out: Path) -> None:
     """Give the closed partial file its name, or refuse when something has that name by now."""
+    if log_of(partial).exists():
+        # a file without its log lacks the last transactions
+        raise StoreError(
+            f"{partial} was not closed cleanly: {log_of(partial).name} is left. Close it with: "
+            f"python -m capture recover '{partial}'"
+        )
     try:
         try:
             # unlike a rename, a link never replaces what is there

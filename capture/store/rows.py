@@ -19,13 +19,20 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 Vector = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
+def clean(text: str | None) -> str | None:
+    """Replace each half of a surrogate pair, which UTF-8 cannot hold, by U+FFFD.
+
+    Character by character, so that pieces of a text still join to the whole.
+    """
+    return None if text is None else _SURROGATE.sub("\ufffd", text)
+
+
 def strings(values: Sequence[str | None]) -> pa.Array:
-    """Make an Arrow column of text; half a surrogate pair becomes U+FFFD, all else is kept."""
+    """Make an Arrow column of text, which is kept as it is but for :func:`clean`."""
     try:
         return pa.array(values, pa.string())
     except UnicodeEncodeError:
-        clean = [None if v is None else _SURROGATE.sub("\ufffd", v) for v in values]
-        return pa.array(clean, pa.string())
+        return pa.array([clean(value) for value in values], pa.string())
 
 
 def as_table(columns: Sequence[Column], arrays: Sequence[Any]) -> pa.Table:

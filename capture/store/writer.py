@@ -3,7 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +16,10 @@ from capture.errors import StoreError
 from capture.store import schema
 from capture.store.accounting import check_counts
 from capture.store.codec import layout_for
-from capture.store.files import check_new, partial_of, publish
+from capture.store.files import check_new, log_of, partial_of, publish
 from capture.store.records import LEVELS, ForwardRows, PromptInfo, RunInfo, SiteInfo
 from capture.store.rollup import Rollup
-from capture.store.rows import RowBuilder, strings
+from capture.store.rows import RowBuilder, clean, strings
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ COMMIT_SECONDS = 1.0
 # smaller than DuckDB's 256 KiB: a short run stays small and a row takes 31.5 bytes, not 35.3; with
 # 16 KiB DuckDB leaves token_id uncompressed (python -m capture.bench store)
 BLOCK_SIZE = 32_768
+# the model needs the memory more than the cache of a file that is only written
+MEMORY = "2GiB"
+_CONFIG: dict[str, str | bool | int | float | list[str]] = {
+    "default_block_size": BLOCK_SIZE,
+    "memory_limit": MEMORY,
+}
 
 
 def as_json(value: object) -> str:
@@ -85,9 +92,7 @@ class RunWriter:
         check_new(out)
         _check_facts(info, sites)
         try:
-            connection = duckdb.connect(
-                str(partial_of(out)), config={"default_block_size": str(BLOCK_SIZE)}
-            )
+            connection = duckdb.connect(str(partial_of(out)), config=_CONFIG)
         except duckdb.Error as error:
             raise StoreError(
                 f"{partial_of(out)} cannot be created: {_first_line(error)}. Choose a folder that "
@@ -100,34 +105,24 @@ class RunWriter:
             # nothing was recorded yet, so nothing is worth keeping
             writer.abandon()
             writer.partial.unlink(missing_ok=True)
+            log_of(writer.partial).unlink(missing_ok=True)
             raise
         return writer
 
     def _start(self, info: RunInfo, prompts: Sequence[PromptInfo]) -> None:
         """Create tables and views and store what is known before the first token."""
-        connection = self._open()
-        connection.execute("BEGIN")
-        for statement in schema.create_statements(self._layout):
-            connection.execute(statement)
         documents = [as_json(v) for v in (info.backends, info.packages, info.config, info.sample)]
-        facts = [info.model, info.revision, info.architecture, info.dtype, info.device, info.level]
+        texts = [info.model, info.revision, info.architecture, info.dtype, info.device, info.level]
+        facts = [*map(clean, texts), info.vocab_size, info.hidden_size, *documents, *self._layout]
         started_at = datetime.now(UTC).replace(tzinfo=None)
-        connection.execute(
-            schema.INSERT_RUN,
-            [
-                *facts,
-                info.vocab_size,
-                info.hidden_size,
-                *documents,
-                *self._layout,
-                started_at,
-                schema.SCHEMA_VERSION,
-            ],
-        )
-        connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
-        if prompts:
-            self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
-        connection.execute("COMMIT")
+        with self._transaction():
+            connection = self._open()
+            for statement in schema.create_statements(self._layout):
+                connection.execute(statement)
+            connection.execute(schema.INSERT_RUN, [*facts, started_at, schema.SCHEMA_VERSION])
+            connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
+            if prompts:
+                self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
 
     def _open(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
@@ -162,31 +157,42 @@ class RunWriter:
 
     def flush(self) -> None:
         """Commit every forward pass handed in so far."""
-        connection = self._open()
+        self._open()
         if self._pending:
-            connection.execute("BEGIN")
-            for name in self._tables:
-                parts = [tables[name] for tables in self._pending if name in tables]
-                if parts:
-                    self._insert(schema.insert(name), pa.concat_tables(parts).combine_chunks())
-            # the sums so far, not their change: a killed run needs no addition to be right
-            connection.execute(schema.CLEAR_ROLLUP)
-            self._insert(schema.insert("rollup"), self._rollup.table(self._tables["rollup"]))
-            connection.execute("COMMIT")
+            with self._transaction():
+                for name in self._tables:
+                    parts = [tables[name] for tables in self._pending if name in tables]
+                    if parts:
+                        self._insert(schema.insert(name), pa.concat_tables(parts).combine_chunks())
+                # the sums so far, not their change: a killed run needs no addition to be right
+                self._open().execute(schema.CLEAR_ROLLUP)
+                self._insert(schema.insert("rollup"), self._rollup.table(self._tables["rollup"]))
             self._pending.clear()
             self._pending_rows = self._pending_bytes = 0
         self._committed = time.monotonic()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Commit what the block wrote, or none of it."""
+        connection = self._open()
+        try:
+            connection.execute("BEGIN")
+            yield
+            connection.execute("COMMIT")
+        except duckdb.Error as error:
+            # after a failed COMMIT there is nothing left to roll back
+            with suppress(duckdb.Error):
+                connection.execute("ROLLBACK")
+            raise StoreError(
+                f"{self.partial} could not be written: {_first_line(error)}. Free disk space or "
+                f"choose another folder; python -m capture recover '{self.partial}' keeps the rest."
+            ) from error
 
     def _insert(self, statement: str, rows: pa.Table) -> None:
         connection = self._open()
         connection.register("rows", rows)
         try:
             connection.execute(statement)
-        except duckdb.Error as error:
-            raise StoreError(
-                f"{self.partial} could not be written: {_first_line(error)}. Free disk space or "
-                f"choose another folder; python -m capture recover '{self.partial}' keeps the rest."
-            ) from error
         finally:
             connection.unregister("rows")
 
@@ -227,14 +233,19 @@ class RunWriter:
             n_tokens=self._n_tokens,
             assignments=self._rollup.assignments(),
         )
-        connection.execute("BEGIN")
-        connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
-        if backends is not None:
-            connection.execute(schema.SET_BACKENDS, [as_json(dict(backends))])
-        if notes is not None:
-            connection.execute(schema.SET_NOTES, [as_json(dict(notes))])
-        connection.execute("COMMIT")
-        connection.execute("CHECKPOINT")
+        with self._transaction():
+            connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
+            if backends is not None:
+                connection.execute(schema.SET_BACKENDS, [as_json(dict(backends))])
+            if notes is not None:
+                connection.execute(schema.SET_NOTES, [as_json(dict(notes))])
+        try:
+            connection.execute("CHECKPOINT")
+        except duckdb.Error as error:
+            raise StoreError(
+                f"{self.partial} could not be closed: {_first_line(error)}. Free disk space, then "
+                f"python -m capture recover '{self.partial}'."
+            ) from error
         self.abandon()
         publish(self.partial, self.out)
         _log.info("%s holds %d tokens", self.out, self._n_tokens)
