@@ -1,7 +1,8 @@
 """Measurements of capture, each against a named baseline in the same run.
 
 ``python -m capture.bench store`` prints how fast routing rows reach a run file and what one row
-takes on disk. A further measurement is one more entry of ``COMMANDS``.
+takes on disk. ``overhead`` prints how much longer a model takes while it is recorded. A further
+measurement is one more entry of ``COMMANDS``.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from capture.bench_overhead import overhead, overhead_options
 from capture.store import (
     ForwardRows,
     PromptInfo,
@@ -271,7 +273,7 @@ def say_queries(path: Path, shape: Shape, n_forwards: int) -> None:
 COMMANDS: dict[
     str,
     tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]],
-] = {"store": (_store_options, store)}
+] = {"store": (_store_options, store), "overhead": (overhead_options, overhead)}
 
 
 if __name__ == "__main__":
