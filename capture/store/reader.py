@@ -39,8 +39,9 @@ class RunReader:
         self.path = path
         self._connection: duckdb.DuckDBPyConnection | None = connection
         self._lock = threading.Lock()
-        self.info: dict[str, Any] = self.query(schema.SELECT_RUN).to_pylist()[0]
-        self.sites = [SiteInfo(**row) for row in self.query(schema.SELECT_SITES).to_pylist()]
+        run = connection.sql(schema.SELECT_RUN).to_arrow_table()
+        self.info: dict[str, Any] = run.to_pylist()[0]
+        self.sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:

@@ -1,0 +1,99 @@
+import duckdb
+import numpy as np
+import pytest
+from store_runs import make_forward, make_site, write
+
+from capture.errors import SchemaVersionError, StoreError
+from capture.store import RunReader, migrate, schema
+from capture.store.migrations import STEPS, Step
+
+SITES = [make_site(1, 5, 2)]
+
+
+@pytest.fixture
+def old(tmp_path):
+    """Make a run as an older version would have written it: one column fewer."""
+    random = np.random.default_rng(0)
+    path = write(tmp_path / "old.duckdb", SITES, [make_forward(0, 6, SITES, random)])
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("ALTER TABLE packed.sample ADD COLUMN was_called INTEGER")
+        connection.execute("UPDATE packed.run SET schema_version = -1")
+    return path
+
+
+def rename(connection):
+    connection.execute("ALTER TABLE packed.sample RENAME COLUMN was_called TO is_called")
+
+
+def drop(connection):
+    connection.execute("ALTER TABLE packed.sample DROP COLUMN is_called")
+
+
+def fail(connection):
+    connection.execute("DELETE FROM packed.token")
+    connection.execute("SELECT * FROM no_such_table")
+
+
+RENAME, DROP = Step(-1, "rename was_called", rename), Step(0, "drop is_called", drop)
+
+
+def test_steps_run_in_order_into_a_new_file(old):
+    before = old.read_bytes()
+    new = old.with_name("new.duckdb")
+    # handed over in the wrong order: only the versions count
+    assert migrate(old, new, steps=[DROP, RENAME]) == new
+    assert old.read_bytes() == before
+    assert sorted(path.name for path in old.parent.iterdir()) == ["new.duckdb", "old.duckdb"]
+    with RunReader.open(new) as run:
+        assert run.info["schema_version"] == schema.SCHEMA_VERSION
+        assert run.info["n_tokens"] == 6
+        columns = run.query("SELECT * FROM packed.sample").column_names
+    assert columns == ["token_id"]
+    with pytest.raises(SchemaVersionError, match=r"schema version -1, .*python -m capture migrate"):
+        RunReader.open(old)
+
+
+def test_a_failing_step_leaves_nothing(old):
+    before = old.read_bytes()
+    new = old.with_name("new.duckdb")
+    with pytest.raises(StoreError, match=r"The migration step 'broken' failed: .*no_such_table"):
+        migrate(old, new, steps=[RENAME, Step(0, "broken", fail)])
+    assert old.read_bytes() == before
+    assert [path.name for path in old.parent.iterdir()] == ["old.duckdb"]
+
+
+def test_gaps_and_doubles_in_the_steps_are_refused(old):
+    new = old.with_name("new.duckdb")
+    with pytest.raises(SchemaVersionError, match="no step leads on from version 0"):
+        migrate(old, new, steps=[RENAME])
+    with pytest.raises(StoreError, match="Each version has one step"):
+        migrate(old, new, steps=[RENAME, DROP, DROP])
+    assert not new.exists()
+
+
+def test_a_version_that_was_never_released_has_no_step(old):
+    with pytest.raises(SchemaVersionError, match="no step leads on from version -1"):
+        migrate(old, old.with_name("new.duckdb"))
+    assert [step.before for step in STEPS] == list(range(1, schema.SCHEMA_VERSION))
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [(1, "is up to date"), (7, "is newer than this code")]
+)
+def test_current_and_newer_runs_are_not_migrated(old, version, words):
+    with duckdb.connect(str(old)) as connection:
+        connection.execute("UPDATE packed.run SET schema_version = ?", [version])
+    with pytest.raises(SchemaVersionError, match=f"schema version {version} and {words}"):
+        migrate(old, old.with_name("new.duckdb"), steps=[RENAME, DROP])
+
+
+def test_migration_overwrites_nothing_and_takes_runs_only(old, tmp_path):
+    new = tmp_path / "new.duckdb"
+    new.write_text("mine")
+    with pytest.raises(StoreError, match="already exists"):
+        migrate(old, new, steps=[RENAME, DROP])
+    with pytest.raises(StoreError, match="it is none"):
+        migrate(new, tmp_path / "other.duckdb")
+    with pytest.raises(StoreError, match="which is nothing"):
+        migrate(tmp_path / "gone", tmp_path / "other.duckdb")
+    assert new.read_text() == "mine" and not (tmp_path / "other.duckdb").exists()
