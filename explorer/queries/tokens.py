@@ -145,12 +145,11 @@ def token_quantity(
         site and position. ``value`` is missing where it was not recorded.
     """
     kind = QUANTITIES[quantity]
-    params: Params = {"prompt_id": prompt_id}
+    near, params = _near(run, prompt_id)
     if kind.source == "gates":
         values = (
             f"SELECT token_id, layer, site, {kind.sql} AS value "
-            "FROM gates JOIN sites USING (layer, site) "
-            "WHERE token_id IN (SELECT token_id FROM listed)"
+            f"FROM gates JOIN sites USING (layer, site) WHERE {near}"
         )
     else:
         marked, params = _pinned(quantity, pinned, params)
@@ -158,9 +157,9 @@ def token_quantity(
         values = f"""
             SELECT token_id, layer, site, {kind.sql} AS value
             FROM (SELECT token_id, layer, site FROM gates {_only_pinned_sites(quantity)}
-                WHERE token_id IN (SELECT token_id FROM listed))
+                WHERE {near})
             LEFT JOIN (SELECT *, {marked} FROM assignments
-                WHERE token_id IN (SELECT token_id FROM listed)) USING (token_id, layer, site)
+                WHERE {near}) USING (token_id, layer, site)
             GROUP BY token_id, layer, site
         """
     return run.query(
@@ -175,6 +174,25 @@ def token_quantity(
         """,
         params,
     )
+
+
+def _near(run: Run, prompt_id: int) -> tuple[str, Params]:
+    """Write a condition that holds for a prompt's tokens and few others.
+
+    DuckDB skips most of a large run for ranges of token ids, but not for a list of them. Prompt
+    tokens of a prompt are a range; generated ones lie between those of its batch.
+    """
+    ranges = run.query(
+        "SELECT min(token_id) AS first, max(token_id) AS last FROM tokens "
+        "WHERE prompt_id = $prompt_id GROUP BY phase",
+        {"prompt_id": prompt_id},
+    )
+    params: Params = {"prompt_id": prompt_id}
+    parts = []
+    for number, (first, last) in enumerate(ranges.itertuples(index=False)):
+        parts.append(f"token_id BETWEEN $first{number} AND $last{number}")
+        params |= {f"first{number}": int(first), f"last{number}": int(last)}
+    return f"({' OR '.join(parts) or 'false'})", params
 
 
 def _pinned(quantity: str, pinned: Sequence[Pin], params: Params) -> tuple[str, Params]:
