@@ -117,7 +117,9 @@ def _taken(model: Any, *, dtype: object, device: object) -> LoadedModel:
         )
     config = model.config
     path = str(getattr(config, "_name_or_path", "") or "")
-    tokenizer = _tokenizer(path, {"local_files_only": True}) if path else None
+    tokenizer = (
+        _tokenizer(path, {"local_files_only": True, "trust_remote_code": False}) if path else None
+    )
     name = path or type(model).__name__
     return LoadedModel(model, tokenizer, name, getattr(config, "_commit_hash", None))
 
@@ -126,10 +128,9 @@ def _source(model: str | Path) -> tuple[str, str]:
     """Return where to load from, and the name to record."""
     if model == "demo":
         return str(DEMO), "demo"
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return str(folder), str(model)
-    text = str(model)
+    text, folder = str(model), Path(model).expanduser()
+    if folder.is_dir() and text.strip():
+        return str(folder), text
     local = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
     if folder.exists() or local or not text.strip():
         what = "is a file" if folder.exists() else "does not exist"

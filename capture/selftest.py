@@ -102,7 +102,14 @@ def _measured(site: Site, seen: SiteObservation, n_tokens: int) -> Site:
     bias, groups = site.selection_bias, (site.n_groups, site.top_groups)
     # a router may carry a bias or groups that its configuration switches off
     for use_bias, use_groups in ((bias, groups), (bias, NO_GROUPS), (None, NO_GROUPS)):
-        if explains_choice(scores, ids, label, selection_bias=use_bias, groups=use_groups):
+        if explains_choice(
+            scores,
+            ids,
+            label,
+            selection_bias=use_bias,
+            groups=use_groups,
+            half=seen.scores.dtype != torch.float32,
+        ):
             bias, groups, known = use_bias, use_groups, True
             break
     else:
