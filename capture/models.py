@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEMO = Path(__file__).parent / "demo" / "weights"
+# how transformers says that an auto class has no model for a configuration
+NO_CAUSAL_MODEL = "Unrecognized configuration class"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -176,19 +178,27 @@ def _load(
     allow_pickle: bool,
 ) -> "PreTrainedModel":
     import torch
-    from transformers import AutoModelForCausalLM
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {
+        **hub,
+        "dtype": _dtype(dtype, place),
+        "device_map": _device_map(place),
+        "use_safetensors": None if allow_pickle else True,
+        "output_loading_info": True,
+    }
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            **hub,
-            dtype=_dtype(dtype, place),
-            device_map=_device_map(place),
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        found: Any
+        try:
+            found = AutoModelForCausalLM.from_pretrained(source, **options)
+        except ValueError as error:
+            # a model that also sees has a language model inside, which runs on text alone
+            if NO_CAUSAL_MODEL not in str(error):
+                raise
+            found = AutoModelForImageTextToText.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explained(error, name, hub) from error
     loaded, report = found
     missing = sorted(report.get("missing_keys", ()))
@@ -246,7 +256,7 @@ def _explained(error: Exception, name: str, hub: dict[str, Any]) -> ModelError:
             f"Safetensors weights were expected, but {name} has none. If you trust its pickled "
             "weights, pass allow_pickle=True (--allow-pickle)."
         )
-    if "Unrecognized configuration class" in text or "model type" in text:
+    if NO_CAUSAL_MODEL in text or "model type" in text:
         return ModelError(f"A causal language model was expected, but {name} is none: {first}")
     if isinstance(error, OSError):
         at = f" at revision {hub['revision']}" if hub.get("revision") else ""

@@ -173,6 +173,32 @@ def test_an_unknown_model_type(saved, tmp_path):
         load_model(folder)
 
 
+def test_a_model_that_also_sees_is_recorded_on_text(tmp_path):
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = tiny_models.config_of("qwen3_vl_moe").to_dict()
+    text["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    ids = {"image_token_id": 5, "video_token_id": 6}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
+    Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path)
+    sites = attach(load_model(tmp_path, device="cpu").model)
+    assert [s.info.layer for s in sites] == [0, 1, 2]
+    assert sites[0].info.module == "model.language_model.layers.0.mlp"
+
+
+def test_a_broken_file(saved, tmp_path):
+    weights = copy_of(saved, tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(tmp_path, device="cpu")
+
+
 def test_an_encoder_decoder_is_no_causal_model(tmp_path):
     from transformers import T5Config, T5Model
 
