@@ -1,3 +1,6 @@
+import gzip
+from pathlib import Path
+
 import duckdb
 import numpy as np
 import pytest
@@ -8,6 +11,9 @@ from capture.store import RunReader, migrate, schema
 from capture.store.migrations import STEPS, Step
 
 SITES = [make_site(1, 5, 2)]
+# one file of every version that was released; the first has the sites of FIRST
+FILES = sorted((Path(__file__).parent / "data").glob("run_v*.duckdb.gz"))
+FIRST = [make_site(1, 5, 2), make_site(4, 300, 9)]
 
 
 @pytest.fixture
@@ -97,3 +103,48 @@ def test_migration_overwrites_nothing_and_takes_runs_only(old, tmp_path):
     with pytest.raises(StoreError, match="which is nothing"):
         migrate(tmp_path / "gone", tmp_path / "other.duckdb")
     assert new.read_text() == "mine" and not (tmp_path / "other.duckdb").exists()
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.name)
+def released(request, tmp_path):
+    """Unpack a run file that a released version wrote."""
+    path = tmp_path / "released.duckdb"
+    path.write_bytes(gzip.decompress(request.param.read_bytes()))
+    return path
+
+
+def test_every_released_version_is_read(released, tmp_path):
+    with duckdb.connect(str(released), read_only=True) as connection:
+        version = connection.sql("SELECT schema_version FROM run").fetchall()[0][0]
+    current = released
+    if version < schema.SCHEMA_VERSION:
+        current = migrate(released, tmp_path / "current.duckdb")
+    with RunReader.open(current) as run:
+        assert run.info["n_tokens"] == 20
+        assert run.sites == FIRST
+        load = run.query("SELECT layer, sum(assignments) AS n FROM expert_load GROUP BY ALL")
+        rows = run.query("SELECT layer, count(*) AS n FROM assignments GROUP BY ALL")
+    counts = {1: 20 * 2, 4: 20 * 9}
+    for table in (load, rows):
+        assert dict(zip(*table.to_pydict().values(), strict=True)) == counts
+
+
+def test_a_changed_schema_has_a_new_version(tmp_path):
+    released = tmp_path / "released.duckdb"
+    newest = FILES[-1]
+    assert newest.name == f"run_v{schema.SCHEMA_VERSION}.duckdb.gz"
+    released.write_bytes(gzip.decompress(newest.read_bytes()))
+    fresh = write(tmp_path / "fresh.duckdb", FIRST, [])
+    described = []
+    for path in (released, fresh):
+        with duckdb.connect(str(path), read_only=True) as connection:
+            columns = connection.sql(
+                "SELECT schema_name, table_name, column_name, data_type, is_nullable"
+                " FROM duckdb_columns() WHERE NOT internal ORDER BY ALL"
+            ).fetchall()
+            views = connection.sql(
+                "SELECT view_name, sql FROM duckdb_views() WHERE NOT internal ORDER BY ALL"
+            ).fetchall()
+        described.append((columns, views))
+    # if this fails: raise SCHEMA_VERSION, add a step to migrations.py and a file of the new version
+    assert described[0] == described[1]

@@ -17,7 +17,7 @@ from store_runs import (
 )
 
 from capture.errors import StoreError
-from capture.store import LEVELS, PromptInfo, RunReader, RunWriter
+from capture.store import LEVELS, PromptInfo, RunReader, RunWriter, schema
 from capture.store import writer as writer_module
 
 # the columns that the issue promises to everybody, with the type a stranger's DuckDB reports
@@ -337,6 +337,19 @@ def test_a_slow_capture_commits_every_forward(out, random, monkeypatch):
         found = writer._connection.cursor().sql("SELECT n_tokens FROM run").fetchall()
         assert found == [(n + 1,)]
     writer.abandon()
+
+
+def test_a_transaction_that_fails_is_undone_and_may_be_tried_again(out, random, monkeypatch):
+    writer = start(out, SITES)
+    writer.append(make_forward(0, 3, SITES, random))
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "CLEAR_ROLLUP", "DELETE FROM packed.no_such_table")
+        with pytest.raises(StoreError, match=r"could not be written: .*no_such_table"):
+            writer.flush()
+    assert writer._connection.cursor().sql("SELECT count(*) FROM tokens").fetchall() == [(0,)]
+    writer.append(make_forward(3, 2, SITES, random))
+    writer.finish(seconds=0)
+    assert ask(out, "SELECT n_tokens FROM run") == [(5,)]
 
 
 def test_the_callers_buffers_may_be_reused(out, random):

@@ -179,10 +179,12 @@ class RunWriter:
             connection.execute("BEGIN")
             yield
             connection.execute("COMMIT")
-        except duckdb.Error as error:
+        except BaseException as error:
             # after a failed COMMIT there is nothing left to roll back
             with suppress(duckdb.Error):
                 connection.execute("ROLLBACK")
+            if not isinstance(error, duckdb.Error):
+                raise
             raise StoreError(
                 f"{self.partial} could not be written: {_first_line(error)}. Free disk space or "
                 f"choose another folder; python -m capture recover '{self.partial}' keeps the rest."
