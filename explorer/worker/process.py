@@ -14,7 +14,6 @@ from explorer.worker.jobs import Cancelled, run_job
 from explorer.worker.protocol import JobProgress, encode, unpack_request
 
 REPORT_SECONDS = 0.1  # progress is sent at most this often
-NICENESS = 5  # the pages stay quick while the model computes
 
 
 class Worker:
@@ -91,6 +90,5 @@ def serve() -> None:
     # what a library prints would break the protocol: it goes to standard error instead
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    os.nice(NICENESS)
     with reports, sys.stdin as commands:
         Worker(commands, reports).run()

@@ -1,0 +1,29 @@
+"""The entry point of the app: ``streamlit run app.py``, or with ``-- --runs FOLDER``."""
+
+import streamlit as st
+
+from explorer.pages import address, shell
+
+PAGES = {
+    "overview": ("Overview", ":material/grid_view:"),
+    "tokens": ("Tokens", ":material/notes:"),
+    "load_balance": ("Load balance", ":material/balance:"),
+    "capture": ("Capture", ":material/radio_button_checked:"),
+}
+
+st.set_page_config(page_title="RouteScope", page_icon=":material/route:", layout="wide")
+page = st.navigation(
+    [
+        st.Page(
+            f"explorer/pages/{name}.py",
+            title=title,
+            icon=icon,
+            url_path=name.replace("_", "-"),
+            default=name == "overview",
+        )
+        for name, (title, icon) in PAGES.items()
+    ]
+)
+address.begin(page.url_path or "overview")
+shell.frame(page.title)
+page.run()

@@ -1,0 +1,132 @@
+"""What a page shows is kept in its address, so that a link reopens the same view.
+
+The address is the only truth: widgets are set from it before they are drawn, and write to it
+when they change. Leaving a page and coming back within a session restores what it showed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import streamlit as st
+
+GLOBAL_NAMES = ("run", "phase", "domain", "layer")
+PAGE_NAMES: dict[str, tuple[str, ...]] = {
+    "overview": ("order",),
+    "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
+    "load-balance": ("metric", "factor"),
+    "capture": ("job",),
+}
+# what means nothing in another run
+OF_A_RUN = ("phase", "domain", "layer", "prompt", "token", "pins", "expert")
+_MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
+
+
+def begin(page: str) -> None:
+    """Start a script run: after a change of page, put back what the session knows of it."""
+    state = st.session_state
+    memory: dict[str, str] = state.setdefault(_MEMORY, {})
+    state[_NOTES] = []
+    if _PAGE in state and state[_PAGE] != page:
+        for name in (*GLOBAL_NAMES, *PAGE_NAMES[page]):
+            if name not in st.query_params and memory.get(name):
+                st.query_params[name] = memory[name]
+    state[_PAGE] = page
+
+
+def read(name: str) -> str:
+    """Return a value of the address, "" when it is not there."""
+    value = str(st.query_params.get(name, ""))
+    st.session_state.setdefault(_MEMORY, {})[name] = value
+    return value
+
+
+def write(name: str, value: str) -> None:
+    """Change a value of the address; "" takes it out."""
+    st.session_state.setdefault(_MEMORY, {})[name] = value
+    if value:
+        st.query_params[name] = value
+    elif name in st.query_params:
+        del st.query_params[name]
+
+
+def write_run(name: str) -> None:
+    """Change the run, and forget what was chosen in the one before."""
+    for other in OF_A_RUN:
+        write(other, "")
+    write("run", name)
+
+
+def pick(name: str, choices: Sequence[str], *, default: str, what: str) -> str:
+    """Return a value of the address if it is among the choices, else the default with a note."""
+    value = read(name)
+    if not value or value in choices:
+        return value or default
+    note(f"The link names the {what} “{value[:60]}”, which is not here; showing the default.")
+    write(name, "")
+    return default
+
+
+def number(name: str, allowed: range, *, default: int | None, what: str) -> int | None:
+    """Return a whole number of the address if it is allowed, else the default with a note."""
+    value = read(name)
+    if not value:
+        return default
+    if value.isascii() and value.isdecimal() and len(value) < 12 and int(value) in allowed:
+        return int(value)
+    note(f"The link names the {what} “{value[:60]}”, which is not here; showing the default.")
+    write(name, "")
+    return default
+
+
+def choose(
+    widget: Callable[..., Any],
+    name: str,
+    label: str,
+    choices: Sequence[str],
+    *,
+    default: str,
+    show: Callable[[str], str],
+    on_write: Callable[[str], None] | None = None,
+    **options: Any,
+) -> str:
+    """Draw a widget of one choice that reads from the address and writes to it.
+
+    Parameters
+    ----------
+    widget : callable
+        ``st.selectbox``, ``st.segmented_control``, ``st.radio`` or the like.
+    on_write : callable, optional
+        Called with the new value instead of writing it under ``name``.
+    """
+    value = pick(name, choices, default=default, what=label.lower())
+    key = f"address:{name}"
+    st.session_state[key] = value
+
+    def changed() -> None:
+        new = st.session_state[key]
+        # a segmented control lets go of its choice when it is clicked again
+        new = default if new is None else new
+        if on_write is not None:
+            on_write(new)
+        else:
+            write(name, "" if new == default else new)
+
+    widget(label, choices, key=key, format_func=show, on_change=changed, **options)
+    return value
+
+
+def note(text: str) -> None:
+    """Say something at the top of the page, such as that the link could not be followed."""
+    st.session_state.setdefault(_NOTES, []).append(text)
+
+
+def show_notes() -> None:
+    """Draw the notes of this script run; they are plain text."""
+    for text in st.session_state.get(_NOTES, []):
+        st.info(plain(text), icon=":material/info:")
+    st.session_state[_NOTES] = []
+
+
+def plain(text: str) -> str:
+    """Return text so that Streamlit's Markdown shows it as it is."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|$~:&^=" else c for c in text)

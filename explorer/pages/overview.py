@@ -1,0 +1,226 @@
+"""Overview: what this run is, its key figures, and the load of every expert."""
+
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from explorer.balance import balance_table
+from explorer.figures.load import load_heatmap
+from explorer.figures.text import visible
+from explorer.pages import address
+from explorer.pages.components.chart import chart
+from explorer.pages.shell import current_view
+from explorer.pages.state import View, ask, is_dark
+from explorer.queries.load import expert_load
+from explorer.queries.overview import domain_counts, gate_means
+
+_JUMP = "jump to expert"
+_ORDERS = {"expert": "by id", "load": "by load"}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    jump = st.session_state.pop(_JUMP, None)
+    if jump is not None:
+        address.write("layer", jump[0])
+        st.switch_page("explorer/pages/tokens.py", query_params=_expert_address(*jump))
+    st.markdown(_introduction(view))
+    load = ask(view, expert_load, domain=view.domain, phase=view.phase)
+    _key_figures(view, load)
+    _load_map(view, load)
+    details, domains = st.columns([3, 2], gap="large")
+    with details:
+        _about(view)
+    with domains:
+        _domains(view)
+
+
+def _introduction(view: View) -> str:
+    sites = view.run.sites
+    first = sites[0]
+    same = len({(s.n_experts, s.top_k) for s in sites}) == 1
+    layers = len(view.run.layers)
+    each = f"each of {layers} layers" if layers > 1 else f"layer {first.layer}"
+    if same:
+        many = f"**{first.top_k} of {first.n_experts} experts** in {each}"
+    else:
+        fewest, most = min(s.n_experts for s in sites), max(s.n_experts for s in sites)
+        many = f"a few of {fewest} to {most} experts in {each}"
+    shared = (
+        " Shared experts, which every token visits, are not counted here."
+        if any(s.n_shared_experts for s in sites)
+        else ""
+    )
+    return (
+        f"Each token visits {many}; a small **router** in every layer chooses which. This page "
+        f"shows how the work was shared: click a cell to read the tokens of that expert.{shared}"
+    )
+
+
+def _key_figures(view: View, load: pd.DataFrame) -> None:
+    info, scope = view.run.info, view.scope()
+    balance = balance_of(view, load)
+    gates = ask(view, gate_means, domain=view.domain, phase=view.phase)
+    tiles = st.columns(5)
+    tiles[0].metric(
+        "Tokens",
+        f"{scope.n_tokens:,}",
+        border=True,
+        delta=f"of {info['n_prompts']:,} prompts",
+        delta_color="off",
+        delta_arrow="off",
+        help="Real tokens behind the figures; padding is never recorded.",
+    )
+    worst = balance.dropna(subset=["max_violation"])
+    if len(worst):
+        row = worst.loc[worst["max_violation"].idxmax()]
+        tiles[1].metric(
+            "Busiest expert",
+            f"{1 + row['max_violation']:.2f}× fair share",
+            border=True,
+            delta=f"layer {int(row['layer'])}; by chance {1 + row['max_violation_floor']:.2f}×",
+            delta_color="off",
+            delta_arrow="off",
+            help="The largest load of any expert over the mean load of its layer.",
+        )
+        even = worst["normalized_entropy"].mean()
+        tiles[2].metric(
+            "Evenness of load",
+            f"{even:.1%}",
+            border=True,
+            delta=f"by chance {worst['normalized_entropy_floor'].mean():.1%}",
+            delta_color="off",
+            delta_arrow="off",
+            help="Mean over layers of the load's entropy, as a share of its largest value.",
+        )
+    dead = int(balance["dead_experts"].fillna(0).sum())
+    tiles[3].metric(
+        "Dead experts",
+        f"{dead} of {len(load)}",
+        border=True,
+        delta=f"by chance {balance['dead_experts_floor'].sum():.1f}",
+        delta_color="off",
+        delta_arrow="off",
+        help="Experts that none of these tokens visited, over all layers.",
+    )
+    entropy = gates["normalized_entropy"].mean()
+    tiles[4].metric(
+        "Router's indecision",
+        "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
+        border=True,
+        delta="0 % = sure, 100 % = guessing",
+        delta_color="off",
+        delta_arrow="off",
+        help="Mean gate entropy over tokens and layers, as a share of ln(number of experts).",
+    )
+
+
+def balance_of(view: View, load: pd.DataFrame) -> pd.DataFrame:
+    """Return the balance of every site under the view's filters, remembered."""
+    return _balance(view.key, view.domain, view.phase, load, view.scope().n_tokens)
+
+
+@st.cache_data(max_entries=50, show_spinner=False)
+def _balance(
+    key: Any, domain: str | None, phase: str | None, _load: pd.DataFrame, n_tokens: int
+) -> pd.DataFrame:
+    return balance_table(_load, n_tokens=n_tokens)
+
+
+def _load_map(view: View, load: pd.DataFrame) -> None:
+    order = address.choose(
+        st.segmented_control,
+        "order",
+        "Order of the experts",
+        list(_ORDERS),
+        default="expert",
+        show=_ORDERS.__getitem__,
+        help="By id, or each layer's experts from the busiest to the idlest.",
+    )
+    figure = load_heatmap(load, scope=view.scope(), order=order, dark=is_dark())
+    chart(
+        figure,
+        key="load map",
+        alt=f"Heatmap of {load['layer'].nunique()} layers by experts: share of the layer's "
+        f"assignments over the uniform share, from {load['ratio'].min():.2f} to "
+        f"{load['ratio'].max():.2f} times.",
+        table=load.drop(columns=["n_experts", "top_k"]),
+        on_click=lambda data: _jump_to(view, data),
+    )
+
+
+def _jump_to(view: View, data: list[float]) -> None:
+    layer, site, expert = (int(value) for value in data[:3])
+    several = len(view.run.layers) < len(view.run.sites)
+    st.session_state[_JUMP] = (f"{layer}.{site}" if several else str(layer), str(expert))
+
+
+def _expert_address(layer: str, expert: str) -> dict[str, str]:
+    kept = {name: address.read(name) for name in ("run", "phase", "domain")}
+    return {k: v for k, v in kept.items() if v} | {"layer": layer, "expert": expert}
+
+
+def _about(view: View) -> None:
+    info, sites = view.run.info, view.run.sites
+    experts = sorted({s.n_experts for s in sites})
+    rows = {
+        "Model": f"{info['model']} ({info['architecture']})",
+        "Routers": f"{len(sites)} in {len(view.run.layers)} layers, each choosing "
+        f"{_range([s.top_k for s in sites])} of {_range(experts)} experts"
+        + (f", {_range([s.n_shared_experts for s in sites])} shared" if _shared(view) else ""),
+        "Score function": ", ".join(sorted({s.score_function for s in sites})),
+        "Recorded": f"{info['n_tokens']:,} tokens of {info['n_prompts']:,} prompts"
+        f" ({info['n_generated']:,} generated)",
+        "Level": f"{info['level']} ({_LEVELS.get(info['level'], '')})",
+        "Cut prompts": f"{info['n_truncated_prompts']:,} longer than the model's context",
+        "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
+        "Ran on": f"{info['device']}, {info['dtype']}, in {info['seconds'] or 0:.0f} s, "
+        f"{info['started_at']:%Y-%m-%d %H:%M} UTC",
+        "File": f"{view.run.path.name}, {view.key[2] / 1e6:,.1f} MB",
+    }
+    st.subheader("About this run", anchor=False)
+    frame = pd.DataFrame({"": list(rows), "value": [visible(str(v)) for v in rows.values()]})
+    st.dataframe(
+        frame,
+        hide_index=True,
+        alt="What is known of this run",
+        column_config={"": st.column_config.TextColumn(width=130), "value": ""},
+    )
+
+
+_LEVELS = {
+    "stats": "totals per expert",
+    "ids": "experts and weights of every token",
+    "scores": "every expert's score for every token",
+}
+
+
+def _shared(view: View) -> bool:
+    return any(s.n_shared_experts for s in view.run.sites)
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _domains(view: View) -> None:
+    counts = ask(view, domain_counts)
+    st.subheader("Prompts by domain", anchor=False)
+    shown = counts.assign(domain=[visible(d) if d else "(none)" for d in counts["domain"]])
+    st.dataframe(
+        shown[["domain", "prompts", "tokens", "mean_loss"]],
+        hide_index=True,
+        alt="Prompts, tokens and loss of each domain",
+        column_config={
+            "domain": "Domain",
+            "prompts": "Prompts",
+            "tokens": "Tokens",
+            "mean_loss": st.column_config.NumberColumn("Loss (nats/token)", format="%.2f"),
+        },
+    )
+
+
+render()

@@ -1,0 +1,76 @@
+"""The frame around every page, and what is shown while there is no run yet."""
+
+import streamlit as st
+
+from explorer.pages import address, state
+from explorer.pages.components.job import follow
+from explorer.worker import CaptureRequest, Job, shared_worker
+
+_VIEW = "current view"
+_DEMO = "demo"
+
+
+def frame(title: str) -> None:
+    """Draw the page's title and the bar at the side; remember the view for the page."""
+    st.title(title, anchor=False)
+    st.session_state[_VIEW] = state.select_view()
+    if title == "Capture":
+        return
+    active = [job for job in shared_worker().jobs() if job.active]
+    if active:
+        with st.sidebar:
+            st.caption(f":material/radio_button_checked: {len(active)} capture in progress")
+
+
+def current_view() -> state.View:
+    """Return the run and the filters; without any run, record the demo and end the page here."""
+    view: state.View | state.Problem | None = st.session_state[_VIEW]
+    address.show_notes()
+    if view is None:
+        first_run()
+        st.stop()
+    if isinstance(view, state.Problem):
+        st.error(address.plain(view.text), icon=":material/error:")
+        st.stop()
+    if not view.run.info["complete"]:
+        st.warning(
+            "This run's capture did not end: it holds a part of its prompts only.",
+            icon=":material/warning:",
+        )
+    return view
+
+
+def first_run() -> None:
+    """Record the demo prompts with the demo model, show how far it is, then show the run."""
+    st.markdown(
+        "Nothing has been recorded yet, so RouteScope makes a first **run**: a small "
+        "mixture-of-experts language model, which comes with it, reads its demo prompts, and "
+        "every decision of its routers is written down. This takes less than a minute."
+    )
+    job = _demo_job() or _start_demo()
+    ended = follow(job.job_id, key="first run")
+    if ended is None:
+        return
+    if ended.path:
+        st.rerun()
+    if st.button("Try again", type="primary"):
+        _start_demo()
+        st.rerun()
+    st.page_link("explorer/pages/capture.py", label="Capture prompts of your own")
+
+
+def _start_demo() -> Job:
+    folder = state.runs_folder()
+    out = folder / f"{state.new_name(folder, _DEMO)}{state.SUFFIX}"
+    return shared_worker().submit(CaptureRequest(str(out)))
+
+
+def _demo_job() -> Job | None:
+    """Return the newest demo capture into this folder, whichever session started it."""
+    for job in shared_worker().jobs():
+        request = job.request
+        if isinstance(request, CaptureRequest) and request.prompts == _DEMO:
+            gone = job.state == "done" and job.path and not state.exists(job.path)
+            if state.in_folder(request.out) and not gone:
+                return job
+    return None
