@@ -1,0 +1,305 @@
+"""Tokens: a prompt's own text, coloured by what the routers did; a token's experts; an expert's."""
+
+import pandas as pd
+import streamlit as st
+
+from explorer.figures.caption import Scope
+from explorer.figures.text import visible as visible_name
+from explorer.figures.theme import OKABE_ITO
+from explorer.figures.tokens import quantity_scale, token_layer_heatmap
+from explorer.pages import address
+from explorer.pages.components.chart import chart
+from explorer.pages.components.expert_tokens import expert_tokens_section
+from explorer.pages.components.token_panel import token_panel
+from explorer.pages.components.token_strip import Legend, Token, token_strip
+from explorer.pages.components.visible import one_line
+from explorer.pages.shell import current_view
+from explorer.pages.state import View, ask, is_dark, several_sites
+from explorer.pages.wording import expert_label
+from explorer.queries.prompts import prompt, prompt_count, prompts
+from explorer.queries.routes import prompt_experts
+from explorer.queries.tokens import QUANTITIES, Pin, token_quantity, tokens
+
+# a picker with more entries gets slow in the browser; the search narrows the list down
+MAX_LISTED = 1000
+# longer prompts are shown in part, around the chosen token
+MAX_STRIP = 4096
+MAX_PINS = len(OKABE_ITO)
+_COLORS = {
+    "entropy": "Indecision",
+    "margin": "Margin",
+    "top1_weight": "Largest weight",
+    "pinned_weight": "Pinned experts",
+}
+_SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    expert_tokens_section(view)
+    chosen = _pick_prompt(view)
+    if chosen is None:
+        return
+    prompt_id = int(chosen["prompt_id"])
+    listed = ask(view, tokens, prompt_id=prompt_id)
+    listed.attrs["prompt_id"] = prompt_id
+    if listed.empty:
+        st.info("No token of this prompt was recorded: the capture stopped before it.")
+        return
+    if not view.run.records_ids:
+        st.info(
+            "This run was recorded at level `stats`: it has totals per expert, and nothing per "
+            "token. Capture the prompts again with `--level ids` to see their tokens here.",
+            icon=":material/info:",
+        )
+        return
+    left, right = st.columns([3, 2], gap="large")
+    token_id = _selected(listed)
+    with left:
+        quantity, pins, values = _colouring(view, chosen)
+        _strip(view, listed, values, quantity, pins, token_id)
+        _heatmap(view, chosen, values, quantity, token_id, listed)
+    with right, st.container(key="token panel"):
+        token_panel(view, listed[listed["token_id"] == token_id].iloc[0])
+
+
+def _pick_prompt(view: View) -> "pd.Series | None":
+    total = ask(view, prompt_count, domain=view.domain)
+    search = None
+    if total > MAX_LISTED:
+        search = st.text_input(f"Search in the text of {total:,} prompts", key="search") or None
+    found = ask(view, prompts, domain=view.domain, search=search, limit=MAX_LISTED)
+    wanted = address.read("prompt")
+    if wanted.isdecimal() and wanted not in set(found["prompt_id"].astype(str)):
+        # a link may name a prompt beyond the list
+        linked = ask(view, prompt, prompt_id=min(int(wanted), 2**31 - 1))
+        if len(linked) and view.domain in (None, linked["domain"].iloc[0]):
+            found = pd.concat([linked, found])
+    if found.empty:
+        st.info("No prompt matches. Change the search, or the domain at the side.")
+        return None
+    rows = {str(row["prompt_id"]): row for _, row in found.iterrows()}
+    names = {key: _prompt_name(row) for key, row in rows.items()}
+    first = _default_prompt(found)
+    key = address.choose(
+        st.selectbox,
+        "prompt",
+        "Prompt",
+        list(rows),
+        default=first,
+        show=lambda key: names.get(key, key),
+        on_write=_change_prompt,
+        help="Type to search in the list.",
+    )
+    return rows[key]
+
+
+def _default_prompt(found: pd.DataFrame) -> str:
+    """Return the first prompt that has text to look at, rather than a single word."""
+    fitting = found[found["tokens"] >= 12]
+    return str((fitting if len(fitting) else found)["prompt_id"].iloc[0])
+
+
+def _change_prompt(key: str) -> None:
+    address.write("prompt", key)
+    address.write("token", "")
+
+
+def _prompt_name(row: pd.Series) -> str:
+    text = "(token ids, no text)" if row["text"] is None else one_line(row["text"], 90)
+    domain = f"{visible_name(row['domain'])} · " if row["domain"] else ""
+    return f"{row['prompt_id']} · {domain}{row['tokens']:,} tokens · {text}"
+
+
+def _selected(listed: pd.DataFrame) -> int:
+    """Return the token of the address; by default the middle one, so that a panel is there."""
+    middle = int(listed["token_id"].iloc[min(len(listed) - 1, 5)])
+    known = set(listed["token_id"].astype(str))
+    return int(address.pick("token", sorted(known), default=str(middle), what="token"))
+
+
+def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFrame]:
+    """Draw the choice of colours; return the quantity, the pins, and its values."""
+    first, second = st.columns([3, 2], vertical_alignment="bottom")
+    with first:
+        quantity = address.choose(
+            st.segmented_control,
+            "color",
+            "Colour by",
+            list(_COLORS),
+            default="entropy",
+            show=_COLORS.__getitem__,
+            help="  \n".join(f"**{_COLORS[q]}**: {QUANTITIES[q].meaning}" for q in _COLORS),
+        )
+    pins: list[Pin] = []
+    if quantity == "pinned_weight":
+        pins = _pick_pins(view)
+        if not pins:
+            st.caption("Pin at least one expert; until then the text is coloured by indecision.")
+            quantity = "entropy"
+    prompt_id = int(chosen["prompt_id"])
+    values = ask(view, token_quantity, prompt_id=prompt_id, quantity=quantity, pinned=tuple(pins))
+    with second:
+        scope = address.choose(
+            st.segmented_control,
+            "scope",
+            "in",
+            list(_SCOPES),
+            default="layer",
+            show=lambda s: f"Layer {view.site_name}" if s == "layer" else _SCOPES[s],
+        )
+    st.session_state["strip scope"] = scope
+    return quantity, pins, values
+
+
+def _pick_pins(view: View) -> list[Pin]:
+    several = several_sites(view.run)
+    names = {
+        f"{s.layer}.{s.site}.{e}": expert_label(
+            f"{s.layer}.{s.site}" if several else str(s.layer), e
+        )
+        for s in view.run.sites
+        for e in range(s.n_experts)
+    }
+    asked = [pin for pin in address.read("pins").split(",") if pin]
+    kept = [pin for pin in dict.fromkeys(asked) if pin in names][:MAX_PINS]
+    if kept != asked:
+        address.note("Some pinned experts of the link are not in this run; they were left out.")
+        address.write("pins", ",".join(kept))
+    key = "address:pins"
+    st.session_state[key] = kept
+    st.multiselect(
+        "Pinned experts",
+        list(names),
+        key=key,
+        format_func=names.__getitem__,
+        max_selections=MAX_PINS,
+        placeholder="Choose up to eight, such as L3.E12",
+        on_change=lambda: address.write("pins", ",".join(st.session_state[key])),
+    )
+    return [(int(a), int(b), int(c)) for a, b, c in (pin.split(".") for pin in kept)]
+
+
+def _strip(
+    view: View,
+    listed: pd.DataFrame,
+    values: pd.DataFrame,
+    quantity: str,
+    pins: list[Pin],
+    token_id: int,
+) -> None:
+    scope = st.session_state["strip scope"]
+    scale = quantity_scale(values["value"], QUANTITIES[quantity])
+    here = values
+    if scope == "layer":
+        here = values[(values["layer"] == view.layer) & (values["site"] == view.site)]
+    level = here.groupby("token_id")["value"].mean()
+    hues = _pin_hues(view, listed, pins, scope) if pins else {}
+    hints = _hints(view, listed, level, QUANTITIES[quantity].label)
+    start = _window_start(listed, token_id)
+    shown = listed.iloc[start : start + MAX_STRIP]
+    if len(shown) < len(listed):
+        st.caption(f"Tokens {start:,} to {start + len(shown) - 1:,} of {len(listed):,} are shown.")
+    strip = []
+    for row in shown.itertuples():
+        value = float(level.get(row.token_id, float("nan")))
+        known = value == value
+        part = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low))) if known else None
+        text = "?" if row.text is None else row.text
+        hue = hues.get(row.token_id)
+        strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue))
+    where = f"layer {view.site_name}" if scope == "layer" else "mean of the layers"
+    legend = Legend(f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}")
+    if pins:
+        several = several_sites(view.run)
+        swatches = tuple(
+            (color, expert_label(f"{a}.{b}" if several else str(a), c))
+            for (a, b, c), color in zip(pins, OKABE_ITO, strict=False)
+        )
+        legend = Legend("Went to a pinned expert:", swatches=swatches)
+    token_strip(
+        strip,
+        selected=token_id,
+        legend=legend,
+        label="Tokens of the prompt. Arrow keys step, Enter chooses.",
+        key="strip",
+        on_pick=lambda picked: address.write("token", str(picked)),
+    )
+
+
+def _window_start(listed: pd.DataFrame, token_id: int) -> int:
+    """Return the first token shown, so that the chosen one is inside."""
+    place = int((listed["token_id"] == token_id).to_numpy().argmax())
+    return (place // MAX_STRIP) * MAX_STRIP
+
+
+def _pin_hues(view: View, listed: pd.DataFrame, pins: list[Pin], scope: str) -> dict[int, str]:
+    """Return the colour of the pinned expert that each token gave most weight to."""
+    prompt_id = int(listed.attrs["prompt_id"])
+    best: dict[int, tuple[float, str]] = {}
+    for pin, color in zip(pins, OKABE_ITO, strict=False):
+        if scope == "layer" and pin[:2] != (view.layer, view.site):
+            continue
+        found = ask(view, prompt_experts, prompt_id=prompt_id, layer=pin[0], site=pin[1])
+        for row in found[found["expert_id"] == pin[2]].itertuples():
+            if row.weight > best.get(row.token_id, (0.0, ""))[0]:
+                best[row.token_id] = (row.weight, color)
+    return {token_id: color for token_id, (_, color) in best.items()}
+
+
+def _hints(
+    view: View, listed: pd.DataFrame, level: "pd.Series[float]", label: str
+) -> dict[int, str]:
+    """Say of each token where it went at the layer of the view."""
+    prompt_id = int(listed.attrs["prompt_id"])
+    found = ask(view, prompt_experts, prompt_id=prompt_id, layer=view.layer, site=view.site)
+    routes: dict[int, list[str]] = {}
+    for row in found.itertuples():
+        share = "" if pd.isna(row.weight_share) else f" {row.weight_share:.0%}"
+        routes.setdefault(row.token_id, []).append(
+            expert_label(view.site_name, row.expert_id) + share
+        )
+    hints = {}
+    for row in listed.itertuples():
+        value = float(level.get(row.token_id, float("nan")))
+        amount = f"{label} {value:.3g}" if value == value else f"{label} not recorded"
+        where = ", ".join(routes.get(row.token_id, [])) or "no expert"
+        hints[row.token_id] = f"token {row.position}, {row.phase}: {where}; {amount}"
+    return hints
+
+
+def _heatmap(
+    view: View,
+    chosen: pd.Series,
+    values: pd.DataFrame,
+    quantity: str,
+    token_id: int,
+    listed: pd.DataFrame,
+) -> None:
+    place = int((listed["token_id"] == token_id).to_numpy().argmax())
+    domain = chosen["domain"] or None
+    figure = token_layer_heatmap(
+        values,
+        QUANTITIES[quantity],
+        scope=Scope(len(listed), domain, None, bool(view.run.info["complete"])),
+        start=max(0, place - 60),
+        dark=is_dark(),
+    )
+    chart(
+        figure,
+        key="token map",
+        alt=f"Heatmap of {len(listed)} tokens by {values['layer'].nunique()} layers: "
+        f"{QUANTITIES[quantity].label}.",
+        table=values.drop(columns="token_id"),
+        on_click=lambda data: _go_to_cell(view, data),
+    )
+
+
+def _go_to_cell(view: View, data: list[float]) -> None:
+    layer, site, token_id = (int(value) for value in data[:3])
+    address.write("layer", f"{layer}.{site}" if several_sites(view.run) else str(layer))
+    address.write("token", str(token_id))
+
+
+render()

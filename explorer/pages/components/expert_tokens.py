@@ -1,0 +1,100 @@
+"""The tokens of one expert, in their contexts; shown where the address names an expert."""
+
+import streamlit as st
+
+from explorer.figures.text import visible as visible_name
+from explorer.pages import address
+from explorer.pages.components.concordance import Line, concordance
+from explorer.pages.state import View, ask
+from explorer.pages.wording import expert_label
+from explorer.queries.experts import expert_token_count, expert_tokens, expert_vocabulary
+from explorer.queries.load import expert_load
+
+SHOWN = 60
+
+
+def expert_tokens_section(view: View) -> None:
+    """Draw the section, or nothing where no expert is chosen."""
+    info = view.run.site_info(view.layer, view.site)
+    expert = address.number("expert", range(info.n_experts), default=None, what="expert")
+    if expert is None:
+        return
+    name = expert_label(view.site_name, expert)
+    with st.container(border=True, key="expert tokens"):
+        title, close = st.columns([6, 1], vertical_alignment="center")
+        title.subheader(f"Tokens of {name}", anchor=False)
+        close.button(
+            "Close", key="close expert", on_click=lambda: address.write("expert", ""), width="stretch"
+        )
+        st.markdown(_sentence(view, expert, name))
+        if not view.run.records_ids:
+            st.info(
+                "Which tokens they were is not recorded at level `stats`; capture with "
+                "`--level ids`.",
+                icon=":material/info:",
+            )
+            return
+        _lines(view, expert, name)
+
+
+def _sentence(view: View, expert: int, name: str) -> str:
+    load = ask(
+        view,
+        expert_load,
+        layer=view.layer,
+        site=view.site,
+        domain=view.domain,
+        phase=view.phase,
+    )
+    row = load[load["expert_id"] == expert].iloc[0]
+    if not row["assignments"]:
+        return f"None of these tokens went to **{name}**."
+    return (
+        f"**{name}** took {row['assignments']:,} of {load['assignments'].sum():,} assignments in "
+        f"layer {view.site_name}: {row['share']:.1%}, which is {row['ratio']:.2f} times a fair "
+        f"share (1 of {len(load)} experts: {1 / len(load):.1%})."
+    )
+
+
+def _lines(view: View, expert: int, name: str) -> None:
+    where = {"layer": view.layer, "site": view.site, "domain": view.domain, "phase": view.phase}
+    found = ask(view, expert_tokens, expert_id=expert, limit=SHOWN, **where)
+    total = ask(view, expert_token_count, expert_id=expert, **where)
+    if found.empty:
+        return
+    words = ask(view, expert_vocabulary, expert_id=expert, limit=12, **where)
+    if len(words):
+        # text in code spans shows as it is, but a backtick would end the span
+        typical = [
+            f"`{visible_name(t, spaces=True).replace('`', 'ˋ')}` {s:.0%}"
+            for t, s in zip(words["text"], words["share"], strict=True)
+        ]
+        st.markdown("Typical tokens (share of their occurrences): " + " · ".join(typical))
+    lines = [
+        Line(
+            row.before or "",
+            row.text or "",
+            row.after or "",
+            f"{visible_name(row.domain) if row.domain else 'prompt'} {row.prompt_id}",
+            float(row.weight) / float(found["weight"].max() or 1),
+            f"{row.weight:.3f}",
+        )
+        for row in found.itertuples()
+    ]
+
+    def go_to(index: int) -> None:
+        address.write("prompt", str(found["prompt_id"].iloc[index]))
+        address.write("token", str(found["token_id"].iloc[index]))
+
+    concordance(
+        lines,
+        label=f"Tokens that went to {name}, heaviest weight first. Enter opens the prompt.",
+        key="concordance",
+        on_pick=go_to,
+    )
+    st.caption(
+        f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
+        "excluded. Click a line to see it in its prompt below."
+    )
+
+

@@ -1,0 +1,95 @@
+"""What a router did, in sentences for somebody who sees one for the first time."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+# bounds of the gate entropy as a share of ln(experts); words only, no statistics behind them
+_SURE, _LEANING, _UNDECIDED = 0.4, 0.7, 0.9
+
+
+def expert_label(site_name: str, expert: int) -> str:
+    """Return how an expert is called: its layer and its number there."""
+    return f"L{site_name}.E{expert}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Join words as a sentence does."""
+    if len(parts) < 2:
+        return "".join(parts)
+    return ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def routing_sentence(experts: pd.DataFrame, *, site_name: str, n_experts: int) -> str:
+    """Say which experts a token went to; ``experts`` has one row per slot, best first."""
+    if experts.empty:
+        return f"In layer {site_name} the router chose no expert for this token."
+    parts = [
+        f"expert {row.expert_id}"
+        + ("" if pd.isna(row.weight_share) else f" {row.weight_share:.0%}")
+        for row in experts.itertuples()
+    ]
+    if len(parts) == 1:
+        return (
+            f"In layer {site_name} the router sent this token to expert "
+            f"{experts['expert_id'].iloc[0]} alone, one of {n_experts}."
+        )
+    return (
+        f"In layer {site_name} the router gave {listed(parts)} of the token's weight, "
+        f"choosing among {n_experts} experts."
+    )
+
+
+def certainty_sentence(
+    *, normalized_entropy: float, margin: float, topk_mass: float, top_k: int
+) -> str:
+    """Say how sure the router was; nan where a number was not recorded."""
+    if math.isnan(normalized_entropy):
+        return "How sure it was is not known: the router's scores were not recorded."
+    amount = f"(indecision {normalized_entropy:.0%}; 0 % = sure, 100 % = guessing)"
+    if normalized_entropy < _SURE:
+        text = f"It was sure {amount}"
+    elif normalized_entropy < _LEANING:
+        text = f"It leaned clearly to its choice {amount}"
+    elif normalized_entropy < _UNDECIDED:
+        text = f"It hesitated {amount}"
+    else:
+        text = f"It saw hardly any difference between the experts {amount}"
+    if not math.isnan(topk_mass):
+        chosen = "the chosen expert" if top_k == 1 else f"the {top_k} chosen experts"
+        text += f": {chosen} had {topk_mass:.0%} of its probability"
+    text += "."
+    if not math.isnan(margin):
+        text += f" The last choice was ahead of the next expert by {margin:.3g} in score."
+    return text
+
+
+def probabilities(
+    scores: npt.NDArray[np.float64], score_function: str
+) -> tuple[npt.NDArray[np.float64], str, float | None]:
+    """Return scores as a reader can compare them, their unit, and the value of no preference.
+
+    Parameters
+    ----------
+    scores : array [E]
+        As the router put them out; nan where it ruled an expert out.
+    score_function : str
+        As in the view ``sites``.
+    """
+    if score_function in ("softmax", "softmax_topk"):
+        powers = np.exp(scores - np.nanmax(scores))
+        return powers / np.nansum(powers), "probability (0..1)", 1 / len(scores)
+    if score_function in ("sigmoid", "sigmoid_topk"):
+        # in two halves, so that no power overflows
+        small = np.exp(-np.abs(scores))
+        return (
+            np.where(scores >= 0, 1 / (1 + small), small / (1 + small)),
+            "sigmoid of the score (0..1)",
+            None,
+        )
+    if score_function == "probabilities":
+        return scores, "probability (0..1)", 1 / len(scores)
+    return scores, "score as the router put it out", None
