@@ -72,7 +72,14 @@ def probe_tokens(model: nn.Module) -> torch.Tensor:
     positions = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
     generator = torch.Generator().manual_seed(SEED)
     chosen = torch.randint(len(plain), (ROWS, min(LENGTH, int(positions))), generator=generator)
-    return plain[chosen].to(embedding.weight.device)
+    return plain[chosen].to(input_device(model))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return where token ids go: beside the embedding, or the CPU while that is offloaded."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    device: torch.device = embedding.weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _special_ids(model: nn.Module) -> Iterable[int]:

@@ -360,3 +360,10 @@ def test_the_same_is_seen_under_every_experts_implementation(name):
         for a, b in zip(seen["eager"], seen[other], strict=True):
             assert torch.equal(a.expert_ids, b.expert_ids)
             assert_close("weights", a.weights, b.weights, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_the_same_rule_is_measured_in_bfloat16(name):
+    function, *_, margin = EXPECTED[name]
+    for site in attach(tiny_models.build(name, dtype=torch.bfloat16)):
+        assert (site.info.score_function, site.margin_known) == (function, margin)

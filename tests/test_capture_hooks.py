@@ -204,6 +204,23 @@ def test_forward_replaced_on_the_instance(mixtral):
         assert torch.equal(a.weights, b.weights)
 
 
+def test_weights_that_accelerate_moves_in_and_out(mixtral):
+    """Offloading wraps every forward and swaps weights around it; the taps see the same."""
+    from accelerate import cpu_offload
+
+    ids = tiny_models.tokens()
+    with tap(find_sites(mixtral)) as taps:
+        run(mixtral, ids)
+        expected = taps.take()
+    cpu_offload(mixtral, execution_device=torch.device("cpu"))
+    with tap(attach(mixtral)) as taps:
+        run(mixtral, ids)
+        actual = taps.take()
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.expert_ids, b.expert_ids)
+        assert torch.equal(a.weights, b.weights)
+
+
 def test_ids_given_by_keyword_are_seen(mixtral):
     for layer in mixtral.model.layers:
         old = layer.mlp.experts.forward

@@ -33,7 +33,10 @@ def selection_bias(block: nn.Module, router: nn.Module, n_experts: int) -> torch
     for owner in (router, block, getattr(router, "moe_statics", None)):
         for name in BIASES:
             value = getattr(owner, name, None)
-            if isinstance(value, torch.Tensor) and value.numel() == n_experts:
+            if not isinstance(value, torch.Tensor) or value.is_meta:
+                # an offloaded tensor has no values to read: the choice then counts as unexplained
+                continue
+            if value.numel() == n_experts:
                 return value.detach().reshape(-1)
     return None
 
