@@ -156,17 +156,21 @@ def test_a_token_stored_twice_fails_the_accounting_and_keeps_the_partial(out, fo
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("DELETE FROM packed.route WHERE layer = 4 AND token_id = 2", r"layer 4 .* 4 rows.* has 3"),
+        ("DELETE FROM packed.route WHERE layer = 4 AND token_id = 2",
+         "site 0 of layer 4 .* was handed 4 rows of the table route, and 3"),
         ("UPDATE packed.route SET ids0 = ids0 | 255 WHERE layer = 1 AND token_id = 2",
          "site 0 of layer 1 .* was handed 8 assignments, .* load sums to 8 and its rows to 7"),
         ("DELETE FROM packed.rollup WHERE layer = 4",
          "site 0 of layer 4 .* was handed 4 assignments, .* load sums to 0"),
+        ("DELETE FROM packed.hidden WHERE token_id = 2",
+         "site 0 of layer 1 .* was handed 2 rows of the table hidden, and 1"),
         ("DELETE FROM packed.token WHERE token_id = 2", "4 tokens were handed in, but 3 rows"),
     ],
 )  # fmt: skip
 def test_the_accounting_names_what_is_lost(out, forward, damage, words):
     writer = start(out, SITES)
-    writer.append(forward)
+    hidden = (np.array([0, 2]), np.ones((2, 3), np.float32))
+    writer.append(with_site(forward, hidden=hidden))
     writer.flush()
     writer._connection.execute(damage)
     with pytest.raises(StoreError, match=words):
@@ -317,6 +321,15 @@ def test_a_missing_run_is_named(tmp_path):
         RunReader.open(tmp_path / "gone")
     with pytest.raises(StoreError, match="which is a folder"):
         RunReader.open(tmp_path)
+
+
+def test_a_run_open_elsewhere_in_this_process_is_no_broken_run(out, forward):
+    write(out, SITES, [forward])
+    with (
+        duckdb.connect(str(out), read_only=True),
+        pytest.raises(StoreError, match="open in this process with other settings. Close that"),
+    ):
+        RunReader.open(out)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The check at the end of a capture: what was handed in is what the file holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import duckdb
 
@@ -20,6 +20,7 @@ def check_counts(
     routed: bool,
     n_tokens: int,
     assignments: Sequence[int],
+    vectors: Mapping[str, Sequence[int]],
 ) -> None:
     """Compare the stored rows with what was handed in.
 
@@ -36,6 +37,8 @@ def check_counts(
         Tokens handed in.
     assignments : sequence of int
         Assignments of every site, summed while the forward passes came in.
+    vectors : mapping of sequences of int
+        For the tables ``score`` and ``hidden``: how many rows every site was handed.
 
     Raises
     ------
@@ -49,22 +52,27 @@ def check_counts(
             f"ids are stored. {_ADVICE}"
         )
     load = _by_site(connection, schema.COUNT_LOAD)
-    routes = _by_site(connection, schema.COUNT_ROUTES)
+    expected_rows = {"route": [n_tokens if routed else 0] * len(sites), **vectors}
+    for table, wanted in expected_rows.items():
+        stored = _by_site(connection, schema.count_rows(table))
+        for site, count in zip(sites, wanted, strict=True):
+            if stored.get((site.layer, site.site), 0) != count:
+                raise StoreError(
+                    f"{_name(site)} was handed {count} rows of the table {table}, and "
+                    f"{stored.get((site.layer, site.site), 0)} are stored. {_ADVICE}"
+                )
     filled = _by_site(connection, schema.count_assignments(layout)) if routed else load
     for site, expected in zip(sites, assignments, strict=True):
         place = (site.layer, site.site)
-        name = f"site {site.site} of layer {site.layer} ({site.module})"
-        wanted = n_tokens if routed else 0
-        if routes.get(place, 0) != wanted:
-            raise StoreError(
-                f"{name} must have {wanted} rows, one per token, and has {routes.get(place, 0)}. "
-                f"{_ADVICE}"
-            )
         if not load.get(place, 0) == filled.get(place, 0) == expected:
             raise StoreError(
-                f"{name} was handed {expected} assignments, but its load sums to "
+                f"{_name(site)} was handed {expected} assignments, but its load sums to "
                 f"{load.get(place, 0)} and its rows to {filled.get(place, 0)}. {_ADVICE}"
             )
+
+
+def _name(site: SiteInfo) -> str:
+    return f"site {site.site} of layer {site.layer} ({site.module})"
 
 
 def _by_site(connection: duckdb.DuckDBPyConnection, sql: str) -> dict[tuple[int, int], int]:

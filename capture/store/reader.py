@@ -129,7 +129,11 @@ def connect(
     try:
         return duckdb.connect(str(path), read_only=read_only, config=dict(config or {}))
     except duckdb.Error as error:
-        if "lock" in str(error):
+        if "different configuration" in str(error):
+            raise StoreError(
+                f"{path} is open in this process with other settings. Close that connection first."
+            ) from error
+        if "Could not set lock" in str(error):
             raise StoreError(
                 f"{path} is being written by another process. Wait until its capture ends."
             ) from error

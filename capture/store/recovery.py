@@ -60,6 +60,7 @@ def _close(connection: duckdb.DuckDBPyConnection) -> None:
         routed=LEVELS.index(level) >= LEVELS.index("ids"),
         n_tokens=connection.sql(schema.COUNT_BATCH_TOKENS).fetchall()[0][0],
         assignments=[load[site.layer, site.site] for site in sites],
+        vectors={},
     )
     seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
     connection.execute(schema.CLOSE_RUN, [seconds, False])

@@ -156,9 +156,6 @@ CREATE VIEW run AS
 # the accounting check compares these with what was handed in
 COUNT_TOKENS = "SELECT count(*), count(DISTINCT token_id) FROM packed.token"
 COUNT_BATCH_TOKENS = "SELECT coalesce(sum(tokens), 0)::BIGINT FROM packed.batch"
-COUNT_ROUTES = "SELECT layer, site, count(*) FROM packed.route GROUP BY layer, site"
-COUNT_SCORES = "SELECT layer, site, count(*) FROM packed.score GROUP BY layer, site"
-COUNT_HIDDEN = "SELECT layer, site, count(*) FROM packed.hidden GROUP BY layer, site"
 COUNT_LOAD = "SELECT layer, site, sum(assignments)::BIGINT FROM expert_load GROUP BY layer, site"
 
 SELECT_RUN = "SELECT * FROM run"
@@ -184,6 +181,11 @@ SET_VERSION = "UPDATE packed.run SET schema_version = ?"
 
 
 PROMPT_COLUMNS = ("prompt_id", "text", "domain", "source", "n_tokens", "truncated")
+
+
+def count_rows(table: str) -> str:
+    """Write the query that counts the rows of every site in ``route``, ``score`` or ``hidden``."""
+    return f"SELECT layer, site, count(*) FROM packed.{table} GROUP BY layer, site"
 
 
 def insert(table: str) -> str:

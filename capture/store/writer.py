@@ -75,6 +75,7 @@ class RunWriter:
         self._pending: list[dict[str, pa.Table]] = []
         self._pending_rows = self._pending_bytes = 0
         self._n_tokens = self._n_batches = 0
+        self._vectors = {"score": [0] * len(sites), "hidden": [0] * len(sites)}
         self._started = self._committed = time.monotonic()
 
     @classmethod
@@ -149,6 +150,9 @@ class RunWriter:
         self._pending.append(tables)
         self._n_batches += 1
         self._n_tokens += len(forward.tokens.token_id)
+        for site in forward.sites:
+            for table, given in (("score", site.scores), ("hidden", site.hidden)):
+                self._vectors[table][site.site_index] += 0 if given is None else len(given[0])
         self._pending_rows += sum(table.num_rows for table in tables.values())
         self._pending_bytes += sum(table.nbytes for table in tables.values())
         full = self._pending_rows >= COMMIT_ROWS or self._pending_bytes >= COMMIT_BYTES
@@ -234,6 +238,7 @@ class RunWriter:
             routed=LEVELS.index(self._level) >= LEVELS.index("ids"),
             n_tokens=self._n_tokens,
             assignments=self._rollup.assignments(),
+            vectors=self._vectors,
         )
         with self._transaction():
             connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
