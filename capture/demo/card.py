@@ -1,8 +1,219 @@
-"""Write the model card from the measured figures."""
+"""Write the model card from the measured figures, so that its numbers cannot drift."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from capture.demo.sources import DOMAINS, PACKAGES, Domain
+
+_INTRODUCTION = """\
+# The embedded demo model
+
+A small mixture-of-experts language model that RouteScope trained itself, so that a newcomer sees
+real routing without a download or a GPU. It is **a routing specimen, not a text generator**: its
+routers, its balance and its specialised experts are real, its sentences have the right shape and
+no sense. Every number below is written from `figures.json` by `capture/demo/card.py`.
+"""
+
+_ARCHITECTURE = """\
+## What it is
+
+`OlmoeForCausalLM` of stock transformers, loaded by `AutoModelForCausalLM` without remote code:
+{layers} layers, hidden size 128, 4 attention heads, {experts} experts of size 128 a layer,
+top-{top_k} with renormalised weights, tied embeddings, context of 1,024 tokens, byte-level BPE of
+6,144 tokens. {parameters:.2f} M parameters, stored in bfloat16.
+"""
+
+_DATA = """\
+## Data and licences
+
+Nineteen domains, each from a package of a public registry (versions where the registry pins
+them). Licences were read from the packages' own metadata and copyright files, not reviewed by a
+lawyer. No text of persons' mail or chats is in it.
+
+{table}
+
+4 % of the documents of every domain, chosen by a hash of the document's name, were never trained
+on. `fit.jsonl.xz` and `heldout.jsonl.xz` hold the part of those that is in the public domain or
+CC0, disjoint by document; the corpus script rebuilds the rest. Neighbouring blocks of one big file
+(sqlite3.c, set.mm, PostgreSQL's scripts) fall on different sides of the split, which flatters
+their loss a little.
+"""
+
+_RECIPE = """\
+## Recipe and time
+
+{start} AdamW (betas 0.9 and 0.95, weight decay 0.1 except on embeddings and norms), peak rate
+{peak_rate:g} after 100 steps of warm-up, then linearly to zero at the end of a schedule that goes
+by the clock; gradient clipped at 1. Loss: next token, plus 0.01 of a balance loss per layer with
+load taken over the global batch, plus 0.001 of the z-loss. Windows of 256 tokens, every domain in
+turn (JSON at a weight of 0.6), {windows_per_step} windows a step.
+
+{steps:,} steps, {tokens:.1f} M tokens, {minutes:.0f} minutes as {processes} single-thread processes
+on two shared CPU cores that other work kept busy. The CUDA path of the trainer has not been run.
+`python -m capture.demo.train` rebuilds the model; a clock-driven schedule takes as many steps as
+the machine allows, so a rebuilt model is alike, not identical.
+"""
+
+_WARM_START = (
+    "**Warm start:** training went on from the weights of an earlier and shorter run of the same"
+    " recipe (about 15 M tokens), with that run's tokenizer."
+)
+_COLD_START = "Trained from random weights (deviation 0.04, output projections scaled with depth)."
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    titles = list(header)
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _source(domain: Domain) -> str:
+    return ", ".join(
+        f"{package.client} `{package.name}` {package.version}".strip()
+        for package in PACKAGES
+        if package.folder in domain.packages
+    )
+
+
+def _data() -> str:
+    rows = (
+        (domain.name, domain.title, _source(domain), domain.licence, "yes" if domain.ships else "")
+        for domain in DOMAINS
+    )
+    header = ("domain", "text", "source", "licence", "held-out text ships")
+    return _DATA.format(table=_table(header, rows))
+
+
+def _recipe(training: dict[str, Any]) -> str:
+    start = _WARM_START if training["warm_start"] else _COLD_START
+    values = {**training, "tokens": training["tokens"] / 1e6, "start": start}
+    return _RECIPE.format(**values)
+
+
+def _language(figures: dict[str, Any]) -> str:
+    held_out = figures["held_out"]
+    earlier = figures.get("earlier")
+    rows = []
+    for name, row in held_out["domains"].items():
+        cells = [name, f"{row['loss_nats']:.3f}", f"{row['bits_per_byte']:.3f}"]
+        cells.append(f"{row['error']:.3f}")
+        if earlier:
+            before = earlier["domains"][name]
+            cells += [f"{before:.3f}", f"{100 * (row['bits_per_byte'] / before - 1):+.1f} %"]
+        rows.append(cells)
+    header = ["domain", "loss, nats a token", "bits per byte", "standard error"]
+    text = "## Held-out loss\n\n"
+    text += "Every window of 256 tokens of the earlier run's held-out split"
+    text += f" ({sum(row['tokens'] for row in held_out['domains'].values()):,} tokens)."
+    text += f" Mean over domains: **{held_out['mean_bits_per_byte']:.3f} bits per byte**,"
+    text += f" {held_out['mean_loss_nats']:.3f} nats a token."
+    if earlier:
+        header += ["earlier run", "change"]
+        text += f" The earlier run has {earlier['mean_bits_per_byte']:.3f} on the same windows;"
+        change = 100 * (earlier["worst_ratio"] - 1)
+        text += f" the domain that fared worst is {earlier['worst_domain']} ({change:+.1f} %)."
+    return f"{text}\n\n{_table(header, rows)}\n"
+
+
+def _balance(layers: list[dict[str, Any]]) -> str:
+    names = ("min_load", "max_load", "max_violation", "coefficient_of_variation")
+    rows = (
+        (number, *(f"{row[name]:.2f}" for name in names), f"{row['normalized_entropy']:.3f}")
+        for number, row in enumerate(layers)
+    )
+    header = ("layer", "least load", "most load", "MaxVio", "CV", "normalised entropy")
+    dead = sum(int(row["dead_experts"]) for row in layers)
+    return (
+        "## Balance\n\nLoad of each layer's experts over the domains with equal weight; least and"
+        f" most are multiples of the mean. Experts without any token: {dead}.\n\n"
+        f"{_table(header, rows)}\n"
+    )
+
+
+def _information(routing: dict[str, Any]) -> str:
+    rows = (
+        (
+            number,
+            f"{row['information_bits']:.3f}",
+            f"{row['information_random_init_bits']:.3f}",
+            f"{row['information_bits'] / row['information_random_init_bits']:.1f}",
+            f"{row['information_shuffled_bits']:.4f}",
+        )
+        for number, row in enumerate(routing["layers"])
+    )
+    header = ("layer", "trained, bits", "random-init, bits", "ratio", "shuffled labels, bits")
+    return (
+        "## What the routing says about the domain\n\nMutual information of expert and domain,"
+        f" {routing['tokens']:,} held-out tokens ({routing['windows_per_domain']} windows a"
+        " domain). A random router already separates domains, because vocabularies differ; that,"
+        " and not shuffled labels, is the baseline.\n\n"
+        f"{_table(header, rows)}\n\n"
+        "Domain of a window of 256 tokens, told from its expert histogram alone (nearest centroid;"
+        " centroids from the first half of each domain's windows, judged on the second; chance is"
+        f" 5.3 %): **{100 * routing['window_accuracy']:.1f} %**, random-init"
+        f" {100 * routing['window_accuracy_random_init']:.1f} %.\n"
+    )
+
+
+def _harm(harm: dict[str, Any]) -> str:
+    rows = (
+        (
+            f"{row['layer']}/{row['expert']}",
+            row["domain"],
+            f"{row['own']:+.3f} ± {row['own_error']:.3f}",
+            f"{row['others_mean']:+.4f}",
+            f"{row['next_domain']} {row['next']:+.3f}",
+        )
+        for row in harm["measured"]
+    )
+    header = (
+        "layer/expert",
+        "domain hurt most",
+        "its loss, nats a token",
+        "mean of the others",
+        "hurt next",
+    )
+    return (
+        "## Taking an expert away\n\nOne expert is masked in its router, so that its tokens go to"
+        f" the next best one. Of {harm['experts_scanned']} experts,"
+        f" **{len(harm['specific'])}** were found that cost one domain at least"
+        f" {harm['threshold_own']} nats a token and the others at most"
+        f" {harm['threshold_others']} on average. The table has the {len(harm['measured'])} experts"
+        f" that a scan of all found most specific, on {harm['windows_per_domain']} windows a domain"
+        f" (± standard error over windows).\n\n{_table(header, rows)}\n"
+    )
+
+
+def _samples(samples: dict[str, str]) -> str:
+    text = "## Sample continuations\n\nTemperature 0.7, top-40, seed 0; not chosen.\n"
+    for domain, sample in samples.items():
+        body = sample.replace("```", "'''")
+        text += f"\n{domain}:\n\n```text\n{body}\n```\n"
+    return text
+
 
 def write_card(figures: dict[str, Any], path: Path) -> None:
-    """Write the card."""
+    """Write the card.
+
+    Parameters
+    ----------
+    figures : dict
+        The content of ``figures.json``.
+    path : Path
+        Where the card goes.
+    """
+    shape = {name: figures[name] for name in ("layers", "experts", "top_k")}
+    parts = [
+        _INTRODUCTION,
+        _ARCHITECTURE.format(parameters=figures["parameters"] / 1e6, **shape),
+        _data(),
+        _recipe(figures["training"]),
+        _language(figures),
+        _balance(figures["routing"]["layers"]),
+        _information(figures["routing"]),
+        _harm(figures["harm"]),
+        _samples(figures["samples"]),
+    ]
+    path.write_text("\n".join(parts), encoding="utf-8")

