@@ -1,0 +1,244 @@
+"""Load balance: whether the experts of a layer share the work, and what a limit would drop."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from explorer.balance import capacity_table, smallest_safe_factor
+from explorer.figures.balance import METRIC_TEXTS, balance_over_layers, capacity_curve
+from explorer.figures.load import domain_heatmap, floor_note, load_bars, lorenz
+from explorer.metrics.load import Floor
+from explorer.pages import address, jump
+from explorer.pages.components.chart import chart
+from explorer.pages.shell import current_view
+from explorer.pages.state import View, ask, balance_of, is_dark
+from explorer.queries.load import (
+    expert_load,
+    expert_load_by_domain,
+    expert_load_by_phase,
+    routing,
+)
+from explorer.run import Run
+
+# tokens that the capacity figure reads; more would make the page wait
+MAX_CAPACITY_TOKENS = 400_000
+FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
+_TILES = {
+    "max_violation": "MaxVio",
+    "coefficient_of_variation": "Coefficient of variation",
+    "gini": "Gini",
+    "normalized_entropy": "Load entropy",
+    "dead_experts": "Dead experts",
+}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    jump.follow()
+    load = ask(view, expert_load, domain=view.domain, phase=view.phase)
+    here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
+    balance = balance_of(view, load)
+    st.markdown(
+        "When every expert of a layer gets the same share of the tokens, no expert waits for "
+        "another and none is wasted. A finite number of tokens is never perfectly even: "
+        "**by chance** is what uniform random routing of as many tokens would show."
+    )
+    st.subheader(f"Layer {view.site_name}", anchor=False)
+    _tiles(view, balance)
+    if not here["assignments"].sum():
+        st.info("These tokens have no assignment in this layer. Change the filters at the side.")
+        return
+    left, right = st.columns([3, 2], gap="medium")
+    with left:
+        _bars(view, here)
+    with right:
+        _lorenz(view, here)
+    _by_part(view)
+    st.subheader("All layers", anchor=False)
+    _over_layers(view, balance)
+    st.subheader(f"Capacity limit in layer {view.site_name}", anchor=False)
+    _capacity(view)
+
+
+def _tiles(view: View, balance: pd.DataFrame) -> None:
+    row = balance[(balance["layer"] == view.layer) & (balance["site"] == view.site)].iloc[0]
+    for column, (name, label) in zip(st.columns(len(_TILES)), _TILES.items(), strict=True):
+        value, floor = row[name], row[f"{name}_floor"]
+        whole = name == "dead_experts"
+        shown = "–" if math.isnan(value) else f"{value:.0f}" if whole else f"{value:.3f}"
+        column.metric(
+            label,
+            shown + (f" of {int(row['n_experts'])}" if whole else ""),
+            border=True,
+            delta=f"by chance {floor:.1f}" if whole else f"by chance {floor:.3f}",
+            delta_color="off",
+            delta_arrow="off",
+            help=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
+        )
+    worst = Floor(*(float(row[f"max_violation_floor{part}"]) for part in ("", "_low", "_high")))
+    st.caption(floor_note(worst))
+
+
+def _bars(view: View, here: pd.DataFrame) -> None:
+    chart(
+        load_bars(here, scope=view.scope(), dark=is_dark()),
+        key="load bars",
+        alt=f"Bars: share of assignments of each of {len(here)} experts of layer "
+        f"{view.site_name}, busiest first, from {here['share'].max():.1%} to "
+        f"{here['share'].min():.1%}; a fair share is {1 / len(here):.1%}. Click: its tokens.",
+        table=here.drop(columns=["n_experts", "top_k"]),
+        on_click=lambda data: jump.aim(view, data),
+    )
+
+
+def _lorenz(view: View, here: pd.DataFrame) -> None:
+    ordered = here.sort_values("assignments")[["expert_id", "assignments"]]
+    chart(
+        lorenz(here, scope=view.scope(), dark=is_dark()),
+        key="lorenz",
+        alt=f"Lorenz curve of layer {view.site_name}: the least loaded half of the experts does "
+        f"{_half_share(ordered['assignments']):.0%} of the work.",
+        table=ordered.assign(
+            cumulative_share=ordered["assignments"].cumsum() / ordered["assignments"].sum()
+        ),
+    )
+
+
+def _half_share(ordered: "pd.Series[int]") -> float:
+    return float(ordered.iloc[: len(ordered) // 2].sum() / max(1, ordered.sum()))
+
+
+def _by_part(view: View) -> None:
+    """Draw the load of the layer in each domain and phase, where there are several."""
+    place = {"layer": view.layer, "site": view.site}
+    if len(view.run.domains) > 1 and view.domain is None:
+        load = ask(view, expert_load_by_domain, phase=view.phase, **place)
+        _part(view, load, "domain")
+    if len(view.run.phases) > 1 and view.phase is None:
+        load = ask(view, expert_load_by_phase, domain=view.domain, **place)
+        _part(view, load, "phase")
+
+
+def _part(view: View, load: pd.DataFrame, by: str) -> None:
+    chart(
+        domain_heatmap(load, scope=view.scope(), by=by, dark=is_dark()),
+        key=f"load by {by}",
+        alt=f"Heatmap of {load[by].nunique()} {by}s by experts of layer {view.site_name}: share "
+        f"of the {by}'s assignments over the uniform share.",
+        table=load.drop(columns=["layer", "site", "n_experts"]),
+        on_click=lambda data: jump.aim(view, data),
+    )
+
+
+def _over_layers(view: View, balance: pd.DataFrame) -> None:
+    metric = address.choose(
+        st.segmented_control,
+        "metric",
+        "Measure",
+        list(_TILES),
+        default="max_violation",
+        show=_TILES.__getitem__,
+    )
+    columns = [metric, f"{metric}_floor", f"{metric}_floor_low", f"{metric}_floor_high"]
+    chart(
+        balance_over_layers(balance, metric, scope=view.scope(), dark=is_dark()),
+        key="over layers",
+        alt=f"{METRIC_TEXTS[metric].label} of {len(balance)} layers, from "
+        f"{balance[metric].min():.3g} to {balance[metric].max():.3g}, with the values that "
+        "uniform routing would give.",
+        table=balance[["layer", "site", "n_experts", "top_k", "assignments", *columns]],
+    )
+
+
+@st.fragment
+def _capacity(view: View) -> None:
+    if not view.run.records_ids:
+        st.info(
+            "What a limit drops depends on the order of the tokens, which is not recorded at "
+            "level `stats`. Capture with `--level ids`.",
+            icon=":material/info:",
+        )
+        return
+    st.markdown(
+        "Serving and training systems often give each expert a fixed number of places per "
+        "batch: **capacity factor** × fair share. Assignments beyond that are dropped. Batches "
+        "are the forward passes as they were recorded, whatever their domain."
+    )
+    curve, zero_from, n_batches, n_tokens, n_all = ask(
+        view,
+        capacity_of,
+        layer=view.layer,
+        site=view.site,
+        phase=view.phase,
+    )
+    if curve.empty or curve["assignments"].isna().all():
+        st.info("No token of this phase was recorded.")
+        return
+    factor = _factor()
+    row = curve.iloc[(curve["capacity_factor"] - factor).abs().argmin()]
+    st.markdown(
+        f"With a capacity factor of **{factor:.2f}**, **{row['assignments']:.1%}** of the "
+        f"assignments are dropped. Keeping the tokens that come first loses "
+        f"{row['weight_position']:.1%} of the combine weight, keeping the heaviest loses "
+        f"{row['weight_probs']:.1%}; {row['tokens_position']:.2%} and {row['tokens_probs']:.2%} "
+        f"of the tokens lose every expert. From factor {zero_from:.2f} on nothing is dropped."
+    )
+    scope = view.scope(n_tokens)._replace(domain=None)
+    if n_tokens < n_all:
+        st.caption(f"Computed from the first {n_tokens:,} of {n_all:,} tokens, whole batches.")
+    chart(
+        capacity_curve(
+            curve,
+            layer=view.site_name,
+            capacity_factor=factor,
+            zero_from=zero_from,
+            n_batches=n_batches,
+            scope=scope,
+            dark=is_dark(),
+        ),
+        key="capacity",
+        alt=f"Share of assignments, weight and tokens dropped over capacity factors from "
+        f"{FACTORS[0]} to {FACTORS[-1]} in layer {view.site_name}.",
+        table=curve,
+    )
+
+
+def _factor() -> float:
+    """Draw the slider, which is kept in the address."""
+    asked = address.read("factor")
+    default = 1.25
+    value = next((f for f in FACTORS if f"{f:g}" == asked), None)
+    if asked and value is None:
+        st.info("The link names a capacity factor that is not on the scale; showing 1.25.")
+        address.write("factor", "")
+    key = "address:factor"
+    st.session_state[key] = default if value is None else value
+    st.select_slider(
+        "Capacity factor",
+        FACTORS,
+        key=key,
+        format_func=lambda f: f"{f:.2f}",
+        on_change=lambda: address.write("factor", f"{st.session_state[key]:g}"),
+    )
+    return float(default if value is None else value)
+
+
+def capacity_of(
+    run: Run, *, layer: int, site: int, phase: str | None
+) -> tuple[pd.DataFrame, float, int, int, int]:
+    """Return the capacity curve of a site, the safe factor, batches, tokens used, and all."""
+    chosen = routing(run, layer, site=site, phase=phase, max_tokens=MAX_CAPACITY_TOKENS)
+    n_experts = run.site_info(layer, site).n_experts
+    return (
+        capacity_table(chosen, n_experts, FACTORS),
+        smallest_safe_factor(chosen, n_experts),
+        len(np.unique(chosen.batch)),
+        len(chosen.token_id),
+        chosen.n_tokens,
+    )
+
+
+render()

@@ -1,31 +1,24 @@
 """Overview: what this run is, its key figures, and the load of every expert."""
 
-from typing import Any
-
 import pandas as pd
 import streamlit as st
 
-from explorer.balance import balance_table
 from explorer.figures.load import load_heatmap
 from explorer.figures.text import visible
-from explorer.pages import address
+from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
 from explorer.pages.shell import current_view
-from explorer.pages.state import View, ask, is_dark
+from explorer.pages.state import View, ask, balance_of, is_dark
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means
 
-_JUMP = "jump to expert"
 _ORDERS = {"expert": "by id", "load": "by load"}
 
 
 def render() -> None:
     """Draw the page."""
     view = current_view()
-    jump = st.session_state.pop(_JUMP, None)
-    if jump is not None:
-        address.write("layer", jump[0])
-        st.switch_page("explorer/pages/tokens.py", query_params=_expert_address(*jump))
+    jump.follow()
     st.markdown(_introduction(view))
     load = ask(view, expert_load, domain=view.domain, phase=view.phase)
     _key_figures(view, load)
@@ -117,18 +110,6 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
     )
 
 
-def balance_of(view: View, load: pd.DataFrame) -> pd.DataFrame:
-    """Return the balance of every site under the view's filters, remembered."""
-    return _balance(view.key, view.domain, view.phase, load, view.scope().n_tokens)
-
-
-@st.cache_data(max_entries=50, show_spinner=False)
-def _balance(
-    key: Any, domain: str | None, phase: str | None, _load: pd.DataFrame, n_tokens: int
-) -> pd.DataFrame:
-    return balance_table(_load, n_tokens=n_tokens)
-
-
 def _load_map(view: View, load: pd.DataFrame) -> None:
     order = address.choose(
         st.segmented_control,
@@ -147,19 +128,8 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
         f"assignments over the uniform share, from {load['ratio'].min():.2f} to "
         f"{load['ratio'].max():.2f} times.",
         table=load.drop(columns=["n_experts", "top_k"]),
-        on_click=lambda data: _jump_to(view, data),
+        on_click=lambda data: jump.aim(view, data),
     )
-
-
-def _jump_to(view: View, data: list[float]) -> None:
-    layer, site, expert = (int(value) for value in data[:3])
-    several = len(view.run.layers) < len(view.run.sites)
-    st.session_state[_JUMP] = (f"{layer}.{site}" if several else str(layer), str(expert))
-
-
-def _expert_address(layer: str, expert: str) -> dict[str, str]:
-    kept = {name: address.read(name) for name in ("run", "phase", "domain")}
-    return {k: v for k, v in kept.items() if v} | {"layer": layer, "expert": expert}
 
 
 def _about(view: View) -> None:

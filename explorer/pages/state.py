@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import pandas as pd
 import streamlit as st
 
 from capture.errors import CaptureError
+from explorer.balance import balance_table
 from explorer.errors import ExplorerError
 from explorer.figures.caption import Scope, site_name
 from explorer.figures.text import visible
@@ -194,6 +196,18 @@ def _answer(
     key: Key, name: str, arguments: dict[str, Any], _run: Run, _question: Callable[..., Any]
 ) -> Any:
     return _question(_run, **arguments)
+
+
+def balance_of(view: View, load: pd.DataFrame) -> pd.DataFrame:
+    """Return the balance of every site under the view's filters, remembered."""
+    return _balance(view.key, view.domain, view.phase, load, view.scope().n_tokens)
+
+
+@st.cache_data(max_entries=50, show_spinner=False)
+def _balance(
+    key: Key, domain: str | None, phase: str | None, _load: pd.DataFrame, n_tokens: int
+) -> pd.DataFrame:
+    return balance_table(_load, n_tokens=n_tokens)
 
 
 def new_name(folder: Path, wish: str) -> str:

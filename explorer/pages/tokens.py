@@ -210,7 +210,9 @@ def _strip(
         hue = hues.get(row.token_id)
         strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue))
     where = f"layer {view.site_name}" if scope == "layer" else "mean of the layers"
-    legend = Legend(f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}")
+    legend = Legend(
+        f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}"
+    )
     if pins:
         several = several_sites(view.run)
         swatches = tuple(

@@ -24,7 +24,10 @@ def expert_tokens_section(view: View) -> None:
         title, close = st.columns([6, 1], vertical_alignment="center")
         title.subheader(f"Tokens of {name}", anchor=False)
         close.button(
-            "Close", key="close expert", on_click=lambda: address.write("expert", ""), width="stretch"
+            "Close",
+            key="close expert",
+            on_click=lambda: address.write("expert", ""),
+            width="stretch",
         )
         st.markdown(_sentence(view, expert, name))
         if not view.run.records_ids:
@@ -96,5 +99,3 @@ def _lines(view: View, expert: int, name: str) -> None:
         f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
         "excluded. Click a line to see it in its prompt below."
     )
-
-

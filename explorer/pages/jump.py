@@ -1,0 +1,28 @@
+"""From a click on an expert to the tokens page that shows its tokens."""
+
+import streamlit as st
+
+from explorer.pages import address
+from explorer.pages.state import View, several_sites
+
+_TARGET = "jump to expert"
+
+
+def aim(view: View, data: list[float]) -> None:
+    """Remember the expert that was clicked; ``data`` starts with layer, site, expert.
+
+    A callback cannot change the page, so `follow` does it in the run that comes after.
+    """
+    layer, site, expert = (int(value) for value in data[:3])
+    name = f"{layer}.{site}" if several_sites(view.run) else str(layer)
+    st.session_state[_TARGET] = {"layer": name, "expert": str(expert)}
+
+
+def follow() -> None:
+    """Go to the tokens of the expert that was clicked, if one was."""
+    target = st.session_state.pop(_TARGET, None)
+    if target is None:
+        return
+    kept = {name: address.read(name) for name in ("run", "phase", "domain")}
+    there = {name: value for name, value in kept.items() if value} | target
+    st.switch_page("explorer/pages/tokens.py", query_params=there)

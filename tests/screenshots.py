@@ -1,0 +1,61 @@
+"""Pictures of every page in both themes: ``python tests/screenshots.py OUT [--runs DIR]``.
+
+Starts the app on a free port of this machine, records the demo run if the folder has none, and
+drives a headless Chromium over the pages. Pictures are 8-bit PNG files of 1400 x 900 pixels.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import browser, serve, settle  # noqa: E402
+
+SIZE = {"width": 1400, "height": 900}
+PAGES = {
+    "overview": "/?run=RUN",
+    "tokens": "/tokens?run=RUN&layer=LAYER",
+    "expert": "/tokens?run=RUN&layer=LAYER&expert=3",
+    "load-balance": "/load-balance?run=RUN&layer=LAYER",
+    "capture": "/capture?run=RUN",
+}
+
+
+def main() -> None:
+    """Take the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--runs", type=Path, help="runs folder; default: a temporary one")
+    parser.add_argument("--run", default="demo")
+    parser.add_argument("--layer", default="2")
+    parser.add_argument("--full", action="store_true", help="the whole page, not its first screen")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        with serve(options.runs or Path(folder)) as address, browser() as chromium:
+            for theme in ("light", "dark"):
+                context = chromium.new_context(viewport=SIZE, color_scheme=theme)
+                page = context.new_page()
+                if theme == "light":
+                    page.goto(address)
+                    page.get_by_text("Busiest expert").wait_for(timeout=120_000)
+                for name, path in PAGES.items():
+                    path = path.replace("RUN", options.run).replace("LAYER", options.layer)
+                    page.goto(address + path)
+                    settle(page)
+                    if options.full:
+                        height = page.evaluate(
+                            "document.querySelector('[data-testid=stMain]').scrollHeight"
+                        )
+                        page.set_viewport_size({"width": 1400, "height": max(900, height + 20)})
+                        settle(page)
+                    target = options.out / f"{name}-{theme}.png"
+                    page.screenshot(path=target)
+                    page.set_viewport_size(SIZE)
+                    print(target)
+                context.close()
+
+
+if __name__ == "__main__":
+    main()
