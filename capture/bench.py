@@ -43,10 +43,15 @@ class Shape(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One timed write: (token, layer) rows, seconds until the file is closed, bytes on disk."""
+    """One timed write: (token, layer) rows, seconds until the file is closed, bytes on disk.
+
+    ``busy`` are the seconds that all threads computed; unlike ``seconds`` they do not grow when
+    other programs use the machine.
+    """
 
     rows: int
     seconds: float
+    busy: float
     size: int
 
 
@@ -102,13 +107,15 @@ def store(options: argparse.Namespace) -> None:
             out = folder / f"lists{repeat}.duckdb"
             results["lists (baseline)"].append(write_lists(out, shape, pool, n_forwards))
             out.unlink()
+    say(f"median of {options.repeats}:")
     for name, timed in results.items():
         rows = timed[0].rows
         seconds = statistics.median(result.seconds for result in timed)
+        busy = statistics.median(result.busy for result in timed)
         size = statistics.median(result.size for result in timed)
         say(
-            f"{name:20s} {rows:>10d} rows  {seconds:6.2f} s  {rows / seconds / 1e6:5.2f} M rows/s  "
-            f"{size / rows:5.1f} bytes/row  (median of {len(timed)})"
+            f"{name:18s} {rows:>9d} rows  {seconds:6.2f} s  {rows / seconds / 1e6:5.2f} M rows/s  "
+            f"{rows / busy / 1e6:5.2f} M rows/CPU s  {size / rows:5.1f} bytes/row"
         )
 
 
@@ -197,18 +204,18 @@ def write_run(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: 
     info = RunInfo("bench", None, "none", "float32", "cpu", "ids", 50_000, 0)
     n_prompts = n_forwards * -(-shape.tokens // PROMPT_TOKENS)
     prompts = [PromptInfo(None, "bench", None, PROMPT_TOKENS, 0)] * n_prompts
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     writer = RunWriter.create(out, info, sites, prompts)
     for index in range(n_forwards):
         writer.append(_forward(pool, index, n_forwards))
     writer.finish(seconds=time.perf_counter() - started)
-    seconds = time.perf_counter() - started
-    return Result(n_forwards * shape.layers * shape.tokens, seconds, out.stat().st_size)
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    return Result(n_forwards * shape.layers * shape.tokens, seconds, busy, out.stat().st_size)
 
 
 def write_lists(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: int) -> Result:
     """Time the plain layout: lists of ids and FLOAT weights, FLOAT statistics, no check at all."""
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     connection = duckdb.connect(str(out))
     connection.execute(
         "CREATE TABLE route (token_id UINTEGER, layer USMALLINT, entropy FLOAT, margin FLOAT, "
@@ -224,8 +231,8 @@ def write_lists(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards
             pending = []
     connection.execute("CHECKPOINT")
     connection.close()
-    seconds = time.perf_counter() - started
-    return Result(n_forwards * shape.layers * shape.tokens, seconds, out.stat().st_size)
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    return Result(n_forwards * shape.layers * shape.tokens, seconds, busy, out.stat().st_size)
 
 
 def _list_rows(forward: ForwardRows, shape: Shape) -> pa.Table:

@@ -327,7 +327,7 @@ def test_a_run_open_elsewhere_in_this_process_is_no_broken_run(out, forward):
     write(out, SITES, [forward])
     with (
         duckdb.connect(str(out), read_only=True),
-        pytest.raises(StoreError, match="open in this process with other settings. Close that"),
+        pytest.raises(StoreError, match=r"open in this process with other settings. Close that"),
     ):
         RunReader.open(out)
 
