@@ -61,7 +61,7 @@ def overhead(options: argparse.Namespace) -> None:
     n_tokens = sum(len(prompt.ids) for prompt in bench.plan.prompts)
     _say(
         f"{options.model} on {bench.loaded.model.device}, {torch.get_num_threads()} threads of "
-        f"torch; {n_tokens:,} tokens in {len(bench.plan.batches)} forward passes; level "
+        f"torch; {n_tokens:,} tokens in {len(bench.plan.batches())} forward passes; level "
         f"{options.level}, {options.sample_tokens:,} sampled tokens"
     )
     _say("plain: forward and loss; capture: the same, recorded, until the run file is closed")
@@ -120,12 +120,13 @@ def _plain(bench: Bench) -> None:
     from capture.forward import Runner
     from capture.head import Head
     from capture.selftest import probe_tokens
+    from capture.session import _vocab_size
 
     model, plan = bench.loaded.model, bench.plan
     ids = [prompt.ids for prompt in plan.prompts]
     with torch.inference_mode(), Head(model).open(probe_tokens(model)[:1]) as head:
         runner = Runner(model, head)
-        for prompts in plan.batches:
+        for prompts in plan.batches(head.limit(_vocab_size(bench.loaded))):
             batch = pad_batch(prompts, ids, side="right", pad_id=plan.pad_id)
             runner.prompts(batch).loss.cpu()
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from capture.errors import ModelError
 from capture.sites import text_config
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
@@ -14,6 +15,8 @@ Finish = Callable[[torch.Tensor], torch.Tensor]
 # logits held at a time; on a CPU they should stay within its caches
 LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 FLOAT_BYTES = 4
+# logits of a whole forward pass, where the model is left to compute them all
+ALL_LOGIT_BYTES = 2 * 2**30
 # relative to the largest logit; half-precision heads round differently by shape
 PROBE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
 HALF_TOLERANCE = 2e-2
@@ -40,17 +43,23 @@ class Head:
 
     @contextmanager
     def open(self, probe_ids: torch.Tensor) -> Iterator["Head"]:
-        """Attach to the output layer and find out by ``probe_ids`` [B, S] what follows it."""
-        if self._module is None:
-            yield self
-            return
-        handle = self._module.register_forward_pre_hook(self._on_head)
+        """Attach to the output layer and find out by ``probe_ids`` [B, S] what follows it.
+
+        Raises
+        ------
+        ModelError
+            If the model puts out no logits.
+        """
+        handle = None
+        if self._module is not None:
+            handle = self._module.register_forward_pre_hook(self._on_head)
         try:
             self._finish = self._probe(probe_ids)
             self._narrow = self._finish is not None
             yield self
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
             self._narrow = False
             self._hidden = None
 
@@ -58,6 +67,10 @@ class Head:
     def is_chunked(self) -> bool:
         """Whether logits are computed in pieces."""
         return self._finish is not None
+
+    def limit(self, vocab_size: int) -> int | None:
+        """Return how many tokens a forward pass may have, or None when logits are no limit."""
+        return None if self.is_chunked else max(1, ALL_LOGIT_BYTES // (vocab_size * FLOAT_BYTES))
 
     def take(self, output: Any) -> torch.Tensor:
         """Return what :meth:`logits` needs from a forward pass, flattened to rows [R, ...]."""
@@ -109,11 +122,17 @@ class Head:
             output = self._model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             )
-            hidden, logits = self._hidden, output.logits
+            hidden, logits = self._hidden, getattr(output, "logits", None)
+            if logits is None:
+                raise ModelError(
+                    f"A causal language model was expected, but {type(self._model).__name__} puts "
+                    "out no logits, so losses cannot be known. Give the model with its language "
+                    "head, as AutoModelForCausalLM loads it."
+                )
             weight = getattr(self._module, "weight", None)
-            if hidden is None or hidden.shape[:-1] != logits.shape[:-1] or weight is None:
+            if self._module is None or hidden is None or weight is None:
                 return None
-            if self._module is None or weight.shape[0] != logits.shape[-1]:
+            if hidden.shape[:-1] != logits.shape[:-1] or weight.shape[0] != logits.shape[-1]:
                 return None
             plain = self._module(hidden)
             tolerance = PROBE_TOLERANCE.get(weight.dtype, HALF_TOLERANCE)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from capture.assemble import DecodeStep, PromptStep
-from capture.batching import Ints, PaddedBatch, pad_batch
+from capture.batching import Ints, PaddedBatch, pad_batch, plan_batches
 from capture.buffer import Staging, WriterThread
 from capture.forward import PromptPass, Runner, to_device
 from capture.hooks import Taps
@@ -38,8 +38,8 @@ class Plan:
     Attributes
     ----------
     prompts : sequence of TokenizedPrompt
-    batches : sequence of array
-        Numbers of the prompts of each forward pass.
+    batch_tokens : int, tokens
+        Upper bound of a forward pass, padding included.
     sample : Sample
     level : Level
     generate : int, tokens
@@ -49,12 +49,23 @@ class Plan:
     """
 
     prompts: Sequence[TokenizedPrompt]
-    batches: Sequence[Ints]
+    batch_tokens: int
     sample: Sample
     level: Level
     generate: int
     pad_id: int
     end_ids: tuple[int, ...]
+
+    def batches(self, limit: int | None = None) -> list[Ints]:
+        """Return the numbers of the prompts of each forward pass.
+
+        Parameters
+        ----------
+        limit : int or None, tokens
+            A further bound, from :meth:`capture.head.Head.limit`.
+        """
+        budget = self.batch_tokens if limit is None else min(limit, self.batch_tokens)
+        return plan_batches([len(prompt.ids) for prompt in self.prompts], budget, self.generate)
 
 
 @dataclass
@@ -96,13 +107,16 @@ class Recording:
     def run(self) -> None:
         """Record every batch of the plan."""
         side: Literal["left", "right"] = "left" if self.plan.generate else "right"
+        model = self.runner.model
+        limit = self.runner.head.limit(int(model.get_input_embeddings().weight.shape[0]))
         with torch.inference_mode():
-            for prompts in self.plan.batches:
+            for prompts in self.plan.batches(limit):
                 batch = pad_batch(prompts, self._ids, side=side, pad_id=self.plan.pad_id)
                 self.check()
-                done = self._prompts(batch)
                 if self.plan.generate:
-                    self._generate(batch, done)
+                    self._generate(batch, self._prompts(batch))
+                else:
+                    self._prompts(batch)
 
     def _prompts(self, batch: PaddedBatch) -> PromptPass:
         device = self.runner.device
@@ -141,6 +155,7 @@ class Recording:
             "mask": to_device(batch.mask, self.runner.device),
             "position": to_device(batch.lengths, self.runner.device),
         }
+        del done  # its hidden states are as large as the cache
         valid = torch.ones_like(token, dtype=torch.bool)
         all_ended = threading.Event()
         for number in range(self.plan.generate):

@@ -364,16 +364,14 @@ def _hidden_size(loaded: "LoadedModel") -> int:
 def _plan(
     prompts: list[TokenizedPrompt], sample: Sample, loaded: "LoadedModel", config: CaptureConfig
 ) -> "Plan":
-    from capture.batching import plan_batches
     from capture.recording import Plan
     from capture.sites import text_config
 
     budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
-    lengths = [len(prompt.ids) for prompt in prompts]
     pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
     return Plan(
         prompts=prompts,
-        batches=plan_batches(lengths, budget, config.generate),
+        batch_tokens=budget,
         sample=sample,
         level=config.level,
         generate=config.generate,

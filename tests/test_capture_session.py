@@ -125,6 +125,36 @@ def test_losses_are_the_models_own(tmp_path, model_type, monkeypatch):
         start += len(prompt)
 
 
+def test_a_head_that_does_more_is_left_to_the_model(tmp_path, monkeypatch):
+    """Logits that no known last step explains are taken from the model, in smaller batches."""
+    model, prompts = tiny_models.build("olmoe"), unequal(4)
+    plain = record(model, prompts, tmp_path / "a.duckdb", batch_tokens=1000)
+    forward = model.forward
+
+    def doubled(**arguments):
+        output = forward(**arguments)
+        output.logits = output.logits * 2
+        return output
+
+    model.forward = doubled
+    monkeypatch.setattr("capture.head.ALL_LOGIT_BYTES", 30 * 64 * 4)  # thirty tokens
+    path = record(model, prompts, tmp_path / "b.duckdb", batch_tokens=1000)
+    assert table(path, "SELECT max(tokens) <= 30 ok FROM batches")["ok"] == [True]
+    losses = [table(p, "SELECT loss FROM tokens ORDER BY token_id")["loss"] for p in (plain, path)]
+    with torch.inference_mode():
+        ids = torch.tensor([prompts[2]])
+        log_probs = (forward(input_ids=ids).logits[0].float() * 2).log_softmax(-1)
+    expected = -log_probs[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+    assert losses[1][3 : 3 + len(expected)] == pytest.approx(expected.tolist(), abs=TOLERANCE)
+    assert losses[0] != losses[1]
+
+
+def test_a_model_without_a_language_head_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"OlmoeModel puts out no logits.*AutoModelForCausalLM"):
+        record(tiny("olmoe").model, [[3, 4]], tmp_path / "a.duckdb")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_routing_is_the_models_own(tmp_path):
     """OLMoE without renormalisation: weights are the top of the softmax of the router's output."""
     model, prompts = tiny("olmoe"), unequal(4)
