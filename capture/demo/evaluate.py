@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from capture.demo.ablation import Harm, measure_harm
 from capture.demo.batches import cut_windows, load_streams
 from capture.demo.card import write_card
 from capture.demo.corpus import read_lines
-from capture.demo.model import load_model, random_model, use_experts
+from capture.demo.model import load_model, random_model, stock_model, use_experts
 from capture.demo.routing import (
     Sample,
     Windows,
@@ -32,10 +33,10 @@ from capture.demo.routing import (
 from capture.demo.sources import DOMAIN_NAMES
 from capture.demo.tokenizer import BOS
 
-ROUTING_WINDOWS = 64  # windows a domain, the same number for each
-SCAN_WINDOWS = 6  # windows a domain while every expert is masked once
-HARM_WINDOWS = 48  # windows a domain for the experts that the scan found
-HARM_CANDIDATES = 24
+ROUTING_WINDOWS = 48  # windows a domain, the same number for each
+SCAN_WINDOWS = 4  # windows a domain while every expert is masked once
+HARM_WINDOWS = 32  # windows a domain for the experts that the scan found
+HARM_CANDIDATES = 16
 HARM_OWN = 0.1  # nats a token that an expert's own domain has to lose
 HARM_OTHERS = 0.01  # nats a token that the other domains may lose, on average
 RANDOM_SEED = 1
@@ -119,41 +120,51 @@ def language_figures(sample: Sample, windows: Windows, held_out: HeldOut) -> dic
     }
 
 
-def routing_figures(trained: Sample, untrained: Sample, windows: Windows) -> dict[str, Any]:
+def _layer_figures(
+    ids: npt.NDArray[np.uint8], windows: Windows, experts: int, generator: np.random.Generator
+) -> dict[str, float]:
+    counts = domain_counts(ids, windows.domains, experts)
+    shuffled = shuffled_information(ids, windows.domains, experts, generator)
+    return {
+        "information_bits": information(counts),
+        "information_shuffled_bits": shuffled,
+        **balance(counts),
+    }
+
+
+def routing_figures(
+    trained: Sample, untrained: dict[str, Sample], windows: Windows, experts: int
+) -> dict[str, Any]:
     """Summarise balance and expert-domain information of every layer.
 
     Parameters
     ----------
-    trained, untrained : Sample
-        The same windows through the model and through a random-init one.
+    trained : Sample
+        The windows through the model.
+    untrained : dict of Sample
+        The same windows through models with random weights, by name.
     windows : Windows
         Equally many of every domain.
+    experts : int
+        Experts a layer.
     """
-    experts = int(max(trained.expert_ids.max(), untrained.expert_ids.max())) + 1
     generator = np.random.default_rng(0)
-    layers = []
-    for ids, random_ids in zip(trained.expert_ids, untrained.expert_ids, strict=True):
-        counts = domain_counts(ids, windows.domains, experts)
-        random_counts = domain_counts(random_ids, windows.domains, experts)
-        shuffled = shuffled_information(ids, windows.domains, experts, generator)
-        layers.append(
-            {
-                "information_bits": information(counts),
-                "information_shuffled_bits": shuffled,
-                "information_random_init_bits": information(random_counts),
-                **balance(counts),
-            }
-        )
+    layers = [_layer_figures(ids, windows, experts, generator) for ids in trained.expert_ids]
     accuracy, by_domain = window_accuracy(histograms(trained.expert_ids, experts), windows.domains)
-    random_accuracy, _ = window_accuracy(histograms(untrained.expert_ids, experts), windows.domains)
-    return {
+    figures: dict[str, Any] = {
         "windows_per_domain": int(np.bincount(windows.domains).min()),
         "tokens": int(trained.expert_ids[0, ..., 0].size),
         "layers": layers,
         "window_accuracy": accuracy,
-        "window_accuracy_random_init": random_accuracy,
         "window_accuracy_by_domain": {DOMAIN_NAMES[d]: share for d, share in by_domain.items()},
     }
+    for name, sample in untrained.items():
+        for row, ids in zip(layers, sample.expert_ids, strict=True):
+            counts = domain_counts(ids, windows.domains, experts)
+            row[f"information_{name}_bits"] = information(counts)
+        shares = histograms(sample.expert_ids, experts)
+        figures[f"window_accuracy_{name}"] = window_accuracy(shares, windows.domains)[0]
+    return figures
 
 
 def _describe(harm: Harm) -> dict[str, Any]:
@@ -229,6 +240,16 @@ def compare(ours: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _routing(model: PreTrainedModel, windows: Windows) -> dict[str, Any]:
+    untrained = {}
+    for name, make in {"random_init": random_model, "stock_init": stock_model}.items():
+        start = make(RANDOM_SEED)
+        start.train(False)
+        untrained[name] = observe(start, windows, name)
+    trained = observe(model, windows, "routing")
+    return routing_figures(trained, untrained, windows, model.config.num_experts)
+
+
 def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, Any]:
     """Measure everything the card reports.
 
@@ -261,12 +282,7 @@ def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, 
     if earlier is not None:
         sample = observe(prepare_model(earlier), windows, "earlier model")
         figures["earlier"] = compare(language, language_figures(sample, windows, held_out))
-    equal = held_out.windows(ROUTING_WINDOWS)
-    untrained = random_model(RANDOM_SEED)
-    untrained.train(False)
-    figures["routing"] = routing_figures(
-        observe(model, equal, "routing"), observe(untrained, equal, "random-init"), equal
-    )
+    figures["routing"] = _routing(model, held_out.windows(ROUTING_WINDOWS))
     figures["harm"] = harm_figures(model, held_out)
     figures["samples"] = continue_texts(model, tokenizer)
     summary = work / "training" / "summary.json"
@@ -282,7 +298,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", type=Path, default=WEIGHTS)
     parser.add_argument("--earlier", type=Path, help="weights to compare with")
     parser.add_argument("--out", type=Path, default=FIGURES.parent)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more than one needs idle cores")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     figures = evaluate(options.model, options.work, options.earlier)

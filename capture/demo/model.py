@@ -38,10 +38,15 @@ def make_config() -> OlmoeConfig:
     )
 
 
-def random_model(seed: int) -> OlmoeForCausalLM:
-    """Make an untrained model; the output projections are scaled down with depth."""
+def stock_model(seed: int) -> OlmoeForCausalLM:
+    """Make an untrained model the way transformers does from the config alone."""
     torch.manual_seed(seed)
-    model = OlmoeForCausalLM(make_config())
+    return OlmoeForCausalLM(make_config())
+
+
+def random_model(seed: int) -> OlmoeForCausalLM:
+    """Make the untrained model that training starts from: outputs scaled down with depth."""
+    model = stock_model(seed)
     scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

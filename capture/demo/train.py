@@ -77,7 +77,7 @@ def write_results(options: argparse.Namespace) -> None:
     work = options.work
     result = FIGURES.parent if options.install else work / "result"
     result.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.processes)
+    torch.set_num_threads(1)
     last = list_snapshots(work)[-1]
     figures = evaluate(last, work, options.earlier)
     text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
