@@ -35,8 +35,8 @@ lawyer. No text of persons' mail or chats is in it.
 
 4 % of the documents of every domain, chosen by a hash of the document's name, were never trained
 on. `fit.jsonl.xz` and `heldout.jsonl.xz` hold the part of those that is in the public domain or
-CC0, disjoint by document; the corpus script rebuilds the rest. Neighbouring blocks of one big file
-(sqlite3.c, set.mm, PostgreSQL's scripts) fall on different sides of the split, which flatters
+CC0, disjoint by document; the corpus script rebuilds the rest. sqlite3.c and set.mm are one file
+each, split in stretches of 64 KB: held-out stretches lie between trained ones, which flatters
 their loss a little.
 """
 
