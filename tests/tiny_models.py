@@ -153,7 +153,7 @@ OTHERS = {
     },
     "glm_moe_dsa": MLA,
     "granitemoe_swa": {},
-    "granitemoehybrid": {},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "granitemoeshared": {},
     "hunyuan_v1_moe": {"moe_topk": 3},
     "hy_v3": {},

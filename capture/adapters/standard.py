@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from capture.adapters import probe
 from capture.adapters.base import Channel, Parts, Rows
 
-ROUTER_NAMES = ("gate", "router")
+ROUTER_NAMES = ("router", "gate")
 # hidden states, expert ids, weights
 EXPERTS_ARGUMENTS = 3
 
@@ -26,7 +26,7 @@ class StandardAdapter:
     name = "standard"
 
     def find(self, block: nn.Module, config: object) -> Parts | None:
-        """Recognise a block that owns ``experts`` and a router called ``gate`` or ``router``."""
+        """Recognise a block that owns ``experts`` and a router called ``router`` or ``gate``."""
         experts = getattr(block, "experts", None)
         router = router_of(block)
         if router is None or not isinstance(experts, nn.Module) or not _is_told_ids(experts):
@@ -66,7 +66,7 @@ class StandardAdapter:
 
 
 def router_of(block: nn.Module) -> nn.Module | None:
-    """Return the block's router: its child ``gate`` or ``router``."""
+    """Return the block's router: its child ``router`` or ``gate``."""
     for name in ROUTER_NAMES:
         child = getattr(block, name, None)
         if isinstance(child, nn.Module):
