@@ -247,9 +247,10 @@ def _cost_text(plan: Plan) -> str:
             f", of which {human_bytes(estimate.sample_bytes)} for the sample of "
             f"{estimate.sample_tokens:,} tokens"
         )
+    about = "" if counted else "about "
     return (
-        f"**{len(plan.prompts):,} prompts, {'' if counted else 'about '}{estimate.tokens:,} tokens: "
-        f"about {human_bytes(estimate.total_bytes)}**{sample}.  \n"
+        f"**{len(plan.prompts):,} prompts, {about}{estimate.tokens:,} tokens: about "
+        f"{human_bytes(estimate.total_bytes)}**{sample}.  \n"
         f"Per token by level: {per_token}."
     )
 

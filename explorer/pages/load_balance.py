@@ -51,7 +51,7 @@ def render() -> None:
     if not here["assignments"].sum():
         st.info("These tokens have no assignment in this layer. Change the filters at the side.")
         return
-    left, right = st.columns([3, 2], gap="medium")
+    left, right = st.columns(2, gap="medium")
     with left:
         _bars(view, here)
     with right:
@@ -79,7 +79,7 @@ def _tiles(view: View, balance: pd.DataFrame) -> None:
             help=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
         )
     worst = Floor(*(float(row[f"max_violation_floor{part}"]) for part in ("", "_low", "_high")))
-    st.caption(floor_note(worst))
+    st.caption(f"MaxVio: {floor_note(worst)}.")
 
 
 def _bars(view: View, here: pd.DataFrame) -> None:

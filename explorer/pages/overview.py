@@ -103,10 +103,11 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         "Router's indecision",
         "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
         border=True,
-        delta="0 % = sure, 100 % = guessing",
+        delta="0 % = always sure",
         delta_color="off",
         delta_arrow="off",
-        help="Mean gate entropy over tokens and layers, as a share of ln(number of experts).",
+        help="Mean gate entropy over tokens and layers, as a share of "
+        "ln(number of experts): 0 % = sure of its choice, 100 % = guessing.",
     )
 
 
@@ -151,12 +152,15 @@ def _about(view: View) -> None:
         "File": f"{view.run.path.name}, {view.key[2] / 1e6:,.1f} MB",
     }
     st.subheader("About this run", anchor=False)
-    frame = pd.DataFrame({"": list(rows), "value": [visible(str(v)) for v in rows.values()]})
+    frame = pd.DataFrame({"what": list(rows), "value": [visible(str(v)) for v in rows.values()]})
     st.dataframe(
         frame,
         hide_index=True,
         alt="What is known of this run",
-        column_config={"": st.column_config.TextColumn(width=130), "value": ""},
+        column_config={
+            "what": st.column_config.TextColumn("What", width=110),
+            "value": st.column_config.TextColumn("Value", width="large"),
+        },
     )
 
 

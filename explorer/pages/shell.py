@@ -8,14 +8,23 @@ from explorer.worker import CaptureRequest, Job, shared_worker
 
 _VIEW = "current view"
 _DEMO = "demo"
+_LOGO = state.ROOT / "explorer" / "assets" / "logo.svg"
+# Streamlit leaves a hand's width free above a page and at its sides
+_STYLE = """<style>
+[data-testid="stMainBlockContainer"] { padding: 2.6rem 3rem 3rem; }
+[data-testid="stMetric"] { height: 100%; }
+</style>"""
 
 
 def frame(title: str) -> None:
     """Draw the page's title and the bar at the side; remember the view for the page."""
+    st.logo(str(_LOGO), size="large")
+    st.html(_STYLE)
     st.title(title, anchor=False)
-    st.session_state[_VIEW] = state.select_view()
+    # no filter says anything about a capture
     if title == "Capture":
         return
+    st.session_state[_VIEW] = state.select_view()
     active = [job for job in shared_worker().jobs() if job.active]
     if active:
         with st.sidebar:

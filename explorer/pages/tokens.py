@@ -1,12 +1,13 @@
 """Tokens: a prompt's own text, coloured by what the routers did; a token's experts; an expert's."""
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from explorer.figures.caption import Scope
 from explorer.figures.text import visible as visible_name
-from explorer.figures.theme import OKABE_ITO
-from explorer.figures.tokens import quantity_scale, token_layer_heatmap
+from explorer.figures.theme import OKABE_ITO, foreground
+from explorer.figures.tokens import quantity_scale, token_layer_heatmap, tokens_shown
 from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.components.expert_tokens import expert_tokens_section
@@ -121,8 +122,8 @@ def _selected(listed: pd.DataFrame) -> int:
 
 def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFrame]:
     """Draw the choice of colours; return the quantity, the pins, and its values."""
-    first, second = st.columns([3, 2], vertical_alignment="bottom")
-    with first:
+    row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
+    with row:
         quantity = address.choose(
             st.segmented_control,
             "color",
@@ -140,11 +141,11 @@ def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFr
             quantity = "entropy"
     prompt_id = int(chosen["prompt_id"])
     values = ask(view, token_quantity, prompt_id=prompt_id, quantity=quantity, pinned=tuple(pins))
-    with second:
+    with row:
         scope = address.choose(
             st.segmented_control,
             "scope",
-            "in",
+            "At",
             list(_SCOPES),
             default="layer",
             show=lambda s: f"Layer {view.site_name}" if s == "layer" else _SCOPES[s],
@@ -288,6 +289,7 @@ def _heatmap(
         start=max(0, place - 60),
         dark=is_dark(),
     )
+    _mark(figure, view, values, len(listed), place)
     chart(
         figure,
         key="token map",
@@ -295,6 +297,18 @@ def _heatmap(
         f"{QUANTITIES[quantity].label}.",
         table=values.drop(columns="token_id"),
         on_click=lambda data: _go_to_cell(view, data),
+    )
+
+
+def _mark(figure: go.Figure, view: View, values: pd.DataFrame, n_tokens: int, place: int) -> None:
+    """Outline the chosen token's cell at the chosen layer."""
+    sites = list(dict.fromkeys(zip(values["layer"], values["site"], strict=True)))
+    shown = tokens_shown(n_tokens, len(sites), start=max(0, place - 60))
+    x, y = place - shown.start, sites.index((view.layer, view.site))
+    line = {"color": foreground(is_dark()), "width": 1}
+    figure.add_vrect(x0=x - 0.5, x1=x + 0.5, line=line)
+    figure.add_shape(
+        type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line=line | {"width": 3}
     )
 
 

@@ -53,15 +53,15 @@ def _sentence(view: View, expert: int, name: str) -> str:
     if not row["assignments"]:
         return f"None of these tokens went to **{name}**."
     return (
-        f"**{name}** took {row['assignments']:,} of {load['assignments'].sum():,} assignments in "
-        f"layer {view.site_name}: {row['share']:.1%}, which is {row['ratio']:.2f} times a fair "
+        f"**{name}** took {int(row['assignments']):,} of {int(load['assignments'].sum()):,} "
+        f"assignments in layer {view.site_name}: {row['share']:.1%}, which is {row['ratio']:.2f} times a fair "
         f"share (1 of {len(load)} experts: {1 / len(load):.1%})."
     )
 
 
 def _lines(view: View, expert: int, name: str) -> None:
     where = {"layer": view.layer, "site": view.site, "domain": view.domain, "phase": view.phase}
-    found = ask(view, expert_tokens, expert_id=expert, limit=SHOWN, **where)
+    found = ask(view, expert_tokens, expert_id=expert, limit=SHOWN, context=14, **where)
     total = ask(view, expert_token_count, expert_id=expert, **where)
     if found.empty:
         return

@@ -46,8 +46,11 @@ def token_panel(view: View, token: pd.Series) -> None:
         + _beside(token, experts)
     )
     _scores(view, token_id, text, str(gate["score_function"]))
+    route = token_routes(experts, token_text=text, dark=is_dark())
+    # the panel is narrow
+    route.update_layout(title={"text": "Experts by layer (share of combine weight)"})
     chart(
-        token_routes(experts, token_text=text, dark=is_dark()),
+        route,
         key="token routes",
         alt="Bars, one per layer: the experts of the token and their share of its weight.",
         table=_route_table(experts, gates),
