@@ -54,8 +54,8 @@ def _sentence(view: View, expert: int, name: str) -> str:
         return f"None of these tokens went to **{name}**."
     return (
         f"**{name}** took {int(row['assignments']):,} of {int(load['assignments'].sum()):,} "
-        f"assignments in layer {view.site_name}: {row['share']:.1%}, which is {row['ratio']:.2f} times a fair "
-        f"share (1 of {len(load)} experts: {1 / len(load):.1%})."
+        f"assignments in layer {view.site_name}: {row['share']:.1%}, which is "
+        f"{row['ratio']:.2f} times a fair share (1 of {len(load)} experts: {1 / len(load):.1%})."
     )
 
 
