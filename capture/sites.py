@@ -191,4 +191,4 @@ def _n_shared(model: nn.Module, config: object, module: str, parent: nn.Module) 
     if not names:
         return 0
     counted = probe.first_int([config], SHARED_COUNTS)
-    return counted if counted and names[0] != "shared_expert" else 1
+    return counted or 1

@@ -271,16 +271,18 @@ def test_every_tiny_model_has_a_test():
 def test_zaya_names_skipped_tokens():
     model = tiny_models.build("zaya")
     for layer in model.model.layers:
-        layer.mlp.gate.balancing_biases.copy_(torch.tensor([0.0] * 8 + [0.05]))
+        layer.mlp.gate.balancing_biases.copy_(torch.tensor([0.05] + [0.0] * 7 + [0.05]))
     sites = attach(model)
     with Watch(*(s.experts for s in sites)) as watch:
         seen = record(model, sites)
+    assert any(bool((s.expert_ids == 0).any()) for s in seen), "expert 0 must occur by itself"
     skipped = [s.expert_ids == 8 for s in seen]
     assert 0 < sum(int(s.sum()) for s in skipped) < TOKENS * len(sites)
     for site, observation, skip in zip(sites, seen, skipped, strict=True):
         assert bool((observation.weights[skip] == 0).all())
         assert bool((observation.weights[~skip] > 0).all())
-        assert bool((observation.scores.softmax(-1).argmax(-1)[:, None][~skip] <= 8).all())
+        best = observation.scores.softmax(-1) + site.router.balancing_biases
+        assert torch.equal(observation.expert_ids[:, 0], best.argmax(-1))
         assert bool((watch.rows_given(site.experts)[skip[:, 0]] == 0).all())
         assert site.margin_known
 
@@ -301,6 +303,7 @@ def test_llama4_applies_weights_to_the_inputs():
         assert site.info.score_function == "sigmoid_topk"
         assert (site.info.n_experts, site.info.top_k, site.info.n_shared_experts) == (8, 3, 1)
         experts, x = site.experts, observation.hidden
+        assert_close("scores", observation.scores, linear(x, site.router.weight), atol=1e-5)
         rebuilt = site.parent.shared_expert(x)
         for slot in range(site.info.top_k):
             chosen = observation.expert_ids[:, slot]

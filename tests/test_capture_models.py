@@ -215,6 +215,23 @@ def test_a_hub_id_that_cannot_be_reached(offline):
         load_model("nobody/nothing", revision="v9")
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_a_hub_model_may_do_follows_the_flags(monkeypatch, trusted):
+    from transformers import AutoModelForCausalLM
+
+    asked = {}
+
+    def refuse(source, **options):
+        asked.update(options)
+        raise OSError("not here")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match="No model 'some/model'"):
+        load_model("some/model", device="cpu", trust_remote_code=trusted, allow_pickle=trusted)
+    assert asked["trust_remote_code"] is trusted
+    assert asked["use_safetensors"] is (None if trusted else True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,5 +1,7 @@
 """Sites are found by structure, described rightly, self-tested, or refused by name."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_models
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from capture.errors import SiteError
 from capture.scoring import explains_choice, score_function_of
-from capture.selftest import attach, probe_tokens
+from capture.selftest import attach, probe_tokens, self_test
 from capture.sites import find_sites, layer_of
 
 N_EXPERTS, TOP_K, WIDTH = 6, 2, 16
@@ -213,6 +215,13 @@ def test_groups_and_biases_that_are_switched_off_are_not_reported():
     assert all(s.margin_known and s.selection_bias is None for s in attach(unbiased))
 
 
+def test_a_bias_stays_when_groups_are_switched_off():
+    model = tiny_models.build("minimax_m2")
+    grouped = [replace(s, n_groups=4, top_groups=2) for s in find_sites(model)]
+    for site in self_test(model, grouped):
+        assert site.margin_known and site.n_groups is None and site.selection_bias is not None
+
+
 def test_an_empty_hash_table_is_refused():
     """DeepSeek-V4's first layers look experts up; an unfilled table names expert 0 three times."""
     model = tiny_models.build("deepseek_v4")
@@ -277,3 +286,13 @@ def test_explains_choice_uses_bias_and_groups():
     assert explains_choice(LOGITS, ids, "sigmoid", selection_bias=bias, groups=none)
     assert not explains_choice(LOGITS, ids, "sigmoid", selection_bias=None, groups=none)
     assert not explains_choice(LOGITS, ids, "other", selection_bias=bias, groups=none)
+
+
+def test_rounding_excuses_a_few_tokens_only():
+    """Two experts score nearly alike; in 16 bits a router may take either, but not at random."""
+    scores = torch.zeros(64, 4).index_fill(1, torch.tensor([0]), 1e-3)
+    options = {"selection_bias": None, "groups": (None, None)}
+    for swapped, half, explained in [(2, True, True), (2, False, False), (32, True, False)]:
+        ids = torch.zeros(64, 1, dtype=torch.long)
+        ids[:swapped] = 1
+        assert explains_choice(scores, ids, "sigmoid", **options, half=half) == explained
