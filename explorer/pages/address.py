@@ -25,12 +25,16 @@ def begin(page: str) -> None:
     """Start a script run: after a change of page, put back what the session knows of it."""
     state = st.session_state
     memory: dict[str, str] = state.setdefault(_MEMORY, {})
-    state[_NOTES] = []
     if _PAGE in state and state[_PAGE] != page:
         for name in (*GLOBAL_NAMES, *PAGE_NAMES[page]):
             if name not in st.query_params and memory.get(name):
                 st.query_params[name] = memory[name]
     state[_PAGE] = page
+
+
+def place_notes() -> None:
+    """Reserve the place where notes are drawn, whichever part of the page makes them."""
+    st.session_state[_NOTES] = st.container()
 
 
 def read(name: str) -> str:
@@ -117,14 +121,7 @@ def choose(
 
 def note(text: str) -> None:
     """Say something at the top of the page, such as that the link could not be followed."""
-    st.session_state.setdefault(_NOTES, []).append(text)
-
-
-def show_notes() -> None:
-    """Draw the notes of this script run; they are plain text."""
-    for text in st.session_state.get(_NOTES, []):
-        st.info(plain(text), icon=":material/info:")
-    st.session_state[_NOTES] = []
+    st.session_state[_NOTES].info(plain(text), icon=":material/info:")
 
 
 def plain(text: str) -> str:

@@ -46,7 +46,6 @@ class Plan(NamedTuple):
 
 def render() -> None:
     """Draw the page."""
-    address.show_notes()
     st.markdown(
         "Let a model read prompts and record what its routers do. The result is a **run**: one "
         "file in the runs folder, which the other pages show."

@@ -212,7 +212,7 @@ def _factor() -> float:
     default = 1.25
     value = next((f for f in FACTORS if f"{f:g}" == asked), None)
     if asked and value is None:
-        st.info("The link names a capacity factor that is not on the scale; showing 1.25.")
+        address.note("The link names a capacity factor that is not on the scale; showing 1.25.")
         address.write("factor", "")
     key = "address:factor"
     st.session_state[key] = default if value is None else value

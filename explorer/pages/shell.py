@@ -21,6 +21,7 @@ def frame(title: str) -> None:
     st.logo(str(_LOGO), size="large")
     st.html(_STYLE)
     st.title(title, anchor=False)
+    address.place_notes()
     # no filter says anything about a capture
     if title == "Capture":
         return
@@ -34,7 +35,6 @@ def frame(title: str) -> None:
 def current_view() -> state.View:
     """Return the run and the filters; without any run, record the demo and end the page here."""
     view: state.View | state.Problem | None = st.session_state[_VIEW]
-    address.show_notes()
     if view is None:
         first_run()
         st.stop()
