@@ -306,7 +306,7 @@ def test_pages_import_neither_torch_nor_transformers(written, runs):
     [
         ("", "·"),
         (" a", " a"),
-        ("  ", "␣␣"),
+        ("  ", "  "),
         ("\n", "↵\n"),
         ("\u202e", "⟦U+202E⟧"),
         ("\u200d", "⟦U+200D⟧"),

@@ -34,7 +34,7 @@ def chart(
         state: Any = st.session_state.get(key)
         points = state["selection"]["points"] if state else []
         if points and on_click is not None and points[0].get("customdata"):
-            on_click(list(points[0]["customdata"]))
+            on_click(_numbers(points[0]["customdata"]))
 
     if on_click is None:
         st.plotly_chart(figure, key=key, theme=None, config=_CONFIG, alt=alt)
@@ -50,3 +50,10 @@ def chart(
         )
     with st.expander("Table", icon=":material/table:"):
         st.dataframe(table, hide_index=True, alt=f"Table of: {alt}")
+
+
+def _numbers(customdata: Any) -> list[float]:
+    """Return the numbers of a mark; a browser sends binary arrays as {"0": .., "1": ..}."""
+    if isinstance(customdata, dict):
+        return [float(customdata[key]) for key in sorted(customdata, key=int)]
+    return [float(value) for value in customdata]

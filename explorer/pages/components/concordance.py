@@ -67,6 +67,4 @@ def concordance(
 
 
 def _flat(text: str) -> str:
-    return "".join(visible(character) if character != " " else " " for character in text).replace(
-        "↵\n", "↵"
-    )
+    return "".join(visible(character) for character in text).replace("↵\n", "↵")

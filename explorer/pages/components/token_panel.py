@@ -28,7 +28,7 @@ def token_panel(view: View, token: pd.Series) -> None:
     """
     token_id = int(token["token_id"])
     text = token["text"]
-    shown = "(text not recorded)" if text is None else visible(text).replace("\n", "")
+    shown = "(text not recorded)" if text is None else _name(text)
     st.subheader(f"Token {int(token['position']):,}: “{address.plain(shown)}”", anchor=False)
     experts = ask(view, token_experts, token_id=token_id)
     gates = ask(view, token_gates, token_id=token_id)
@@ -56,6 +56,10 @@ def token_panel(view: View, token: pd.Series) -> None:
         table=_route_table(experts, gates),
         on_click=lambda data: address.write("layer", _site_key(view, data)),
     )
+
+
+def _name(text: str) -> str:
+    return "␣" * len(text) if text and not text.strip(" ") else visible(text).replace("\n", "")
 
 
 def _beside(token: pd.Series, experts: pd.DataFrame) -> str:

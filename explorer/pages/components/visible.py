@@ -19,13 +19,11 @@ CONTINUATION = "·"  # a token without text of its own
 def visible(text: str) -> str:
     """Return the text of a token with a mark for every character that shows nothing.
 
-    A line end keeps its line break after its mark. Spaces stay as they are unless the token is
-    nothing but spaces; the empty text of a token in the middle of a character becomes a dot.
+    A line end keeps its line break after its mark, and spaces stay as they are; the empty text
+    of a token in the middle of a character becomes a dot.
     """
     if not text:
         return CONTINUATION
-    if text.strip(" ") == "":
-        return "␣" * len(text)
     alone = len(text) == 1
     return "".join(_mark(character, alone) for character in text)
 

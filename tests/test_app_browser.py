@@ -1,0 +1,261 @@
+"""The app in a real headless Chromium, with real mouse and keyboard events."""
+
+import re
+
+import pytest
+from browser import browser, chromium_path, serve, settle
+from synthetic import NASTY, write_run
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium_path() is None, reason="no Chromium on this machine"),
+]
+
+SIZE = {"width": 1400, "height": 900}
+# where a cell of the first figure is on the screen
+CELL = """([x, y, which]) => {
+    const plot = document.querySelectorAll('.js-plotly-plot')[which];
+    plot.scrollIntoView({block: 'center'});
+    const box = plot.getBoundingClientRect(), layout = plot._fullLayout;
+    return [box.left + layout.xaxis._offset + layout.xaxis.d2p(x),
+            box.top + layout.yaxis._offset + layout.yaxis.d2p(y)];
+}"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "known.duckdb", level="scores")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs, tmp_path_factory):
+    with serve(runs, log=tmp_path_factory.mktemp("log") / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as driven:
+        yield driven
+
+
+@pytest.fixture(params=["light", "dark"])
+def theme(request):
+    return request.param
+
+
+@pytest.fixture
+def new_page(chromium):
+    contexts = []
+
+    def make(theme="light"):
+        context = chromium.new_context(viewport=SIZE, color_scheme=theme)
+        context.set_default_timeout(30_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.alerts = []
+        page.on("dialog", lambda dialog: (page.alerts.append(dialog.message), dialog.dismiss()))
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def page(new_page):
+    return new_page()
+
+
+def visit(page, url):
+    page.goto(url)
+    settle(page)
+
+
+def click_cell(page, x, y, which=0):
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    page.wait_for_timeout(500)
+    left, top = page.evaluate(CELL, [x, y, which])
+    page.mouse.move(left - 3, top)
+    page.mouse.move(left, top)
+    page.wait_for_timeout(200)
+    page.mouse.click(left, top)
+
+
+def token(page, text):
+    return page.locator(".strip .token", has_text=re.compile(f"^{re.escape(text)}$")).first
+
+
+@pytest.mark.parametrize("path", ["", "tokens", "load-balance", "capture"])
+def test_every_page_draws_in_both_themes(address, new_page, theme, path):
+    page = new_page(theme)
+    visit(page, f"{address}/{path}?run=known&layer=1.0")
+    assert not page.locator("[data-testid=stException]").count()
+    assert not page.errors
+    ground = page.evaluate(
+        "getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor"
+    )
+    assert (ground == "rgb(255, 255, 255)") == (theme == "light")
+    papers = page.evaluate(
+        "[...document.querySelectorAll('.js-plotly-plot')].map(p => p._fullLayout.paper_bgcolor)"
+    )
+    assert all((paper.lower() == "#ffffff") == (theme == "light") for paper in papers)
+    assert bool(papers) == (path != "capture")
+
+
+def test_a_click_on_a_cell_of_the_overview_leads_to_that_experts_tokens(address, page):
+    visit(page, f"{address}/?run=known")
+    click_cell(page, 3, 1)
+    page.wait_for_url(re.compile("/tokens.*expert=3"))
+    settle(page)
+    assert "layer=3.0" in page.url
+    page.get_by_role("heading", name="Tokens of L3.0.E3").wait_for()
+    page.go_back()
+    settle(page)
+    page.wait_for_timeout(1000)
+    assert "/tokens" not in page.url
+
+
+def test_a_line_of_an_experts_tokens_leads_to_its_prompt(address, page):
+    visit(page, f"{address}/tokens?run=known&layer=3.0&expert=3")
+    page.locator(".rows .row").nth(1).click()
+    page.wait_for_url(re.compile("token="))
+    assert "prompt=" in page.url
+
+
+def test_a_click_on_a_token_shows_it_and_a_link_reopens_the_view(address, page, new_page):
+    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=0")
+    token(page, " not").click()
+    page.get_by_role("heading", name="Token 3: “ not”").wait_for()
+    page.wait_for_url(re.compile("token=3"))
+    sentence = page.get_by_text(re.compile("^In layer 1.0 the router")).inner_text()
+    other = new_page("dark")
+    visit(other, page.url)
+    assert other.get_by_text(re.compile("^In layer 1.0 the router")).inner_text() == sentence
+    assert token(other, " not").get_attribute("aria-pressed") == "true"
+
+
+def test_tokens_are_reached_and_stepped_with_the_keyboard(address, page):
+    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=0&token=1")
+    assert page.locator(".strip .token[tabindex='0']").count() == 1
+    token(page, " court").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("heading", name="Token 2: “ shall”").wait_for()
+    page.keyboard.press("Home")
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="Token 0: “The”").wait_for()
+    assert page.evaluate("document.activeElement !== document.body")
+
+
+def test_a_click_on_a_cell_of_the_token_map_chooses_token_and_layer(address, page):
+    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=0&token=1")
+    click_cell(page, 4, 1)
+    page.get_by_role("heading", name="Token 4:").wait_for()
+    assert "layer=3.0" in page.url
+
+
+def test_a_change_of_page_keeps_the_filters_and_brings_back_the_prompt(address, page):
+    visit(page, f"{address}/tokens?run=known&layer=3.0&prompt=4&domain=code")
+    page.get_by_role("link", name="Load balance").click()
+    page.get_by_role("heading", name="Layer 3.0", exact=True).wait_for()
+    assert "domain=code" in page.url
+    page.get_by_role("link", name="Tokens").click()
+    page.wait_for_url(re.compile("prompt=4"))
+    assert "layer=3.0" in page.url
+
+
+def test_hostile_prompts_are_text(address, page):
+    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=4&expert=0")
+    assert token(page, NASTY).is_visible()
+    assert token(page, "⟦U+202E⟧").is_visible()
+    assert not page.evaluate("document.querySelectorAll('.strip b, .strip script').length")
+    token(page, NASTY).click()
+    page.get_by_role("heading", name=f"Token 0: “{NASTY}”").wait_for()
+    settle(page)
+    assert not page.alerts
+    assert not page.errors
+
+
+def test_typed_prompts_become_a_run_that_can_be_read(address, page, runs):
+    lines = ["<script>alert(1)</script> <b>bold</b>", "שלום עולם, זה מבחן", "Emoji 🙂👩‍💻 end"]
+    visit(page, f"{address}/capture")
+    area = page.get_by_role("textbox", name=re.compile("^Prompts"))
+    area.fill("\n".join(lines))
+    area.press("Control+Enter")
+    page.get_by_text("3 prompts").wait_for()
+    start = page.get_by_role("button", name="Start capture")
+    page.wait_for_function("() => !document.querySelector('.st-key-start button').disabled")
+    start.click()
+    page.get_by_role("progressbar").wait_for()
+    page.get_by_role("button", name="Open the run").click(timeout=180_000)
+    page.wait_for_url(re.compile("run=mine"))
+    settle(page)
+    for number, line in enumerate(lines):
+        visit(page, f"{address}/tokens?run=mine&prompt={number}&layer=0")
+        shown = page.locator(".strip").inner_text().replace("·", "")
+        assert shown == line
+    assert page.locator(".strip").get_attribute("dir") == "auto"
+    visit(page, f"{address}/tokens?run=mine&prompt=1&layer=0")
+    assert page.evaluate("getComputedStyle(document.querySelector('.strip')).direction") == "rtl"
+    assert not page.alerts
+    assert (runs / "mine.duckdb").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("two.txt", b"one\ntwo", "2 prompts"),
+        ("table.csv", "text,domain\n<b>x</b>,law\n\u05e9\u05dc,code\n".encode(), "2 prompts in 2"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', "3 prompts"),
+        ("bad.jsonl", b'{"txt": "a"}', "bad.jsonl"),
+        ("fake.parquet", b"not parquet", "fake.parquet"),
+    ],
+)
+def test_uploads_are_read_or_refused_with_a_reason(address, page, name, data, said):
+    visit(page, f"{address}/capture")
+    page.get_by_text("Upload a file").click()
+    page.locator("input[type=file]").set_input_files(
+        {"name": name, "mimeType": "application/octet-stream", "buffer": data}
+    )
+    message = "stAlert" if said == name else "stCaptionContainer"
+    page.locator(f"[data-testid={message}]", has_text=said).first.wait_for()
+    assert not page.locator("[data-testid=stException]").count()
+
+
+def test_a_parquet_upload_is_read(address, page, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": ["a", "b"], "domain": ["x", "x"]}), path)
+    visit(page, f"{address}/capture")
+    page.get_by_text("Upload a file").click()
+    page.locator("input[type=file]").set_input_files(str(path))
+    page.get_by_text("2 prompts in 1 domains").wait_for()
+
+
+def test_a_capture_can_be_stopped(address, page):
+    visit(page, f"{address}/capture")
+    page.get_by_text("Demo prompts").click()
+    page.wait_for_function("() => !document.querySelector('.st-key-start button').disabled")
+    page.get_by_role("button", name="Start capture").click()
+    page.get_by_role("progressbar").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("was stopped").wait_for(timeout=60_000)
+
+
+def test_without_runs_the_demo_is_recorded_and_shown(chromium, tmp_path):
+    with serve(tmp_path / "empty") as url:
+        page = chromium.new_page(viewport=SIZE)
+        page.goto(url)
+        page.get_by_text("Nothing has been recorded yet").wait_for(timeout=30_000)
+        page.get_by_role("progressbar").wait_for(timeout=30_000)
+        page.get_by_text("Busiest expert").wait_for(timeout=240_000)
+        settle(page)
+        assert "run=demo" in page.url
+        page.close()
