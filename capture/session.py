@@ -393,6 +393,9 @@ def _end_ids(loaded: "LoadedModel") -> tuple[int, ...]:
 def _run_info(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -> RunInfo:
     import torch
 
+    from kernels.dispatch import resolve_backend
+    from kernels.gate import BACKENDS
+
     model = loaded.model
     device = str(model.device)
     if model.device.type == "cuda":
@@ -407,7 +410,7 @@ def _run_info(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -> R
         level=config.level,
         vocab_size=_vocab_size(loaded),
         hidden_size=_hidden_size(loaded),
-        backends={"gate": "torch"},
+        backends={"gate": resolve_backend("auto", BACKENDS)},
         packages={"python": platform.python_version(), **packages},
         config=config.to_json(),
         sample=sample.record,
