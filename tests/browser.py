@@ -60,10 +60,12 @@ def _wait(address, process, seconds=60):
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"streamlit ended with status {process.returncode}")
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            with urllib.request.urlopen(f"{address}/_stcore/health", timeout=2) as answer:
-                if answer.status == 200:
-                    return
+        with (
+            contextlib.suppress(OSError, urllib.error.URLError),
+            urllib.request.urlopen(f"{address}/_stcore/health", timeout=2) as answer,
+        ):
+            if answer.status == 200:
+                return
         time.sleep(0.2)
     raise RuntimeError(f"the app did not answer within {seconds} s")
 
@@ -83,10 +85,14 @@ def browser():
 
 def settle(page, timeout=60_000):
     """Wait until the page's script has ended and its figures are drawn."""
-    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=timeout)
+    page.wait_for_selector(
+        "[data-testid=stApp][data-test-script-state=notRunning]", timeout=timeout
+    )
     page.wait_for_selector("[data-testid=stHeading]", timeout=timeout)
     page.wait_for_function(
         "() => !document.querySelector('[data-testid=stSkeleton]')", timeout=timeout
     )
     page.wait_for_timeout(600)
-    page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]", timeout=timeout)
+    page.wait_for_selector(
+        "[data-testid=stApp][data-test-script-state=notRunning]", timeout=timeout
+    )

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from browser import browser, serve, settle  # noqa: E402
+from browser import browser, serve, settle
 
 SIZE = {"width": 1400, "height": 900}
 PAGES = {
@@ -32,29 +32,44 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the whole page, not its first screen")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        with serve(options.runs or Path(folder)) as address, browser() as chromium:
-            for theme in ("light", "dark"):
-                context = chromium.new_context(viewport=SIZE, color_scheme=theme)
-                page = context.new_page()
-                if theme == "light":
-                    page.goto(address)
-                    page.get_by_text("Busiest expert").wait_for(timeout=120_000)
-                for name, path in PAGES.items():
-                    path = path.replace("RUN", options.run).replace("LAYER", options.layer)
-                    page.goto(address + path)
-                    settle(page)
-                    if options.full:
-                        height = page.evaluate(
-                            "document.querySelector('[data-testid=stMain]').scrollHeight"
-                        )
-                        page.set_viewport_size({"width": 1400, "height": max(900, height + 20)})
-                        settle(page)
-                    target = options.out / f"{name}-{theme}.png"
-                    page.screenshot(path=target)
-                    page.set_viewport_size(SIZE)
-                    print(target)
-                context.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve(options.runs or Path(folder)) as address,
+        browser() as chromium,
+    ):
+        for theme in ("light", "dark"):
+            context = chromium.new_context(viewport=SIZE, color_scheme=theme)
+            page = context.new_page()
+            # without a run this records the demo prompts
+            page.goto(address)
+            page.get_by_text("Busiest expert").wait_for(timeout=240_000)
+            for name, path in PAGES.items():
+                path = path.replace("RUN", options.run).replace("LAYER", options.layer)
+                page.goto(address + path)
+                settle(page)
+                if options.full:
+                    _grow(page)
+                page.screenshot(path=options.out / f"{name}-{theme}.png")
+                page.set_viewport_size(SIZE)
+            context.close()
+    _fewer_colours(options.out)
+
+
+def _grow(page):
+    """Make the window as high as the page."""
+    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+    page.set_viewport_size({"width": SIZE["width"], "height": max(SIZE["height"], height + 20)})
+    settle(page)
+
+
+def _fewer_colours(folder):
+    """Write the pictures with 256 colours, a third of the size; needs Pillow, as Streamlit does."""
+    from PIL import Image
+
+    for path in folder.glob("*.png"):
+        with Image.open(path) as picture:
+            small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ _STEERING = {
     0x200B,  # zero-width space
     0xFEFF,  # byte order mark
 }
-_JOINERS = {0x200C, 0x200D}  # part of Persian words and of emoji: shown only when alone
 _NAMES = {"\n": "↵\n", "\r": "␍", "\t": "⇥\t"}
 CONTINUATION = "·"  # a token without text of its own
 
@@ -24,17 +23,15 @@ def visible(text: str) -> str:
     """
     if not text:
         return CONTINUATION
-    alone = len(text) == 1
-    return "".join(_mark(character, alone) for character in text)
+    return "".join(map(_mark, text))
 
 
-def _mark(character: str, alone: bool) -> str:
+def _mark(character: str) -> str:
     if character in _NAMES:
         return _NAMES[character]
     code = ord(character)
-    if code in _STEERING or (alone and code in _JOINERS):
-        return f"⟦U+{code:04X}⟧"
-    if unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn"):
+    # joiners stay: they are part of Persian words and of emoji, which may lie over several tokens
+    if code in _STEERING or unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn"):
         return f"⟦U+{code:04X}⟧"
     return character
 
