@@ -38,6 +38,10 @@ _SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
 def render() -> None:
     """Draw the page."""
     view = current_view()
+    st.markdown(
+        "A model reads text in pieces, its **tokens**. Below is a prompt as the model saw it; "
+        "click a token to see which experts it went to, and how sure the router was."
+    )
     expert_tokens_section(view)
     chosen = _pick_prompt(view)
     if chosen is None:
@@ -55,10 +59,10 @@ def render() -> None:
             icon=":material/info:",
         )
         return
-    left, right = st.columns([3, 2], gap="large")
     token_id = _selected(listed)
+    quantity, pins, values = _colouring(view, chosen)
+    left, right = st.columns([3, 2], gap="large")
     with left:
-        quantity, pins, values = _colouring(view, chosen)
         _strip(view, listed, values, quantity, pins, token_id)
         _heatmap(view, chosen, values, quantity, token_id, listed)
     with right, st.container(key="token panel"):

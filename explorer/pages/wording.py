@@ -27,20 +27,19 @@ def routing_sentence(experts: pd.DataFrame, *, site_name: str, n_experts: int) -
     """Say which experts a token went to; ``experts`` has one row per slot, best first."""
     if experts.empty:
         return f"In layer {site_name} the router chose no expert for this token."
-    parts = [
-        f"expert {row.expert_id}"
-        + ("" if pd.isna(row.weight_share) else f" {row.weight_share:.0%}")
-        for row in experts.itertuples()
-    ]
-    if len(parts) == 1:
+    if len(experts) == 1:
         return (
             f"In layer {site_name} the router sent this token to expert "
             f"{experts['expert_id'].iloc[0]} alone, one of {n_experts}."
         )
-    return (
-        f"In layer {site_name} the router gave {listed(parts)} of the token's weight, "
-        f"choosing among {n_experts} experts."
-    )
+    ids = [f"expert {row.expert_id}" for row in experts.itertuples()]
+    if experts["weight_share"].isna().any():
+        given = f"sent this token to {listed(ids)}"
+    else:
+        shares = [f"{share:.0%}" for share in experts["weight_share"]]
+        shares[0] += " of this token's weight"
+        given = "gave " + listed([f"{s} to {e}" for s, e in zip(shares, ids, strict=True)])
+    return f"In layer {site_name} the router {given}, choosing among {n_experts} experts."
 
 
 def certainty_sentence(

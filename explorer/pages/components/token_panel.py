@@ -68,7 +68,7 @@ def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
     if shared:
         parts += f" Beside them {shared} shared expert{'s' * (shared > 1)} saw it, as every token."
     if not pd.isna(token["loss"]):
-        parts += f" The model then found the next token worth {token['loss']:.2f} nats of loss."
+        parts += f" Predicting the next token from here cost {token['loss']:.2f} nats of loss."
     return parts
 
 
