@@ -90,8 +90,8 @@ def overhead(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> Bench:
     from capture.models import load_model
+    from capture.preparation import max_length, plan_recording, vocab_size
     from capture.selftest import attach
-    from capture.session import _max_length, _plan, _vocab_size
 
     config = CaptureConfig(
         level=options.level,
@@ -103,13 +103,13 @@ def _prepare(options: argparse.Namespace) -> Bench:
     prompts: list[TokenizedPrompt] = tokenize(
         read_prompts(options.prompts) * options.copies,
         loaded.tokenizer,
-        vocab_size=_vocab_size(loaded),
-        max_length=_max_length(loaded, config),
+        vocab_size=vocab_size(loaded),
+        max_length=max_length(loaded, config),
     )
     sample = plan_sample(
         [p.domain for p in prompts], [len(p.ids) for p in prompts], options.sample_tokens, 0
     )
-    plan = _plan(prompts, sample, loaded, config)
+    plan = plan_recording(prompts, sample, loaded, config)
     return Bench(loaded, attach(loaded.model), plan, config)
 
 
@@ -119,24 +119,25 @@ def _plain(bench: Bench) -> None:
     from capture.batching import pad_batch
     from capture.forward import Runner
     from capture.head import Head
+    from capture.preparation import vocab_size
     from capture.selftest import probe_tokens
-    from capture.session import _vocab_size
 
     model, plan = bench.loaded.model, bench.plan
     ids = [prompt.ids for prompt in plan.prompts]
     with torch.inference_mode(), Head(model).open(probe_tokens(model)[:1]) as head:
         runner = Runner(model, head)
-        for prompts in plan.batches(head.limit(_vocab_size(bench.loaded))):
+        for prompts in plan.batches(head.limit(vocab_size(bench.loaded))):
             batch = pad_batch(prompts, ids, side="right", pad_id=plan.pad_id)
             runner.prompts(batch).loss.cpu()
 
 
 def _recorded(bench: Bench, folder: Path) -> None:
-    from capture.session import _run_info, _Session
+    from capture.preparation import describe_run
+    from capture.session import _Session
 
     out = folder / "run.duckdb"
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), 0) for p in bench.plan.prompts]
-    info = _run_info(bench.loaded, bench.config, bench.plan.sample)
+    info = describe_run(bench.loaded, bench.config, bench.plan.sample)
     writer = RunWriter.create(out, info, [site.info for site in bench.sites], rows)
     _Session(bench.loaded, bench.sites, bench.plan, writer, Reporter(False)).run(None)
     out.unlink()

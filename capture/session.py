@@ -1,23 +1,22 @@
 """One capture from start to end: load, test, estimate, record, check, close."""
 
-import importlib.metadata
 import logging
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capture import preparation
 from capture.config import DEFAULT_SAMPLE_TOKENS, CaptureConfig
-from capture.errors import CaptureCancelled, CaptureError, ConfigError
-from capture.estimate import Estimate, check_space, estimate
+from capture.errors import CaptureCancelled, CaptureError
+from capture.estimate import check_space
 from capture.progress import Progress, Reporter
 from capture.prompts import PromptSource, read_prompts
-from capture.sampling import Sample, plan_sample
-from capture.store import PromptInfo, RunInfo, RunWriter
+from capture.sampling import plan_sample
+from capture.store import PromptInfo, RunWriter
 from capture.store.files import check_new
 from capture.store.records import Level
-from capture.tokens import TokenizedPrompt, has_offsets, tokenize
+from capture.tokens import has_offsets, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,11 +31,6 @@ __all__ = ["Progress", "record"]
 
 log = logging.getLogger(__name__)
 
-# padded tokens of a forward pass; on a CPU larger ones leave the caches, on a GPU smaller ones
-# leave it idle
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow")
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 NO_TEXT = "The tokenizer {name} gives no character offsets, so the text of tokens is not known."
 
 
@@ -149,8 +143,8 @@ def _record(
     prompts = tokenize(
         given,
         loaded.tokenizer,
-        vocab_size=_vocab_size(loaded),
-        max_length=_max_length(loaded, config),
+        vocab_size=preparation.vocab_size(loaded),
+        max_length=preparation.max_length(loaded, config),
     )
     reporter.enter("self-test", "Testing that every router can be tapped.")
     sites = attach(loaded.model)
@@ -160,14 +154,15 @@ def _record(
         config.sample_tokens,
         config.seed,
     )
-    cost = _estimate(prompts, sites, loaded, config, sample)
+    cost = preparation.cost_of(prompts, sites, loaded, config, sample)
     check_space(cost, out)
     if cancel is not None and cancel():
         raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
-    info = _run_info(loaded, config, sample)
+    info = preparation.describe_run(loaded, config, sample)
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
     writer = RunWriter.create(out, info, [site.info for site in sites], rows)
-    session = _Session(loaded, sites, _plan(prompts, sample, loaded, config), writer, reporter)
+    plan = preparation.plan_recording(prompts, sample, loaded, config)
+    session = _Session(loaded, sites, plan, writer, reporter)
     session.seconds_before = time.monotonic() - started
     reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
     return session.run(cancel)
@@ -314,104 +309,3 @@ class _Session:
         """Remove a partial file that holds no token."""
         self.writer.abandon()
         self.writer.partial.unlink(missing_ok=True)
-
-
-def _vocab_size(loaded: "LoadedModel") -> int:
-    embedding: Any = loaded.model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
-def _max_length(loaded: "LoadedModel", config: CaptureConfig) -> int | None:
-    """Return how many tokens of a prompt fit, with room for what is generated."""
-    from capture.sites import text_config
-
-    options = text_config(loaded.model)
-    sizes = [getattr(options, name, None) for name in CONTEXT_NAMES]
-    context = next((size for size in sizes if isinstance(size, int) and size > 0), None)
-    if context is None:
-        return config.max_length
-    if config.generate >= context:
-        raise ConfigError(
-            f"generate={config.generate} leaves no room for a prompt in the model's context of "
-            f"{context} tokens. Choose at most {context - 1}."
-        )
-    return min(context - config.generate, config.max_length or context)
-
-
-def _estimate(
-    prompts: list[TokenizedPrompt],
-    sites: "list[Site]",
-    loaded: "LoadedModel",
-    config: CaptureConfig,
-    sample: Sample,
-) -> Estimate:
-    n_tokens = sum(len(prompt.ids) for prompt in prompts) + config.generate * len(prompts)
-    return estimate(
-        n_tokens=n_tokens,
-        sites=[site.info for site in sites],
-        hidden_size=_hidden_size(loaded),
-        level=config.level,
-        sample_tokens=int(sample.record["planned"]),
-        n_domains=len({prompt.domain for prompt in prompts}),
-    )
-
-
-def _hidden_size(loaded: "LoadedModel") -> int:
-    embedding: Any = loaded.model.get_input_embeddings()
-    return int(embedding.weight.shape[1])
-
-
-def _plan(
-    prompts: list[TokenizedPrompt], sample: Sample, loaded: "LoadedModel", config: CaptureConfig
-) -> "Plan":
-    from capture.recording import Plan
-    from capture.sites import text_config
-
-    budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
-    pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
-    return Plan(
-        prompts=prompts,
-        batch_tokens=budget,
-        sample=sample,
-        level=config.level,
-        generate=config.generate,
-        pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < _vocab_size(loaded) else 0,
-        end_ids=_end_ids(loaded),
-    )
-
-
-def _end_ids(loaded: "LoadedModel") -> tuple[int, ...]:
-    """Return the tokens that end a text, from wherever the model says it."""
-    generation = getattr(loaded.model, "generation_config", None)
-    for owner in (generation, loaded.model.config, loaded.tokenizer):
-        found = getattr(owner, "eos_token_id", None)
-        if found is not None:
-            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
-    return ()
-
-
-def _run_info(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -> RunInfo:
-    import torch
-
-    from kernels.dispatch import resolve_backend
-    from kernels.gate import BACKENDS
-
-    model = loaded.model
-    device = str(model.device)
-    if model.device.type == "cuda":
-        device = f"{device} ({torch.cuda.get_device_name(model.device)})"
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return RunInfo(
-        model=loaded.name,
-        revision=loaded.revision,
-        architecture=type(model).__name__,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=device,
-        level=config.level,
-        vocab_size=_vocab_size(loaded),
-        hidden_size=_hidden_size(loaded),
-        backends={"gate": resolve_backend("auto", BACKENDS)},
-        packages={"python": platform.python_version(), **packages},
-        config=config.to_json(),
-        sample=sample.record,
-    )

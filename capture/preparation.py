@@ -1,0 +1,129 @@
+"""What a capture settles between loading the model and its first forward pass."""
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any
+
+from capture.config import CaptureConfig
+from capture.errors import ConfigError
+from capture.estimate import Estimate, estimate
+from capture.sampling import Sample
+from capture.store import RunInfo
+from capture.tokens import TokenizedPrompt
+
+if TYPE_CHECKING:
+    from capture.models import LoadedModel
+    from capture.recording import Plan
+    from capture.sites import Site
+
+# padded tokens of a forward pass; on a CPU larger ones leave the caches, on a GPU smaller ones
+# leave it idle
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def vocab_size(loaded: "LoadedModel") -> int:
+    """Return the rows of the model's embedding, the ids it can be fed."""
+    embedding: Any = loaded.model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def max_length(loaded: "LoadedModel", config: CaptureConfig) -> int | None:
+    """Return how many tokens of a prompt fit, with room for what is generated."""
+    from capture.sites import text_config
+
+    options = text_config(loaded.model)
+    sizes = [getattr(options, name, None) for name in CONTEXT_NAMES]
+    context = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if context is None:
+        return config.max_length
+    if config.generate >= context:
+        raise ConfigError(
+            f"generate={config.generate} leaves no room for a prompt in the model's context of "
+            f"{context} tokens. Choose at most {context - 1}."
+        )
+    return min(context - config.generate, config.max_length or context)
+
+
+def cost_of(
+    prompts: list[TokenizedPrompt],
+    sites: "list[Site]",
+    loaded: "LoadedModel",
+    config: CaptureConfig,
+    sample: Sample,
+) -> Estimate:
+    """Estimate the size of the run."""
+    n_tokens = sum(len(prompt.ids) for prompt in prompts) + config.generate * len(prompts)
+    return estimate(
+        n_tokens=n_tokens,
+        sites=[site.info for site in sites],
+        hidden_size=hidden_size(loaded),
+        level=config.level,
+        sample_tokens=int(sample.record["planned"]),
+        n_domains=len({prompt.domain for prompt in prompts}),
+    )
+
+
+def hidden_size(loaded: "LoadedModel") -> int:
+    """Return the width of the router inputs."""
+    embedding: Any = loaded.model.get_input_embeddings()
+    return int(embedding.weight.shape[1])
+
+
+def plan_recording(
+    prompts: list[TokenizedPrompt], sample: Sample, loaded: "LoadedModel", config: CaptureConfig
+) -> "Plan":
+    """Settle what the loop over batches needs to know."""
+    from capture.recording import Plan
+    from capture.sites import text_config
+
+    budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
+    pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
+    return Plan(
+        prompts=prompts,
+        batch_tokens=budget,
+        sample=sample,
+        level=config.level,
+        generate=config.generate,
+        pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocab_size(loaded) else 0,
+        end_ids=_end_ids(loaded),
+    )
+
+
+def _end_ids(loaded: "LoadedModel") -> tuple[int, ...]:
+    """Return the tokens that end a text, from wherever the model says it."""
+    generation = getattr(loaded.model, "generation_config", None)
+    for owner in (generation, loaded.model.config, loaded.tokenizer):
+        found = getattr(owner, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
+
+
+def describe_run(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -> RunInfo:
+    """Return what is known of the run before its first token."""
+    import torch
+
+    from kernels.dispatch import resolve_backend
+    from kernels.gate import BACKENDS
+
+    model = loaded.model
+    device = str(model.device)
+    if model.device.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return RunInfo(
+        model=loaded.name,
+        revision=loaded.revision,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        level=config.level,
+        vocab_size=vocab_size(loaded),
+        hidden_size=hidden_size(loaded),
+        backends={"gate": resolve_backend("auto", BACKENDS)},
+        packages={"python": platform.python_version(), **packages},
+        config=config.to_json(),
+        sample=sample.record,
+    )
