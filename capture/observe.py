@@ -1,18 +1,16 @@
 """What the sites did in one forward pass: real rows only, statistics and sums, on the device."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
 from capture.hooks import SiteObservation
+from capture.scoring import statistics_by
 from capture.sites import Site
 from capture.store.records import LEVELS, Level
-from kernels.gate import SCORE_FUNCTIONS, ScoreFunction, gate
+from kernels.gate import ScoreFunction, gate
 from kernels.gate.reference import probabilities
-
-# Llama 4 takes the sigmoid of each chosen logit; it orders as the sigmoid does
-SAME_STATISTICS = {"sigmoid_topk": "sigmoid"}
 
 
 class SiteGroup(NamedTuple):
@@ -23,8 +21,8 @@ class SiteGroup(NamedTuple):
     members : tuple of int
         Indices of the sites.
     n_experts, top_k : int
-    score_function : str or None
-        None where statistics are not defined.
+    score_function : str
+        By which the statistics are taken.
     margin_known : bool
     logsumexp_known : bool
     """
@@ -32,7 +30,7 @@ class SiteGroup(NamedTuple):
     members: tuple[int, ...]
     n_experts: int
     top_k: int
-    score_function: ScoreFunction | None
+    score_function: ScoreFunction
     margin_known: bool
     logsumexp_known: bool
 
@@ -79,16 +77,14 @@ def group_sites(sites: Sequence[Site]) -> list[SiteGroup]:
 
 
 def _group(members: tuple[int, ...], site: Site) -> SiteGroup:
-    label = site.info.score_function
-    name = SAME_STATISTICS.get(label, label)
-    known = name in SCORE_FUNCTIONS
+    score_function = statistics_by(site.info.score_function)
     return SiteGroup(
         members=members,
         n_experts=site.info.n_experts,
         top_k=site.info.top_k,
-        score_function=cast(ScoreFunction, name) if known else None,
-        margin_known=known and site.margin_known and site.info.top_k < site.info.n_experts,
-        logsumexp_known=known and name != "probabilities",
+        score_function=score_function,
+        margin_known=site.margin_known and site.info.top_k < site.info.n_experts,
+        logsumexp_known=score_function != "probabilities",
     )
 
 
@@ -105,7 +101,7 @@ def observe(
     -------
     dict
         ``assignments`` [S, G, E] int64, ``weight_sum`` [S, G, E] float64 and, where scores are
-        understood, ``prob_sum`` [S, G, E] float32. From level ids on also ``expert_ids``
+        known, ``prob_sum`` [S, G, E] float32. From level ids on also ``expert_ids``
         [S, N, K] int32, ``weights`` [S, N, K] float32 and the statistics that are known, each
         [S, N] float32. ``scores`` [S, M, E] and ``hidden`` [S, M, D] float32 for the sample;
         at level scores ``scores`` has all N rows.
@@ -120,7 +116,7 @@ def observe(
     out = _rollups(group, expert_ids, weights, scores, rows)
     if LEVELS.index(level) >= LEVELS.index("ids"):
         out["expert_ids"], out["weights"] = expert_ids.int(), weights
-        if scores is not None and group.score_function is not None:
+        if scores is not None:
             out |= _statistics(group, sites[group.members[0]], expert_ids, weights, scores, rows)
     if scores is not None and level == "scores":
         out["scores"] = scores
@@ -164,7 +160,7 @@ def _rollups(
     weight = torch.zeros(size + 1, dtype=torch.float64, device=cell.device)
     weight.index_add_(0, cell, weights.flatten().double())
     out = {"assignments": count[:-1].view(shape), "weight_sum": weight[:-1].view(shape)}
-    if scores is not None and group.score_function is not None:
+    if scores is not None:
         probs = probabilities(scores, group.score_function)
         domains = torch.arange(rows.n_domains, device=cell.device)
         is_in = domains[:, None] == rows.domain  # [G, N]
@@ -187,7 +183,7 @@ def _statistics(
     found = gate(
         scores.flatten(0, 1),
         top_k=group.top_k,
-        score_function=cast(ScoreFunction, group.score_function),
+        score_function=group.score_function,
         selection_bias=site.selection_bias,
         n_groups=site.n_groups,
         top_groups=site.top_groups,

@@ -1,8 +1,14 @@
 """Find out which rule turned a router's scores into its choice and its weights."""
 
+from typing import cast
+
 import torch
 
-from kernels.gate import SCORE_FUNCTIONS, gate
+from kernels.gate import ScoreFunction, gate
+
+# Llama 4 takes the sigmoid of each chosen logit; a rule that nobody knows is measured by the
+# softmax of its scores, which is defined for any finite scores
+_STAND_IN = {"sigmoid_topk": "sigmoid", "other": "softmax"}
 
 # relative error of a weight: rounding to 8 (bfloat16) or 11 bits and the router's own arithmetic
 HALF_TOLERANCE = 2e-2
@@ -51,6 +57,11 @@ def score_function_of(
     return best if errors[best] < (HALF_TOLERANCE if half else TOLERANCE) else "other"
 
 
+def statistics_by(score_function: str) -> ScoreFunction:
+    """Name the function by which the statistics of a site with this label are taken."""
+    return cast(ScoreFunction, _STAND_IN.get(score_function, score_function))
+
+
 def explains_choice(
     scores: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -66,13 +77,12 @@ def explains_choice(
     scores below one left out. A router that works in 16 bits (``half``) may order near equals
     otherwise than the margin does, for a few tokens.
     """
-    function = "sigmoid" if score_function == "sigmoid_topk" else score_function
-    if function not in SCORE_FUNCTIONS or bool((expert_ids < 0).all()):
+    if bool((expert_ids < 0).all()):
         return False
     out = gate(
         scores,
         top_k=expert_ids.shape[-1],
-        score_function=function,
+        score_function=statistics_by(score_function),
         selection_bias=None if selection_bias is None else selection_bias.float().cpu(),
         n_groups=groups[0],
         top_groups=groups[1],

@@ -51,7 +51,7 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     ``score_function`` is the rule that explains the recorded weights by the recorded scores, up
     to one factor per token (weights that sum to 1) or per site (scaling). A softmax over all
     experts that is renormalised over the chosen equals a softmax over the chosen: both are
-    called "softmax". Where no rule fits it is "other".
+    called "softmax". Where no rule fits it is "other", and statistics take the softmax.
     """
     ids = probe_tokens(model)
     with torch.inference_mode(), tap(sites) as taps:

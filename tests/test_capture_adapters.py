@@ -27,7 +27,7 @@ EXPECTED = {
     "granitemoe": ("softmax", [0, 1, 2], 0, False, None, True),
     "glm4_moe": ("sigmoid", [1, 2], 1, True, (4, 2), True),
     # sparsemixer: each slot has a softmax of its own, over logits near the best one only
-    "phimoe": ("other", [0, 1, 2], 0, False, None, False),
+    "phimoe": ("other", [0, 1, 2], 0, False, None, True),
     "minimax_m2": ("sigmoid", [0, 1, 2], 0, True, None, True),
     "flex_olmo": ("softmax", [0, 1, 2], 0, False, None, True),
 }

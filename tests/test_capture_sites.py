@@ -286,6 +286,8 @@ def test_explains_choice_uses_bias_and_groups():
     assert explains_choice(LOGITS, ids, "sigmoid", selection_bias=bias, groups=none)
     assert not explains_choice(LOGITS, ids, "sigmoid", selection_bias=None, groups=none)
     assert not explains_choice(LOGITS, ids, "other", selection_bias=bias, groups=none)
+    plain = LOGITS.topk(3).indices
+    assert explains_choice(LOGITS, plain, "other", selection_bias=None, groups=none)
 
 
 def test_rounding_excuses_a_few_tokens_only():
