@@ -201,7 +201,7 @@ def test_typed_prompts_become_a_run_that_can_be_read(address, page, runs):
         assert shown == line
     assert page.locator(".strip").get_attribute("dir") == "auto"
     visit(page, f"{address}/tokens?run=mine&prompt=1&layer=0")
-    assert page.evaluate("getComputedStyle(document.querySelector('.strip')).direction") == "rtl"
+    assert page.locator(".strip").evaluate("strip => getComputedStyle(strip).direction") == "rtl"
     assert not page.alerts
     assert (runs / "mine.duckdb").is_file()
 

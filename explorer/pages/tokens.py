@@ -293,6 +293,8 @@ def _heatmap(
         start=max(0, place - 60),
         dark=is_dark(),
     )
+    # the title says what the colours are
+    figure.update_traces(colorbar_title_text="", selector={"type": "heatmap"})
     _mark(figure, view, values, len(listed), place)
     chart(
         figure,
