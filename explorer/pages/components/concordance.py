@@ -12,7 +12,7 @@ _HERE = Path(__file__).parent
 
 _render = st.components.v2.component(
     "concordance",
-    html='<div class="rows" role="list"></div>',
+    html='<div class="rows" role="group"></div>',
     css=(_HERE / "concordance.css").read_text(encoding="utf-8"),
     js=(_HERE / "concordance.js").read_text(encoding="utf-8"),
 )
