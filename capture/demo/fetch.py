@@ -93,8 +93,9 @@ def fetch(work: Path) -> Path:
     Path
         The folder with one folder a package.
     """
-    downloads = work / "downloads"
-    unpacked = work / "unpacked"
+    # the clients run inside the downloads folder, so no path may be relative
+    downloads = work.resolve() / "downloads"
+    unpacked = work.resolve() / "unpacked"
     downloads.mkdir(parents=True, exist_ok=True)
     for package in tqdm(PACKAGES, desc="packages", unit="package"):
         mark = unpacked / f".{package.name.replace('/', '-')}"
