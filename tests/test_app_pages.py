@@ -163,6 +163,7 @@ def test_key_figures_are_those_of_the_run(written):
         (layer, site, e) for (_, layer, site), r in written.routes.items() for e, _ in r["experts"]
     }
     assert values["Dead experts"] == f"{len(idle)} of 16"
+    assert {"Load entropy", "Gate entropy"} <= set(values)
 
 
 def _sites():

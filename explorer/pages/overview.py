@@ -80,13 +80,15 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         )
         even = worst["normalized_entropy"].mean()
         tiles[2].metric(
-            "Evenness of load",
+            "Load entropy",
             f"{even:.1%}",
             border=True,
             delta=f"by chance {worst['normalized_entropy_floor'].mean():.1%}",
             delta_color="off",
             delta_arrow="off",
-            help="Mean over layers of the load's entropy, as a share of its largest value.",
+            help="How evenly the experts of a layer share the work, mean over layers: the entropy of "
+            "their shares over its largest value. 100 % = all experts do the same amount, 0 % = one "
+            "does everything.",
         )
     dead = int(balance["dead_experts"].fillna(0).sum())
     tiles[3].metric(
@@ -100,14 +102,15 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
     )
     entropy = gates["normalized_entropy"].mean()
     tiles[4].metric(
-        "Router's indecision",
+        "Gate entropy",
         "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
         border=True,
-        delta="0 % = always sure",
+        delta="0 % = sure",
         delta_color="off",
         delta_arrow="off",
-        help="Mean gate entropy over tokens and layers, as a share of "
-        "ln(number of experts): 0 % = sure of its choice, 100 % = guessing.",
+        help="How undecided the routers were, mean over tokens and layers: the entropy of the "
+        "router's probabilities over its largest value, ln(number of experts). 0 % = sure, "
+        "100 % = all experts alike.",
     )
 
 

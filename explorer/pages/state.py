@@ -25,7 +25,7 @@ Key = tuple[str, int, int]  # path, time of change in ns, bytes
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
 NO_DOMAIN = "(none)"  # in the address, where "" means all domains
-PHASES = {"": "All tokens", "prompt": "Prompt", "generated": "Generated"}
+PHASES = {"": "All", "prompt": "Prompt", "generated": "Generated"}
 
 
 @dataclass(frozen=True)

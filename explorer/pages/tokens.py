@@ -27,9 +27,9 @@ MAX_LISTED = 1000
 MAX_STRIP = 4096
 MAX_PINS = len(OKABE_ITO)
 _COLORS = {
-    "entropy": "Indecision",
+    "entropy": "Gate entropy",
     "margin": "Margin",
-    "top1_weight": "Largest weight",
+    "top1_weight": "Top-1 weight",
     "pinned_weight": "Pinned experts",
 }
 _SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
@@ -141,7 +141,7 @@ def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFr
     if quantity == "pinned_weight":
         pins = _pick_pins(view)
         if not pins:
-            st.caption("Pin at least one expert; until then the text is coloured by indecision.")
+            st.caption("Pin at least one expert; until then the text is coloured by gate entropy.")
             quantity = "entropy"
     prompt_id = int(chosen["prompt_id"])
     values = ask(view, token_quantity, prompt_id=prompt_id, quantity=quantity, pinned=tuple(pins))

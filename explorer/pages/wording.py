@@ -48,7 +48,7 @@ def certainty_sentence(
     """Say how sure the router was; nan where a number was not recorded."""
     if math.isnan(normalized_entropy):
         return "How sure it was is not known: the router's scores were not recorded."
-    amount = f"(indecision {normalized_entropy:.0%}; 0 % = sure, 100 % = guessing)"
+    amount = f"(gate entropy {normalized_entropy:.0%}; 0 % = sure, 100 % = all experts alike)"
     if normalized_entropy < _SURE:
         text = f"It was sure {amount}"
     elif normalized_entropy < _LEANING:

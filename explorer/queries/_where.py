@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from explorer.run import Run
+
 Params = dict[str, Any]
 
 
@@ -26,3 +28,22 @@ def conditions(
         parts.append("coalesce(domain, '') = $domain")
         params["domain"] = domain
     return " AND ".join(parts) or "true", params
+
+
+def near_prompt(run: Run, prompt_id: int) -> tuple[str, Params]:
+    """Write a condition that holds for a prompt's tokens and few others.
+
+    DuckDB skips most of a large run for ranges of token ids, but not for a list of them. Prompt
+    tokens of a prompt are a range; generated ones lie between those of its batch.
+    """
+    ranges = run.query(
+        "SELECT min(token_id) AS first, max(token_id) AS last FROM tokens "
+        "WHERE prompt_id = $prompt_id GROUP BY phase",
+        {"prompt_id": prompt_id},
+    )
+    params: Params = {"prompt_id": prompt_id}
+    parts = []
+    for number, (first, last) in enumerate(ranges.itertuples(index=False)):
+        parts.append(f"token_id BETWEEN $first{number} AND $last{number}")
+        params |= {f"first{number}": int(first), f"last{number}": int(last)}
+    return f"({' OR '.join(parts) or 'false'})", params

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from explorer.queries.tokens import _near
+from explorer.queries._where import near_prompt
 from explorer.run import Run
 
 
@@ -17,7 +17,7 @@ def prompt_experts(run: Run, prompt_id: int, layer: int, *, site: int = 0) -> pd
         token and slot. No rows at level ``stats``.
     """
     run.site_info(layer, site)
-    near, params = _near(run, prompt_id)
+    near, params = near_prompt(run, prompt_id)
     return run.query(
         f"""
         SELECT token_id, slot, expert_id, weight,

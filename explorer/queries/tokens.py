@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from explorer.errors import RunError
-from explorer.queries._where import Params
+from explorer.queries._where import Params, near_prompt
 from explorer.registry import Registry
 from explorer.run import Run
 
@@ -42,7 +42,7 @@ QUANTITIES: Registry[Quantity] = Registry("quantity")
 for _name, _quantity in {
     "entropy": Quantity(
         "gate entropy (share of ln E)",
-        "How undecided the router was: 0 = one expert had all the probability, 1 = all equal.",
+        "How undecided the router was: 0 = sure of one expert, 1 = all experts alike.",
         0.0,
         1.0,
         "gates",
@@ -82,7 +82,7 @@ for _name, _quantity in {
         "logsumexp",
     ),
     "top1_weight": Quantity(
-        "largest combine weight (as applied)",
+        "top-1 weight (combine weight, as applied)",
         "Weight of the expert that counts most for this token.",
         0.0,
         None,
@@ -145,7 +145,7 @@ def token_quantity(
         site and position. ``value`` is missing where it was not recorded.
     """
     kind = QUANTITIES[quantity]
-    near, params = _near(run, prompt_id)
+    near, params = near_prompt(run, prompt_id)
     if kind.source == "gates":
         values = (
             f"SELECT token_id, layer, site, {kind.sql} AS value "
@@ -174,25 +174,6 @@ def token_quantity(
         """,
         params,
     )
-
-
-def _near(run: Run, prompt_id: int) -> tuple[str, Params]:
-    """Write a condition that holds for a prompt's tokens and few others.
-
-    DuckDB skips most of a large run for ranges of token ids, but not for a list of them. Prompt
-    tokens of a prompt are a range; generated ones lie between those of its batch.
-    """
-    ranges = run.query(
-        "SELECT min(token_id) AS first, max(token_id) AS last FROM tokens "
-        "WHERE prompt_id = $prompt_id GROUP BY phase",
-        {"prompt_id": prompt_id},
-    )
-    params: Params = {"prompt_id": prompt_id}
-    parts = []
-    for number, (first, last) in enumerate(ranges.itertuples(index=False)):
-        parts.append(f"token_id BETWEEN $first{number} AND $last{number}")
-        params |= {f"first{number}": int(first), f"last{number}": int(last)}
-    return f"({' OR '.join(parts) or 'false'})", params
 
 
 def _pinned(quantity: str, pinned: Sequence[Pin], params: Params) -> tuple[str, Params]:

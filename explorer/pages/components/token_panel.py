@@ -112,7 +112,7 @@ def _route_table(experts: pd.DataFrame, gates: pd.DataFrame) -> pd.DataFrame:
             {
                 "layer": name,
                 "experts and weights": ", ".join(chosen),
-                "indecision": gate.normalized_entropy,
+                "gate entropy (share of ln E)": gate.normalized_entropy,
                 "margin": gate.margin,
                 "probability of the chosen": gate.topk_mass,
             }
