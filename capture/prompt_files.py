@@ -80,9 +80,9 @@ def read_jsonl(name: str, data: bytes) -> list[Prompt]:
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError also for a number too long
             column = getattr(error, "colno", 1)
-            reason = getattr(error, "msg", "nested too deeply")
+            reason = getattr(error, "msg", str(error))
             raise PromptError(
                 f"{name}, line {number}, column {column}: not valid JSON ({reason}). Expected one "
                 'value a line, such as {"text": "...", "domain": "..."}.'

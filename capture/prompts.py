@@ -15,6 +15,7 @@ DEMO_SETS = {
     "demo-heldout": "heldout.jsonl.xz",
 }
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
+MAX_TOKEN = 2**31 - 1  # what a run file holds; no vocabulary is nearly as large
 COMPRESSIONS = {".xz": lzma.decompress, ".gz": gzip.decompress}
 
 PromptSource: TypeAlias = "str | Path | Iterable[str | list[int] | Mapping[str, Any] | Prompt]"
@@ -50,6 +51,11 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
         raise PromptError(
             f"prompts must be a list of strings, token-id lists or records, or a file name; "
             f"got {type(source).__name__}. Put a single prompt into a list."
+        )
+    if hasattr(source, "columns"):  # iterating over a table gives the names of its columns
+        raise PromptError(
+            f"prompts must be a list, got a table ({type(source).__name__}). Pass its rows as "
+            "records: [{'text': ..., 'domain': ...}, ...]."
         )
     prompts = [
         item if isinstance(item, Prompt) else to_prompt(item, where=f"prompt {number}")
@@ -133,12 +139,13 @@ def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
     if not found:
         raise PromptError(f"{where} is empty. Remove it, or give at least one token id.")
     for position, value in enumerate(found):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+        if not is_whole or not 0 <= value <= MAX_TOKEN:
             raise PromptError(
-                f"{where}, position {position}: a token id is a whole number of at least 0, "
-                f"got {value!r}."
+                f"{where}, position {position}: a token id is a whole number from 0 to "
+                f"{MAX_TOKEN}, got {value!r:.40}."
             )
-    return found
+    return tuple(map(int, found))
 
 
 def _read_named(source: str | Path) -> list[Prompt]:
@@ -151,12 +158,17 @@ def _read_named(source: str | Path) -> list[Prompt]:
                 f"The prompt set {source!r} is not in this copy of the project: {path.name} is "
                 "missing from capture/demo. Restore it from version control."
             )
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError:  # a whole text is too long for the name of a file
+        is_folder = is_file = False
+    if is_folder:
         raise PromptError(f"{path} is a folder; expected a {_listed(FORMATS)} file.")
-    if not path.is_file():
+    if not is_file:
+        shown = f"{str(source)!r:.200}"
         raise PromptError(
-            f"There is no prompt file {str(source)!r}. Expected {_listed(DEMO_SETS)}, or a "
-            f"{_listed(FORMATS)} file; put a prompt of your own into a list: [{str(source)!r}]."
+            f"There is no prompt file {shown}. Expected {_listed(DEMO_SETS)}, or a "
+            f"{_listed(FORMATS)} file; put a prompt of your own into a list: [{shown}]."
         )
     try:
         data = path.read_bytes()

@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +21,7 @@ def texts(prompts):
 
 def test_lists_hold_strings_ids_and_records():
     prompts = read_prompts(
-        ["a", [3, 4], {"text": "b", "domain": "law"}, {"ids": [1], "source": "x"}]
+        ["a", [3, np.int64(4)], {"text": "b", "domain": "law"}, {"ids": [1], "source": "x"}]
     )
     assert prompts == [
         Prompt("a", None, None, "given"),
@@ -123,6 +125,8 @@ def test_compressed_files_are_read_and_compressed_uploads_refused(tmp_path):
         ("p.jsonl", rb'{"text": "ab\ud800"}', r"line 1, character 3: half of a surrogate pair"),
         ("p.jsonl", b"[1, -2]\n", r"line 1, position 1: a token id is .*got -2"),
         ("p.jsonl", b"[" * 100_000, r"line 1, column 1: not valid JSON"),
+        ("p.jsonl", b"[" + b"9" * 5000 + b"]", r"line 1, column 1: not valid JSON .*limit"),
+        ("p.jsonl", b"[3, 1180591620717411303424]", r"line 1, position 1: a token id is .*got 118"),
         ("p.parquet", b"PAR1", r"p\.parquet is not a readable Parquet file"),
         ("p.docx", b"", r"p\.docx: the ending \.docx is not a prompt format\. Expected \.txt"),
         ("README", b"", r"README: the ending \(none\) is not a prompt format"),
@@ -158,6 +162,9 @@ def test_parquet_errors(tmp_path, columns, message):
         ([b"x"], r"prompt 1: expected a string.*got bytes"),
         ([{"text": "a", "ids": [1]}], r"prompt 1: .*found both"),
         ([[True]], r"position 0: a token id"),
+        ([[1.0]], r"position 0: a token id is a whole number from 0 to \d+, got 1\.0"),
+        (pd.DataFrame({"text": ["a"]}), r"must be a list, got a table \(DataFrame\)"),
+        ("one whole text " * 1000, r"There is no prompt file 'one whole"),
         ({"text": "a"}, r"must be a list.*got dict"),
         (3, r"must be a list.*got int"),
         (

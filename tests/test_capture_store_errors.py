@@ -198,6 +198,8 @@ def test_nothing_is_ever_overwritten(out, forward):
     assert other.read_text() == "mine" and out.read_bytes() == content
     other.unlink()
     assert recover(writer.partial) == other
+    with pytest.raises(StoreError, match=r"is not there, and .*other is: it needs no recovery"):
+        recover(writer.partial)
     with RunReader.open(other) as run:
         assert run.info["n_tokens"] == 4
 

@@ -33,6 +33,8 @@ def recover(partial: str | Path) -> Path:
             "this ending is finished and needs no recovery."
         )
     out = partial.with_name(partial.name.removesuffix(SUFFIX))
+    if out.is_file() and not partial.exists():
+        raise StoreError(f"{partial} is not there, and {out} is: it needs no recovery. Open it.")
     check_free(out)
     connection = connect(partial, read_only=False)
     try:
