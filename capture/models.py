@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from capture.config import DTYPES
 from capture.errors import ModelError
 
 if TYPE_CHECKING:
@@ -16,7 +19,6 @@ log = logging.getLogger(__name__)
 DEMO = Path(__file__).parent / "demo" / "weights"
 # how transformers says that an auto class has no model for a configuration
 NO_CAUSAL_MODEL = "Unrecognized configuration class"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class LoadedModel(NamedTuple):
@@ -84,6 +86,22 @@ def load_model(
     return LoadedModel(loaded, _tokenizer(source, hub), name, commit or revision)
 
 
+@contextmanager
+def loading_bars(*, shown: bool) -> Iterator[None]:
+    """Let transformers draw its own progress bars inside the block, or not."""
+    refuse_kernels_package()
+    from transformers.utils import logging as bars
+
+    hide = not shown and bars.is_progress_bar_enabled()
+    if hide:
+        bars.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if hide:
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def refuse_kernels_package() -> None:
     """Refuse to import transformers beside Hugging Face's ``kernels`` distribution.
 
@@ -135,7 +153,7 @@ def _source(model: str | Path) -> tuple[str, str]:
         return str(folder), text
     local = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
     if folder.exists() or local or not text.strip():
-        what = "is a file" if folder.exists() else "does not exist"
+        what = "is a file" if folder.is_file() else "does not exist"
         raise ModelError(
             f"A model folder was expected, but {text!r} {what}. Give the folder that holds "
             "config.json, a Hugging Face id such as allenai/OLMoE-1B-7B-0125, or demo."
@@ -233,7 +251,8 @@ def _dtype(dtype: "str | torch.dtype | None", place: str) -> "str | torch.dtype"
     import torch
 
     if dtype is None:
-        return torch.float32 if place == "cpu" else "auto"
+        on_cpu = place.startswith("cpu") or (place == "auto" and not torch.cuda.is_available())
+        return torch.float32 if on_cpu else "auto"
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:

@@ -49,6 +49,7 @@ class Reporter:
             self._sink = progress
         elif self._bar is not None:
             self._sink = self._bar.show
+        self.draws = self._bar is not None
         self._stage: Stage = "loading"
         self._total = 0
         self._done = 0

@@ -127,17 +127,18 @@ def _record(
     name = model if isinstance(model, str | Path) else type(model).__name__
     started = time.monotonic()
     reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
-    from capture.models import load_model
+    from capture.models import load_model, loading_bars
     from capture.selftest import attach
 
-    loaded = load_model(
-        model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
-    )
+    with loading_bars(shown=reporter.draws):
+        loaded = load_model(
+            model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            allow_pickle=config.allow_pickle,
+        )
     if tokenizer is not None:
         loaded = loaded._replace(tokenizer=tokenizer)
     prompts = tokenize(

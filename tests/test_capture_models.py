@@ -69,6 +69,13 @@ def test_dtype_is_what_was_asked_for(saved, dtype):
     assert [s.info.score_function for s in attach(loaded.model)] == ["softmax"] * 3
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "auto"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto takes the CUDA device")
+def test_on_a_cpu_a_model_stored_in_half_precision_runs_in_float32(saved, tmp_path, device):
+    load_model(saved, device="cpu", dtype="bfloat16").model.save_pretrained(tmp_path)
+    assert load_model(tmp_path, device=device).model.dtype == torch.float32
+
+
 def test_a_loaded_model_is_used_as_it_is():
     model = tiny_models.build("olmoe", dtype=torch.bfloat16)
     loaded = load_model(model)
@@ -107,7 +114,7 @@ def test_something_else_is_refused(thing):
         load_model(thing)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "~/no-such", " "])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "~/no-such", " ", ""])
 def test_a_missing_folder(name):
     with pytest.raises(ModelError, match=r"A model folder was expected, but .* does not exist"):
         load_model(name)
