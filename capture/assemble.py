@@ -13,12 +13,11 @@ from capture.buffer import Arrays, Parcel
 from capture.forward import next_in_prompt
 from capture.observe import SiteGroup
 from capture.store.records import ForwardRows, Level, SiteRows, TokenRows
+from capture.store.schema import STATISTICS
 from capture.tokens import TokenizedPrompt, decode_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ class Progress(NamedTuple):
     ----------
     stage : {"loading", "self-test", "recording", "writing", "done"}
     tokens_done, tokens_total : int, tokens
-        The total counts every token that may be generated, so it can shrink at the end.
+        The total counts every token that may be generated, so a capture can end below it.
     tokens_per_second : float
         Over the recording so far; 0 before it starts.
     seconds_left : float or None

@@ -127,20 +127,9 @@ def _record(
     name = model if isinstance(model, str | Path) else type(model).__name__
     started = time.monotonic()
     reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
-    from capture.models import load_model, loading_bars
+    loaded = _load(model, config, tokenizer, reporter)
     from capture.selftest import attach
 
-    with loading_bars(shown=reporter.draws):
-        loaded = load_model(
-            model,
-            revision=config.revision,
-            dtype=config.dtype,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-            allow_pickle=config.allow_pickle,
-        )
-    if tokenizer is not None:
-        loaded = loaded._replace(tokenizer=tokenizer)
     prompts = tokenize(
         given,
         loaded.tokenizer,
@@ -167,6 +156,26 @@ def _record(
     session.seconds_before = time.monotonic() - started
     reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
     return session.run(cancel)
+
+
+def _load(
+    model: "str | Path | PreTrainedModel",
+    config: CaptureConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    reporter: Reporter,
+) -> "LoadedModel":
+    from capture.models import load_model, loading_bars
+
+    with loading_bars(shown=reporter.draws):
+        loaded = load_model(
+            model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            allow_pickle=config.allow_pickle,
+        )
+    return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer)
 
 
 class _Session:

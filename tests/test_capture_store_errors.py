@@ -185,6 +185,9 @@ def test_nothing_is_ever_overwritten(out, forward):
     with pytest.raises(StoreError, match=r"already exists, and a run is never overwritten"):
         start(out, SITES)
 
+    with pytest.raises(StoreError, match=r"would look like an unfinished capture"):
+        start(out.with_name("run.partial"), SITES)
+
     other = out.with_name("other")
     writer = start(other, SITES)
     with pytest.raises(StoreError, match=r"left from an unfinished capture. .* capture recover"):

@@ -39,8 +39,6 @@ class Channel:
 
     Attributes
     ----------
-    rows : Tensor [R'] or None, int64
-        Which router inputs to keep, set before the forward pass; None keeps none.
     scores : Tensor [..., E] or None
         As the router put them out.
     hidden : Tensor [R', D] or None
@@ -49,6 +47,8 @@ class Channel:
         In the model's order; -1 = empty slot.
     n_scored, n_routed : int
         How often the router and the experts ran.
+    problems : list of str
+        What a hook could not read; ``Taps.take`` refuses the forward pass with it.
     """
 
     scores: torch.Tensor | None = None

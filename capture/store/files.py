@@ -35,6 +35,10 @@ def check_free(out: Path) -> None:
 def check_new(out: Path) -> None:
     """Refuse an OUT that exists, has an unfinished capture, or has no folder to lie in."""
     check_free(out)
+    if out.name.endswith(SUFFIX):
+        raise StoreError(
+            f"{out} would look like an unfinished capture. Choose a name without {SUFFIX}."
+        )
     if not out.parent.is_dir():
         raise StoreError(
             f"The folder of {out} does not exist. Create it first: mkdir -p '{out.parent}'"
