@@ -20,8 +20,9 @@ _ARCHITECTURE = """\
 
 `OlmoeForCausalLM` of stock transformers, loaded by `AutoModelForCausalLM` without remote code:
 {layers} layers, hidden size 128, 4 attention heads, {experts} experts of size 128 a layer,
-top-{top_k} with renormalised weights, tied embeddings, context of 1,024 tokens, byte-level BPE of
-6,144 tokens. {parameters:.2f} M parameters, stored in bfloat16.
+top-{top_k} with renormalised weights, tied embeddings, byte-level BPE of 6,144 tokens.
+{parameters:.2f} M parameters, stored in bfloat16. It accepts 1,024 tokens but was trained on windows
+of 256: **beyond about 300 tokens of context its loss rises steeply**, so prefer short prompts.
 """
 
 _DATA = """\
