@@ -100,6 +100,7 @@ def test_without_a_run_the_demo_is_captured_once(runs, worker, page):
     assert "Nothing has been recorded yet" in app.markdown[0].value
     (job,) = worker.jobs()
     assert job.request.model == job.request.prompts == "demo"
+    assert job.request.generate > 0
     assert job.request.out == str(runs / "demo.duckdb")
 
 
@@ -110,6 +111,20 @@ def test_a_failed_first_capture_shows_why_and_can_be_tried_again(runs, worker):
     assert "Memory ran out" in app.error[0].value.replace("\\", "")
     next(button for button in app.button if button.label == "Try again").click().run()
     assert [job.state for job in worker.jobs()] == ["queued", "failed"]
+
+
+def test_the_progress_says_what_the_capture_says(runs, worker):
+    opened()
+    worker._jobs[1].state = "running"
+    worker._handle(_report(message="about <b>44 MB</b>"))
+    worker._handle(_report(tokens_done=5, tokens_total=10))
+    app = opened()
+    assert "about <b>44 MB</b>" in " ".join(c.value.replace("\\", "") for c in app.caption)
+
+
+def _report(**values):
+    report = JobProgress("recording", **values)
+    return {"event": "progress", "job": 1, "progress": report._asdict()}
 
 
 def test_a_broken_run_is_a_message_and_another_can_be_chosen(written, runs):

@@ -133,7 +133,7 @@ def test_every_title_has_a_unit(figures):
 def test_every_figure_says_how_many_tokens_and_that_padding_is_out(figures):
     for name, figure in figures.items():
         if name in ("token_routes", "score_bars"):
-            assert "one token" in caption(figure), name
+            assert "n = 1 token" in caption(figure), name
         else:
             expected = "n = 33 tokens of domain &lt;i&gt;law&lt;/i&gt;, phase prompt; padding excl"
             assert caption(figure).startswith(expected), name
@@ -288,9 +288,10 @@ def test_domain_heatmap_holds_the_load(run):
     domains = ["code", "law", "text", ""]
     points = click_points(figure)
     for row in frame.to_dict("records"):
-        got = points[row["expert_id"], domains.index(row["domain"])]
+        place = domains.index(row["domain"])
+        got = points[row["expert_id"], place]
         assert got == pytest.approx(
-            [1, 0, row["expert_id"], row["share"], row["assignments"], row["ratio"]]
+            [1, 0, row["expert_id"], row["share"], row["assignments"], row["ratio"], place]
         )
     totals = frame.groupby("domain")["assignments"].sum()
     names = ["code", "law", "text", "(no domain)"]

@@ -195,6 +195,8 @@ def lorenz(load: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure
             ),
         ]
     )
+    # inside, so that the plot is as high as the bars beside it
+    figure.update_layout(legend={"orientation": "v", "x": 0.02, "y": 0.98, "yanchor": "top"})
     figure.update_xaxes(title="share of experts, least loaded first", tickformat=".0%")
     figure.update_yaxes(title="share of assignments", tickformat=".0%")
     return theme.finish(
@@ -202,7 +204,6 @@ def lorenz(load: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure
         title=f"Lorenz curve of layer {_layer(load)} (cumulative share of assignments)",
         caption=scope.caption("dotted: uniform load; the further below, the less even"),
         dark=dark,
-        legend=True,
     )
 
 
@@ -221,12 +222,14 @@ def domain_heatmap(
     Returns
     -------
     Figure
-        A click returns ``customdata`` [layer, site, expert, share, assignments, ratio].
+        A click returns ``customdata`` [layer, site, expert, share, assignments, ratio, row].
     """
     parts = list(dict.fromkeys(load[by]))
     width = int(load["n_experts"].max()) if len(load) else 0
     columns = ["layer", "site", "expert_id", "share", "assignments", "ratio"]
     ids = load[columns].to_numpy(dtype=np.float64).reshape(len(parts), width, len(columns))
+    rows = np.broadcast_to(np.arange(len(parts))[:, None, None], (len(parts), width, 1))
+    ids = np.concatenate([ids, rows], axis=2)
     totals = load.groupby(by, sort=False)["assignments"].sum()
     names = [domain_label(part) for part in parts]
     figure = clickable_heatmap(
@@ -248,7 +251,9 @@ def domain_heatmap(
         figure,
         title=f"Load by {by} in layer {_layer(load)} "
         f"(share of the {by}'s assignments / uniform share)",
-        caption=scope.caption(f"1× = uniform share {_uniform_text(load)}"),
+        caption=scope.caption(
+            f"1× = uniform share {_uniform_text(load)}", "click a cell for its tokens"
+        ),
         dark=dark,
         height=int(np.clip(150 + 26 * len(parts), 300, 900)),
     )

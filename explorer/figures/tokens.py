@@ -81,6 +81,7 @@ def token_layer_heatmap(
         title=f"Each token at each layer: {quantity.label}",
         caption=scope.caption(
             *([] if len(shown) == n_tokens else [part]),
+            *([quantity.uniform] if quantity.uniform else []),
             "grey: not recorded",
             "click a cell for the token",
         ),
@@ -180,7 +181,7 @@ def score_bars(
     return theme.finish(
         figure,
         title=f"Scores of all {len(rows)} experts in layer {layer} ({unit})",
-        caption=f"one token: {label(token_text, spaces=True)}; {int(chosen.sum())} chosen",
+        caption=f"n = 1 token: {label(token_text, spaces=True)}; {int(chosen.sum())} chosen",
         dark=dark,
         height=320,
         legend=True,
@@ -246,7 +247,8 @@ def token_routes(
     return theme.finish(
         figure,
         title="Experts of one token, layer by layer (share of its combine weight)",
-        caption=f"one token: {label(token_text, spaces=True)}; numbers are expert ids",
+        caption=f"n = 1 token: {label(token_text, spaces=True)}; numbers are expert ids; "
+        "equal bars = all chosen experts alike",
         dark=dark,
-        height=int(np.clip(130 + 26 * len(sites), 260, 1400)),
+        height=int(np.clip(130 + (26 if len(sites) <= 24 else 17) * len(sites), 260, 1400)),
     )

@@ -235,8 +235,8 @@ def _cost_text(plan: Plan) -> str:
     found = _cost(plan)
     if found is None:
         return (
-            "The size of the run is not known before the model is loaded; it is then shown here, "
-            "and the capture refuses to start if the disk is too small."
+            "The size of the run is not known before the model is loaded; it is then shown under "
+            "the progress bar, and nothing is recorded if the disk is too small."
         )
     estimate, counted = found
     per_token = ", ".join(f"{name} {v:,.0f} B" for name, v in estimate.bytes_per_token.items())

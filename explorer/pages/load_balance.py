@@ -9,11 +9,12 @@ import streamlit as st
 from explorer.balance import capacity_table, smallest_safe_factor
 from explorer.figures.balance import METRIC_TEXTS, balance_over_layers, capacity_curve
 from explorer.figures.load import domain_heatmap, floor_note, load_bars, lorenz
+from explorer.figures.text import visible
 from explorer.metrics.load import Floor
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
 from explorer.pages.shell import current_view
-from explorer.pages.state import View, ask, balance_of, is_dark
+from explorer.pages.state import NO_DOMAIN, View, ask, balance_of, is_dark
 from explorer.queries.load import (
     expert_load,
     expert_load_by_domain,
@@ -123,13 +124,21 @@ def _by_part(view: View) -> None:
 
 
 def _part(view: View, load: pd.DataFrame, by: str) -> None:
+    parts = list(dict.fromkeys(load[by]))
+
+    def go_to(data: list[float]) -> None:
+        address.write(by, parts[int(data[6])] or NO_DOMAIN)
+        jump.aim(view, data)
+
     chart(
         domain_heatmap(load, scope=view.scope(), by=by, dark=is_dark()),
         key=f"load by {by}",
         alt=f"Heatmap of {load[by].nunique()} {by}s by experts of layer {view.site_name}: share "
-        f"of the {by}'s assignments over the uniform share.",
-        table=load.drop(columns=["layer", "site", "n_experts"]),
-        on_click=lambda data: jump.aim(view, data),
+        f"of the {by}'s assignments over the uniform share. Click: its tokens.",
+        table=load.drop(columns=["layer", "site", "n_experts"]).assign(
+            **{by: [visible(part) if part else NO_DOMAIN for part in load[by]]}
+        ),
+        on_click=go_to,
     )
 
 
@@ -162,11 +171,6 @@ def _capacity(view: View) -> None:
             icon=":material/info:",
         )
         return
-    st.markdown(
-        "Serving and training systems often give each expert a fixed number of places per "
-        "batch: **capacity factor** × fair share. Assignments beyond that are dropped. Batches "
-        "are the forward passes as they were recorded, whatever their domain."
-    )
     curve, zero_from, n_batches, n_tokens, n_all = ask(
         view,
         capacity_of,
@@ -177,14 +181,22 @@ def _capacity(view: View) -> None:
     if curve.empty or curve["assignments"].isna().all():
         st.info("No token of this phase was recorded.")
         return
+    batches = "batch" if n_batches == 1 else "batches"
+    st.markdown(
+        "A **capacity factor** of 1.25 means that every expert has room for 1.25 times its fair "
+        "share of a batch; assignments beyond that are dropped, as many training and serving "
+        "systems do. A batch is one forward pass, as it was recorded and whatever its domain: "
+        f"here {n_batches:,} {batches} of {n_tokens / n_batches:,.0f} tokens on average."
+    )
     factor = _factor()
     row = curve.iloc[(curve["capacity_factor"] - factor).abs().argmin()]
     st.markdown(
-        f"With a capacity factor of **{factor:.2f}**, **{row['assignments']:.1%}** of the "
-        f"assignments are dropped. Keeping the tokens that come first loses "
-        f"{row['weight_position']:.1%} of the combine weight, keeping the heaviest loses "
-        f"{row['weight_probs']:.1%}; {row['tokens_position']:.2%} and {row['tokens_probs']:.2%} "
-        f"of the tokens lose every expert. From factor {zero_from:.2f} on nothing is dropped."
+        f"With a capacity factor of **{factor:.2f}**, counted per batch, "
+        f"**{row['assignments']:.1%}** of all assignments are dropped. If an expert keeps the "
+        f"tokens that come first (policy *position*), {row['weight_position']:.1%} of the combine "
+        f"weight is lost and {row['tokens_position']:.2%} of the tokens lose every expert; if it "
+        f"keeps those with the largest weight (policy *probs*), {row['weight_probs']:.1%} and "
+        f"{row['tokens_probs']:.2%}. From factor {zero_from:.2f} on nothing is dropped."
     )
     scope = view.scope(n_tokens)._replace(domain=None)
     if n_tokens < n_all:

@@ -86,16 +86,16 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
             delta=f"by chance {worst['normalized_entropy_floor'].mean():.1%}",
             delta_color="off",
             delta_arrow="off",
-            help="How evenly the experts of a layer share the work, mean over layers: the entropy of "
-            "their shares over its largest value. 100 % = all experts do the same amount, 0 % = one "
+            help="How evenly the experts of a layer share the work, mean over layers: the entropy "
+            "of their shares over its largest value. 100 % = all do the same amount, 0 % = one "
             "does everything.",
         )
-    dead = int(balance["dead_experts"].fillna(0).sum())
+    routed = balance.dropna(subset=["dead_experts"])
     tiles[3].metric(
         "Dead experts",
-        f"{dead} of {len(load)}",
+        f"{int(routed['dead_experts'].sum())} of {int(routed['n_experts'].sum())}",
         border=True,
-        delta=f"by chance {balance['dead_experts_floor'].sum():.1f}",
+        delta=f"by chance {routed['dead_experts_floor'].sum():.1f}",
         delta_color="off",
         delta_arrow="off",
         help="Experts that none of these tokens visited, over all layers.",
@@ -150,7 +150,7 @@ def _about(view: View) -> None:
         "Level": f"{info['level']} ({_LEVELS.get(info['level'], '')})",
         "Cut prompts": f"{info['n_truncated_prompts']:,} longer than the model's context",
         "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
-        "Ran on": f"{info['device']}, {info['dtype']}, in {info['seconds'] or 0:.0f} s, "
+        "Ran on": f"{info['device']}, {info['dtype']}, {_duration(info['seconds'])}, "
         f"{info['started_at']:%Y-%m-%d %H:%M} UTC",
         "File": f"{view.run.path.name}, {view.key[2] / 1e6:,.1f} MB",
     }
@@ -174,6 +174,10 @@ _LEVELS = {
 }
 
 
+def _duration(seconds: float | None) -> str:
+    return "time not recorded" if seconds is None else f"in {seconds:.0f} s"
+
+
 def _shared(view: View) -> bool:
     return any(s.n_shared_experts for s in view.run.sites)
 
@@ -191,6 +195,7 @@ def _domains(view: View) -> None:
         shown[["domain", "prompts", "tokens", "mean_loss"]],
         hide_index=True,
         alt="Prompts, tokens and loss of each domain",
+        placeholder="not recorded",
         column_config={
             "domain": "Domain",
             "prompts": "Prompts",

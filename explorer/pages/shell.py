@@ -8,6 +8,8 @@ from explorer.worker import CaptureRequest, Job, shared_worker
 
 _VIEW = "current view"
 _DEMO = "demo"
+# per prompt, so that what the pages say of the phases has something to show
+_DEMO_GENERATE = 8
 _LOGO = state.ROOT / "explorer" / "assets" / "logo.svg"
 # Streamlit leaves a hand's width free above a page and at its sides
 _STYLE = """<style>
@@ -71,7 +73,7 @@ def first_run() -> None:
 def _start_demo() -> Job:
     folder = state.runs_folder()
     out = folder / f"{state.new_name(folder, _DEMO)}{state.SUFFIX}"
-    return shared_worker().submit(CaptureRequest(str(out)))
+    return shared_worker().submit(CaptureRequest(str(out), generate=_DEMO_GENERATE))
 
 
 def _demo_job() -> Job | None:

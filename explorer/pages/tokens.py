@@ -213,7 +213,8 @@ def _strip(
         part = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low))) if known else None
         text = "?" if row.text is None else row.text
         hue = hues.get(row.token_id)
-        strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue))
+        written = row.phase == "generated"
+        strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written))
     where = f"layer {view.site_name}" if scope == "layer" else "mean of the layers"
     legend = Legend(
         f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}"

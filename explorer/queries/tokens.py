@@ -28,6 +28,8 @@ class Quantity(NamedTuple):
         ``gates`` or ``assignments``: the view it comes from.
     sql : str
         Expression over one (token, layer, site) of that view, grouped for ``assignments``.
+    uniform : str
+        What a router without any preference would give; '' where that is not a number.
     """
 
     label: str
@@ -36,6 +38,7 @@ class Quantity(NamedTuple):
     high: float | None
     source: str
     sql: str
+    uniform: str = ""
 
 
 QUANTITIES: Registry[Quantity] = Registry("quantity")
@@ -47,6 +50,7 @@ for _name, _quantity in {
         1.0,
         "gates",
         "entropy / nullif(ln(n_experts), 0)",
+        "1 = uniform over the experts",
     ),
     "entropy_nats": Quantity(
         "gate entropy (nats)",
@@ -55,6 +59,7 @@ for _name, _quantity in {
         None,
         "gates",
         "entropy",
+        "uniform over E experts = ln E",
     ),
     "margin": Quantity(
         "margin (selection score)",
@@ -64,6 +69,7 @@ for _name, _quantity in {
         None,
         "gates",
         "margin",
+        "0 = a tie, as uniform scores give",
     ),
     "topk_mass": Quantity(
         "probability of the chosen experts (0..1)",
@@ -72,6 +78,7 @@ for _name, _quantity in {
         1.0,
         "gates",
         "topk_mass",
+        "uniform over E experts = top-k / E",
     ),
     "logsumexp": Quantity(
         "logsumexp of the router logits (nats)",
@@ -88,6 +95,7 @@ for _name, _quantity in {
         None,
         "assignments",
         "max(weight)",
+        "equal weights = their sum / top-k",
     ),
     "pinned_weight": Quantity(
         "combine weight of the pinned experts (as applied)",

@@ -70,7 +70,10 @@ _KINDS: dict[str, type[CaptureRequest] | type[RecoverRequest]] = {
 
 
 class JobProgress(NamedTuple):
-    """How far a job is; the fields of ``capture``'s progress reports."""
+    """How far a job is; the fields of ``capture``'s progress reports.
+
+    In a ``Job``, ``message`` is the last one that was not empty.
+    """
 
     stage: str = "starting"
     tokens_done: int = 0

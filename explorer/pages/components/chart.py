@@ -48,8 +48,10 @@ def chart(
             on_select=clicked,
             selection_mode="points",
         )
-    with st.expander("Table", icon=":material/table:"):
-        st.dataframe(table, hide_index=True, alt=f"Table of: {alt}")
+    # the rows travel only when somebody opens it: those of a large heatmap are megabytes
+    box = st.expander("Table", icon=":material/table:", key=f"table of {key}", on_change="rerun")
+    if box.open:
+        box.dataframe(table, hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded")
 
 
 def _numbers(customdata: Any) -> list[float]:

@@ -4,6 +4,7 @@ import streamlit as st
 
 from explorer.figures.text import visible as visible_name
 from explorer.pages import address
+from explorer.pages.components import token_strip
 from explorer.pages.components.concordance import Line, concordance
 from explorer.pages.state import View, ask
 from explorer.pages.wording import expert_label
@@ -88,6 +89,7 @@ def _lines(view: View, expert: int, name: str) -> None:
     def go_to(index: int) -> None:
         address.write("prompt", str(found["prompt_id"].iloc[index]))
         address.write("token", str(found["token_id"].iloc[index]))
+        token_strip.reveal()
 
     concordance(
         lines,
@@ -97,5 +99,5 @@ def _lines(view: View, expert: int, name: str) -> None:
     )
     st.caption(
         f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
-        "excluded. Click a line to see it in its prompt below."
+        "excluded. Click a line to go to it in its prompt below."
     )

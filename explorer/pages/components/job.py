@@ -46,6 +46,8 @@ def _watch(job_id: int, key: str) -> None:
             shared_worker().cancel(job_id)
             st.rerun(scope="fragment")
         st.progress(fraction(job.progress), text=_figures(job.progress))
+        if job.progress.message:
+            st.caption(plain(job.progress.message))
 
 
 def fraction(progress: JobProgress) -> float:

@@ -1,6 +1,6 @@
 const STEP_DELAY = 220; // ms: stepping with the arrow keys asks the server once, at the end
 
-function buildLegend(element, legend) {
+function buildLegend(element, { legend, generated }) {
   const parts = [];
   const title = document.createElement("span");
   title.textContent = legend.title;
@@ -22,6 +22,12 @@ function buildLegend(element, legend) {
     scale.append(legend.low, ramp, legend.high);
     parts.push(scale);
   }
+  if (generated.includes(true)) {
+    const sign = document.createElement("span");
+    sign.className = "sign";
+    sign.textContent = "written by the model";
+    parts.push(sign);
+  }
   element.replaceChildren(...parts);
 }
 
@@ -36,6 +42,7 @@ function buildTokens(strip, data) {
     token.setAttribute("role", "button");
     token.setAttribute("aria-label", `${text.trim()}: ${data.hints[i]}`);
     token.classList.toggle("muted", data.muted[i]);
+    token.classList.toggle("generated", data.generated[i]);
     if (data.levels[i] === null) token.classList.add("unknown");
     else token.style.setProperty("--level", data.levels[i]);
     if (data.hues[i]) token.style.setProperty("--hue", data.hues[i]);
@@ -81,7 +88,7 @@ export default function (component) {
   const fresh = strip.dataset.signature !== data.signature;
   if (fresh) {
     strip.dataset.signature = data.signature;
-    buildLegend(parentElement.querySelector(".legend"), data.legend);
+    buildLegend(parentElement.querySelector(".legend"), data);
     buildTokens(strip, data);
   }
   const chosen = data.ids.indexOf(data.selected);
@@ -95,6 +102,14 @@ export default function (component) {
     if (inner.top < outer.top || inner.bottom > outer.bottom) {
       strip.scrollTop += inner.top - outer.top - strip.clientHeight / 3;
     }
+  }
+  if (data.reveal && strip.dataset.reveal !== data.reveal) {
+    strip.dataset.reveal = data.reveal;
+    // what is drawn above may still change its height
+    setTimeout(() => {
+      parentElement.querySelector(".legend").scrollIntoView({ block: "start" });
+      if (chosen >= 0) strip.children[chosen].focus({ preventScroll: true });
+    }, 150);
   }
   const pick = (index) => setTriggerValue("pick", data.ids[index]);
   const indexOf = (event) => {

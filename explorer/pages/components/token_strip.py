@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import streamlit as st
 from explorer.pages.components.visible import CONTINUATION, visible
 
 _HERE = Path(__file__).parent
+_REVEAL = "reveal token strip"
 _HTML = '<div class="legend"></div><div class="strip" role="group" dir="auto"></div>'
 
 # tokens reach the page through textContent only: see token_strip.js
@@ -37,6 +39,8 @@ class Token(NamedTuple):
         Shown on hover and read by screen readers.
     hue : str or None
         Colour of the tint; None = the theme's.
+    generated : bool
+        Written by the model, not read; underlined.
     """
 
     token_id: int
@@ -44,6 +48,7 @@ class Token(NamedTuple):
     level: float | None
     hint: str
     hue: str | None = None
+    generated: bool = False
 
 
 class Legend(NamedTuple):
@@ -53,6 +58,11 @@ class Legend(NamedTuple):
     low: str = ""
     high: str = ""
     swatches: tuple[tuple[str, str], ...] = ()  # (colour, label)
+
+
+def reveal() -> None:
+    """Bring the reader to the strip and its chosen token when the page is drawn next."""
+    st.session_state[_REVEAL] = uuid.uuid4().hex
 
 
 def token_strip(
@@ -87,12 +97,14 @@ def token_strip(
         "levels": [token.level for token in tokens],
         "hues": [token.hue for token in tokens],
         "hints": [token.hint for token in tokens],
+        "generated": [token.generated for token in tokens],
         "legend": legend._asdict(),
         "label": label,
     }
     packed = json.dumps(data).encode()
     data["signature"] = hashlib.blake2b(packed, digest_size=12).hexdigest()
     data["selected"] = selected
+    data["reveal"] = st.session_state.pop(_REVEAL, "")
     _render(data=data, key=key, on_pick_change=picked)
 
 
