@@ -21,8 +21,9 @@ _ARCHITECTURE = """\
 `OlmoeForCausalLM` of stock transformers, loaded by `AutoModelForCausalLM` without remote code:
 {layers} layers, hidden size 128, 4 attention heads, {experts} experts of size 128 a layer,
 top-{top_k} with renormalised weights, tied embeddings, byte-level BPE of 6,144 tokens.
-{parameters:.2f} M parameters, stored in bfloat16. It accepts 1,024 tokens but was trained on windows
-of 256: **beyond about 300 tokens of context its loss rises steeply**, so prefer short prompts.
+{parameters:.2f} M parameters, stored in bfloat16. It accepts 1,024 tokens but was trained on
+windows of 256: **beyond about 300 tokens of context its loss rises steeply**, so prefer short
+prompts (loss by position below).
 """
 
 _DATA = """\
@@ -116,6 +117,15 @@ def _language(figures: dict[str, Any]) -> str:
         change = 100 * (earlier["worst_ratio"] - 1)
         text += f" the domain that fared worst is {earlier['worst_domain']} ({change:+.1f} %)."
     return f"{text}\n\n{_table(header, rows)}\n"
+
+
+def _positions(rows: list[dict[str, Any]]) -> str:
+    cells = ((f"{row['first']} to {row['last']}", f"{row['loss_nats']:.2f}") for row in rows)
+    return (
+        "Mean loss by position in a context of 1,000 tokens"
+        f" ({rows[0]['contexts']} contexts over all domains):\n\n"
+        f"{_table(('tokens before', 'loss, nats a token'), cells)}\n"
+    )
 
 
 def _balance(layers: list[dict[str, Any]]) -> str:
@@ -234,6 +244,7 @@ def write_card(figures: dict[str, Any], path: Path) -> None:
         _data(),
         _recipe(figures["training"]),
         _language(figures),
+        _positions(figures["positions"]),
         _balance(figures["routing"]["layers"]),
         _information(figures["routing"]),
         _harm(figures["harm"]),

@@ -1,6 +1,7 @@
 """Measure the demo model on its held-out text and write the figures behind its card."""
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from capture.demo import FIGURES, WEIGHTS, work_folder
@@ -40,6 +42,9 @@ HARM_CANDIDATES = 16
 HARM_OWN = 0.1  # nats a token that an expert's own domain has to lose
 HARM_OTHERS = 0.01  # nats a token that the other domains may lose, on average
 RANDOM_SEED = 1
+POSITION_TOKENS = 1000
+POSITION_CONTEXTS = 10  # a domain
+POSITION_BOUNDS = (0, 16, 64, 128, 256, 320, 400, 600, 1000)
 SAMPLE_TOKENS = 48
 SAMPLE_TEMPERATURE = 0.7
 SAMPLE_TOP_K = 40
@@ -208,6 +213,31 @@ def harm_figures(model: PreTrainedModel, held_out: HeldOut) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
+def position_figures(model: Any, held_out: HeldOut) -> list[dict[str, Any]]:
+    """Average the loss by position in contexts longer than the training windows."""
+    contexts = []
+    for stream in held_out.streams:
+        last = len(stream) - POSITION_TOKENS - 1
+        for start in np.linspace(0, last, POSITION_CONTEXTS).astype(int):
+            contexts.append(stream[start : start + POSITION_TOKENS + 1].astype(np.int64))
+    losses = []
+    for context in contexts:
+        ids = torch.from_numpy(context)
+        logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+        losses.append(functional.cross_entropy(logits, ids[1:], reduction="none").numpy())
+    means = np.mean(losses, 0)
+    return [
+        {
+            "first": first,
+            "last": last - 1,
+            "contexts": len(contexts),
+            "loss_nats": float(means[first:last].mean()),
+        }
+        for first, last in itertools.pairwise(POSITION_BOUNDS)
+    ]
+
+
 def continue_texts(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
     """Sample a continuation of one opening a domain."""
     torch.manual_seed(0)
@@ -284,6 +314,7 @@ def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, 
         figures["earlier"] = compare(language, language_figures(sample, windows, held_out))
     figures["routing"] = _routing(model, held_out.windows(ROUTING_WINDOWS))
     figures["harm"] = harm_figures(model, held_out)
+    figures["positions"] = position_figures(model, held_out)
     figures["samples"] = continue_texts(model, tokenizer)
     summary = work / "training" / "summary.json"
     if summary.exists():
