@@ -123,9 +123,23 @@ def test_a_click_on_a_cell_of_the_overview_leads_to_that_experts_tokens(address,
 
 def test_a_line_of_an_experts_tokens_leads_to_its_prompt(address, page):
     visit(page, f"{address}/tokens?run=known&layer=3.0&expert=3")
+    page.set_viewport_size({"width": 1400, "height": 500})
     page.locator(".rows .row").nth(1).click()
     page.wait_for_url(re.compile("token="))
     assert "prompt=" in page.url
+    settle(page)
+    page.locator(".token[aria-pressed=true]:focus").wait_for()
+    box = page.locator(".token[aria-pressed=true]").bounding_box()
+    assert 0 <= box["y"] < 400
+
+
+def test_a_click_on_a_cell_by_domain_leads_to_the_tokens_of_that_domain(address, page):
+    visit(page, f"{address}/load-balance?run=known&layer=1.0")
+    page.get_by_text("Table", exact=True).nth(2).click()
+    page.get_by_test_id("stDataFrame").wait_for()
+    click_cell(page, 2, 1, which=2)
+    page.wait_for_url(re.compile("/tokens.*domain=law"))
+    assert "expert=2" in page.url
 
 
 def test_a_click_on_a_token_shows_it_and_a_link_reopens_the_view(address, page, new_page):
