@@ -1,8 +1,8 @@
 """Pure functions from DataFrames to plotly figures; all text from outside is escaped here.
 
 load        load_heatmap(load, *, scope, order, pins, dark)     layer x expert, clickable
-            load_bars(load, *, scope, pins, dark)               lorenz(load, *, scope, dark)
-            domain_heatmap(load, *, scope, by, dark)            floor_note(floor)
+            load_bars(load, *, scope, pins, layer, dark)        lorenz(load, *, scope, layer, dark)
+            domain_heatmap(load, *, scope, by, layer, dark)     floor_note(floor)
 balance     balance_over_layers(table, metric, *, scope, dark)  METRIC_TEXTS
             capacity_curve(curve, *, layer, capacity_factor, zero_from, n_batches, scope, dark)
 tokens      token_layer_heatmap(values, quantity, *, scope, start, dark)

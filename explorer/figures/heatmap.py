@@ -120,7 +120,10 @@ def _click_layers(
     hover_text: Sequence[str] | None,
 ) -> Iterator[go.Scattergl]:
     """Yield the markers of the cells with a value, and of those without one."""
-    flat = ids.reshape(z.size, ids.shape[-1])
+    flat = ids.reshape(z.size, ids.shape[-1]).astype(np.float64)
+    # half the bytes, where every whole number stays what it is
+    if np.nanmax(np.abs(flat), initial=0) < 2**24:
+        flat = flat.astype(np.float32)
     exists = ~np.isnan(flat[:, 0])
     known = ~np.isnan(z.ravel())
     for name, mask, template in (

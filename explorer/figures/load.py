@@ -86,10 +86,13 @@ def load_heatmap(
     for pin, color in colors.items():
         outline(figure, [place[pin]], color, pin_name(pin))
     uniform = _uniform_text(load)
+    absent = ["grey: no such expert"] if np.isnan(ids[:, :, 0]).any() else []
     theme.finish(
         figure,
         title="Load of every expert (share of its layer's assignments / uniform share)",
-        caption=scope.caption(f"1× = uniform share {uniform}", "click a cell for its tokens"),
+        caption=scope.caption(
+            f"1× = uniform share {uniform}", *absent, "click a cell for its tokens"
+        ),
         dark=dark,
         height=int(np.clip(150 + 26 * len(sites), 300, 900)),
         legend=bool(colors),
@@ -114,6 +117,7 @@ def load_bars(
     *,
     scope: Scope,
     pins: Sequence[theme.PinKey] = (),
+    layer: str = "",
     dark: bool = False,
 ) -> go.Figure:
     """Draw the shares of one site's experts, most loaded first, with the uniform share as a line.
@@ -122,6 +126,8 @@ def load_bars(
     ----------
     load : DataFrame
         From ``queries.load.expert_load`` for one layer and site.
+    layer : str, optional
+        How the site is called; by default as the load says.
 
     Returns
     -------
@@ -164,13 +170,13 @@ def load_bars(
     figure.update_layout(clickmode="event+select", showlegend=False)
     return theme.finish(
         figure,
-        title=f"Load of the experts of layer {_layer(load)} (share of assignments)",
+        title=f"Load of the experts of layer {layer or _layer(load)} (share of assignments)",
         caption=scope.caption(f"dotted: uniform share {fair:.2%}"),
         dark=dark,
     )
 
 
-def lorenz(load: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
+def lorenz(load: pd.DataFrame, *, scope: Scope, layer: str = "", dark: bool = False) -> go.Figure:
     """Draw the Lorenz curve of one site: how much work the least loaded experts do together."""
     curve = lorenz_curve(load["assignments"])
     figure = go.Figure(
@@ -201,14 +207,14 @@ def lorenz(load: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure
     figure.update_yaxes(title="share of assignments", tickformat=".0%")
     return theme.finish(
         figure,
-        title=f"Lorenz curve of layer {_layer(load)} (cumulative share of assignments)",
+        title=f"Lorenz curve of layer {layer or _layer(load)} (cumulative share of assignments)",
         caption=scope.caption("dotted: uniform load; the further below, the less even"),
         dark=dark,
     )
 
 
 def domain_heatmap(
-    load: pd.DataFrame, *, scope: Scope, by: str = "domain", dark: bool = False
+    load: pd.DataFrame, *, scope: Scope, by: str = "domain", layer: str = "", dark: bool = False
 ) -> go.Figure:
     """Draw the load of one site's experts in each domain (or phase), against a fair share.
 
@@ -249,7 +255,7 @@ def domain_heatmap(
     )
     theme.finish(
         figure,
-        title=f"Load by {by} in layer {_layer(load)} "
+        title=f"Load by {by} in layer {layer or _layer(load)} "
         f"(share of the {by}'s assignments / uniform share)",
         caption=scope.caption(
             f"1× = uniform share {_uniform_text(load)}", "click a cell for its tokens"

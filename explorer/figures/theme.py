@@ -111,6 +111,7 @@ def finish(
     dark: bool,
     height: int = 380,
     legend: bool = False,
+    caption_width: int = _CAPTION_WIDTH,
 ) -> go.Figure:
     """Set what every figure has: title with unit, caption, template, and a steady zoom.
 
@@ -122,8 +123,10 @@ def finish(
         Without the lines that a long caption adds.
     legend : bool
         Leave room for a legend between caption and plot.
+    caption_width : int, characters
+        Of a line; less for a narrow figure.
     """
-    lines = wrapped(caption)
+    lines = wrapped(caption, caption_width)
     extra = _LINE * (len(lines) - 1) + (_LEGEND if legend else 0)
     figure.update_layout(
         template=template(dark),
@@ -136,12 +139,12 @@ def finish(
     return figure
 
 
-def wrapped(caption: str) -> list[str]:
+def wrapped(caption: str, width: int = _CAPTION_WIDTH) -> list[str]:
     """Break a caption between its parts, since plotly does not."""
     lines = [""]
     for part in caption.split("; "):
         joined = f"{lines[-1]}; {part}" if lines[-1] else part
-        if lines[-1] and len(joined) > _CAPTION_WIDTH:
+        if lines[-1] and len(joined) > width:
             lines.append(part)
         else:
             lines[-1] = joined

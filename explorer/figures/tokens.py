@@ -17,6 +17,10 @@ from explorer.queries.tokens import Quantity
 MAX_TOKENS = 512
 # of a score vector, more bars than this have no room for ids
 _LABELLED_BARS = 40
+# characters of a caption's line in the panel of a token
+_NARROW = 50
+# of a bar of many layers
+_ROW, _LOW_ROW, _MANY_ROWS = 26, 18, 24  # pixels, pixels, layers
 
 
 def tokens_shown(n_tokens: int, n_sites: int, *, start: int = 0) -> range:
@@ -57,7 +61,8 @@ def token_layer_heatmap(
     ids = values[columns].to_numpy(dtype=np.float64)
     ids = ids.reshape(len(sites), n_tokens, len(columns))[:, window]
     texts = [label(text, spaces=True) for text in values["text"].iloc[:n_tokens]][window]
-    ticks = texts if len(texts) <= MAX_LABELS else [f"{int(p)}" for p in ids[0, :, 3]]
+    named = len(texts) <= MAX_LABELS and values["text"].notna().any()
+    ticks = texts if named else [f"{int(p)}" for p in ids[0, :, 3]]
     figure = clickable_heatmap(
         ids[:, :, 4],
         ids=ids,
@@ -183,6 +188,7 @@ def score_bars(
         title=f"Scores of all {len(rows)} experts in layer {layer} ({unit})",
         caption=f"n = 1 token: {label(token_text, spaces=True)}; {int(chosen.sum())} chosen",
         dark=dark,
+        caption_width=_NARROW,
         height=320,
         legend=True,
     )
@@ -223,6 +229,7 @@ def token_routes(
                 text=[str(expert) for expert in part["expert_id"]],
                 textposition="inside",
                 insidetextanchor="middle",
+                textangle=0,
                 customdata=part[["layer", "site", "expert_id", "weight"]].to_numpy(dtype=float),
                 marker={
                     "color": [colors.get(key, theme.accent(dark)) for key in keys],
@@ -243,12 +250,15 @@ def token_routes(
         ticktext=[site_name(layer, site, several=several) for layer, site in sites],
         autorange="reversed",
     )
-    figure.update_layout(barmode="stack", clickmode="event+select")
+    figure.update_layout(barmode="stack", bargap=0.12, clickmode="event+select")
     return theme.finish(
         figure,
         title="Experts of one token, layer by layer (share of its combine weight)",
         caption=f"n = 1 token: {label(token_text, spaces=True)}; numbers are expert ids; "
         "equal bars = all chosen experts alike",
         dark=dark,
-        height=int(np.clip(130 + (26 if len(sites) <= 24 else 17) * len(sites), 260, 1400)),
+        caption_width=_NARROW,
+        height=int(
+            np.clip(130 + (_ROW if len(sites) <= _MANY_ROWS else _LOW_ROW) * len(sites), 260, 1400)
+        ),
     )

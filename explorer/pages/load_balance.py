@@ -85,7 +85,7 @@ def _tiles(view: View, balance: pd.DataFrame) -> None:
 
 def _bars(view: View, here: pd.DataFrame) -> None:
     chart(
-        load_bars(here, scope=view.scope(), dark=is_dark()),
+        load_bars(here, scope=view.scope(), layer=view.site_name, dark=is_dark()),
         key="load bars",
         alt=f"Bars: share of assignments of each of {len(here)} experts of layer "
         f"{view.site_name}, busiest first, from {here['share'].max():.1%} to "
@@ -98,7 +98,7 @@ def _bars(view: View, here: pd.DataFrame) -> None:
 def _lorenz(view: View, here: pd.DataFrame) -> None:
     ordered = here.sort_values("assignments")[["expert_id", "assignments"]]
     chart(
-        lorenz(here, scope=view.scope(), dark=is_dark()),
+        lorenz(here, scope=view.scope(), layer=view.site_name, dark=is_dark()),
         key="lorenz",
         alt=f"Lorenz curve of layer {view.site_name}: the least loaded half of the experts does "
         f"{_half_share(ordered['assignments']):.0%} of the work.",
@@ -131,7 +131,7 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
         jump.aim(view, data)
 
     chart(
-        domain_heatmap(load, scope=view.scope(), by=by, dark=is_dark()),
+        domain_heatmap(load, scope=view.scope(), by=by, layer=view.site_name, dark=is_dark()),
         key=f"load by {by}",
         alt=f"Heatmap of {load[by].nunique()} {by}s by experts of layer {view.site_name}: share "
         f"of the {by}'s assignments over the uniform share. Click: its tokens.",

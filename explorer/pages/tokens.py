@@ -211,7 +211,7 @@ def _strip(
         value = float(level.get(row.token_id, float("nan")))
         known = value == value
         part = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low))) if known else None
-        text = "?" if row.text is None else row.text
+        text = f"⟨{row.token}⟩" if row.text is None else row.text
         hue = hues.get(row.token_id)
         written = row.phase == "generated"
         strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written))

@@ -47,7 +47,7 @@ def certainty_sentence(
 ) -> str:
     """Say how sure the router was; nan where a number was not recorded."""
     if math.isnan(normalized_entropy):
-        return "How sure it was is not known: the router's scores were not recorded."
+        return "How sure it was is not known: its gate entropy was not recorded."
     amount = f"(gate entropy {normalized_entropy:.0%}; 0 % = sure, 100 % = all experts alike)"
     if normalized_entropy < _SURE:
         text = f"It was sure {amount}"
@@ -91,4 +91,4 @@ def probabilities(
         )
     if score_function == "probabilities":
         return scores, "probability (0..1)", 1 / len(scores)
-    return scores, "score as the router put it out", None
+    return scores, "raw router score", None

@@ -68,16 +68,14 @@ def _lines(view: View, expert: int, name: str) -> None:
         return
     words = ask(view, expert_vocabulary, expert_id=expert, limit=12, **where)
     if len(words):
-        # text in code spans shows as it is, but a backtick would end the span
         typical = [
-            f"`{visible_name(t, spaces=True).replace('`', 'ˋ')}` {s:.0%}"
-            for t, s in zip(words["text"], words["share"], strict=True)
+            f"`{_typical(word.text, word.token)}` {word.share:.0%}" for word in words.itertuples()
         ]
         st.markdown("Typical tokens (share of their occurrences): " + " · ".join(typical))
     lines = [
         Line(
             row.before or "",
-            row.text or "",
+            f"position {row.position}" if row.text is None else row.text,
             row.after or "",
             f"{visible_name(row.domain) if row.domain else 'prompt'} {row.prompt_id}",
             float(row.weight) / float(found["weight"].max() or 1),
@@ -101,3 +99,9 @@ def _lines(view: View, expert: int, name: str) -> None:
         f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
         "excluded. Click a line to go to it in its prompt below."
     )
+
+
+def _typical(text: str | None, token: int) -> str:
+    """Return a token for a code span, where all shows as it is but a backtick."""
+    shown = f"id {token}" if text is None else visible_name(text, spaces=True)
+    return shown.replace("`", "ˋ")
