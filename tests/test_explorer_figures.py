@@ -439,12 +439,12 @@ def test_a_long_prompt_is_shown_in_part_and_says_so():
     figure = token_figures.token_layer_heatmap(
         frame, tokens.QUANTITIES["entropy"], scope=Scope(n), start=600
     )
-    assert "tokens 601 to 1,112 of 1,300 shown" in caption(figure)
+    assert "tokens 601 to 856 of 1,300 shown" in caption(figure)
     assert click_points(figure)[0, 0][2] == 600
     assert len(figure.layout.xaxis.ticktext) <= 60
     assert figure.layout.xaxis.ticktext[0] == "600"
     # the window ends with the prompt, and many layers make it narrower
-    assert token_figures.tokens_shown(1300, 1, start=9999) == range(788, 1300)
+    assert token_figures.tokens_shown(1300, 1, start=9999) == range(1044, 1300)
     assert len(token_figures.tokens_shown(10**6, 256)) * 256 <= heatmap.MAX_CELLS
     assert token_figures.tokens_shown(3, 10) == range(3)
 

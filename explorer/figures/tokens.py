@@ -13,8 +13,8 @@ from explorer.figures.heatmap import MAX_CELLS, MAX_LABELS, Scale, clickable_hea
 from explorer.figures.text import label
 from explorer.queries.tokens import Quantity
 
-# more tokens than this are narrower than a pixel or two
-MAX_TOKENS = 512
+# more tokens than this are too narrow to be clicked, and slow to draw
+MAX_TOKENS = 256
 # of a score vector, more bars than this have no room for ids
 _LABELLED_BARS = 40
 # characters of a caption's line in the panel of a token

@@ -89,18 +89,24 @@ class Arrival(NamedTuple):
     ----------
     rank : array [T, K]
         How many assignments of the same batch the expert prefers to this one; -1 = empty slot.
+    best_rank : array [T]
+        The smallest rank of each token's assignments; -1 = it has none.
     batch : array [T]
         Batch number of each token, 0 .. B-1.
     assignments : array [B]
         Assignments per batch.
     weights : array [T, K] or None
+    total_weight : float
+        Of the assignments; nan without weights.
     n_experts : int
     """
 
     rank: npt.NDArray[np.int64]
+    best_rank: npt.NDArray[np.int64]
     batch: npt.NDArray[np.int64]
     assignments: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64] | None
+    total_weight: float
     n_experts: int
 
     def drop(self, capacity_factor: float) -> Drops:
@@ -111,17 +117,14 @@ class Arrival(NamedTuple):
         )
         limit = places[self.batch] if len(places) else np.empty(0, dtype=np.int64)
         mask = self.rank >= limit[:, None]
-        real = self.rank >= 0
-        n_real = int(real.sum())
-        chose = real.any(axis=1)
-        lost = chose & (mask == real).all(axis=1)
+        lost = np.count_nonzero(self.best_rank >= limit)
         return Drops(
             mask,
-            _share(float(mask.sum()), float(n_real)),
+            _share(float(np.count_nonzero(mask)), float(self.assignments.sum())),
             float("nan")
             if self.weights is None
-            else _share(float(self.weights[mask].sum()), float(self.weights[real].sum())),
-            _share(float(lost.sum()), float(chose.sum())),
+            else _share(float(self.weights[mask].sum()), self.total_weight),
+            _share(float(lost), float(np.count_nonzero(self.best_rank >= 0))),
         )
 
 
@@ -161,7 +164,11 @@ def arrival(
     starts = np.repeat(first, np.diff(np.r_[first, len(grouped)]))
     rank = np.full(shape, -1, dtype=np.int64)
     rank[token[order], slot[order]] = np.arange(len(grouped)) - starts
-    return Arrival(rank, numbers, counts, gates, n_experts)
+    best = np.full(len(ids), len(token) + 1)
+    np.minimum.at(best, token[order], rank[token[order], slot[order]])
+    best[best > len(token)] = -1
+    total = float("nan") if gates is None else float(gates[token, slot].sum())
+    return Arrival(rank, best, numbers, counts, gates, total, n_experts)
 
 
 def curve(
