@@ -150,11 +150,15 @@ def _record(
         raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
     info = preparation.describe_run(loaded, config, sample)
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
-    writer = RunWriter.create(out, info, [site.info for site in sites], rows)
     plan = preparation.plan_recording(prompts, sample, loaded, config)
-    session = _Session(loaded, sites, plan, writer, reporter)
-    session.seconds_before = time.monotonic() - started
-    reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
+    writer = RunWriter.create(out, info, [site.info for site in sites], rows)
+    try:
+        session = _Session(loaded, sites, plan, writer, reporter)
+        session.seconds_before = time.monotonic() - started
+        reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
+    except BaseException:
+        writer.discard()
+        raise
     return session.run(cancel)
 
 
@@ -225,7 +229,7 @@ class _Session:
             thread.close()
             self.assembler.flush()
             if why is not None and not self.assembler.forwards:
-                self._discard()
+                self.writer.discard()
                 raise CaptureCancelled(f"{why} before anything was recorded; nothing is kept.")
             if why is None:
                 self._check_counts()
@@ -306,7 +310,7 @@ class _Session:
                 if second is not error:
                     log.warning("While keeping what was recorded: %s", second)
         if not self.assembler.forwards:
-            self._discard()
+            self.writer.discard()
             return
         self.writer.abandon()
         if "recover" not in str(error):
@@ -314,8 +318,3 @@ class _Session:
                 f"What was recorded is in {self.writer.partial}. Close it with: "
                 f"python -m capture recover '{self.writer.partial}'"
             )
-
-    def _discard(self) -> None:
-        """Remove a partial file that holds no token."""
-        self.writer.abandon()
-        self.writer.partial.unlink(missing_ok=True)

@@ -393,6 +393,16 @@ def test_an_interrupt_between_passes_keeps_what_was_recorded(tmp_path):
         assert not run.info["complete"] and run.info["n_tokens"] > 20
 
 
+def test_ctrl_c_before_the_first_pass_leaves_nothing(tmp_path):
+    def interrupt(report):
+        if report.stage == "recording":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(tiny("olmoe"), unequal(), tmp_path / "a.duckdb", progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_writer_is_reported_and_what_was_committed_is_recoverable(tmp_path, monkeypatch):
     append, calls = RunWriter.append, []
 

@@ -179,6 +179,22 @@ def test_the_accounting_names_what_is_lost(out, forward, damage, words):
     writer.abandon()
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_ctrl_c_while_a_run_is_created_leaves_nothing(out, monkeypatch, kind):
+    def interrupted(*_):
+        raise kind("Query interrupted")
+
+    monkeypatch.setattr(RunWriter, "_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(out, SITES)
+    assert not list(out.parent.iterdir())
+
+
+def test_a_name_that_is_too_long_is_refused(out):
+    with pytest.raises(StoreError, match="cannot be created"):
+        start(out.with_name("a" * 300), SITES)
+
+
 def test_nothing_is_ever_overwritten(out, forward):
     write(out, SITES, [forward])
     content = out.read_bytes()

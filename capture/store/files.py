@@ -20,7 +20,7 @@ def log_of(path: Path) -> Path:
 
 def check_free(out: Path) -> None:
     """Refuse an OUT that exists."""
-    if out.is_dir():
+    if os.path.isdir(out):  # unlike Path.is_dir, says no to a name that is too long
         raise StoreError(
             f"The run file must be a file name, but {out} is a folder. "
             f"Give a name in it: {out / 'run.duckdb'}."
@@ -49,6 +49,13 @@ def check_new(out: Path) -> None:
             f"{partial} is left from an unfinished capture. Close it with: "
             f"python -m capture recover '{partial}', or delete it."
         )
+
+
+def remove_partial(out: Path) -> None:
+    """Remove the partial file of OUT, which holds nothing worth keeping."""
+    partial = partial_of(out)
+    partial.unlink(missing_ok=True)
+    log_of(partial).unlink(missing_ok=True)
 
 
 def publish(partial: Path, out: Path) -> None:

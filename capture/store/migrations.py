@@ -10,6 +10,7 @@ import duckdb
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import schema
 from capture.store.files import check_new, partial_of, publish
+from capture.store.interrupts import as_keyboard_interrupt
 from capture.store.reader import connect, read_version
 
 
@@ -25,6 +26,7 @@ class Step(NamedTuple):
 STEPS: tuple[Step, ...] = ()
 
 
+@as_keyboard_interrupt()
 def migrate(path: str | Path, out: str | Path, *, steps: Sequence[Step] = STEPS) -> Path:
     """Write the run at ``path`` as ``out`` with the current schema version.
 

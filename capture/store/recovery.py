@@ -9,10 +9,12 @@ from capture.store import schema
 from capture.store.accounting import check_counts
 from capture.store.codec import Layout
 from capture.store.files import SUFFIX, check_free, publish
+from capture.store.interrupts import as_keyboard_interrupt
 from capture.store.reader import check_version, connect, not_a_run
 from capture.store.records import LEVELS, SiteInfo
 
 
+@as_keyboard_interrupt()
 def recover(partial: str | Path) -> Path:
     """Close ``NAME.partial`` as ``NAME``, marked incomplete, with every committed forward pass.
 

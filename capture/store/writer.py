@@ -16,7 +16,8 @@ from capture.errors import StoreError
 from capture.store import schema
 from capture.store.accounting import check_counts
 from capture.store.codec import layout_for
-from capture.store.files import check_new, log_of, partial_of, publish
+from capture.store.files import check_new, partial_of, publish, remove_partial
+from capture.store.interrupts import as_keyboard_interrupt
 from capture.store.records import LEVELS, ForwardRows, PromptInfo, RunInfo, SiteInfo
 from capture.store.rollup import Rollup
 from capture.store.rows import RowBuilder, clean, strings
@@ -82,6 +83,7 @@ class RunWriter:
         self._started = self._committed = time.monotonic()
 
     @classmethod
+    @as_keyboard_interrupt()
     def create(
         cls, out: Path, info: RunInfo, sites: Sequence[SiteInfo], prompts: Sequence[PromptInfo]
     ) -> Self:
@@ -102,14 +104,15 @@ class RunWriter:
                 f"{partial_of(out)} cannot be created: {_first_line(error)}. Choose a folder that "
                 "can be written to."
             ) from error
-        writer = cls(out, connection, info, list(sites))
+        except BaseException:  # Ctrl-C when the file was there already
+            remove_partial(out)
+            raise
         try:
+            writer = cls(out, connection, info, list(sites))
             writer._start(info, prompts)
         except BaseException:
-            # nothing was recorded yet, so nothing is worth keeping
-            writer.abandon()
-            writer.partial.unlink(missing_ok=True)
-            log_of(writer.partial).unlink(missing_ok=True)
+            connection.close()
+            remove_partial(out)
             raise
         return writer
 
@@ -205,6 +208,7 @@ class RunWriter:
         finally:
             connection.unregister("rows")
 
+    @as_keyboard_interrupt()
     def finish(
         self,
         *,
@@ -266,6 +270,11 @@ class RunWriter:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def discard(self) -> None:
+        """Close the connection and remove the partial file, of a run without a token."""
+        self.abandon()
+        remove_partial(self.out)
 
 
 def _first_line(error: Exception) -> str:
