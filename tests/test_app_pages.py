@@ -192,7 +192,8 @@ def test_filters_narrow_the_figures_and_are_in_the_link(written):
     app.selectbox(key="address:domain").set_value("law").run()
     assert query(app, "domain") == "law"
     law = sum(token["domain"] == "law" for token in written.tokens)
-    assert next(m.value for m in app.metric if m.label == "Tokens") == str(law)
+    tile = next(m for m in app.metric if m.label == "Tokens")
+    assert (tile.value, tile.delta) == (str(law), "of 2 prompts")
 
 
 def test_a_link_reopens_the_same_view(written):

@@ -208,7 +208,8 @@ def lorenz(load: pd.DataFrame, *, scope: Scope, layer: str = "", dark: bool = Fa
     return theme.finish(
         figure,
         title=f"Lorenz curve of layer {layer or _layer(load)} (cumulative share of assignments)",
-        caption=scope.caption("dotted: uniform load; the further below, the less even"),
+        # as long as that of the bars beside it, so that both plots begin at one height
+        caption=scope.caption(f"dotted: uniform share {1 / max(1, len(load)):.2%}"),
         dark=dark,
     )
 

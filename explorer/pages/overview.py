@@ -11,6 +11,7 @@ from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, balance_of, is_dark
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means
+from explorer.queries.prompts import prompt_count
 
 _ORDERS = {"expert": "by id", "load": "by load"}
 
@@ -53,7 +54,7 @@ def _introduction(view: View) -> str:
 
 
 def _key_figures(view: View, load: pd.DataFrame) -> None:
-    info, scope = view.run.info, view.scope()
+    scope = view.scope()
     balance = balance_of(view, load)
     gates = ask(view, gate_means, domain=view.domain, phase=view.phase)
     tiles = st.columns(5)
@@ -61,7 +62,7 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         "Tokens",
         f"{scope.n_tokens:,}",
         border=True,
-        delta=f"of {info['n_prompts']:,} prompts",
+        delta=f"of {ask(view, prompt_count, domain=view.domain):,} prompts",
         delta_color="off",
         delta_arrow="off",
         help="Real tokens behind the figures; padding is never recorded.",

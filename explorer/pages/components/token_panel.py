@@ -64,7 +64,7 @@ def _name(text: str) -> str:
 
 def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
     shared = int(experts["n_shared_experts"].max()) if len(experts) else 0
-    parts = ""
+    parts = " The model wrote this token itself." if token["phase"] == "generated" else ""
     if shared:
         parts += f" Beside them {shared} shared expert{'s' * (shared > 1)} saw it, as every token."
     if not pd.isna(token["loss"]):
