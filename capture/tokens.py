@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENCODE_CHUNK = 512  # prompts handed to the tokenizer at once: enough for its own threads
-# a character has at most four bytes, so more open tokens than this are never one character
+# a character has at most four bytes: if none was completed for so many tokens, none will be
 MAX_OPEN_TOKENS = 4
+MAX_CHAIN = 64  # tokens that each end a character and begin another
 CONTEXT_TOKENS = 8  # a decoder may add or drop a space at the start of what it is given
 REPLACEMENT = "\ufffd"
 
@@ -150,12 +151,15 @@ def decode_pieces(
     pieces: list[str] = []
     while done < len(tokens):
         before = _decode(tokenizer, tokens[anchor:done])
-        stop = done
+        stop, settled, waited = done, len(before), 0
         while True:
             stop += 1
             now = _decode(tokenizer, tokens[anchor:stop])
-            is_open = now.endswith(REPLACEMENT) and stop - done < MAX_OPEN_TOKENS
-            if stop == len(tokens) or not is_open:
+            stable = len(now.rstrip(REPLACEMENT))
+            waited = 0 if stable > settled else waited + 1
+            settled = max(settled, stable)
+            is_open = now.endswith(REPLACEMENT) and waited < MAX_OPEN_TOKENS
+            if stop == len(tokens) or not is_open or stop - done == MAX_CHAIN:
                 break
         added = now[len(before) :]
         starts = [_decode(tokenizer, tokens[anchor:i])[len(before) :] for i in range(done, stop)]
@@ -164,7 +168,9 @@ def decode_pieces(
         for end in ends:
             pieces.append(added[cursor : max(cursor, end)])
             cursor = max(cursor, end)
-        anchor, done = done, stop
+        if added or done - anchor >= CONTEXT_TOKENS:
+            anchor = done  # not after special tokens alone: what follows would lose its space
+        done = stop
     return pieces
 
 

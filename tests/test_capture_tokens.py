@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from capture.errors import PromptError
 from capture.prompts import Prompt
@@ -123,6 +124,26 @@ def test_context_keeps_a_generated_character_whole():
     ids = tokenizer("say 中文👧 now")["input_ids"]
     pieces = decode_pieces(tokenizer, ids[2:], ids[:2])
     assert tokenizer.decode(ids[:2]) + "".join(pieces) == "say 中文👧 now"
+
+
+def test_words_after_special_tokens_keep_their_space():
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    assert decode_pieces(tokenizer, [0, 2, 2, 1, 1]) == ["a", "", "", " b", " b"]
+
+
+def test_tokens_that_end_one_character_and_begin_the_next_lose_none():
+    byte = list(pre_tokenizers.ByteLevel.alphabet())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelled = level.pre_tokenize_str("日日日日日日日日")[0][0]
+    parts = [spelled[0:2], *(spelled[i : i + 3] for i in range(2, 23, 3)), spelled[23:]]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*byte, *parts]))}
+    model = Tokenizer(models.BPE(vocabulary, []))
+    model.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    pieces = decode_pieces(tokenizer, [vocabulary[part] for part in parts])
+    assert pieces == ["日"] * 8 + [""]
 
 
 def test_ids_get_text_from_the_tokenizer_and_none_without():
