@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.figures import theme
-from explorer.figures.caption import Scope, site_name
+from explorer.figures.caption import Scope, site_hover, site_name
 from explorer.registry import Registry
 
 
@@ -107,7 +107,7 @@ def balance_over_layers(
             marker={"size": 9},
             line={"color": theme.accent(dark), "width": 2.5},
             name="measured",
-            hovertemplate="layer %{customdata[0]}: %{y:.4g}<extra></extra>",
+            hovertemplate=site_hover(several=several) + ": %{y:.4g}<extra></extra>",
         )
     )
     step = 1 if len(table) <= 60 else -(-len(table) // 24)

@@ -42,3 +42,8 @@ class Scope(NamedTuple):
 def site_name(layer: int, site: int, *, several: bool) -> str:
     """Return how a site is called: its layer, and its number where a layer has several."""
     return f"{layer}.{site}" if several else str(layer)
+
+
+def site_hover(*, several: bool) -> str:
+    """Return how a hover names the site of a mark whose customdata starts with layer, site."""
+    return "layer %{customdata[0]}" + (".%{customdata[1]}" if several else "")

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.figures import theme
-from explorer.figures.caption import Scope, site_name
+from explorer.figures.caption import Scope, site_hover, site_name
 from explorer.figures.heatmap import Scale, clickable_heatmap, ground, outline
 from explorer.figures.text import domain_label
 from explorer.metrics.load import Floor, lorenz_curve
@@ -68,13 +68,15 @@ def load_heatmap(
         ids[row, :n] = listed[columns].to_numpy(dtype=np.float64)
         for column, expert in enumerate(listed["expert_id"]):
             place[layer, site, int(expert)] = (column, row)
+    here = site_hover(several=several)
     figure = clickable_heatmap(
         z,
         ids=ids,
-        hover="layer %{customdata[0]}, expert %{customdata[2]}<br>"
+        hover=here
+        + ", expert %{customdata[2]}<br>"
         + _CELL_HOVER
         + "<br>rank %{customdata[6]} in its layer",
-        missing_hover="layer %{customdata[0]}: no assignment of these tokens",
+        missing_hover=here + ": no assignment of these tokens",
         x_labels=[str(column) for column in range(width)],
         y_labels=[site_name(layer, site, several=several) for layer, site in sites],
         x_title="expert" if order == "expert" else "experts of each layer by falling load (rank)",

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from explorer.errors import ExplorerError
 from explorer.figures import theme
-from explorer.figures.caption import Scope, site_name
+from explorer.figures.caption import Scope, site_hover, site_name
 from explorer.figures.heatmap import MAX_CELLS, MAX_LABELS, Scale, clickable_heatmap, ground
 from explorer.figures.text import label
 from explorer.queries.tokens import Quantity
@@ -63,13 +63,12 @@ def token_layer_heatmap(
     texts = [label(text, spaces=True) for text in values["text"].iloc[:n_tokens]][window]
     named = len(texts) <= MAX_LABELS and values["text"].notna().any()
     ticks = texts if named else [f"{int(p)}" for p in ids[0, :, 3]]
+    where = "token %{customdata[3]}: %{text}<br>" + site_hover(several=several)
     figure = clickable_heatmap(
         ids[:, :, 4],
         ids=ids,
-        hover="token %{customdata[3]}: %{text}<br>layer %{customdata[0]}<br>"
-        + quantity.label.replace("%", "&#37;")
-        + ": %{customdata[4]:.4g}",
-        missing_hover="token %{customdata[3]}: %{text}<br>layer %{customdata[0]}<br>not recorded",
+        hover=f"{where}<br>" + quantity.label.replace("%", "&#37;") + ": %{customdata[4]:.4g}",
+        missing_hover=f"{where}<br>not recorded",
         hover_text=texts * len(sites),
         x_labels=ticks,
         y_labels=[site_name(layer, site, several=several) for layer, site in sites],
@@ -237,7 +236,7 @@ def token_routes(
                     "line": {"width": 1, "color": theme.foreground(dark)},
                 },
                 name=f"choice {int(slot) + 1}",
-                hovertemplate="layer %{customdata[0]}, expert %{customdata[2]}<br>"
+                hovertemplate=site_hover(several=several) + ", expert %{customdata[2]}<br>"
                 "combine weight %{customdata[3]:.4f} (%{x:.1%} of the token's)<extra></extra>",
                 showlegend=False,
             )
