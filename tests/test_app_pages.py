@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import pytest
+import streamlit as st
 from synthetic import write_run
 
 from explorer.pages import address, wording
@@ -14,6 +15,12 @@ from explorer.worker.client import ROOT
 
 APP = str(ROOT / "app.py")
 PAGES = ("overview", "tokens", "load_balance", "capture")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_runs():
+    yield
+    st.cache_resource.clear()
 
 
 class FakeWorker(WorkerClient):
