@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capture.config import DEFAULT_SAMPLE_TOKENS, DTYPES
-from capture.errors import CaptureCancelled, CaptureError, ConfigError
+from capture.errors import CaptureCancelled, CaptureError
 
 ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
@@ -155,15 +155,8 @@ def _migrate(arguments: Sequence[str]) -> int:
 
 
 def _default_out(model: str) -> Path:
-    folder = Path("runs")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The folder {folder.absolute()} cannot be made: {error.strerror}. Give --out RUN."
-        ) from None
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
-    return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.duckdb"
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.duckdb"
 
 
 def _complain(text: str) -> None:

@@ -238,9 +238,15 @@ def test_a_file_system_without_hard_links_is_no_obstacle(out, forward, monkeypat
     assert blocked.out.read_text() == "mine" and blocked.partial.exists()
 
 
+def test_one_missing_folder_is_made(tmp_path):
+    writer = start(tmp_path / "runs" / "first.duckdb", SITES)
+    assert writer.finish(seconds=0) == tmp_path / "runs" / "first.duckdb"
+
+
 def test_places_where_no_run_can_be_written(tmp_path):
     with pytest.raises(StoreError, match=r"does not exist. Create it first: mkdir -p"):
-        start(tmp_path / "no" / "run.duckdb", SITES)
+        start(tmp_path / "no" / "folder" / "run.duckdb", SITES)
+    assert not (tmp_path / "no").exists()
     with pytest.raises(StoreError, match=r"is a folder. Give a name in it: .*run.duckdb"):
         start(tmp_path, SITES)
     with pytest.raises(StoreError, match=r"cannot be created: .* Choose a folder"):

@@ -33,15 +33,15 @@ def check_free(out: Path) -> None:
 
 
 def check_new(out: Path) -> None:
-    """Refuse an OUT that exists, has an unfinished capture, or has no folder to lie in."""
+    """Refuse an OUT that exists, has an unfinished capture, or has no folder to lie in.
+
+    One missing folder is made, so that ``runs/first.duckdb`` works in a new checkout; more than
+    one is more likely a slip of the pen.
+    """
     check_free(out)
     if out.name.endswith(SUFFIX):
         raise StoreError(
             f"{out} would look like an unfinished capture. Choose a name without {SUFFIX}."
-        )
-    if not out.parent.is_dir():
-        raise StoreError(
-            f"The folder of {out} does not exist. Create it first: mkdir -p '{out.parent}'"
         )
     partial = partial_of(out)
     if os.path.lexists(partial):
@@ -49,6 +49,23 @@ def check_new(out: Path) -> None:
             f"{partial} is left from an unfinished capture. Close it with: "
             f"python -m capture recover '{partial}', or delete it."
         )
+    _make_folder(out)
+
+
+def _make_folder(out: Path) -> None:
+    folder = out.parent
+    if folder.is_dir():
+        return
+    if not folder.parent.is_dir():
+        raise StoreError(
+            f"The folder of {out} does not exist. Create it first: mkdir -p '{folder}'"
+        )
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"The folder {folder} cannot be made: {error.strerror}. Choose another OUT."
+        ) from None
 
 
 def remove_partial(out: Path) -> None:
