@@ -163,8 +163,8 @@ class TestFigures:
         for row in routing["layers"][1:]:
             assert row["information_bits"] >= 2 * row["information_random_init_bits"]
             assert row["information_bits"] >= 50 * row["information_shuffled_bits"]
-        # the stock init is the stricter baseline, and early layers stay below twice its value
-        for row in routing["layers"][3:]:
+        # the stricter baseline; layer 1 stays below twice its value, and the card says so
+        for row in routing["layers"][2:]:
             assert row["information_bits"] >= 2 * row["information_stock_init_bits"]
         assert routing["window_accuracy"] >= 0.9
         assert routing["window_accuracy_random_init"] <= 0.5

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from capture.demo import evaluate
 from capture.demo.ablation import masked_expert, measure_harm
 from capture.demo.batches import WINDOW, WindowSampler, cut_windows, domain_order
 from capture.demo.corpus import cap_bytes, cut_pieces, is_held_out, split_documents
@@ -284,3 +285,9 @@ class TestTrainer:
         assert resumed.progress.step == through.progress.step == 4
         for one, two in zip(through.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(one, two)
+
+
+def test_a_missing_corpus_is_named_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(SystemExit, match=r"no .*bible_kjv.npy. Make it with: python -m .*--work"):
+        evaluate.main(["--work", str(tmp_path), "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

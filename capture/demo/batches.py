@@ -8,13 +8,27 @@ import numpy as np
 import torch
 
 from capture.demo.sources import DOMAINS
+from capture.errors import CaptureError
 
 WINDOW = 256  # tokens
 
 
 def load_streams(encoded: Path, split: str) -> list[np.ndarray]:
-    """Open the token stream of every domain, in the order of `DOMAINS`."""
-    return [np.load(encoded / split / f"{domain.name}.npy", mmap_mode="r") for domain in DOMAINS]
+    """Open the token stream of every domain, in the order of `DOMAINS`.
+
+    Raises
+    ------
+    CaptureError
+        If the corpus was not prepared.
+    """
+    paths = [encoded / split / f"{domain.name}.npy" for domain in DOMAINS]
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None:
+        raise CaptureError(
+            f"The prepared corpus was expected, but there is no {missing}. Make it with: "
+            f"python -m capture.demo.train --corpus-only --work '{encoded.parent}'"
+        )
+    return [np.load(path, mmap_mode="r") for path in paths]
 
 
 def domain_order(weights: list[float], seed: int) -> Iterator[int]:

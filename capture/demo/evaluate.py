@@ -34,6 +34,7 @@ from capture.demo.routing import (
 )
 from capture.demo.sources import DOMAIN_NAMES
 from capture.demo.tokenizer import BOS
+from capture.errors import CaptureError
 
 ROUTING_WINDOWS = 48  # windows a domain, the same number for each
 SCAN_WINDOWS = 4  # windows a domain while every expert is masked once
@@ -332,7 +333,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=1, help="more than one needs idle cores")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    figures = evaluate(options.model, options.work, options.earlier)
+    try:
+        figures = evaluate(options.model, options.work, options.earlier)
+    except CaptureError as error:
+        sys.exit(f"error: {error}")
     path = options.out / FIGURES.name
     path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_card(figures, options.out / "MODEL_CARD.md")
