@@ -6,12 +6,14 @@ from capture.store.records import (
     LEVELS,
     ForwardRows,
     Level,
+    PairSums,
     Phase,
     PromptInfo,
     RunInfo,
     SiteInfo,
     SiteRows,
     TokenRows,
+    next_sites,
 )
 from capture.store.recovery import recover
 from capture.store.schema import SCHEMA_VERSION
@@ -22,6 +24,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "ForwardRows",
     "Level",
+    "PairSums",
     "Phase",
     "PromptInfo",
     "RunInfo",
@@ -31,5 +34,6 @@ __all__ = [
     "SiteRows",
     "TokenRows",
     "migrate",
+    "next_sites",
     "recover",
 ]

@@ -5,6 +5,7 @@ Shapes: N real tokens (padding never gets here), S sites, E experts, K slots, G 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -102,6 +103,46 @@ class SiteRows:
     topk_mass: npt.NDArray[np.float32] | None = None
     scores: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
     hidden: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairSums:
+    """Experts that met at one site since the last hand-over, for ``RunWriter.append_pairs``.
+
+    The writer adds them up. They arrive seldom and once at the end, not with every forward pass,
+    so that decoding costs no copy; a killed run gets them from its rows.
+
+    Attributes
+    ----------
+    site_index : int
+        Index into the run's list of sites.
+    pairs : array [E, E], int64
+        How many tokens chose both experts, in both orders; the diagonal is the load.
+    transitions : array [E, E2], int64, or None
+        How many tokens chose an expert here and one at ``next_index``; None where there is no
+        next layer with experts, and at all but the last site of a layer.
+    next_index : int or None
+        The last site of the next layer that has experts, as :func:`next_sites` says.
+    """
+
+    site_index: int
+    pairs: npt.NDArray[np.int64]
+    transitions: npt.NDArray[np.int64] | None = None
+    next_index: int | None = None
+
+
+def next_sites(sites: Sequence[SiteInfo]) -> list[int | None]:
+    """Return for every site which site its transitions lead to, or None.
+
+    From the last site of a layer to the last site of the next layer that has experts.
+    """
+    last: dict[int, int] = {}
+    for index, site in enumerate(sites):
+        if site.layer not in last or sites[last[site.layer]].site < site.site:
+            last[site.layer] = index
+    order = [last[layer] for layer in sorted(last)]
+    following = dict(pairwise(order))
+    return [following.get(index) for index in range(len(sites))]
 
 
 @dataclass(frozen=True, slots=True)
