@@ -105,8 +105,7 @@ def describe_run(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -
     """Return what is known of the run before its first token."""
     import torch
 
-    from kernels.dispatch import resolve_backend
-    from kernels.gate import BACKENDS
+    from kernels.dispatch import backend_for
 
     model = loaded.model
     device = str(model.device)
@@ -122,7 +121,7 @@ def describe_run(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -
         level=config.level,
         vocab_size=vocab_size(loaded),
         hidden_size=hidden_size(loaded),
-        backends={"gate": resolve_backend("auto", BACKENDS)},
+        backends={"gate": backend_for("gate", model.device)},
         packages={"python": platform.python_version(), **packages},
         config=config.to_json(),
         sample=sample.record,

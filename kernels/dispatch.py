@@ -1,30 +1,101 @@
-"""Choosing the backend of an op, without silent fallback."""
+"""Choosing the backend of an op, without silent fallback.
 
-from collections.abc import Sequence
+``triton``
+    Triton kernels on CUDA tensors. CPU tensors only where ``TRITON_INTERPRET=1`` runs the kernels
+    in Triton's interpreter, which is for tests: ``"auto"`` never picks it there.
+``numba``
+    Compiled loops, on CPU tensors.
+``sdpa``
+    PyTorch's fused attention, on CPU tensors.
+``torch``
+    The plain PyTorch definition of the op, on any device.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from kernels.errors import KernelError
 
+if TYPE_CHECKING:
+    import torch
 
-def resolve_backend(requested: str, available: Sequence[str]) -> str:
+CPU_ONLY = ("numba", "sdpa")
+PACKAGES = ("triton", "numba")  # backends that need a package of their own name
+
+
+def interpreting() -> bool:
+    """Whether this process runs Triton kernels in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve_backend(
+    requested: str, *, device: "torch.device", refusals: Mapping[str, str | None]
+) -> str:
     """Turn a request into the backend that will run, or refuse it with the reason.
 
     Parameters
     ----------
     requested : str
         ``"auto"`` or the name of a backend.
-    available : sequence of str
-        The backends that can run these inputs here, best first.
+    device : torch.device
+        Where the tensors are.
+    refusals : mapping
+        The op's backends, best first: name -> None if it can run these inputs, else the reason
+        why not, as a phrase. What follows from the device alone is added here.
 
     Raises
     ------
     KernelError
-        If the backend asked for by name is not among them.
+        If the op has no such backend, or the backend cannot run these inputs here.
     """
+    reasons = {name: _refusal(name, device) or reason for name, reason in refusals.items()}
     if requested == "auto":
-        return available[0]
-    if requested not in available:
+        for name, reason in reasons.items():
+            if reason is None and not (name == "triton" and device.type == "cpu"):
+                return name
+        raise KernelError(f"No backend can run these inputs: {_listed(reasons)}.")
+    if requested not in reasons:
         raise KernelError(
-            f"backend={requested!r} cannot run here. Available for these inputs: "
-            f"{', '.join(available)}. Pass one of them, or backend='auto'."
+            f"backend={requested!r} is none of this op's backends. "
+            f"Choose one of auto, {', '.join(reasons)}."
+        )
+    reason = reasons[requested]
+    if reason is not None:
+        able = [name for name, why in reasons.items() if why is None]
+        raise KernelError(
+            f"backend={requested!r} cannot run here: {reason}. "
+            f"Pass one of {', '.join(['auto', *able])}."
         )
     return requested
+
+
+def backend_for(op: str, device: "torch.device") -> str:
+    """Return the backend that ``"auto"`` means for an op on a device, for ordinary inputs.
+
+    Raises
+    ------
+    KernelError
+        If there is no such op.
+    """
+    if op not in importlib.import_module("kernels").__all__:
+        raise KernelError(f"There is no op {op!r}. Choose one of kernels.__all__.")
+    backends = importlib.import_module(f"kernels.{op}").BACKENDS
+    return resolve_backend("auto", device=device, refusals=dict.fromkeys(backends))
+
+
+def _refusal(name: str, device: "torch.device") -> str | None:
+    """Return why a backend cannot run on a device, whatever the inputs."""
+    if name in CPU_ONLY and device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {device}"
+    if name == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"it needs CUDA tensors, these are on {device}"
+    if name in PACKAGES and importlib.util.find_spec(name) is None:
+        return f"the package {name} is not installed"
+    return None
+
+
+def _listed(reasons: Mapping[str, str | None]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)

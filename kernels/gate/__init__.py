@@ -71,7 +71,7 @@ def gate(
     """
     _check(logits, top_k, score_function, selection_bias, n_groups, top_groups)
     _check_observed(logits, top_k, expert_ids, weights, valid)
-    resolve_backend(backend, BACKENDS)
+    resolve_backend(backend, device=logits.device, refusals=dict.fromkeys(BACKENDS))
     return gate_reference(
         logits,
         top_k=top_k,
