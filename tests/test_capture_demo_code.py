@@ -1,12 +1,22 @@
 """The code behind the demo model, on hand-made input."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from capture.demo import evaluate
 from capture.demo.ablation import masked_expert, measure_harm
-from capture.demo.batches import WINDOW, WindowSampler, cut_windows, domain_order
+from capture.demo.batches import (
+    LONG_EVERY,
+    LONG_WINDOW,
+    WINDOW,
+    WindowSampler,
+    cut_windows,
+    domain_order,
+)
+from capture.demo.cluster_router import cluster_router
 from capture.demo.corpus import cap_bytes, cut_pieces, is_held_out, split_documents
 from capture.demo.extract import cut_blocks, strip_html
 from capture.demo.fetch import unpack
@@ -22,6 +32,7 @@ from capture.demo.routing import (
     window_accuracy,
     window_losses,
 )
+from capture.demo.snapshots import list_snapshots, read_stages
 from capture.demo.sources import DOMAIN_NAMES, DOMAINS, PACKAGES
 from capture.demo.trainer import Recipe, Trainer, balance_loss
 
@@ -127,10 +138,17 @@ class TestBatches:
         streams = [np.arange(i, i + 2000, dtype=np.uint16) for i in range(len(DOMAINS))]
         options = {"batch": 3, "rank": 1, "world": 2, "seed": 5}
         through = WindowSampler(streams, **options)
-        drawn = [through.draw() for _ in range(5)]
-        again = WindowSampler(streams, **options, first_step=3)
-        assert torch.equal(again.draw(), drawn[3]) and torch.equal(again.draw(), drawn[4])
+        drawn = [through.draw() for _ in range(LONG_EVERY + 2)]
+        again = WindowSampler(streams, **options, first_step=LONG_EVERY)
+        assert all(torch.equal(again.draw(), batch) for batch in drawn[LONG_EVERY:])
         assert drawn[0].shape == (3, WINDOW + 1)
+
+    def test_long_windows_take_about_as_many_tokens(self):
+        streams = [np.arange(2000, dtype=np.uint16) for _ in DOMAINS]
+        sampler = WindowSampler(streams, batch=8, rank=0, world=1, seed=5)
+        shapes = [tuple(sampler.draw().shape) for _ in range(2 * LONG_EVERY)]
+        short, long = (8, WINDOW + 1), (8 * WINDOW // LONG_WINDOW, LONG_WINDOW + 1)
+        assert shapes == 2 * ([short] * (LONG_EVERY - 1) + [long])
 
     def test_processes_draw_different_windows(self):
         streams = [np.arange(2000, dtype=np.uint16) for _ in DOMAINS]
@@ -143,6 +161,31 @@ class TestBatches:
         windows = cut_windows(np.arange(4 * WINDOW + 1, dtype=np.uint16))
         assert windows[:, :-1].flatten().tolist() == list(range(4 * WINDOW))
         assert cut_windows(np.zeros(20 * WINDOW), limit=5).shape[0] == 5
+
+
+class TestClusterRouter:
+    def test_untrained_router_learns_to_tell_streams_apart(self):
+        # two kinds of text of disjoint vocabularies, in equal parts
+        random = np.random.default_rng(0)
+        streams = [
+            random.integers(low, low + 40, 30 * WINDOW + 1).astype(np.uint16) for low in (10, 900)
+        ]
+        model = random_model(3).train(False)
+        windows = Windows(
+            torch.cat([cut_windows(stream, 8) for stream in streams]), np.repeat([0, 1], 8)
+        )
+        told = [_told(model, windows, layer=1)]
+        untouched = routers(model)[2].weight.clone()
+        cluster_router(model, 1, streams, seed=0)
+        told.append(_told(model, windows, layer=1))
+        assert told[1] > 2 * told[0]
+        assert told[1] > 0.8  # of the one bit there is
+        assert torch.equal(routers(model)[2].weight, untouched)
+
+
+def _told(model, windows, *, layer):
+    ids = observe(model, windows, "").expert_ids[layer]
+    return information(domain_counts(ids, windows.domains, 16))
 
 
 class TestModel:
@@ -254,13 +297,13 @@ class TestTrainer:
         for split in ("train", "validation"):
             (tmp_path / "encoded" / split).mkdir(parents=True)
             for name in DOMAIN_NAMES:
-                stream = generator.integers(4, 300, 600).astype(np.uint16)
+                stream = generator.integers(4, 300, 1400).astype(np.uint16)
                 np.save(tmp_path / "encoded" / split / f"{name}.npy", stream)
         tokenizer = tmp_path / "tokenizer"
         tokenizer.mkdir()
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (tokenizer / name).write_text("{}")
-        return Recipe(tmp_path, tokenizer, None, 1.0, 4, 1e-3, 1, 0, "cpu")
+        return Recipe(tmp_path, tokenizer, None, 1.0, 4, 1e-3, 1, 0, None, "cpu")
 
     def test_resumed_equals_uninterrupted(self, recipe, monkeypatch):
         monkeypatch.setattr("capture.demo.trainer.CHECKPOINT_SECONDS", 0.0)
@@ -285,6 +328,19 @@ class TestTrainer:
         assert resumed.progress.step == through.progress.step == 4
         for one, two in zip(through.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(one, two)
+
+    def test_stages_add_up_over_warm_starts(self, recipe, monkeypatch):
+        monkeypatch.setattr(Trainer, "check", lambda _: 0.0)
+        first = replace(recipe, steps=1)
+        Trainer(first, resume=False).run()
+        weights = list_snapshots(recipe.work)[-1]
+        again = replace(recipe, steps=2, init=weights, cluster_router=1)
+        monkeypatch.setattr("capture.demo.trainer.cluster_router", lambda *_: None)
+        Trainer(again, resume=False).run()
+        one, two = read_stages(list_snapshots(recipe.work)[-1])
+        assert [one] == read_stages(weights)
+        assert (one["steps"], one["warm_start"], one["cluster_router"]) == (1, False, None)
+        assert (two["steps"], two["warm_start"], two["cluster_router"]) == (2, True, 1)
 
 
 def test_a_missing_corpus_is_named_with_the_command_that_makes_it(tmp_path):

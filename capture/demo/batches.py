@@ -11,6 +11,8 @@ from capture.demo.sources import DOMAINS
 from capture.errors import CaptureError
 
 WINDOW = 256  # tokens
+LONG_WINDOW = 1024  # tokens; the model's whole context
+LONG_EVERY = 4  # one step in so many draws long windows
 
 
 def load_streams(encoded: Path, split: str) -> list[np.ndarray]:
@@ -54,7 +56,7 @@ class WindowSampler:
     streams : list of array
         One token stream a domain.
     batch : int
-        Windows a step and process.
+        Windows of `WINDOW` tokens a step and process.
     rank, world : int
         This process and how many there are.
     seed : int
@@ -78,24 +80,33 @@ class WindowSampler:
         self._step = first_step
         self._order = domain_order([domain.weight for domain in DOMAINS], seed)
         # draw what the earlier steps drew
-        for _ in range(first_step * batch * world):
-            next(self._order)
+        for step in range(first_step):
+            for _ in range(self._shape(step)[0] * world):
+                next(self._order)
+
+    def _shape(self, step: int) -> tuple[int, int]:
+        # windows and their length; long ones take about as many tokens in all
+        if (step + 1) % LONG_EVERY:
+            return self._batch, WINDOW
+        return max(1, self._batch * WINDOW // LONG_WINDOW), LONG_WINDOW
 
     def draw(self) -> torch.Tensor:
         """Draw the next batch.
 
         Returns
         -------
-        Tensor [batch, WINDOW + 1], int64
-            Token ids; the last of each row is only a target.
+        Tensor [windows, length + 1], int64
+            Token ids; the last of each row is only a target. ``length`` is `WINDOW`, and
+            `LONG_WINDOW` at every `LONG_EVERY`-th step, with fewer windows.
         """
-        domains = list(itertools.islice(self._order, self._batch * self._world))
+        windows, length = self._shape(self._step)
+        domains = list(itertools.islice(self._order, windows * self._world))
         places = np.random.default_rng([self._seed, self._step, self._rank])
         rows = []
         for number in domains[self._rank :: self._world]:
             stream = self._streams[number]
-            start = int(places.integers(0, len(stream) - WINDOW - 1))
-            rows.append(stream[start : start + WINDOW + 1].astype(np.int64))
+            start = int(places.integers(0, len(stream) - length - 1))
+            rows.append(stream[start : start + length + 1].astype(np.int64))
         self._step += 1
         return torch.from_numpy(np.stack(rows))
 

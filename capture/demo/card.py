@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.demo.sources import DOMAINS, PACKAGES, Domain
+from capture.demo.trainer import WARM_UP_STEPS
 
 _INTRODUCTION = """\
 # The embedded demo model
@@ -21,9 +22,8 @@ _ARCHITECTURE = """\
 `OlmoeForCausalLM` of stock transformers, loaded by `AutoModelForCausalLM` without remote code:
 {layers} layers, hidden size 128, 4 attention heads, {experts} experts of size 128 a layer,
 top-{top_k} with renormalised weights, tied embeddings, byte-level BPE of 6,144 tokens.
-{parameters:.2f} M parameters, stored in bfloat16. It accepts 1,024 tokens but was trained on
-windows of 256: **beyond about 300 tokens of context its loss rises steeply**, so prefer short
-prompts (loss by position below).
+{parameters:.2f} M parameters, stored in bfloat16. Its context is 1,024 tokens, of which most
+of its training windows had only 256 (loss by position below).
 """
 
 _DATA = """\
@@ -45,23 +45,29 @@ their loss a little.
 _RECIPE = """\
 ## Recipe and time
 
-{start} AdamW (betas 0.9 and 0.95, weight decay 0.1 except on embeddings and norms), peak rate
-{peak_rate:g} after 100 steps of warm-up, then linearly to zero at the end of a schedule that goes
-by the clock; gradient clipped at 1. Loss: next token, plus 0.01 of a balance loss per layer with
-load taken over the global batch, plus 0.001 of the z-loss. Windows of 256 tokens, every domain in
-turn (JSON at a weight of 0.6), {windows_per_step} windows a step.
+AdamW (betas 0.9 and 0.95, weight decay 0.1 except on embeddings and norms), {warm_up} steps of
+warm-up to the peak rate, then linearly to zero at the end of a schedule that goes by the clock;
+gradient clipped at 1. Loss: next token, plus 0.01 of a balance loss per layer with load taken over
+the global batch, plus 0.001 of the z-loss. Every domain in turn (JSON at a weight of 0.6).
 
-{steps:,} steps, {tokens:.1f} M tokens, {minutes:.0f} minutes as {processes} single-thread processes
-on two shared CPU cores that other work kept busy. The CUDA path of the trainer has not been run.
-`python -m capture.demo.train` rebuilds the model; a clock-driven schedule takes as many steps as
-the machine allows, so a rebuilt model is alike, not identical.
+{stages}
+
+All on two shared CPU cores that other work kept busy, two single-thread processes. The CUDA path
+of the trainer has not been run. `python -m capture.demo.train` rebuilds the model; a clock-driven
+schedule takes as many steps as the machine allows, so a rebuilt model is alike, not identical.
 """
 
-_WARM_START = (
-    "**Warm start:** training went on from the weights of an earlier and shorter run of the same"
-    " recipe (about 15 M tokens), with that run's tokenizer."
+_FIRST_START = (
+    "the weights of an earlier and shorter run of the same recipe (about 15 M tokens of the same"
+    " corpus, a prototype), with that run's tokenizer"
 )
-_COLD_START = "Trained from random weights (deviation 0.04, output projections scaled with depth)."
+_COLD_START = "random weights (deviation 0.04, output projections scaled down with depth)"
+_NEXT_START = "the weights of the stage before"
+_CLUSTERED = (
+    "; the router of layer {layer} started anew from K-Means clusters of the training windows"
+    " (no domain labels; `capture/demo/cluster_router.py`), because that layer had come to say"
+    " little more about the domain than an untrained one"
+)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -88,10 +94,25 @@ def _data() -> str:
     return _DATA.format(table=_table(header, rows))
 
 
-def _recipe(training: dict[str, Any]) -> str:
-    start = _WARM_START if training["warm_start"] else _COLD_START
-    values = {**training, "tokens": training["tokens"] / 1e6, "start": start}
-    return _RECIPE.format(**values)
+def _stage(number: int, stage: dict[str, Any]) -> str:
+    first = _FIRST_START if stage["warm_start"] else _COLD_START
+    start = _NEXT_START if number else first
+    if stage["cluster_router"] is not None:
+        start += _CLUSTERED.format(layer=stage["cluster_router"])
+    windows = f"{stage['windows_per_step']} windows of {stage['window']} tokens a step"
+    if stage["long_every"]:
+        windows += f", every {stage['long_every']}th step as long windows of"
+        windows += f" {stage['long_window']:,} tokens"
+    return (
+        f"{number + 1}. From {start}. {stage['steps']:,} steps,"
+        f" {stage['tokens'] / 1e6:.1f} M tokens, {stage['minutes']:.0f} minutes, peak rate"
+        f" {stage['peak_rate']:g}, {windows}."
+    )
+
+
+def _recipe(stages: list[dict[str, Any]]) -> str:
+    lines = [_stage(number, stage) for number, stage in enumerate(stages)]
+    return _RECIPE.format(warm_up=WARM_UP_STEPS, stages="\n".join(lines))
 
 
 def _language(figures: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from capture.demo.routing import (
     shuffled_information,
     window_accuracy,
 )
+from capture.demo.snapshots import read_stages
 from capture.demo.sources import DOMAIN_NAMES
 from capture.demo.tokenizer import BOS
 from capture.errors import CaptureError
@@ -317,9 +318,7 @@ def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, 
     figures["harm"] = harm_figures(model, held_out)
     figures["positions"] = position_figures(model, held_out)
     figures["samples"] = continue_texts(model, tokenizer)
-    summary = work / "training" / "summary.json"
-    if summary.exists():
-        figures["training"] = json.loads(summary.read_text())
+    figures["training"] = read_stages(model_folder)
     return figures
 
 

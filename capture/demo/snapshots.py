@@ -1,9 +1,11 @@
 """Weights of moments of the training, and the demo prompts' routing through them."""
 
 import contextlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from capture.demo.model import random_model, save_weights
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+STAGES = "training.json"
 RANDOM_SEED = 1
 
 
@@ -45,6 +48,13 @@ def save_snapshot(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder)
     copy_tokenizer(tokenizer, folder)
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """Read how weights were trained, one entry a training run; empty where nothing is noted."""
+    path = folder / STAGES
+    stages: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return stages
 
 
 def install(snapshot: Path, weights: Path) -> None:

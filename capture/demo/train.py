@@ -32,6 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch", type=int, default=8, help="windows a step and process")
     recipe.add_argument("--processes", type=int, default=2, help="CPU processes")
     recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument(
+        "--cluster-router", type=int, metavar="LAYER", help="start this router from text clusters"
+    )
     recipe.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parts = parser.add_argument_group("parts (default: all but --install)")
     parts.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -59,7 +62,9 @@ def prepare_corpus(work: Path, init: Path | None) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    names = ("work", "init", "minutes", "steps", "rate", "batch", "seed", "device")
+    names = (
+        "work", "init", "minutes", "steps", "rate", "batch", "seed", "cluster_router", "device"
+    )  # fmt: skip
     tokenizer = options.init or options.work / "tokenizer"
     return Recipe(tokenizer=tokenizer, **{name: getattr(options, name) for name in names})
 

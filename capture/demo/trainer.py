@@ -12,9 +12,17 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import OlmoeForCausalLM
 
-from capture.demo.batches import WindowSampler, cut_windows, load_streams
+from capture.demo.batches import (
+    LONG_EVERY,
+    LONG_WINDOW,
+    WINDOW,
+    WindowSampler,
+    cut_windows,
+    load_streams,
+)
+from capture.demo.cluster_router import cluster_router
 from capture.demo.model import load_model, random_model, use_experts
-from capture.demo.snapshots import save_snapshot, snapshot_folder
+from capture.demo.snapshots import STAGES, read_stages, save_snapshot, snapshot_folder
 from capture.demo.workers import all_reduce, broadcast_number, join_workers, rank_and_world
 
 BALANCE_WEIGHT = 0.01
@@ -53,6 +61,8 @@ class Recipe:
         Windows a step and process.
     seed : int
         Decides the start and the windows.
+    cluster_router : int or None
+        Layer whose router starts from clusters of the text; see `cluster_router`.
     device : str
         ``"cpu"`` or ``"cuda"``.
     """
@@ -65,6 +75,7 @@ class Recipe:
     rate: float
     batch: int
     seed: int
+    cluster_router: int | None
     device: str
 
 
@@ -132,6 +143,9 @@ class Trainer:
         self.device = torch.device(recipe.device)
         self.progress = Progress()
         model = load_model(recipe.init) if recipe.init else random_model(recipe.seed)
+        streams = load_streams(recipe.work / "encoded", "train")
+        if recipe.cluster_router is not None:
+            cluster_router(model, recipe.cluster_router, streams, recipe.seed)
         self.model: OlmoeForCausalLM = torch.nn.Module.to(model, self.device)
         use_experts(self.model, self.device)
         self._flatten_gradients()
@@ -141,7 +155,7 @@ class Trainer:
         if resume:
             self._load_checkpoint()
         self.sampler = WindowSampler(
-            load_streams(recipe.work / "encoded", "train"),
+            streams,
             batch=recipe.batch,
             rank=self.rank,
             world=self.world,
@@ -189,9 +203,10 @@ class Trainer:
         torch.save(state, partial)
         partial.replace(self.checkpoint)
 
-    def _save_summary(self) -> None:
+    def _save_stages(self) -> None:
+        # beside the last weights: how they were trained, the stages of a warm start first
         recipe = self.recipe
-        summary = {
+        stage = {
             "steps": self.progress.step,
             "tokens": self.progress.tokens,
             "minutes": self.progress.seconds / 60,
@@ -199,11 +214,17 @@ class Trainer:
             "device": recipe.device,
             "peak_rate": recipe.rate,
             "windows_per_step": recipe.batch * self.world,
+            "window": WINDOW,
+            "long_window": LONG_WINDOW,
+            "long_every": LONG_EVERY,
             "warm_start": recipe.init is not None,
+            "cluster_router": recipe.cluster_router,
             "seed": recipe.seed,
         }
-        path = self.checkpoint.with_name("summary.json")
-        path.write_text(json.dumps(summary, indent=1) + "\n")
+        earlier = read_stages(recipe.init) if recipe.init else []
+        folder = snapshot_folder(recipe.work, self.progress.step, 100)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STAGES).write_text(json.dumps([*earlier, stage], indent=1) + "\n")
 
     def _save_snapshot(self, percent: int) -> None:
         self.progress.snapshots.append(percent)
@@ -319,7 +340,7 @@ class Trainer:
         self._save_snapshot(100)
         self._checkpoint_and_check()
         if self.rank == 0:
-            self._save_summary()
+            self._save_stages()
 
 
 def train(recipe: Recipe, *, resume: bool) -> None:
