@@ -59,8 +59,7 @@ def cluster_router(
     """
     tokens = torch.cat([cut_windows(stream, WINDOWS)[:, :-1] for stream in streams])
     hidden = router_inputs(model, layer, tokens).double()
-    router = routers(model)[layer]
-    weight = router.weight
+    weight = routers(model)[layer].get_parameter("weight")
     means = hidden.mean(1)
     clusters = KMeans(weight.shape[0], n_init=10, random_state=seed).fit(means.numpy())
     centers = torch.from_numpy(clusters.cluster_centers_)
