@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kernels.coactivation import coactivation
     from kernels.gate import gate
 
-__all__ = ["gate"]
+__all__ = ["coactivation", "gate"]
 
 
 class _Package(ModuleType):

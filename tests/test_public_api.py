@@ -6,7 +6,7 @@ import pytest
 @pytest.mark.parametrize(
     ("package", "names"),
     [
-        ("kernels", ["gate"]),
+        ("kernels", ["coactivation", "gate"]),
         ("capture", ["CaptureConfig", "record"]),
         ("explorer", ["open_run"]),
     ],

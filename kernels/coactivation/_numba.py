@@ -4,8 +4,7 @@ import numba
 import numpy as np
 import torch
 
-from kernels.coactivation.types import EMPTY_CODES, CoactivationOutput
-from kernels.errors import KernelError
+from kernels.coactivation.types import EMPTY_CODES, CoactivationOutput, wrong_id
 
 
 @numba.njit(cache=True, nogil=True)
@@ -70,7 +69,7 @@ def coactivation_numba(
     valid: torch.Tensor | None = None,
 ) -> CoactivationOutput:
     """Count on one core; ids are [S, T, K] and were checked by the op, but for their values."""
-    n_sites, n_tokens, _ = expert_ids.shape
+    n_sites = len(expert_ids)
     following = expert_ids if next_expert_ids is None else next_expert_ids
     n_next = 0 if next_expert_ids is None else n_next_experts
     pairs = np.zeros((n_sites, n_experts, n_experts), np.int64)
@@ -85,17 +84,11 @@ def coactivation_numba(
         pairs,
         transitions,
     )
-    if which >= 0:
-        name, ids, limit = (
-            ("next_expert_ids", following, n_next)
-            if which
-            else ("expert_ids", expert_ids, n_experts)
-        )
-        raise KernelError(
-            f"{name}[{site}, {token}, {slot}] = {int(ids[site, token, slot])} names no expert of "
-            f"{limit}. Ids run from 0 to {limit - 1}; "
-            f"{EMPTY_CODES.get(ids.dtype, -1)} marks an empty slot."
-        )
+    at = (site, token, slot)
+    if which == 0:
+        raise wrong_id("expert_ids", expert_ids, at, n_experts)
+    if which == 1:
+        raise wrong_id("next_expert_ids", following, at, n_next)
     return CoactivationOutput(
         torch.from_numpy(pairs),
         None if next_expert_ids is None else torch.from_numpy(transitions),
