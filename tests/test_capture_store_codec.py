@@ -30,8 +30,9 @@ def test_every_weight_code_means_the_same_in_sql_and_numpy(database):
 
 
 def test_every_weight_code_survives_decoding_and_encoding():
-    weights = codec.decode_weights(ALL_CODES)
-    assert np.array_equal(codec.encode_weights(weights), ALL_CODES)
+    codes = ALL_CODES[ALL_CODES != codec.NO_WEIGHT]
+    weights = codec.decode_weights(codes)
+    assert np.array_equal(codec.encode_weights(weights), codes)
     assert (np.diff(weights) > 0).all()
 
 
@@ -58,7 +59,7 @@ def test_a_weight_below_the_range_is_nearly_zero_and_minus_zero_is_zero():
     assert codec.decode_weights(codec.encode_weights(tiny)).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf, -1e-9, 512.0, 511.9])
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf, -1e-9, 512.0, 511.7])
 def test_weights_that_cannot_be_stored_are_refused(weight):
     with pytest.raises(StoreError, match="Combine weights must be finite and from 0 to 512, got"):
         codec.encode_weights(np.float32([0.25, weight, 0.0]))
@@ -80,17 +81,14 @@ def test_a_missing_statistic_stays_missing_in_sql(database):
 @given(st.lists(st.floats(-60_000, 60_000, width=32), min_size=1))
 def test_statistics_are_within_the_stated_error(values):
     values = np.float32(values)
-    stored = codec.decode_half(codec.encode_half("entropy", values).data)
+    stored = codec.encode_half("entropy", values).astype(np.float32)
     # below 2**-14 float16 has a fixed step of 2**-24
     assert (np.abs(stored - values) <= np.maximum(RELATIVE_ERROR * np.abs(values), 2.0**-25)).all()
 
 
-def test_an_infinite_statistic_is_missing_and_nan_is_refused():
-    assert codec.encode_half("margin", np.float32([1, np.inf, -np.inf])).mask.tolist() == [
-        False,
-        True,
-        True,
-    ]
+def test_an_infinite_statistic_stays_infinite_and_nan_is_refused():
+    infinite = [1, np.inf, -np.inf]
+    assert codec.encode_half("margin", np.float32(infinite)).tolist() == infinite
     with pytest.raises(StoreError, match="The statistic margin must be a number, got nan"):
         codec.encode_half("margin", np.float32([1, np.nan]))
     with pytest.raises(StoreError, match="The statistic logsumexp must lie within"):
@@ -102,20 +100,20 @@ def test_ids_and_weights_survive_packing(data):
     n_experts = data.draw(st.sampled_from([1, 2, 8, 60, 254, 255, 256, 257, 384, 4096, 65535]))
     slots = data.draw(st.integers(1, min(n_experts, 24)))
     layout = codec.layout_for(n_experts, slots)
-    shapes = data.draw(st.lists(st.tuples(st.integers(0, 5), st.integers(1, slots)), min_size=1))
+    shape = (data.draw(st.integers(0, 5)), data.draw(st.integers(1, slots)))
+    # a site with few experts in a run whose largest site needs 16 bits
+    few = data.draw(st.sampled_from([n_experts, min(n_experts, 255)]))
     random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    ids = [random.integers(-1, n_experts, shape).astype(np.int32) for shape in shapes]
-    codes = [random.integers(0, 2**16, shape).astype(np.uint16) for shape in shapes]
-    weights = [codec.decode_weights(part) for part in codes]
+    ids = random.integers(-1, few, shape).astype(np.int32)
+    codes = random.integers(0, 2**16, shape).astype(np.uint16)
+    pads = [(0, 0), (0, slots - shape[1])]
 
-    unpacked = codec.unpack_ids(codec.pack_ids(ids, layout), layout)
-    pads = [[(0, 0), (0, slots - part.shape[1])] for part in ids]
-    expected = [np.pad(p, pad, constant_values=-1) for p, pad in zip(ids, pads, strict=True)]
-    assert np.array_equal(unpacked, np.concatenate(expected))
+    packed = codec.pack_ids(ids.astype(codec.id_dtype(few)), layout)
+    unpacked = codec.unpack_ids(packed, layout)
+    assert np.array_equal(unpacked, np.pad(ids, pads, constant_values=-1))
 
-    unpacked = codec.unpack_weights(codec.pack_weights(weights, layout), layout)
-    expected = [np.pad(p, pad) for p, pad in zip(weights, pads, strict=True)]
-    assert np.array_equal(unpacked, np.concatenate(expected))
+    unpacked = codec.unpack_weights(codec.pack_weights(codes, layout), layout)
+    assert np.array_equal(unpacked, np.pad(codec.decode_weights(codes), pads))
 
 
 def test_the_width_of_an_id_leaves_a_code_for_an_empty_slot():

@@ -4,7 +4,6 @@ Each pair (``pack_*`` in numpy, ``sql_*`` as an expression) is one definition wr
 tests compare ``sql_*`` with the ``unpack_*`` twin on every code there is.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +17,13 @@ WEIGHT_BIAS = 55
 WEIGHT_LIMIT = 2.0**9
 _FLOAT32_MANTISSA = 23
 _FLOAT32_BIAS = 127
+# three halves of the last step: what is larger would round to NO_WEIGHT
+_LAST_STEP = 1.5 * 2.0 ** (8 - WEIGHT_MANTISSA)
 _WEIGHT_SHIFT = _FLOAT32_MANTISSA - WEIGHT_MANTISSA
 _WEIGHT_OFFSET = (_FLOAT32_BIAS - WEIGHT_BIAS) << WEIGHT_MANTISSA
 
+# the largest code; also what the gate makes of a weight that has none (nan, negative, too large)
+NO_WEIGHT = 2**16 - 1
 HALF_LIMIT = float(np.finfo(np.float16).max)
 WORD_BITS = 64
 WEIGHT_BITS = 16
@@ -56,19 +59,31 @@ def layout_for(n_experts: int, slots: int) -> Layout:
     return Layout(id_bits=8 if n_experts <= 255 else 16, slots=slots)
 
 
-def pack_ids(parts: Sequence[npt.NDArray[np.int32]], layout: Layout) -> Words:
-    """Pack blocks of ids [R_i, K_i], K_i <= slots, into words [sum R_i, id_words].
+def id_dtype(n_experts: int) -> "np.dtype[Any]":
+    """Return the type of a packed expert id; its largest value marks an empty slot."""
+    return np.dtype(np.uint8 if n_experts <= 255 else np.uint16)
 
-    -1 and the slots that a block does not have become all ones.
+
+def pack_ids(part: npt.NDArray[Any], layout: Layout) -> Words:
+    """Pack id codes [R, K], K <= slots, uint8 or uint16, into words [R, id_words].
+
+    Slots that the rows do not have become all ones.
     """
     dtype = np.dtype("<u1") if layout.id_bits == 8 else np.dtype("<u2")
-    shape = (sum(map(len, parts)), layout.id_words * WORD_BITS // layout.id_bits)
-    codes = np.full(shape, layout.empty, dtype)
-    start = 0
-    for part in parts:
-        # -1 wraps to all ones, which is the code of an empty slot
-        codes[start : start + len(part), : part.shape[1]] = part.astype(dtype)
-        start += len(part)
+    if part.dtype.itemsize < dtype.itemsize:
+        empty = part == np.iinfo(part.dtype).max
+        part = part.astype(dtype)
+        part[empty] = layout.empty
+    return _as_words(part.astype(dtype, copy=False), layout.id_words, layout.empty)
+
+
+def _as_words(codes: npt.NDArray[Any], n_words: int, filler: int) -> Words:
+    """View codes [R, K] as words [R, n_words]; a copy where the rows do not fill their words."""
+    width = n_words * WORD_BITS // (8 * codes.dtype.itemsize)
+    if codes.shape[1] < width or not codes.flags.c_contiguous:
+        full = np.full((len(codes), width), filler, codes.dtype)
+        full[:, : codes.shape[1]] = codes
+        codes = full
     return codes.view(np.dtype("<u8")).astype(np.uint64, copy=False)
 
 
@@ -93,8 +108,8 @@ def encode_weights(weights: npt.NDArray[np.float32]) -> Codes:
     """
     bits = np.ascontiguousarray(weights, np.float32).view(np.uint32)
     # as integers, every negative number, nan and infinity lies above every legal weight
-    limit = int(np.float32(WEIGHT_LIMIT * (1 - 2.0**-12)).view(np.uint32))
-    if bits.size and int(bits.max()) >= limit:
+    limit = int(np.float32(WEIGHT_LIMIT - _LAST_STEP).view(np.uint32))
+    if bits.size and int(bits.max()) > limit:
         return encode_weights(_checked_weights(weights, limit))
     half = (bits >> np.uint32(_WEIGHT_SHIFT)) & np.uint32(1)
     half += bits
@@ -108,7 +123,7 @@ def encode_weights(weights: npt.NDArray[np.float32]) -> Codes:
 def _checked_weights(weights: npt.NDArray[np.float32], limit: int) -> npt.NDArray[np.float32]:
     """Replace -0 by 0 and refuse what has no code."""
     values = np.asarray(weights, np.float32) + np.float32(0)
-    wrong = ~(values >= 0) | (values.view(np.uint32) >= limit)
+    wrong = ~(values >= 0) | (values.view(np.uint32) > limit)
     if wrong.any():
         raise StoreError(
             f"Combine weights must be finite and from 0 to {WEIGHT_LIMIT:g}, got "
@@ -126,15 +141,9 @@ def decode_weights(codes: Codes) -> npt.NDArray[np.float32]:
     return np.where(code == 0, 0.0, values).astype(np.float32)
 
 
-def pack_weights(parts: Sequence[npt.NDArray[np.float32]], layout: Layout) -> Words:
-    """Pack blocks of weights [R_i, K_i], K_i <= slots, into words [sum R_i, weight_words]."""
-    shape = (sum(map(len, parts)), layout.weight_words * WORD_BITS // WEIGHT_BITS)
-    codes = np.zeros(shape, np.dtype("<u2"))
-    start = 0
-    for part in parts:
-        codes[start : start + len(part), : part.shape[1]] = encode_weights(part)
-        start += len(part)
-    return codes.view(np.dtype("<u8")).astype(np.uint64, copy=False)
+def pack_weights(part: Codes, layout: Layout) -> Words:
+    """Pack weight codes [R, K], K <= slots, into words [R, weight_words]."""
+    return _as_words(part.astype(np.dtype("<u2"), copy=False), layout.weight_words, 0)
 
 
 def unpack_weights(words: Words, layout: Layout) -> npt.NDArray[np.float32]:
@@ -143,11 +152,10 @@ def unpack_weights(words: Words, layout: Layout) -> npt.NDArray[np.float32]:
     return decode_weights(codes[:, : layout.slots].astype(np.uint16))
 
 
-def encode_half(name: str, values: npt.NDArray[np.float32]) -> "np.ma.MaskedArray[Any, Any]":
-    """Turn a statistic into the bits of its float16, masked where there is no finite value.
+def encode_half(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """Round a statistic to float16; an infinite one stays infinite and has no value in the file.
 
-    An infinite statistic (the margin of a token whose other experts were all ruled out) has no
-    finite value and is masked, which the file stores as NULL.
+    The margin of a token whose other experts were all ruled out is infinite.
 
     Raises
     ------
@@ -156,18 +164,17 @@ def encode_half(name: str, values: npt.NDArray[np.float32]) -> "np.ma.MaskedArra
     """
     plain = np.ascontiguousarray(values, np.float32)
     finite = np.isfinite(plain)
-    if not finite.all():
-        if np.isnan(plain).any():
-            raise StoreError(
-                f"The statistic {name} must be a number, got nan. Pass None where it is not known."
-            )
-        plain = np.where(finite, plain, np.float32(0))
-    if plain.size and max(float(plain.max()), -float(plain.min())) >= HALF_LIMIT:
+    if np.isnan(plain).any():
         raise StoreError(
-            f"The statistic {name} must lie within +-{HALF_LIMIT:g}, got "
-            f"{plain[np.abs(plain).argmax()]}. Check the model's precision (dtype)."
+            f"The statistic {name} must be a number, got nan. Pass None where it is not known."
         )
-    return np.ma.MaskedArray(plain.astype(np.float16).view(np.uint16), ~finite)
+    beyond = finite & (np.abs(plain) >= HALF_LIMIT)
+    if beyond.any():
+        raise StoreError(
+            f"The statistic {name} must lie within +-{HALF_LIMIT:g}, got {plain[beyond][0]}. "
+            "Check the model's precision (dtype)."
+        )
+    return plain.astype(np.float16)
 
 
 def decode_half(codes: Codes) -> npt.NDArray[np.float32]:

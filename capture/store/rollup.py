@@ -7,53 +7,60 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from capture.store.records import ForwardRows, SiteInfo
+from capture.store.records import ForwardRows, SiteBlock, SiteInfo
 from capture.store.schema import Column
 
-_Key = tuple[int, str | None, str]  # index of the site, domain, phase
+_Key = tuple[tuple[int, ...], str | None, str]  # indices of the sites, domain, phase
 
 
 class _Sums:
-    """Sums over the tokens of one site, domain and phase, each of shape [E]."""
+    """Sums over the tokens of S sites, one domain and one phase, each of shape [S, E]."""
 
     __slots__ = ("assignments", "prob_sum", "weight_sum")
 
-    def __init__(self, n_experts: int) -> None:
-        self.assignments = np.zeros(n_experts, np.int64)
-        self.weight_sum = np.zeros(n_experts, np.float64)
-        self.prob_sum: npt.NDArray[np.float64] | None = np.zeros(n_experts, np.float64)
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.assignments = np.zeros(shape, np.int64)
+        self.weight_sum = np.zeros(shape, np.float64)
+        self.prob_sum: npt.NDArray[np.float64] | None = np.zeros(shape, np.float64)
 
 
 class Rollup:
-    """Adds up what every forward pass did to every expert."""
+    """Adds up what every forward pass did to every expert.
+
+    Parameters
+    ----------
+    sites : sequence of SiteInfo
+        The run's sites, each in blocks of the same sites throughout the run.
+    """
 
     def __init__(self, sites: Sequence[SiteInfo]) -> None:
         self._sites = sites
         self._sums: dict[_Key, _Sums] = {}
 
-    def add(self, forward: ForwardRows) -> None:
+    def add(self, forward: ForwardRows, blocks: Sequence[SiteBlock]) -> None:
         """Add the sums of one forward pass."""
         phase = forward.tokens.phase
-        for site in forward.sites:
-            n_experts = self._sites[site.site_index].n_experts
+        for block in blocks:
             for row, domain in enumerate(forward.domains):
-                key = (site.site_index, domain, phase)
+                key = (block.site_indices, domain, phase)
                 sums = self._sums.get(key)
                 if sums is None:
-                    sums = self._sums[key] = _Sums(n_experts)
-                sums.assignments += site.assignments[row]
-                sums.weight_sum += site.weight_sum[row]
-                if site.prob_sum is None:
+                    shape = block.assignments[:, row].shape
+                    sums = self._sums[key] = _Sums(shape)
+                sums.assignments += block.assignments[:, row]
+                sums.weight_sum += block.weight_sum[:, row]
+                if block.prob_sum is None:
                     # a sum over only some of the tokens would read as one over all
                     sums.prob_sum = None
                 elif sums.prob_sum is not None:
-                    sums.prob_sum += site.prob_sum[row]
+                    sums.prob_sum += block.prob_sum[:, row]
 
     def assignments(self) -> list[int]:
         """Return the number of assignments of every site."""
         totals = [0] * len(self._sites)
-        for (index, _, _), sums in self._sums.items():
-            totals[index] += int(sums.assignments.sum())
+        for (indices, _, _), sums in self._sums.items():
+            for place, index in enumerate(indices):
+                totals[index] += int(sums.assignments[place].sum())
         return totals
 
     def table(self, columns: Sequence[Column]) -> pa.Table:
@@ -64,11 +71,12 @@ class Rollup:
                 self._sites[index].site,
                 domain,
                 phase,
-                sums.assignments,
-                sums.weight_sum,
-                sums.prob_sum,
+                sums.assignments[place],
+                sums.weight_sum[place],
+                None if sums.prob_sum is None else sums.prob_sum[place],
             ]
-            for (index, domain, phase), sums in self._sums.items()
+            for (indices, domain, phase), sums in self._sums.items()
+            for place, index in enumerate(indices)
         ]
         by_column = zip(*rows, strict=True) if rows else ([] for _ in columns)
         arrays = [

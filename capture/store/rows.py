@@ -9,14 +9,22 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from capture.errors import StoreError
-from capture.store.codec import Layout, encode_half, pack_ids, pack_weights
-from capture.store.records import LEVELS, ForwardRows, Level, SiteInfo, SiteRows
+from capture.store.blocks import as_block, check_block
+from capture.store.codec import Layout, pack_ids, pack_weights
+from capture.store.records import (
+    LEVELS,
+    ForwardRows,
+    Level,
+    SiteBlock,
+    SiteInfo,
+    SiteRows,
+    Vectors,
+)
 from capture.store.schema import STATISTICS, Column
 
 MAX_TOKEN_ID = 2**31 - 1
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-Vector = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+_HALF_INFINITY = 0x7C00  # the exponent of infinity in float16
 
 
 def clean(text: str | None) -> str | None:
@@ -38,14 +46,10 @@ def strings(values: Sequence[str | None]) -> pa.Array:
 def as_table(columns: Sequence[Column], arrays: Sequence[Any]) -> pa.Table:
     """Name and type the arrays of one table."""
     typed = [
-        array if isinstance(array, pa.Array) else pa.array(array, column.arrow)
+        array if isinstance(array, pa.Array | pa.ChunkedArray) else pa.array(array, column.arrow)
         for column, array in zip(columns, arrays, strict=True)
     ]
     return pa.Table.from_arrays(typed, names=[column.name for column in columns])
-
-
-def _describe(site: SiteInfo) -> str:
-    return f"site {site.site} of layer {site.layer} ({site.module})"
 
 
 class RowBuilder:
@@ -73,11 +77,21 @@ class RowBuilder:
         self._sites = sites
         self._layout = layout
         self._tables = tables
-        self._depth = LEVELS.index(level)
         self._level = level
 
-    def build(self, forward: ForwardRows, batch_id: int, seconds: float) -> dict[str, pa.Table]:
-        """Check one forward pass and return its rows by table.
+    def build(
+        self, forward: ForwardRows, blocks: Sequence[SiteBlock], batch_id: int, seconds: float
+    ) -> dict[str, pa.Table]:
+        """Return the rows of one forward pass by table; large arrays are not copied.
+
+        Parameters
+        ----------
+        forward : ForwardRows
+        blocks : sequence of SiteBlock
+            What :meth:`blocks` gave for this forward pass.
+        batch_id : int
+        seconds : float
+            Since the run began.
 
         Raises
         ------
@@ -85,105 +99,56 @@ class RowBuilder:
             If a shape, an id or a number is not what the records promise; the message names
             the site.
         """
-        self._check_sites(forward)
         tokens = forward.tokens
         n_tokens = len(tokens.token_id)
-        arrays: dict[str, list[Any]] = {
-            "token": self._token_columns(forward, batch_id),
-            "batch": [[batch_id], [tokens.phase], [n_tokens], [seconds]],
+        arrays: dict[str, list[list[Any]]] = {
+            "token": [self._token_columns(forward, batch_id)],
+            "batch": [[[batch_id], [tokens.phase], [n_tokens], [seconds]]],
         }
-        if self._depth >= LEVELS.index("ids"):
-            arrays["route"] = self._route_columns(forward)
-        for table in ("score", "hidden"):
-            columns = self._vector_columns(forward, table)
-            if columns:
-                arrays[table] = columns
-        sample = self._sampled(forward)
+        for block in blocks:
+            if block.expert_ids is not None:
+                columns = self._route_columns(tokens.token_id, block)
+                arrays.setdefault("route", []).append(columns)
+            for table, vectors in (("score", block.scores), ("hidden", block.hidden)):
+                if vectors is not None and len(vectors[0]):
+                    columns = self._vector_columns(tokens.token_id, block, vectors)
+                    arrays.setdefault(table, []).append(columns)
+        sample = self._sampled(forward, blocks)
         if len(sample):
-            arrays["sample"] = [sample]
-        return {name: as_table(self._tables[name], columns) for name, columns in arrays.items()}
+            arrays["sample"] = [[sample]]
+        return {
+            name: pa.concat_tables(as_table(self._tables[name], columns) for columns in parts)
+            for name, parts in arrays.items()
+        }
 
-    def _check_sites(self, forward: ForwardRows) -> None:
-        """Refuse a forward pass that lacks a site or whose arrays do not fit together."""
-        given = sorted(site.site_index for site in forward.sites)
-        if given != list(range(len(self._sites))):
+    def blocks(self, forward: ForwardRows) -> list[SiteBlock]:
+        """Return the sites of a forward pass packed and checked.
+
+        Raises
+        ------
+        StoreError
+            If a site is missing, or its arrays hold what a run file must not.
+        """
+        n_sites = len(self._sites)
+        given = [
+            index
+            for rows in forward.sites
+            for index in (rows.site_indices if isinstance(rows, SiteBlock) else (rows.site_index,))
+        ]
+        if sorted(given) != list(range(n_sites)):
             raise StoreError(
-                f"A forward pass needs the rows of each of the {len(self._sites)} sites once, got "
-                f"site indices {given}. Check that every site fired."
+                f"A forward pass needs the rows of each of the {n_sites} sites once, got "
+                f"site indices {sorted(given)}. Check that every site fired."
             )
+        blocks = []
+        n_tokens, n_domains = len(forward.tokens.token_id), len(forward.domains)
         for rows in forward.sites:
-            info = self._sites[rows.site_index]
-            self._check_rollups(rows, info, len(forward.domains))
-            self._check_routes(rows, info, len(forward.tokens.token_id))
-
-    @staticmethod
-    def _check_rollups(rows: SiteRows, info: SiteInfo, n_domains: int) -> None:
-        shape = (n_domains, info.n_experts)
-        sums = {"assignments": rows.assignments, "weight_sum": rows.weight_sum}
-        if rows.prob_sum is not None:
-            sums["prob_sum"] = rows.prob_sum
-        for name, values in sums.items():
-            if np.shape(values) != shape:
-                raise StoreError(
-                    f"{name} of {_describe(info)} must have shape {list(shape)} (domains, "
-                    f"experts), got {list(np.shape(values))}. Pass one row per domain."
-                )
-            if not np.isfinite(values).all() or (values < 0).any():
-                raise StoreError(
-                    f"{name} of {_describe(info)} must be finite and not negative, got "
-                    f"{values.min()}..{values.max()}. Check the model's precision (dtype)."
-                )
-
-    def _check_routes(self, rows: SiteRows, info: SiteInfo, n_tokens: int) -> None:
-        wanted = self._depth >= LEVELS.index("ids")
-        if wanted != (rows.expert_ids is not None) or wanted != (rows.weights is not None):
-            raise StoreError(
-                f"At level {self._level} expert ids and weights are "
-                f"{'stored' if wanted else 'not stored'}, but {_describe(info)} was handed over "
-                f"{'without' if wanted else 'with'} them. Pass {'both' if wanted else 'None'}."
-            )
-        if rows.expert_ids is None or rows.weights is None:
-            return
-        shape = rows.expert_ids.shape
-        if rows.expert_ids.ndim != 2 or shape[0] != n_tokens or not 0 < shape[1] <= info.top_k:
-            raise StoreError(
-                f"expert_ids of {_describe(info)} must have shape [{n_tokens}, {info.top_k}], got "
-                f"{list(shape)}. Pass one row per real token."
-            )
-        if rows.weights.shape != shape:
-            raise StoreError(
-                f"weights of {_describe(info)} must have the shape of its expert_ids "
-                f"{list(shape)}, got {list(rows.weights.shape)}. Pass one weight per slot."
-            )
-        if n_tokens:
-            self._check_ids(rows, info, rows.expert_ids, rows.weights)
-
-    @staticmethod
-    def _check_ids(
-        rows: SiteRows,
-        info: SiteInfo,
-        expert_ids: npt.NDArray[np.int32],
-        weights: npt.NDArray[np.float32],
-    ) -> None:
-        low, high = int(expert_ids.min()), int(expert_ids.max())
-        if low < -1 or high >= info.n_experts:
-            raise StoreError(
-                f"expert_ids of {_describe(info)} must lie from -1 to {info.n_experts - 1}, got "
-                f"{low}..{high}. Count routed experts from 0, without shared ones."
-            )
-        counts = np.bincount(expert_ids.ravel() + 1, minlength=info.n_experts + 1)[1:]
-        if not np.array_equal(counts, rows.assignments.sum(axis=0)):
-            expert = int(np.flatnonzero(counts != rows.assignments.sum(axis=0))[0])
-            raise StoreError(
-                f"assignments of {_describe(info)} must count its expert_ids, but expert {expert} "
-                f"has {counts[expert]} ids and a count of "
-                f"{int(rows.assignments.sum(axis=0)[expert])}. Count the real tokens only."
-            )
-        if (weights[:, 1:] > weights[:, :-1]).any():
-            raise StoreError(
-                f"weights of {_describe(info)} must fall from slot to slot, got a heavier expert "
-                "after a lighter one. Sort ids and weights by weight first."
-            )
+            if isinstance(rows, SiteRows):
+                rows = as_block(rows, self._sites[rows.site_index])
+            sites = [self._sites[index] for index in rows.site_indices]
+            check_block(rows, sites, self._level, n_tokens, n_domains)
+            blocks.append(rows)
+        return blocks
 
     def _token_columns(self, forward: ForwardRows, batch_id: int) -> list[Any]:
         tokens = forward.tokens
@@ -210,108 +175,60 @@ class RowBuilder:
             np.arange(n_tokens, dtype=np.int32),
         ]
 
-    def _places(self, forward: ForwardRows, rows: Sequence[npt.NDArray[Any]]) -> list[Any]:
-        """Return token_id, layer and site, site after site, given each site's row numbers."""
-        token_id = forward.tokens.token_id
-        lengths = [len(r) for r in rows]
-        infos = [self._sites[site.site_index] for site in forward.sites]
+    def _places(self, token_id: npt.NDArray[Any], block: SiteBlock) -> list[Any]:
+        """Return token_id, layer and site, site after site."""
+        infos = [self._sites[index] for index in block.site_indices]
         return [
-            np.concatenate([token_id[r] for r in rows]).astype(np.int32),
-            np.repeat(np.array([info.layer for info in infos], np.int32), lengths),
-            np.repeat(np.array([info.site for info in infos], np.int32), lengths),
+            np.tile(token_id.astype(np.int32), len(infos)),
+            np.repeat(np.array([info.layer for info in infos], np.int32), len(token_id)),
+            np.repeat(np.array([info.site for info in infos], np.int32), len(token_id)),
         ]
 
-    def _route_columns(self, forward: ForwardRows) -> list[Any]:
-        ids = [site.expert_ids for site in forward.sites if site.expert_ids is not None]
-        weights = [site.weights for site in forward.sites if site.weights is not None]
-        everything = [np.arange(len(forward.tokens.token_id))] * len(forward.sites)
-        id_words = pack_ids(ids, self._layout)
-        weight_words = pack_weights(weights, self._layout)
+    def _route_columns(self, token_id: npt.NDArray[Any], block: SiteBlock) -> list[Any]:
+        ids, weights = block.expert_ids, block.weights
+        assert ids is not None and weights is not None  # checked before
+        id_words = pack_ids(ids.reshape(-1, ids.shape[-1]), self._layout)
+        weight_words = pack_weights(weights.reshape(-1, weights.shape[-1]), self._layout)
         return [
-            *self._places(forward, everything),
-            *(self._statistic(forward, name) for name in STATISTICS),
+            *self._places(token_id, block),
+            *(_statistic(getattr(block, name), ids.shape[0] * ids.shape[1]) for name in STATISTICS),
             *(np.ascontiguousarray(word) for word in id_words.T),
             *(np.ascontiguousarray(word) for word in weight_words.T),
         ]
 
-    @staticmethod
-    def _statistic(forward: ForwardRows, name: str) -> pa.Array:
-        """Encode one statistic of all sites, NULL where a site does not have it."""
-        n_tokens = len(forward.tokens.token_id)
-        parts = [getattr(site, name) for site in forward.sites]
-        if all(part is None for part in parts):
-            return pa.nulls(n_tokens * len(parts), pa.uint16())
-        # an infinite statistic has no finite value and becomes NULL, as one that is not known
-        unknown = np.full(n_tokens, np.inf, np.float32)
-        joined = np.concatenate(
-            [unknown if part is None else np.ma.filled(part, np.inf) for part in parts]
-        )
-        codes = encode_half(name, joined)
-        if len(codes) != n_tokens * len(parts):
-            raise StoreError(
-                f"{name} must have one value per token and site, {n_tokens} x {len(parts)}, got "
-                f"{len(codes)} in all. Pass None where it is not known."
-            )
-        return pa.array(np.ma.getdata(codes), pa.uint16(), mask=np.ma.getmaskarray(codes))
+    def _vector_columns(
+        self, token_id: npt.NDArray[Any], block: SiteBlock, vectors: Vectors
+    ) -> list[Any]:
+        """Return the columns of ``score`` or ``hidden``; the lists of a site are one chunk."""
+        rows, arrays = vectors
+        return [*self._places(token_id[rows], block), pa.chunked_array(map(_lists, arrays))]
 
-    def _vector_columns(self, forward: ForwardRows, table: str) -> list[Any]:
-        """Return the columns of ``score`` or ``hidden``, or [] without any vector."""
-        empty = (np.empty(0, np.int64), np.empty((0, 0), np.float32))
-        vectors: list[Vector] = []
-        for site in forward.sites:
-            given = site.scores if table == "score" else site.hidden
-            self._check_vectors(given, self._sites[site.site_index], table, forward)
-            vectors.append(empty if given is None else given)
-        if not any(len(rows) for rows, _ in vectors):
-            return []
-        lengths = np.concatenate([np.full(len(rows), v.shape[1], np.int32) for rows, v in vectors])
-        flat = np.concatenate([v.astype(np.float32).ravel() for _, v in vectors])
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        # the score of an expert that was ruled out is -inf, which is no number: NULL
-        ruled_out = np.isneginf(flat)
-        values = pa.array(flat, pa.float32(), mask=ruled_out if ruled_out.any() else None)
-        lists = pa.LargeListArray.from_arrays(pa.array(offsets), values)
-        return [*self._places(forward, [rows for rows, _ in vectors]), lists]
-
-    def _check_vectors(
-        self, given: Vector | None, info: SiteInfo, table: str, forward: ForwardRows
-    ) -> None:
-        if given is None:
-            return
-        rows, values = given
-        n_tokens = len(forward.tokens.token_id)
-        name, width = ("scores", info.n_experts) if table == "score" else ("hidden", None)
-        if values.ndim != 2 or len(rows) != len(values) or width not in (None, values.shape[1]):
-            raise StoreError(
-                f"{name} of {_describe(info)} must have shape [{len(rows)}, {width or 'D'}], got "
-                f"{list(values.shape)}. Pass one row per row number."
-            )
-        if name == "scores" and self._depth >= LEVELS.index("scores") and len(rows) != n_tokens:
-            raise StoreError(
-                f"At level {self._level} every token has scores, but {_describe(info)} has "
-                f"{len(rows)} of {n_tokens}. Pass the scores of every row."
-            )
-        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= n_tokens):
-            raise StoreError(
-                f"Row numbers of {name} of {_describe(info)} must lie from 0 to {n_tokens - 1}, "
-                f"got {rows.min()}..{rows.max()}. Count rows within the forward pass."
-            )
-        bad = ~np.isfinite(values)
-        if name == "scores":
-            bad &= ~np.isneginf(values)
-        if bad.any():
-            raise StoreError(
-                f"{name} of {_describe(info)} must be finite, got {values[bad][0]}. Check the "
-                "model's precision (dtype)."
-            )
-
-    def _sampled(self, forward: ForwardRows) -> npt.NDArray[np.int32]:
+    def _sampled(self, forward: ForwardRows, blocks: Sequence[SiteBlock]) -> npt.NDArray[np.int32]:
         """Return the token ids of the forward pass that belong to the sample."""
-        everywhere = self._depth >= LEVELS.index("scores")
-        rows = [site.hidden[0] for site in forward.sites if site.hidden is not None]
+        everywhere = LEVELS.index(self._level) >= LEVELS.index("scores")
+        rows = [block.hidden[0] for block in blocks if block.hidden is not None]
         if not everywhere:
-            rows += [site.scores[0] for site in forward.sites if site.scores is not None]
+            rows += [block.scores[0] for block in blocks if block.scores is not None]
         if not rows:
             return np.empty(0, np.int32)
-        chosen = np.unique(np.concatenate(rows)).astype(np.int64)
+        chosen = rows[0] if len(rows) == 1 else np.unique(np.concatenate(rows))
         return forward.tokens.token_id[chosen].astype(np.int32)
+
+
+def _statistic(values: npt.NDArray[np.float16] | None, n_rows: int) -> pa.Array:
+    """Return the bits of a statistic, NULL where it is not known or has no finite value."""
+    if values is None:
+        return pa.nulls(n_rows, pa.uint16())
+    codes = values.reshape(-1).view(np.uint16)
+    infinite = (codes & np.uint16(_HALF_INFINITY)) == _HALF_INFINITY
+    return pa.array(codes, pa.uint16(), mask=infinite if infinite.any() else None)
+
+
+def _lists(values: npt.NDArray[np.float32]) -> pa.Array:
+    """Return one list per row of values [M, E], without a copy where all are numbers."""
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    offsets = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]
+    # the score of an expert that was ruled out is -inf, which is no number: NULL
+    ruled_out = np.isneginf(flat)
+    items = pa.array(flat, pa.float32(), mask=ruled_out if ruled_out.any() else None)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), items)
