@@ -6,7 +6,7 @@ import triton.language as tl
 
 from kernels.coactivation.types import EMPTY_CODES, CoactivationOutput
 
-PACK_BLOCK_T = 256
+PACK_BLOCK_T = 128
 PACK_WARPS = 4
 GRAM_BLOCK_T = 64
 GRAM_WARPS = 8
@@ -70,7 +70,7 @@ def _gram_kernel(
 ):  # fmt: skip
     row, column = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
     if SYMMETRIC and row > column:
-        return  # the mirror image of a tile that is counted
+        return  # the mirror image of a tile that is counted, see _gram
     site = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * tokens_per_program
     last = tl.minimum(first + tokens_per_program, n_tokens)
@@ -94,11 +94,8 @@ def _gram_kernel(
     out_ptr += site * n_experts * n_next
     # sums of integers do not depend on which program comes first
     added = counts.to(tl.int32).to(tl.int64)
-    inside = inside & (added != 0)
-    tl.atomic_add(out_ptr + expert[:, None] * n_next + other[None, :], added, mask=inside)
-    if SYMMETRIC:
-        mirrored = out_ptr + other[None, :] * n_next + expert[:, None]
-        tl.atomic_add(mirrored, added, mask=inside & (row != column))
+    at = out_ptr + expert[:, None] * n_next + other[None, :]
+    tl.atomic_add(at, added, mask=inside & (added != 0))
 
 
 def _pack(ids: torch.Tensor, n_experts: int, valid: torch.Tensor | None) -> torch.Tensor:
@@ -128,6 +125,9 @@ def _gram(
         n_tokens, n_experts, n_next, n_words, next_words.shape[1], columns, TOKENS_PER_PROGRAM,
         SYMMETRIC=symmetric, BLOCK_T=GRAM_BLOCK_T, BLOCK_E=block, num_warps=GRAM_WARPS,
     )  # fmt: skip
+    if symmetric and rows > 1:
+        upper = out.triu()
+        return upper + upper.triu(1).mT
     return out
 
 
