@@ -1,6 +1,7 @@
 """A small run with known routing, and the same rows as plain Python to compare with.
 
 Weights are multiples of 1/64 and statistics of 1/8, which the run file stores exactly.
+At level attention, every prompt has attention but the one that is shortest.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from capture.store import (
+    AttentionLayer,
+    AttentionRows,
     ForwardRows,
+    LayerAttention,
     PromptInfo,
     RunInfo,
     RunWriter,
@@ -18,6 +22,7 @@ from capture.store import (
     SiteRows,
     TokenRows,
 )
+from capture.store.pairs import count_pairs
 
 SITES = (
     SiteInfo(1, 0, "model.layers.1.mlp", 6, 2, 1, "softmax"),
@@ -37,6 +42,15 @@ PROMPTS = (
 )
 GENERATED = {0: [" And", " so"], 4: [" a"]}
 BATCHES = ((2, 0), (1, 3, 5), (4,))
+LAYERS = (
+    AttentionLayer(0, "model.layers.0.mixer", None, "MambaMixer", "It has no keys."),
+    AttentionLayer(1, "model.layers.1.attn", 3, "attention", None, (0, 2)),
+    AttentionLayer(2, "model.layers.2.attn", 3, "attention", None, (0, 2)),
+    AttentionLayer(3, "model.layers.3.attn", 2, "attention", None, (0, 1)),
+)
+WITHOUT_ATTENTION = 3
+BIN_WIDTH = 2
+RANKS = 3
 
 
 @dataclass
@@ -46,6 +60,28 @@ class Known:
     path: Path
     tokens: list[dict[str, Any]] = field(default_factory=list)
     routes: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
+    # (prompt, layer, head) -> queries, the four statistics, map, received
+    attention: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
+    # (token, layer, head) -> [(key token, weight)], heaviest first
+    keys: dict[tuple[int, int, int], list[tuple[int, float]]] = field(default_factory=dict)
+
+    def pairs(self, layer, site=0):
+        """Count the tokens of every two experts of a site, both orders and the diagonal."""
+        return self._met((layer, site), (layer, site))
+
+    def transitions(self, layer, site, next_layer, next_site):
+        """Count the tokens of every (expert, expert of the next site)."""
+        return self._met((layer, site), (next_layer, next_site))
+
+    def _met(self, here, there):
+        counts = {}
+        for (token_id, *place), route in self.routes.items():
+            if tuple(place) != here:
+                continue
+            for first, _ in route["experts"]:
+                for second, _ in self.routes[token_id, *there]["experts"]:
+                    counts[first, second] = counts.get((first, second), 0) + 1
+        return counts
 
     def assignments(self, layer=None, site=None, domain=None, phase=None):
         """Return (token, slot, expert, weight) of every assignment that matches."""
@@ -94,7 +130,8 @@ def write_run(path, *, level="ids", seed=0, complete=True, sites=SITES, scored_e
         vocab_size=100,
         hidden_size=4,
     )
-    writer = RunWriter.create(known.path, info, sites, prompts)
+    layers = LAYERS if level == "attention" else ()
+    writer = RunWriter.create(known.path, info, sites, prompts, layers)
     for batch, (phase, tokens) in enumerate(plan):
         for token in tokens:
             token |= {"phase": phase, "batch": batch, "loss": float(random.integers(0, 40)) / 8}
@@ -102,11 +139,19 @@ def write_run(path, *, level="ids", seed=0, complete=True, sites=SITES, scored_e
             if token["last"]:
                 token["loss"] = None
         known.tokens += tokens
-        every = 1 if level == "scores" else scored_every
+        every = 1 if level in ("scores", "attention") else scored_every
         forward = [
             _site_rows(random, index, site, tokens, level, every, known.routes)
             for index, site in enumerate(sites)
         ]
+        if layers and phase == "prompt":
+            for prompt in dict.fromkeys(token["prompt_id"] for token in tokens):
+                if prompt != WITHOUT_ATTENTION:
+                    here = [token for token in tokens if token["prompt_id"] == prompt]
+                    writer.append_attention(_attention(random, prompt, here, known))
+        if level != "stats":
+            ids = {site.site_index: site.expert_ids for site in forward}
+            writer.append_pairs(count_pairs(ids, sites))
         writer.append(ForwardRows(_token_rows(tokens, phase), _domains(tokens), forward))
     writer.finish(seconds=1.5, complete=complete)
     known.tokens.sort(key=lambda token: token["token_id"])
@@ -221,3 +266,47 @@ def _site_rows(random, index, site, tokens, level, scored_every, routes):
         },
         scores=(np.array(scored, np.int64), scores[scored]) if scored else None,
     )
+
+
+def _attention(random, prompt, tokens, known):
+    """Draw the attention of one prompt in every recorded layer, and note it in `known`."""
+    first, n = tokens[0]["token_id"], len(tokens)
+    bins = -(-n // BIN_WIDTH)
+    layers = []
+    for layer in LAYERS:
+        if not layer.recorded:
+            continue
+        n_heads = len(layer.recorded)
+        statistics = random.integers(0, 16, size=(4, n_heads)).astype(np.float32) / 8
+        maps = np.zeros((n_heads, bins, bins), np.float32)
+        ids = np.full((n_heads, n, RANKS), -1, np.int32)
+        weights = np.zeros((n_heads, n, RANKS), np.float32)
+        for row, head in enumerate(layer.recorded):
+            for query_bin in range(bins):
+                maps[row, query_bin, : query_bin + 1] = _shares(random, query_bin + 1)
+            for query in range(n):
+                seen = random.permutation(query + 1)[:RANKS]
+                heavy = np.sort(random.integers(1, 32, size=len(seen)))[::-1] / 64
+                ids[row, query, : len(seen)], weights[row, query, : len(seen)] = seen, heavy
+                known.keys[first + query, layer.layer, head] = list(
+                    zip((first + seen).tolist(), heavy.tolist(), strict=True)
+                )
+            known.attention[prompt, layer.layer, head] = {
+                "queries": n,
+                "entropy": float(statistics[0, row]),
+                "sink_mass": float(statistics[1, row]),
+                "mean_distance": float(statistics[2, row]),
+                "window_mass": float(statistics[3, row]),
+                "map": maps[row].ravel().tolist(),
+                "received": (maps[row].sum(axis=0) * BIN_WIDTH).tolist(),
+            }
+        received = maps.sum(axis=1) * BIN_WIDTH
+        top = (np.arange(n), ids, weights)
+        layers.append(LayerAttention(layer.layer, n, *statistics, maps, received, *top))
+    return AttentionRows(prompt, first, n, BIN_WIDTH, 1, layers)
+
+
+def _shares(random, n):
+    """Return n shares in 64ths that sum to 1."""
+    cuts = np.sort(random.integers(0, 65, size=n - 1))
+    return np.diff(np.concatenate([[0], cuts, [64]])) / 64

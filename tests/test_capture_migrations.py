@@ -40,14 +40,20 @@ def fail(connection):
     connection.execute("SELECT * FROM no_such_table")
 
 
+def nothing(connection):
+    pass
+
+
 RENAME, DROP = Step(-1, "rename was_called", rename), Step(0, "drop is_called", drop)
+# from the first released version on; these tests are about the two before it
+REST = [Step(version, "nothing", nothing) for version in range(1, schema.SCHEMA_VERSION)]
 
 
 def test_steps_run_in_order_into_a_new_file(old):
     before = old.read_bytes()
     new = old.with_name("new.duckdb")
     # handed over in the wrong order: only the versions count
-    assert migrate(old, new, steps=[DROP, RENAME]) == new
+    assert migrate(old, new, steps=[*REST, DROP, RENAME]) == new
     assert old.read_bytes() == before
     assert sorted(path.name for path in old.parent.iterdir()) == ["new.duckdb", "old.duckdb"]
     with RunReader.open(new) as run:
@@ -63,7 +69,7 @@ def test_a_failing_step_leaves_nothing(old):
     before = old.read_bytes()
     new = old.with_name("new.duckdb")
     with pytest.raises(StoreError, match=r"The migration step 'broken' failed: .*no_such_table"):
-        migrate(old, new, steps=[RENAME, Step(0, "broken", fail)])
+        migrate(old, new, steps=[RENAME, Step(0, "broken", fail), *REST])
     assert old.read_bytes() == before
     assert [path.name for path in old.parent.iterdir()] == ["old.duckdb"]
 
@@ -84,20 +90,21 @@ def test_a_version_that_was_never_released_has_no_step(old):
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(1, "is up to date"), (7, "is newer than this code")]
+    ("version", "words"),
+    [(schema.SCHEMA_VERSION, "is up to date"), (99, "is newer than this code")],
 )
 def test_current_and_newer_runs_are_not_migrated(old, version, words):
     with duckdb.connect(str(old)) as connection:
         connection.execute("UPDATE packed.run SET schema_version = ?", [version])
     with pytest.raises(SchemaVersionError, match=f"schema version {version} and {words}"):
-        migrate(old, old.with_name("new.duckdb"), steps=[RENAME, DROP])
+        migrate(old, old.with_name("new.duckdb"), steps=[RENAME, DROP, *REST])
 
 
 def test_migration_overwrites_nothing_and_takes_runs_only(old, tmp_path):
     new = tmp_path / "new.duckdb"
     new.write_text("mine")
     with pytest.raises(StoreError, match="already exists"):
-        migrate(old, new, steps=[RENAME, DROP])
+        migrate(old, new, steps=[RENAME, DROP, *REST])
     with pytest.raises(StoreError, match="it is none"):
         migrate(new, tmp_path / "other.duckdb")
     with pytest.raises(StoreError, match="which is nothing"):

@@ -40,6 +40,21 @@ PROMISED = {
     "batches": "batch_id INTEGER, phase VARCHAR, tokens INTEGER",
     "token_batches": "token_id INTEGER, batch_id INTEGER, row_in_batch INTEGER",
     "sampled_tokens": "token_id INTEGER, domain VARCHAR",
+    "coactivation": "layer INTEGER, site INTEGER, expert_a INTEGER, expert_b INTEGER, "
+    "tokens BIGINT",
+    "transitions": "layer INTEGER, next_layer INTEGER, expert_id INTEGER, "
+    "next_expert_id INTEGER, tokens BIGINT",
+    "attention_layers": "layer INTEGER, module VARCHAR, heads INTEGER, kind VARCHAR, "
+    "reason VARCHAR",
+    "attention_prompts": "prompt_id INTEGER, tokens INTEGER, bins INTEGER, bin_width INTEGER, "
+    "every INTEGER",
+    "attention_stats": "prompt_id INTEGER, layer INTEGER, head INTEGER, queries INTEGER, "
+    "entropy FLOAT, sink_mass FLOAT, mean_distance FLOAT, window_mass FLOAT",
+    "attention_maps": "prompt_id INTEGER, layer INTEGER, head INTEGER, bins INTEGER, map FLOAT[]",
+    "attention_received": "prompt_id INTEGER, layer INTEGER, head INTEGER, bins INTEGER, "
+    "received FLOAT[]",
+    "attention_top_keys": "token_id INTEGER, layer INTEGER, head INTEGER, rank INTEGER, "
+    "key_token_id INTEGER, weight FLOAT",
     "run": "model VARCHAR, revision VARCHAR, architecture VARCHAR, dtype VARCHAR, device VARCHAR, "
     "level VARCHAR, vocab_size INTEGER, hidden_size INTEGER, backends VARCHAR, packages VARCHAR, "
     "config VARCHAR, sample VARCHAR, notes VARCHAR, n_prompts BIGINT, n_tokens BIGINT, "

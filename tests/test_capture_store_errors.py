@@ -91,7 +91,7 @@ def broken_forwards(forward):
         ),
         "statistic too short": (
             with_site(forward, margin=site.margin[:2]),
-            r"margin of site 0 of layer 1 .* must have one value per token, 4, got shape \[2\]",
+            "margin of site 0 of layer 1 .* one value per token, 4, got shape .2.",
         ),
         "nan loss": (
             with_tokens(forward, loss=np.ma.MaskedArray([0, np.nan, 0, 0])),

@@ -21,6 +21,7 @@ def check_counts(
     n_tokens: int,
     assignments: Sequence[int],
     vectors: Mapping[str, Sequence[int]],
+    attention: Mapping[str, int],
 ) -> None:
     """Compare the stored rows with what was handed in.
 
@@ -39,6 +40,8 @@ def check_counts(
         Assignments of every site, summed while the forward passes came in.
     vectors : mapping of sequences of int
         For the tables ``score`` and ``hidden``: how many rows every site was handed.
+    attention : mapping of int
+        For the tables of attention: how many rows were handed in.
 
     Raises
     ------
@@ -51,6 +54,13 @@ def check_counts(
             f"{n_tokens} tokens were handed in, but {rows} rows with {distinct} different token "
             f"ids are stored. {_ADVICE}"
         )
+    for table, expected in attention.items():
+        count = connection.sql(schema.count_all(table)).fetchall()[0][0]
+        if count != expected:
+            raise StoreError(
+                f"{expected} rows of the table {table} were handed in, and {count} are stored. "
+                f"{_ADVICE}"
+            )
     load = _by_site(connection, schema.COUNT_LOAD)
     expected_rows = {"route": [n_tokens if routed else 0] * len(sites), **vectors}
     for table, wanted in expected_rows.items():
@@ -68,6 +78,25 @@ def check_counts(
             raise StoreError(
                 f"{_name(site)} was handed {expected} assignments, but its load sums to "
                 f"{load.get(place, 0)} and its rows to {filled.get(place, 0)}. {_ADVICE}"
+            )
+
+
+def check_diagonal(connection: duckdb.DuckDBPyConnection, sites: Sequence[SiteInfo]) -> None:
+    """Compare how often an expert meets itself with its load.
+
+    Raises
+    ------
+    StoreError
+        If they differ; the message names the site.
+    """
+    load = _by_site(connection, schema.COUNT_LOAD)
+    met = _by_site(connection, schema.COUNT_DIAGONAL)
+    for site in sites:
+        place = (site.layer, site.site)
+        if load.get(place, 0) != met.get(place, 0):
+            raise StoreError(
+                f"{_name(site)} has {load.get(place, 0)} assignments, but its pairs cover "
+                f"{met.get(place, 0)}. {_ADVICE}"
             )
 
 

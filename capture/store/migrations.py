@@ -9,9 +9,12 @@ import duckdb
 
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import schema
+from capture.store.codec import Layout
 from capture.store.files import check_new, partial_of, publish
 from capture.store.interrupts import as_keyboard_interrupt
+from capture.store.pairs import pairs_of_rows, store_pairs
 from capture.store.reader import connect, read_version
+from capture.store.records import LEVELS, SiteInfo
 
 
 class Step(NamedTuple):
@@ -22,8 +25,20 @@ class Step(NamedTuple):
     apply: Callable[[duckdb.DuckDBPyConnection], None]
 
 
+def _add_pairs_and_attention(connection: duckdb.DuckDBPyConnection) -> None:
+    """Add the tables of version 2; pairs are counted from the rows, attention is not known."""
+    for statement in schema.statements_of_version_2():
+        connection.execute(statement)
+    level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
+    if LEVELS.index(level) < LEVELS.index("ids"):
+        return
+    sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
+    layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+    store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
+
+
 # one entry for every version that was ever released, oldest first
-STEPS: tuple[Step, ...] = ()
+STEPS: tuple[Step, ...] = (Step(1, "add pairs and attention", _add_pairs_and_attention),)
 
 
 @as_keyboard_interrupt()

@@ -10,6 +10,7 @@ from capture.store.accounting import check_counts
 from capture.store.codec import Layout
 from capture.store.files import SUFFIX, check_free, publish
 from capture.store.interrupts import as_keyboard_interrupt
+from capture.store.pairs import pairs_of_rows, store_pairs
 from capture.store.reader import check_version, connect, not_a_run
 from capture.store.records import LEVELS, SiteInfo
 
@@ -54,18 +55,26 @@ def _close(connection: duckdb.DuckDBPyConnection) -> None:
     """Check what was committed and write down that the run is incomplete."""
     sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
     level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
+    layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+    routed = LEVELS.index(level) >= LEVELS.index("ids")
     load = {
         (layer, site): count for layer, site, count in connection.sql(schema.COUNT_LOAD).fetchall()
     }
     check_counts(
         connection,
-        layout=Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0]),
+        layout=layout,
         sites=sites,
-        routed=LEVELS.index(level) >= LEVELS.index("ids"),
+        routed=routed,
         n_tokens=connection.sql(schema.COUNT_BATCH_TOKENS).fetchall()[0][0],
         assignments=[load[site.layer, site.site] for site in sites],
         vectors={},
+        attention={},
     )
+    if routed:
+        # pairs are handed over seldom: what was committed lags behind the rows
+        connection.execute("BEGIN")
+        store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
+        connection.execute("COMMIT")
     seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
     connection.execute(schema.CLOSE_RUN, [seconds, False])
     connection.execute("CHECKPOINT")

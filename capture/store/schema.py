@@ -19,7 +19,7 @@ from capture.store.codec import (
     sql_weight_code,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Column(NamedTuple):
@@ -38,12 +38,65 @@ _WORD = ("UBIGINT NOT NULL", pa.uint64())
 STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
 
 
+_FLOAT = ("FLOAT NOT NULL", pa.float32())
+_CELLS = ("INTEGER[] NOT NULL", pa.large_list(pa.int32()))
+ATTENTION_STATISTICS = ("entropy", "sink_mass", "mean_distance", "window_mass")
+# a share of a map's row is a whole number of parts: within 4e-6, and a row sums to 1 exactly
+MAP_PARTS = 2**18
+
+_PAIR_TABLES = {
+    "coactivation": [
+        Column("layer", *_INTEGER),
+        Column("site", *_INTEGER),
+        Column("tokens", *_CELLS),
+    ],
+    "transition": [
+        Column("layer", *_INTEGER),
+        Column("next_layer", *_INTEGER),
+        Column("n_next", *_INTEGER),
+        Column("tokens", *_CELLS),
+    ],
+}
+ATTENTION_TABLES = {
+    "attention_prompt": [
+        Column("prompt_id", *_INTEGER),
+        Column("first_token", *_INTEGER),
+        Column("tokens", *_INTEGER),
+        Column("bins", *_INTEGER),
+        Column("bin_width", *_INTEGER),
+        Column("every", *_INTEGER),
+    ],
+    "attention_head": [
+        Column("prompt_id", *_INTEGER),
+        Column("layer", *_INTEGER),
+        Column("head", *_INTEGER),
+        Column("bins", *_INTEGER),
+        Column("queries", *_INTEGER),
+        *(Column(name, *_FLOAT) for name in ATTENTION_STATISTICS),
+        Column("received", "FLOAT[] NOT NULL", pa.large_list(pa.float32())),
+        # rows of the lower triangle, in parts; the rest is 0
+        Column("cells", "UINTEGER[] NOT NULL", pa.large_list(pa.uint32())),
+    ],
+    "attention_key": [
+        Column("token_id", *_INTEGER),
+        Column("layer", *_INTEGER),
+        # tokens back to the key; NULL = there are fewer keys
+        Column("distances", "UINTEGER[] NOT NULL", pa.large_list(pa.uint32())),
+        Column("weights", "USMALLINT[] NOT NULL", pa.large_list(pa.uint16())),
+    ],
+}
+
+
 def tables(layout: Layout) -> dict[str, list[Column]]:
     """List the columns of every table that grows with the tokens, in the order of storage.
 
     Grain: ``token`` one row per token; ``route`` one per token and site; ``score`` and
     ``hidden`` one per token and site that has them; ``sample`` one per sampled token; ``batch``
-    one per forward pass; ``rollup`` one per site, domain and phase, with lists over experts.
+    one per forward pass; ``rollup`` one per site, domain and phase, with lists over experts;
+    ``coactivation`` one per site and ``transition`` one per site that leads to another, with a
+    matrix row by row; ``attention_prompt`` one per prompt whose attention is recorded,
+    ``attention_head`` one per such prompt, layer and head, ``attention_key`` one per token whose
+    heaviest keys are kept and layer, with lists over heads and, within a head, ranks.
     """
     place = [Column("token_id", *_INTEGER), Column("layer", *_INTEGER), Column("site", *_INTEGER)]
     floats = ("FLOAT[] NOT NULL", pa.large_list(pa.float32()))
@@ -83,6 +136,8 @@ def tables(layout: Layout) -> dict[str, list[Column]]:
             Column("weight_sum", "DOUBLE[] NOT NULL", pa.large_list(pa.float64())),
             Column("prob_sum", "DOUBLE[]", pa.large_list(pa.float64())),
         ],
+        **_PAIR_TABLES,
+        **ATTENTION_TABLES,
     }
 
 
@@ -107,6 +162,13 @@ CREATE TABLE packed.site (
 CREATE TABLE packed.prompt (
     prompt_id INTEGER NOT NULL, text VARCHAR, domain VARCHAR, source VARCHAR,
     n_tokens INTEGER NOT NULL, truncated INTEGER NOT NULL
+);
+"""
+
+_ATTENTION_LAYERS = """
+CREATE TABLE packed.attention_layer (
+    layer INTEGER NOT NULL, module VARCHAR NOT NULL, heads INTEGER, kind VARCHAR NOT NULL,
+    reason VARCHAR, recorded INTEGER[] NOT NULL
 );
 """
 
@@ -153,10 +215,62 @@ CREATE VIEW run AS
     FROM packed.run;
 """
 
+_PAIR_VIEWS = """
+CREATE VIEW coactivation AS
+    SELECT layer, site, (cell // n_experts)::INTEGER AS expert_a,
+        (cell % n_experts)::INTEGER AS expert_b, tokens::BIGINT AS tokens
+    FROM (
+        SELECT layer, site, n_experts, unnest(range(len(tokens))) AS cell, unnest(tokens) AS tokens
+        FROM packed.coactivation JOIN packed.site USING (layer, site)
+    ) WHERE tokens > 0;
+CREATE VIEW transitions AS
+    SELECT layer, next_layer, (cell // n_next)::INTEGER AS expert_id,
+        (cell % n_next)::INTEGER AS next_expert_id, tokens::BIGINT AS tokens
+    FROM (
+        SELECT layer, next_layer, n_next, unnest(range(len(tokens))) AS cell,
+            unnest(tokens) AS tokens
+        FROM packed.transition
+    ) WHERE tokens > 0;
+"""
+
+_ATTENTION_VIEWS = f"""
+CREATE VIEW attention_layers AS
+    SELECT layer, module, heads, kind, reason FROM packed.attention_layer;
+CREATE VIEW attention_prompts AS
+    SELECT prompt_id, tokens, bins, bin_width, every FROM packed.attention_prompt;
+CREATE VIEW attention_stats AS
+    SELECT prompt_id, layer, head, queries, {", ".join(ATTENTION_STATISTICS)}
+    FROM packed.attention_head;
+CREATE VIEW attention_maps AS
+    SELECT prompt_id, layer, head, bins,
+        list_transform(range(bins * bins), lambda cell:
+            CASE WHEN cells[(cell // bins) * (cell // bins + 1) // 2 + 1] IS NULL THEN NULL
+            WHEN cell % bins > cell // bins THEN 0
+            ELSE cells[(cell // bins) * (cell // bins + 1) // 2 + cell % bins + 1] / {MAP_PARTS}
+            END)::FLOAT[] AS map
+    FROM packed.attention_head;
+CREATE VIEW attention_received AS
+    SELECT prompt_id, layer, head, bins, received FROM packed.attention_head;
+CREATE VIEW attention_top_keys AS
+    SELECT token_id, layer, recorded[slot // ranks + 1] AS head, (slot % ranks)::INTEGER AS rank,
+        (token_id - distance)::INTEGER AS key_token_id, {sql_weight("code")} AS weight
+    FROM (
+        SELECT token_id, layer, recorded, len(distances) // len(recorded) AS ranks,
+            unnest(range(len(distances))) AS slot, unnest(distances) AS distance,
+            unnest(weights) AS code
+        FROM packed.attention_key JOIN packed.attention_layer USING (layer)
+    ) WHERE distance IS NOT NULL;
+"""
+
 # the accounting check compares these with what was handed in
 COUNT_TOKENS = "SELECT count(*), count(DISTINCT token_id) FROM packed.token"
+TOKEN_RANGE = "SELECT coalesce(min(token_id), 0), coalesce(max(token_id), -1) FROM packed.token"
 COUNT_BATCH_TOKENS = "SELECT coalesce(sum(tokens), 0)::BIGINT FROM packed.batch"
 COUNT_LOAD = "SELECT layer, site, sum(assignments)::BIGINT FROM expert_load GROUP BY layer, site"
+COUNT_DIAGONAL = (
+    "SELECT layer, site, sum(tokens)::BIGINT FROM coactivation WHERE expert_a = expert_b"
+    " GROUP BY layer, site"
+)
 
 SELECT_RUN = "SELECT * FROM run"
 SELECT_VERSION = "SELECT schema_version FROM packed.run"
@@ -165,6 +279,7 @@ SELECT_LAYOUT = "SELECT id_bits, slots FROM packed.run"
 SELECT_SITES = "SELECT * FROM sites ORDER BY layer, site"
 LAST_SECOND = "SELECT coalesce(max(seconds), 0) FROM packed.batch"
 
+CLEAR_PAIRS = "DELETE FROM packed.coactivation; DELETE FROM packed.transition"
 CLEAR_ROLLUP = "DELETE FROM packed.rollup"
 INSERT_RUN = (
     "INSERT INTO packed.run (model, revision, architecture, dtype, device, level, vocab_size,"
@@ -173,6 +288,7 @@ INSERT_RUN = (
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '{}', ?, ?, ?, ?, false)"
 )
 INSERT_SITES = "INSERT INTO packed.site VALUES (?, ?, ?, ?, ?, ?, ?)"
+INSERT_ATTENTION_LAYERS = "INSERT INTO packed.attention_layer VALUES (?, ?, ?, ?, ?, ?)"
 INSERT_PROMPTS = "INSERT INTO packed.prompt SELECT * FROM rows"
 CLOSE_RUN = "UPDATE packed.run SET seconds = ?, complete = ?"
 SET_BACKENDS = "UPDATE packed.run SET backends = ?"
@@ -186,6 +302,20 @@ PROMPT_COLUMNS = ("prompt_id", "text", "domain", "source", "n_tokens", "truncate
 def count_rows(table: str) -> str:
     """Write the query that counts the rows of every site in ``route``, ``score`` or ``hidden``."""
     return f"SELECT layer, site, count(*) FROM packed.{table} GROUP BY layer, site"
+
+
+def count_all(table: str) -> str:
+    """Write the query that counts the rows of a table."""
+    return f"SELECT count(*) FROM packed.{table}"
+
+
+def routed_tokens(layout: Layout) -> str:
+    """Write the query for the packed ids of a range of tokens, site after site."""
+    words = ", ".join(f"ids{word}" for word in range(layout.id_words))
+    return (
+        f"SELECT layer, site, {words} FROM packed.route WHERE token_id >= ? AND token_id < ?"
+        " ORDER BY layer, site, token_id"
+    )
 
 
 def insert(table: str) -> str:
@@ -219,17 +349,33 @@ def count_assignments(layout: Layout) -> str:
     )
 
 
+def _create(columns_of: dict[str, list[Column]]) -> list[str]:
+    return [
+        f"CREATE TABLE packed.{name} ({', '.join(f'{c.name} {c.sql}' for c in columns)})"
+        for name, columns in columns_of.items()
+    ]
+
+
+def statements_of_version_2() -> Sequence[str]:
+    """Write the statements that add to a version 1 file what version 2 has more.
+
+    When one of these tables or views changes, the old text moves to ``migrations.py``.
+    """
+    growing = _create({**_PAIR_TABLES, **ATTENTION_TABLES})
+    return [_ATTENTION_LAYERS, *growing, _PAIR_VIEWS, _ATTENTION_VIEWS]
+
+
 def create_statements(layout: Layout) -> Sequence[str]:
     """Write the statements that make an empty run file."""
-    growing = [
-        f"CREATE TABLE packed.{name} ({', '.join(f'{c.name} {c.sql}' for c in columns)})"
-        for name, columns in tables(layout).items()
-    ]
+    growing = _create(tables(layout))
     statistics = ", ".join(f"{sql_half(name)} AS {name}" for name in STATISTICS)
     return [
         _FIXED_TABLES,
+        _ATTENTION_LAYERS,
         *growing,
         _FIXED_VIEWS,
+        _PAIR_VIEWS,
+        _ATTENTION_VIEWS,
         f"CREATE VIEW assignments AS {_assignments(layout)}",
         f"CREATE VIEW gates AS SELECT token_id, layer, site, {statistics} FROM packed.route",
     ]

@@ -14,11 +14,22 @@ import pyarrow as pa
 
 from capture.errors import StoreError
 from capture.store import schema
-from capture.store.accounting import check_counts
+from capture.store.accounting import check_counts, check_diagonal
+from capture.store.attention_rows import AttentionBuilder, layer_rows
 from capture.store.codec import layout_for
 from capture.store.files import check_new, partial_of, publish, remove_partial
 from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.records import LEVELS, ForwardRows, PromptInfo, RunInfo, SiteInfo
+from capture.store.pairs import PairTotals, pairs_of_rows, store_pairs
+from capture.store.records import (
+    LEVELS,
+    AttentionLayer,
+    AttentionRows,
+    ForwardRows,
+    PairSums,
+    PromptInfo,
+    RunInfo,
+    SiteInfo,
+)
 from capture.store.rollup import Rollup
 from capture.store.rows import RowBuilder, clean, strings
 
@@ -64,7 +75,12 @@ class RunWriter:
     """Fills the partial file of one run; use from one thread at a time."""
 
     def __init__(
-        self, out: Path, connection: duckdb.DuckDBPyConnection, info: RunInfo, sites: list[SiteInfo]
+        self,
+        out: Path,
+        connection: duckdb.DuckDBPyConnection,
+        info: RunInfo,
+        sites: list[SiteInfo],
+        attention_layers: Sequence[AttentionLayer] = (),
     ) -> None:
         self.out = out
         self.partial = partial_of(out)
@@ -76,6 +92,9 @@ class RunWriter:
         self._tables = schema.tables(layout)
         self._builder = RowBuilder(info.level, sites, layout, self._tables)
         self._rollup = Rollup(sites)
+        self._pairs, self._new_pairs = PairTotals(sites), False
+        self._attention = AttentionBuilder(attention_layers, self._tables)
+        self._attention_counts = dict.fromkeys(schema.ATTENTION_TABLES, 0)
         self._pending: list[dict[str, pa.Table]] = []
         self._pending_rows = self._pending_bytes = 0
         self._n_tokens = self._n_batches = 0
@@ -85,9 +104,23 @@ class RunWriter:
     @classmethod
     @as_keyboard_interrupt()
     def create(
-        cls, out: Path, info: RunInfo, sites: Sequence[SiteInfo], prompts: Sequence[PromptInfo]
+        cls,
+        out: Path,
+        info: RunInfo,
+        sites: Sequence[SiteInfo],
+        prompts: Sequence[PromptInfo],
+        attention_layers: Sequence[AttentionLayer] = (),
     ) -> Self:
         """Start a run in ``OUT.partial``.
+
+        Parameters
+        ----------
+        out : Path
+        info : RunInfo
+        sites : sequence of SiteInfo
+        prompts : sequence of PromptInfo
+        attention_layers : sequence of AttentionLayer
+            At level attention every decoder layer, otherwise none.
 
         Raises
         ------
@@ -108,15 +141,17 @@ class RunWriter:
             remove_partial(out)
             raise
         try:
-            writer = cls(out, connection, info, list(sites))
-            writer._start(info, prompts)
+            writer = cls(out, connection, info, list(sites), attention_layers)
+            writer._start(info, prompts, attention_layers)
         except BaseException:
             connection.close()
             remove_partial(out)
             raise
         return writer
 
-    def _start(self, info: RunInfo, prompts: Sequence[PromptInfo]) -> None:
+    def _start(
+        self, info: RunInfo, prompts: Sequence[PromptInfo], layers: Sequence[AttentionLayer]
+    ) -> None:
         """Create tables and views and store what is known before the first token."""
         documents = [as_json(v) for v in (info.backends, info.packages, info.config, info.sample)]
         texts = [info.model, info.revision, info.architecture, info.dtype, info.device, info.level]
@@ -128,6 +163,8 @@ class RunWriter:
                 connection.execute(statement)
             connection.execute(schema.INSERT_RUN, [*facts, started_at, schema.SCHEMA_VERSION])
             connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
+            if layers:
+                connection.executemany(schema.INSERT_ATTENTION_LAYERS, layer_rows(layers))
             if prompts:
                 self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
 
@@ -141,7 +178,7 @@ class RunWriter:
     def append(self, forward: ForwardRows) -> None:
         """Add one forward pass; it is stored whole or not at all.
 
-        The arrays are copied, so the caller may reuse its buffers. Rows reach the disk in large
+        Arrays of a :class:`SiteBlock` are kept, all others are copied. Rows reach the disk in large
         transactions, at the latest with the first append a second after the last one.
 
         Raises
@@ -151,24 +188,56 @@ class RunWriter:
         """
         self._open()
         now = time.monotonic()
-        tables = self._builder.build(forward, self._n_batches, now - self._started)
-        self._rollup.add(forward)
-        self._pending.append(tables)
+        blocks = self._builder.blocks(forward)
+        tables = self._builder.build(forward, blocks, self._n_batches, now - self._started)
+        self._rollup.add(forward, blocks)
         self._n_batches += 1
         self._n_tokens += len(forward.tokens.token_id)
-        for site in forward.sites:
-            for table, given in (("score", site.scores), ("hidden", site.hidden)):
-                self._vectors[table][site.site_index] += 0 if given is None else len(given[0])
-        self._pending_rows += sum(table.num_rows for table in tables.values())
-        self._pending_bytes += sum(table.nbytes for table in tables.values())
+        for block in blocks:
+            for table, given in (("score", block.scores), ("hidden", block.hidden)):
+                for index in block.site_indices:
+                    self._vectors[table][index] += 0 if given is None else len(given[0])
+        self._hold(tables)
         full = self._pending_rows >= COMMIT_ROWS or self._pending_bytes >= COMMIT_BYTES
         if full or now - self._committed >= COMMIT_SECONDS:
             self.flush()
 
+    def append_attention(self, rows: AttentionRows) -> None:
+        """Add the attention of one prompt, stored with the forward pass that is appended next.
+
+        Raises
+        ------
+        StoreError
+            If a layer is missing, a shape does not fit or a number is not finite.
+        """
+        self._open()
+        tables = self._attention.build(rows)
+        for name, table in tables.items():
+            self._attention_counts[name] += table.num_rows
+        self._hold(tables)
+
+    def append_pairs(self, pairs: Sequence[PairSums]) -> None:
+        """Add the experts that met since the last call; stored with the next forward pass.
+
+        Raises
+        ------
+        StoreError
+            If a matrix does not fit its site.
+        """
+        self._open()
+        self._pairs.add(pairs)
+        self._new_pairs = True
+
+    def _hold(self, tables: dict[str, pa.Table]) -> None:
+        """Keep rows for the next transaction."""
+        self._pending.append(tables)
+        self._pending_rows += sum(table.num_rows for table in tables.values())
+        self._pending_bytes += sum(table.nbytes for table in tables.values())
+
     def flush(self) -> None:
         """Commit every forward pass handed in so far."""
         self._open()
-        if self._pending:
+        if self._pending or self._new_pairs:
             with self._transaction():
                 for name in self._tables:
                     parts = [tables[name] for tables in self._pending if name in tables]
@@ -177,6 +246,9 @@ class RunWriter:
                 # the sums so far, not their change: a killed run needs no addition to be right
                 self._open().execute(schema.CLEAR_ROLLUP)
                 self._insert(schema.insert("rollup"), self._rollup.table(self._tables["rollup"]))
+                if self._new_pairs:
+                    store_pairs(self._open(), self._pairs, self._tables)
+            self._new_pairs = False
             self._pending.clear()
             self._pending_rows = self._pending_bytes = 0
         self._committed = time.monotonic()
@@ -238,15 +310,23 @@ class RunWriter:
         """
         self.flush()
         connection = self._open()
+        routed = LEVELS.index(self._level) >= LEVELS.index("ids")
         check_counts(
             connection,
             layout=self._layout,
             sites=self._sites,
-            routed=LEVELS.index(self._level) >= LEVELS.index("ids"),
+            routed=routed,
             n_tokens=self._n_tokens,
             assignments=self._rollup.assignments(),
             vectors=self._vectors,
+            attention=self._attention_counts,
         )
+        if self._pairs:
+            check_diagonal(connection, self._sites)
+        elif routed:
+            with self._transaction():
+                found = pairs_of_rows(connection, self._layout, self._sites)
+                store_pairs(connection, found, self._tables)
         with self._transaction():
             connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
             if backends is not None:

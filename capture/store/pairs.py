@@ -1,0 +1,176 @@
+"""Sums of experts that met at a site or between layers, added up or read back from the rows."""
+
+from collections.abc import Sequence
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from capture.errors import StoreError
+from capture.store import schema
+from capture.store.codec import Layout, unpack_ids
+from capture.store.records import PairSums, SiteInfo, next_sites
+from capture.store.rows import as_table
+from capture.store.schema import Column
+
+# tokens whose rows are unpacked at a time; 64 layers of top-8 take 64 MB
+CHUNK_TOKENS = 16_384
+
+Counts = npt.NDArray[np.int64]
+
+
+class PairTotals:
+    """Adds up :class:`PairSums`.
+
+    Parameters
+    ----------
+    sites : sequence of SiteInfo
+        The run's sites.
+    """
+
+    def __init__(self, sites: Sequence[SiteInfo]) -> None:
+        self._sites = sites
+        self._next = next_sites(sites)
+        self._pairs: dict[int, Counts] = {}
+        self._transitions: dict[int, Counts] = {}
+
+    def __bool__(self) -> bool:
+        """Whether anything was added."""
+        return bool(self._pairs)
+
+    def add(self, sums: Sequence[PairSums]) -> None:
+        """Add what came in, all of it or nothing.
+
+        Raises
+        ------
+        StoreError
+            If a matrix has another shape than its sites say, or a negative count.
+        """
+        for given in sums:
+            self._check(given)
+        for given in sums:
+            _add(self._pairs, given.site_index, given.pairs)
+            if given.transitions is not None:
+                _add(self._transitions, given.site_index, given.transitions)
+
+    def _check(self, given: PairSums) -> None:
+        if not 0 <= given.site_index < len(self._sites):
+            raise StoreError(
+                f"Pairs belong to one of the {len(self._sites)} sites, got site_index "
+                f"{given.site_index}. Count the sites from 0."
+            )
+        site, following = self._sites[given.site_index], self._next[given.site_index]
+        if given.next_index != following or (given.transitions is None) != (following is None):
+            raise StoreError(
+                f"Transitions of {site.module} lead to site {following}, got next_index "
+                f"{given.next_index} {'without' if given.transitions is None else 'with'} counts. "
+                "Follow next_sites."
+            )
+        self._check_matrix("pairs", site, given.pairs, site.n_experts)
+        if given.transitions is not None and following is not None:
+            width = self._sites[following].n_experts
+            self._check_matrix("transitions", site, given.transitions, width)
+
+    @staticmethod
+    def _check_matrix(name: str, site: SiteInfo, counts: Counts, width: int) -> None:
+        if counts.shape != (site.n_experts, width):
+            raise StoreError(
+                f"{name} of {site.module} must have shape [{site.n_experts}, {width}], got "
+                f"{list(counts.shape)}. Pass one row per expert."
+            )
+        if counts.min(initial=0) < 0 or (name == "pairs" and not np.array_equal(counts, counts.T)):
+            raise StoreError(
+                f"{name} of {site.module} must be counts, and pairs the same in both orders, got a "
+                "negative or one-sided count. Count the real tokens only."
+            )
+
+    def tables(self, columns_of: dict[str, list[Column]]) -> dict[str, pa.Table]:
+        """Return the sums as rows of the tables ``coactivation`` and ``transition``."""
+        sites = self._sites
+        pairs = [(sites[i].layer, sites[i].site, m.ravel()) for i, m in self._pairs.items()]
+        transitions = []
+        for index, counts in self._transitions.items():
+            following = self._next[index]
+            assert following is not None  # checked when it came in
+            place = (sites[index].layer, sites[following].layer, sites[following].n_experts)
+            transitions.append((*place, counts.ravel()))
+        return {
+            "coactivation": _as_rows(columns_of["coactivation"], pairs),
+            "transition": _as_rows(columns_of["transition"], transitions),
+        }
+
+
+def store_pairs(
+    connection: duckdb.DuckDBPyConnection, totals: PairTotals, columns_of: dict[str, list[Column]]
+) -> None:
+    """Replace the stored sums by these; the caller opens the transaction."""
+    connection.execute(schema.CLEAR_PAIRS)
+    for name, rows in totals.tables(columns_of).items():
+        connection.register("rows", rows)
+        try:
+            connection.execute(schema.insert(name))
+        finally:
+            connection.unregister("rows")
+
+
+def _add(sums: dict[int, Counts], index: int, counts: Counts) -> None:
+    if index in sums:
+        sums[index] += counts
+    else:
+        sums[index] = counts.astype(np.int64)  # a copy: the caller may reuse its buffer
+
+
+def _as_rows(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> pa.Table:
+    by_column = zip(*rows, strict=True) if rows else ([] for _ in columns)
+    return as_table(
+        columns, [pa.array(v, c.arrow) for v, c in zip(by_column, columns, strict=True)]
+    )
+
+
+def pairs_of_rows(
+    connection: duckdb.DuckDBPyConnection, layout: Layout, sites: Sequence[SiteInfo]
+) -> PairTotals:
+    """Count the pairs again from the stored routing rows of a run at level ids or deeper."""
+    totals = PairTotals(sites)
+    places = sorted(range(len(sites)), key=lambda i: (sites[i].layer, sites[i].site))
+    first, last = connection.sql(schema.TOKEN_RANGE).fetchall()[0]
+    for start in range(first, last + 1, CHUNK_TOKENS):
+        bounds = [start, start + CHUNK_TOKENS]
+        rows = connection.sql(schema.routed_tokens(layout), params=bounds).to_arrow_table()
+        if rows.num_rows % len(sites):
+            raise StoreError(
+                f"Every token has a row at each of the {len(sites)} sites, got {rows.num_rows} "
+                "rows. The file is damaged; record the run again."
+            )
+        words = np.stack([rows[f"ids{word}"].to_numpy() for word in range(layout.id_words)], axis=1)
+        ids = unpack_ids(words, layout).reshape(len(sites), -1, layout.slots)
+        of_site = {site: ids[row] for row, site in enumerate(places)}
+        totals.add(count_pairs(of_site, sites))
+    return totals
+
+
+def count_pairs(ids: dict[int, npt.NDArray[np.int32]], sites: Sequence[SiteInfo]) -> list[PairSums]:
+    """Count pairs and transitions of every site's ids [N, K], -1 = empty slot."""
+    found = []
+    for index, following in enumerate(next_sites(sites)):
+        width = sites[index].n_experts
+        transitions = None
+        if following is not None:
+            transitions = _count(ids[index], ids[following], width, sites[following].n_experts)
+        pairs = _count(ids[index], ids[index], width, width)
+        found.append(PairSums(index, pairs, transitions, following))
+    return found
+
+
+def _count(
+    first: npt.NDArray[np.int32], second: npt.NDArray[np.int32], height: int, width: int
+) -> Counts:
+    """Count the tokens for every pair (id in first, id in second), [height, width]."""
+    counts = np.zeros(height * width, np.int64)
+    for left in first.T:
+        for right in second.T:
+            both = (left >= 0) & (right >= 0)
+            cells = left[both].astype(np.int64) * width + right[both]
+            counts += np.bincount(cells, minlength=height * width)
+    return counts.reshape(height, width)
