@@ -8,6 +8,8 @@ PAGES = {
     "overview": ("Overview", ":material/grid_view:"),
     "tokens": ("Tokens", ":material/notes:"),
     "load_balance": ("Load balance", ":material/balance:"),
+    "attention": ("Attention", ":material/visibility:"),
+    "flow": ("Flow", ":material/alt_route:"),
     "capture": ("Capture", ":material/radio_button_checked:"),
 }
 

@@ -54,6 +54,7 @@ def clickable_heatmap(
     y_title: str,
     scale: Scale,
     dark: bool,
+    cell: int = 1,
 ) -> go.Figure:
     """Draw a heatmap under a layer of near-invisible markers that carry the ids of the cells.
 
@@ -74,8 +75,10 @@ def clickable_heatmap(
         The same for cells whose value is nan.
     hover_text : sequence [Y * X] of str, optional
         Escaped.
-    x_labels, y_labels : sequences [X], [Y] of str
+    x_labels, y_labels : sequences [X * cell], [Y * cell] of str
         Escaped.
+    cell : int
+        Positions of the axes that a cell is wide and high, for blocks of tokens.
 
     Raises
     ------
@@ -91,8 +94,8 @@ def clickable_heatmap(
     figure = go.Figure(
         go.Heatmap(
             z=z,
-            x=np.arange(columns),
-            y=np.arange(rows),
+            x=_centres(columns, cell),
+            y=_centres(rows, cell),
             colorscale=theme.SEQUENTIAL if scale.neutral is None else theme.diverging(dark),
             zmin=scale.low,
             zmax=scale.high,
@@ -100,9 +103,9 @@ def clickable_heatmap(
             colorbar=_colorbar(scale),
         )
     )
-    figure.add_traces(list(_click_layers(z, ids, hover, missing_hover, hover_text)))
-    figure.update_xaxes(title=x_title, range=[-0.5, columns - 0.5], **_ticks(x_labels))
-    figure.update_yaxes(title=y_title, range=[rows - 0.5, -0.5], **_ticks(y_labels))
+    figure.add_traces(list(_click_layers(z, ids, hover, missing_hover, hover_text, cell)))
+    figure.update_xaxes(title=x_title, range=[-0.5, columns * cell - 0.5], **ticks(x_labels))
+    figure.update_yaxes(title=y_title, range=[rows * cell - 0.5, -0.5], **ticks(y_labels))
     figure.update_layout(
         clickmode="event+select",
         dragmode="zoom",
@@ -112,12 +115,20 @@ def clickable_heatmap(
     return figure
 
 
+def _centres(cells: int, cell: int) -> npt.NDArray[Any]:
+    """Return the middles of cells that are so many positions wide, in as few bytes as will do."""
+    if cell % 2:
+        return np.arange(cells) * cell + cell // 2
+    return (np.arange(cells) * cell + (cell - 1) / 2).astype(np.float32)
+
+
 def _click_layers(
     z: npt.NDArray[np.float64],
     ids: npt.NDArray[Any],
     hover: str,
     missing_hover: str,
     hover_text: Sequence[str] | None,
+    cell: int,
 ) -> Iterator[go.Scattergl]:
     """Yield the markers of the cells with a value, and of those without one."""
     flat = ids.reshape(z.size, ids.shape[-1]).astype(np.float64)
@@ -136,8 +147,8 @@ def _click_layers(
         # fully transparent markers get no clicks; by default a selection fades all others
         faint = {"opacity": 0.001}
         yield go.Scattergl(
-            x=cells % z.shape[1],
-            y=cells // z.shape[1],
+            x=_centres(z.shape[1], cell)[cells % z.shape[1]],
+            y=_centres(z.shape[0], cell)[cells // z.shape[1]],
             mode="markers",
             marker={"symbol": "square", "size": 10, **faint},
             selected={"marker": faint},
@@ -175,9 +186,10 @@ def outline(
     return figure
 
 
-def _ticks(labels: Sequence[str]) -> dict[str, Any]:
-    """Return tick positions and texts, thinned where all of them would overlap."""
-    step = 1 if len(labels) <= MAX_LABELS else -(-len(labels) // _LABELS_SHOWN)
+def ticks(labels: Sequence[str], *, room: int = MAX_LABELS) -> dict[str, Any]:
+    """Return tick positions and texts, thinned where more than ``room`` would overlap."""
+    few = _LABELS_SHOWN if room == MAX_LABELS else room
+    step = 1 if len(labels) <= room else -(-len(labels) // few)
     shown = list(range(0, len(labels), step))
     return {
         "tickmode": "array",

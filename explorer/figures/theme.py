@@ -47,6 +47,20 @@ def diverging(dark: bool) -> list[tuple[float, str]]:
     return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
 
 
+def color_at(part: float, dark: bool) -> tuple[int, int, int]:
+    """Return red, green and blue (0..255) of the diverging scale at ``part`` (0..1) of it."""
+    colors = _DIVERGING[dark]
+    place = min(max(part, 0.0), 1.0) * (len(colors) - 1)
+    lower = min(int(place), len(colors) - 2)
+    pairs = zip(_channels(colors[lower]), _channels(colors[lower + 1]), strict=True)
+    red, green, blue = (round(a + (b - a) * (place - lower)) for a, b in pairs)
+    return red, green, blue
+
+
+def _channels(color: str) -> list[int]:
+    return [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+
+
 def missing(dark: bool) -> str:
     """Return the ground of heatmaps, seen where there is no value."""
     return _MISSING[dark]

@@ -14,10 +14,12 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
     "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
     "load-balance": ("metric", "factor"),
+    "attention": ("measure", "head", "prompt", "token", "window", "show"),
+    "flow": ("steps", "flows", "pair"),
     "capture": ("job",),
 }
 # what means nothing in another run
-OF_A_RUN = ("phase", "domain", "layer", "prompt", "token", "pins", "expert")
+OF_A_RUN = ("phase", "domain", "layer", "prompt", "token", "pins", "expert", "head", "pair")
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
 
 

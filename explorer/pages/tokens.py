@@ -5,7 +5,6 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from explorer.figures.caption import Scope
-from explorer.figures.text import visible as visible_name
 from explorer.figures.theme import OKABE_ITO, foreground
 from explorer.figures.tokens import quantity_scale, token_layer_heatmap, tokens_shown
 from explorer.pages import address
@@ -13,10 +12,9 @@ from explorer.pages.components.chart import chart
 from explorer.pages.components.expert_tokens import expert_tokens_section
 from explorer.pages.components.token_panel import token_panel
 from explorer.pages.components.token_strip import Legend, Token, token_strip
-from explorer.pages.components.visible import one_line
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, is_dark, several_sites
-from explorer.pages.wording import expert_label
+from explorer.pages.wording import expert_label, prompt_name
 from explorer.queries.prompts import prompt, prompt_count, prompts
 from explorer.queries.routes import prompt_experts
 from explorer.queries.tokens import QUANTITIES, Pin, token_quantity, tokens
@@ -85,7 +83,7 @@ def _pick_prompt(view: View) -> "pd.Series | None":
         st.info("No prompt matches. Change the search, or the domain at the side.")
         return None
     rows = {str(row["prompt_id"]): row for _, row in found.iterrows()}
-    names = {key: _prompt_name(row) for key, row in rows.items()}
+    names = {key: prompt_name(row) for key, row in rows.items()}
     first = _default_prompt(found)
     key = address.choose(
         st.selectbox,
@@ -109,12 +107,6 @@ def _default_prompt(found: pd.DataFrame) -> str:
 def _change_prompt(key: str) -> None:
     address.write("prompt", key)
     address.write("token", "")
-
-
-def _prompt_name(row: pd.Series) -> str:
-    text = "(token ids, no text)" if row["text"] is None else one_line(row["text"], 90)
-    domain = f"{visible_name(row['domain'])} · " if row["domain"] else ""
-    return f"{row['prompt_id']} · {domain}{row['tokens']:,} tokens · {text}"
 
 
 def _selected(listed: pd.DataFrame) -> int:

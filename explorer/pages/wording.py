@@ -7,6 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from explorer.figures.text import visible as visible_name
+from explorer.pages.components.visible import one_line
+
 # bounds of the gate entropy as a share of ln(experts); words only, no statistics behind them
 _SURE, _LEANING, _UNDECIDED = 0.4, 0.7, 0.9
 
@@ -14,6 +17,13 @@ _SURE, _LEANING, _UNDECIDED = 0.4, 0.7, 0.9
 def expert_label(site_name: str, expert: int) -> str:
     """Return how an expert is called: its layer and its number there."""
     return f"L{site_name}.E{expert}"
+
+
+def prompt_name(row: pd.Series) -> str:
+    """Return a prompt on one line, for a list to choose from."""
+    text = "(token ids, no text)" if row["text"] is None else one_line(row["text"], 90)
+    domain = f"{visible_name(row['domain'])} · " if row["domain"] else ""
+    return f"{row['prompt_id']} · {domain}{row['tokens']:,} tokens · {text}"
 
 
 def listed(parts: Sequence[str]) -> str:

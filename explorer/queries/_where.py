@@ -6,6 +6,12 @@ from explorer.run import Run
 
 Params = dict[str, Any]
 
+# the prompt tokens of the prompts in the parameter ``prompts``
+PLACES = """
+    SELECT token_id, prompt_id, position FROM tokens
+    WHERE phase = 'prompt' AND list_contains($prompts::INTEGER[], prompt_id)
+"""
+
 
 def conditions(
     *,
