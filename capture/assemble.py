@@ -12,7 +12,8 @@ from capture.batching import Ints, PaddedBatch
 from capture.buffer import Arrays, Parcel
 from capture.forward import next_in_prompt
 from capture.observe import SiteGroup
-from capture.store.records import ForwardRows, Level, SiteRows, TokenRows
+from capture.pair_counts import Stretch, by_site
+from capture.store.records import LEVELS, ForwardRows, Level, PairSums, SiteBlock, TokenRows
 from capture.store.schema import STATISTICS
 from capture.tokens import TokenizedPrompt, decode_pieces
 
@@ -65,6 +66,24 @@ class DecodeStep:
     parcel: Parcel
 
 
+@dataclass(frozen=True, slots=True)
+class PairStep:
+    """Counts of experts that met since the last such step.
+
+    Attributes
+    ----------
+    stretches : sequence of Stretch
+    parcel : Parcel
+        ``pairs.i`` and ``transitions.i`` of stretch ``i``.
+    """
+
+    stretches: Sequence[Stretch]
+    parcel: Parcel
+
+
+Step = PromptStep | DecodeStep | PairStep
+
+
 @dataclass(slots=True)
 class _Decoded:
     """A decoding step whose texts are not known yet: a character may end in a later one."""
@@ -82,6 +101,8 @@ class Assembler:
     ----------
     append : callable
         Takes each :class:`ForwardRows`, in the order of execution.
+    append_pairs : callable
+        Takes what :meth:`capture.store.RunWriter.append_pairs` does.
     groups : sequence of SiteGroup
     prompts : sequence of TokenizedPrompt
     level : Level
@@ -92,6 +113,7 @@ class Assembler:
     """
 
     append: Callable[[ForwardRows], None]
+    append_pairs: Callable[[Sequence[PairSums]], None]
     groups: Sequence[SiteGroup]
     prompts: Sequence[TokenizedPrompt]
     level: Level
@@ -107,11 +129,14 @@ class Assembler:
         lengths = [len(prompt.ids) for prompt in self.prompts]
         self._first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
-    def consume(self, step: PromptStep | DecodeStep) -> None:
+    def consume(self, step: Step) -> None:
         """Take one step; decoding steps wait until their batch has ended."""
         if isinstance(step, PromptStep):
             self.flush()
             self._hand_over_prompts(step)
+            return
+        if isinstance(step, PairStep):
+            self.append_pairs(_pair_sums(step))
             return
         arrays = step.parcel.open()
         rows = np.flatnonzero(arrays["valid"])
@@ -141,8 +166,7 @@ class Assembler:
             loss=np.ma.array(loss, mask=~has_next),
             phase="prompt",
         )
-        everything = np.arange(len(batch.rows))
-        sites = self._sites(arrays, None, everything, step.sampled)
+        sites = self._blocks(arrays, None, np.arange(len(batch.rows)), step.sampled)
         self._append(ForwardRows(tokens, step.domains, sites))
         self.prompt_tokens += len(batch.rows)
         self.sampled_tokens += len(step.sampled)
@@ -163,7 +187,7 @@ class Assembler:
             phase="generated",
         )
         nothing = np.empty(0, dtype=np.int64)
-        sites = self._sites(arrays, rows, np.arange(len(rows)), nothing)
+        sites = self._blocks(arrays, rows, np.arange(len(rows)), nothing)
         self._append(ForwardRows(tokens, step.domains, sites))
         self.generated_tokens += len(rows)
 
@@ -196,45 +220,57 @@ class Assembler:
             texts |= {(prompt, number): piece for number, piece in enumerate(pieces)}
         return texts
 
-    def _sites(
+    def _blocks(
         self, arrays: Arrays, rows: Ints | None, everything: Ints, sampled: Ints
-    ) -> list[SiteRows]:
-        """Take the groups apart again into one record per site, without the rows left out."""
-        records: list[SiteRows] = []
+    ) -> list[SiteBlock]:
+        """Name the arrays of every group, without the rows left out."""
+        blocks: list[SiteBlock] = []
+        scored = everything if LEVELS.index(self.level) >= LEVELS.index("scores") else sampled
         for number, group in enumerate(self.groups):
             prefix = f"{number}."
             found = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            scores = _vectors(found, "scores", len(group.members))
             if rows is not None:
-                for name in ("expert_ids", "weights", "scores", *STATISTICS):
-                    if name in found:
-                        found[name] = found[name][:, rows]
-            scored = everything if self.level == "scores" else sampled
-            for place, site_index in enumerate(group.members):
-                records.append(
-                    SiteRows(
-                        site_index=site_index,
-                        assignments=found["assignments"][place],
-                        weight_sum=found["weight_sum"][place],
-                        prob_sum=_as_double(_at(found, "prob_sum", place)),
-                        expert_ids=_at(found, "expert_ids", place),
-                        weights=_at(found, "weights", place),
-                        **{name: _at(found, name, place) for name in STATISTICS},
-                        scores=_with_rows(scored, _at(found, "scores", place)),
-                        hidden=_with_rows(sampled, _at(found, "hidden", place)),
-                    )
+                found = _kept(found, rows)
+                scores = None if scores is None else [values[rows] for values in scores]
+            hidden = _vectors(found, "hidden", len(group.members))
+            blocks.append(
+                SiteBlock(
+                    site_indices=group.members,
+                    assignments=found["assignments"],
+                    weight_sum=found["weight_sum"],
+                    prob_sum=found.get("prob_sum"),
+                    expert_ids=found.get("expert_ids"),
+                    weights=found.get("weights"),
+                    **{name: found.get(name) for name in STATISTICS},
+                    scores=None if scores is None or not len(scored) else (scored, scores),
+                    hidden=None if hidden is None or not len(sampled) else (sampled, hidden),
                 )
-        return sorted(records, key=lambda record: record.site_index)
+            )
+        return blocks
 
 
-def _at(arrays: Arrays, name: str, place: int) -> npt.NDArray[Any] | None:
-    return arrays[name][place] if name in arrays else None
+def _kept(found: Arrays, rows: Ints) -> Arrays:
+    """Return the arrays with only these rows of those that have one per token."""
+    per_token = ("expert_ids", "weights", *STATISTICS)
+    return {
+        k: v[:, rows] if k in per_token and len(rows) < v.shape[1] else v for k, v in found.items()
+    }
 
 
-def _as_double(values: npt.NDArray[Any] | None) -> npt.NDArray[np.float64] | None:
-    return None if values is None else values.astype(np.float64)
+def _vectors(found: Arrays, name: str, n_sites: int) -> Sequence[npt.NDArray[Any]] | None:
+    """Return the arrays ``name`` of every site, sent together or one by one."""
+    if name in found:
+        return list(found[name])
+    if f"{name}.0" not in found:
+        return None
+    return [found[f"{name}.{place}"] for place in range(n_sites)]
 
 
-def _with_rows(
-    rows: Ints, values: npt.NDArray[Any] | None
-) -> tuple[Ints, npt.NDArray[np.float32]] | None:
-    return None if values is None or not len(rows) else (rows, values)
+def _pair_sums(step: PairStep) -> list[PairSums]:
+    arrays = step.parcel.open()
+    sums = []
+    for number, row, site, following in by_site(step.stretches):
+        transitions = None if following is None else arrays[f"transitions.{number}"][row]
+        sums.append(PairSums(site, arrays[f"pairs.{number}"][row], transitions, following))
+    return sums

@@ -19,6 +19,9 @@ FIRST_SLOT_BYTES = 32 * 2**20
 WAIT_SECONDS = 0.2
 NUMPY_TYPES: dict[torch.dtype, Any] = {
     torch.bool: np.bool_,
+    torch.uint8: np.uint8,
+    torch.uint16: np.uint16,
+    torch.float16: np.float16,
     torch.int32: np.int32,
     torch.int64: np.int64,
     torch.float32: np.float32,
@@ -150,13 +153,15 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[Segmen
     parts: list[torch.Tensor] = []
     segments: list[Segment] = []
     start = 0
+    padding: torch.Tensor | None = None
     for name, tensor in tensors.items():
         segment = Segment(name, start, tensor.dtype, tuple(tensor.shape))
         segments.append(segment)
         parts.append(tensor.contiguous().view(-1).view(torch.uint8))
         gap = -segment.n_bytes % ALIGNMENT
         if gap:
-            parts.append(parts[-1].new_zeros(gap))
+            padding = parts[-1].new_zeros(ALIGNMENT) if padding is None else padding
+            parts.append(padding[:gap])
         start += segment.n_bytes + gap
     return torch.cat(parts), segments
 

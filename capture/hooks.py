@@ -18,12 +18,14 @@ _tapped: WeakSet[nn.Module] = WeakSet()
 class SiteObservation(NamedTuple):
     """What one site did in one forward pass over ``R`` rows (batch x sequence, padding included).
 
+    The model's own tensors, not copied and not sorted.
+
     Attributes
     ----------
     scores : Tensor [R, E] or None
         As the router put them out, before squashing; None where the router hides them.
-    expert_ids : Tensor [R, K], int64
-        Chosen experts, heaviest first, ties by lower id; -1 = empty slot, always last.
+    expert_ids : Tensor [R, K], integer
+        Chosen experts in the model's order; -1 = empty slot.
     weights : Tensor [R, K]
         Combine weights as the experts were told; 0 in an empty slot.
     hidden : Tensor [R', D] or None
@@ -108,22 +110,6 @@ def tap(
         taps.discard()
 
 
-def best_first(
-    expert_ids: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort the slots of ids [R, K] and weights [R, K] by falling weight, ties by lower id.
-
-    Empty slots (-1) come last and weigh 0.
-    """
-    if expert_ids.shape[-1] == 1:
-        return expert_ids, weights
-    expert_ids, order = expert_ids.sort(dim=-1)
-    weights = weights.gather(-1, order)
-    keys = weights.masked_fill(expert_ids < 0, -torch.inf)
-    order = keys.argsort(dim=-1, descending=True, stable=True)
-    return expert_ids.gather(-1, order), weights.gather(-1, order)
-
-
 def _check_mode(site: Site) -> None:
     if site.parent.training:
         raise SiteError(
@@ -159,7 +145,6 @@ def _observe(site: Site, channel: Channel) -> SiteObservation:
                 f"{module}: router scores of shape [{len(ids)}, {n_experts}] were expected, got "
                 f"{list(scores.shape)}. This site cannot be tapped."
             )
-    ids, weights = best_first(ids.long(), weights)
     return SiteObservation(scores, ids, weights, channel.hidden)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # leave it idle
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow")
+OPS = ("gate", "coactivation")
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -121,7 +122,7 @@ def describe_run(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -
         level=config.level,
         vocab_size=vocab_size(loaded),
         hidden_size=hidden_size(loaded),
-        backends={"gate": backend_for("gate", model.device)},
+        backends={op: backend_for(op, model.device) for op in OPS},
         packages={"python": platform.python_version(), **packages},
         config=config.to_json(),
         sample=sample.record,

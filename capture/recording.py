@@ -2,18 +2,21 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from capture.assemble import DecodeStep, PromptStep
+from capture.assemble import DecodeStep, PairStep, PromptStep, Step
 from capture.batching import Ints, PaddedBatch, pad_batch, plan_batches
-from capture.buffer import Staging, WriterThread
+from capture.buffer import Parcel, Staging, WriterThread
 from capture.forward import PromptPass, Runner, to_device
 from capture.hooks import Taps
 from capture.observe import Rows, SiteGroup, observe
+from capture.pair_counts import PairCounter
 from capture.sampling import Sample
 from capture.sites import Site
 from capture.store.records import Level
@@ -89,7 +92,7 @@ class Recording:
     sites: Sequence[Site]
     groups: Sequence[SiteGroup]
     plan: Plan
-    thread: WriterThread[PromptStep | DecodeStep]
+    thread: WriterThread[Step]
     advance: Callable[[int], None]
     check: Callable[[], None]
     staging: Staging = field(default_factory=Staging)
@@ -103,6 +106,8 @@ class Recording:
         number = {domain: i for i, domain in enumerate(self._domains)}
         self._domain_of = np.array([number[prompt.domain] for prompt in prompts], dtype=np.int64)
         self._ids = [prompt.ids for prompt in prompts]
+        self._pairs = PairCounter(self.sites, self.groups)
+        self._torn = False  # whether a forward pass is handed over, but not its pairs
 
     def run(self) -> None:
         """Record every batch of the plan."""
@@ -110,13 +115,20 @@ class Recording:
         model = self.runner.model
         limit = self.runner.head.limit(int(model.get_input_embeddings().weight.shape[0]))
         with torch.inference_mode():
-            for prompts in self.plan.batches(limit):
-                batch = pad_batch(prompts, self._ids, side=side, pad_id=self.plan.pad_id)
-                self.check()
-                if self.plan.generate:
-                    self._generate(batch, self._prompts(batch))
-                else:
-                    self._prompts(batch)
+            try:
+                for prompts in self.plan.batches(limit):
+                    batch = pad_batch(prompts, self._ids, side=side, pad_id=self.plan.pad_id)
+                    self.check()
+                    if self.plan.generate:
+                        self._generate(batch, self._prompts(batch))
+                    else:
+                        self._prompts(batch)
+            except BaseException:
+                if not self._torn:
+                    with suppress(Exception):  # the first error is the one to tell
+                        self._send_pairs()
+                raise
+            self._send_pairs()
 
     def _prompts(self, batch: PaddedBatch) -> PromptPass:
         device = self.runner.device
@@ -135,9 +147,11 @@ class Recording:
             n_domains=len(domains),
             sampled=to_device(sampled, device) if len(sampled) else None,
         )
-        tensors = {"loss": done.loss} | self._observed(rows)
-        parcel = self.staging.send(tensors, stop=self.thread.failed)
-        self.thread.put(PromptStep(batch, domains, sampled, parcel))
+        self._hand_over(
+            {"loss": done.loss},
+            rows,
+            partial(PromptStep, batch, domains, sampled),
+        )
         self.advance(len(batch.rows))
         return done
 
@@ -147,7 +161,7 @@ class Recording:
         width = batch.input_ids.shape[1]
         domains, of_prompt = self._local_domains(batch)
         domain = to_device(of_prompt, device)
-        end_ids = torch.tensor(self.plan.end_ids, dtype=torch.int64, device=device)
+        end_ids = to_device(np.array(self.plan.end_ids, dtype=np.int64), device)
         last = to_device((np.arange(len(batch.prompts)) + 1) * width - 1, device)
         token = self.runner.head.logits(done.taken.index_select(0, last)).argmax(dim=-1)  # [B]
         state: dict[str, Any] = {
@@ -164,7 +178,7 @@ class Recording:
             self.check()
             logits = self._decode(token, state)
             following = logits.argmax(dim=-1)
-            goes_on = valid & ~torch.isin(token, end_ids)
+            goes_on = valid & ~(token[:, None] == end_ids).any(dim=-1)
             if number == self.plan.generate - 1:
                 goes_on = torch.zeros_like(goes_on)
             loss = torch.nn.functional.cross_entropy(logits, following, reduction="none")
@@ -172,9 +186,11 @@ class Recording:
                 "token": token, "loss": loss, "has_loss": goes_on,
                 "valid": valid, "goes_on": goes_on,
             }  # fmt: skip
-            tensors |= self._observed(Rows(None, domain, len(domains), None, valid))
-            parcel = self.staging.send(tensors, stop=self.thread.failed)
-            self.thread.put(DecodeStep(batch, domains, number, all_ended, parcel))
+            self._hand_over(
+                tensors,
+                Rows(None, domain, len(domains), None, valid),
+                partial(DecodeStep, batch, domains, number, all_ended),
+            )
             self.advance(len(batch.prompts))
             valid = goes_on
             token = torch.where(goes_on, following, self.plan.pad_id)
@@ -194,15 +210,31 @@ class Recording:
         state["position"] = state["position"] + 1
         return self.runner.head.logits(self.runner.head.take(output))
 
-    def _observed(self, rows: Rows) -> dict[str, torch.Tensor]:
+    def _hand_over(
+        self, tensors: dict[str, torch.Tensor], rows: Rows, step: Callable[[Parcel], Step]
+    ) -> None:
+        """Send what a forward pass gave to the writer, and count its pairs."""
         seen = self.taps.take()
-        tensors: dict[str, torch.Tensor] = {}
+        expert_ids = []
         for number, group in enumerate(self.groups):
             device = seen[group.members[0]].expert_ids.device
             here = rows if device == rows.domain.device else _moved(rows, device)
-            found = observe(group, self.sites, seen, here, self.plan.level)
-            tensors |= {f"{number}.{name}": tensor for name, tensor in found.items()}
-        return tensors
+            found = observe(group, seen, here, self.plan.level)
+            expert_ids.append(found.expert_ids)
+            tensors |= {f"{number}.{name}": tensor for name, tensor in found.tensors.items()}
+        parcel = self.staging.send(tensors, stop=self.thread.failed)
+        self._torn = True
+        self.thread.put(step(parcel))
+        self._pairs.add(expert_ids)
+        self._torn = False
+        if self._pairs.is_full:
+            self._send_pairs()
+
+    def _send_pairs(self) -> None:
+        tensors = self._pairs.take()
+        if tensors:
+            parcel = self.staging.send(tensors, stop=self.thread.failed)
+            self.thread.put(PairStep(self._pairs.stretches, parcel))
 
     def _local_domains(self, batch: PaddedBatch) -> tuple[list[str | None], Ints]:
         """Return the domains of a batch and each prompt's place among them."""

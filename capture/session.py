@@ -21,7 +21,7 @@ from capture.tokens import has_offsets, tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from capture.assemble import DecodeStep, PromptStep
+    from capture.assemble import Step
     from capture.buffer import WriterThread
     from capture.models import LoadedModel
     from capture.recording import Plan
@@ -205,6 +205,7 @@ class _Session:
         self.groups = group_sites(sites)
         self.assembler = Assembler(
             append=writer.append,
+            append_pairs=writer.append_pairs,
             groups=self.groups,
             prompts=plan.prompts,
             level=plan.level,
@@ -216,7 +217,7 @@ class _Session:
         from capture.buffer import WriterThread
 
         started = time.monotonic()
-        thread: WriterThread[PromptStep | DecodeStep] = WriterThread(self.assembler.consume)
+        thread: WriterThread[Step] = WriterThread(self.assembler.consume)
         why = None
         try:
             try:
@@ -247,9 +248,7 @@ class _Session:
         self.reporter.enter("done", f"{path}: {counted} recorded.")
         return path
 
-    def _record(
-        self, thread: "WriterThread[PromptStep | DecodeStep]", cancel: Callable[[], bool] | None
-    ) -> None:
+    def _record(self, thread: "WriterThread[Step]", cancel: Callable[[], bool] | None) -> None:
         from capture.forward import Runner
         from capture.head import Head
         from capture.hooks import tap
@@ -301,7 +300,7 @@ class _Session:
             seconds=time.monotonic() - started, complete=complete, notes=notes
         )
 
-    def _keep(self, thread: "WriterThread[PromptStep | DecodeStep]", error: BaseException) -> None:
+    def _keep(self, thread: "WriterThread[Step]", error: BaseException) -> None:
         """After a failure, commit what can be committed and leave the partial file."""
         for step in (thread.close, self.assembler.flush, self.writer.flush):
             try:

@@ -9,7 +9,7 @@ from checks import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capture.errors import SiteError
-from capture.hooks import best_first, tap
+from capture.hooks import tap
 from capture.selftest import attach
 from capture.sites import find_sites
 
@@ -303,16 +303,3 @@ def test_experts_that_are_not_told_ids_are_refused(mixtral):
     mixtral.model.layers[2].mlp.experts.forward = lambda x, ids, weights: x
     with pytest.raises(SiteError, match=r"layers\.2\.mlp cannot be tapped.*ids \[T, K\]"):
         attach(mixtral)
-
-
-def test_slots_are_sorted_by_weight_then_by_id():
-    ids = torch.tensor([[5, 2, 7, 0], [3, 1, -1, 4], [6, 2, 4, 0]])
-    weights = torch.tensor([[0.1, 0.4, 0.4, 0.1], [0.0, 0.5, 0.0, 0.2], [1.0, 1.0, 1.0, 1.0]])
-    sorted_ids, sorted_weights = best_first(ids, weights)
-    assert sorted_ids.tolist() == [[2, 7, 0, 5], [1, 4, 3, -1], [0, 2, 4, 6]]
-    assert_close(
-        "weights",
-        sorted_weights,
-        torch.tensor([[0.4, 0.4, 0.1, 0.1], [0.5, 0.2, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]),
-        atol=0.0,
-    )

@@ -321,7 +321,8 @@ class RunWriter:
             vectors=self._vectors,
             attention=self._attention_counts,
         )
-        if self._pairs:
+        # where a capture was cut short, the last forward pass may have come without its pairs
+        if complete and self._pairs:
             check_diagonal(connection, self._sites)
         elif routed:
             with self._transaction():
