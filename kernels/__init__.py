@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kernels.coactivation import coactivation
     from kernels.gate import gate
+    from kernels.project_topk import project_topk
 
-__all__ = ["coactivation", "gate"]
+__all__ = ["coactivation", "gate", "project_topk"]
 
 
 class _Package(ModuleType):

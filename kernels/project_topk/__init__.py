@@ -1,0 +1,100 @@
+"""The choices of many candidate routers on the same hidden states, in one pass."""
+
+import torch
+
+from kernels.dispatch import resolve_backend
+from kernels.errors import KernelError
+from kernels.project_topk.reference import project_topk_reference
+from kernels.project_topk.types import ProjectTopkOutput
+
+__all__ = ["BACKENDS", "ProjectTopkOutput", "project_topk", "project_topk_reference"]
+
+BACKENDS = ("triton", "numba", "torch")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# experts whose logits one Triton program can hold in registers, by bytes of an element
+MAX_EXPERTS = {2: 1024, 4: 512}
+
+
+def project_topk(
+    hidden: torch.Tensor,
+    projections: torch.Tensor,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> ProjectTopkOutput:
+    """Project tokens through ``R`` routers and keep each router's ``top_k`` best experts.
+
+    The logits of all routers are never held at once: a chunk of tokens on a CPU, the registers
+    on a GPU. Products are summed in float32.
+
+    Parameters
+    ----------
+    hidden : Tensor [T, D], float16 | bfloat16 | float32
+        Router inputs, finite.
+    projections : Tensor [R, E, D]
+        A row of weights per router and expert; finite. ``hidden`` and ``projections`` are used
+        in the wider of their two dtypes.
+    top_k : int
+        Experts kept, ``1 <= top_k <= E``.
+    bias : Tensor [R, E], optional
+        Added to the logits; ``-inf`` bars an expert.
+    backend : {"auto", "triton", "numba", "torch"}
+        A backend asked for by name is used or refused, never replaced.
+
+    Raises
+    ------
+    KernelError
+        If a shape, a dtype, ``top_k`` or the backend is not supported.
+    """
+    _check(hidden, projections, top_k, bias)
+    dtype = torch.promote_types(hidden.dtype, projections.dtype)
+    n_experts = projections.shape[1]
+    limit = MAX_EXPERTS[dtype.itemsize]
+    refusals = dict.fromkeys(BACKENDS)
+    if n_experts > limit:
+        refusals["triton"] = f"it holds at most {limit} experts of {dtype}, there are {n_experts}"
+    name = resolve_backend(backend, device=hidden.device, refusals=refusals)
+    if name == "triton":  # a CPU install has no triton
+        from kernels.project_topk._triton import project_topk_triton
+
+        return project_topk_triton(
+            hidden.to(dtype).contiguous(),
+            projections.to(dtype).contiguous(),
+            top_k=top_k,
+            bias=None if bias is None else bias.contiguous(),
+        )
+    if name == "numba":
+        from kernels.project_topk._numba import project_topk_numba
+
+        return project_topk_numba(hidden, projections, top_k=top_k, bias=bias)
+    return project_topk_reference(hidden, projections, top_k=top_k, bias=bias)
+
+
+def _check(
+    hidden: torch.Tensor, projections: torch.Tensor, top_k: int, bias: torch.Tensor | None
+) -> None:
+    if hidden.ndim != 2:
+        raise KernelError(
+            f"hidden must have shape [tokens, width], got {list(hidden.shape)}. "
+            "Flatten batch and sequence first: hidden.flatten(0, -2)."
+        )
+    if projections.ndim != 3 or projections.shape[2] != hidden.shape[1]:
+        raise KernelError(
+            f"projections must have shape [routers, experts, {hidden.shape[1]}] (the width of "
+            f"hidden), got {list(projections.shape)}. One router is projection.unsqueeze(0)."
+        )
+    for name, value in (("hidden", hidden), ("projections", projections)):
+        if value.dtype not in DTYPES:
+            raise KernelError(f"{name} must be float16, bfloat16 or float32, got {value.dtype}.")
+    n_routers, n_experts, _ = projections.shape
+    if not 1 <= top_k <= n_experts:
+        raise KernelError(f"top_k must be between 1 and {n_experts} (the experts), got {top_k}.")
+    if bias is not None and bias.shape != (n_routers, n_experts):
+        raise KernelError(
+            f"bias must have shape [{n_routers}, {n_experts}], one value per router and expert, "
+            f"got {list(bias.shape)}."
+        )
+    for name, other in (("projections", projections), ("bias", bias)):
+        if other is not None and other.device != hidden.device:
+            raise KernelError(f"hidden is on {hidden.device}, {name} on {other.device}. Move one.")
