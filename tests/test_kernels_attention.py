@@ -6,7 +6,10 @@ import re
 
 import pytest
 import torch
+from attention_checks import assert_same, logsumexp
 from checks import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels.attention import attention, bin_width, n_bins, used_queries
 from kernels.errors import KernelError
@@ -269,3 +272,45 @@ TENSORS = (torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8))
 def test_what_the_op_cannot_do_is_said(query, key, options, message):
     with pytest.raises(KernelError, match=re.escape(message)):
         attention(query, key, scaling=1.0, **options)
+
+
+@st.composite
+def calls(draw):
+    """Inputs and options of any shape, with peaked and flat scores."""
+    n_queries = draw(st.integers(0, 150))
+    n_keys = n_queries + draw(st.sampled_from([0, 0, 1, 70]))
+    batch, key_heads, group = draw(st.tuples(*[st.integers(1, 2)] * 3))
+    size = draw(st.sampled_from([1, 8, 20]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    spread = draw(st.sampled_from([0.0, 1.0, 30.0]))
+    query = random(batch, key_heads * group, n_queries, size)
+    key = random(batch, key_heads, n_keys, size) * spread
+    sequences = torch.randint(0, 3, (batch, n_keys), generator=generator)
+    options = {
+        "scaling": draw(st.sampled_from([size**-0.5, -0.3])),
+        "causal": draw(st.booleans()),
+        "window": draw(st.none() | st.integers(1, 90)),
+        "softcap": draw(st.none() | st.sampled_from([0.5, 30.0])),
+        "sinks": random(key_heads * group) * 3 if draw(st.booleans()) else None,
+        "valid": draw(st.sampled_from([None, sequences > 0, sequences, sequences.sort().values])),
+        "bins": draw(st.sampled_from([1, 5, 64])),
+        "every": draw(st.integers(1, 3)),
+        "top_keys": draw(st.sampled_from([0, 1, 4, 200])),
+    }
+    return query, key, options
+
+
+@settings(max_examples=150, deadline=None)
+@given(call=calls(), with_lse=st.booleans())
+def test_numba_does_what_the_definition_says(call, with_lse):
+    query, key, options = call
+    expected = attention(query, key, **options, backend="torch")
+    if with_lse:
+        options["lse"] = logsumexp(query, key, **options)
+    # scores reach 1000; float32 then holds them, and what is subtracted, to 3e-5 only
+    slack = 40.0 if (key.abs() > 8).any() else 1.0
+    assert_same(attention(query, key, **options, backend="numba"), expected, slack)

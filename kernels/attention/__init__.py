@@ -1,5 +1,7 @@
 """Where attention heads look, from queries and keys, without a matrix of all their weights."""
 
+from collections.abc import Callable
+
 import torch
 
 from kernels.attention.reference import attention_reference
@@ -26,7 +28,7 @@ __all__ = [
     "used_queries",
 ]
 
-BACKENDS = ("torch",)
+BACKENDS = ("numba", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -80,7 +82,7 @@ def attention(
         Use every n-th block of ``QUERY_BLOCK`` positions as queries: blocks 0, n, 2n, ...
     top_keys : int
         How many of the heaviest keys to list for each query.
-    backend : {"auto", "torch"}
+    backend : {"auto", "numba", "torch"}
         A backend asked for by name is used or refused, never replaced. ``"torch"`` is the
         definition of the op and holds all T x S weights.
 
@@ -97,8 +99,10 @@ def attention(
     _check_tensors(query, key)
     _check_optional(query, key, lse, sinks, valid)
     _check_options(window, softcap, bins, every, top_keys)
-    resolve_backend(backend, device=query.device, refusals=dict.fromkeys(BACKENDS))
-    return attention_reference(
+    run = _implementation(
+        resolve_backend(backend, device=query.device, refusals=dict.fromkeys(BACKENDS))
+    )
+    return run(
         query,
         key,
         scaling=scaling,
@@ -112,6 +116,14 @@ def attention(
         every=every,
         top_keys=top_keys,
     )
+
+
+def _implementation(backend: str) -> Callable[..., AttentionOutput]:
+    if backend == "numba":
+        from kernels.attention._numba import attention_numba  # compiles on import
+
+        return attention_numba
+    return attention_reference
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor) -> None:

@@ -60,6 +60,52 @@ def attention_reference(
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     scores = scores.masked_fill(~visible, -torch.inf)
+    sink = query.new_full((1, 1, 1, 1), -torch.inf) if sinks is None else sinks.view(1, -1, 1, 1)
+    sink = sink.float().expand(*scores.shape[:-1], 1)
+    if lse is None:
+        probs = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        total = torch.logaddexp(lse[:, :, queries].float().unsqueeze(-1), sink)
+        probs = (scores - total).exp()
+    probs = probs.masked_fill(~visible, 0.0)  # padding sees nothing, 0 / 0 above
+
+    distance = positions.unsqueeze(-1) - torch.arange(sequences.shape[-1], device=sequences.device)
+    if causal:
+        visible = visible & (distance >= 0)
+    if window is not None:
+        visible = visible & (distance.abs() < window)
+    return visible
+
+
+def attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scaling: float,
+    lse: torch.Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+    bins: int = 64,
+    every: int = 1,
+    top_keys: int = 0,
+) -> AttentionOutput:
+    """Compute what :func:`kernels.attention.attention` computes; inputs were checked there."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    queries = used_queries(n_queries, n_keys, every, query.device)
+    positions = queries + n_keys - n_queries
+    if valid is None:
+        valid = torch.ones(len(key), n_keys, dtype=torch.bool, device=key.device)
+    sequences = valid.long()
+    visible = visible_keys(positions, sequences, causal=causal, window=window).unsqueeze(1)
+
+    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query[:, :, queries].float() @ keys.transpose(-1, -2) * scaling  # [B, H, Q, S]
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
     total = scores.logsumexp(dim=-1) if lse is None else lse[:, :, queries].float()
     if sinks is not None:
         total = torch.logaddexp(total, sinks.float().view(1, -1, 1))
@@ -68,13 +114,13 @@ def attention_reference(
 
     distance = positions.unsqueeze(-1) - torch.arange(n_keys, device=key.device)  # [Q, S]
     recent = (distance >= 0) & (distance < RECENT)
-    same = sequences.unsqueeze(-1) == sequences.unsqueeze(-2)  # [B, S, S]
-    is_first = torch.arange(n_keys, device=key.device) == same.int().argmax(dim=-1, keepdim=True)
+    own = sequences[:, positions].unsqueeze(-1) == sequences.unsqueeze(-2)  # [B, Q, S]
+    is_first = own & (own.cumsum(dim=-1) == 1)
     pooled = _pool(probs, positions, bins)
     top_ids, top_weights = _top(probs, top_keys)
     return AttentionOutput(
         entropy=torch.special.entr(probs).sum(dim=-1),
-        sink_mass=(probs * is_first[:, positions].unsqueeze(1)).sum(dim=-1),
+        sink_mass=(probs * is_first.unsqueeze(1)).sum(dim=-1),
         mean_distance=(probs * distance).sum(dim=-1),
         window_mass=(probs * recent).sum(dim=-1),
         map=pooled / pooled.sum(dim=-1, keepdim=True),
