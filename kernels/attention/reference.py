@@ -69,49 +69,6 @@ def attention_reference(
         probs = (scores - total).exp()
     probs = probs.masked_fill(~visible, 0.0)  # padding sees nothing, 0 / 0 above
 
-    distance = positions.unsqueeze(-1) - torch.arange(sequences.shape[-1], device=sequences.device)
-    if causal:
-        visible = visible & (distance >= 0)
-    if window is not None:
-        visible = visible & (distance.abs() < window)
-    return visible
-
-
-def attention_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    scaling: float,
-    lse: torch.Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    valid: torch.Tensor | None = None,
-    bins: int = 64,
-    every: int = 1,
-    top_keys: int = 0,
-) -> AttentionOutput:
-    """Compute what :func:`kernels.attention.attention` computes; inputs were checked there."""
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    queries = used_queries(n_queries, n_keys, every, query.device)
-    positions = queries + n_keys - n_queries
-    if valid is None:
-        valid = torch.ones(len(key), n_keys, dtype=torch.bool, device=key.device)
-    sequences = valid.long()
-    visible = visible_keys(positions, sequences, causal=causal, window=window).unsqueeze(1)
-
-    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query[:, :, queries].float() @ keys.transpose(-1, -2) * scaling  # [B, H, Q, S]
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
-    scores = scores.masked_fill(~visible, -torch.inf)
-    total = scores.logsumexp(dim=-1) if lse is None else lse[:, :, queries].float()
-    if sinks is not None:
-        total = torch.logaddexp(total, sinks.float().view(1, -1, 1))
-    # a padded query sees nothing: its total is -inf, or anything where the caller gave it
-    probs = (scores - total.unsqueeze(-1)).exp().masked_fill(~visible, 0.0)
-
     distance = positions.unsqueeze(-1) - torch.arange(n_keys, device=key.device)  # [Q, S]
     recent = (distance >= 0) & (distance < RECENT)
     own = sequences[:, positions].unsqueeze(-1) == sequences.unsqueeze(-2)  # [B, Q, S]
