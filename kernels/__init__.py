@@ -12,11 +12,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kernels.attention import attention
     from kernels.coactivation import coactivation
     from kernels.gate import gate
     from kernels.project_topk import project_topk
 
-__all__ = ["coactivation", "gate", "project_topk"]
+__all__ = ["attention", "coactivation", "gate", "project_topk"]
 
 
 class _Package(ModuleType):

@@ -6,7 +6,7 @@ import pytest
 @pytest.mark.parametrize(
     ("package", "names"),
     [
-        ("kernels", ["coactivation", "gate", "project_topk"]),
+        ("kernels", ["attention", "coactivation", "gate", "project_topk"]),
         ("capture", ["CaptureConfig", "record"]),
         ("explorer", ["open_run"]),
     ],
