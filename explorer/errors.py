@@ -3,6 +3,7 @@
 ExplorerError
 ├── RunError            a run file is missing, unreadable, or has not what a question needs
 ├── MetricError         a metric was given numbers that it is not defined for
+├── RouterError         a router lacks what it needs, or was given options it cannot work with
 ├── WorkerError         the worker process cannot be used
 └── UnknownNameError    a name is not among the registered ones
 """
@@ -18,6 +19,10 @@ class RunError(ExplorerError):
 
 class MetricError(ExplorerError, ValueError):
     """A metric was given numbers that it is not defined for."""
+
+
+class RouterError(ExplorerError, ValueError):
+    """A router lacks what it needs, or was given options it cannot work with."""
 
 
 class WorkerError(ExplorerError):

@@ -1,0 +1,51 @@
+"""Routers: rules that send tokens to experts, or to other parts of a model.
+
+base        the contract, and the registry ``ROUTERS``
+layers      fitting every layer, or one router for all layers
+scores      what the host model makes of logits
+selectors   top-k, threshold, top-p
+probe       whether a rule looks into the future or at other sequences
+native      the model's own decision, and top-k of its scores
+
+Importing this package imports torch; ``import explorer`` does not import this package.
+"""
+
+from explorer.routers import native
+from explorer.routers.base import (
+    FAMILIES,
+    ROUTERS,
+    PartMask,
+    PartRouter,
+    Router,
+    RouterInfo,
+    RouterInputs,
+    Routing,
+    RoutingRouter,
+    Site,
+)
+from explorer.routers.layers import AcrossLayers, fit_layers, route_layers
+from explorer.routers.probe import Verdict, probe
+from explorer.routers.selectors import Selector, Threshold, TopK, TopP
+
+__all__ = [
+    "FAMILIES",
+    "ROUTERS",
+    "AcrossLayers",
+    "PartMask",
+    "PartRouter",
+    "Router",
+    "RouterInfo",
+    "RouterInputs",
+    "Routing",
+    "RoutingRouter",
+    "Selector",
+    "Site",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "Verdict",
+    "fit_layers",
+    "native",
+    "probe",
+    "route_layers",
+]

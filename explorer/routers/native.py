@@ -1,0 +1,127 @@
+"""The model's own decision, and the rules that stay closest to it."""
+
+from dataclasses import replace
+
+import torch
+
+from explorer.errors import RouterError
+from explorer.routers.base import ROUTERS, RouterInfo, RouterInputs, Routing, RoutingRouter
+from explorer.routers.scores import host_scores, slots, weigh
+from explorer.routers.selectors import Selector, TopK, top_ids
+
+
+@ROUTERS.add("native")
+class NativeRouter(RoutingRouter):
+    """Return the model's own decision, as it was recorded."""
+
+    info = RouterInfo(
+        name="native",
+        family="literature",
+        title="The model's own router",
+        summary="What the model itself decided. Every other router is compared with it.",
+        formula="as recorded",
+        paper="",
+        needs=frozenset({"native"}),
+    )
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        recorded = inputs.decision()
+        return slots(recorded.scores, recorded.expert_ids.long(), recorded.weights.float())
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the model's own linear gate."""
+        return 2.0 * d * n_experts
+
+
+def choice_scores(scores: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
+    """Return what the host model sorts its experts by, [T, E].
+
+    Its scores plus its selection bias, ``-inf`` outside its best groups of experts.
+    """
+    biased = scores
+    if inputs.selection_bias is not None:
+        biased = scores + inputs.selection_bias.to(scores.device, torch.float32)
+    if inputs.n_groups is None or inputs.top_groups is None or inputs.n_groups == 1:
+        return biased
+    two_best = inputs.selection_bias is not None
+    return keep_best_groups(biased, inputs.n_groups, inputs.top_groups, 2 if two_best else 1)
+
+
+def keep_best_groups(
+    scores: torch.Tensor, n_groups: int, top_groups: int, counted: int
+) -> torch.Tensor:
+    """Return scores with ``-inf`` outside the best groups of consecutive experts, [T, E].
+
+    Parameters
+    ----------
+    scores : Tensor [T, E]
+    n_groups, top_groups : int
+        How many equal groups there are, and how many a token may use; ties go to the lower one.
+    counted : int
+        A group counts by the sum of so many of its best experts: 1 is DeepSeek-V2's rule, 2 is
+        DeepSeek-V3's.
+
+    Notes
+    -----
+    Outside means ``-inf`` as in DeepSeek's own code; the port in transformers writes 0.0, which
+    lets such experts win when a bias makes scores negative.
+    """
+    n_experts = scores.shape[-1]
+    if n_experts % n_groups or not 1 <= top_groups <= n_groups:
+        raise RouterError(
+            f"Expected groups that divide {n_experts} experts evenly and 1 <= top_groups <= "
+            f"n_groups, got n_groups={n_groups}, top_groups={top_groups}."
+        )
+    grouped = scores.view(len(scores), n_groups, n_experts // n_groups)
+    best = grouped.topk(min(counted, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+    allowed = TopK(top_groups).mask(best)
+    return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+@ROUTERS.add("top_k")
+class TopKRouter(RoutingRouter):
+    """Take the best experts by the model's own logits, any number of them.
+
+    Parameters
+    ----------
+    k : int, optional
+        Experts per token; None = as many as the model takes.
+    selector : Selector, optional
+        Another way to choose, on the model's scores; replaces ``k``.
+    """
+
+    info = RouterInfo(
+        name="top_k",
+        family="literature",
+        title="Top-k of the model's scores",
+        summary=(
+            "The model's own gate with another number of experts. With the model's own k it "
+            "repeats the model's decision."
+        ),
+        formula="S = TopK(score(W h) + b, k);  w_e = score_e / sum_S score",
+        paper="1701.06538, eq. 3-5",
+        needs=frozenset({"logits"}),
+    )
+
+    def __init__(self, *, k: int | None = None, selector: Selector | None = None) -> None:
+        if k is not None and selector is not None:
+            raise RouterError("Expected k or selector, got both. TopK(k) is the selector of k.")
+        self.k = k
+        self.selector = selector
+        if selector is not None:
+            self.info = replace(self.info, variable_k=selector.variable)
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        scores = host_scores(inputs.tensor("logits"), inputs)
+        if self.selector is not None:
+            ids = self.selector.ids(scores)
+        else:
+            choice = choice_scores(scores, inputs)
+            ids = top_ids(choice, inputs.top_k if self.k is None else self.k)
+            # the best groups may hold fewer experts than are asked for
+            ids = ids.where(choice.gather(-1, ids) > -torch.inf, -1)
+        return slots(scores, ids, weigh(scores, ids, inputs))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the model's own linear gate."""
+        return 2.0 * d * n_experts

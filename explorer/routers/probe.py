@@ -1,0 +1,200 @@
+"""Find out whether a rule looks into the future or at other sequences, by changing them.
+
+The inputs come from a small causal toy model that is run again after each change, so that what a
+rule reads is as wide as in a real model: attention received by a token, for example, depends on
+later tokens, and a rule that uses it is caught although it looks at one row only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from explorer.routers.base import (
+    Decision,
+    PartMask,
+    PartRouter,
+    Router,
+    RouterInputs,
+    Routing,
+    Site,
+)
+from explorer.routers.layers import fit_layers, route_layers
+from explorer.routers.native import TopKRouter
+
+VOCABULARY = 40
+HIDDEN = 16
+EXPERTS = 8
+TOP_K = 2
+HEADS = 4
+LAYERS = 3
+ATTENTION_NAMES = ("entropy", "max_weight", "sink_mass")
+
+_ROUNDING = 1e-4  # a product of matrices may round differently for another number of rows
+
+
+class Verdict(NamedTuple):
+    """What a rule's decisions were found to depend on.
+
+    Attributes
+    ----------
+    causal : bool
+        No change to later tokens of a sequence changed a decision on earlier ones.
+    batch_dependent : bool
+        A change to other sequences, or their absence, changed a decision.
+    """
+
+    causal: bool
+    batch_dependent: bool
+
+
+def probe(router: Router, *, seed: int = 0, n_sequences: int = 4, length: int = 24) -> Verdict:
+    """Fit a copy of a router on toy sequences and change others under its eyes.
+
+    Parameters
+    ----------
+    router : Router
+        Any rule; it is left as it is.
+    seed : int
+        Seeds the toy model and its sequences.
+    n_sequences, length : int
+        How many sequences there are, and how many tokens each has.
+    """
+    fit_inputs = toy_layers(toy_tokens(n_sequences, length, seed + 1), seed=seed)
+    fitted = fit_layers(router, fit_inputs, toy_targets(router, fit_inputs, seed=seed))
+    tokens = toy_tokens(n_sequences, length, seed)
+    before = _decide(fitted, tokens, seed)
+    causal, batch_dependent = True, False
+    for sequence in range(n_sequences):
+        for cut in (1, length // 3, 2 * length // 3, length - 1):
+            changed = tokens.clone()
+            # one token over and over: the strongest pull on whatever counts tokens
+            changed[sequence, cut:] = (tokens[sequence, cut - 1] + cut) % VOCABULARY
+            after = _decide(fitted, changed, seed)
+            causal &= _same(before[sequence, :cut], after[sequence, :cut])
+            others = [other for other in range(n_sequences) if other != sequence]
+            batch_dependent |= not _same(before[others], after[others])
+        alone = _decide(fitted, tokens[sequence : sequence + 1], seed)
+        batch_dependent |= not _same(before[sequence], alone[0])
+    return Verdict(causal, batch_dependent)
+
+
+def toy_tokens(n_sequences: int, length: int, seed: int) -> torch.Tensor:
+    """Draw token ids [N, S]; low ones are more frequent, as in text."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(n_sequences, length, generator=generator)
+    return (uniform.square() * VOCABULARY).long()
+
+
+def toy_layers(
+    tokens: torch.Tensor, *, seed: int = 0, score_function: str = "softmax", biased: bool = False
+) -> dict[Site, RouterInputs]:
+    """Run the toy model over sequences and return what a capture would know of its routers.
+
+    Parameters
+    ----------
+    tokens : Tensor [N, S], int64
+        Token ids below ``VOCABULARY``; sequences are independent of each other.
+    seed : int
+        Seeds the weights.
+    score_function : {"softmax", "softmax_topk", "sigmoid", "probabilities"}
+        What the model makes of its logits.
+    biased : bool
+        Whether the model has a selection bias, a scaling factor and groups, like DeepSeek-V3.
+
+    Returns
+    -------
+    dict of (layer, site) to RouterInputs
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    n_sequences, length = tokens.shape
+    stream = draw(VOCABULARY, HIDDEN)[tokens]  # [N, S, D]
+    positions = torch.arange(length)
+    layers: dict[Site, RouterInputs] = {}
+    previous: Routing | None = None
+    for layer in range(LAYERS):
+        query, key, value = draw(HIDDEN, HIDDEN), draw(HIDDEN, HIDDEN), draw(HIDDEN, HIDDEN)
+        attention = _attend(stream @ query, stream @ key)
+        stream = stream + attention @ stream @ value / HIDDEN**0.5
+        hidden = torch.nn.functional.layer_norm(stream, (HIDDEN,)).flatten(0, 1)
+        gate = draw(EXPERTS, HIDDEN, scale=0.6)
+        logits = hidden @ gate.T
+        bias = draw(EXPERTS, scale=0.1)
+        inputs = RouterInputs(
+            layer=layer,
+            n_experts=EXPERTS,
+            top_k=TOP_K,
+            score_function=score_function,
+            renormalize=True,
+            scaling=2.5 if biased else 1.0,
+            selection_bias=bias if biased else None,
+            n_groups=4 if biased else None,
+            top_groups=2 if biased else None,
+            gate_weight=gate,
+            hidden=hidden,
+            logits=logits.softmax(dim=-1) if score_function == "probabilities" else logits,
+            token_ids=tokens.flatten(),
+            positions=positions.repeat(n_sequences),
+            starts=(positions == 0).repeat(n_sequences),
+            previous=previous,
+            attention=_statistics(attention).flatten(0, 1),
+            attention_names=ATTENTION_NAMES,
+            received=attention.sum(dim=1).flatten(),
+        )
+        previous = TopKRouter().route(inputs)
+        layers[layer, 0] = replace(inputs, native=previous)
+    return layers
+
+
+def toy_targets(
+    router: Router, inputs: Mapping[Site, RouterInputs], *, seed: int = 0
+) -> dict[Site, Decision]:
+    """Return what a rule may learn from on the toy model: importances for a rule about parts."""
+    if not isinstance(router, PartRouter):
+        return {place: recorded.decision() for place, recorded in inputs.items()}
+    width = {"head": HEADS, "layer": 1, "expert": EXPERTS}[router.part]
+    generator = torch.Generator().manual_seed(seed)
+    targets: dict[Site, Decision] = {}
+    for place, recorded in inputs.items():
+        truth = torch.randn(HIDDEN, width, generator=generator)
+        targets[place] = PartMask(router.part, (recorded.tensor("hidden") @ truth / 2).sigmoid())
+    return targets
+
+
+def dense(decision: Decision) -> torch.Tensor:
+    """Return what a decision applies, [T, E] combine weights or [T, P] gates."""
+    if isinstance(decision, PartMask):
+        return decision.gate
+    weights = decision.weights.masked_fill(decision.expert_ids < 0, 0.0)
+    empty = torch.zeros_like(decision.scores)
+    return empty.scatter_add(-1, decision.expert_ids.clamp_min(0), weights)
+
+
+def _decide(routers: Mapping[Site, Router], tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return what all layers apply to the sequences, [N, S, L * P]."""
+    decisions = route_layers(routers, toy_layers(tokens, seed=seed))
+    return torch.cat([dense(each) for each in decisions.values()], -1).view(*tokens.shape, -1)
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool(torch.allclose(first, second, rtol=0, atol=_ROUNDING))
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return causal attention weights [N, S, S]."""
+    length = query.shape[1]
+    scores = query @ key.transpose(1, 2) / (4 * query.shape[-1] ** 0.5)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights: torch.Tensor = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+    return weights
+
+
+def _statistics(attention: torch.Tensor) -> torch.Tensor:
+    """Return the statistics named in ``ATTENTION_NAMES``, [N, S, A]."""
+    entropy = -(attention * attention.clamp_min(1e-12).log()).sum(dim=-1)
+    return torch.stack([entropy, attention.amax(dim=-1), attention[:, :, 0]], dim=-1)

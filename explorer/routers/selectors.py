@@ -1,0 +1,116 @@
+"""How parts are chosen once they have scores: the best k, all above a threshold, or the top p."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from explorer.errors import RouterError
+from explorer.routers.scores import masked_ids
+
+
+def top_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the ``k`` best columns of each row, best first, ties to the lower one: [T, k] int64.
+
+    ``torch.topk`` breaks ties as it likes, and after quantisation exact ties are common; the few
+    rows with a tie among their best are sorted again, stably.
+    """
+    n = scores.shape[-1]
+    if not 1 <= k <= n:
+        raise RouterError(f"Expected 1 <= k <= {n} (the number of experts or parts), got k={k}.")
+    wide = scores.topk(min(k + 1, n), dim=-1)
+    ids = wide.indices[:, :k].clone()
+    if wide.values.shape[-1] > 1:
+        tied = (wide.values[:, 1:] == wide.values[:, :-1]).any(dim=-1)
+        if bool(tied.any()):
+            again = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+            ids[tied] = again
+    return ids
+
+
+class Selector(ABC):
+    """Choose among scored parts, token by token."""
+
+    variable: bool
+
+    @abstractmethod
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool, of scores [T, P]."""
+
+    def ids(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the kept parts of each token, [T, K] int64, -1 where there are fewer."""
+        return masked_ids(self.mask(scores))
+
+
+@dataclass(frozen=True)
+class TopK(Selector):
+    """Keep the ``k`` best parts of every token; ties go to the lower part."""
+
+    k: int
+    variable = False
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool."""
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, self.ids(scores), True)
+
+    def ids(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the kept parts of each token, best first, [T, k] int64."""
+        return top_ids(scores, self.k)
+
+
+@dataclass(frozen=True)
+class Threshold(Selector):
+    """Keep every part that scores at least ``threshold``.
+
+    Attributes
+    ----------
+    threshold : float
+        On the scale of the scores; at or below their smallest value, everything is kept.
+    at_least : int
+        So many of the best are kept even if they score less.
+    """
+
+    threshold: float
+    at_least: int = 0
+    variable = True
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool."""
+        kept = scores >= self.threshold
+        return kept | TopK(self.at_least).mask(scores) if self.at_least else kept
+
+
+@dataclass(frozen=True)
+class TopP(Selector):
+    """Keep the smallest number of best parts whose scores sum to at least ``p`` of the total.
+
+    Attributes
+    ----------
+    p : float, 0..1
+        0 keeps the best part alone, 1 keeps all.
+
+    References
+    ----------
+    Huang et al. 2024, "Harder Tasks Need More Experts", arXiv:2403.07652, eq. 3; the published
+    code's default is 0.4.
+    """
+
+    p: float
+    variable = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        if not 0 <= self.p <= 1:
+            raise RouterError(f"Expected 0 <= p <= 1, got {self.p}; 0.4 is the published default.")
+
+    def mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool; scores must not be negative."""
+        if self.p >= 1:
+            return torch.ones_like(scores, dtype=torch.bool)
+        best = scores.sort(dim=-1, descending=True, stable=True)
+        share = best.values / best.values.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        # a part is kept while those before it do not reach p
+        before = torch.nn.functional.pad(share.cumsum(dim=-1)[:, :-1], (1, 0))
+        kept = before < self.p
+        kept[:, :1] = True
+        return torch.zeros_like(kept).scatter(-1, best.indices, kept)

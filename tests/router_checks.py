@@ -1,0 +1,254 @@
+"""What every router must satisfy. One function per rule; the docstring is the rule.
+
+Run the suite on a router of your own from a test file of your own:
+
+    import pytest
+    from router_checks import CHECKS
+    from my_router import MyRouter
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_my_router(check):
+        check(MyRouter)
+
+A check takes anything that makes the router when called without arguments.
+"""
+
+import copy
+import dataclasses
+import functools
+import pickle
+
+import pytest
+import torch
+
+from explorer.errors import RouterError
+from explorer.routers import (
+    FAMILIES,
+    AcrossLayers,
+    PartMask,
+    RouterInputs,
+    Routing,
+    fit_layers,
+    probe,
+)
+from explorer.routers.probe import dense, toy_layers, toy_targets, toy_tokens
+
+HOSTS = {
+    "softmax": {"score_function": "softmax"},
+    "sigmoid": {"score_function": "sigmoid", "biased": True},
+    "probabilities": {"score_function": "probabilities"},
+}
+PLACE = (1, 0)
+FIT_SEED, HELD_OUT_SEED = 11, 12
+FIELDS = {field.name for field in dataclasses.fields(RouterInputs)}
+TENSORS = (
+    *("hidden", "logits", "native", "token_ids", "positions", "starts", "gate_weight"),
+    *("previous_state", "previous", "attention", "received"),
+)
+
+
+def inputs_of(host, seed, n_sequences=4, length=24):
+    return toy_layers(toy_tokens(n_sequences, length, seed), **HOSTS[host])
+
+
+@functools.cache
+def fitted(make, host):
+    """Return the router, fitted on the fit split; fitted once per router and host."""
+    layers = inputs_of(host, FIT_SEED)
+    router = make()
+    return fit_layers(router, layers, toy_targets(router, layers))[PLACE]
+
+
+@functools.cache
+def decided(make, host):
+    return fitted(make, host).route(inputs_of(host, HELD_OUT_SEED)[PLACE])
+
+
+def equal(first, second):
+    return torch.equal(dense(first), dense(second))
+
+
+def check_a_card_describes_it(make):
+    """The card is complete, and every need is a field of RouterInputs."""
+    info = make().info
+    assert info.name and info.title and info.formula
+    assert info.family in FAMILIES
+    assert 1 <= info.summary.count(". ") + info.summary.endswith(".") <= 2
+    assert info.needs <= FIELDS
+    assert info.fits in (None, "statistics", "distilled", "trained")
+
+
+def check_shapes_and_types(make):
+    """A routing is float32 [T, E] and [T, K] with int64 ids; a mask is float32 [T, P]."""
+    for host in HOSTS:
+        inputs, decision = inputs_of(host, HELD_OUT_SEED)[PLACE], decided(make, host)
+        n_tokens = inputs.n_tokens
+        if isinstance(decision, PartMask):
+            assert decision.part in ("head", "layer", "expert")
+            assert decision.gate.dtype == torch.float32
+            assert decision.gate.ndim == 2 and len(decision.gate) == n_tokens
+            continue
+        assert isinstance(decision, Routing)
+        assert decision.scores.shape == (n_tokens, inputs.n_experts)
+        assert decision.expert_ids.shape == decision.weights.shape
+        assert decision.expert_ids.ndim == 2 and len(decision.expert_ids) == n_tokens
+        assert decision.scores.dtype == decision.weights.dtype == torch.float32
+        assert decision.expert_ids.dtype == torch.int64
+        if decision.state is not None:
+            assert decision.state.dtype == torch.float32 and len(decision.state) == n_tokens
+
+
+def check_experts_are_distinct_and_in_range(make):
+    """A token visits an expert once, empty slots come last, and K is that of the widest token."""
+    for host in HOSTS:
+        decision = decided(make, host)
+        if isinstance(decision, PartMask):
+            continue
+        n_experts = decision.scores.shape[-1]
+        widest = 0
+        for row in decision.expert_ids.tolist():
+            visited = [expert for expert in row if expert != -1]
+            assert row[: len(visited)] == visited, "an empty slot before a filled one"
+            assert len(set(visited)) == len(visited)
+            assert all(0 <= expert < n_experts for expert in visited)
+            widest = max(widest, len(visited))
+        assert decision.expert_ids.shape[1] == max(1, widest)
+
+
+def check_weights_are_finite_and_not_negative(make):
+    """Weights are finite, >= 0, heaviest first, and exactly 0 in empty slots."""
+    for host in HOSTS:
+        decision = decided(make, host)
+        if isinstance(decision, PartMask):
+            continue
+        assert bool(decision.scores.isfinite().all())
+        assert bool(decision.weights.isfinite().all())
+        assert bool((decision.weights >= 0).all())
+        assert bool((decision.weights[decision.expert_ids == -1] == 0).all())
+        assert bool((decision.weights.diff(dim=-1) <= 0).all())
+
+
+def check_gates_lie_between_0_and_1(make):
+    """A gate is a share of a part, from not executed to all of it."""
+    for host in HOSTS:
+        decision = decided(make, host)
+        if isinstance(decision, PartMask):
+            assert bool(((decision.gate >= 0) & (decision.gate <= 1)).all())
+
+
+def check_the_number_of_experts_is_as_declared(make):
+    """Without ``variable_k`` every token visits the same number of experts."""
+    for host in HOSTS:
+        decision = decided(make, host)
+        if isinstance(decision, Routing) and not make().info.variable_k:
+            assert bool((decision.expert_ids >= 0).all())
+
+
+def check_the_same_seed_gives_the_same_decision(make):
+    """Two routers made and fitted alike decide alike, whatever the global seed is."""
+    layers = inputs_of("softmax", FIT_SEED)
+    held_out = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
+    torch.manual_seed(1)
+    again = fit_layers(make(), layers, toy_targets(make(), layers))[PLACE]
+    torch.manual_seed(2)
+    assert equal(again.route(held_out), decided(make, "softmax"))
+
+
+def check_no_token_and_one_token(make):
+    """A batch may hold no token, or a single one."""
+    for host in HOSTS:
+        inputs = inputs_of(host, HELD_OUT_SEED)[PLACE]
+        for count in (0, 1):
+            decision = fitted(make, host).route(inputs.take(torch.arange(count)))
+            assert len(dense(decision)) == count
+            if isinstance(decision, Routing):
+                assert decision.expert_ids.shape[1] >= 1
+
+
+def check_routing_changes_nothing(make):
+    """``route`` changes neither the router nor its inputs, and so learns from no held-out token."""
+    for host in HOSTS:
+        router = copy.deepcopy(fitted(make, host))
+        inputs = inputs_of(host, HELD_OUT_SEED)[PLACE]
+        original, before = copy.deepcopy(inputs), pickle.dumps(router)
+        first = router.route(inputs)
+        assert pickle.dumps(router) == before
+        assert equal(router.route(inputs), first)
+        assert_same_inputs(inputs, original)
+
+
+def check_fit_copies_what_it_keeps(make):
+    """``fit`` leaves its inputs alone, and changing them afterwards changes no decision."""
+    layers = inputs_of("softmax", FIT_SEED)
+    original = copy.deepcopy(layers)
+    router = make()
+    targets = toy_targets(router, layers)
+    router = fit_layers(router, layers, targets)[PLACE]
+    held_out = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
+    before = router.route(held_out)
+    for place, inputs in layers.items():
+        assert_same_inputs(inputs, original[place])
+    for inputs in layers.values():
+        for name in ("hidden", "logits", "token_ids", "attention", "gate_weight"):
+            getattr(inputs, name).zero_()
+    assert equal(router.route(held_out), before)
+
+
+def check_what_it_depends_on_is_declared(make):
+    """Changing later tokens or other sequences shows exactly what the card admits."""
+    verdict, info = probe(make()), make().info
+    assert verdict.causal == info.causal, f"declared {info.causal=}, found {verdict}"
+    assert verdict.batch_dependent == info.batch_dependent, (
+        f"declared {info.batch_dependent=}, found {verdict}"
+    )
+
+
+def check_needs_are_honest(make):
+    """Without a need comes an error that names it; with all needs and nothing else, it routes."""
+    router = fitted(make, "softmax")
+    inputs = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
+    for need in router.info.needs:
+        with pytest.raises(RouterError, match=need):
+            router.route(dataclasses.replace(inputs, **{need: None}))
+    unneeded = {name: None for name in TENSORS if name not in router.info.needs}
+    if not router.info.needs & set(TENSORS):
+        unneeded.pop("token_ids")  # something has to say how many tokens there are
+    assert equal(
+        router.route(dataclasses.replace(inputs, **unneeded)), decided(make, "softmax")
+    ) or isinstance(router, AcrossLayers)
+
+
+def check_an_unfitted_router_says_so(make):
+    """Routing before ``fit`` is an error where there is something to fit."""
+    router = make()
+    if router.info.fits is not None:
+        with pytest.raises(RouterError, match="fit"):
+            router.route(inputs_of("softmax", HELD_OUT_SEED)[PLACE])
+
+
+def check_it_pickles(make):
+    """A fitted router can be written to disk and decides as before."""
+    for host in HOSTS:
+        again = pickle.loads(pickle.dumps(fitted(make, host)))
+        assert equal(again.route(inputs_of(host, HELD_OUT_SEED)[PLACE]), decided(make, host))
+
+
+def check_its_own_cost_is_counted(make):
+    """FLOPs are finite, and more than none where hidden states or logits are read."""
+    router = fitted(make, "softmax")
+    cost = router.flops(8, 16, 2)
+    assert 0 <= cost < float("inf")
+    if router.info.needs & {"hidden", "logits"}:
+        assert cost > 0
+
+
+def assert_same_inputs(inputs, original):
+    for name in TENSORS:
+        now, then = getattr(inputs, name), getattr(original, name)
+        if isinstance(now, Routing):
+            assert equal(now, then), name
+        elif now is not None:
+            assert torch.equal(now, then), name
+
+
+CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]

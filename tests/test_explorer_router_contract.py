@@ -1,0 +1,123 @@
+"""Every registered router, through every check; and checks that can fail."""
+
+import dataclasses
+
+import pytest
+import router_checks
+import torch
+
+from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
+from explorer.routers.native import TopKRouter
+
+
+@pytest.mark.parametrize("check", router_checks.CHECKS, ids=lambda check: check.__name__[6:])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_contract(name, check):
+    check(ROUTERS[name])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_cards_carry_the_name_of_the_registry(name):
+    assert ROUTERS[name]().info.name == name
+
+
+class Broken(RoutingRouter):
+    """A router that breaks one rule, given by name."""
+
+    info = RouterInfo(
+        name="broken",
+        family="control",
+        title="Broken",
+        summary="Breaks a rule.",
+        formula="?",
+        paper="",
+        needs=frozenset({"logits"}),
+    )
+
+    def __init__(self, fault):
+        self.fault = fault
+        self.calls = 0
+        if fault == "fit":
+            self.info = dataclasses.replace(self.info, fits="statistics")
+        if fault == "card":
+            self.info = dataclasses.replace(self.info, summary="One. Two. Three.")
+        if fault == "pickle":
+            self.function = lambda: None
+
+    @property
+    def fitted(self):
+        return True
+
+    def _fit(self, inputs, target):
+        if self.fault == "view":
+            self.view_ = inputs.logits
+
+    def _route(self, inputs):
+        out = TopKRouter().route(inputs)
+        scores, ids, weights = (part.clone() for part in out[:3])
+        if self.fault == "dtype":
+            ids = ids.int()
+        elif self.fault == "twice":
+            ids[:, 1] = ids[:, 0]
+        elif self.fault == "negative" and len(weights):
+            weights[0, 1] = -1
+        elif self.fault == "dropped" and len(weights):
+            ids[0, 1], weights[0, 1] = -1, 0
+        elif self.fault == "global":
+            weights = weights * torch.rand(1)
+        elif self.fault == "needs":
+            weights = weights * inputs.tensor("hidden").abs().max()
+        elif self.fault == "one":
+            ids[0]
+        elif self.fault == "counts":
+            self.calls += 1
+        elif self.fault == "future":
+            weights = weights * scores.max()
+        elif self.fault == "view":
+            weights = weights * (1 + self.view_.abs().mean())
+        return Routing(scores, ids, weights)
+
+    def flops(self, n_experts, d, top_k):
+        return 0.0 if self.fault == "free" else 1.0
+
+
+class WideGate(PartRouter):
+    """A mask that multiplies by more than 1."""
+
+    info = dataclasses.replace(Broken.info, name="wide")
+    part = "layer"
+
+    def _route(self, inputs):
+        return PartMask("layer", inputs.logits[:, :1].abs() + 1)
+
+    def flops(self, n_experts, d, top_k):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("card", "a_card_describes_it"),
+        ("dtype", "shapes_and_types"),
+        ("twice", "experts_are_distinct_and_in_range"),
+        ("negative", "weights_are_finite_and_not_negative"),
+        ("dropped", "the_number_of_experts_is_as_declared"),
+        ("global", "the_same_seed_gives_the_same_decision"),
+        ("one", "no_token_and_one_token"),
+        ("counts", "routing_changes_nothing"),
+        ("view", "fit_copies_what_it_keeps"),
+        ("future", "what_it_depends_on_is_declared"),
+        ("needs", "needs_are_honest"),
+        ("fit", "an_unfitted_router_says_so"),
+        ("pickle", "it_pickles"),
+        ("free", "its_own_cost_is_counted"),
+    ],
+)
+def test_a_broken_router_is_caught(fault, check):
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        getattr(router_checks, f"check_{check}")(lambda: Broken(fault))
+
+
+def test_a_gate_above_1_is_caught():
+    with pytest.raises(AssertionError):
+        router_checks.check_gates_lie_between_0_and_1(WideGate)
