@@ -5,6 +5,7 @@ CaptureError
 ├── PromptError           a prompt file or record cannot be read
 ├── ModelError            a model cannot be loaded, or loads only with a flag
 │   └── SiteError         a model has no MoE site, or a site cannot be tapped
+├── SwapError             a rule cannot take a router's place, or its answer cannot be executed
 ├── StoreError            a run file cannot be created, written or opened
 │   └── SchemaVersionError  a run file has a schema version this code does not read
 └── CaptureCancelled      the caller asked the capture to stop; what was recorded is kept
@@ -31,6 +32,10 @@ class ModelError(CaptureError):
 
 class SiteError(ModelError):
     """A model has no MoE site, or a site cannot be tapped."""
+
+
+class SwapError(CaptureError):
+    """A rule cannot take a router's place, or its answer cannot be executed."""
 
 
 class StoreError(CaptureError):

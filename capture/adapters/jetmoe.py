@@ -51,7 +51,7 @@ class SortedTokensAdapter:
                 return
             order, _, sorted_weights, sizes, logits = output
             channel.put_scores(logits, hidden, rows())
-            channel.expert_ids, channel.weights = _unsorted(
+            channel.expert_ids, channel.weights = unsorted(
                 order, sorted_weights.detach(), sizes, parts.top_k
             )
 
@@ -64,7 +64,7 @@ class SortedTokensAdapter:
         ]
 
 
-def _unsorted(
+def unsorted(
     order: torch.Tensor, weights: torch.Tensor, sizes: Sequence[int], top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and weights [T, K] from assignments [T * K] that are sorted by expert."""
@@ -73,5 +73,5 @@ def _unsorted(
     expert = torch.repeat_interleave(torch.arange(len(counts)), counts)
     expert = expert.to(order.device, non_blocking=True)
     ids = torch.empty_like(order).scatter_(0, order, expert)
-    unsorted = torch.empty_like(weights).scatter_(0, order, weights)
-    return ids.reshape(-1, top_k), unsorted.reshape(-1, top_k)
+    in_order = torch.empty_like(weights).scatter_(0, order, weights)
+    return ids.reshape(-1, top_k), in_order.reshape(-1, top_k)

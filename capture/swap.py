@@ -1,0 +1,306 @@
+"""Run a model with another rule in a router's place, and count what really ran."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.context import Passes, PassTokens
+from capture.errors import SwapError
+from capture.inject import flat_choice, injected, n_computing
+from capture.replay import RoutingTape
+from capture.rules import Choice, RouteInputs, Rule, as_rows, choice_of
+from capture.selftest import attach
+from capture.sites import Site
+
+Key = tuple[int, int]  # layer, site
+OnChoice = Callable[[RouteInputs, Choice], None]
+
+
+@dataclass
+class SiteCount:
+    """What one site executed since the swap began.
+
+    Attributes
+    ----------
+    passes : int
+        Forward passes.
+    tokens : int
+        Real tokens that came to the site; padding is not counted.
+    rows : Tensor [E], int64, assignments
+        Rows that each expert ran on, padding included where it ran.
+    load : Tensor [E], int64, assignments
+        The same for real tokens only.
+    calls : Tensor [E], int64
+        Passes in which the expert ran at all.
+    computing : int
+        Experts that have weights; the ones after them only pass a token on, or skip it.
+    """
+
+    computing: int
+    rows: torch.Tensor
+    load: torch.Tensor
+    calls: torch.Tensor
+    passes: int = 0
+    tokens: int = 0
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts with weights that ran, a real token."""
+        return int(self.load[: self.computing].sum()) / max(self.tokens, 1)
+
+    def add(self, choice: Choice, tokens: PassTokens) -> None:
+        """Count the choice [R, K] of one pass."""
+        rows = _bincount(choice.expert_ids, len(self.rows))
+        real = choice.expert_ids if tokens.real is None else choice.expert_ids[tokens.real]
+        self.rows += rows
+        self.load += rows if tokens.real is None else _bincount(real, len(self.rows))
+        self.calls += rows > 0
+        self.passes += 1
+        self.tokens += len(real)
+
+
+@dataclass
+class Swapped:
+    """An open swap.
+
+    Attributes
+    ----------
+    sites : tuple of Site
+        All MoE sites of the model.
+    counts : dict
+        (layer, site) -> what was executed there, swapped or not.
+    """
+
+    sites: tuple[Site, ...]
+    counts: dict[Key, SiteCount] = field(default_factory=dict)
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts that ran, a real token and MoE site."""
+        counts = list(self.counts.values())
+        return sum(c.experts_per_token for c in counts) / max(len(counts), 1)
+
+
+@contextmanager
+def swap(
+    model: nn.Module,
+    sites: Sequence[Site] | None,
+    rule: Rule | RoutingTape | Mapping[Any, Rule],
+    *,
+    only: Sequence[int | Key] | None = None,
+    watch: Mapping[Any, Rule] | None = None,
+    on_choice: OnChoice | None = None,
+    checked: bool = True,
+) -> Iterator[Swapped]:
+    """Put ``rule`` in the place of the model's routers until the block is left.
+
+    The model's own router still runs, because its output is among the inputs of a rule. Experts
+    run on filled slots only; a layer in which no slot is filled does not run them at all.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In evaluation mode, not compiled.
+    sites : sequence of Site or None
+        All sites of the model, from :func:`capture.selftest.attach`, or None to find them now.
+    rule : Rule, mapping or RoutingTape
+        One rule for every site, or one for each layer (``{layer: rule}``) or site
+        (``{(layer, site): rule}``); sites without one keep their router. A tape forces the
+        recorded routing, slot by slot.
+    only : sequence, optional
+        Layers or (layer, site) to swap; the others keep their router. Default: all.
+    watch : mapping, optional
+        Rules that run at sites that are not swapped, without effect, so that their ``state``
+        reaches the swapped ones.
+    on_choice : callable, optional
+        Called with inputs and choice at every swapped site in every pass.
+    checked : bool
+        Look at the rule's values in every pass. Costs a little; leave it out of timings.
+
+    Yields
+    ------
+    Swapped
+        Counts of what was executed; they stay readable after the block.
+
+    Raises
+    ------
+    SwapError
+        If a site cannot be swapped, or the rule's answer cannot be executed.
+    """
+    _check_model(model)
+    sites = attach(model) if sites is None else list(sites)
+    rules = _rules_by_site(sites, rule, only)
+    watched = _rules_by_site(sites, watch, None) if watch else {}
+    swapped = Swapped(tuple(sites))
+    with ExitStack() as stack:
+        passes = stack.enter_context(Passes().follow(model))
+        run = _Run(passes, on_choice, checked)
+        for site in sites:
+            key = site_key(site)
+            place = _Place(site, run, rules.get(key), watched.get(key))
+            swapped.counts[key] = place.count
+            stack.enter_context(injected(site, place))
+        if isinstance(rule, RoutingTape):
+            rule.rewind()
+        yield swapped
+
+
+def site_key(site: Site) -> Key:
+    """Return (layer, site) of a site."""
+    return site.info.layer, site.info.site
+
+
+@dataclass
+class _Run:
+    """What the sites of a swap share; the previous site's part of it lasts one pass."""
+
+    passes: Passes
+    on_choice: OnChoice | None
+    checked: bool
+    pass_number: int = 0
+    previous: Choice | None = None
+    state: torch.Tensor | None = None
+
+    def begin(self) -> PassTokens:
+        """Return the tokens of the pass that runs; forget what an earlier pass handed on."""
+        if self.pass_number != self.passes.count:
+            self.pass_number = self.passes.count
+            self.previous = self.state = None
+        return self.passes.tokens
+
+
+class _Place:
+    """One site of a swap: asks the rule, counts, and hands on to the next site."""
+
+    def __init__(
+        self, site: Site, run: _Run, rule: Rule | RoutingTape | None, watched: Rule | None
+    ) -> None:
+        self.site, self.run, self.rule, self.watched = site, run, rule, watched
+        self.replays = rule is None or isinstance(rule, RoutingTape)
+        zeros = torch.zeros(site.info.n_experts, dtype=torch.int64, device=_device(site))
+        self.count = SiteCount(n_computing(site), zeros, zeros.clone(), zeros.clone())
+        self._hidden: torch.Tensor | None = None
+        self._scores: torch.Tensor | None = None
+
+    def see(self, hidden: torch.Tensor, scores: torch.Tensor | None) -> None:
+        """Keep the router's input and output until the choice is made."""
+        self._hidden, self._scores = hidden, scores
+
+    def decide(self, native: Choice) -> Choice:
+        """Return what the experts are told [R, K']."""
+        tokens = self.run.begin()
+        native = flat_choice(native)
+        if len(native.expert_ids) != tokens.n_rows:
+            raise SwapError(
+                f"{self.site.info.module}: {tokens.n_rows} rows (batch x sequence) were expected, "
+                f"but the router ran on {len(native.expert_ids)}."
+            )
+        choice, real = self._decided(native, tokens)
+        self.run.previous = real
+        self.count.add(choice, tokens)
+        self._hidden = self._scores = None
+        return choice
+
+    def _decided(self, native: Choice, tokens: PassTokens) -> tuple[Choice, Choice]:
+        """Return the choice for all rows and for the real ones."""
+        own = Choice(*(as_rows(t, tokens.real) for t in native))
+        if isinstance(self.rule, RoutingTape):
+            forced = self.rule.next_choice(site_key(self.site), native, tokens)
+            return forced, Choice(*(as_rows(t, tokens.real) for t in forced))
+        if self.rule is None:
+            if self.watched is not None:
+                answer = self.watched.route(self._inputs(own, tokens))
+                self.run.state = getattr(answer, "state", None)
+            return native, own
+        inputs = self._inputs(own, tokens)
+        answer = self.rule.route(inputs)
+        choice = choice_of(self.site, answer, inputs, checked=self.run.checked)
+        self.run.state = getattr(answer, "state", None)
+        if self.run.on_choice is not None:
+            self.run.on_choice(inputs, choice)
+        return _on_all_rows(choice, tokens), choice
+
+    def _inputs(self, native: Choice, tokens: PassTokens) -> RouteInputs:
+        site, info = self.site, self.site.info
+        if self._hidden is None:
+            raise SwapError(f"{info.module}: its experts ran before its router did.")
+        scores = self._scores
+        return RouteInputs(
+            layer=info.layer,
+            site=info.site,
+            n_experts=info.n_experts,
+            top_k=info.top_k,
+            score_function=info.score_function,
+            selection_bias=site.selection_bias,
+            n_groups=site.n_groups,
+            top_groups=site.top_groups,
+            hidden=as_rows(self._hidden, tokens.real).float(),
+            logits=None if scores is None else as_rows(scores, tokens.real).float(),
+            token_ids=tokens.token_ids,
+            positions=tokens.positions,
+            starts=tokens.starts,
+            sequences=tokens.sequences,
+            native=native,
+            previous=self.run.previous,
+            previous_state=self.run.state,
+        )
+
+
+def _on_all_rows(choice: Choice, tokens: PassTokens) -> Choice:
+    """Give padding rows empty slots: the choice [T, K] becomes [R, K]."""
+    if tokens.real is None:
+        return choice
+    shape = (tokens.n_rows, choice.expert_ids.shape[1])
+    ids = choice.expert_ids.new_full(shape, -1).index_copy(0, tokens.real, choice.expert_ids)
+    weights = choice.weights.new_zeros(shape).index_copy(0, tokens.real, choice.weights)
+    return Choice(ids, weights)
+
+
+def _rules_by_site(sites: Sequence[Site], rule: Any, only: Sequence[int | Key] | None) -> Any:
+    """Return {(layer, site): rule} for the sites to be swapped."""
+    keys = [site_key(site) for site in sites]
+    known: set[int | Key] = {*keys, *(layer for layer, _ in keys)}
+    asked = [*(only or ()), *(rule if isinstance(rule, Mapping) else ())]
+    unknown = [place for place in asked if place not in known]
+    if unknown:
+        raise SwapError(
+            f"Layer or (layer, site) {unknown[0]} has no router. There are: "
+            f"{', '.join(str(k) for k in sorted(keys))}."
+        )
+    chosen = {}
+    for key in keys:
+        one = rule
+        if isinstance(rule, Mapping):
+            one = rule.get(key, rule.get(key[0]))
+        if one is not None and (only is None or key in only or key[0] in only):
+            chosen[key] = one
+    if not chosen:
+        raise SwapError("No router would be replaced: `rule` and `only` name no common site.")
+    return chosen
+
+
+def _check_model(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise SwapError(
+            "An uncompiled model was expected, got one from torch.compile, which would go on to "
+            "run the router it was compiled with. Pass the original model."
+        )
+    if model.training:
+        raise SwapError("A model in evaluation mode was expected. Call model.eval() first.")
+
+
+def _device(site: Site) -> torch.device:
+    """Return where the site's router is, which is where its choice is made."""
+    device = next(iter(site.router.parameters())).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _bincount(expert_ids: torch.Tensor, n_experts: int) -> torch.Tensor:
+    """Count ids [..., K] per expert, empty slots left out; waits for nothing."""
+    counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=expert_ids.device)
+    ids = expert_ids.flatten() + 1
+    return counts.index_add_(0, ids, torch.ones_like(ids))[1:]
