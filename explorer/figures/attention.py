@@ -29,9 +29,11 @@ WEIGHT_SCALE = Scale(
 )
 # cells whose hover says both texts; more would be megabytes
 _TEXT_CELLS = 10_000
-# pixels of a token's label, and of the parts of the window around its cells
-_LABEL, _AROUND = 11, 250
+# pixels of a token's label, of the window's cells, and of what is around them
+_LABEL, _LOW, _HIGH, _AROUND = 10, 260, 650, 250
+_LABELS_BESIDE = 84  # on a page's width
 _STRIP = 0.1  # of the height
+_HEAD_LABELS = 16  # beside each other on half a page
 
 
 class Measure(NamedTuple):
@@ -128,13 +130,23 @@ def head_overview(
         + kind.label
         + ": %{customdata[2]:.3g}",
         x_labels=[str(head) for head in range(width)],
-        y_labels=[_layer_label(row.layer, row.kind) for row in layers.itertuples()],
+        y_labels=[str(layer) for layer in layers["layer"]],
         x_title="attention head",
         y_title="decoder layer",
         scale=Scale(kind.label, 0.0, float(top) or 1.0),
         dark=dark,
     )
     figure.update_traces(colorbar_title_text="", selector={"type": "heatmap"})
+    figure.update_xaxes(**ticks([str(head) for head in range(width)], room=_HEAD_LABELS))
+    for row, mixer in enumerate(layers["kind"]):
+        if mixer != HAS_MAP:
+            figure.add_annotation(
+                x=(width - 1) / 2,
+                y=row,
+                text=f"{label(mixer)}: no attention map",
+                showarrow=False,
+                font={"size": 10},
+            )
     if chosen is not None and chosen[0] in rows:
         _frame(figure, chosen[1] - 0.5, chosen[1] + 0.5, rows[chosen[0]], rows[chosen[0]], dark)
     theme.finish(
@@ -151,10 +163,6 @@ def head_overview(
         caption_width=70,
     )
     return ground(figure, dark)
-
-
-def _layer_label(layer: int, kind: str) -> str:
-    return str(layer) if kind == HAS_MAP else f"{label(kind, limit=20)} {layer}"
 
 
 def head_heatmap(
@@ -208,7 +216,7 @@ def head_heatmap(
     cut = [f"the first {len(positions):,} of {found.tokens:,} tokens"]
     theme.finish(
         figure,
-        title=f"Attention of {name} on the whole prompt (share of the query's attention)",
+        title=f"{name} on the whole prompt (share of a query's attention)",
         caption=scope.caption(
             *(cut if len(positions) < found.tokens else []),
             blocks,
@@ -262,7 +270,7 @@ def token_window(
         strip returns its token.
     """
     width = found.bin_width if keys is None else 1
-    names = [label(text, limit=14, spaces=True) for text in texts]
+    names = [_token_name(text) for text in texts]
     if keys is None:
         figure = _block_window(found, window, names, dark)
         blocks = "exact" if width == 1 else f"a cell = mean over {width} × {width} tokens"
@@ -270,15 +278,17 @@ def token_window(
     else:
         figure = _key_window(keys, window, names, dark)
         notes = ["exact; only the heaviest keys of a token were recorded"]
-    side = int(np.clip(len(window) * _LABEL, 260, 720))
-    # names below each other need a line each, beside each other (turned) the same
-    room = max(8, side // _LABEL)
-    shown = [f"{text}" for text in names]
+    side = int(np.clip(len(window) * _LABEL, _LOW, _HIGH))
     figure.update_xaxes(
-        range=[-0.5, len(window) - 0.5], tickangle=-90, anchor="y2", **ticks(shown, room=room)
+        range=[-0.5, len(window) - 0.5],
+        tickangle=-90,
+        anchor="y2",
+        **ticks(names, room=_LABELS_BESIDE),
     )
     figure.update_yaxes(
-        range=[len(window) - 0.5, -0.5], domain=[_STRIP + 0.03, 1], **ticks(shown, room=room)
+        range=[len(window) - 0.5, -0.5],
+        domain=[_STRIP + 0.03, 1],
+        **ticks(names, room=side // _LABEL),
     )
     _change_strip(figure, window, names, change, routed, dark)
     if token is not None and token in window:
@@ -286,7 +296,7 @@ def token_window(
     part = f"tokens {window.start:,} to {window.stop - 1:,} of {found.tokens:,}"
     theme.finish(
         figure,
-        title=f"Attention of {name} among tokens, and where routing changes",
+        title=f"{name} among tokens (share of a query's attention), and where routing changes",
         caption=scope.caption(
             part,
             *notes,
@@ -299,6 +309,11 @@ def token_window(
         height=side + _AROUND,
     )
     return ground(figure, dark)
+
+
+def _token_name(text: str | None) -> str:
+    # a token in the middle of a character, whose text is on the token before
+    return "⋯" if text == "" else label(text, limit=14, spaces=True)
 
 
 def _block_window(found: HeadMap, window: range, names: Sequence[str], dark: bool) -> go.Figure:

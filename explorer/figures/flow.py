@@ -20,8 +20,10 @@ MAX_SIDE = int(MAX_CELLS**0.5)
 # flows that are not drawn one by one are drawn as one only where they do not bury the others
 _REST_DRAWN_BELOW = 0.85
 _UPLIFT_SCALE = RATIO_SCALE._replace(title="measured / expected by chance")
-# of the height of a column of nodes
-_GAPS = 0.25
+# pixels between the nodes of a column
+_NODE_PAD = 8
+# pixels of margin above and below them
+_AROUND = 80
 
 
 class Pairs(NamedTuple):
@@ -201,7 +203,8 @@ def sankey(hops: Sequence[Pairs], *, n_flows: int, scope: Scope, dark: bool = Fa
     if not folded:
         flows = [flow for flow in flows if flow.target >= 0]
     layers = [hops[0].first, *(hop.second for hop in hops)]
-    nodes, x, y = _places(flows, len(layers))
+    height = int(np.clip(120 + 24 * _tallest(flows, len(layers)), 360, 860))
+    nodes, x, y = _places(flows, len(layers), _NODE_PAD / (height - _AROUND))
     place = {node: number for number, node in enumerate(nodes)}
     names = [_node_name(layers[column], expert) for column, expert in nodes]
     figure = go.Figure(
@@ -211,7 +214,7 @@ def sankey(hops: Sequence[Pairs], *, n_flows: int, scope: Scope, dark: bool = Fa
                 "label": names,
                 "x": x,
                 "y": y,
-                "pad": 6,
+                "pad": _NODE_PAD,
                 "thickness": 14,
                 "color": [
                     theme.missing(dark) if expert < 0 else theme.accent(dark) for _, expert in nodes
@@ -244,12 +247,13 @@ def sankey(hops: Sequence[Pairs], *, n_flows: int, scope: Scope, dark: bool = Fa
         "width = tokens; a token is in one flow for each pair of its experts",
         "orange: more than the product of the loads gives, purple: less",
     ]
+    figure.update_layout(margin={"b": 16})
     return theme.finish(
         figure,
         title=f"Experts from layer {layers[0]} to layer {layers[-1]} (tokens)",
         caption=scope.caption(*notes),
         dark=dark,
-        height=int(np.clip(140 + 17 * _tallest(nodes, len(layers)), 420, 900)),
+        height=height,
     )
 
 
@@ -257,14 +261,20 @@ def _node_name(layer: str, expert: int) -> str:
     return f"L{layer} rest" if expert < 0 else f"L{layer}.E{expert}"
 
 
-def _tallest(nodes: Sequence[tuple[int, int]], columns: int) -> int:
+def _tallest(flows: Sequence[Flow], columns: int) -> int:
+    nodes = {(flow.hop, flow.source) for flow in flows}
+    nodes |= {(flow.hop + 1, flow.target) for flow in flows}
     return max((sum(at == column for at, _ in nodes) for column in range(columns)), default=0)
 
 
 def _places(
-    flows: Sequence[Flow], columns: int
+    flows: Sequence[Flow], columns: int, pad: float
 ) -> tuple[list[tuple[int, int]], list[float], list[float]]:
-    """Return the nodes (column, expert) and where they stand, by id from top to bottom."""
+    """Return the nodes (column, expert) and where they stand, by id from top to bottom.
+
+    ``pad`` is the gap between nodes as a share of the height. Plotly scales the nodes so that
+    the fullest column just fits; the same is done here, since it takes middles only.
+    """
     out: dict[tuple[int, int], int] = {}
     into: dict[tuple[int, int], int] = {}
     for flow in flows:
@@ -273,20 +283,21 @@ def _places(
         into[there] = into.get(there, 0) + flow.tokens
     size = {node: max(out.get(node, 0), into.get(node, 0)) for node in out | into}
     nodes = sorted(size, key=lambda node: (node[0], node[1] < 0, node[1]))
-    whole = max(
-        (sum(size[node] for node in nodes if node[0] == column) for column in range(columns)),
-        default=0,
+    standing = [[node for node in nodes if node[0] == column] for column in range(columns)]
+    scale = min(
+        ((1 - pad * (len(column) - 1)) / sum(size[node] for node in column))
+        for column in standing
+        if column
     )
-    tallest = max(1, _tallest(nodes, columns))
     x, y = [], []
-    for column in range(columns):
+    for number, column in enumerate(standing):
         top = 0.0
-        for node in (node for node in nodes if node[0] == column):
-            height = (1 - _GAPS) * size[node] / max(1, whole)
+        for node in column:
+            height = scale * size[node]
             # plotly ignores positions of exactly 0 and 1
-            x.append(float(np.clip(column / max(1, columns - 1), 1e-3, 1 - 1e-3)))
+            x.append(float(np.clip(number / max(1, columns - 1), 1e-3, 1 - 1e-3)))
             y.append(float(np.clip(top + height / 2, 1e-3, 1 - 1e-3)))
-            top += height + _GAPS / tallest
+            top += height + pad
     return nodes, x, y
 
 

@@ -36,22 +36,33 @@ def together_figure(
     up = heads["share_high"].to_numpy(dtype=np.float64) - share
     down = share - heads["share_low"].to_numpy(dtype=np.float64)
     known = heads.assign(pairs=heads["pairs"].astype("float64"))
-    color = np.where(heads["head"] == chosen, theme.OKABE_ITO[5], theme.accent(dark)).tolist()
+    mine = (heads["head"] == chosen).to_numpy()
     figure = go.Figure(
         [
             _chance(x, known, "chance_distance", "same distance", "diamond-open", dark),
             _chance(x, known, "chance_random", "any earlier token", "line-ew-open", dark),
-            go.Scatter(
-                x=x,
-                y=share,
-                mode="markers",
-                marker={"size": 11, "color": color},
-                error_y={"type": "data", "array": up, "arrayminus": down, "thickness": 1.5},
-                customdata=known[["head", "pairs", "lift"]].to_numpy(dtype=np.float64),
-                hovertemplate="head %{customdata[0]:d}: %{y:.1%} of the attended keys share an "
-                "expert<br>%{customdata[1]:,d} pairs; %{customdata[2]:.2f}× the same distance"
-                "<extra></extra>",
-                name="attended keys",
+            *(
+                go.Scatter(
+                    x=x[part],
+                    y=share[part],
+                    mode="markers",
+                    marker={"size": 11, "color": color, "symbol": symbol},
+                    error_y={
+                        "type": "data",
+                        "array": up[part],
+                        "arrayminus": down[part],
+                        "thickness": 1.5,
+                    },
+                    customdata=known.loc[part, ["head", "pairs", "lift"]].to_numpy(np.float64),
+                    hovertemplate="head %{customdata[0]:d}: %{y:.1%} of the attended keys share "
+                    "an expert<br>%{customdata[1]:,d} pairs; %{customdata[2]:.2f}× the same "
+                    "distance<extra></extra>",
+                    name=name,
+                )
+                for part, name, color, symbol in (
+                    (~mine, "attended keys", theme.accent(dark), "circle"),
+                    (mine, f"attended keys, head {chosen}", theme.OKABE_ITO[5], "square"),
+                )
             ),
         ]
     )
@@ -63,7 +74,7 @@ def together_figure(
         tickvals=x[::step],
         ticktext=[str(head) for head in heads["head"].tolist()[::step]],
     )
-    figure.update_yaxes(title="share of pairs (weighted)", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title="share of pairs (weighted)", tickformat=".0%")
     return theme.finish(
         figure,
         title=f"Pairs that share an expert of layer {routed} (share, weighted by attention)",

@@ -8,7 +8,12 @@ from explorer.figures.caption import Scope
 from explorer.metrics.heads import uniform_head
 from explorer.pages import address
 from explorer.pages.components.attended_keys import attended_keys_panel
-from explorer.pages.components.attention_window import attention_window, window_of
+from explorer.pages.components.attention_window import (
+    window_controls,
+    window_map,
+    window_of,
+    window_text,
+)
 from explorer.pages.components.chart import chart
 from explorer.pages.components.routing_together import routing_together_section
 from explorer.pages.shell import current_view
@@ -155,8 +160,7 @@ def _pick_prompt(prompts: pd.DataFrame) -> pd.Series:
             f"Attention was not recorded for the prompt “{wanted[:20]}”; showing another one."
         )
         _change_prompt("")
-    worth = prompts[prompts["tokens"] >= _WORTH]
-    first = (worth if len(worth) else prompts)["prompt_id"].iloc[0]
+    first = _default_prompt(prompts)
     key = address.choose(
         st.selectbox,
         "prompt",
@@ -167,6 +171,15 @@ def _pick_prompt(prompts: pd.DataFrame) -> pd.Series:
         on_write=_change_prompt,
     )
     return rows[key]
+
+
+def _default_prompt(prompts: pd.DataFrame) -> int:
+    """Return the longest prompt whose map is exact, else one that has something to look at."""
+    worth = prompts[prompts["tokens"] >= _WORTH]
+    exact = worth[worth["bin_width"] == 1]
+    if len(exact):
+        return int(exact.loc[exact["tokens"].idxmax(), "prompt_id"])
+    return int((worth if len(worth) else prompts)["prompt_id"].iloc[0])
 
 
 def _change_prompt(key: str) -> None:
@@ -225,11 +238,13 @@ def _head_on_prompt(
     window: range,
 ) -> None:
     st.subheader(f"{head_name(*head)}, token by token", anchor=False)
+    show = window_controls(int(prompt["tokens"]), int(prompt["bin_width"]))
     left, right = st.columns([3, 2], gap="large")
     with left:
-        attention_window(view, prompt, head, listed, position, window, _prompt_scope(view, prompt))
+        window_text(view, prompt, head, listed, position, window)
     with right, st.container(key="token panel"):
         attended_keys_panel(view, prompt, head, listed, position)
+    window_map(view, prompt, head, listed, position, window, _prompt_scope(view, prompt), show)
 
 
 render()

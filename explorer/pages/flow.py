@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from explorer.errors import RunError
 from explorer.figures.flow import Pairs, pair_heatmap, sankey
@@ -21,6 +22,7 @@ from explorer.queries.pairs import PairCounts, coactivation, last_sites, transit
 MAX_STEPS = 6
 _FLOWS = ("6", "12", "24", "48")
 _LISTED = 60  # pairs in a list to choose from
+_BESIDE = 48  # experts whose cells can be clicked on half a page
 
 
 class Hop(NamedTuple):
@@ -164,7 +166,7 @@ def _map_with_list(
     """Draw a heatmap, the strongest pairs beside it, and the tokens of the chosen pair below."""
     prefix = f"{kind}.{first[0]}.{first[1]}."
     chosen = _chosen(prefix, pairs)
-    left, right = st.columns([3, 2], gap="large")
+    left, right = _places(max(pairs.tokens.shape))
     with left:
         chart(
             pair_heatmap(pairs, scope=view.scope(counts.n_tokens), chosen=chosen, dark=is_dark()),
@@ -183,6 +185,14 @@ def _map_with_list(
             int(pairs.tokens[chosen]),
             float(pairs.uplift.ratio[chosen]),
         )
+
+
+def _places(n_experts: int) -> tuple[DeltaGenerator, DeltaGenerator]:
+    """Return where the figure and the list go: beside each other while cells are wide enough."""
+    if n_experts <= _BESIDE:
+        left, right = st.columns([3, 2], gap="large")
+        return left, right
+    return st.container(), st.container()
 
 
 def _chosen(prefix: str, pairs: Pairs) -> tuple[int, int] | None:

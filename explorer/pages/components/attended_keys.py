@@ -28,8 +28,9 @@ def attended_keys_panel(
     )
     if keys.empty:
         st.info(
-            "The keys of this token were not recorded: its block of queries was skipped, or the "
-            "run keeps no keys. Capture with `--attention-every 1 --attention-top-keys 4`.",
+            "The heaviest keys of this token were not recorded: they are kept for the first "
+            "queries of a prompt, of the blocks that `--attention-every` uses, and with "
+            "`--attention-top-keys` above 0.",
             icon=":material/info:",
         )
         return
@@ -107,27 +108,23 @@ def _table(view: View, keys: pd.DataFrame, routing: PromptRouting | None, positi
         row: dict[str, object] = {
             "key": _name(key.text),
             "position": int(key.position),
-            "back": position - int(key.position),
             "weight": float(key.weight),
         }
         if routing is not None:
             theirs = [e for e in routing.expert_ids[int(key.position)].tolist() if e >= 0]
-            row["experts"] = ", ".join(map(str, theirs))
             row["shared"] = ", ".join(str(e) for e in theirs if e in mine) or "none"
+            row["experts"] = ", ".join(map(str, theirs))
         rows.append(row)
     st.dataframe(
         pd.DataFrame(rows),
         hide_index=True,
         alt="The keys that this token attends to, with their weights and experts",
         column_config={
-            "key": st.column_config.TextColumn("Key", width="small"),
+            "key": st.column_config.TextColumn("Key", width=110),
             "position": st.column_config.NumberColumn("At", width=50),
-            "back": st.column_config.NumberColumn("Back", width=55, help="Tokens before it."),
-            "weight": st.column_config.ProgressColumn(
-                "Attention", min_value=0.0, max_value=1.0, format="percent", width="small"
-            ),
-            "experts": st.column_config.TextColumn(f"Experts, layer {view.site_name}"),
-            "shared": st.column_config.TextColumn("Shared", width="small"),
+            "weight": st.column_config.NumberColumn("Attention", format="percent", width=80),
+            "shared": st.column_config.TextColumn("Shared", width=80),
+            "experts": st.column_config.TextColumn("Its experts"),
         },
     )
     if routing is not None:

@@ -30,7 +30,7 @@ def window_of(position: int, prompt: pd.Series) -> range:
     return range(start, min(int(prompt["tokens"]), start + size))
 
 
-def attention_window(
+def window_map(
     view: View,
     prompt: pd.Series,
     head: tuple[int, int],
@@ -38,8 +38,9 @@ def attention_window(
     position: int,
     window: range,
     scope: Scope,
+    show: str,
 ) -> None:
-    """Draw the window.
+    """Draw the attention among the tokens of the window.
 
     Parameters
     ----------
@@ -50,12 +51,11 @@ def attention_window(
         The prompt's tokens, from ``queries.tokens.tokens``.
     position : int
         Of the chosen token.
+    show : {"map", "keys"}
     """
     prompt_id, n_tokens = int(prompt["prompt_id"]), int(prompt["tokens"])
     found = ask(view, head_map, prompt_id=prompt_id, layer=head[0], head=head[1])
-    show = _controls(n_tokens, int(prompt["bin_width"]))
     shown = listed.iloc[window.start : window.stop]
-    _text(view, found, head, listed, position, window)
     change = np.full(len(window), np.nan)
     if view.run.records_ids:
         routing = ask(
@@ -93,7 +93,7 @@ def attention_window(
     )
 
 
-def _controls(n_tokens: int, bin_width: int) -> str:
+def window_controls(n_tokens: int, bin_width: int) -> str:
     """Draw the choice of the window's size and of what it shows; return the latter."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         size = SIZES[0]
@@ -123,15 +123,16 @@ def _controls(n_tokens: int, bin_width: int) -> str:
         )
 
 
-def _text(
+def window_text(
     view: View,
-    found: HeadMap,
+    prompt: pd.Series,
     head: tuple[int, int],
     listed: pd.DataFrame,
     position: int,
     window: range,
 ) -> None:
     """Draw the window's text, tinted by what the chosen token attends to."""
+    found = ask(view, head_map, prompt_id=int(prompt["prompt_id"]), layer=head[0], head=head[1])
     weights = _row(view, found, head, listed, position)
     shown = weights[window.start : window.stop]
     top = float(np.nanmax(np.append(shown, 0.0)))
