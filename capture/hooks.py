@@ -10,6 +10,7 @@ from torch import nn
 
 from capture.adapters import Channel, probe
 from capture.errors import SiteError
+from capture.record_op import listening
 from capture.sites import Site
 
 _tapped: WeakSet[nn.Module] = WeakSet()
@@ -98,13 +99,14 @@ def tap(
                 f"{site.info.module} is tapped already: two captures of one model at a time would "
                 "mix their tokens. Leave the first `with tap(...)` block first."
             )
-    rows = hidden_rows or _no_rows
     taps = Taps(sites)
     with ExitStack() as stack:
+        stack.enter_context(listening(taps._channels))
         for site, channel in zip(sites, taps._channels, strict=True):
+            channel.rows = hidden_rows
             _tapped.add(site.parent)
             stack.callback(_tapped.discard, site.parent)
-            for handle in site.adapter.listen(site.parts, channel, rows):
+            for handle in site.adapter.listen(site.parts, channel):
                 stack.callback(handle.remove)
         yield taps
         taps.discard()
@@ -116,10 +118,6 @@ def _check_mode(site: Site) -> None:
             f"{site.info.module} is in training mode, where routers add noise and gradient "
             "checkpointing runs a site twice. Call model.eval() first."
         )
-
-
-def _no_rows() -> torch.Tensor | None:
-    return None
 
 
 def _observe(site: Site, channel: Channel) -> SiteObservation:

@@ -103,7 +103,7 @@ def recorded(sites: Sequence[Site]) -> Iterator[RoutingTape]:
     with ExitStack() as stack:
         for site in sites:
             channel = Channel()
-            for handle in site.adapter.listen(site.parts, channel, _no_rows):
+            for handle in site.adapter.listen(site.parts, channel):
                 stack.callback(handle.remove)
             # registered last, so that it runs when the channel is complete
             keep = _Keep(tape, site, channel)
@@ -126,10 +126,6 @@ class _Keep:
         ids = flat_rows(channel.expert_ids).long().clone()
         self.tape.append((info.layer, info.site), Choice(ids, flat_rows(channel.weights).clone()))
         channel.clear()
-
-
-def _no_rows() -> torch.Tensor | None:
-    return None
 
 
 def _width(choice: Choice) -> int:

@@ -1,12 +1,15 @@
 """What an adapter is: how one kind of MoE block is recognised and listened to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from capture.record_op import CHOICE, IDS, RUN, SCORES, record
 
 
 class Parts(NamedTuple):
@@ -49,6 +52,14 @@ class Channel:
         How often the router and the experts ran.
     problems : list of str
         What a hook could not read; ``Taps.take`` refuses the forward pass with it.
+    rows : Rows or None
+        Which router inputs are wanted; None = none.
+    translate : callable or None
+        Turns the ids and weights that the experts were told into the ids to record.
+    number : int
+        By which compiled code names this channel, see :mod:`capture.record_op`.
+    sink : Tensor [1]
+        What the custom op claims to write to, so that compilers neither drop nor move it.
     """
 
     scores: torch.Tensor | None = None
@@ -58,21 +69,45 @@ class Channel:
     n_scored: int = 0
     n_routed: int = 0
     problems: list[str] = field(default_factory=list)
+    rows: "Rows | None" = None
+    translate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    number: int = field(default_factory=count().__next__)
+    sink: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
 
     def put_choice(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Keep what the experts were told to do: ids [..., K] and weights [..., K]."""
-        self.expert_ids = expert_ids.detach()
-        self.weights = weights.detach()
+        if torch.compiler.is_compiling():
+            record(self.sink, [expert_ids.detach(), weights.detach()], self.number, CHOICE)
+            return
+        self.put_ids(expert_ids, weights)
+        self.put_run()
+
+    def put_ids(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Keep ids [..., K] and weights [..., K], where another hook sees the experts run."""
+        if torch.compiler.is_compiling():
+            record(self.sink, [expert_ids.detach(), weights.detach()], self.number, IDS)
+            return
+        self.expert_ids, self.weights = expert_ids.detach(), weights.detach()
+        if self.translate is not None:
+            self.expert_ids = self.translate(self.expert_ids, self.weights)
+
+    def put_run(self) -> None:
+        """Count a run of the experts."""
+        if torch.compiler.is_compiling():
+            record(self.sink, [], self.number, RUN)
+            return
         self.n_routed += 1
 
-    def put_scores(
-        self,
-        scores: torch.Tensor | None,
-        hidden: torch.Tensor | None,
-        rows: torch.Tensor | None,
-    ) -> None:
+    def put_scores(self, scores: torch.Tensor | None, hidden: torch.Tensor | None) -> None:
         """Keep the router's scores [..., E] and copy the wanted rows of its input [..., D]."""
+        if torch.compiler.is_compiling():
+            given = {"scores": scores, "hidden": hidden}
+            names = [name for name, value in given.items() if value is not None]
+            values = [value.detach() for value in given.values() if value is not None]
+            record(self.sink, values, self.number, " ".join([SCORES, *names]))
+            return
         self.scores = None if scores is None else scores.detach()
+        rows = None if self.rows is None else self.rows()
         if rows is not None and hidden is not None:
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
             # copied now: the block may go on to write into this tensor, and the rest is not wanted
@@ -103,6 +138,6 @@ class Adapter(Protocol):
         """Return the parts of ``block`` when it is of this kind, by its structure."""
         ...
 
-    def listen(self, parts: Parts, channel: Channel, rows: Rows) -> Sequence[RemovableHandle]:
+    def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Install hooks that fill ``channel`` and never change what the model computes."""
         ...

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from capture.adapters import probe
-from capture.adapters.base import Channel, Parts, Rows
+from capture.adapters.base import Channel, Parts
 from capture.adapters.standard import router_of
 
 FIELDS = 5
@@ -39,7 +39,7 @@ class SortedTokensAdapter:
             return None
         return Parts(router, first, n_experts, top_k)
 
-    def listen(self, parts: Parts, channel: Channel, rows: Rows) -> Sequence[RemovableHandle]:
+    def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Listen at the router, and count the runs of the experts' first layer."""
 
         def on_router(
@@ -50,13 +50,11 @@ class SortedTokensAdapter:
                 channel.problems.append("its router did not return assignments sorted by expert")
                 return
             order, _, sorted_weights, sizes, logits = output
-            channel.put_scores(logits, hidden, rows())
-            channel.expert_ids, channel.weights = unsorted(
-                order, sorted_weights.detach(), sizes, parts.top_k
-            )
+            channel.put_scores(logits, hidden)
+            channel.put_ids(*unsorted(order, sorted_weights.detach(), sizes, parts.top_k))
 
         def on_experts(_: nn.Module, args: tuple[Any, ...]) -> None:
-            channel.n_routed += 1
+            channel.put_run()
 
         return [
             parts.router.register_forward_hook(on_router, with_kwargs=True),

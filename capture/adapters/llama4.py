@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from capture.adapters import probe
-from capture.adapters.base import Channel, Parts, Rows
+from capture.adapters.base import Channel, Parts
 from capture.adapters.standard import router_of
 
 
@@ -36,7 +36,7 @@ class ScaledInputAdapter:
             return None
         return Parts(router, experts, router.out_features, top_k, "sigmoid_topk")
 
-    def listen(self, parts: Parts, channel: Channel, rows: Rows) -> Sequence[RemovableHandle]:
+    def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Listen at the router, which says it all, and count the experts' runs."""
 
         def on_router(
@@ -47,12 +47,12 @@ class ScaledInputAdapter:
                 channel.problems.append("its router did not return (scores, logits)")
                 return
             applied, logits = output
-            channel.put_scores(logits, hidden, rows())
+            channel.put_scores(logits, hidden)
             weights, ids = applied.detach().topk(parts.top_k, dim=-1)
-            channel.expert_ids, channel.weights = ids.masked_fill(weights == 0, -1), weights
+            channel.put_ids(ids.masked_fill(weights == 0, -1), weights)
 
         def on_experts(_: nn.Module, args: tuple[Any, ...]) -> None:
-            channel.n_routed += 1
+            channel.put_run()
 
         return [
             parts.router.register_forward_hook(on_router, with_kwargs=True),

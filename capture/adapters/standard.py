@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from capture.adapters import probe
-from capture.adapters.base import Channel, Parts, Rows
+from capture.adapters.base import Channel, Parts
 
 ROUTER_NAMES = ("router", "gate")
 # hidden states, expert ids, weights
@@ -43,7 +43,7 @@ class StandardAdapter:
             return None
         return Parts(router, experts, n_experts, top_k)
 
-    def listen(self, parts: Parts, channel: Channel, rows: Rows) -> Sequence[RemovableHandle]:
+    def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Listen at the experts' arguments and the router's output."""
 
         def on_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class StandardAdapter:
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
-            channel.put_scores(scores_of(output, parts.n_experts), hidden, rows())
+            channel.put_scores(scores_of(output, parts.n_experts), hidden)
 
         return [
             parts.experts.register_forward_pre_hook(on_experts, with_kwargs=True),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from capture.adapters.base import Channel, Parts, Rows
+from capture.adapters.base import Channel, Parts
 from capture.adapters.standard import StandardAdapter
 
 
@@ -30,14 +30,11 @@ class SkipExpertAdapter:
             return None
         return parts._replace(n_experts=classes)
 
-    def listen(self, parts: Parts, channel: Channel, rows: Rows) -> Sequence[RemovableHandle]:
+    def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Listen as usual, and name the skipped slots."""
-        handles = self._standard.listen(parts, channel, rows)
 
-        def on_experts(_: nn.Module, args: object) -> None:
-            ids, weights = channel.expert_ids, channel.weights
-            if ids is not None and weights is not None:
-                skipped: torch.Tensor = (weights == 0) & (ids == 0)
-                channel.expert_ids = ids.masked_fill(skipped, parts.n_experts - 1)
+        def named(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return ids.masked_fill((weights == 0) & (ids == 0), parts.n_experts - 1)
 
-        return [*handles, parts.experts.register_forward_pre_hook(on_experts)]
+        channel.translate = named
+        return self._standard.listen(parts, channel)
