@@ -1,0 +1,1 @@
+"""Measurements of the ops: ``python -m kernels.bench`` times them, ``--compile`` counts them."""
