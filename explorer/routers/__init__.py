@@ -6,11 +6,16 @@ scores      what the host model makes of logits
 selectors   top-k, threshold, top-p
 probe       whether a rule looks into the future or at other sequences
 native      the model's own decision, and top-k of its scores
+literature  noise, one expert, biases, groups
+thresholds  top-p, skipping, ReLU
+hashing     the token id alone decides
+assignment  rules that look at a batch: expert choice, balanced assignment, Sinkhorn, capacity
+baseline    controls
 
 Importing this package imports torch; ``import explorer`` does not import this package.
 """
 
-from explorer.routers import native
+from explorer.routers import assignment, baseline, hashing, literature, native, thresholds
 from explorer.routers.base import (
     FAMILIES,
     ROUTERS,
@@ -44,8 +49,13 @@ __all__ = [
     "TopK",
     "TopP",
     "Verdict",
+    "assignment",
+    "baseline",
     "fit_layers",
+    "hashing",
+    "literature",
     "native",
     "probe",
     "route_layers",
+    "thresholds",
 ]

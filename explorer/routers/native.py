@@ -10,8 +10,16 @@ from explorer.routers.scores import host_scores, slots, weigh
 from explorer.routers.selectors import Selector, TopK, top_ids
 
 
+class GateRouter(RoutingRouter):
+    """A rule that starts from the logits of the model's own gate."""
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the model's own linear gate; the rest is negligible."""
+        return 2.0 * d * n_experts
+
+
 @ROUTERS.add("native")
-class NativeRouter(RoutingRouter):
+class NativeRouter(GateRouter):
     """Return the model's own decision, as it was recorded."""
 
     info = RouterInfo(
@@ -27,10 +35,6 @@ class NativeRouter(RoutingRouter):
     def _route(self, inputs: RouterInputs) -> Routing:
         recorded = inputs.decision()
         return slots(recorded.scores, recorded.expert_ids.long(), recorded.weights.float())
-
-    def flops(self, n_experts: int, d: int, top_k: int) -> float:
-        """Return the operations of the model's own linear gate."""
-        return 2.0 * d * n_experts
 
 
 def choice_scores(scores: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
@@ -79,7 +83,7 @@ def keep_best_groups(
 
 
 @ROUTERS.add("top_k")
-class TopKRouter(RoutingRouter):
+class TopKRouter(GateRouter):
     """Take the best experts by the model's own logits, any number of them.
 
     Parameters
@@ -121,7 +125,3 @@ class TopKRouter(RoutingRouter):
             # the best groups may hold fewer experts than are asked for
             ids = ids.where(choice.gather(-1, ids) > -torch.inf, -1)
         return slots(scores, ids, weigh(scores, ids, inputs))
-
-    def flops(self, n_experts: int, d: int, top_k: int) -> float:
-        """Return the operations of the model's own linear gate."""
-        return 2.0 * d * n_experts

@@ -1,0 +1,229 @@
+"""Controls: what chance and constants achieve, at the cost of the rule they stand beside."""
+
+from dataclasses import replace
+from math import ceil, floor
+from typing import Literal
+
+import torch
+
+from explorer.errors import RouterError
+from explorer.routers.base import (
+    ROUTERS,
+    Decision,
+    PartMask,
+    RouterInfo,
+    RouterInputs,
+    Routing,
+    RoutingRouter,
+)
+from explorer.routers.native import GateRouter
+from explorer.routers.scores import host_scores, slots, student_scores, target_scores, weigh
+from explorer.routers.selectors import top_ids
+from explorer.routers.sequences import token_keys, uniform
+
+Choose = Literal["random", "best"]
+_SETS, _COUNTS = 1, 2  # streams of random numbers
+
+
+@ROUTERS.add("random")
+class RandomRouter(GateRouter):
+    """Choose experts by chance, as many on average as told, the same in every layer.
+
+    Parameters
+    ----------
+    experts_per_token : float, optional
+        Mean; with a fraction, some tokens take one more. None = as many as the model takes.
+    choose : {"random", "best"}
+        Whether chance picks the experts, or only how many of the model's best a token gets. The
+        latter is the control of rules that skip experts.
+    seed : int
+    """
+
+    info = RouterInfo(
+        name="random",
+        family="control",
+        title="Random at equal compute",
+        summary=(
+            "Experts are drawn at random, with the weights that the model gives them. What a rule "
+            "of the same cost must beat."
+        ),
+        formula="S = k experts drawn without replacement",
+        paper="",
+        needs=frozenset({"logits", "token_ids", "starts"}),
+    )
+
+    def __init__(
+        self,
+        *,
+        experts_per_token: float | None = None,
+        choose: Choose = "random",
+        seed: int = 0,
+    ) -> None:
+        self.experts_per_token = experts_per_token
+        self.choose = choose
+        self.seed = seed
+        if experts_per_token is not None and experts_per_token != int(experts_per_token):
+            self.info = replace(self.info, variable_k=True)
+
+    def _shares(self, inputs: RouterInputs) -> torch.Tensor:
+        """Return the share of tokens that take 0, 1, 2, ... experts."""
+        mean = inputs.top_k if self.experts_per_token is None else self.experts_per_token
+        if not 0 <= mean <= inputs.n_experts:
+            raise RouterError(f"Expected 0 <= experts_per_token <= {inputs.n_experts}, got {mean}.")
+        shares = torch.zeros(ceil(mean) + 1, dtype=torch.float64)
+        shares[floor(mean)] = 1 - (mean - floor(mean))
+        shares[ceil(mean)] += mean - floor(mean)
+        return shares
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        scores = host_scores(inputs.tensor("logits"), inputs)
+        shares = self._shares(inputs)
+        widest = max(1, len(shares) - 1)
+        order = scores
+        if self.choose == "random":
+            order = uniform(token_keys(inputs, self.seed, _SETS), inputs.n_experts)
+        ids = top_ids(order, widest)
+        drawn = uniform(token_keys(inputs, self.seed, _COUNTS), 1)
+        # a token takes its n-th expert if its number lies above those of tokens that take fewer
+        fewer = shares.cumsum(dim=0)[:-1].to(drawn.device)
+        taken = (drawn >= fewer)[:, :widest] if len(fewer) else torch.zeros_like(ids).bool()
+        ids = ids.where(taken, -1)
+        return slots(scores, ids, weigh(scores, ids, inputs))
+
+
+@ROUTERS.add("random_matched")
+class MatchedRandomRouter(RandomRouter):
+    """Choose by chance with the numbers of experts that another rule uses in this layer.
+
+    Parameters
+    ----------
+    choose : {"best", "random"}
+        Whether chance decides only how many of the model's best experts a token gets, or also
+        which.
+    seed : int
+
+    Notes
+    -----
+    Fitted on the routing of the rule that it stands beside: the shares of tokens with 0, 1, 2, ...
+    experts are kept layer by layer. Most of what a skipping rule gains over uniform chance comes
+    from such allocation to layers; this control leaves only what depends on the token.
+    """
+
+    info = replace(
+        RandomRouter.info,
+        name="random_matched",
+        title="Random, matched per layer",
+        summary=(
+            "How many of its best experts a token gets is drawn at random, as often as the rule "
+            "beside it does in the same layer. The harder of the two controls."
+        ),
+        formula="k_t drawn from the other rule's counts in this layer;  S = TopK(p, k_t)",
+        fits="statistics",
+        variable_k=True,
+    )
+
+    def __init__(self, *, choose: Choose = "best", seed: int = 0) -> None:
+        super().__init__(choose=choose, seed=seed)
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        beside = inputs.native if target is None else target
+        if beside is None or isinstance(beside, PartMask):
+            raise RouterError(
+                "Expected the routing of the rule to stand beside as the target of fit, got "
+                f"{'nothing' if beside is None else 'a mask of parts'}. "
+                "Pass target=other_router.route(inputs)."
+            )
+        counts = (beside.expert_ids >= 0).sum(dim=-1).bincount().double()
+        self.shares_ = counts / counts.sum()
+
+    def _shares(self, inputs: RouterInputs) -> torch.Tensor:
+        return self.shares_
+
+
+@ROUTERS.add("frozen_random")
+class FrozenRandomRouter(RoutingRouter):
+    """Route by a linear gate with random weights that nobody trained.
+
+    Parameters
+    ----------
+    k : int, optional
+        Experts per token; None = as many as the model takes.
+    seed : int
+        Draws the weights; each layer has its own.
+
+    Notes
+    -----
+    The source trains the experts with such a gate and loses little; experts that were trained
+    with another gate do not forgive it.
+    """
+
+    info = RouterInfo(
+        name="frozen_random",
+        family="control",
+        title="Frozen random gate",
+        summary=(
+            "A linear gate with random weights. Similar tokens still share experts, unlike with "
+            "chance alone."
+        ),
+        formula="S = TopK(score(R h), k),  R ~ N(0, 1 / d)",
+        paper="2402.13089, section 3",
+        needs=frozenset({"hidden"}),
+    )
+
+    def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
+        self.k = k
+        self.seed = seed
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        hidden = inputs.tensor("hidden").float()
+        salt = (self.seed * 1009 + inputs.layer) * 101 + inputs.site
+        generator = torch.Generator().manual_seed(salt)
+        width = hidden.shape[-1]
+        gate = torch.randn(inputs.n_experts, width, generator=generator) / width**0.5
+        scores = student_scores(hidden @ gate.T.to(hidden.device), inputs)
+        ids = top_ids(scores, self.k or inputs.top_k)
+        return slots(scores, ids, weigh(scores, ids, inputs))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of a linear gate."""
+        return 2.0 * d * n_experts
+
+
+@ROUTERS.add("static_best")
+class StaticRouter(RoutingRouter):
+    """Send every token to the experts that score highest on average.
+
+    Parameters
+    ----------
+    k : int, optional
+        Experts per token; None = as many as the model takes.
+    """
+
+    info = RouterInfo(
+        name="static_best",
+        family="control",
+        title="Static best",
+        summary=(
+            "All tokens use the same experts, those with the highest mean score. What a rule that "
+            "looks at the token must beat."
+        ),
+        formula="S = TopK(mean_t p_t, k)",
+        paper="",
+        needs=frozenset(),
+        fits="statistics",
+    )
+
+    def __init__(self, *, k: int | None = None) -> None:
+        self.k = k
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        self.mean_ = target_scores(inputs, target).mean(dim=0)
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        scores = self.mean_.expand(inputs.n_tokens, -1)
+        ids = top_ids(scores, self.k or inputs.top_k)
+        return slots(scores, ids, weigh(scores, ids, inputs))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return 0: nothing is computed."""
+        return 0.0

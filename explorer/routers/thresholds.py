@@ -1,0 +1,164 @@
+"""Published rules with as many experts as a token needs: top-p, skipping, ReLU."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from explorer.errors import RouterError
+from explorer.routers.base import ROUTERS, Decision, RouterInfo, RouterInputs, Routing
+from explorer.routers.native import GateRouter, TopKRouter
+from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
+from explorer.routers.selectors import TopP
+
+
+@ROUTERS.add("top_p")
+class TopPRouter(TopKRouter):
+    """Take the fewest best experts whose probabilities reach ``p``.
+
+    Parameters
+    ----------
+    p : float, 0..1
+
+    Notes
+    -----
+    Differs from the source, whose weights are the raw probabilities: a swapped router keeps the
+    convention of the model it is put into.
+    """
+
+    info = replace(
+        TopKRouter.info,
+        name="top_p",
+        title="Top-p",
+        summary=(
+            "As many experts as it takes for their probabilities to reach p. Sure tokens use "
+            "fewer experts than unsure ones."
+        ),
+        formula="S = the smallest prefix of the sorted p with sum >= p",
+        paper="2403.07652, eq. 3",
+    )
+
+    def __init__(self, *, p: float = 0.4) -> None:
+        super().__init__(selector=TopP(p))
+        self.p = p
+
+
+@ROUTERS.add("expert_skipping")
+class ExpertSkippingRouter(GateRouter):
+    """Leave out chosen experts whose weight is small beside the first one's.
+
+    Parameters
+    ----------
+    quantile : float, 0..1
+        Share of the fit split's tokens that leave out a slot's expert; 0.5 is the source's
+        median.
+
+    Notes
+    -----
+    Differs from the source, which has two experts per token: with more, every slot has a
+    threshold of its own, and a slot is used only if the one before it is.
+    """
+
+    info = RouterInfo(
+        name="expert_skipping",
+        family="literature",
+        title="Dynamic expert skipping (NAEE)",
+        summary=(
+            "Skips the second expert when its weight is small beside the first one's. The limit "
+            "is a quantile over recorded tokens."
+        ),
+        formula="drop slot j if w_j < beta_j w_1;  beta_j = quantile(w_j / w_1)",
+        paper="2402.14800, section 3.2",
+        needs=frozenset({"logits"}),
+        fits="statistics",
+        variable_k=True,
+    )
+
+    def __init__(self, *, quantile: float = 0.5) -> None:
+        if not 0 <= quantile <= 1:
+            raise RouterError(f"Expected 0 <= quantile <= 1, got {quantile}; 0.5 is the median.")
+        self.quantile = quantile
+
+    def _ratios(self, inputs: RouterInputs) -> tuple[Routing, torch.Tensor]:
+        native = TopKRouter().route(inputs)
+        return native, native.weights / native.weights[:, :1].clamp_min(1e-20)
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        _, ratios = self._ratios(inputs)
+        ordered = ratios.sort(dim=0).values
+        at = min(len(ordered) - 1, round(self.quantile * len(ordered)))
+        self.beta_ = ordered[at].clone()
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        native, ratios = self._ratios(inputs)
+        used = (ratios >= self.beta_).int()
+        used[:, :1] = 1
+        kept = used.cumprod(dim=-1).bool()
+        ids = native.expert_ids.where(kept, -1)
+        return slots(native.scores, ids, weigh(native.scores, ids, inputs))
+
+
+@ROUTERS.add("relu_threshold")
+class ReluRouter(GateRouter):
+    """Use every expert whose logit exceeds a threshold fitted to a mean number of experts.
+
+    Parameters
+    ----------
+    experts_per_token : float, optional
+        Mean over the fit split; None = as many as the model takes.
+    per_expert : bool
+        Whether every expert has a threshold of its own, which evens out the load.
+    weights : {"host", "relu"}
+        The model's own weights of the experts that are on, or the source's ``ReLU`` outputs, which
+        shrink to 0 at the threshold.
+
+    Notes
+    -----
+    Differs from the source, where the model learns to be sparse; a token may have no expert.
+    """
+
+    info = RouterInfo(
+        name="relu_threshold",
+        family="literature",
+        title="ReLU threshold (ReMoE)",
+        summary=(
+            "An expert is on when its logit exceeds a threshold. Tokens differ in their number "
+            "of experts, and some have none."
+        ),
+        formula="R_e = ReLU((W h)_e - theta);  S = {e : R_e > 0}",
+        paper="2412.14711, eq. 6",
+        needs=frozenset({"logits"}),
+        fits="statistics",
+        variable_k=True,
+    )
+
+    def __init__(
+        self,
+        *,
+        experts_per_token: float | None = None,
+        per_expert: bool = False,
+        weights: Literal["host", "relu"] = "host",
+    ) -> None:
+        self.experts_per_token = experts_per_token
+        self.per_expert = per_expert
+        self.weights = weights
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        logits = host_logits(inputs)
+        wanted = inputs.top_k if self.experts_per_token is None else self.experts_per_token
+        if not 0 < wanted <= inputs.n_experts:
+            raise RouterError(
+                f"Expected 0 < experts_per_token <= {inputs.n_experts}, got {wanted}."
+            )
+        pool = logits if self.per_expert else logits.flatten().unsqueeze(-1)
+        above = min(round(len(pool) * wanted / inputs.n_experts), len(pool))
+        ordered = pool.sort(dim=0, descending=True).values
+        floor = ordered[-1] - 1
+        self.threshold_ = (ordered[above] if above < len(pool) else floor).clone()
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        active = (host_logits(inputs) - self.threshold_).relu()
+        ids = masked_ids(active > 0)
+        scores = host_scores(inputs.tensor("logits"), inputs)
+        weights = weigh(scores if self.weights == "host" else active, ids, inputs)
+        return slots(scores, ids, weights)
