@@ -52,6 +52,11 @@ class SiteCount:
         """Experts with weights that ran, a real token."""
         return int(self.load[: self.computing].sum()) / max(self.tokens, 1)
 
+    @property
+    def distinct_experts(self) -> float:
+        """Different experts with weights that ran, a pass: what had to be read from memory."""
+        return int(self.calls[: self.computing].sum()) / max(self.passes, 1)
+
     def add(self, choice: Choice, tokens: PassTokens) -> None:
         """Count the choice [R, K] of one pass."""
         rows = _bincount(choice.expert_ids, len(self.rows))
@@ -79,10 +84,19 @@ class Swapped:
     counts: dict[Key, SiteCount] = field(default_factory=dict)
 
     @property
+    def experts(self) -> dict[Key, float]:
+        """Experts that ran, a real token, at each (layer, site)."""
+        return {key: count.experts_per_token for key, count in self.counts.items()}
+
+    @property
+    def distinct_experts(self) -> dict[Key, float]:
+        """Different experts that ran in a pass, at each (layer, site)."""
+        return {key: count.distinct_experts for key, count in self.counts.items()}
+
+    @property
     def experts_per_token(self) -> float:
         """Experts that ran, a real token and MoE site."""
-        counts = list(self.counts.values())
-        return sum(c.experts_per_token for c in counts) / max(len(counts), 1)
+        return sum(self.experts.values()) / max(len(self.counts), 1)
 
 
 @contextmanager
