@@ -7,7 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from capture.config import DEFAULT_SAMPLE_TOKENS, DTYPES
+from capture.config import (
+    DEFAULT_ATTENTION_BINS,
+    DEFAULT_ATTENTION_PROMPTS,
+    DEFAULT_ATTENTION_TOP_KEYS,
+    DEFAULT_SAMPLE_TOKENS,
+    DTYPES,
+)
 from capture.errors import CaptureCancelled, CaptureError
 
 ERROR = 2
@@ -21,6 +27,8 @@ examples:
       your own prompts, one a line, and 32 decoded tokens after each
   python -m capture allenai/OLMoE-1B-7B-0125 --prompts questions.csv --out runs/olmoe.duckdb
       a model of the Hugging Face hub; the file has a column text and perhaps domain
+  python -m capture demo --level attention --attention-prompts 20
+      also pooled attention maps, head statistics and heaviest keys of 20 prompts
   python -m capture recover runs/olmoe.duckdb.partial
       close the file of a capture that was killed; everything committed is kept
   python -m capture migrate runs/old.duckdb runs/new.duckdb
@@ -73,6 +81,12 @@ def _capture(arguments: Sequence[str]) -> int:
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
         seed=options.seed,
+        attention_prompts=options.attention_prompts,
+        attention_layers=options.attention_layers,
+        attention_heads=options.attention_heads,
+        attention_every=options.attention_every,
+        attention_bins=options.attention_bins,
+        attention_top_keys=options.attention_top_keys,
         progress=not options.quiet,
     )
     print(path)
@@ -100,7 +114,8 @@ def _capture_parser() -> argparse.ArgumentParser:
         default="ids",
         metavar="LEVEL",
         help="stats: sums per expert; ids: also expert ids, weights and statistics of every "
-        "token; scores: also every expert's score (default: ids)",
+        "token; scores: also every expert's score; attention: also where the heads look, for some "
+        "prompts (default: ids)",
     )
     add("--generate", type=int, default=0, metavar="N", help="tokens to decode after each prompt")
     add(
@@ -123,8 +138,46 @@ def _capture_parser() -> argparse.ArgumentParser:
     add("--trust-remote-code", action="store_true", help="run Python code that the model brings")
     add("--allow-pickle", action="store_true", help="load weights that are not safetensors")
     add("--seed", type=int, default=0, metavar="N", help="of the sampled tokens (default: 0)")
+    _add_attention(parser)
     add("--quiet", action="store_true", help="print only the path of the run")
     return parser
+
+
+def _add_attention(parser: argparse.ArgumentParser) -> None:
+    """Add the options of level attention."""
+    add = parser.add_argument_group("level attention").add_argument
+    add(
+        "--attention-prompts",
+        type=int,
+        default=DEFAULT_ATTENTION_PROMPTS,
+        metavar="N",
+        help="prompts whose attention is kept, equal shares for every domain and at least one for "
+        f"each (default: {DEFAULT_ATTENTION_PROMPTS})",
+    )
+    add("--attention-layers", type=int, nargs="+", metavar="L", help="these layers only")
+    add("--attention-heads", type=int, nargs="+", metavar="H", help="these heads only")
+    add(
+        "--attention-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="use every N-th block of 64 queries (default: 1)",
+    )
+    add(
+        "--attention-bins",
+        type=int,
+        default=DEFAULT_ATTENTION_BINS,
+        metavar="N",
+        help=f"bins to a side of a map, at most (default: {DEFAULT_ATTENTION_BINS})",
+    )
+    add(
+        "--attention-top-keys",
+        type=int,
+        default=DEFAULT_ATTENTION_TOP_KEYS,
+        metavar="N",
+        help="heaviest keys kept of each of a prompt's first 512 queries; 0 = none "
+        f"(default: {DEFAULT_ATTENTION_TOP_KEYS})",
+    )
 
 
 def _recover(arguments: Sequence[str]) -> int:

@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from capture.attention import AttentionTaps, PromptRow
+from capture.attention_parcel import unpack_attention
 from capture.batching import Ints, PaddedBatch
 from capture.buffer import Arrays, Parcel
 from capture.forward import next_in_prompt
 from capture.observe import SiteGroup
 from capture.pair_counts import Stretch, by_site
-from capture.store.records import LEVELS, ForwardRows, Level, PairSums, SiteBlock, TokenRows
+from capture.store.records import (
+    LEVELS,
+    AttentionRows,
+    ForwardRows,
+    Level,
+    PairSums,
+    SiteBlock,
+    TokenRows,
+)
 from capture.store.schema import STATISTICS
 from capture.tokens import TokenizedPrompt, decode_pieces
 
@@ -32,13 +42,17 @@ class PromptStep:
         The domains of this pass, in the order of its sums.
     sampled : array [M]
         Which of the real tokens belong to the sample.
+    attended : sequence of PromptRow
+        The prompts whose attention is recorded.
     parcel : Parcel
-        ``loss`` [tokens with a next one], and ``<group>.<name>`` as ``observe`` named it.
+        ``loss`` [tokens with a next one], ``<group>.<name>`` as ``observe`` named it, and what
+        ``pack_attention`` named.
     """
 
     batch: PaddedBatch
     domains: Sequence[str | None]
     sampled: Ints
+    attended: Sequence[PromptRow]
     parcel: Parcel
 
 
@@ -103,6 +117,10 @@ class Assembler:
         Takes each :class:`ForwardRows`, in the order of execution.
     append_pairs : callable
         Takes what :meth:`capture.store.RunWriter.append_pairs` does.
+    append_attention : callable
+        Takes the attention of a prompt, before the forward pass it comes from.
+    attention : AttentionTaps or None
+        Which sites and options the attention comes from.
     groups : sequence of SiteGroup
     prompts : sequence of TokenizedPrompt
     level : Level
@@ -114,10 +132,12 @@ class Assembler:
 
     append: Callable[[ForwardRows], None]
     append_pairs: Callable[[Sequence[PairSums]], None]
+    append_attention: Callable[[AttentionRows], None]
     groups: Sequence[SiteGroup]
     prompts: Sequence[TokenizedPrompt]
     level: Level
     tokenizer: "PreTrainedTokenizerBase | None"
+    attention: AttentionTaps | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
     sampled_tokens: int = 0
@@ -167,6 +187,10 @@ class Assembler:
             phase="prompt",
         )
         sites = self._blocks(arrays, None, np.arange(len(batch.rows)), step.sampled)
+        if self.attention is not None and step.attended:
+            place = (self.attention.sites, self.attention.options, self._first)
+            for rows in unpack_attention(arrays, step.attended, *place):
+                self.append_attention(rows)
         self._append(ForwardRows(tokens, step.domains, sites))
         self.prompt_tokens += len(batch.rows)
         self.sampled_tokens += len(step.sampled)

@@ -7,6 +7,9 @@ from capture.errors import ConfigError
 from capture.store.records import LEVELS, Level
 
 DEFAULT_SAMPLE_TOKENS = 50_000
+DEFAULT_ATTENTION_PROMPTS = 64
+DEFAULT_ATTENTION_BINS = 64
+DEFAULT_ATTENTION_TOP_KEYS = 4
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -16,9 +19,10 @@ class CaptureConfig:
 
     Attributes
     ----------
-    level : {"stats", "ids", "scores"}
+    level : {"stats", "ids", "scores", "attention"}
         How much is kept of every token. ``stats``: per-expert sums only. ``ids``: also expert ids,
         combine weights and four statistics per token. ``scores``: also every expert's score.
+        ``attention``: also where the heads look, for some of the prompts.
     sample_tokens : int, tokens
         Tokens of which scores and router inputs are kept as well, at any level; 0 = none.
     generate : int, tokens
@@ -38,7 +42,18 @@ class CaptureConfig:
     allow_pickle : bool
         Load weights that are not safetensors; unpickling can run code.
     seed : int
-        Seeds the choice of the sampled tokens.
+        Seeds the choice of the sampled tokens and of the prompts of level ``attention``.
+    attention_prompts : int, prompts
+        How many prompts have their attention kept, equal shares for every domain and at least
+        one for each. This and the following matter at level ``attention`` only.
+    attention_layers, attention_heads : tuple of int or None
+        Keep these only; None = all.
+    attention_every : int
+        Use every n-th block of 64 queries.
+    attention_bins : int
+        A map has at most so many bins of positions to a side.
+    attention_top_keys : int
+        Heaviest keys that are kept of a query, for the first 512 queries used; 0 = none.
     """
 
     level: Level = "ids"
@@ -52,17 +67,18 @@ class CaptureConfig:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     seed: int = 0
+    attention_prompts: int = DEFAULT_ATTENTION_PROMPTS
+    attention_layers: tuple[int, ...] | None = None
+    attention_heads: tuple[int, ...] | None = None
+    attention_every: int = 1
+    attention_bins: int = DEFAULT_ATTENTION_BINS
+    attention_top_keys: int = DEFAULT_ATTENTION_TOP_KEYS
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before a model is loaded."""
-        if self.level == "attention":
-            raise ConfigError(
-                "Level 'attention' is not available in this version. "
-                "Choose 'stats', 'ids' or 'scores'."
-            )
         if self.level not in LEVELS:
             raise ConfigError(
-                f"level must be one of {', '.join(LEVELS[:-1])}, got {self.level!r}. "
+                f"level must be one of {', '.join(LEVELS)}, got {self.level!r}. "
                 "'ids' is the usual choice."
             )
         _check_count("sample_tokens", self.sample_tokens, least=0, none="0 samples nothing")
@@ -77,6 +93,28 @@ class CaptureConfig:
                 f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}. "
                 "Leave it out for float32 on CPU and the stored dtype on CUDA."
             )
+
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        one = "leave it out for the default"
+        _check_count("attention_prompts", self.attention_prompts, least=1, none=one)
+        _check_count("attention_every", self.attention_every, least=1, none="1 uses all queries")
+        _check_count("attention_bins", self.attention_bins, least=1, none=one)
+        _check_count("attention_top_keys", self.attention_top_keys, least=0, none="0 keeps none")
+        for name in ("attention_layers", "attention_heads"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if not isinstance(values, list | tuple) or not values:
+                raise ConfigError(
+                    f"{name} must be whole numbers such as (0, 3), got {values!r}; leave it out "
+                    "for all."
+                )
+            for value in values:
+                _check_count(name, value, least=0, none="leave it out for all")
+            # a list reads well in a call, but options are compared and saved
+            object.__setattr__(self, name, tuple(sorted(set(values))))
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as plain values, for the run file."""

@@ -2,16 +2,19 @@
 
 import importlib.metadata
 import platform
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from capture.config import CaptureConfig
 from capture.errors import ConfigError
-from capture.estimate import Estimate, estimate
-from capture.sampling import Sample
+from capture.estimate import AttentionSize, Estimate, estimate
+from capture.sampling import Attended, Sample
 from capture.store import RunInfo
 from capture.tokens import TokenizedPrompt
 
 if TYPE_CHECKING:
+    from capture.attention import AttentionTaps
+    from capture.attention_layers import FoundAttention
     from capture.models import LoadedModel
     from capture.recording import Plan
     from capture.sites import Site
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow")
 OPS = ("gate", "coactivation")
+ATTENTION_OPS = ("attention",)
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -47,12 +51,91 @@ def max_length(loaded: "LoadedModel", config: CaptureConfig) -> int | None:
     return min(context - config.generate, config.max_length or context)
 
 
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What a capture at level attention settles before it starts.
+
+    Attributes
+    ----------
+    found : FoundAttention
+        Every layer, and those that are recorded.
+    attended : Attended
+        The prompts.
+    taps : AttentionTaps
+    size : AttentionSize
+        For the estimate.
+    """
+
+    found: "FoundAttention"
+    attended: Attended
+    taps: "AttentionTaps"
+    size: AttentionSize
+
+    @property
+    def without(self) -> str:
+        """The layers without an attention map and why, for people; empty when there is none."""
+        lines = [
+            f"Layer {layer.layer} ({layer.kind}): {layer.reason}"
+            for layer in self.found.layers
+            if layer.reason is not None
+        ]
+        return " ".join(lines)
+
+
+def plan_attention(
+    prompts: list[TokenizedPrompt],
+    sites: "list[Site]",
+    loaded: "LoadedModel",
+    config: CaptureConfig,
+) -> AttentionPlan | None:
+    """Choose prompts and test layers for level attention; None at other levels.
+
+    Raises
+    ------
+    ConfigError
+        If no layer has attention that can be recorded, or one asked for has none.
+    """
+    if config.level != "attention":
+        return None
+    from capture.attention import AttentionOptions, AttentionTaps
+    from capture.attention_layers import attach_attention
+    from capture.sampling import plan_attention as choose
+
+    lengths = [len(prompt.ids) for prompt in prompts]
+    domains = [prompt.domain for prompt in prompts]
+    attended = choose(domains, lengths, config.attention_prompts, config.seed)
+    kept = [
+        length for length, is_kept in zip(lengths, attended.is_attended, strict=True) if is_kept
+    ]
+    found = attach_attention(
+        loaded.model,
+        sites,
+        longest=max(kept),
+        layers=config.attention_layers,
+        heads=config.attention_heads,
+    )
+    if not found.sites:
+        reasons = " ".join(sorted({layer.reason or "" for layer in found.layers}))
+        raise ConfigError(
+            f"Level attention needs a layer whose attention can be recorded, and none of the "
+            f"{len(found.layers)} layers has it: {reasons} Record level 'scores'."
+        )
+    options = AttentionOptions(
+        config.attention_bins, config.attention_every, config.attention_top_keys
+    )
+    size = AttentionSize(
+        kept, len(found.sites), sum(len(site.heads) for site in found.sites), *options
+    )
+    return AttentionPlan(found, attended, AttentionTaps(found.sites, options), size)
+
+
 def cost_of(
     prompts: list[TokenizedPrompt],
     sites: "list[Site]",
     loaded: "LoadedModel",
     config: CaptureConfig,
     sample: Sample,
+    attention: AttentionPlan | None = None,
 ) -> Estimate:
     """Estimate the size of the run."""
     n_tokens = sum(len(prompt.ids) for prompt in prompts) + config.generate * len(prompts)
@@ -63,6 +146,7 @@ def cost_of(
         level=config.level,
         sample_tokens=int(sample.record["planned"]),
         n_domains=len({prompt.domain for prompt in prompts}),
+        attention=attention.size if attention is not None else None,
     )
 
 
@@ -73,7 +157,11 @@ def hidden_size(loaded: "LoadedModel") -> int:
 
 
 def plan_recording(
-    prompts: list[TokenizedPrompt], sample: Sample, loaded: "LoadedModel", config: CaptureConfig
+    prompts: list[TokenizedPrompt],
+    sample: Sample,
+    loaded: "LoadedModel",
+    config: CaptureConfig,
+    attention: AttentionPlan | None = None,
 ) -> "Plan":
     """Settle what the loop over batches needs to know."""
     from capture.recording import Plan
@@ -89,6 +177,7 @@ def plan_recording(
         generate=config.generate,
         pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocab_size(loaded) else 0,
         end_ids=_end_ids(loaded),
+        attended=attention.attended.is_attended if attention is not None else None,
     )
 
 
@@ -102,7 +191,12 @@ def _end_ids(loaded: "LoadedModel") -> tuple[int, ...]:
     return ()
 
 
-def describe_run(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -> RunInfo:
+def describe_run(
+    loaded: "LoadedModel",
+    config: CaptureConfig,
+    sample: Sample,
+    attention: AttentionPlan | None = None,
+) -> RunInfo:
     """Return what is known of the run before its first token."""
     import torch
 
@@ -112,6 +206,8 @@ def describe_run(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -
     device = str(model.device)
     if model.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    ops = OPS if attention is None else OPS + ATTENTION_OPS
+    chosen = {} if attention is None else {"attention": attention.attended.record}
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     return RunInfo(
         model=loaded.name,
@@ -122,8 +218,8 @@ def describe_run(loaded: "LoadedModel", config: CaptureConfig, sample: Sample) -
         level=config.level,
         vocab_size=vocab_size(loaded),
         hidden_size=hidden_size(loaded),
-        backends={op: backend_for(op, model.device) for op in OPS},
+        backends={op: backend_for(op, model.device) for op in ops},
         packages={"python": platform.python_version(), **packages},
         config=config.to_json(),
-        sample=sample.record,
+        sample=sample.record if attention is None else sample.record | chosen,
     )

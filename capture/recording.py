@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from capture.assemble import DecodeStep, PairStep, PromptStep, Step
+from capture.attention import AttentionTaps, PromptRow
+from capture.attention_parcel import pack_attention
 from capture.batching import Ints, PaddedBatch, pad_batch, plan_batches
 from capture.buffer import Parcel, Staging, WriterThread
 from capture.forward import PromptPass, Runner, to_device
@@ -49,6 +52,8 @@ class Plan:
     pad_id : int
     end_ids : tuple of int
         Tokens that end a generated text.
+    attended : array [P], bool, or None
+        Prompts whose attention is recorded; None without attention.
     """
 
     prompts: Sequence[TokenizedPrompt]
@@ -58,6 +63,7 @@ class Plan:
     generate: int
     pad_id: int
     end_ids: tuple[int, ...]
+    attended: npt.NDArray[np.bool_] | None = None
 
     def batches(self, limit: int | None = None) -> list[Ints]:
         """Return the numbers of the prompts of each forward pass.
@@ -84,6 +90,8 @@ class Recording:
         Told the number of rows of every forward pass.
     check : callable
         Called before every forward pass; raises to end the recording.
+    attention : AttentionTaps or None
+        Open, when the plan says whose attention is recorded.
     """
 
     runner: Runner
@@ -95,6 +103,7 @@ class Recording:
     thread: WriterThread[Step]
     advance: Callable[[int], None]
     check: Callable[[], None]
+    attention: AttentionTaps | None = None
     staging: Staging = field(default_factory=Staging)
 
     def __post_init__(self) -> None:
@@ -136,6 +145,9 @@ class Recording:
         sampled = np.flatnonzero(self.plan.sample.is_sampled[token_id])
         place = to_device(batch.rows[sampled], device) if len(sampled) else None
         self.hidden_rows.rows = place
+        attended = self._attended(batch)
+        if self.attention is not None:
+            self.attention.rows = attended
         try:
             done = self.runner.prompts(batch, keep_cache=self.plan.generate > 0)
         finally:
@@ -147,13 +159,24 @@ class Recording:
             n_domains=len(domains),
             sampled=to_device(sampled, device) if len(sampled) else None,
         )
-        self._hand_over(
-            {"loss": done.loss},
-            rows,
-            partial(PromptStep, batch, domains, sampled),
-        )
+        tensors = {"loss": done.loss}
+        if self.attention is not None:
+            tensors |= pack_attention(*self.attention.take())
+        self._hand_over(tensors, rows, partial(PromptStep, batch, domains, sampled, attended))
         self.advance(len(batch.rows))
         return done
+
+    def _attended(self, batch: PaddedBatch) -> list[PromptRow]:
+        """Return where the prompts lie whose attention is recorded."""
+        if self.attention is None or self.plan.attended is None:
+            return []
+        width = batch.input_ids.shape[1]
+        first = np.cumsum(batch.lengths) - batch.lengths
+        return [
+            PromptRow(int(prompt), row, int(batch.rows[first[row]]) - row * width, int(length))
+            for row, (prompt, length) in enumerate(zip(batch.prompts, batch.lengths, strict=True))
+            if self.plan.attended[prompt]
+        ]
 
     def _generate(self, batch: PaddedBatch, done: PromptPass) -> None:
         """Decode greedily; a row that has ended is computed on, but no longer counts."""

@@ -13,6 +13,12 @@ WHY = (
     "tokens are drawn uniformly without replacement. Generated tokens are never sampled."
 )
 
+WHY_PROMPTS = (
+    "Attention grows with prompts, layers and heads, so it is kept for some prompts: every domain "
+    "gets the same number, a domain with fewer prompts gives all of them and leaves its share to "
+    "the others, and every domain gets one at least. Generated tokens have none."
+)
+
 
 class Sample(NamedTuple):
     """The sampled tokens of a run.
@@ -79,3 +85,58 @@ def plan_sample(
         "why": WHY if requested else "No sample was asked for (sample_tokens=0).",
     }
     return Sample(is_sampled, record)
+
+
+class Attended(NamedTuple):
+    """The prompts whose attention is recorded.
+
+    Attributes
+    ----------
+    is_attended : array [P], bool
+    record : dict
+        What the run file says about it: requested, planned, seed, strata, why.
+    """
+
+    is_attended: npt.NDArray[np.bool_]
+    record: dict[str, Any]
+
+
+def plan_attention(
+    domains: Sequence[str | None], lengths: Sequence[int], requested: int, seed: int
+) -> Attended:
+    """Choose the prompts whose attention is recorded: equal shares, but one of every domain.
+
+    Parameters
+    ----------
+    domains : sequence of str or None, one a prompt
+        Prompts without a domain form one stratum together.
+    lengths : sequence of int, one a prompt, tokens
+        Prompts of one token are taken last: their attention says nothing.
+    requested : int, prompts
+        Raised to the number of domains where it is smaller.
+    seed : int
+    """
+    names = list(dict.fromkeys(domains))
+    stratum = np.array([names.index(domain) for domain in domains], dtype=np.int64)
+    long_enough = np.asarray(lengths) > 1
+    sizes = np.bincount(stratum[long_enough], minlength=len(names)).tolist()
+    shares = quotas(sizes, max(requested, len(names)))
+    rng = np.random.default_rng(seed)
+    is_attended = np.zeros(len(domains), dtype=np.bool_)
+    for number, share in enumerate(shares):
+        members = np.flatnonzero((stratum == number) & long_enough)
+        if not share:  # a domain whose prompts have one token each
+            members, share = np.flatnonzero(stratum == number), 1
+        is_attended[rng.choice(members, size=share, replace=False)] = True
+    taken = np.bincount(stratum[is_attended], minlength=len(names)).tolist()
+    record = {
+        "requested": requested,
+        "planned": int(is_attended.sum()),
+        "seed": seed,
+        "strata": [
+            {"domain": name, "prompts": size, "attended": share}
+            for name, size, share in zip(names, np.bincount(stratum).tolist(), taken, strict=True)
+        ],
+        "why": WHY_PROMPTS,
+    }
+    return Attended(is_attended, record)

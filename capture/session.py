@@ -2,12 +2,19 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture import preparation
-from capture.config import DEFAULT_SAMPLE_TOKENS, CaptureConfig
+from capture.config import (
+    DEFAULT_ATTENTION_BINS,
+    DEFAULT_ATTENTION_PROMPTS,
+    DEFAULT_ATTENTION_TOP_KEYS,
+    DEFAULT_SAMPLE_TOKENS,
+    CaptureConfig,
+)
 from capture.errors import CaptureCancelled, CaptureError
 from capture.estimate import check_space
 from capture.progress import Progress, Reporter
@@ -54,6 +61,12 @@ def record(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     seed: int = 0,
+    attention_prompts: int = DEFAULT_ATTENTION_PROMPTS,
+    attention_layers: Sequence[int] | None = None,
+    attention_heads: Sequence[int] | None = None,
+    attention_every: int = 1,
+    attention_bins: int = DEFAULT_ATTENTION_BINS,
+    attention_top_keys: int = DEFAULT_ATTENTION_TOP_KEYS,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     progress: bool | Callable[[Progress], None] = True,
     cancel: Callable[[], bool] | None = None,
@@ -70,7 +83,8 @@ def record(
     out : str or Path
         The run file; it must not exist. While recording, its name ends in ``.partial``.
     level, sample_tokens, generate, batch_tokens, max_length, dtype, device, revision, \
-trust_remote_code, allow_pickle, seed
+trust_remote_code, allow_pickle, seed, attention_prompts, attention_layers, attention_heads, \
+attention_every, attention_bins, attention_top_keys
         As in :class:`capture.CaptureConfig`.
     tokenizer : tokenizer, optional
         For a loaded model that does not know where its tokenizer lies.
@@ -105,6 +119,12 @@ trust_remote_code, allow_pickle, seed
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         seed=seed,
+        attention_prompts=attention_prompts,
+        attention_layers=None if attention_layers is None else tuple(attention_layers),
+        attention_heads=None if attention_heads is None else tuple(attention_heads),
+        attention_every=attention_every,
+        attention_bins=attention_bins,
+        attention_top_keys=attention_top_keys,
     )
     reporter = Reporter(progress)
     try:
@@ -144,16 +164,18 @@ def _record(
         config.sample_tokens,
         config.seed,
     )
-    cost = preparation.cost_of(prompts, sites, loaded, config, sample)
+    attention = preparation.plan_attention(prompts, sites, loaded, config)
+    cost = preparation.cost_of(prompts, sites, loaded, config, sample, attention)
     check_space(cost, out)
     if cancel is not None and cancel():
         raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
-    info = preparation.describe_run(loaded, config, sample)
+    info = preparation.describe_run(loaded, config, sample, attention)
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
-    plan = preparation.plan_recording(prompts, sample, loaded, config)
-    writer = RunWriter.create(out, info, [site.info for site in sites], rows)
+    plan = preparation.plan_recording(prompts, sample, loaded, config, attention)
+    layers = attention.found.layers if attention is not None else ()
+    writer = RunWriter.create(out, info, [site.info for site in sites], rows, layers)
     try:
-        session = _Session(loaded, sites, plan, writer, reporter)
+        session = _Session(loaded, sites, plan, writer, reporter, attention)
         session.seconds_before = time.monotonic() - started
         reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
     except BaseException:
@@ -192,6 +214,7 @@ class _Session:
         plan: "Plan",
         writer: RunWriter,
         reporter: Reporter,
+        attention: "preparation.AttentionPlan | None" = None,
     ) -> None:
         from capture.assemble import Assembler
         from capture.observe import group_sites
@@ -203,9 +226,12 @@ class _Session:
         self.reporter = reporter
         self.seconds_before = 0.0
         self.groups = group_sites(sites)
+        self.attention = attention
         self.assembler = Assembler(
             append=writer.append,
             append_pairs=writer.append_pairs,
+            append_attention=writer.append_attention,
+            attention=attention.taps if attention is not None else None,
             groups=self.groups,
             prompts=plan.prompts,
             level=plan.level,
@@ -264,7 +290,10 @@ class _Session:
         with (
             Head(model).open(probe_tokens(model)[:1]) as head,
             tap(self.sites, hidden_rows=hidden_rows) as taps,
+            ExitStack() as stack,
         ):
+            if self.attention is not None:
+                stack.enter_context(self.attention.taps.open())
             Recording(
                 runner=Runner(model, head),
                 taps=taps,
@@ -275,6 +304,7 @@ class _Session:
                 thread=thread,
                 advance=self.reporter.advance,
                 check=check,
+                attention=self.attention.taps if self.attention is not None else None,
             ).run()
 
     def _check_counts(self) -> None:
@@ -296,6 +326,8 @@ class _Session:
             notes["text"] = NO_TEXT.format(name=type(self.loaded.tokenizer).__name__)
         if any(site.selection_bias is not None for site in self.sites):
             notes["selection_bias"] = "Margins include the bias that routers add for the choice."
+        if self.attention is not None and self.attention.without:
+            notes["attention"] = self.attention.without
         return self.writer.finish(
             seconds=time.monotonic() - started, complete=complete, notes=notes
         )

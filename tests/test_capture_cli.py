@@ -44,7 +44,8 @@ def test_help_explains_itself(capsys):
     ("arguments", "message"),
     [
         (["demo", "--prompts", "none.txt"], "error: There is no prompt file 'none.txt'"),
-        (["demo", "--level", "attention"], "error: Level 'attention' is not available"),
+        (["demo", "--level", "maps"], "error: level must be one of stats, ids, scores, attention"),
+        (["demo", "--attention-every", "0"], "error: attention_every must be a whole number"),
         (["demo", "--sample-tokens", "-3"], "error: sample_tokens must be a whole number"),
         (["demo", "--dtype", "float12"], "error: dtype must be one of float32"),
         (["./nothing", "--prompts", "p.txt"], "error: A model folder was expected"),

@@ -324,8 +324,14 @@ def test_an_existing_run_is_refused_before_the_model_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"level": "attention"}, ConfigError, "not available in this version.*'ids'"),
-        ({"level": "all"}, ConfigError, "level must be one of stats, ids, scores, got 'all'"),
+        ({"level": "all"}, ConfigError, "level must be one of .*scores, attention, got 'all'"),
+        ({"attention_prompts": 0}, ConfigError, "attention_prompts must be a whole number"),
+        (
+            {"attention_layers": ()},
+            ConfigError,
+            r"attention_layers must be whole numbers.*got \(\)",
+        ),
+        ({"attention_heads": [-1]}, ConfigError, "attention_heads must be a whole number of at"),
         ({"sample_tokens": -1}, ConfigError, "sample_tokens must be a whole number"),
         ({"generate": 1.5}, ConfigError, r"generate must be a whole number.*got 1\.5"),
         ({"generate": 128}, ConfigError, "no room for a prompt .* 128 tokens. Choose at most 127"),
