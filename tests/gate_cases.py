@@ -86,8 +86,8 @@ SHAPES = [  # tokens, experts, slots
     (9, 13, 13),  # everyone is chosen
     (130, 64, 8),  # one more than a block
     (3, 40, 6),
-    (6, 512, 8),
-    (2, 512, 300),
+    (3, 512, 8),
+    (2, 512, 20),
     (0, 8, 2),
 ]
 RULES = ("softmax", "sigmoid", "softmax_topk", "probabilities")
@@ -96,13 +96,14 @@ RULES = ("softmax", "sigmoid", "softmax_topk", "probabilities")
 def select_cases():
     """Yield cases of choosing: every rule, type and shape at least once."""
     dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
-    flags = itertools.cycle([True, False])
+    flags = itertools.cycle([(False, True), (True, False), (True, True)])
     for (n_tokens, n_experts, top_k), rule in itertools.product(SHAPES, RULES):
         logits = random_logits(n_tokens, n_experts, dtype=next(dtypes))
         if rule == "probabilities":
             logits = logits.float().softmax(-1).to(logits.dtype)
-        options = {"top_k": top_k, "score_function": rule, "packed": next(flags)}
-        yield Case(logits, options | {"renormalize": next(flags)})
+        packed, renormalize = next(flags)
+        options = {"top_k": top_k, "score_function": rule, "packed": packed}
+        yield Case(logits, options | {"renormalize": renormalize})
 
 
 def group_cases():

@@ -28,7 +28,7 @@ __all__ = [
     "gate_batch",
 ]
 
-BACKENDS = ("numba", "torch")
+BACKENDS = ("triton", "numba", "torch")
 TRITON_MAX_EXPERTS = 4096  # one row has to fit in the registers of one program
 
 
@@ -250,9 +250,10 @@ def _refusals(inputs: GateInputs) -> dict[str, str | None]:
             reason = f"it takes float16, bfloat16 and float32, got {value.dtype}"
     if torch.is_grad_enabled() and any(value.requires_grad for value in floats):
         reason = "an input requires a gradient, and it has no backward pass"
+    too_many = None
     if inputs.n_experts > TRITON_MAX_EXPERTS:
-        pass
-    return {"numba": reason, "torch": None}
+        too_many = f"it takes at most {TRITON_MAX_EXPERTS} experts, got {inputs.n_experts}"
+    return {"triton": reason or too_many, "numba": reason, "torch": None}
 
 
 def _plain(inputs: GateInputs) -> GateInputs:

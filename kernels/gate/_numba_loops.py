@@ -250,12 +250,6 @@ def _encode(weight):
     return np.uint16(max((half >> WEIGHT_SHIFT) - WEIGHT_OFFSET, 0))
 
 
-@_compiled(fastmath={"contract"})
-def _add_scaled(row, factor, sums):
-    for e in range(len(row)):
-        sums[e] += row[e] * factor
-
-
 @_compiled()
 def _score_token(x, p, scores, rank, score, bias_at, n_groups, top_groups, barred, found):
     """Fill p, scores, rank and two statistics from logits x; return 1 / sum(p)."""
@@ -302,10 +296,12 @@ def _chosen_slots(x, p, rank, score, inverse, renormalize, values, experts):
     for e in range(len(x)):
         if n < len(values) or rank[e] > values[n - 1]:
             n = _insert(rank[e], e, values, experts, n)
-    total = F(0.0)
+    total, peak = F(0.0), -INF
+    for j in range(n):
+        peak = max(peak, x[experts[j]])
     for j in range(n):
         if score == SOFTMAX_TOPK:
-            values[j] = _exp(x[experts[j]] - x[experts[0]])
+            values[j] = _exp(x[experts[j]] - peak)
         else:
             values[j] = p[experts[j]] * (F(1.0) if score == SIGMOID else inverse)
         total += values[j]
@@ -397,4 +393,5 @@ def serve(table, tokens_at, out_at, kinds, out_kinds, rule, span, load, weight_s
                     load[site, segment, experts[j]] += 1
                     weight_sum[site, segment, experts[j]] += values[j]
                 if importance.size:
-                    _add_scaled(p, inverse, importance[site, segment])
+                    for e in range(n_experts):
+                        importance[site, segment, e] += p[e] * inverse
