@@ -44,6 +44,7 @@ class Runner:
         self.head = head
         self.device: torch.device = model.get_input_embeddings().weight.device
         parameters = inspect.signature(model.forward).parameters
+        self.is_compiled = any(m._compiled_call_impl is not None for m in model.modules())
         self._takes_positions = "position_ids" in parameters
 
     def prompts(self, batch: PaddedBatch, *, keep_cache: bool = False) -> PromptPass:

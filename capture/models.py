@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from capture.compiled import Compiler
+
 log = logging.getLogger(__name__)
 
 DEMO = Path(__file__).parent / "demo" / "weights"
@@ -34,12 +36,15 @@ class LoadedModel(NamedTuple):
         As given by the caller, or what a loaded model calls itself.
     revision : str or None
         Commit of the hub repository, when known.
+    compiler : callable or None
+        What compiles its decoder while it is recorded; None = nothing does.
     """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase | None"
     name: str
     revision: str | None
+    compiler: "Compiler | None" = None
 
 
 def load_model(
@@ -120,6 +125,9 @@ def refuse_kernels_package() -> None:
 
 def _taken(model: Any, *, dtype: object, device: object) -> LoadedModel:
     """Check a model that the caller loaded."""
+    from capture.compiled import unwrapped
+
+    model, compiler = unwrapped(model)
     if not hasattr(model, "named_modules") or not hasattr(model, "config"):
         raise ModelError(
             "A model name, a folder or a loaded PreTrainedModel was expected, "
@@ -141,7 +149,7 @@ def _taken(model: Any, *, dtype: object, device: object) -> LoadedModel:
         _tokenizer(path, {"local_files_only": True, "trust_remote_code": False}) if path else None
     )
     name = path or type(model).__name__
-    return LoadedModel(model, tokenizer, name, getattr(config, "_commit_hash", None))
+    return LoadedModel(model, tokenizer, name, getattr(config, "_commit_hash", None), compiler)
 
 
 def _source(model: str | Path) -> tuple[str, str]:
