@@ -1,0 +1,288 @@
+"""The inputs that are timed, by op and size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kernels.attention import attention
+from kernels.bench import baselines
+from kernels.bench.problems import Problem, Tolerance
+from kernels.coactivation import coactivation
+from kernels.dispatch import backend_for
+from kernels.gate import gate, gate_batch
+from kernels.project_topk import project_topk
+
+SEED = 0
+CHECKED_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of one kind of run; ``more`` has those that ``--all`` adds.
+
+    Attributes
+    ----------
+    gate : tuple of (T, E, k)
+    decode : tuple of (S, T, E, k)
+        Sites and tokens of one step of decoding.
+    coactivation : tuple of (S, T, E, k)
+    project_topk : tuple of (T, D, R, E, k)
+    attention : tuple of (T, H, Hkv, D)
+    dtype : torch.dtype
+        Of logits, hidden states, queries and keys.
+    """
+
+    gate: tuple[tuple[int, int, int], ...]
+    decode: tuple[tuple[int, int, int, int], ...]
+    coactivation: tuple[tuple[int, int, int, int], ...]
+    project_topk: tuple[tuple[int, int, int, int, int], ...]
+    attention: tuple[tuple[int, int, int, int], ...]
+    dtype: torch.dtype
+
+
+CPU = Size(
+    gate=((65536, 64, 8),),
+    decode=((16, 32, 64, 8),),
+    coactivation=((16, 4096, 64, 8),),
+    project_topk=((4096, 256, 8, 64, 8),),
+    attention=((1024, 8, 2, 64),),
+    dtype=torch.float32,
+)
+CPU_MORE = Size(
+    gate=((65536, 8, 2), (65536, 128, 8)),
+    decode=(),
+    coactivation=((1, 65536, 128, 8),),
+    project_topk=((1024, 2048, 16, 128, 8),),
+    attention=((4096, 4, 1, 64),),
+    dtype=torch.float32,
+)
+CUDA = Size(
+    gate=((65536, 128, 8),),
+    decode=((48, 32, 128, 8),),
+    coactivation=((48, 8192, 128, 8),),
+    project_topk=((16384, 2048, 16, 128, 8),),
+    attention=((8192, 32, 4, 128),),
+    dtype=torch.bfloat16,
+)
+CUDA_MORE = Size(
+    gate=((65536, 8, 2), (65536, 64, 8), (65536, 256, 8), (65536, 512, 10), (8192, 128, 8)),
+    decode=((16, 32, 64, 8),),
+    coactivation=((1, 65536, 128, 8), (48, 8192, 512, 10)),
+    project_topk=((16384, 2048, 16, 64, 8), (16384, 2048, 16, 512, 10)),
+    attention=((2048, 32, 4, 128), (8192, 16, 16, 128), (4096, 64, 8, 64)),
+    dtype=torch.bfloat16,
+)
+
+
+def sizes(device: torch.device, *, more: bool) -> list[Size]:
+    """Return what a device is asked to run."""
+    if device.type == "cuda":
+        return [CUDA, CUDA_MORE] if more else [CUDA]
+    return [CPU, CPU_MORE] if more else [CPU]
+
+
+def problems(op: str, size: Size, device: torch.device) -> Iterator[Problem]:
+    """Yield the problems of an op, made one at a time: the large ones do not fit together."""
+    if op == "gate":
+        for shape in size.gate:
+            routed = _routed(shape[:-1], shape[-1], size, device)
+            yield _observe(routed, importance=False)
+            yield _observe(routed, importance=True)
+            yield _select(routed)
+        for step in size.decode:
+            yield _decode(_routed(step[:-1], step[-1], size, device))
+    elif op == "coactivation":
+        for count in size.coactivation:
+            yield _coactivation(_routed(count[:-1], count[-1], size, device))
+    elif op == "project_topk":
+        for stack in size.project_topk:
+            yield _project_topk(*stack, size, device)
+    else:
+        for heads in size.attention:
+            yield from _attention(*heads, size, device)
+
+
+class Routed(NamedTuple):
+    """Logits [..., T, E], and the ids and weights [..., T, k] that a model gives them."""
+
+    logits: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+    def __str__(self) -> str:
+        """Say the shape as the results show it."""
+        *sites, n_tokens, n_experts = self.logits.shape
+        of_sites = f"S={sites[0]}, " if sites else ""
+        return f"{of_sites}T={n_tokens}, E={n_experts}, k={self.ids.shape[-1]}"
+
+
+def _routed(shape: tuple[int, ...], k: int, size: Size, device: torch.device) -> Routed:
+    logits = _random(*shape, device=device, dtype=size.dtype) * 2
+    weights, ids = logits.float().softmax(-1).topk(k)
+    return Routed(logits, ids, (weights / weights.sum(-1, keepdim=True)).to(size.dtype))
+
+
+def _random(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(SEED)).to(device, dtype)
+
+
+# sums over all tokens, in another order
+SUMS = {"importance": Tolerance(1e-3), "weight_sum": Tolerance(1e-3)}
+# packed outputs: neighbouring codes of weights, neighbouring float16 numbers
+PACKED = {
+    "weights": Tolerance(1e-3),
+    **{name: Tolerance(2e-3) for name in ("entropy", "margin", "logsumexp", "topk_mass")},
+    **SUMS,
+}
+
+
+def _observe(routed: Routed, *, importance: bool) -> Problem:
+    logits, ids, weights = routed
+
+    def run(backend: str) -> object:
+        return gate(
+            logits, top_k=ids.shape[-1], score_function="softmax", expert_ids=ids, weights=weights,
+            importance=importance, packed=True, backend=backend,
+        )  # fmt: skip
+
+    return Problem(
+        op="gate",
+        shape=f"observe{' with importance' if importance else ''}, {routed}",
+        run=run,
+        backends=_fast("gate", logits),
+        inputs=routed,
+        baselines={"torch chain": baselines.observe_chain(logits, ids, weights, importance)},
+        tolerances=PACKED,
+    )
+
+
+def _select(routed: Routed) -> Problem:
+    logits, k = routed.logits, routed.ids.shape[-1]
+
+    def run(backend: str) -> object:
+        return gate(logits, top_k=k, score_function="softmax", backend=backend)
+
+    return Problem(
+        op="gate",
+        shape=f"select with importance, {routed}",
+        run=run,
+        backends=_fast("gate", logits),
+        inputs=(logits,),
+        baselines={"torch chain": baselines.select_chain(logits, k)},
+        tolerances=SUMS,
+    )
+
+
+def _decode(routed: Routed) -> Problem:
+    logits, ids, weights = (list(tensor) for tensor in routed)
+
+    def run(backend: str) -> object:
+        return gate_batch(
+            logits, expert_ids=ids, weights=weights, rows=None, n_experts=logits[0].shape[-1],
+            top_k=ids[0].shape[-1], score_function="softmax", packed=True, backend=backend,
+        )  # fmt: skip
+
+    chains = [
+        baselines.observe_chain(*site, importance=True)
+        for site in zip(logits, ids, weights, strict=True)
+    ]
+    return Problem(
+        op="gate",
+        shape=f"observe a decoding step, {routed}",
+        run=run,
+        backends=_fast("gate", routed.logits),
+        inputs=routed,
+        baselines={"torch chain": lambda: [chain() for chain in chains]},
+        tolerances=PACKED,
+    )
+
+
+def _coactivation(routed: Routed) -> Problem:
+    n_experts = routed.logits.shape[-1]
+    ids = routed.ids.to(torch.uint8 if n_experts <= 255 else torch.uint16)
+    following = ids.roll(1, 0) if len(ids) > 1 else ids.flip(1)
+
+    def run(backend: str) -> object:
+        return coactivation(ids, following, n_experts=n_experts, backend=backend)
+
+    return Problem(
+        op="coactivation",
+        shape=f"with transitions, {routed}",
+        run=run,
+        backends=_fast("coactivation", ids),
+        inputs=(ids, following),
+    )
+
+
+def _project_topk(
+    n_tokens: int,
+    width: int,
+    routers: int,
+    n_experts: int,
+    k: int,
+    size: Size,
+    device: torch.device,
+) -> Problem:
+    hidden = _random(n_tokens, width, device=device, dtype=size.dtype)
+    projections = _random(routers, n_experts, width, device=device, dtype=size.dtype) / width**0.5
+
+    def run(backend: str) -> object:
+        return project_topk(hidden, projections, top_k=k, backend=backend)
+
+    return Problem(
+        op="project_topk",
+        shape=f"T={n_tokens}, D={width}, R={routers}, E={n_experts}, k={k}",
+        run=run,
+        backends=_fast("project_topk", hidden),
+        inputs=(hidden, projections),
+        baselines={
+            "matmul alone": baselines.all_logits(hidden, projections),
+            "torch chain": baselines.project_chain(hidden, projections, k),
+        },
+        # logits that differ by rounding may be chosen in another order
+        tolerances={"expert_ids": Tolerance(0.0, share=1e-3), "values": Tolerance(1e-3)},
+    )
+
+
+def _attention(
+    n_tokens: int, heads: int, key_heads: int, width: int, size: Size, device: torch.device
+) -> Iterator[Problem]:
+    query = _random(1, heads, n_tokens, width, device=device, dtype=size.dtype)
+    key = _random(1, key_heads, n_tokens, width, device=device, dtype=size.dtype)
+    scaling = width**-0.5
+    lse = baselines.logsumexp_of_scores(query, key, scaling)
+    compared = {"the model's attention": baselines.model_attention(query, key, scaling)}
+    if device.type == "cuda":
+        layer = baselines.decoder_layer(n_tokens, heads, key_heads, width, query)
+        compared["a decoder layer"] = layer
+
+    def problem(label: str, given: torch.Tensor | None, every: int) -> Problem:
+        def run(backend: str, n: int = n_tokens) -> object:
+            return attention(
+                query[:, :, :n], key[:, :, :n], scaling=scaling,
+                lse=None if given is None else given[:, :, :n], every=every, backend=backend,
+            )  # fmt: skip
+
+        return Problem(
+            op="attention",
+            shape=f"{label}, causal, T={n_tokens}, H={heads}, Hkv={key_heads}, D={width}",
+            run=run,
+            backends=_fast("attention", query),
+            inputs=(query, key) if given is None else (query, key, given),
+            baselines=compared,
+            tolerances={"mean_distance": Tolerance(1e-3)},
+            # the reference holds all weights: past this compared on the first tokens, not timed
+            check=None
+            if n_tokens <= CHECKED_TOKENS
+            else lambda backend: run(backend, CHECKED_TOKENS),
+        )
+
+    yield problem("without lse", None, 1)
+    yield problem("lse given", lse, 1)
+    yield problem("lse given, every=8", lse, 8)
+
+
+def _fast(op: str, like: torch.Tensor) -> tuple[str, ...]:
+    return (backend_for(op, like.device),)
