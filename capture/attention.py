@@ -1,20 +1,14 @@
-"""Listen to a model's attention: queries and keys as its own attention function gets them.
+"""Summarise where the heads of a model look while it runs, for chosen prompts and layers."""
 
-Every attention module asks ``AttentionInterface.get_interface`` for the function that its model
-was set to (sdpa, eager, flash, ...) and calls it. While a listener is open, the function handed
-out first does exactly what it does otherwise, mask included, and then shows what it was given.
-"""
-
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from capture.attention_calls import AttentionCall, Listener, listen
 from capture.errors import SiteError
 from kernels.attention import AttentionOutput, attention
 
@@ -28,112 +22,6 @@ MASK_BLOCK = 256  # queries of a mask that are looked at together
 # a prompt's first queries whose heaviest keys are kept: what a page can show, and no more than
 # the map takes on disk
 TOP_QUERIES = 512
-
-
-class AttentionCall(NamedTuple):
-    """One call of a model's attention function.
-
-    Attributes
-    ----------
-    query : Tensor [B, H, T, D]
-    key : Tensor [B, Hkv, S, D]
-    value : Tensor [B, Hkv, S, Dv]
-    mask : Tensor or None
-        As the function got it; what it means depends on the implementation.
-    output : Tensor [B, T, H, Dv]
-    options : mapping
-        The other arguments.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: Any
-    output: Any
-    options: Mapping[str, Any]
-
-
-Listener = Callable[[AttentionCall], None]
-
-_lock = threading.Lock()
-_listeners: "WeakKeyDictionary[nn.Module, Listener]" = WeakKeyDictionary()
-_open = 0
-
-
-@contextmanager
-def listen(listeners: Mapping[nn.Module, Listener]) -> Iterator[None]:
-    """Call the listener of a module after every call of its attention function.
-
-    Modules without a listener, of this and of other models, compute as ever. What transformers
-    hands out is as before once no listener is open.
-
-    Raises
-    ------
-    SiteError
-        If a module is listened to already.
-    """
-    taken = [module for module in listeners if module in _listeners]
-    if taken:
-        raise SiteError(
-            f"The attention of {type(taken[0]).__name__} is recorded already: one capture of a "
-            "model at a time. Wait for the other one."
-        )
-    with _lock:
-        _install()
-        _listeners.update(listeners)
-    try:
-        yield
-    finally:
-        with _lock:
-            for module in listeners:
-                _listeners.pop(module, None)
-            _remove()
-
-
-_plain_get_interface: Callable[..., Any] | None = None
-
-
-def _install() -> None:
-    """Put our word in front of what transformers hands out, once for all open listeners."""
-    global _open, _plain_get_interface
-    from transformers.modeling_utils import AttentionInterface
-
-    if _open == 0:
-        plain = AttentionInterface.get_interface
-
-        def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _heard(plain(self, *args, **kwargs))
-
-        _plain_get_interface = plain
-        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
-    _open += 1
-
-
-def _remove() -> None:
-    global _open, _plain_get_interface
-    from transformers.modeling_utils import AttentionInterface
-
-    _open -= 1
-    if _open == 0 and _plain_get_interface is not None:
-        AttentionInterface.get_interface = _plain_get_interface  # type: ignore[method-assign]
-        _plain_get_interface = None
-
-
-def _heard(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap one attention function; results and arguments pass unchanged."""
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = function(module, *args, **kwargs)
-        listener = _listeners.get(module)
-        if listener is not None:
-            names = ("query", "key", "value", "attention_mask")
-            given = dict(zip(names, args, strict=False)) | kwargs
-            query, key, value, mask = (given.pop(name, None) for name in names)
-            if query is not None and key is not None and value is not None:
-                listener(AttentionCall(query, key, value, mask, result[0], given))
-        return result
-
-    return call
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,18 +7,16 @@ import torch
 from torch import nn
 
 from capture.attention import (
-    AttentionCall,
     AttentionOptions,
     AttentionSite,
-    Listener,
     PromptRow,
     Rule,
     implementation_of,
-    listen,
     mask_differs,
     rule_of,
     weights_of,
 )
+from capture.attention_calls import AttentionCall, Listener, listen
 from capture.errors import ConfigError
 from capture.selftest import probe_tokens
 from capture.sites import Site, text_config

@@ -8,7 +8,8 @@ import tiny_models
 import torch
 from test_capture_session import record, table, unequal
 
-from capture.attention import listen
+from capture.attention import AttentionOptions, AttentionTaps, PromptRow
+from capture.attention_calls import listen
 from capture.attention_layers import attach_attention
 from capture.errors import ConfigError, SiteError
 from capture.models import load_model
@@ -223,8 +224,6 @@ def test_the_model_computes_what_it_computes_without_capture(name, implementatio
     ids = tiny_models.tokens(2, 20)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
-    from capture.attention import AttentionOptions, AttentionTaps, PromptRow
-
     found = attach_attention(model, attach(model), longest=20)
     taps = AttentionTaps(found.sites, AttentionOptions(bins=8, every=1, top_keys=2))
     with torch.inference_mode():

@@ -259,6 +259,7 @@ CREATE VIEW attention_top_keys AS
             unnest(range(len(distances))) AS slot, unnest(distances) AS distance,
             unnest(weights) AS code
         FROM packed.attention_key JOIN packed.attention_layer USING (layer)
+        WHERE len(recorded) > 0
     ) WHERE distance IS NOT NULL;
 """
 
