@@ -28,7 +28,8 @@ __all__ = [
     "used_queries",
 ]
 
-BACKENDS = ("numba", "torch")
+BACKENDS = ("triton", "numba", "torch")
+MAX_SIZE = 256  # of a head in the Triton kernel: a block of queries stays on the chip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,7 +83,7 @@ def attention(
         Use every n-th block of ``QUERY_BLOCK`` positions as queries: blocks 0, n, 2n, ...
     top_keys : int
         How many of the heaviest keys to list for each query.
-    backend : {"auto", "numba", "torch"}
+    backend : {"auto", "triton", "numba", "torch"}
         A backend asked for by name is used or refused, never replaced. ``"torch"`` is the
         definition of the op and holds all T x S weights.
 
@@ -100,7 +101,7 @@ def attention(
     _check_optional(query, key, lse, sinks, valid)
     _check_options(window, softcap, bins, every, top_keys)
     run = _implementation(
-        resolve_backend(backend, device=query.device, refusals=dict.fromkeys(BACKENDS))
+        resolve_backend(backend, device=query.device, refusals=_refusals(query.shape[-1]))
     )
     return run(
         query,
@@ -118,7 +119,16 @@ def attention(
     )
 
 
+def _refusals(size: int) -> dict[str, str | None]:
+    too_large = f"heads of size {size} do not fit, at most {MAX_SIZE} do"
+    return {**dict.fromkeys(BACKENDS), "triton": too_large if size > MAX_SIZE else None}
+
+
 def _implementation(backend: str) -> Callable[..., AttentionOutput]:
+    if backend == "triton":
+        from kernels.attention._launch import attention_triton  # a CPU-only install has no triton
+
+        return attention_triton
     if backend == "numba":
         from kernels.attention._numba import attention_numba  # compiles on import
 
