@@ -96,7 +96,7 @@ class PairCounter:
         """
         for waiting, ids in zip(self._waiting, expert_ids, strict=True):
             waiting.append(ids)
-        n_tokens = expert_ids[0].shape[1]
+        n_tokens = expert_ids[0].shape[1] if expert_ids else 0
         self._waiting_tokens += n_tokens
         self._unsent_tokens += n_tokens
         if self._waiting_tokens >= COUNT_TOKENS:
