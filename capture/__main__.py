@@ -80,6 +80,7 @@ def _capture(arguments: Sequence[str]) -> int:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
+        compile=options.compile,
         seed=options.seed,
         attention_prompts=options.attention_prompts,
         attention_layers=options.attention_layers,
@@ -137,6 +138,7 @@ def _capture_parser() -> argparse.ArgumentParser:
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     add("--trust-remote-code", action="store_true", help="run Python code that the model brings")
     add("--allow-pickle", action="store_true", help="load weights that are not safetensors")
+    add("--compile", action="store_true", help="run the model through torch.compile")
     add("--seed", type=int, default=0, metavar="N", help="of the sampled tokens (default: 0)")
     _add_attention(parser)
     add("--quiet", action="store_true", help="print only the path of the run")

@@ -41,6 +41,8 @@ class CaptureConfig:
         Run Python code that comes with the model.
     allow_pickle : bool
         Load weights that are not safetensors; unpickling can run code.
+    compile : bool
+        Run the model's decoder through torch.compile.
     seed : int
         Seeds the choice of the sampled tokens and of the prompts of level ``attention``.
     attention_prompts : int, prompts
@@ -66,6 +68,7 @@ class CaptureConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    compile: bool = False
     seed: int = 0
     attention_prompts: int = DEFAULT_ATTENTION_PROMPTS
     attention_layers: tuple[int, ...] | None = None
@@ -95,6 +98,11 @@ class CaptureConfig:
             )
 
         self._check_attention()
+        if self.compile and self.level == "attention":
+            raise ConfigError(
+                "Level 'attention' looks into attention functions, which compiled code does not "
+                "call. Leave out compile, or choose level 'scores'."
+            )
 
     def _check_attention(self) -> None:
         one = "leave it out for the default"

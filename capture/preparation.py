@@ -1,7 +1,9 @@
 """What a capture settles between loading the model and its first forward pass."""
 
 import importlib.metadata
+import importlib.util
 import platform
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 # padded tokens of a forward pass; on a CPU larger ones leave the caches, on a GPU smaller ones
 # leave it idle
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow")
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow", "numba")
+KERNEL_PACKAGE = "triton"  # comes with torch for CUDA
 OPS = ("gate", "coactivation")
 ATTENTION_OPS = ("attention",)
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -191,6 +194,12 @@ def _end_ids(loaded: "LoadedModel") -> tuple[int, ...]:
     return ()
 
 
+def _version(package: str) -> str:
+    """Return a package's version, from the package itself where it is loaded: that is faster."""
+    version = getattr(sys.modules.get(package), "__version__", None)
+    return version if isinstance(version, str) else importlib.metadata.version(package)
+
+
 def describe_run(
     loaded: "LoadedModel",
     config: CaptureConfig,
@@ -206,9 +215,10 @@ def describe_run(
     device = str(model.device)
     if model.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    names = [*PACKAGES, *([KERNEL_PACKAGE] if importlib.util.find_spec(KERNEL_PACKAGE) else [])]
     ops = OPS if attention is None else OPS + ATTENTION_OPS
     chosen = {} if attention is None else {"attention": attention.attended.record}
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = {name: _version(name) for name in names}
     return RunInfo(
         model=loaded.name,
         revision=loaded.revision,

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from capture.attention import AttentionTaps, PromptRow
 from capture.attention_parcel import pack_attention
 from capture.batching import Ints, PaddedBatch, pad_batch, plan_batches
 from capture.buffer import Parcel, Staging, WriterThread
+from capture.compiled import uncompiled_steps
 from capture.forward import PromptPass, Runner, to_device
 from capture.hooks import Taps
 from capture.observe import Rows, SiteGroup, observe
@@ -222,13 +223,14 @@ class Recording:
         """Feed one token per row and return the logits of the next, [B, V] float32."""
         mask = state["mask"]
         state["mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        output = self.runner.model(
-            input_ids=token.to(mask.device)[:, None],
-            attention_mask=state["mask"],
-            past_key_values=state["cache"],
-            use_cache=True,
-            **self.runner.positions(state["position"][:, None]),
-        )
+        with uncompiled_steps() if self.runner.is_compiled else nullcontext():
+            output = self.runner.model(
+                input_ids=token.to(mask.device)[:, None],
+                attention_mask=state["mask"],
+                past_key_values=state["cache"],
+                use_cache=True,
+                **self.runner.positions(state["position"][:, None]),
+            )
         state["cache"] = output.past_key_values
         state["position"] = state["position"] + 1
         return self.runner.head.logits(self.runner.head.take(output))

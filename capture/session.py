@@ -18,7 +18,7 @@ from capture.config import (
 from capture.errors import CaptureCancelled, CaptureError
 from capture.estimate import check_space
 from capture.progress import Progress, Reporter
-from capture.prompts import PromptSource, read_prompts
+from capture.prompts import Prompt, PromptSource, read_prompts
 from capture.sampling import plan_sample
 from capture.store import PromptInfo, RunWriter
 from capture.store.files import check_new
@@ -60,6 +60,7 @@ def record(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    compile: bool = False,
     seed: int = 0,
     attention_prompts: int = DEFAULT_ATTENTION_PROMPTS,
     attention_layers: Sequence[int] | None = None,
@@ -83,8 +84,8 @@ def record(
     out : str or Path
         The run file; it must not exist. While recording, its name ends in ``.partial``.
     level, sample_tokens, generate, batch_tokens, max_length, dtype, device, revision, \
-trust_remote_code, allow_pickle, seed, attention_prompts, attention_layers, attention_heads, \
-attention_every, attention_bins, attention_top_keys
+trust_remote_code, allow_pickle, compile, seed, attention_prompts, attention_layers, \
+attention_heads, attention_every, attention_bins, attention_top_keys
         As in :class:`capture.CaptureConfig`.
     tokenizer : tokenizer, optional
         For a loaded model that does not know where its tokenizer lies.
@@ -118,6 +119,7 @@ attention_every, attention_bins, attention_top_keys
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        compile=compile,
         seed=seed,
         attention_prompts=attention_prompts,
         attention_layers=None if attention_layers is None else tuple(attention_layers),
@@ -148,6 +150,24 @@ def _record(
     started = time.monotonic()
     reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
     loaded = _load(model, config, tokenizer, reporter)
+    from capture.compiled import default_compiler, suspended
+
+    with suspended(loaded.model) as was_compiled:
+        if loaded.compiler is None and (was_compiled or config.compile):
+            loaded = loaded._replace(compiler=default_compiler)
+        return _capture(loaded, given, out, config, reporter, cancel, started)
+
+
+def _capture(
+    loaded: "LoadedModel",
+    given: list[Prompt],
+    out: Path,
+    config: CaptureConfig,
+    reporter: Reporter,
+    cancel: Callable[[], bool] | None,
+    started: float,
+) -> Path:
+    """Record with a model that is loaded, and not compiled yet."""
     from capture.selftest import attach
 
     prompts = tokenize(
@@ -275,6 +295,7 @@ class _Session:
         return path
 
     def _record(self, thread: "WriterThread[Step]", cancel: Callable[[], bool] | None) -> None:
+        from capture.compiled import compiled
         from capture.forward import Runner
         from capture.head import Head
         from capture.hooks import tap
@@ -290,6 +311,7 @@ class _Session:
         with (
             Head(model).open(probe_tokens(model)[:1]) as head,
             tap(self.sites, hidden_rows=hidden_rows) as taps,
+            compiled(model, self.loaded.compiler),
             ExitStack() as stack,
         ):
             if self.attention is not None:

@@ -39,7 +39,8 @@ _log = logging.getLogger(__name__)
 ROW_GROUP = 122_880
 COMMIT_ROWS = 8 * ROW_GROUP
 COMMIT_BYTES = 256 * 2**20
-COMMIT_SECONDS = 1.0
+# what a killed capture loses at most; a commit takes about 20 ms
+COMMIT_SECONDS = 2.0
 # smaller than DuckDB's 256 KiB: a short run stays small and a row takes 31.5 bytes, not 35.3; with
 # 16 KiB DuckDB leaves token_id uncompressed (python -m capture.bench store)
 BLOCK_SIZE = 32_768
@@ -179,7 +180,7 @@ class RunWriter:
         """Add one forward pass; it is stored whole or not at all.
 
         Arrays of a :class:`SiteBlock` are kept, all others are copied. Rows reach the disk in large
-        transactions, at the latest with the first append a second after the last one.
+        transactions, at the latest with the first append ``COMMIT_SECONDS`` after the last one.
 
         Raises
         ------
