@@ -188,6 +188,7 @@ def sankey(hops: Sequence[Pairs], *, n_flows: int, scope: Scope, dark: bool = Fa
     ----------
     hops : sequence of Pairs
         From layer to layer, in order.
+        At least one of them has tokens.
     n_flows : int
         Drawn one by one, of each hop; the others are folded.
 

@@ -103,6 +103,9 @@ def _sankey(view: View, hops: list[Hop]) -> None:
         st.caption(f"There are {len(shown)} steps from this layer to the last one.")
     found = [_pairs(view, hop) for hop in shown]
     counts = found[0][1]
+    if not any(pairs.tokens.any() for pairs, _ in found):
+        st.info("No token of this selection was recorded. Change the filters at the side.")
+        return
     chart(
         sankey(
             [pairs for pairs, _ in found],

@@ -12,6 +12,9 @@ from explorer.pages.wording import listed as joined
 from explorer.queries.attention import attended_keys
 from explorer.together import PromptRouting, prompt_routing
 
+# stored weights are rounded
+_WHOLE = 0.995
+
 
 def attended_keys_panel(
     view: View, prompt: pd.Series, head: tuple[int, int], listed: pd.DataFrame, position: int
@@ -73,12 +76,16 @@ def _attends(keys: pd.DataFrame, head: tuple[int, int], position: int) -> str:
     itself = int(first["position"]) == position
     name = address.plain(one_line(_name(first["text"]), 40))
     target = "itself" if itself else f"token {int(first['position']):,} “{name}”"
-    number = "one key holds" if len(keys) == 1 else f"{len(keys)} heaviest keys hold"
-    return (
+    text = (
         f"Head **{head_name(*head)}** lets this token look most at {target} "
-        f"(**{first['weight']:.0%}** of its attention). Its {number} "
-        f"{min(1.0, keys['weight'].sum()):.0%}; the rest was not recorded key by key."
+        f"(**{first['weight']:.0%}** of its attention)."
     )
+    if position == 0:
+        return text + " There is nothing before it."
+    held = min(1.0, float(keys["weight"].sum()))
+    number = "one key holds" if len(keys) == 1 else f"{len(keys)} heaviest keys hold"
+    rest = "" if held > _WHOLE else "; the rest was not recorded key by key"
+    return f"{text} Its {number} {held:.0%}{rest}."
 
 
 def _shares(view: View, keys: pd.DataFrame, routing: PromptRouting, position: int) -> str:

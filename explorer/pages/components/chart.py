@@ -55,7 +55,10 @@ def chart(
 
 
 def _numbers(customdata: Any) -> list[float]:
-    """Return the numbers of a mark; a browser sends binary arrays as {"0": .., "1": ..}."""
+    """Return the numbers of a mark; a browser sends binary arrays as {"0": .., "1": ..}.
+
+    A number that is missing is sent as null.
+    """
     if isinstance(customdata, dict):
-        return [float(customdata[key]) for key in sorted(customdata, key=int)]
-    return [float(value) for value in customdata]
+        customdata = [customdata[key] for key in sorted(customdata, key=int)]
+    return [float("nan") if value is None else float(value) for value in customdata]
