@@ -11,11 +11,25 @@ thresholds  top-p, skipping, ReLU
 hashing     the token id alone decides
 assignment  rules that look at a batch: expert choice, balanced assignment, Sinkhorn, capacity
 baseline    controls
+clusters    K-means and Gaussian mixtures of hidden states
+clustering  tables of experts per cluster
+cluster_gates  a short list, or a linear router, per cluster
+neighbours  what similar recorded inputs did
 
 Importing this package imports torch; ``import explorer`` does not import this package.
 """
 
-from explorer.routers import assignment, baseline, hashing, literature, native, thresholds
+from explorer.routers import (
+    assignment,
+    baseline,
+    cluster_gates,
+    clustering,
+    hashing,
+    literature,
+    native,
+    neighbours,
+    thresholds,
+)
 from explorer.routers.base import (
     FAMILIES,
     ROUTERS,
@@ -51,10 +65,13 @@ __all__ = [
     "Verdict",
     "assignment",
     "baseline",
+    "cluster_gates",
+    "clustering",
     "fit_layers",
     "hashing",
     "literature",
     "native",
+    "neighbours",
     "probe",
     "route_layers",
     "thresholds",

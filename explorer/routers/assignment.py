@@ -53,7 +53,7 @@ class ExpertChoiceRouter(GateRouter):
             "no expert, and later tokens decide about earlier ones."
         ),
         formula="each e takes the n c / E tokens with the largest p_te",
-        paper="2202.09368, section 3.2",
+        paper="2202.09368",
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
@@ -105,7 +105,7 @@ class BaseRouter(GateRouter):
             "token's experts depend on the whole window."
         ),
         formula="max sum_t log p_{t,a(t)}  with every expert used equally often",
-        paper="2103.16716, eq. 3",
+        paper="2103.16716",
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
@@ -195,7 +195,7 @@ class SinkhornRouter(GateRouter):
             "best. A token's experts depend on the whole batch."
         ),
         formula="Q = diag(u) exp(W h) diag(v), rows 1/T, columns 1/E;  S = TopK(Q_t, k)",
-        paper="2202.01169, section 2.2",
+        paper="2202.01169",
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,

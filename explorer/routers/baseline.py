@@ -166,7 +166,7 @@ class FrozenRandomRouter(RoutingRouter):
             "chance alone."
         ),
         formula="S = TopK(score(R h), k),  R ~ N(0, 1 / d)",
-        paper="2402.13089, section 3",
+        paper="2402.13089",
         needs=frozenset({"hidden"}),
     )
 

@@ -12,6 +12,7 @@ from explorer.routers.base import (
     Routing,
     RoutingRouter,
 )
+from explorer.routers.native import choose
 from explorer.routers.scores import slots, target_scores, weigh
 from explorer.routers.selectors import top_ids
 from explorer.routers.sequences import mix, uniform
@@ -43,7 +44,7 @@ class HashRouter(RoutingRouter):
             "model's weights."
         ),
         formula="S = table[token id];  w = 1 / k",
-        paper="2106.04426, section 3.1",
+        paper="2106.04426",
         needs=frozenset({"token_ids"}),
     )
 
@@ -108,7 +109,7 @@ class FittedHashRouter(RoutingRouter):
         token_ids = inputs.tensor("token_ids").long().contiguous()
         at = torch.searchsorted(self.known_, token_ids).clamp_max(len(self.known_) - 1)
         scores = self.table_[at.where(self.known_[at] == token_ids, len(self.known_))]
-        ids = top_ids(scores, self.k or inputs.top_k)
+        ids = choose(scores, inputs, k=self.k)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:

@@ -82,6 +82,35 @@ def keep_best_groups(
     return grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
+def choose(
+    scores: torch.Tensor,
+    inputs: RouterInputs,
+    *,
+    k: int | None = None,
+    selector: Selector | None = None,
+) -> torch.Tensor:
+    """Choose experts the host model's way, or by a selector, from scores on the host's scale.
+
+    Parameters
+    ----------
+    scores : Tensor [T, E]
+    k : int, optional
+        Experts per token; None = as many as the model takes.
+    selector : Selector, optional
+        Chooses by the scores alone; the model's selection bias and groups play no part then.
+
+    Returns
+    -------
+    Tensor [T, K], int64
+        -1 where the best groups hold fewer experts than are asked for.
+    """
+    if selector is not None:
+        return selector.ids(scores)
+    choice = choice_scores(scores, inputs)
+    ids = top_ids(choice, inputs.top_k if k is None else k)
+    return ids.where(choice.gather(-1, ids) > -torch.inf, -1)
+
+
 @ROUTERS.add("top_k")
 class TopKRouter(GateRouter):
     """Take the best experts by the model's own logits, any number of them.
@@ -117,11 +146,5 @@ class TopKRouter(GateRouter):
 
     def _route(self, inputs: RouterInputs) -> Routing:
         scores = host_scores(inputs.tensor("logits"), inputs)
-        if self.selector is not None:
-            ids = self.selector.ids(scores)
-        else:
-            choice = choice_scores(scores, inputs)
-            ids = top_ids(choice, inputs.top_k if self.k is None else self.k)
-            # the best groups may hold fewer experts than are asked for
-            ids = ids.where(choice.gather(-1, ids) > -torch.inf, -1)
+        ids = choose(scores, inputs, k=self.k, selector=self.selector)
         return slots(scores, ids, weigh(scores, ids, inputs))

@@ -118,6 +118,20 @@ def target_scores(inputs: RouterInputs, target: Decision | None) -> torch.Tensor
     return target.scores.float()
 
 
+def target_logits(inputs: RouterInputs, target: Decision | None) -> torch.Tensor:
+    """Return logits whose scores a router learns to imitate, [T, E].
+
+    Those of a softmax are centred over the experts: only their differences are known.
+    """
+    sigmoid = inputs.score_function in _SIGMOID
+    if target is None:
+        logits = host_logits(inputs)
+    else:
+        scores = target_scores(inputs, target)
+        logits = scores.logit(eps=1e-6) if sigmoid else scores.clamp_min(1e-12).log()
+    return logits if sigmoid else logits - logits.mean(dim=-1, keepdim=True)
+
+
 def target_importance(target: Decision | None, part: str) -> torch.Tensor:
     """Return the measured importance of parts that a rule learns to tell, [T, P], 0..1.
 

@@ -91,7 +91,7 @@ class TopP(Selector):
 
     References
     ----------
-    Huang et al. 2024, "Harder Tasks Need More Experts", arXiv:2403.07652, eq. 3; the published
+    Huang et al. 2024, "Harder Tasks Need More Experts", arXiv:2403.07652; the published
     code's default is 0.4.
     """
 

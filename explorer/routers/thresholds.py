@@ -35,7 +35,7 @@ class TopPRouter(TopKRouter):
             "fewer experts than unsure ones."
         ),
         formula="S = the smallest prefix of the sorted p with sum >= p",
-        paper="2403.07652, eq. 3",
+        paper="2403.07652",
     )
 
     def __init__(self, *, p: float = 0.4) -> None:
@@ -68,7 +68,7 @@ class ExpertSkippingRouter(GateRouter):
             "is a quantile over recorded tokens."
         ),
         formula="drop slot j if w_j < beta_j w_1;  beta_j = quantile(w_j / w_1)",
-        paper="2402.14800, section 3.2",
+        paper="2402.14800",
         needs=frozenset({"logits"}),
         fits="statistics",
         variable_k=True,
@@ -126,7 +126,7 @@ class ReluRouter(GateRouter):
             "of experts, and some have none."
         ),
         formula="R_e = ReLU((W h)_e - theta);  S = {e : R_e > 0}",
-        paper="2412.14711, eq. 6",
+        paper="2412.14711",
         needs=frozenset({"logits"}),
         fits="statistics",
         variable_k=True,
