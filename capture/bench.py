@@ -1,8 +1,9 @@
 """Measurements of capture, each against a named baseline in the same run.
 
 ``python -m capture.bench store`` prints how fast routing rows reach a run file and what one row
-takes on disk. ``overhead`` prints how much longer a model takes while it is recorded. A further
-measurement is one more entry of ``COMMANDS``.
+takes on disk. ``overhead`` prints how much longer a model takes while it is recorded,
+``attention-memory`` how much memory recorded attention takes. A further measurement is one more
+entry of ``COMMANDS``.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from capture.bench_attention import attention_memory, attention_memory_options
 from capture.bench_overhead import overhead, overhead_options
 from capture.store import (
     ForwardRows,
@@ -280,7 +282,11 @@ def say_queries(path: Path, shape: Shape, n_forwards: int) -> None:
 COMMANDS: dict[
     str,
     tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]],
-] = {"store": (_store_options, store), "overhead": (overhead_options, overhead)}
+] = {
+    "store": (_store_options, store),
+    "overhead": (overhead_options, overhead),
+    "attention-memory": (attention_memory_options, attention_memory),
+}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ from dataclasses import replace
 import numpy as np
 
 from capture.store import (
+    AttentionLayer,
+    AttentionRows,
     ForwardRows,
+    LayerAttention,
     PromptInfo,
     RunInfo,
     RunWriter,
@@ -91,10 +94,49 @@ def with_site(forward, index=0, **changes):
     return replace(forward, sites=sites)
 
 
-def start(out, sites, level="ids", prompts=None):
+# layers 1 and 4 are recorded, the second with one head of two
+LAYERS = [
+    AttentionLayer(0, "layers.0.mixer", None, "MambaMixer", "It has no keys."),
+    AttentionLayer(1, "layers.1.attn", 3, "attention", None, (0, 1, 2)),
+    AttentionLayer(4, "layers.4.attn", 2, "attention", None, (1,)),
+]
+
+
+def make_attention(prompt, first_token, n_tokens, random, *, width=2, ranks=3):
+    """Draw the attention of one prompt in the recorded layers."""
+    layers = []
+    for layer in LAYERS:
+        if not layer.recorded:
+            continue
+        n_heads = len(layer.recorded)
+        weights = np.tril(random.random((n_heads, n_tokens, n_tokens))) + np.eye(n_tokens)
+        weights /= weights.sum(axis=-1, keepdims=True)
+        starts = np.arange(0, n_tokens, width)
+        maps = np.add.reduceat(np.add.reduceat(weights, starts, axis=1), starts, axis=2)
+        order = np.argsort(-weights, axis=-1)[..., :ranks]
+        heavy = np.take_along_axis(weights, order, axis=-1)
+        layers.append(
+            LayerAttention(
+                layer=layer.layer,
+                queries=n_tokens,
+                **{
+                    name: random.random(n_heads, np.float32)
+                    for name in ("entropy", "sink_mass", "mean_distance", "window_mass")
+                },
+                maps=(maps / maps.sum(axis=-1, keepdims=True)).astype(np.float32),
+                received=maps.sum(axis=1).astype(np.float32),
+                top_queries=np.arange(n_tokens),
+                top_ids=np.where(heavy > 0, order, -1).astype(np.int32),
+                top_weights=heavy.astype(np.float32),
+            )
+        )
+    return AttentionRows(prompt, first_token, n_tokens, width, 1, layers)
+
+
+def start(out, sites, level="ids", prompts=None, layers=()):
     """Open a writer for prompts of the domains a and b."""
     prompts = prompts or [PromptInfo("A", "a", None, 1, 0), PromptInfo("B", "b", "f:2", 1, 3)]
-    return RunWriter.create(out, make_info(level), sites, prompts)
+    return RunWriter.create(out, make_info(level), sites, prompts, layers)
 
 
 def write(out, sites, forwards, level="ids", **facts):

@@ -29,3 +29,11 @@ def test_an_unknown_measurement_lists_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         bench.main(["nonsense"])
     assert "store" in capsys.readouterr().err
+
+
+def test_memory_of_attention_is_measured_beside_a_capture_without(capsys):
+    assert bench.main(["attention-memory", "--tokens", "200"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    tokens, plain, attention, more, *_ = (float(n) for n in re.findall(r"-?[\d.]+", line))
+    assert tokens == 200 and plain > 0 and attention > 0
+    assert more == pytest.approx(attention - plain, abs=0.11)
