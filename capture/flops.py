@@ -21,6 +21,7 @@ Key = tuple[int, int]  # layer, site
 
 # the parts of a decoder layer that attend to other tokens
 ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 MATRIX, STACK = 2, 3
 
 
@@ -177,10 +178,9 @@ def _part_of(name: str) -> str:
 
 def _attention_key(layer: nn.Module, config: object) -> float | None:
     """Return the operations a token and key, ``2 H (d_qk + d_v)``; None where that is not all."""
-    named = [m for n, m in layer.named_modules() if n.split(".")[-1] in ATTENTION_NAMES]
     total = 0.0
-    for module in (m for one in named for m in (one if isinstance(one, nn.ModuleList) else [one])):
-        heads = _own_or_common(module, config, ("num_heads", "num_attention_heads", "n_heads"))
+    for module in attention_modules(layer):
+        heads = _own_or_common(module, config, HEAD_COUNTS)
         width = _own_or_common(module, config, ("head_dim",))
         query = _own_or_common(module, config, ("qk_head_dim",)) or width
         value = _own_or_common(module, config, ("v_head_dim",)) or width
@@ -188,6 +188,17 @@ def _attention_key(layer: nn.Module, config: object) -> float | None:
             return None
         total += 2.0 * heads * (query + value)
     return total or None
+
+
+def attention_modules(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules of a decoder layer in which tokens see each other, by their names."""
+    named = [m for n, m in layer.named_modules() if n.split(".")[-1] in ATTENTION_NAMES]
+    return [m for one in named for m in (one if isinstance(one, nn.ModuleList) else [one])]
+
+
+def head_count(attention: nn.Module, model: nn.Module) -> int:
+    """Return how many attention heads a module has, 0 where it does not say."""
+    return _own_or_common(attention, text_config(model), HEAD_COUNTS) or 0
 
 
 def _own_or_common(module: object, config: object, names: tuple[str, ...]) -> int | None:
