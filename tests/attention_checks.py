@@ -65,3 +65,16 @@ def logsumexp(query, key, *, scaling, causal, window, softcap, valid, **_):
     positions = torch.arange(n_keys - n_queries, n_keys)
     visible = visible_keys(positions, valid.long(), causal=causal, window=window)
     return scores.masked_fill(~visible.unsqueeze(1), -torch.inf).logsumexp(-1)
+
+
+def call(
+    n_queries, *, n_keys=None, heads=1, key_heads=None, batch=1, size=8, spread=1.5, seed=0,
+    **options,
+):  # fmt: skip
+    """Random queries and keys of a shape, and the options of a call, all that have no default."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, n_queries, size, generator=generator)
+    shape = (batch, key_heads or heads, n_queries if n_keys is None else n_keys, size)
+    key = torch.randn(shape, generator=generator) * spread
+    defaults = {"causal": True, "window": None, "softcap": None, "sinks": None, "valid": None}
+    return query, key, {"scaling": size**-0.5, **defaults, **options}

@@ -32,9 +32,9 @@ def pool(
     """Sum the kernel's parts to bins, [B, H, n, n]."""
     batch, heads, rows, columns = parts.shape
     per_bin = width // part_n
-    padded = torch.nn.functional.pad(parts, (0, -columns % per_bin))
-    keys = padded.view(batch, heads, rows, -1, per_bin).sum(dim=-1)
-    keys = torch.nn.functional.pad(keys, (0, max(0, count - keys.shape[-1])))[..., :count]
+    # blocks of keys may end before the last bin does, or reach past it, with nothing there
+    padded = torch.nn.functional.pad(parts, (0, count * per_bin - columns))
+    keys = padded.view(batch, heads, rows, count, per_bin).sum(dim=-1)
     per_tile = block_m // part_m
     row = torch.arange(rows, device=parts.device)
     tile = torch.div(row, per_tile, rounding_mode="floor")
@@ -82,6 +82,7 @@ def top_keys_of(
         scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
         best, best_ids = scores.topk(kept, dim=-1)
         weight = (best - totals[:, :, low : low + chunk].unsqueeze(-1)).exp()
+        weight = weight.masked_fill(best == -torch.inf, 0.0)  # totals of padding may be -inf too
         weights[:, :, low : low + chunk, :kept] = weight
         ids[:, :, low : low + chunk, :kept] = best_ids.int().masked_fill(weight == 0, -1)
     return ids, weights

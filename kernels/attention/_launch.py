@@ -42,6 +42,7 @@ def config(
         "BLOCK_N": block_n,
         "num_warps": 8 if block_m == 128 else 4,
         "num_stages": 3 if hopper and row_bytes <= 256 else 2,
+        "maxnreg": 255,
     }
 
 
