@@ -111,31 +111,31 @@ def plan_attention(
     domains : sequence of str or None, one a prompt
         Prompts without a domain form one stratum together.
     lengths : sequence of int, one a prompt, tokens
-        Prompts of one token are taken last: their attention says nothing.
+        A prompt of one token, whose attention says nothing, is taken only where a domain has no
+        other.
     requested : int, prompts
         Raised to the number of domains where it is smaller.
     seed : int
     """
     names = list(dict.fromkeys(domains))
     stratum = np.array([names.index(domain) for domain in domains], dtype=np.int64)
-    long_enough = np.asarray(lengths) > 1
-    sizes = np.bincount(stratum[long_enough], minlength=len(names)).tolist()
-    shares = quotas(sizes, max(requested, len(names)))
+    usable = []
+    for number in range(len(names)):
+        members = np.flatnonzero(stratum == number)
+        longer = members[np.asarray(lengths)[members] > 1]
+        usable.append(longer if len(longer) else members[:1])
+    shares = quotas([len(members) for members in usable], max(requested, len(names)))
     rng = np.random.default_rng(seed)
     is_attended = np.zeros(len(domains), dtype=np.bool_)
-    for number, share in enumerate(shares):
-        members = np.flatnonzero((stratum == number) & long_enough)
-        if not share:  # a domain whose prompts have one token each
-            members, share = np.flatnonzero(stratum == number), 1
+    for members, share in zip(usable, shares, strict=True):
         is_attended[rng.choice(members, size=share, replace=False)] = True
-    taken = np.bincount(stratum[is_attended], minlength=len(names)).tolist()
     record = {
         "requested": requested,
         "planned": int(is_attended.sum()),
         "seed": seed,
         "strata": [
             {"domain": name, "prompts": size, "attended": share}
-            for name, size, share in zip(names, np.bincount(stratum).tolist(), taken, strict=True)
+            for name, size, share in zip(names, np.bincount(stratum).tolist(), shares, strict=True)
         ],
         "why": WHY_PROMPTS,
     }

@@ -13,6 +13,7 @@ from capture.attention_calls import listen
 from capture.attention_layers import attach_attention
 from capture.errors import ConfigError, SiteError
 from capture.models import load_model
+from capture.sampling import plan_attention
 from capture.selftest import attach
 from capture.sites import find_sites
 
@@ -167,6 +168,34 @@ def test_attention_of_the_demo_model(tmp_path):
     prompts = [rng.integers(5, 6000, length).tolist() for length in (150, 40, 3)]
     path = record(demo("sdpa"), prompts, tmp_path / "a.duckdb", level="attention")
     check_run(path, demo("sdpa"), prompts)
+
+
+def test_flash_functions_get_a_rule_instead_of_a_mask(tmp_path, monkeypatch):
+    """The flash kernels need a GPU; this one computes the same and is called the same way."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    masks = []
+
+    def flash(module, query, key, value, mask, scaling, sliding_window=None, **_):
+        masks.append(None if mask is None else mask.ndim)
+        shared = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+        place = torch.arange(query.shape[2])
+        distance = place[:, None] - place
+        seen = (distance >= 0) & (distance < (sliding_window or len(place)))
+        if mask is not None:
+            seen = seen & mask[:, None, None].bool()
+        scores = (query @ key.mT * scaling).masked_fill(~seen, torch.finfo(query.dtype).min)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
+    model, prompts = tiny_models.build("mixtral", sliding_window=9), unequal(4, longest=31)
+    model.config._attn_implementation = "flash_attention_2"
+    path = record(model, prompts, tmp_path / "a.duckdb", level="attention")
+    assert 2 in masks
+    assert model.config._attn_implementation == "flash_attention_2"
+    model.config._attn_implementation = "sdpa"
+    check_run(path, model, prompts)
 
 
 def test_attention_while_decoding_is_that_of_the_prompt(tmp_path):
@@ -361,3 +390,23 @@ def test_a_model_without_any_map_is_refused(tmp_path):
     model = tiny_models.build("qwen3_5_moe_text")
     with pytest.raises(ConfigError, match=r"none of the 3 layers has it.*level 'scores'"):
         record(model, unequal(3), tmp_path / "a.duckdb", level="attention")
+
+
+def test_prompts_are_chosen_by_domain_and_by_seed():
+    domains = ["a"] * 20 + ["b"] * 2 + [None] * 10 + ["c"]
+    lengths = [5] * 32 + [1]  # the only prompt of c has one token
+    found = plan_attention(domains, lengths, 12, seed=3)
+    assert found.record["strata"] == [
+        {"domain": "a", "prompts": 20, "attended": 5},
+        {"domain": "b", "prompts": 2, "attended": 2},
+        {"domain": None, "prompts": 10, "attended": 4},
+        {"domain": "c", "prompts": 1, "attended": 1},
+    ]
+    assert found.record["planned"] == int(found.is_attended.sum()) == 12
+    again = plan_attention(domains, lengths, 12, seed=3)
+    other = plan_attention(domains, lengths, 12, seed=4)
+    assert (found.is_attended == again.is_attended).all()
+    assert (found.is_attended != other.is_attended).any()
+    # at least one of every domain, whatever was asked for; at most all
+    assert plan_attention(domains, lengths, 1, seed=0).record["planned"] == 4
+    assert plan_attention(domains, lengths, 99, seed=0).is_attended.all()

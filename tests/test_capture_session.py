@@ -20,7 +20,7 @@ from capture.errors import (
     StoreError,
 )
 from capture.models import load_model
-from capture.store import RunReader, RunWriter, recover
+from capture.store import LEVELS, RunReader, RunWriter, recover
 
 # batches of other shapes sum in another order; float32 keeps about seven digits
 TOLERANCE = 2e-4
@@ -224,7 +224,7 @@ def softmax(scores):
     return values / values.sum()
 
 
-@pytest.mark.parametrize("level", ["stats", "ids", "scores"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_levels_and_sample(tmp_path, level):
     model = tiny("mixtral")
     prompts = [{"ids": p, "domain": d} for p, d in zip(unequal(5), "aabbb", strict=True)]
@@ -233,12 +233,15 @@ def test_levels_and_sample(tmp_path, level):
         model, prompts, tmp_path / "a.duckdb", level=level, sample_tokens=10, batch_tokens=30
     )
     views = ("assignments", "gates", "scores", "hidden", "sampled_tokens", "tokens")
+    maps = table(path, "SELECT count(*) n FROM attention_maps")
+    # all prompts but the one of one token, layers, heads
+    assert maps == {"n": [4 * 3 * 4 if level == "attention" else 0]}
     count = {view: table(path, f"SELECT count(*) n FROM {view}")["n"][0] for view in views}
     rows = n_tokens * 3
     assert count == {
         "assignments": 0 if level == "stats" else rows * 3,
         "gates": 0 if level == "stats" else rows,
-        "scores": rows if level == "scores" else 10 * 3,
+        "scores": rows if level in ("scores", "attention") else 10 * 3,
         "hidden": 10 * 3,
         "sampled_tokens": 10,
         "tokens": n_tokens,
