@@ -1,0 +1,232 @@
+"""Losses of a model with and without another rule, sequence by sequence, and its latency."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from capture.batching import pad_batch, plan_batches
+from capture.errors import SwapError
+from capture.forward import Runner, next_in_prompt
+from capture.head import Head
+from capture.selftest import probe_tokens
+from capture.sites import text_config
+
+BATCH_TOKENS = 4096
+# medians of fewer runs move too much to be reported
+MIN_REPEATS = 20
+WARM_UP = 3
+
+Swap = Callable[[], AbstractContextManager[Any]]
+
+
+class SequenceLosses(NamedTuple):
+    """Next-token losses of ``N`` sequences.
+
+    Attributes
+    ----------
+    sums : array [N], float64, nats
+        Of each sequence's tokens.
+    tokens : array [N], int64
+        Tokens that have a next one: length - 1.
+    """
+
+    sums: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+
+    @property
+    def mean(self) -> float:
+        """Loss a token, nats."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+    @property
+    def per_token(self) -> npt.NDArray[np.float64]:
+        """Loss a token of each sequence [N], nats."""
+        return self.sums / self.tokens
+
+
+class LossChange(NamedTuple):
+    """What a rule costs, on the same sequences as the model it is compared with.
+
+    Attributes
+    ----------
+    change : float, nats a token
+        Above 0: the rule is worse.
+    standard_error : float, nats a token
+        Of the paired differences between sequences; nan for a single sequence.
+    perplexity_ratio : float
+        ``exp(change)``.
+    differences : array [N], nats a token
+        Of each sequence.
+    tokens : array [N], int64
+    """
+
+    change: float
+    standard_error: float
+    perplexity_ratio: float
+    differences: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+
+
+class Latency(NamedTuple):
+    """Times of one forward pass with and without a rule, taken in turns.
+
+    Attributes
+    ----------
+    native_ms, swapped_ms : float
+        Medians.
+    ratio : float
+        Median of the ratios of neighbouring runs: other load on the machine meets both.
+    low, high : float
+        Quartiles of these ratios.
+    repeats : int
+    """
+
+    native_ms: float
+    swapped_ms: float
+    ratio: float
+    low: float
+    high: float
+    repeats: int
+
+
+def sequence_losses(
+    model: nn.Module,
+    sequences: Sequence[npt.ArrayLike],
+    *,
+    swapped: Swap = nullcontext,
+    pad_id: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> SequenceLosses:
+    """Return the loss of every sequence.
+
+    Batches depend on the lengths only, so that two calls with the same sequences pair exactly.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    sequences : sequence of array [S]
+        Token ids; at least two each.
+    swapped : callable, optional
+        Returns the context to run in, such as ``lambda: swap(model, sites, rule)``.
+    pad_id : int, optional
+        What padding holds, hidden by the mask. Default: the configuration's, else 0.
+    batch_tokens : int
+        Upper bound of a forward pass, padding included.
+
+    Raises
+    ------
+    SwapError
+        If a sequence has no next token to predict.
+    """
+    ids = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+    lengths = [len(one) for one in ids]
+    if not lengths or min(lengths) < 2:
+        raise SwapError(
+            "Sequences of at least two tokens were expected, so that there is one to predict, got "
+            f"{min(lengths, default=0)}. Leave shorter ones out."
+        )
+    pad = pad_id if pad_id is not None else getattr(text_config(model), "pad_token_id", None) or 0
+    sums = np.zeros(len(ids))
+    with torch.inference_mode(), Head(model).open(probe_tokens(model)[:1]) as head:
+        runner = Runner(model, head)
+        # opened late: what the head tries out is no part of what a swap counts
+        with swapped():
+            for numbers in plan_batches(lengths, batch_tokens):
+                batch = pad_batch(numbers, ids, side="right", pad_id=int(pad))
+                loss = runner.prompts(batch).loss.double().cpu().numpy()
+                np.add.at(sums, batch.row_prompt[next_in_prompt(batch)], loss)
+    return SequenceLosses(sums, np.asarray(lengths, dtype=np.int64) - 1)
+
+
+def loss_change(native: SequenceLosses, swapped: SequenceLosses) -> LossChange:
+    """Compare two losses of the same sequences.
+
+    Notes
+    -----
+    The change is a ratio of two sums over sequences (nats, tokens), so its standard error is that
+    of a ratio estimator: the spread of ``n (d - change)`` over sequences. Sequences of one length
+    give the standard deviation of the differences over the root of their number.
+    """
+    if not np.array_equal(native.tokens, swapped.tokens):
+        raise SwapError(
+            "Losses of the same sequences were expected, got "
+            f"{len(native.tokens)} and {len(swapped.tokens)} sequences of other lengths."
+        )
+    tokens, n = native.tokens, len(native.tokens)
+    differences = swapped.per_token - native.per_token
+    change = swapped.mean - native.mean
+    residuals = tokens * (differences - change)
+    spread = math.sqrt(float((residuals**2).sum()) * n / (n - 1)) if n > 1 else math.nan
+    return LossChange(change, spread / float(tokens.sum()), math.exp(change), differences, tokens)
+
+
+def latency(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    swapped: Swap,
+    *,
+    repeats: int = MIN_REPEATS,
+    warm_up: int = WARM_UP,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Latency:
+    """Time a forward pass with and without a rule, in turns.
+
+    Give ``swapped`` a swap with ``checked=False``, which does not look at the rule's values.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    input_ids : Tensor [B, S]
+        Without padding.
+    swapped : callable
+        Returns the context of the swapped pass; opening it is not timed.
+    repeats : int
+        Pairs of runs, at least 20.
+    warm_up : int
+        Pairs that do not count.
+    clock : callable
+        Seconds.
+    """
+    if repeats < MIN_REPEATS:
+        raise SwapError(f"At least {MIN_REPEATS} repeats give a median, got {repeats}.")
+    native, changed = [], []
+    with torch.inference_mode():
+        for number in range(warm_up + repeats):
+            pair = _timed(model, input_ids, clock)
+            with swapped():
+                other = _timed(model, input_ids, clock)
+            if number >= warm_up:
+                native.append(pair)
+                changed.append(other)
+    ratios = [b / a for a, b in zip(native, changed, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Latency(
+        1e3 * statistics.median(native),
+        1e3 * statistics.median(changed),
+        middle,
+        low,
+        high,
+        repeats,
+    )
+
+
+def _timed(model: nn.Module, input_ids: torch.Tensor, clock: Callable[[], float]) -> float:
+    """Return the seconds of one forward pass, once the device is done with it."""
+    _wait(input_ids.device)
+    start = clock()
+    model(input_ids=input_ids, use_cache=False)
+    _wait(input_ids.device)
+    return clock() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,198 @@
+"""Paired losses, latency in turns, and what a rule's choices depend on."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from test_capture_swap import Counting, Emptied, Nothing, Top
+
+from capture.dependence import Dependence, dependence
+from capture.errors import SwapError
+from capture.live import SequenceLosses, latency, loss_change, sequence_losses
+from capture.rules import Choice, NativeRule
+from capture.selftest import attach
+from capture.swap import swap
+
+LENGTHS = (9, 4, 7, 2, 9)
+
+
+def sequences():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 64, (n,), generator=generator).numpy() for n in LENGTHS]
+
+
+def alone(model, ids):
+    """The definition: one sequence, all logits, cross entropy in float64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(ids)[None], use_cache=False).logits[0].double()
+    targets = torch.tensor(ids)[1:]
+    return float(torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum"))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 1000])
+def test_losses_are_each_sequences_own(batch_tokens):
+    model = tiny_models.build("olmoe")
+    sites = attach(model)
+    losses = sequence_losses(model, sequences(), batch_tokens=batch_tokens)
+    assert losses.tokens.tolist() == [n - 1 for n in LENGTHS]
+    np.testing.assert_allclose(losses.sums, [alone(model, s) for s in sequences()], atol=1e-4)
+    with swap(model, sites, Emptied()):
+        expected = [alone(model, s) for s in sequences()]
+    swapped = sequence_losses(
+        model,
+        sequences(),
+        swapped=lambda: swap(model, sites, Emptied()),
+        batch_tokens=batch_tokens,
+    )
+    np.testing.assert_allclose(swapped.sums, expected, atol=1e-4)
+    assert abs(swapped.mean - losses.mean) > 1e-3
+
+
+def test_only_the_sequences_are_counted():
+    model = tiny_models.build("olmoe")
+    sites = attach(model)
+    open_swap = swap(model, sites, Top(2))
+    seen = []
+
+    class Kept:
+        def __enter__(self):
+            seen.append(open_swap.__enter__())
+
+        def __exit__(self, *error):
+            open_swap.__exit__(*error)
+
+    sequence_losses(model, sequences(), swapped=Kept)
+    assert {c.tokens for c in seen[0].counts.values()} == {sum(LENGTHS)}
+
+
+def test_the_change_and_its_error_on_paper():
+    """Differences 0.1 and 0.3 at equal length: mean 0.2, standard deviation 0.1414, SE 0.1."""
+    native = SequenceLosses(np.array([10.0, 20.0]), np.array([10, 10]))
+    swapped = SequenceLosses(np.array([11.0, 23.0]), np.array([10, 10]))
+    change = loss_change(native, swapped)
+    assert change.change == pytest.approx(0.2)
+    assert change.standard_error == pytest.approx(0.1)
+    assert change.perplexity_ratio == pytest.approx(math.exp(0.2))
+    assert change.differences == pytest.approx([0.1, 0.3])
+
+
+def test_longer_sequences_count_by_their_tokens():
+    """The same cost a token everywhere is known without error, whatever the lengths."""
+    tokens = np.array([3, 11, 40])
+    native = SequenceLosses(np.array([5.0, 30.0, 90.0]), tokens)
+    swapped = SequenceLosses(native.sums + 0.25 * tokens, tokens)
+    change = loss_change(native, swapped)
+    assert change.change == pytest.approx(0.25)
+    assert change.standard_error == pytest.approx(0, abs=1e-12)
+    uneven = native._replace(sums=native.sums + np.array([3.0, 0.0, 0.0]))
+    assert loss_change(native, uneven).change == pytest.approx(3 / 54)
+
+
+def test_the_standard_error_is_the_spread_between_samples():
+    """Against the truth: draw many samples of sequences and look at how the change varies."""
+    generator = np.random.default_rng(0)
+    n, changes, errors = 40, [], []
+    for _ in range(2000):
+        tokens = generator.integers(5, 60, n)
+        cost = 0.1 + 0.3 * generator.standard_normal(n) / np.sqrt(tokens) + tokens / 500
+        native = SequenceLosses(np.zeros(n), tokens)
+        change = loss_change(native, SequenceLosses(cost * tokens, tokens))
+        changes.append(change.change)
+        errors.append(change.standard_error)
+    assert np.mean(errors) == pytest.approx(np.std(changes), rel=0.08)
+
+
+def test_one_sequence_has_no_error_and_other_sequences_no_pair():
+    one = SequenceLosses(np.array([3.0]), np.array([4]))
+    assert math.isnan(loss_change(one, one).standard_error)
+    with pytest.raises(SwapError, match="same sequences"):
+        loss_change(one, SequenceLosses(np.array([3.0]), np.array([5])))
+    with pytest.raises(SwapError, match="at least two tokens"):
+        sequence_losses(tiny_models.build("olmoe"), [np.array([3])])
+
+
+def test_latency_is_taken_in_turns():
+    """With a clock of our own: native passes take 2 and 4, swapped ones 3 and 6 in turns."""
+    model = tiny_models.build("olmoe")
+    sites = attach(model)
+    times, now, passes = [2.0, 3.0, 4.0, 6.0], [0.0], [0]
+
+    def clock():
+        running = passes[0] % 2
+        if running:
+            now[0] += times[(passes[0] // 2) % 4] / 1e3
+        passes[0] += 1
+        return now[0]
+
+    entered = []
+
+    def swapped():
+        entered.append(1)
+        return swap(model, sites, NativeRule(), checked=False)
+
+    ids = tiny_models.tokens()
+    result = latency(model, ids, swapped, repeats=20, warm_up=2, clock=clock)
+    assert result.ratio == pytest.approx(1.5)
+    assert (result.low, result.high) == pytest.approx((1.5, 1.5))
+    assert (result.native_ms, result.swapped_ms) == pytest.approx((3.0, 4.5))
+    assert (len(entered), result.repeats) == (22, 20)
+    with pytest.raises(SwapError, match="At least 20"):
+        latency(model, ids, swapped, repeats=5)
+
+
+class Ranked:
+    """Expert choice: each expert takes the tokens that want it most, wherever they stand."""
+
+    def route(self, inputs):
+        scores = inputs.logits.softmax(-1)
+        taken = scores.topk(max(1, len(scores) // 4), dim=0).indices
+        chosen = torch.zeros_like(scores).scatter(0, taken, 1.0).bool()
+        ids = torch.arange(scores.shape[1]).expand_as(scores).masked_fill(~chosen, -1)
+        return Choice(ids, scores.masked_fill(~chosen, 0.0))
+
+
+class MeanOfSequence:
+    """Routes every token by its sequence's mean: looks ahead, but not at other sequences."""
+
+    def route(self, inputs):
+        n = int(inputs.sequences.max()) + 1
+        member = torch.nn.functional.one_hot(inputs.sequences, n).float()
+        mean = (member.T @ inputs.logits) / member.sum(0)[:, None]
+        weights, ids = mean[inputs.sequences].softmax(-1).topk(2)
+        return Choice(ids, weights)
+
+
+class FirstOfBatch:
+    """Routes every token by the first token of the batch's last row: no token after it matters."""
+
+    def route(self, inputs):
+        first = inputs.starts.nonzero().flatten()[-1]
+        weights, ids = inputs.logits[first].softmax(-1).topk(2)
+        return Choice(ids.expand(len(inputs.hidden), 2), weights.expand(len(inputs.hidden), 2))
+
+
+class Noisy:
+    def route(self, inputs):
+        noise = torch.rand(inputs.logits.shape)
+        weights, ids = (inputs.logits + 3 * noise).softmax(-1).topk(2)
+        return Choice(ids, weights)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (NativeRule(), Dependence(False, False, True)),
+        (Emptied(), Dependence(False, False, True)),
+        (Nothing(), Dependence(False, False, True)),
+        (Counting(), Dependence(False, False, True)),
+        (Ranked(), Dependence(True, True, True)),
+        (MeanOfSequence(), Dependence(True, False, True)),
+        (FirstOfBatch(), Dependence(False, True, True)),
+        (Noisy(), Dependence(True, True, False)),
+    ],
+)
+def test_what_a_rule_depends_on_is_found_on_the_model(rule, expected):
+    model = tiny_models.build("olmoe")
+    assert dependence(model, attach(model), rule) == expected
