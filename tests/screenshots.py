@@ -18,6 +18,8 @@ PAGES = {
     "tokens": "/tokens?run=RUN&layer=LAYER",
     "expert": "/tokens?run=RUN&layer=LAYER&expert=3",
     "load-balance": "/load-balance?run=RUN&layer=LAYER",
+    "attention": "/attention?run=RUN&layer=LAYER",
+    "flow": "/flow?run=RUN&layer=LAYER",
     "capture": "/capture?run=RUN",
 }
 

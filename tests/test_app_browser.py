@@ -30,7 +30,7 @@ CELL = """([x, y, which]) => {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "known.duckdb", level="scores")
+    write_run(folder / "known.duckdb", level="attention")
     return folder
 
 
@@ -95,7 +95,7 @@ def token(page, text):
     return page.locator(".strip .token", has_text=re.compile(f"^{re.escape(text)}$")).first
 
 
-@pytest.mark.parametrize("path", ["", "tokens", "load-balance", "capture"])
+@pytest.mark.parametrize("path", ["", "tokens", "load-balance", "attention", "flow", "capture"])
 def test_every_page_draws_in_both_themes(address, new_page, theme, path):
     page = new_page(theme)
     visit(page, f"{address}/{path}?run=known&layer=1.0")
@@ -185,6 +185,110 @@ def test_a_change_of_page_keeps_the_filters_and_brings_back_the_prompt(address, 
     page.get_by_role("link", name="Tokens").click()
     page.wait_for_url(re.compile("prompt=4"))
     assert "layer=3.0" in page.url
+
+
+def hover(page, x, y, which):
+    """Return what the hover over a cell says."""
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    page.wait_for_timeout(500)
+    left, top = page.evaluate(CELL, [x, y, which])
+    page.mouse.move(left - 3, top)
+    page.mouse.move(left, top, steps=4)
+    page.locator(".hoverlayer .hovertext").first.wait_for()
+    return page.locator(".hoverlayer .hovertext").first.text_content()
+
+
+def test_a_click_on_a_head_shows_its_map(address, page):
+    visit(page, f"{address}/attention?run=known&layer=1.0&prompt=4")
+    page.get_by_role("heading", name="L1.H0, token by token").wait_for()
+    click_cell(page, 1, 3)
+    page.get_by_role("heading", name="L3.H1, token by token").wait_for()
+    page.wait_for_url(re.compile("head=3.1"))
+    settle(page)
+    assert "layer=3.0" in page.url
+    assert page.get_by_text("L3.H1 on the whole prompt").count()
+
+
+def test_a_click_on_a_map_chooses_the_token_of_its_row(address, page):
+    visit(page, f"{address}/attention?run=known&layer=1.0&head=1.2&prompt=0&token=1")
+    # blocks of two tokens: the third row begins with token 4
+    click_cell(page, 2.5, 4.5, which=1)
+    page.get_by_role("heading", name="Token 4: “ rule”").wait_for()
+    page.wait_for_url(re.compile("token=4"))
+    click_cell(page, 0.5, 2.5, which=2)
+    page.get_by_role("heading", name="Token 2: “ shall”").wait_for()
+    token(page, " not").click()
+    page.get_by_role("heading", name="Token 3: “ not”").wait_for()
+
+
+def test_a_bar_of_the_routing_strip_chooses_its_token(address, page):
+    visit(page, f"{address}/attention?run=known&layer=1.0&head=1.2&prompt=0&token=2")
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    bar = page.locator(".js-plotly-plot").nth(2).locator(".barlayer .point path").nth(2)
+    bar.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    box = bar.bounding_box()
+    assert box["height"] > 10
+    at = box["x"] + box["width"] / 2, box["y"] + box["height"] - 4
+    page.mouse.move(*at)
+    page.wait_for_timeout(200)
+    page.mouse.click(*at)
+    page.get_by_role("heading", name="Token 3: “ not”").wait_for()
+
+
+def test_the_heaviest_keys_can_be_shown_and_clicked(address, page):
+    visit(page, f"{address}/attention?run=known&layer=1.0&head=1.2&prompt=4")
+    page.get_by_text("Heaviest keys", exact=True).click()
+    page.wait_for_url(re.compile("show=keys"))
+    settle(page)
+    said = hover(page, 0, 0, 2)
+    assert NASTY[:6] in said and "of its attention" in said
+    assert not page.locator(".hoverlayer script, .hoverlayer b").count()
+    assert not page.alerts
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_hostile_prompts_are_text_in_the_hovers_of_attention(address, page, which):
+    visit(page, f"{address}/attention?run=known&layer=1.0&head=1.0&prompt=4")
+    said = hover(page, 0.5, 0.5, which)
+    assert "token 0" in said
+    assert which == 1 or NASTY[:6] in said
+    assert not page.locator(".hoverlayer script").count()
+    assert token(page, NASTY).is_visible()
+    assert not page.alerts
+    assert not page.errors
+
+
+def test_a_click_on_a_cell_of_the_flow_shows_its_tokens_and_leads_to_one(address, page):
+    visit(page, f"{address}/flow?run=known&layer=1.0")
+    click_cell(page, 1, 2, which=1)
+    page.get_by_role("heading", name="Tokens of L1.0.E2 → L3.1.E1").wait_for()
+    page.wait_for_url(re.compile("pair=flow.1.0.2.1"))
+    settle(page)
+    line = page.locator(".rows .row").first
+    text = line.locator(".token").inner_text()
+    line.click()
+    page.wait_for_url(re.compile("/tokens.*token="))
+    settle(page)
+    assert page.locator(".token[aria-pressed=true]").inner_text().strip() == text.strip()
+
+
+def test_a_click_on_a_cell_of_pairs_shows_the_tokens_of_both(address, page):
+    visit(page, f"{address}/flow?run=known&layer=1.0")
+    click_cell(page, 0, 1, which=2)
+    page.get_by_role("heading", name="Tokens of L1.0.E1 with L1.0.E0").wait_for()
+    settle(page)
+    page.get_by_role("button", name="Close").click()
+    page.wait_for_function("() => !location.search.includes('pair=')")
+
+
+def test_a_prompt_chosen_among_tokens_is_kept_for_attention(address, page):
+    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=4&token=20")
+    page.get_by_role("link", name="Attention").click()
+    page.get_by_role("heading", name="Token 4: “ a”").wait_for()
+    page.wait_for_url(re.compile("prompt=4"))
+    page.get_by_role("link", name="This token on the Tokens page").click()
+    page.wait_for_url(re.compile("/tokens.*token=20"))
 
 
 def test_hostile_prompts_are_text(address, page):

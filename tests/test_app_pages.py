@@ -1,9 +1,11 @@
 """Every page through AppTest: with a run, without one, with a broken one, with bad links."""
 
+import gzip
 import subprocess
 import sys
 import textwrap
 
+import duckdb
 import pytest
 import streamlit as st
 from synthetic import write_run
@@ -14,7 +16,8 @@ from explorer.worker import Job, JobProgress, WorkerClient
 from explorer.worker.client import ROOT
 
 APP = str(ROOT / "app.py")
-PAGES = ("overview", "tokens", "load_balance", "capture")
+PAGES = ("overview", "tokens", "load_balance", "attention", "flow", "capture")
+SHOWN = PAGES[:-1]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +58,11 @@ def written(runs):
     return write_run(runs / "known.duckdb")
 
 
+@pytest.fixture
+def attended(runs):
+    return write_run(runs / "known.duckdb", level="attention")
+
+
 def opened(page="overview", **query):
     from streamlit.testing.v1 import AppTest
 
@@ -84,7 +92,7 @@ def notes(app):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_page_opens_with_a_run(written, page):
+def test_every_page_opens_with_a_run(attended, page):
     app = opened(page)
     assert not app.error
     assert app.title[0].value
@@ -98,9 +106,11 @@ def test_every_page_opens_at_other_levels(runs, page, level):
     assert not app.error
     if (page, level) == ("tokens", "stats"):
         assert "--level ids" in notes(app)
+    if page == "attention":
+        assert "holds no attention maps" in notes(app)
 
 
-@pytest.mark.parametrize("page", ["overview", "tokens", "load_balance"])
+@pytest.mark.parametrize("page", SHOWN)
 def test_without_a_run_the_demo_is_captured_once(runs, worker, page):
     opened(page)
     app = opened(page)
@@ -108,6 +118,7 @@ def test_without_a_run_the_demo_is_captured_once(runs, worker, page):
     (job,) = worker.jobs()
     assert job.request.model == job.request.prompts == "demo"
     assert job.request.generate > 0
+    assert job.request.level == "attention"
     assert job.request.out == str(runs / "demo.duckdb")
 
 
@@ -167,9 +178,22 @@ def test_a_link_names_a_run_inside_the_folder_and_never_a_path(written, runs, na
         ("tokens", {"color": "pinned_weight", "pins": "1.0.1,9.9.9"}, "pinned"),
         ("load_balance", {"metric": "luck"}, "measure"),
         ("load_balance", {"factor": "9"}, "capacity factor"),
+        ("attention", {"head": "1.1"}, "head"),
+        ("attention", {"head": "0.0"}, "head"),
+        ("attention", {"head": "<b>"}, "head"),
+        ("attention", {"measure": "beauty"}, "every head"),
+        ("attention", {"prompt": "3"}, "Attention was not recorded"),
+        ("attention", {"prompt": "x<b>"}, "Attention was not recorded"),
+        ("attention", {"prompt": "0", "token": "99999999999999999999"}, "token"),
+        ("attention", {"window": "100000"}, "window"),
+        ("attention", {"prompt": "0", "show": "all"}, "show"),
+        ("flow", {"steps": "9"}, "steps"),
+        ("flow", {"flows": "100000"}, "flows"),
+        ("flow", {"layer": "1.0", "pair": "flow.1.0.6.0"}, "pair"),
+        ("flow", {"layer": "1.0", "pair": "flow.1.0.1e9.0"}, "pair"),
     ],
 )
-def test_bad_values_of_a_link_fall_back_with_a_note(written, page, query, named):
+def test_bad_values_of_a_link_fall_back_with_a_note(attended, page, query, named):
     app = opened(page, **query)
     assert named in notes(app) + " ".join(c.value for c in app.caption)
     assert not app.error
@@ -250,8 +274,8 @@ def test_tokens_of_an_expert_that_nobody_visited(written):
     assert any("None of these tokens went to **L1.0.E5**" in m.value for m in app.markdown)
 
 
-@pytest.mark.parametrize("page", ["overview", "tokens", "load_balance"])
-def test_every_figure_has_alternative_text_and_a_table(written, page):
+@pytest.mark.parametrize("page", SHOWN)
+def test_every_figure_has_alternative_text_and_a_table(attended, page):
     app = opened(page, layer="1.0")
     drawn = charts(app)
     assert drawn
@@ -259,12 +283,157 @@ def test_every_figure_has_alternative_text_and_a_table(written, page):
     assert sum(e.label == "Table" for e in app.expander) == len(drawn)
 
 
-@pytest.mark.parametrize("page", ["overview", "tokens", "load_balance"])
-def test_no_untrusted_text_reaches_html_or_a_figure_unescaped(written, page):
+@pytest.mark.parametrize("page", SHOWN)
+def test_no_untrusted_text_reaches_html_or_a_figure_unescaped(attended, page):
     app = opened(page, prompt="4", layer="1.0", expert="0")
     for chart in charts(app):
         assert "<script" not in chart.spec
     assert not [m for m in app.markdown if m.allow_html and "<script" in m.value]
+
+
+def captions(app):
+    return " ".join(caption.value.replace("\\", "") for caption in app.caption)
+
+
+def sentence(app, words):
+    return next(m.value for m in app.markdown if words in m.value)
+
+
+def test_a_run_without_attention_says_how_to_record_it_and_leads_to_the_capture_page(written):
+    app = opened("attention")
+    assert "--level attention" in notes(app)
+    assert not charts(app)
+    (link,) = app.get("page_link")
+    assert link.proto.page == "capture"
+
+
+def test_layers_without_a_map_are_labelled_with_their_mixer(attended):
+    app = opened("attention")
+    assert "1 of 4 layers mix tokens by MambaMixer" in captions(app)
+    assert "MambaMixer: no attention map" in charts(app)[0].spec
+    assert "not an explanation" in captions(app)
+
+
+def test_the_head_of_a_link_is_the_one_that_is_shown(attended):
+    app = opened("attention", head="3.1", prompt="4", token="20", layer="1.0")
+    assert "L3.H1 on the whole prompt" in charts(app)[1].spec
+    keys = attended.keys[20, 3, 1]
+    said = sentence(app, "lets this token look most at")
+    assert "**L3.H1**" in said and f"**{keys[0][1]:.0%}**" in said
+    assert f"{len(keys)} heaviest keys hold {sum(w for _, w in keys):.0%}" in said
+
+
+def test_keys_that_share_experts_are_counted_against_chance(attended):
+    app = opened("attention", head="1.0", prompt="4", token="23", layer="1.0")
+    first = min(t["token_id"] for t in attended.tokens if t["prompt_id"] == 4)
+    mine = {expert for expert, _ in attended.routes[23, 1, 0]["experts"]}
+    counted = [key for key, _ in attended.keys[23, 1, 0] if key not in (23, first)]
+    sharing = [
+        key for key in counted if mine & {e for e, _ in attended.routes[key, 1, 0]["experts"]}
+    ]
+    said = sentence(app, "share an expert with it")
+    assert f"**{len(sharing)} of {len(counted)}**" in said and "same distances" in said
+    table = next(f.value for f in app.dataframe if "shared" in f.value.columns)
+    assert table["position"].tolist() == [key - first for key, _ in attended.keys[23, 1, 0]]
+
+
+def test_the_filter_of_the_phase_is_said_not_to_apply_to_attention(attended):
+    app = opened("attention", phase="generated")
+    assert "does not apply" in captions(app)
+    assert (
+        app.selectbox(key="address:prompt").options
+        == opened("attention").selectbox(key="address:prompt").options
+    )
+
+
+def test_the_domain_narrows_the_prompts_with_attention(attended):
+    app = opened("attention", domain="code")
+    assert [option[0] for option in app.selectbox(key="address:prompt").options] == ["1", "4"]
+    assert "mean over 2 prompts" in charts(app)[0].spec
+
+
+def test_attention_of_a_run_without_expert_ids_is_shown_without_them(runs):
+    path = write_run(runs / "bare.duckdb", level="attention").path
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("UPDATE packed.run SET level = 'stats'")
+    app = opened("attention")
+    assert "Expert ids per token were not recorded" in notes(app)
+    assert len(charts(app)) == 3
+
+
+def test_a_pair_of_a_link_shows_its_tokens(attended):
+    both = attended.transitions(1, 0, 3, 1)
+    (a, b), count = max(both.items(), key=lambda item: item[1])
+    app = opened("flow", layer="1.0", pair=f"flow.1.0.{a}.{b}")
+    assert any(f"Tokens of L1.0.E{a} → L3.1.E{b}" in h.value for h in app.subheader)
+    assert f"**{count}** of the counted tokens" in sentence(app, "counted tokens")
+    assert f"The {count:,} of {count:,} tokens" in captions(app)
+    app.button(key=f"close pair (1, 0, {a}) (3, 1, {b})").click().run()
+    assert not any("Tokens of L1.0" in heading.value for heading in app.subheader)
+
+
+def test_flow_within_a_layer_counts_the_filtered_tokens(attended):
+    app = opened("flow", layer="1.0", domain="law", pair="together.1.0.0.1")
+    law = {t["token_id"] for t in attended.tokens if t["domain"] == "law"}
+    count = sum(
+        {0, 1} <= {expert for expert, _ in attended.routes[token, 1, 0]["experts"]} for token in law
+    )
+    assert f"**{count}** of the counted tokens" in sentence(app, "counted tokens")
+    assert all("domain law" in chart.spec for chart in charts(app))
+
+
+def test_the_last_layer_shows_the_step_that_leads_to_it(attended):
+    app = opened("flow", layer="3.1")
+    assert "the step that leads to it" in captions(app)
+    assert "one expert per token" in notes(app)
+
+
+def test_flow_without_pairs_and_ids_says_what_to_do(runs):
+    write_run(runs / "bare.duckdb", level="stats")
+    app = opened("flow")
+    assert "--level ids" in notes(app)
+
+
+def test_a_pair_of_another_layer_is_no_mistake_of_the_link(attended):
+    app = opened("flow", layer="1.0", pair="together.3.0.0.1")
+    assert not notes(app).count("names a pair")
+    assert not any("Tokens of" in heading.value for heading in app.subheader)
+
+
+def test_level_attention_is_captured_with_its_options(written, worker):
+    app = opened("capture")
+    app.text_area(key="typed").set_value("One\nTwo").run()
+    app.session_state["level choice"] = "attention"
+    app.run()
+    assert "attention of 2 prompts" in notes(app)
+    app.number_input(key="attention prompts").set_value(7)
+    app.number_input(key="attention every").set_value(2)
+    app.text_input(key="attention layers").set_value("0, x").run()
+    assert app.button(key="start").disabled
+    app.text_input(key="attention layers").set_value("5, 0 5").run()
+    app.button(key="start").click().run()
+    (job,) = worker.jobs()
+    request = job.request
+    assert (request.level, request.attention_prompts, request.attention_every) == (
+        "attention",
+        7,
+        2,
+    )
+    assert (request.attention_layers, request.attention_heads) == ([0, 5], None)
+
+
+def test_other_levels_do_not_ask_about_attention(written):
+    app = opened("capture")
+    app.text_area(key="typed").set_value("One").run()
+    assert not [n for n in app.number_input if "attention" in n.label.lower()]
+    assert "attention of" not in notes(app)
+
+
+def test_a_run_of_an_older_schema_says_how_to_convert_it(runs):
+    data = ROOT / "tests" / "data" / "run_v1.duckdb.gz"
+    (runs / "old.duckdb").write_bytes(gzip.decompress(data.read_bytes()))
+    app = opened("attention")
+    assert "python -m capture migrate" in app.error[0].value.replace("\\", "")
 
 
 def test_capture_of_typed_prompts_is_handed_to_the_worker(written, runs, worker):

@@ -8,12 +8,18 @@ balance     balance_over_layers(table, metric, *, scope, dark)  METRIC_TEXTS
 tokens      token_layer_heatmap(values, quantity, *, scope, start, dark)
             token_routes(experts, *, token_text, pins, dark)
             score_bars(scores, *, layer, token_text, unit, baseline, order, column, dark)
+attention   head_overview(stats, layers, measure, *, baseline, scope, n_prompts, chosen, dark)
+            head_heatmap(found, *, name, scope, window, dark)               MEASURES
+            token_window(found, window, texts, change, *, name, routed, scope, keys, token, dark)
+together    together_figure(heads, *, attention_layer, routed, chosen, n_prompts, scope, dark)
+flow        sankey(hops, *, n_flows, scope, dark)   pair_heatmap(pairs, *, scope, chosen, dark)
 caption     Scope(n_tokens, domain, phase, complete), the tokens behind a figure
 text        visible(text), label(text), domain_label(domain)
 theme       template(dark), pin_colors(pins), SEQUENTIAL, diverging(dark)
 
 A click returns ``customdata`` that starts with [layer, site, expert], or [layer, site, token_id]
-in ``token_layer_heatmap``; numbers may arrive as floats. ``explorer.balance`` makes the tables for
+in ``token_layer_heatmap``; figures of attention and flow say their own; numbers may arrive as
+floats. ``explorer.balance`` makes the tables for
 ``balance``: balance_table(load, *, n_tokens), capacity_table(chosen, n_experts, factors),
 smallest_safe_factor(chosen, n_experts). Show figures with ``theme=None``: they bring their own.
 """

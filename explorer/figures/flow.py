@@ -21,7 +21,7 @@ MAX_SIDE = int(MAX_CELLS**0.5)
 _REST_DRAWN_BELOW = 0.85
 _UPLIFT_SCALE = RATIO_SCALE._replace(title="measured / expected by chance")
 # pixels between the nodes of a column
-_NODE_PAD = 8
+_NODE_PAD = 12
 # pixels of margin above and below them
 _AROUND = 80
 

@@ -10,11 +10,12 @@ from capture.errors import PromptError
 from capture.estimate import human_bytes
 from capture.prompts import Prompt, read_prompts, read_prompts_bytes
 from explorer.pages import address
+from explorer.pages.components.attention_options import DEFAULTS, attention_options
 from explorer.pages.components.job import follow
 from explorer.pages.components.visible import one_line
 from explorer.pages.state import SUFFIX, exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
-from explorer.worker.cost import cost
+from explorer.worker.cost import SIZE_OPTIONS, cost
 
 PREVIEWED = 6
 MAX_GENERATE = 512
@@ -24,6 +25,10 @@ _LEVELS = {
     "stats": ("stats", "Totals per expert only; the smallest file."),
     "ids": ("ids", "Experts, weights and four statistics of every token. The usual choice."),
     "scores": ("scores", "Also every expert's score for every token."),
+    "attention": (
+        "attention",
+        "Also where the attention heads look, for some of the prompts; takes longer.",
+    ),
 }
 _DEMO, _OTHER = "demo", "other"
 _EXAMPLE = (
@@ -42,6 +47,8 @@ class Plan(NamedTuple):
     generate: int
     sample_tokens: int
     name: str
+    attention: dict[str, Any]
+    problem: str
 
 
 def render() -> None:
@@ -161,6 +168,9 @@ def _options(prompts: list[Prompt], model: str) -> Plan:
         key="level choice",
     )
     st.caption(_LEVELS[level or "ids"][1])
+    attention, problem = dict(DEFAULTS), ""
+    if level == "attention":
+        attention, problem = attention_options()
     first, second, third = st.columns(3)
     generate = first.number_input(
         "Generate per prompt",
@@ -186,7 +196,9 @@ def _options(prompts: list[Prompt], model: str) -> Plan:
         help="Letters, digits, dots, dashes and underscores.",
         key=f"name {len(run_names())} {model}",
     ).strip()
-    return Plan(prompts, model, level or "ids", int(generate), int(sample), name)
+    return Plan(
+        prompts, model, level or "ids", int(generate), int(sample), name, attention, problem
+    )
 
 
 def _start(plan: Plan) -> None:
@@ -199,7 +211,13 @@ def _start(plan: Plan) -> None:
         out = runs_folder() / f"{plan.name}{SUFFIX}"
         records: list[dict[str, Any]] = [_record(prompt) for prompt in plan.prompts]
         request = CaptureRequest(
-            str(out), plan.model, records, plan.level, plan.generate, plan.sample_tokens
+            str(out),
+            plan.model,
+            records,
+            plan.level,
+            plan.generate,
+            plan.sample_tokens,
+            **plan.attention,
         )
         job = shared_worker().submit(request)
         address.write("job", str(job.job_id))
@@ -211,6 +229,8 @@ def _problem(plan: Plan) -> str:
         return "Give at least one prompt to start."
     if not plan.model:
         return "Name a model to start."
+    if plan.problem:
+        return plan.problem
     if not NAME.fullmatch(plan.name):
         return (
             "The name of the run must start with a letter or digit and hold at most 60 letters, "
@@ -246,10 +266,16 @@ def _cost_text(plan: Plan) -> str:
             f", of which {human_bytes(estimate.sample_bytes)} for the sample of "
             f"{estimate.sample_tokens:,} tokens"
         )
+    attention = ""
+    if estimate.attended_prompts:
+        attention = (
+            f"{' and' if sample else ', of which'} {human_bytes(estimate.attention_bytes)} for "
+            f"the attention of {estimate.attended_prompts:,} prompts"
+        )
     about = "" if counted else "about "
     return (
         f"**{len(plan.prompts):,} prompts, {about}{estimate.tokens:,} tokens: about "
-        f"{human_bytes(estimate.total_bytes)}**{sample}.  \n"
+        f"{human_bytes(estimate.total_bytes)}**{sample}{attention}.  \n"
         f"Per token by level: {per_token}."
     )
 
@@ -262,6 +288,7 @@ def _cost(plan: Plan) -> Any:
         level=plan.level,  # type: ignore[arg-type]
         generate=plan.generate,
         sample_tokens=plan.sample_tokens,
+        **{name: plan.attention[name] for name in SIZE_OPTIONS},
     )
 
 

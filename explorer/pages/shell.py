@@ -73,7 +73,9 @@ def first_run() -> None:
 def _start_demo() -> Job:
     folder = state.runs_folder()
     out = folder / f"{state.new_name(folder, _DEMO)}{state.SUFFIX}"
-    return shared_worker().submit(CaptureRequest(str(out), generate=_DEMO_GENERATE))
+    return shared_worker().submit(
+        CaptureRequest(str(out), level="attention", generate=_DEMO_GENERATE)
+    )
 
 
 def _demo_job() -> Job | None:

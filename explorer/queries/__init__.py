@@ -16,6 +16,14 @@ tokens      tokens(run, prompt_id)                      token(run, token_id)
 experts     expert_tokens(run, layer, expert_id, *, site, domain, phase, limit, context)
             expert_token_count(run, layer, expert_id, ...)
             expert_vocabulary(run, layer, expert_id, ..., min_count, limit)
+attention   attention_prompts(run, *, domain)               attention_layers(run)
+            head_stats(run, *, domain, prompt_id)           head_map(run, prompt_id, layer, head)
+            attended_keys(run, token_id, layer, head)       prompt_keys(run, prompt_id, layer, head)
+            layer_keys(run, prompt_ids, layer, *, head)
+pairs       transitions(run, layer, *, domain, phase)       coactivation(run, layer, *, site, ...)
+            tokens_of_both(run, first, second, ...)         both_count(run, first, second, ...)
+routes      prompt_experts(run, prompt_id, layer, *, site)
+            prompts_experts(run, prompt_ids, layer, *, site)
 
 ``domain=None`` and ``phase=None`` mean all; ``domain=""`` means prompts without a domain. Missing
 values stay missing (None, NaN or NA) and are never 0; a count of nothing is 0. ``overview`` (save

@@ -5,11 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capture.estimate import Estimate, estimate
+from capture.config import (
+    DEFAULT_ATTENTION_BINS,
+    DEFAULT_ATTENTION_PROMPTS,
+    DEFAULT_ATTENTION_TOP_KEYS,
+)
+from capture.estimate import AttentionSize, Estimate, estimate
 from capture.prompts import Prompt
+from capture.sampling import plan_attention
 from capture.store.records import Level, SiteInfo
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent.parent / "capture" / "demo" / "weights"
+# options of level attention that a cost depends on
+SIZE_OPTIONS = ("attention_prompts", "attention_every", "attention_bins", "attention_top_keys")
 # for models whose tokenizer is not on this machine
 CHARACTERS_PER_TOKEN = 4.0
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -30,6 +38,10 @@ def cost(
     level: Level,
     generate: int = 0,
     sample_tokens: int = 0,
+    attention_prompts: int = DEFAULT_ATTENTION_PROMPTS,
+    attention_every: int = 1,
+    attention_bins: int = DEFAULT_ATTENTION_BINS,
+    attention_top_keys: int = DEFAULT_ATTENTION_TOP_KEYS,
 ) -> Cost | None:
     """Estimate a capture from the model's configuration file.
 
@@ -37,6 +49,8 @@ def cost(
     ----------
     model : str
         ``"demo"``, a local folder, or a hub id whose files are already on this machine.
+    attention_prompts, attention_every, attention_bins, attention_top_keys : int
+        As in ``capture.CaptureConfig``; all layers and heads are counted.
 
     Returns
     -------
@@ -49,17 +63,31 @@ def cost(
     if not config or not sites:
         return None
     config = config.get("text_config", config)
-    n_tokens, counted = _count(model, prompts)
+    lengths, counted = _count(model, prompts)
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int):
-        n_tokens = min(n_tokens, limit * len(prompts))
+        lengths = [min(length, limit) for length in lengths]
+    attention = None
+    if level == "attention" and prompts:
+        domains = [prompt.domain for prompt in prompts]
+        chosen = plan_attention(domains, lengths, attention_prompts, 0).is_attended
+        layers = int(config.get("num_hidden_layers", 0))
+        attention = AttentionSize(
+            [length for length, is_in in zip(lengths, chosen, strict=True) if is_in],
+            layers,
+            layers * int(config.get("num_attention_heads", 0)),
+            attention_bins,
+            attention_every,
+            attention_top_keys,
+        )
     found = estimate(
-        n_tokens=n_tokens + generate * len(prompts),
+        n_tokens=sum(lengths) + generate * len(prompts),
         sites=sites,
         hidden_size=int(config.get("hidden_size", 0)),
         level=level,
         sample_tokens=sample_tokens,
         n_domains=len({prompt.domain for prompt in prompts}),
+        attention=attention,
     )
     return Cost(found, counted)
 
@@ -74,17 +102,19 @@ def _sites(config: dict[str, Any]) -> list[SiteInfo]:
     return [SiteInfo(layer, 0, "", experts, top_k, 0, "other") for layer in range(layers)]
 
 
-def _count(model: str, prompts: Sequence[Prompt]) -> tuple[int, bool]:
-    """Return the number of tokens, counted with the model's tokenizer when it is here."""
-    given = sum(len(prompt.ids) for prompt in prompts if prompt.ids is not None)
-    texts = [prompt.text for prompt in prompts if prompt.text is not None]
+def _count(model: str, prompts: Sequence[Prompt]) -> tuple[list[int], bool]:
+    """Return the tokens of every prompt, counted with the model's tokenizer when it is here."""
+    texts = [prompt.text or "" for prompt in prompts if prompt.ids is None]
     path = _path(model, "tokenizer.json")
     if path is None:
-        return given + int(sum(map(len, texts)) / CHARACTERS_PER_TOKEN) + 1, not texts
-    from tokenizers import Tokenizer
+        counts = iter([int(len(text) / CHARACTERS_PER_TOKEN) + 1 for text in texts])
+    else:
+        from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
-    return given + sum(len(found.ids) for found in tokenizer.encode_batch(texts)), True
+        tokenizer = Tokenizer.from_file(str(path))
+        counts = iter([len(found.ids) for found in tokenizer.encode_batch(texts)])
+    lengths = [len(p.ids) if p.ids is not None else next(counts) for p in prompts]
+    return lengths, path is not None or not texts
 
 
 def _read(model: str, name: str) -> dict[str, Any] | None:

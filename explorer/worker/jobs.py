@@ -58,6 +58,7 @@ def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bo
             level=request.level,
             generate=request.generate,
             sample_tokens=request.sample_tokens,
+            **request.attention,
             progress=on_progress,
             cancel=cancelled,
         )

@@ -5,7 +5,7 @@ The worker answers with ``{"event": "progress" | "done" | "failed" | "cancelled"
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,11 +25,14 @@ class CaptureRequest:
     prompts : str or list of dict
         ``"demo"``, the path of a prompt file, or records with ``text`` and maybe ``domain``.
     level : str
-        ``stats``, ``ids`` or ``scores``.
+        ``stats``, ``ids``, ``scores`` or ``attention``.
     generate : int, tokens
         New tokens to generate per prompt.
     sample_tokens : int, tokens
         Tokens that also get every expert's score and the router's input.
+    attention_prompts, attention_layers, attention_heads, attention_every, attention_bins, \
+attention_top_keys
+        What level ``attention`` keeps; see ``capture.CaptureConfig``.
     """
 
     out: str
@@ -38,6 +41,18 @@ class CaptureRequest:
     level: str = "ids"
     generate: int = 0
     sample_tokens: int = 50_000
+    attention_prompts: int = 64
+    attention_layers: list[int] | None = None
+    attention_heads: list[int] | None = None
+    attention_every: int = 1
+    attention_bins: int = 64
+    attention_top_keys: int = 4
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The options of level ``attention``, by their names."""
+        names = [field.name for field in fields(self) if field.name.startswith("attention_")]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def title(self) -> str:
@@ -115,5 +130,5 @@ def pack_request(request: Request) -> dict[str, Any]:
 
 def unpack_request(values: dict[str, Any]) -> Request:
     """Return the request that `pack_request` packed."""
-    fields = dict(values)
-    return _KINDS[fields.pop("kind")](**fields)
+    given = dict(values)
+    return _KINDS[given.pop("kind")](**given)

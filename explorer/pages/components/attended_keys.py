@@ -127,10 +127,10 @@ def _table(view: View, keys: pd.DataFrame, routing: PromptRouting | None, positi
         hide_index=True,
         alt="The keys that this token attends to, with their weights and experts",
         column_config={
-            "key": st.column_config.TextColumn("Key", width=110),
+            "key": st.column_config.TextColumn("Key", width=80),
             "position": st.column_config.NumberColumn("At", width=50),
-            "weight": st.column_config.NumberColumn("Attention", format="percent", width=80),
-            "shared": st.column_config.TextColumn("Shared", width=80),
+            "weight": st.column_config.NumberColumn("Attention", format="percent", width=75),
+            "shared": st.column_config.TextColumn("Shared", width=70),
             "experts": st.column_config.TextColumn("Its experts"),
         },
     )

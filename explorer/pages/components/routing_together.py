@@ -12,6 +12,9 @@ from explorer.pages.components.chart import chart
 from explorer.pages.state import View, ask, is_dark
 from explorer.together import HeadsTogether, routing_together
 
+# a difference that two decimals show
+_SHOWN = 0.005
+
 
 def routing_together_section(view: View, head: tuple[int, int]) -> None:
     """Draw the section for the heads of the chosen head's layer."""
@@ -75,8 +78,8 @@ def _sentence(view: View, row: pd.Series, found: HeadsTogether, head: tuple[int,
     if math.isnan(row["lift_low"]):
         return text + f". Fewer than {MIN_PROMPTS} prompts: no interval."
     text += f" ({row['lift_low']:.2f} to {row['lift_high']:.2f} in 9 of 10 draws of prompts)"
-    if row["lift_low"] > 1:
+    if row["lift_low"] > 1 + _SHOWN:
         return text + ". So they route together more than their distance explains."
-    if row["lift_high"] < 1:
+    if row["lift_high"] < 1 - _SHOWN:
         return text + ". So they route together less than their distance would suggest."
-    return text + ". That is no more than chance."
+    return text + ". That is what chance gives."
