@@ -7,6 +7,7 @@ pairs       which experts meet more often than their loads alone would bring abo
 together    whether tokens that attend to each other share experts, against two chance levels
 heads       what attention without any preference would show
 confidence  how sure a router is of one token
+agreement   how far two routers agree about the same tokens
 
 ``nan`` means undefined (no load, a single expert, nothing recorded), never zero.
 """

@@ -1,0 +1,273 @@
+"""How far two routers agree about the same tokens.
+
+Every metric compares token by token and returns an array [T], ``nan`` where it is not defined;
+:func:`agreement` gives the means. ``expected`` is the router compared with, usually the model's
+own. High agreement need not mean low loss: a router that misses rarely but where it matters costs
+more than one that misses often where it does not.
+"""
+
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from explorer.errors import MetricError
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.integer]
+
+
+class Agreement(NamedTuple):
+    """Means over tokens of what is defined for them; nan if that is none.
+
+    Attributes
+    ----------
+    overlap : float, 0..1
+    jaccard : float, 0..1
+    exact_set : float, 0..1
+    top_1 : float, 0..1
+    weighted_overlap : float, 0..1
+    experts_per_token : float
+        Of the found routing.
+    """
+
+    overlap: float
+    jaccard: float
+    exact_set: float
+    top_1: float
+    weighted_overlap: float
+    experts_per_token: float
+
+
+def overlap_at_k(expected: Ids, found: Ids) -> Floats:
+    r"""Return the share of the expected experts that were found, ``|A and B| / |A|``.
+
+    Parameters
+    ----------
+    expected, found : array [T, K], [T, K2]
+        Distinct expert ids, -1 in empty slots.
+
+    Returns
+    -------
+    array [T], 0..1
+        ``k / E`` on average for random sets; nan where nothing is expected.
+    """
+    both, size, _ = _counts(expected, found)
+    return _ratio(both, size)
+
+
+def jaccard(expected: Ids, found: Ids) -> Floats:
+    """Return the size of the common set over that of the union.
+
+    Parameters
+    ----------
+    expected, found : array [T, K], [T, K2]
+        Distinct expert ids, -1 in empty slots.
+
+    Returns
+    -------
+    array [T], 0..1
+        1 where both sets are empty. With equal sizes and overlap ``o`` it is ``o / (2 - o)``.
+    """
+    both, size, other = _counts(expected, found)
+    union = size + other - both
+    return np.where(union > 0, both / np.maximum(union, 1), 1.0)
+
+
+def exact_set(expected: Ids, found: Ids) -> Floats:
+    """Return 1 where both sets are the same, in whatever order, else 0.
+
+    Parameters
+    ----------
+    expected, found : array [T, K], [T, K2]
+        Distinct expert ids, -1 in empty slots.
+    """
+    both, size, other = _counts(expected, found)
+    return ((both == size) & (both == other)).astype(np.float64)
+
+
+def top_1(expected: Ids, found: Ids) -> Floats:
+    """Return 1 where the heaviest expert is the same, else 0; nan where none is expected.
+
+    Parameters
+    ----------
+    expected, found : array [T, K], [T, K2]
+        Expert ids, heaviest first, -1 in empty slots.
+    """
+    _check(expected, found)
+    same = (expected[:, 0] == found[:, 0]).astype(np.float64)
+    return np.where(expected[:, 0] >= 0, same, np.nan)
+
+
+def weighted_overlap(
+    expected: Ids, expected_weights: npt.ArrayLike, found: Ids, found_weights: npt.ArrayLike
+) -> Floats:
+    r"""Return how much combine weight two routings put on the same experts.
+
+    .. math:: \sum_e \min(g_e, g'_e)
+
+    Parameters
+    ----------
+    expected, found : array [T, K], [T, K2]
+        Distinct expert ids, -1 in empty slots.
+    expected_weights, found_weights : array, of the same shapes
+        Divided by their sum here, so that models which do not renormalise can be compared.
+
+    Returns
+    -------
+    array [T], 0..1
+        1 minus the total variation distance; nan where a routing has no weight.
+    """
+    _check(expected, found)
+    first = _shares(expected, expected_weights)
+    second = _shares(found, found_weights)
+    same = _same(expected, found)
+    matched = np.where(same, second[:, None, :], 0.0).sum(axis=2)
+    return np.asarray(np.minimum(first, matched).sum(axis=1) + 0 * second.sum(axis=1))
+
+
+def jensen_shannon(expected: npt.ArrayLike, found: npt.ArrayLike) -> Floats:
+    r"""Return the Jensen-Shannon divergence of two routers' scores, nats.
+
+    .. math:: \tfrac12 KL(p \| m) + \tfrac12 KL(q \| m), \quad m = (p + q) / 2
+
+    Parameters
+    ----------
+    expected, found : array [T, E], >= 0
+        Scores, divided by their sum here: sigmoids are no distribution by themselves.
+
+    Returns
+    -------
+    array [T], 0..ln 2
+        nan where a router gives no score.
+    """
+    p, q = _distributions(expected, found)
+    middle = (p + q) / 2
+    return np.asarray(np.clip((_entropy_terms(p, middle) + _entropy_terms(q, middle)) / 2, 0, None))
+
+
+def kl_divergence(expected: npt.ArrayLike, found: npt.ArrayLike) -> Floats:
+    r"""Return the divergence of the found scores from the expected ones, nats.
+
+    .. math:: KL(p \| q) = \sum_e p_e \ln (p_e / q_e)
+
+    Parameters
+    ----------
+    expected, found : array [T, E], >= 0
+        Scores, divided by their sum here.
+
+    Returns
+    -------
+    array [T]
+        Infinite where the found router rules out what the expected one does not.
+    """
+    p, q = _distributions(expected, found)
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.maximum(_entropy_terms(p, q), 0.0))
+
+
+def agreement(
+    expected: Ids, expected_weights: npt.ArrayLike, found: Ids, found_weights: npt.ArrayLike
+) -> Agreement:
+    """Return the means over tokens of all metrics on sets and weights.
+
+    Parameters
+    ----------
+    expected, found : array [T, K], [T, K2]
+        Distinct expert ids, heaviest first, -1 in empty slots.
+    expected_weights, found_weights : array, of the same shapes
+    """
+    return Agreement(
+        overlap=_mean(overlap_at_k(expected, found)),
+        jaccard=_mean(jaccard(expected, found)),
+        exact_set=_mean(exact_set(expected, found)),
+        top_1=_mean(top_1(expected, found)),
+        weighted_overlap=_mean(weighted_overlap(expected, expected_weights, found, found_weights)),
+        experts_per_token=_mean((found >= 0).sum(axis=1).astype(np.float64)),
+    )
+
+
+def chance_overlap(n_experts: int, top_k: int) -> float:
+    """Return the overlap of random sets on average, ``k / E``."""
+    _check_sizes(n_experts, top_k)
+    return top_k / n_experts
+
+
+def chance_jaccard(n_experts: int, top_k: int) -> float:
+    """Return the Jaccard index of random sets on average."""
+    _check_sizes(n_experts, top_k)
+    total = comb(n_experts, top_k)
+    return sum(
+        comb(top_k, both)
+        * comb(n_experts - top_k, top_k - both)
+        / total
+        * both
+        / (2 * top_k - both)
+        for both in range(top_k + 1)
+    )
+
+
+def chance_any_repeat(n_experts: int, top_k: int) -> float:
+    """Return the chance that two random sets have an expert in common."""
+    _check_sizes(n_experts, top_k)
+    return 1 - comb(n_experts - top_k, top_k) / comb(n_experts, top_k)
+
+
+def _check(expected: Ids, found: Ids) -> None:
+    shapes = np.shape(expected), np.shape(found)
+    if any(len(shape) != 2 or shape[1] < 1 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+        raise MetricError(
+            f"Expected two arrays of expert ids [T, K] of the same tokens, got {shapes[0]} and "
+            f"{shapes[1]}. Compare one layer at a time."
+        )
+
+
+def _check_sizes(n_experts: int, top_k: int) -> None:
+    if not 1 <= top_k <= n_experts:
+        raise MetricError(f"Expected 1 <= top_k <= n_experts, got {top_k} and {n_experts}.")
+
+
+def _same(expected: Ids, found: Ids) -> npt.NDArray[np.bool_]:
+    """Return which slots hold the same expert, [T, K, K2]."""
+    same = expected[:, :, None] == found[:, None, :]
+    return np.asarray(same & (expected >= 0)[:, :, None])
+
+
+def _counts(expected: Ids, found: Ids) -> tuple[Floats, Floats, Floats]:
+    """Return the sizes of the common set and of both sets, [T]."""
+    _check(expected, found)
+    both = _same(expected, found).sum(axis=(1, 2))
+    sizes = (expected >= 0).sum(axis=1), (found >= 0).sum(axis=1)
+    return both.astype(np.float64), sizes[0].astype(np.float64), sizes[1].astype(np.float64)
+
+
+def _shares(ids: Ids, weights: npt.ArrayLike) -> Floats:
+    values = np.where(ids >= 0, np.asarray(weights, dtype=np.float64), 0.0)
+    return _ratio(values, values.sum(axis=1, keepdims=True))
+
+
+def _distributions(expected: npt.ArrayLike, found: npt.ArrayLike) -> tuple[Floats, Floats]:
+    p, q = np.asarray(expected, dtype=np.float64), np.asarray(found, dtype=np.float64)
+    if p.ndim != 2 or p.shape != q.shape or (p < 0).any() or (q < 0).any():
+        raise MetricError(
+            f"Expected two arrays of scores [T, E] >= 0, got shapes {p.shape} and {q.shape}. "
+            "Pass probabilities or sigmoids, not logits."
+        )
+    return _ratio(p, p.sum(axis=1, keepdims=True)), _ratio(q, q.sum(axis=1, keepdims=True))
+
+
+def _entropy_terms(p: Floats, q: Floats) -> Floats:
+    """Return sum p ln(p / q), a term being 0 where p is."""
+    used = p > 0
+    terms = np.where(used, p * np.log(np.where(used, p, 1.0) / np.where(used, q, 1.0)), 0.0)
+    return np.asarray(terms.sum(axis=1) + 0 * p.sum(axis=1))
+
+
+def _ratio(part: Floats, whole: Floats) -> Floats:
+    return np.asarray(np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), np.nan))
+
+
+def _mean(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
