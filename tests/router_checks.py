@@ -51,12 +51,18 @@ def inputs_of(host, seed, n_sequences=4, length=24):
     return toy_layers(toy_tokens(n_sequences, length, seed), **HOSTS[host])
 
 
+def fit_here(router, layers):
+    """Fit a router to the one layer that is looked at, or to all where it needs them."""
+    targets = toy_targets(router, layers)
+    if isinstance(router, AcrossLayers):
+        return fit_layers(router, layers, targets)[PLACE]
+    return copy.deepcopy(router).fit(layers[PLACE], targets[PLACE])
+
+
 @functools.cache
 def fitted(make, host):
     """Return the router, fitted on the fit split; fitted once per router and host."""
-    layers = inputs_of(host, FIT_SEED)
-    router = make()
-    return fit_layers(router, layers, toy_targets(router, layers))[PLACE]
+    return fit_here(make(), inputs_of(host, FIT_SEED))
 
 
 @functools.cache
@@ -149,7 +155,7 @@ def check_the_same_seed_gives_the_same_decision(make):
     layers = inputs_of("softmax", FIT_SEED)
     held_out = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
     torch.manual_seed(1)
-    again = fit_layers(make(), layers, toy_targets(make(), layers))[PLACE]
+    again = fit_here(make(), layers)
     torch.manual_seed(2)
     assert equal(again.route(held_out), decided(make, "softmax"))
 
@@ -181,9 +187,7 @@ def check_fit_copies_what_it_keeps(make):
     """``fit`` leaves its inputs alone, and changing them afterwards changes no decision."""
     layers = inputs_of("softmax", FIT_SEED)
     original = copy.deepcopy(layers)
-    router = make()
-    targets = toy_targets(router, layers)
-    router = fit_layers(router, layers, targets)[PLACE]
+    router = fit_here(make(), layers)
     held_out = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
     before = router.route(held_out)
     for place, inputs in layers.items():

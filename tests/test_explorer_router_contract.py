@@ -1,6 +1,7 @@
 """Every registered router, through every check; and checks that can fail."""
 
 import dataclasses
+import functools
 
 import pytest
 import router_checks
@@ -9,11 +10,20 @@ import torch
 from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
 from explorer.routers.native import TopKRouter
 
+STEPS = 12  # a rule is kept or broken by any fit, however short
+
+
+@functools.cache
+def quick(name):
+    """Return what makes the router, with a short fit where there is one."""
+    stepwise = hasattr(ROUTERS[name](), "steps")
+    return functools.partial(ROUTERS[name], steps=STEPS) if stepwise else ROUTERS[name]
+
 
 @pytest.mark.parametrize("check", router_checks.CHECKS, ids=lambda check: check.__name__[6:])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_contract(name, check):
-    check(ROUTERS[name])
+    check(quick(name))
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -15,19 +15,32 @@ clusters    K-means and Gaussian mixtures of hidden states
 clustering  tables of experts per cluster
 cluster_gates  a short list, or a linear router, per cluster
 neighbours  what similar recorded inputs did
+distill     the fit loop of routers that learn by imitation
+students    linear and cosine gates, distilled
+attention   expert keys, attention among experts
+parts       heads and layers chosen by attention
+part_controls  chance and constants for heads and layers
+gating      gates before layers, heads and experts
+recurrent   a state that runs through the layers
 
 Importing this package imports torch; ``import explorer`` does not import this package.
 """
 
 from explorer.routers import (
     assignment,
+    attention,
     baseline,
     cluster_gates,
     clustering,
+    gating,
     hashing,
     literature,
     native,
     neighbours,
+    part_controls,
+    parts,
+    recurrent,
+    students,
     thresholds,
 )
 from explorer.routers.base import (
@@ -64,15 +77,21 @@ __all__ = [
     "TopP",
     "Verdict",
     "assignment",
+    "attention",
     "baseline",
     "cluster_gates",
     "clustering",
     "fit_layers",
+    "gating",
     "hashing",
     "literature",
     "native",
     "neighbours",
+    "part_controls",
+    "parts",
     "probe",
+    "recurrent",
     "route_layers",
+    "students",
     "thresholds",
 ]

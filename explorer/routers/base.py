@@ -66,10 +66,13 @@ class PartMask(NamedTuple):
         experts of the site.
     gate : Tensor [T, P], float32, 0..1
         0 = not executed; between 0 and 1 the part's output is multiplied.
+    state : Tensor [T, W], float32, or None
+        What a recurrent rule hands to the next layer.
     """
 
     part: Part
     gate: torch.Tensor
+    state: torch.Tensor | None = None
 
 
 Decision = Routing | PartMask

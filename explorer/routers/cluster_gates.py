@@ -82,9 +82,9 @@ class ShortlistRouter(TableRouter):
     def _route(self, inputs: RouterInputs) -> Routing:
         cluster = self.clusters_.distances(inputs.tensor("hidden").float()).argmin(dim=-1)
         scores = host_scores(inputs.tensor("logits"), inputs)
-        choice = choice_scores(scores, inputs).masked_fill(~self.listed_[cluster], -torch.inf)
-        ids = top_ids(choice, inputs.top_k)
-        ids = ids.where(choice.gather(-1, ids) > -torch.inf, -1)
+        # the short list stands in for the model's groups, but not for its bias
+        choice = choice_scores(scores, replace(inputs, n_groups=None))
+        ids = top_ids(choice.masked_fill(~self.listed_[cluster], -torch.inf), inputs.top_k)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:

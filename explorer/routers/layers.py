@@ -61,15 +61,15 @@ def route_layers(
     ----------
     routers : mapping of (layer, site) to Router
     inputs : mapping of (layer, site) to RouterInputs
-        ``previous`` is replaced by the decision made here, and ``previous_state`` by its state.
+        From the second layer on, ``previous`` and ``previous_state`` are replaced by what the
+        layer before decided here.
     """
     decisions: dict[Site, Decision] = {}
-    previous: Routing | None = None
+    before: Decision | None = None
     for place in sorted(inputs):
         here = inputs[place]
-        if previous is not None:
-            here = replace(here, previous=previous, previous_state=previous.state)
-        decision = routers[place].route(here)
-        decisions[place] = decision
-        previous = decision if isinstance(decision, Routing) else None
+        if before is not None:
+            routing = before if isinstance(before, Routing) else None
+            here = replace(here, previous=routing, previous_state=before.state)
+        before = decisions[place] = routers[place].route(here)
     return decisions

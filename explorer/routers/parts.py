@@ -1,0 +1,334 @@
+"""Attention-based rules for heads and layers: keys of parts, and attention that tokens receive."""
+
+from collections.abc import Mapping
+from math import ceil
+
+import torch
+from torch import nn
+
+from explorer.errors import RouterError
+from explorer.routers.attention import KeyAttention
+from explorer.routers.base import (
+    ROUTERS,
+    Decision,
+    Part,
+    PartMask,
+    PartRouter,
+    RouterInfo,
+    RouterInputs,
+    Site,
+)
+from explorer.routers.distill import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
+from explorer.routers.layers import AcrossLayers
+from explorer.routers.scores import target_importance
+from explorer.routers.selectors import Selector, TopK
+from explorer.routers.sequences import row_starts
+
+
+def check_keep(keep: float) -> float:
+    """Return a share of parts or tokens to keep, if it is one."""
+    if not 0 <= keep <= 1:
+        raise RouterError(f"Expected 0 <= keep <= 1, got {keep}; 0.75 skips a quarter.")
+    return keep
+
+
+def quantile_threshold(scores: torch.Tensor, keep: float) -> float:
+    """Return the threshold that a share ``keep`` of the scores reaches."""
+    ordered = scores.flatten().sort(descending=True).values
+    kept = round(keep * len(ordered))
+    if kept == 0:
+        return float("inf")
+    if kept == len(ordered):
+        return -float("inf")
+    return float(ordered[kept - 1] + ordered[kept]) / 2
+
+
+@ROUTERS.add("head_attention")
+class HeadAttentionRouter(PartRouter):
+    """Choose attention heads by the token's query against a learned key of each head.
+
+    Parameters
+    ----------
+    keep : float
+        Share of the heads that each token uses, rounded up to whole heads.
+    selector : Selector, optional
+        Another way to choose, on shares that sum to 1; replaces ``keep``.
+    rank : int
+        Width of query and keys.
+    steps, seed : int
+        Of the fit, whose target is each head's share of the heads' output norms.
+    """
+
+    part: Part = "head"
+    info = RouterInfo(
+        name="head_attention",
+        family="attention",
+        title="Heads chosen by attention over head keys",
+        summary=(
+            "Each attention head has a learned key; a token uses the heads whose keys its query "
+            "scores highest. Learned from how much each head contributes."
+        ),
+        formula="a = softmax((Q h) K^T / sqrt(r));  heads = TopK(a, n)",
+        paper="2410.11842",
+        needs=frozenset({"hidden"}),
+        fits="distilled",
+    )
+
+    def __init__(
+        self,
+        *,
+        keep: float = 0.75,
+        selector: Selector | None = None,
+        rank: int = 16,
+        steps: int = STEPS,
+        seed: int = 0,
+    ) -> None:
+        self.keep = check_keep(keep)
+        self.selector = selector
+        self.rank = rank
+        self.steps = steps
+        self.seed = seed
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        hidden = inputs.tensor("hidden").float()
+        importance = target_importance(target, self.part)
+        share = importance / importance.sum(-1, keepdim=True).clamp_min(1e-12)
+        width, n_parts = hidden.shape[-1], share.shape[-1]
+        network = seeded(lambda: KeyAttention(width, n_parts, self.rank), self.seed)
+
+        def loss(rows: torch.Tensor) -> torch.Tensor:
+            logs = network(hidden[rows]).log_softmax(dim=-1)
+            return nn.functional.kl_div(logs, share[rows], reduction="batchmean")
+
+        self.losses_ = distill(
+            list(network.parameters()),
+            loss,
+            len(hidden),
+            steps=self.steps,
+            batch_tokens=BATCH_TOKENS,
+            learning_rate=LEARNING_RATE,
+            seed=self.seed,
+        )
+        self.network_ = network
+
+    def attention(self, inputs: RouterInputs) -> torch.Tensor:
+        """Return each token's attention over the heads, [T, H], rows sum to 1."""
+        logits: torch.Tensor = self.network_(inputs.tensor("hidden").float())
+        return logits.softmax(dim=-1)
+
+    def _route(self, inputs: RouterInputs) -> PartMask:
+        attention = self.attention(inputs)
+        heads = attention.shape[-1]
+        selector = self.selector or TopK(max(1, ceil(self.keep * heads - 1e-9)))
+        return PartMask(self.part, selector.mask(attention).float())
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the query; those of a few heads' keys are left out."""
+        return 2.0 * d * self.rank
+
+
+class LayerKeys(nn.Module):
+    """One query for all layers, and a key and a bias of each layer.
+
+    Parameters
+    ----------
+    d, n_layers, rank : int
+    """
+
+    def __init__(self, d: int, n_layers: int, rank: int) -> None:
+        super().__init__()
+        self.scale = rank**-0.5
+        self.query = nn.Linear(d, rank, bias=False)
+        self.keys = nn.Parameter(torch.randn(n_layers, rank))
+        self.bias = nn.Parameter(torch.zeros(n_layers))
+
+    def forward(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        """Return the logit of running one layer, [T]."""
+        logit: torch.Tensor = self.query(hidden) @ self.keys[layer] * self.scale
+        return logit + self.bias[layer]
+
+
+@ROUTERS.add("layer_attention")
+class LayerAttentionRouter(AcrossLayers, PartRouter):
+    """Run a layer for the tokens whose query meets the layer's key.
+
+    Parameters
+    ----------
+    keep : float
+        Share of (token, layer) pairs that run, over all layers together: the layers compete.
+    rank : int
+        Width of query and keys.
+    steps, seed : int
+        Of the fit, whose target is each layer's importance for the token.
+
+    Notes
+    -----
+    A token decides alone, by a threshold from the fit split. Choosing a sequence's best tokens
+    instead, as mixture-of-depths does in training, would look at later ones.
+    """
+
+    part: Part = "layer"
+    info = RouterInfo(
+        name="layer_attention",
+        family="attention",
+        title="Layers chosen by attention over layer keys",
+        summary=(
+            "Each layer has a learned key, and runs for the tokens whose query scores it above a "
+            "threshold common to all layers."
+        ),
+        formula="a_l = sigmoid((Q h_l) . k_l / sqrt(r) + b_l);  run l if a_l >= tau",
+        paper="",
+        needs=frozenset({"hidden"}),
+        fits="distilled",
+        across_layers=True,
+    )
+
+    def __init__(
+        self, *, keep: float = 0.75, rank: int = 16, steps: int = STEPS, seed: int = 0
+    ) -> None:
+        self.keep = check_keep(keep)
+        self.rank = rank
+        self.steps = steps
+        self.seed = seed
+
+    def fit_across(
+        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+    ) -> None:
+        """Learn one query and all keys from the same tokens in several layers."""
+        places = sorted(inputs)
+        hidden = [inputs[place].tensor("hidden").float() for place in places]
+        wanted = [target_importance(targets.get(place), self.part)[:, 0] for place in places]
+        network = seeded(lambda: LayerKeys(hidden[0].shape[-1], len(places), self.rank), self.seed)
+
+        def loss(rows: torch.Tensor) -> torch.Tensor:
+            logits = torch.stack([network(h[rows], at) for at, h in enumerate(hidden)])
+            truth = torch.stack([importance[rows] for importance in wanted])
+            return nn.functional.binary_cross_entropy_with_logits(logits, truth)
+
+        self.losses_ = distill(
+            list(network.parameters()),
+            loss,
+            len(hidden[0]),
+            steps=self.steps,
+            batch_tokens=BATCH_TOKENS,
+            learning_rate=LEARNING_RATE,
+            seed=self.seed,
+        )
+        self.network_, self.places_ = network, places
+        with torch.no_grad():
+            logits = torch.cat([network(h, at) for at, h in enumerate(hidden)])
+        self.threshold_ = quantile_threshold(logits, self.keep)
+
+    def _route(self, inputs: RouterInputs) -> PartMask:
+        if inputs.place not in self.places_:
+            raise RouterError(
+                f"Router {self.info.name!r} has no key of layer {inputs.layer}. "
+                "Fit it on all layers with fit_layers."
+            )
+        at = self.places_.index(inputs.place)
+        logits = self.network_(inputs.tensor("hidden").float(), at)
+        return PartMask(self.part, (logits >= self.threshold_).float().unsqueeze(-1))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the query and of one key."""
+        return 2.0 * (d + 1) * self.rank
+
+
+@ROUTERS.add("attention_received")
+class AttentionReceivedRouter(PartRouter):
+    """Run a layer for the tokens of a sequence that receive most attention.
+
+    Parameters
+    ----------
+    keep : float
+        Share of each sequence's tokens, rounded up.
+
+    Notes
+    -----
+    Published for images. In a model that reads from left to right, later tokens decide how much
+    attention a token receives, so the rule cannot be used while generating.
+    """
+
+    part: Part = "layer"
+    info = RouterInfo(
+        name="attention_received",
+        family="attention",
+        title="Attention received (A-MoD)",
+        summary=(
+            "Runs a layer for the tokens that receive most attention and lets the others pass. "
+            "Later tokens decide about earlier ones."
+        ),
+        formula="s_t = sum over queries of a[query, t];  run t if s_t in TopC(s)",
+        paper="2412.20875",
+        needs=frozenset({"received", "starts"}),
+        causal=False,
+    )
+
+    def __init__(self, *, keep: float = 0.75) -> None:
+        self.keep = check_keep(keep)
+
+    def _route(self, inputs: RouterInputs) -> PartMask:
+        received, starts = inputs.tensor("received").float(), row_starts(inputs)
+        gate = torch.zeros(len(received), 1, device=received.device)
+        for rows in torch.split(
+            torch.arange(len(received)), torch.unique(starts, return_counts=True)[1].tolist()
+        ):
+            best = received[rows].sort(descending=True, stable=True).indices
+            gate[rows[best[: ceil(self.keep * len(rows) - 1e-9)]]] = 1.0
+        return PartMask(self.part, gate)
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of summing what a token receives, some thousand queries at most."""
+        return 2048.0
+
+
+@ROUTERS.add("attention_given")
+class AttentionGivenRouter(PartRouter):
+    """Run a layer for the tokens whose own attention row looks as if it mattered.
+
+    Parameters
+    ----------
+    keep : float
+        Share of the fit split's tokens.
+    statistic : str
+        Which statistic of a token's own row of attention decides.
+    highest : bool
+        Whether the tokens with the highest or the lowest values run the layer.
+    """
+
+    part: Part = "layer"
+    info = RouterInfo(
+        name="attention_given",
+        family="attention",
+        title="Own attention row (causal substitute of A-MoD)",
+        summary=(
+            "Runs a layer for the tokens whose own attention is most spread out. A token's own "
+            "row is known without the future."
+        ),
+        formula="s_t = entropy of a[t, :];  run t if s_t >= quantile of recorded s",
+        paper="2412.20875",
+        needs=frozenset({"attention"}),
+        fits="statistics",
+    )
+
+    def __init__(
+        self, *, keep: float = 0.75, statistic: str = "entropy", highest: bool = True
+    ) -> None:
+        self.keep = check_keep(keep)
+        self.statistic = statistic
+        self.highest = highest
+
+    def _scores(self, inputs: RouterInputs) -> torch.Tensor:
+        values = inputs.statistic(self.statistic).float()
+        return values if self.highest else -values
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        self.threshold_ = quantile_threshold(self._scores(inputs), self.keep)
+
+    def _route(self, inputs: RouterInputs) -> PartMask:
+        chosen = self._scores(inputs) >= self.threshold_
+        return PartMask(self.part, chosen.float().unsqueeze(-1))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of one row's entropy, some thousand keys at most."""
+        return 3.0 * 2048
