@@ -13,9 +13,10 @@ BLOCK = 128  # tokens of a program that has a thread per token
 WARPS = 4
 MOST_SLOTS = 8  # of a thread per token
 MOST_EXPERTS = 512  # of a thread per token: one bit each in its registers
-TILE = 2048  # experts of all tokens of a program of the general kernel
+TILE = 512  # experts of all tokens of a program of the general kernel
 REPLICAS = 32  # of the sums, see sums_of_program
-COLUMNS = 32  # experts whose probabilities are added up together
+REGISTERS = 128  # of a thread at most: four programs share a multiprocessor
+COLUMNS = 16  # experts whose probabilities are added up together
 TYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -111,6 +112,7 @@ def _launch_observe(inputs, table, arguments, block, grid):
         PACKED=inputs.packed,
         BLOCK=block,
         num_warps=WARPS,
+        **_limits(arguments),
     )
 
 
@@ -131,6 +133,7 @@ def _launch_select(inputs, table, arguments, block, grid):
         PACKED=inputs.packed,
         BLOCK=block,
         num_warps=WARPS,
+        **_limits(arguments),
     )
 
 
@@ -158,7 +161,14 @@ def _launch_rows(inputs, table, arguments, block, grid):
         SIZE_PADDED=triton.next_power_of_2(size),
         BLOCK=block,
         num_warps=WARPS,
+        **_limits(arguments),
     )
+
+
+def _limits(arguments: tuple) -> dict[str, int]:
+    """Return the registers of a thread where importance is summed: ptxas spills to use fewer."""
+    importance = arguments[5]
+    return {} if importance is None or torch.version.hip else {"maxnreg": REGISTERS}
 
 
 def _rows_of_a_block(inputs: GateInputs) -> int:

@@ -142,7 +142,7 @@ def gate_rows(
                 barred = tl.where(bias != 0, by_two, barred)
             rank = tl.where(barred[:, :, None], float("-inf"), rank)
             scores = tl.where(barred[:, :, None], float("-inf"), scores)
-        left = is_expert & (counted[:, None, None] | True)
+        left = is_expert & (counted | (counted == 0))[:, None, None]  # of the tile's shape
 
     if IDS is not None:
         ids = tl.load(entry + 1).to(tl.pointer_type(IDS))
@@ -202,8 +202,9 @@ def gate_rows(
     store_slots(ids_out, weights_out, out, experts, values, stored, PACKED)
     if importance is not None:
         first = tl.min(tl.where(segment >= 0, segment, NO_EXPERT), 0)
+        column = tl.reshape(expert, [GROUPS_PADDED, SIZE_PADDED])
+        is_column = tl.reshape(is_expert, [GROUPS_PADDED, SIZE_PADDED])
         for s in range(first, tl.max(segment, 0) + 1):
-            total_probs = tl.sum(tl.where((segment == s)[:, None, None], probs, 0.0), 0)
-            at = importance + sums + s * EXPERTS + tl.reshape(expert, [GROUPS_PADDED, SIZE_PADDED])
-            mask = tl.reshape(is_expert, [GROUPS_PADDED, SIZE_PADDED])
-            tl.atomic_add(at, total_probs, mask=mask, sem="relaxed")
+            added = tl.sum(tl.where((segment == s)[:, None, None], probs, 0.0), 0)
+            cell = importance + sums + s * EXPERTS + column
+            tl.atomic_add(cell, added, mask=is_column, sem="relaxed")

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.gate._triton_parts import (
+    NO_SLOT,
     add_slots,
     as_tile,
     difference,
@@ -86,27 +87,21 @@ def observe_tokens(
         rows, valid, segments, n_tokens, n_segments, BLOCK
     )
 
-    # the slots, and a bit per expert for those who are chosen
-    slots = ()
+    # a bit per expert for those who are chosen
     words = ()
     for _ in tl.static_range(EXPERTS // WORD):
         words = words + (tl.zeros([BLOCK], tl.int32),)
     n_chosen = tl.zeros([BLOCK], tl.int32)
-    for j in tl.static_range(1 << LOG_SLOTS):
-        if j < TOP_K:
-            given = tl.load(ids + row * TOP_K + j, mask=counted, other=-1)
-            filled = (given >= 0) & (given < EXPERTS)
-            expert = given.to(tl.int32)
-            weight = tl.load(weights + row * TOP_K + j, mask=filled, other=0.0).to(tl.float32)
-            slots = slots + (slot_key(weight, expert, filled),)
-            n_chosen += filled.to(tl.int32)
-            bit = tl.where(filled, 1 << (expert % WORD), 0)
-            marked = ()
-            for w in tl.static_range(EXPERTS // WORD):
-                marked = marked + (words[w] | tl.where(expert // WORD == w, bit, 0),)
-            words = marked
-        else:
-            slots = slots + (slot_key(tl.zeros([BLOCK], tl.float32), n_chosen, token < 0),)
+    for j in tl.static_range(TOP_K):
+        given = tl.load(ids + row * TOP_K + j, mask=counted, other=-1)
+        filled = (given >= 0) & (given < EXPERTS)
+        expert = given.to(tl.int32)
+        n_chosen += filled.to(tl.int32)
+        bit = tl.where(filled, 1 << (expert % WORD), 0)
+        marked = ()
+        for w in tl.static_range(EXPERTS // WORD):
+            marked = marked + (words[w] | tl.where(expert // WORD == w, bit, 0),)
+        words = marked
 
     m = tl.full([BLOCK], LOWEST, tl.float32)
     s = tl.zeros([BLOCK], tl.float32)
@@ -139,6 +134,16 @@ def observe_tokens(
         statistics, token, n_tokens, exists, counted, entropy, margin, lse2 * LN2, chosen_s / s
     )
 
+    # read again, so that the loop above has their registers
+    slots = ()
+    for j in tl.static_range(1 << LOG_SLOTS):
+        if j < TOP_K:
+            given = tl.load(ids + row * TOP_K + j, mask=counted, other=-1)
+            filled = (given >= 0) & (given < EXPERTS)
+            weight = tl.load(weights + row * TOP_K + j, mask=filled, other=0.0).to(tl.float32)
+            slots = slots + (slot_key(weight, given.to(tl.int32), filled),)
+        else:
+            slots = slots + (tl.full([BLOCK], NO_SLOT, tl.int64),)
     slots = sorted_by(slots, NETWORK)
     experts = ()
     values = ()
