@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from capture.bench_attention import attention_memory, attention_memory_options
+from capture.bench_levels import levels, levels_options
 from capture.bench_overhead import overhead, overhead_options
 from capture.store import (
     ForwardRows,
@@ -285,6 +286,7 @@ COMMANDS: dict[
 ] = {
     "store": (_store_options, store),
     "overhead": (overhead_options, overhead),
+    "levels": (levels_options, levels),
     "attention-memory": (attention_memory_options, attention_memory),
 }
 

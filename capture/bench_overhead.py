@@ -6,18 +6,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.config import CaptureConfig
 from capture.progress import Reporter
-from capture.prompts import read_prompts
+from capture.prompts import Prompt, read_prompts
 from capture.sampling import plan_sample
 from capture.store import LEVELS, PromptInfo, RunWriter
 from capture.tokens import TokenizedPrompt, tokenize
 
 if TYPE_CHECKING:
     from capture.models import LoadedModel
+    from capture.preparation import AttentionPlan
     from capture.recording import Plan
     from capture.sites import Site
 
@@ -36,6 +38,7 @@ class Bench(NamedTuple):
     sites: "list[Site]"
     plan: "Plan"
     config: CaptureConfig
+    attention: "AttentionPlan | None"
 
 
 def overhead_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,7 @@ def overhead_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", default="demo")
     parser.add_argument("--copies", type=int, default=2, help="how often the prompts are repeated")
-    parser.add_argument("--level", choices=LEVELS[:3], default="ids")
+    parser.add_argument("--level", choices=LEVELS, default="ids")
     parser.add_argument("--sample-tokens", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=7, help="pairs; the median is reported")
@@ -57,7 +60,17 @@ def overhead(options: argparse.Namespace) -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = _prepare(options)
+    from capture.models import load_model
+
+    bench = prepare(
+        load_model(options.model, device=options.device),
+        read_prompts(options.prompts) * options.copies,
+        CaptureConfig(
+            level=options.level,
+            sample_tokens=options.sample_tokens,
+            batch_tokens=options.batch_tokens,
+        ),
+    )
     n_tokens = sum(len(prompt.ids) for prompt in bench.plan.prompts)
     _say(
         f"{options.model} on {bench.loaded.model.device}, {torch.get_num_threads()} threads of "
@@ -66,18 +79,12 @@ def overhead(options: argparse.Namespace) -> None:
     )
     _say("plain: forward and loss; capture: the same, recorded, until the run file is closed")
     with tempfile.TemporaryDirectory() as folder:
-
-        def plain() -> None:
-            _plain(bench)
-
-        def recorded() -> None:
-            _recorded(bench, Path(folder))
-
-        _timed(bench, plain)
-        _timed(bench, recorded)
+        runs = {"plain": partial(plain, bench), "capture": partial(recorded, bench, Path(folder))}
+        for run in runs.values():
+            timed(bench, run)
         pairs = []
         for number in range(options.repeats):
-            pairs.append((_timed(bench, plain), _timed(bench, recorded)))
+            pairs.append((timed(bench, runs["plain"]), timed(bench, runs["capture"])))
             before, after = pairs[-1]
             _say(
                 f"pair {number + 1}: plain {before.wall:.2f} s, capture {after.wall:.2f} s, "
@@ -88,32 +95,27 @@ def overhead(options: argparse.Namespace) -> None:
     _report("core seconds", [after.cores / before.cores for before, after in pairs])
 
 
-def _prepare(options: argparse.Namespace) -> Bench:
-    from capture.models import load_model
-    from capture.preparation import max_length, plan_recording, vocab_size
+def prepare(loaded: "LoadedModel", prompts: list[Prompt], config: CaptureConfig) -> Bench:
+    """Settle what a capture settles between loading the model and its first forward pass."""
+    from capture.preparation import max_length, plan_attention, plan_recording, vocab_size
     from capture.selftest import attach
 
-    config = CaptureConfig(
-        level=options.level,
-        sample_tokens=options.sample_tokens,
-        batch_tokens=options.batch_tokens,
-        device=options.device,
-    )
-    loaded = load_model(options.model, device=options.device)
-    prompts: list[TokenizedPrompt] = tokenize(
-        read_prompts(options.prompts) * options.copies,
+    tokenized: list[TokenizedPrompt] = tokenize(
+        prompts,
         loaded.tokenizer,
         vocab_size=vocab_size(loaded),
         max_length=max_length(loaded, config),
     )
-    sample = plan_sample(
-        [p.domain for p in prompts], [len(p.ids) for p in prompts], options.sample_tokens, 0
-    )
-    plan = plan_recording(prompts, sample, loaded, config)
-    return Bench(loaded, attach(loaded.model), plan, config)
+    domains, lengths = [p.domain for p in tokenized], [len(p.ids) for p in tokenized]
+    sample = plan_sample(domains, lengths, config.sample_tokens, config.seed)
+    sites = attach(loaded.model)
+    attention = plan_attention(tokenized, sites, loaded, config)
+    plan = plan_recording(tokenized, sample, loaded, config, attention)
+    return Bench(loaded, sites, plan, config, attention)
 
 
-def _plain(bench: Bench) -> None:
+def plain(bench: Bench) -> None:
+    """Run the same batches and losses, without anything of capture but the loop."""
     import torch
 
     from capture.batching import pad_batch
@@ -131,19 +133,23 @@ def _plain(bench: Bench) -> None:
             runner.prompts(batch).loss.cpu()
 
 
-def _recorded(bench: Bench, folder: Path) -> None:
+def recorded(bench: Bench, folder: Path) -> None:
+    """Record the batches into a run file, until it is closed, and remove it."""
     from capture.preparation import describe_run
     from capture.session import _Session
 
-    out = folder / "run.duckdb"
+    out, attention = folder / "run.duckdb", bench.attention
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), 0) for p in bench.plan.prompts]
-    info = describe_run(bench.loaded, bench.config, bench.plan.sample)
-    writer = RunWriter.create(out, info, [site.info for site in bench.sites], rows)
-    _Session(bench.loaded, bench.sites, bench.plan, writer, Reporter(False)).run(None)
+    info = describe_run(bench.loaded, bench.config, bench.plan.sample, attention)
+    layers = attention.found.layers if attention is not None else ()
+    writer = RunWriter.create(out, info, [site.info for site in bench.sites], rows, layers)
+    reporter = Reporter(False)
+    _Session(bench.loaded, bench.sites, bench.plan, writer, reporter, attention).run(None)
     out.unlink()
 
 
-def _timed(bench: Bench, run: Callable[[], None]) -> Timing:
+def timed(bench: Bench, run: Callable[[], None]) -> Timing:
+    """Time one run, until the device is done."""
     import torch
 
     wall, cores = time.perf_counter(), time.process_time()

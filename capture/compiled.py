@@ -82,7 +82,8 @@ def compiled(model: Any, compiler: Compiler | None) -> Iterator[None]:
 
 def uncompiled_steps() -> AbstractContextManager[None]:
     """Run what is compiled uncompiled: decoding steps, whose cache grows from call to call."""
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _decoder(model: Any) -> nn.Module:

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from capture import bench
+from capture import bench, bench_levels
 
 
 def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
@@ -37,3 +37,38 @@ def test_memory_of_attention_is_measured_beside_a_capture_without(capsys):
     tokens, plain, attention, more, *_ = (float(n) for n in re.findall(r"-?[\d.]+", line))
     assert tokens == 200 and plain > 0 and attention > 0
     assert more == pytest.approx(attention - plain, abs=0.11)
+
+
+CELL = bench_levels.Cell("ids", "tiny", "cpu", 24, 48, None, 1, 0, 64, 1)
+
+
+@pytest.mark.parametrize("row", bench_levels.ROWS)
+def test_every_level_is_measured_against_plain_passes(row):
+    found = bench_levels.measure(CELL._replace(row=row))
+    assert len(found["wall"]) == len(found["cores"]) == 1
+    assert found["wall"][0] > 0 and found["cores"][0] > 0 and found["plain"] > 0
+    assert isinstance(found["peak"], int)
+
+
+def test_eager_attention_is_put_back():
+    bench, _ = bench_levels._benches(CELL)
+    before = bench.loaded.model.config._attn_implementation
+    bench_levels._with_outputs(bench)
+    assert bench.loaded.model.config._attn_implementation == before != "eager"
+
+
+def test_a_cell_is_measured_in_a_process_of_its_own(capsys):
+    options = "levels --shape tiny --lengths 8 --tokens 16 --repeats 1 --decode 3 --rows ids"
+    assert bench.main(options.split()) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.split()[:2] == ["8", "ids"] and row.split()[-1] == "MiB"
+
+
+def test_overhead_is_measured_in_pairs(capsys, tmp_path):
+    prompts = tmp_path / "few.txt"
+    prompts.write_text("Two short prompts\nare enough here\n", encoding="utf-8")
+    options = f"overhead --prompts {prompts} --copies 1 --repeats 1 --level stats"
+    assert bench.main(options.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"pair 1: plain [\d.]+ s, capture [\d.]+ s, ratio [\d.]+", "\n".join(lines))
+    assert lines[-2].startswith("overhead, wall: median")
