@@ -146,8 +146,8 @@ class AttentionBuilder:
 def pack_maps(maps: npt.NDArray[np.float32], layer: int) -> pa.Array:
     """Return the lower triangles of maps [H, n, n] in parts of their rows, NULL for nan.
 
-    What rounding leaves of a row goes to the cells that lost most, so that its parts sum to
-    ``MAP_PARTS``.
+    Sums from the left are rounded, not the cells, so that the parts of a row sum to ``MAP_PARTS``
+    and each is less than one part off.
 
     Raises
     ------
@@ -170,11 +170,9 @@ def pack_maps(maps: npt.NDArray[np.float32], layer: int) -> pa.Array:
             f"A map holds keys up to the query's own bin, but layer {layer} looks ahead. Such a "
             "layer cannot be stored; label it instead."
         )
-    exact = shares / shares.sum(axis=-1, keepdims=True) * MAP_PARTS
-    parts = np.floor(exact)
-    left = np.rint(MAP_PARTS - parts.sum(axis=-1, keepdims=True))
-    rank = np.argsort(np.argsort(parts - exact, axis=-1, kind="stable"), axis=-1, kind="stable")
-    parts += rank < left
+    upto = np.cumsum(shares, axis=-1)
+    upto *= MAP_PARTS / upto[..., -1:]
+    parts = np.diff(np.rint(upto), axis=-1, prepend=0)
     row, column = np.tril_indices(n_bins)
     mask: npt.NDArray[np.bool_] = np.broadcast_to(unused[..., None], parts.shape)
     return pa.array(
