@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from capture.attention_rows import LiveAttention
 from capture.context import Passes, PassTokens
 from capture.errors import SwapError
 from capture.flops import attention_modules, decoder_layers, head_count
 from capture.inject import Forward, forward_replaced
 from capture.rows import Kept, kept_rows, on_kept_rows
-from capture.rules import RouteInputs, Rule, as_rows, gate_of
+from capture.rules import RouteInputs, Rule, as_rows, gate_of, with_attention
 from capture.selftest import attach, probe_tokens
 from capture.sites import Site
 
@@ -82,6 +83,7 @@ def gate_parts(
     *,
     part: Part,
     only: Sequence[int] | None = None,
+    attention: bool = False,
 ) -> Iterator[Gated]:
     """Let ``rule`` decide which tokens use which parts, until the block is left.
 
@@ -101,6 +103,9 @@ def gate_parts(
     part : {"layer", "block", "head"}
     only : sequence of int, optional
         Layers to gate. Default: all that have the part.
+    attention : bool
+        Give rules attention: of the same layer for a block, of the layer before for a layer and
+        its heads. A layer that some tokens skipped has none to give.
 
     Yields
     ------
@@ -127,7 +132,11 @@ def gate_parts(
     gated = Gated(part, simulated=part == "head")
     with ExitStack() as stack:
         shapes = {} if part == "head" else _outputs(model, {n: modules[n] for n in wanted})
-        run = _Run(stack.enter_context(Passes().follow(model)))
+        run = _Run(stack.enter_context(Passes().follow(model)), back=0 if part == "block" else 1)
+        if attention:
+            layers = {layer - run.back for layer in wanted}
+            live = LiveAttention(model, sites, layers)
+            run.attention = stack.enter_context(live.open(run.passes))
         for layer in sorted(wanted):
             one = rule[layer] if isinstance(rule, Mapping) else rule
             gate = _Gate(layer, _place(model, modules[layer]), sites, one, run)
@@ -145,6 +154,8 @@ class _Run:
     """What the gates of one forward pass share."""
 
     passes: Passes
+    back: int  # layers back whose attention is known: a layer's own has not run yet
+    attention: LiveAttention | None = None
     number: int = 0
     state: torch.Tensor | None = None
 
@@ -187,7 +198,7 @@ class _Gate:
 
     def _inputs(self, hidden: torch.Tensor, tokens: PassTokens) -> RouteInputs:
         site = next((s for s in self.sites if s.info.layer == self.layer), None)
-        return RouteInputs(
+        inputs = RouteInputs(
             layer=self.layer,
             site=0,
             n_experts=site.info.n_experts if site else 0,
@@ -205,6 +216,10 @@ class _Gate:
             native=None,
             previous=None,
             previous_state=self.run.state,
+        )
+        live = self.run.attention
+        return (
+            inputs if live is None else with_attention(inputs, live.of(self.layer - self.run.back))
         )
 
 

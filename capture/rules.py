@@ -1,11 +1,13 @@
 """What a rule that takes a router's place is told, and what it answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from capture.adapters import probe
+from capture.attention_rows import NAMES, AttentionRows
 from capture.errors import SwapError
 from capture.sites import Site
 
@@ -61,6 +63,15 @@ class RouteInputs:
         What ran at the MoE site before this one; None at the first.
     previous_state : Tensor [T, P] or None
         What the rule handed on at the site before.
+    gate_weight, gate_bias : Tensor [E, D], [E] or None
+        The model's own router, where it is one matrix. Read them, never write.
+    attention : Tensor [T, A] or None, float32
+        Statistics of each token's own attention, averaged over heads: of this layer at an MoE
+        site, of the layer before where a layer or its heads are gated. None unless asked for.
+    attention_names : tuple of str
+        What the columns of ``attention`` are.
+    received : Tensor [T] or None, float32
+        Attention that the queries of its sequence give to the token, later ones included.
     """
 
     layer: int
@@ -80,6 +91,11 @@ class RouteInputs:
     native: Choice | None
     previous: Choice | None
     previous_state: torch.Tensor | None
+    gate_weight: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    attention_names: tuple[str, ...] = ()
+    received: torch.Tensor | None = None
 
 
 class Rule(Protocol):
@@ -199,6 +215,26 @@ def _wrong_values(ids: torch.Tensor, weights: torch.Tensor, n_experts: int) -> s
     if bool(((ordered.diff(dim=-1) == 0) & (ordered[:, 1:] >= 0)).any()):
         return "distinct ids in a token, got one expert twice"
     return None
+
+
+def with_attention(inputs: RouteInputs, rows: AttentionRows | None) -> RouteInputs:
+    """Return the inputs with a layer's attention, where there is one."""
+    if rows is None:
+        return inputs
+    return replace(inputs, attention=rows.statistics, attention_names=NAMES, received=rows.received)
+
+
+def own_gate(site: Site) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return weight [E, D] and bias [E] of a router that is one matrix, else None."""
+    weight = getattr(site.router, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        linear = [m for m in site.router.modules() if isinstance(m, nn.Linear)]
+        weight = linear[0].weight if len(linear) == 1 else None
+    if probe.weight_rows(site.router) != site.info.n_experts or weight is None or weight.ndim != 2:
+        return None, None
+    bias = getattr(site.router, "bias", None)
+    is_bias = isinstance(bias, torch.Tensor) and bias.shape == (site.info.n_experts,)
+    return weight, bias if is_bias else None
 
 
 def as_rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from capture.attention_rows import LiveAttention
 from capture.context import Passes, PassTokens
 from capture.errors import SwapError
 from capture.inject import flat_choice, injected, n_computing
 from capture.replay import RoutingTape
-from capture.rules import Choice, RouteInputs, Rule, as_rows, choice_of
+from capture.rules import Choice, RouteInputs, Rule, as_rows, choice_of, own_gate, with_attention
 from capture.selftest import attach
 from capture.sites import Site
 
@@ -109,6 +110,7 @@ def swap(
     watch: Mapping[Any, Rule] | None = None,
     on_choice: OnChoice | None = None,
     checked: bool = True,
+    attention: bool = False,
 ) -> Iterator[Swapped]:
     """Put ``rule`` in the place of the model's routers until the block is left.
 
@@ -134,6 +136,9 @@ def swap(
         Called with inputs and choice at every swapped site in every pass.
     checked : bool
         Look at the rule's values in every pass. Costs a little; leave it out of timings.
+    attention : bool
+        Give rules the attention of their layer. Costs about what the attention itself does, and
+        needs whole texts: no cache.
 
     Yields
     ------
@@ -152,7 +157,11 @@ def swap(
     swapped = Swapped(tuple(sites))
     with ExitStack() as stack:
         passes = stack.enter_context(Passes().follow(model))
-        run = _Run(passes, on_choice, checked)
+        live = None
+        if attention:
+            layers = {layer for layer, _ in (*rules, *watched)}
+            live = stack.enter_context(LiveAttention(model, sites, layers).open(passes))
+        run = _Run(passes, on_choice, checked, live)
         for site in sites:
             key = site_key(site)
             place = _Place(site, run, rules.get(key), watched.get(key))
@@ -175,6 +184,7 @@ class _Run:
     passes: Passes
     on_choice: OnChoice | None
     checked: bool
+    attention: LiveAttention | None
     pass_number: int = 0
     previous: Choice | None = None
     state: torch.Tensor | None = None
@@ -242,8 +252,8 @@ class _Place:
         site, info = self.site, self.site.info
         if self._hidden is None:
             raise SwapError(f"{info.module}: its experts ran before its router did.")
-        scores = self._scores
-        return RouteInputs(
+        scores, gate = self._scores, own_gate(site)
+        inputs = RouteInputs(
             layer=info.layer,
             site=info.site,
             n_experts=info.n_experts,
@@ -261,7 +271,11 @@ class _Place:
             native=native,
             previous=self.run.previous,
             previous_state=self.run.state,
+            gate_weight=gate[0],
+            gate_bias=gate[1],
         )
+        live = self.run.attention
+        return inputs if live is None else with_attention(inputs, live.of(info.layer))
 
 
 def _on_all_rows(choice: Choice, tokens: PassTokens) -> Choice:

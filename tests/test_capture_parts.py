@@ -238,6 +238,49 @@ def test_state_is_handed_from_layer_to_layer():
     assert rule.states == [0, 1, 2] * 2
 
 
+class Received:
+    """A-MoD: the half of each sequence that receives most attention uses the layer."""
+
+    part = "layer"
+
+    def __init__(self):
+        self.seen = []
+
+    def route(self, inputs):
+        self.seen.append((inputs.layer, inputs.received))
+        if inputs.received is None:
+            return Gate("layer").route(inputs)
+        self.gate = torch.zeros(len(inputs.received), 1)
+        for number in inputs.sequences.unique():
+            own = (inputs.sequences == number).nonzero().flatten()
+            best = inputs.received[own].topk(len(own) // 2).indices
+            self.gate[own[best]] = 1.0
+        return self
+
+
+@pytest.mark.parametrize("part", ["block", "layer"])
+def test_gates_by_attention_get_the_layers_or_the_one_before(part):
+    model = tiny_models.build("olmoe")
+    sites = attach(model)
+    rule = Received()
+    with gate_parts(model, sites, rule, part=part, attention=True) as gated:
+        logits_of(model)
+    seen = dict(rule.seen)
+    model.set_attn_implementation("eager")
+    shown = model(
+        input_ids=tiny_models.tokens(), use_cache=False, output_attentions=True
+    ).attentions
+    received = shown[0].sum(2).mean(1).flatten()
+    if part == "block":
+        assert_close("own attention", seen[0], received, atol=1e-4)
+        assert gated.per_token == pytest.approx(3 * 3 / 7)
+        return
+    assert seen[0] is None, "there is no layer before the first"
+    assert_close("the layer before", seen[1], received, atol=1e-4)
+    assert seen[2] is None, "layer 1 ran on some tokens only"
+    assert gated.per_token == pytest.approx(2 + 3 / 7)
+
+
 @pytest.mark.parametrize(
     ("name", "part", "message"),
     [

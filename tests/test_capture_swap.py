@@ -492,6 +492,70 @@ def test_gradients_reach_a_rule():
     assert_close("gradient", scale.grad, (above - below) / 2e-3, atol=1e-3)
 
 
+class Attentive:
+    """Keeps what it is told of attention and of the model's own gate."""
+
+    def __init__(self):
+        self.seen = []
+
+    def route(self, inputs):
+        self.seen.append(inputs)
+        return inputs.native
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3", "gpt_oss"])
+def test_rules_may_see_the_attention_of_their_layer(name):
+    """Against the weights that the model itself puts out, averaged over heads by hand."""
+    model = tiny_models.build(name)
+    sites = attach(model)
+    ids, mask = tiny_models.tokens(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    rule = Attentive()
+    with swap(model, sites, rule, attention=True):
+        logits_of(model, ids, attention_mask=mask)
+    model.set_attn_implementation("eager")
+    shown = model(
+        input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=True
+    ).attentions
+    for inputs in rule.seen:
+        weights = shown[inputs.layer].double()  # [B, H, T, T]
+        entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean(1).flatten()
+        largest = weights.amax(-1).mean(1).flatten()
+        received = (weights * mask[:, None, :, None]).sum(2).mean(1).flatten()
+        real = mask.flatten().bool()
+        column = dict(zip(inputs.attention_names, inputs.attention.unbind(-1), strict=True))
+        assert_close("entropy", column["entropy"], entropy[real], atol=1e-4)
+        assert_close("largest weight", column["max_weight"], largest[real], atol=1e-4)
+        assert_close("received", inputs.received, received[real], atol=1e-4)
+    with swap(model, sites, rule):
+        logits_of(model)
+    assert rule.seen[-1].attention is None, "nothing is computed that is not asked for"
+
+
+def test_attention_needs_whole_texts():
+    model = tiny_models.build("olmoe")
+    with (
+        swap(model, attach(model), Attentive(), attention=True),
+        pytest.raises(SwapError, match="not the tokens of the prompt"),
+    ):
+        model.generate(tiny_models.tokens(1, 5), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "dbrx", "jetmoe", "zaya"])
+def test_rules_may_read_the_models_own_gate(name):
+    model = tiny_models.build(name)
+    sites = attach(model)
+    rule = Attentive()
+    with swap(model, sites, rule):
+        logits_of(model)
+    for inputs in rule.seen:
+        if name == "zaya":
+            assert inputs.gate_weight is None, "its router is no single matrix"
+            continue
+        logits = torch.nn.functional.linear(inputs.hidden, inputs.gate_weight, inputs.gate_bias)
+        assert_close("logits", logits, inputs.logits, atol=1e-5)
+
+
 class Answers:
     def __init__(self, make):
         self.make = make
