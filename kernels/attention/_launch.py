@@ -26,24 +26,27 @@ def config(
 
     Queries and staged keys share a program's shared memory: 227 KiB on 9.0 and 10.0, 163 KiB on
     8.0, 99 KiB on 8.6, 8.9 and 12, 64 KiB on AMD's GPUs. Blocks of 128 keys spill registers
-    except on 9.0, whose tensor cores read queries from shared memory.
+    except on 9.0, whose tensor cores read queries from shared memory. float32 has no tensor cores
+    of its own precision: its operands are in registers, which small blocks over many warps leave.
     """
     block_d = max(16, triton.next_power_of_2(size))
     row_bytes = block_d * itemsize
-    block_m = QUERY_BLOCK if every > 1 or row_bytes > 256 else 128
-    block_n = 64 if row_bytes <= 256 else 32
-    hopper = version == (9, 0) and torch.version.hip is None
-    if hopper and row_bytes <= 512:
+    single, amd = itemsize == 4, torch.version.hip is not None
+    block_m = QUERY_BLOCK if every > 1 or row_bytes > 256 or single else 128
+    block_n = (64 if row_bytes <= 256 else 32) // (2 if single else 1)
+    hopper = version == (9, 0) and not amd and not single
+    if hopper and row_bytes <= 512 and block_m == 128:
         # narrow bins are many sums a block, which need the registers of half of it
         block_n *= 2 if width >= 16 else 1
-    return {
+    blocks = {
         "BLOCK_D": block_d,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "num_warps": 8 if block_m == 128 else 4,
+        "num_warps": 8 if block_m == 128 or single else 4,
         "num_stages": 3 if hopper and row_bytes <= 256 else 2,
-        "maxnreg": 255,
     }
+    # AMD's compiler has no such option
+    return blocks if amd else {**blocks, "maxnreg": 255}
 
 
 def attention_triton(
