@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from capture.attention_calls import AttentionCall, Listener, listen
 from capture.errors import SiteError
+from capture.forward import to_device
 from kernels.attention import AttentionOutput, attention
 
 # arguments of attention functions that weigh keys by more than queries, keys and positions
@@ -220,15 +222,15 @@ def mask_differs(
     Returns
     -------
     Tensor [], bool, or None
-        None where there is no mask to look at: flash and flex functions get a rule, not a mask.
+        None where there is no mask to look at, and none is missing: flash and flex functions get a
+        rule, not a mask, and sdpa without one is causal.
     """
     if implementation.startswith(("flash", "flex")) or "|" in implementation:
         return None
     start, length = row.start, row.length
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-        # sdpa without a mask is causal and sees everything before
         sees_all = implementation == "sdpa" and (window is None or window >= length)
-        return torch.tensor(not sees_all and length > 1)
+        return None if sees_all or length == 1 else torch.ones((), dtype=torch.bool)
     batch = mask[min(row.row, mask.shape[0] - 1)]
     hidden = batch[:, start : start + length, start : start + length]  # [1 or H, T, T]
     position = torch.arange(length, device=mask.device)
@@ -281,7 +283,7 @@ def weights_of(
     key = call.key[row.row : row.row + 1, :, columns]
     sinks = rule.sinks
     if len(heads) < query.shape[1]:
-        chosen = torch.tensor(list(heads), device=query.device)
+        chosen = to_device(np.array(heads, dtype=np.int64), query.device)
         shared = query.shape[1] // key.shape[1]
         query = query.index_select(1, chosen)
         key = key.index_select(1, torch.div(chosen, shared, rounding_mode="floor"))
