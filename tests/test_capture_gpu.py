@@ -10,6 +10,10 @@ import tiny_models
 import torch
 
 import capture
+from capture.attention import AttentionOptions, PromptRow, mask_differs, rule_of, summarise
+from capture.attention_calls import listen
+from capture.attention_layers import attach_attention
+from capture.attention_parcel import DOUBTS, FLOATS, IDS, pack_attention
 from capture.buffer import Staging
 from capture.forward import to_device
 from capture.hooks import tap
@@ -99,7 +103,41 @@ def test_a_forward_pass_takes_one_gate_launch_and_one_copy():
     assert sum("memcpy dtoh" in name for name in names) == 1, names
 
 
-@pytest.mark.parametrize("options", [{}, {"generate": 3}, {"level": "scores"}])
+def summarised(device, before=lambda: None):
+    """The attention of two prompts in every layer and of two heads, packed."""
+    model = tiny_models.build("mixtral", sliding_window=9).to(device)
+    sites = attach_attention(model, attach(model), longest=14, heads=[1, 3]).sites
+    calls = []
+    ids = tiny_models.tokens(2, 14).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, 11:] = 0
+    rows = [PromptRow(0, 0, 0, 14), PromptRow(1, 1, 0, 11)]
+    options = AttentionOptions(bins=8, every=1, top_keys=3)
+    with torch.inference_mode():
+        with listen({site.module: calls.append for site in sites}):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        before()
+        found, doubts = [], []
+        for site, call in zip(sites, calls, strict=True):
+            rule = rule_of(site.module, call, site.layer_window)
+            found.append([summarise(call, row, rule, site.heads, options) for row in rows])
+            doubts += [mask_differs(call.mask, row, rule.window, "sdpa") for row in rows]
+        packed = pack_attention(found, doubts)
+    torch.cuda.set_sync_debug_mode("default")
+    return {name: tensor.cpu().numpy() for name, tensor in packed.items()}
+
+
+def test_attention_never_waits_for_the_device(no_waiting):
+    summarised(CUDA)  # compiles the kernels, which may wait
+    on_device, on_host = summarised(CUDA, no_waiting), summarised("cpu")
+    assert not on_device[DOUBTS].any() and len(on_device[DOUBTS]) == 3 * 2
+    np.testing.assert_allclose(on_device[FLOATS], on_host[FLOATS], atol=2e-3)
+    assert (on_device[IDS] == on_host[IDS]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"generate": 3}, {"level": "scores"}, {"level": "attention"}]
+)
 def test_a_run_says_that_the_kernels_ran_and_equals_one_made_on_the_cpu(tmp_path, options):
     prompts = [{"ids": [*range(5, 5 + n)]} for n in (9, 7, 12, 3)]
     runs = {}
