@@ -72,7 +72,7 @@ def jaccard(expected: Ids, found: Ids) -> Floats:
     """
     both, size, other = _counts(expected, found)
     union = size + other - both
-    return np.where(union > 0, both / np.maximum(union, 1), 1.0)
+    return np.asarray(np.where(union > 0, both / np.maximum(union, 1), 1.0))
 
 
 def exact_set(expected: Ids, found: Ids) -> Floats:
@@ -84,7 +84,7 @@ def exact_set(expected: Ids, found: Ids) -> Floats:
         Distinct expert ids, -1 in empty slots.
     """
     both, size, other = _counts(expected, found)
-    return ((both == size) & (both == other)).astype(np.float64)
+    return np.asarray((both == size) & (both == other), dtype=np.float64)
 
 
 def top_1(expected: Ids, found: Ids) -> Floats:
@@ -97,7 +97,7 @@ def top_1(expected: Ids, found: Ids) -> Floats:
     """
     _check(expected, found)
     same = (expected[:, 0] == found[:, 0]).astype(np.float64)
-    return np.where(expected[:, 0] >= 0, same, np.nan)
+    return np.asarray(np.where(expected[:, 0] >= 0, same, np.nan))
 
 
 def weighted_overlap(

@@ -22,6 +22,7 @@ parts       heads and layers chosen by attention
 part_controls  chance and constants for heads and layers
 gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
+live        a router as ``capture.swap`` takes it (imported on its own)
 
 Importing this package imports torch; ``import explorer`` does not import this package.
 """

@@ -16,7 +16,7 @@ from explorer.routers.selectors import Selector
 Loss = Callable[[torch.Tensor], torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
 
-STEPS, BATCH_TOKENS, LEARNING_RATE = 400, 1024, 1e-2
+STEPS, BATCH_TOKENS, LEARNING_RATE = 400, 1024, 3e-2
 
 
 def seeded(make: Callable[[], Network], seed: int) -> Network:

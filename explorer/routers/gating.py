@@ -60,7 +60,8 @@ def straight_through(gate: torch.Tensor, threshold: float = 0.5) -> torch.Tensor
     Bengio, Leonard and Courville 2013, arXiv:1308.3432; as Router-Tuning (2410.13184) uses it.
     """
     hard = (gate >= threshold).to(gate.dtype)
-    return hard + gate - gate.detach()
+    # the bracket is exactly 0
+    return hard + (gate - gate.detach())
 
 
 def blend(gate: torch.Tensor, output: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
