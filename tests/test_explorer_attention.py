@@ -12,6 +12,7 @@ from synthetic import BIN_WIDTH, LAYERS, NASTY, PROMPTS, RANKS, WITHOUT_ATTENTIO
 
 from explorer.errors import MetricError, RunError
 from explorer.figures import attention as figures
+from explorer.figures.attention_window import token_window
 from explorer.figures.caption import Scope
 from explorer.figures.together import together_figure
 from explorer.metrics import heads
@@ -404,7 +405,7 @@ def window(run, prompt, **options):
     listed = listed[listed["phase"] == "prompt"]
     change = np.linspace(0, 1, len(listed))
     change[0] = np.nan
-    figure = figures.token_window(
+    figure = token_window(
         queries.head_map(run, prompt, 1, 2),
         range(len(listed)),
         listed["text"].tolist(),

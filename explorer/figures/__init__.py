@@ -10,6 +10,7 @@ tokens      token_layer_heatmap(values, quantity, *, scope, start, dark)
             score_bars(scores, *, layer, token_text, unit, baseline, order, column, dark)
 attention   head_overview(stats, layers, measure, *, baseline, scope, n_prompts, chosen, dark)
             head_heatmap(found, *, name, scope, window, dark)               MEASURES
+attention_window
             token_window(found, window, texts, change, *, name, routed, scope, keys, token, dark)
 together    together_figure(heads, *, attention_layer, routed, chosen, n_prompts, scope, dark)
 flow        sankey(hops, *, n_flows, scope, dark)   pair_heatmap(pairs, *, scope, chosen, dark)

@@ -5,7 +5,8 @@ import numpy.typing as npt
 import pandas as pd
 import streamlit as st
 
-from explorer.figures.attention import head_name, token_window
+from explorer.figures.attention import head_name
+from explorer.figures.attention_window import MAX_WINDOW, token_window
 from explorer.figures.caption import Scope
 from explorer.metrics.pairs import routing_change
 from explorer.pages import address
@@ -16,7 +17,7 @@ from explorer.pages.state import View, ask, is_dark
 from explorer.queries.attention import HeadMap, attended_keys, head_map, prompt_keys
 from explorer.together import prompt_routing
 
-SIZES = ("64", "128", "256")
+SIZES = ("64", "128", str(MAX_WINDOW))
 _SHOWN = {"map": "The map", "keys": "Heaviest keys"}
 # fewer blocks in a window say nothing
 _MIN_BLOCKS = 4
