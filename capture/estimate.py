@@ -9,7 +9,7 @@ from capture.errors import ConfigError
 from capture.store.records import Level, SiteInfo
 
 # measured on finished runs of the demo model, with the database's own compression
-FILE_BYTES = 250_000  # an empty run file: tables, views, free blocks
+FILE_BYTES = 350_000  # an empty run file: tables, views, free blocks
 TOKEN_BYTES = 15  # ids, position, loss and text of one token
 ROW_BYTES = 2  # token_id, layer and site of one routing row, compressed
 STATISTICS_BYTES = 8  # four half-precision statistics
