@@ -69,7 +69,7 @@ class LiveAttention:
         def on_call(call: AttentionCall) -> None:
             if self._passes is None:
                 return
-            tokens = self._passes.tokens
+            tokens = self._passes.tokens.on(call.query.device)
             batch, _, length, _ = call.query.shape
             # a layer that some tokens skip shows the others only, out of their places
             if batch * length == tokens.n_rows:

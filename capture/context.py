@@ -38,6 +38,19 @@ class PassTokens:
     sequences: torch.Tensor
     starts: torch.Tensor
 
+    def on(self, device: torch.device) -> "PassTokens":
+        """Return the same on a layer's device, where a model is spread over several."""
+        if self.positions.device == device:
+            return self
+        return PassTokens(
+            n_rows=self.n_rows,
+            real=None if self.real is None else self.real.to(device),
+            token_ids=None if self.token_ids is None else self.token_ids.to(device),
+            positions=self.positions.to(device),
+            sequences=self.sequences.to(device),
+            starts=self.starts.to(device),
+        )
+
 
 class Passes:
     """Follows a model's forward passes; ``tokens`` describes the one that runs.

@@ -3,9 +3,9 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,33 @@ MIN_REPEATS = 20
 WARM_UP = 3
 
 Swap = Callable[[], AbstractContextManager[Any]]
+Opened = TypeVar("Opened")
+
+
+class Kept(Generic[Opened]):
+    """Opens contexts and keeps what they gave: the counts of a swap, or a recorded tape.
+
+    Parameters
+    ----------
+    make : callable
+        Returns a new context, such as ``lambda: swap(model, sites, rule)``.
+
+    Attributes
+    ----------
+    values : list
+        One for each time it was opened.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Opened]]) -> None:
+        self._make = make
+        self.values: list[Opened] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[Opened]:
+        """Open the context."""
+        with self._make() as value:
+            self.values.append(value)
+            yield value
 
 
 class SequenceLosses(NamedTuple):
@@ -115,7 +142,8 @@ def sequence_losses(
     sequences : sequence of array [S]
         Token ids; at least two each.
     swapped : callable, optional
-        Returns the context to run in, such as ``lambda: swap(model, sites, rule)``.
+        Returns the context to run in, such as ``lambda: swap(model, sites, rule)``; inside a
+        :class:`Kept`, what the context gave can be read afterwards.
     pad_id : int, optional
         What padding holds, hidden by the mask. Default: the configuration's, else 0.
     batch_tokens : int

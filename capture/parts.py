@@ -188,7 +188,7 @@ class _Gate:
     def _tokens(self, hidden: torch.Tensor) -> PassTokens:
         if self.run.number != self.run.passes.count:
             self.run.number, self.run.state = self.run.passes.count, None
-        tokens = self.run.passes.tokens
+        tokens = self.run.passes.tokens.on(hidden.device)
         rows = hidden.numel() // hidden.shape[-1]
         if rows != tokens.n_rows:
             raise SwapError(
@@ -237,7 +237,7 @@ class _Skip:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             asked = self.gate.ask(hidden, columns=1, part="layer")
-            tokens = self.gate.run.passes.tokens
+            tokens = self.gate.run.passes.tokens.on(hidden.device)
             real = asked if tokens.real is None else asked[tokens.real]
             if bool((real > 0).all()):
                 output = stock(*args, **kwargs)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from capture.sites import Site
 
 Key = tuple[int, int]  # layer, site
 OnChoice = Callable[[RouteInputs, Choice], None]
+
+_swapped: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass
@@ -152,10 +155,17 @@ def swap(
     """
     _check_model(model)
     sites = attach(model) if sites is None else list(sites)
+    if model in _swapped:
+        raise SwapError(
+            f"{type(model).__name__} is swapped already; two rules in one place would overrule "
+            "each other. Leave the first `with swap(...)` block, or give one rule for each site."
+        )
     rules = _rules_by_site(sites, rule, only)
     watched = _rules_by_site(sites, watch, None) if watch else {}
     swapped = Swapped(tuple(sites))
     with ExitStack() as stack:
+        _swapped.add(model)
+        stack.callback(_swapped.discard, model)
         passes = stack.enter_context(Passes().follow(model))
         live = None
         if attention:
@@ -216,8 +226,8 @@ class _Place:
 
     def decide(self, native: Choice) -> Choice:
         """Return what the experts are told [R, K']."""
-        tokens = self.run.begin()
         native = flat_choice(native)
+        tokens = self.run.begin().on(native.expert_ids.device)
         if len(native.expert_ids) != tokens.n_rows:
             raise SwapError(
                 f"{self.site.info.module}: {tokens.n_rows} rows (batch x sequence) were expected, "
@@ -253,6 +263,7 @@ class _Place:
         if self._hidden is None:
             raise SwapError(f"{info.module}: its experts ran before its router did.")
         scores, gate = self._scores, own_gate(site)
+        device, before, state = self._hidden.device, self.run.previous, self.run.state
         inputs = RouteInputs(
             layer=info.layer,
             site=info.site,
@@ -269,8 +280,8 @@ class _Place:
             starts=tokens.starts,
             sequences=tokens.sequences,
             native=native,
-            previous=self.run.previous,
-            previous_state=self.run.state,
+            previous=before and Choice(*(t.to(device) for t in before)),
+            previous_state=None if state is None else state.to(device),
             gate_weight=gate[0],
             gate_bias=gate[1],
         )

@@ -10,7 +10,8 @@ from test_capture_swap import Counting, Emptied, Nothing, Top
 
 from capture.dependence import Dependence, dependence
 from capture.errors import SwapError
-from capture.live import SequenceLosses, latency, loss_change, sequence_losses
+from capture.live import Kept, SequenceLosses, latency, loss_change, sequence_losses
+from capture.replay import recorded
 from capture.rules import Choice, NativeRule
 from capture.selftest import attach
 from capture.swap import swap
@@ -53,18 +54,35 @@ def test_losses_are_each_sequences_own(batch_tokens):
 def test_only_the_sequences_are_counted():
     model = tiny_models.build("olmoe")
     sites = attach(model)
-    open_swap = swap(model, sites, Top(2))
-    seen = []
+    kept = Kept(lambda: swap(model, sites, Top(2)))
+    sequence_losses(model, sequences(), swapped=kept)
+    (swapped,) = kept.values
+    assert {c.tokens for c in swapped.counts.values()} == {sum(LENGTHS)}
+    assert swapped.experts_per_token == 2
 
-    class Kept:
-        def __enter__(self):
-            seen.append(open_swap.__enter__())
 
-        def __exit__(self, *error):
-            open_swap.__exit__(*error)
-
-    sequence_losses(model, sequences(), swapped=Kept)
-    assert {c.tokens for c in seen[0].counts.values()} == {sum(LENGTHS)}
+def test_own_and_replayed_routing_of_two_precisions():
+    """The 2x2: routing recorded in one precision, forced in the other, with the loss of each."""
+    models = {d: tiny_models.build("olmoe", dtype=d) for d in (torch.float32, torch.bfloat16)}
+    losses, tapes = {}, {}
+    for dtype, model in models.items():
+        kept = Kept(lambda model=model: recorded(attach(model)))
+        losses[dtype, dtype] = sequence_losses(model, sequences(), swapped=kept)
+        tapes[dtype] = kept.values[-1]
+    for dtype, model in models.items():
+        for other, tape in tapes.items():
+            forced = sequence_losses(
+                model,
+                sequences(),
+                swapped=lambda model=model, tape=tape: swap(model, attach(model), tape),
+            )
+            if other == dtype:
+                assert np.array_equal(forced.sums, losses[dtype, dtype].sums)
+            losses[dtype, other] = forced
+    low = torch.bfloat16
+    change = loss_change(losses[torch.float32, torch.float32], losses[low, low])
+    assert 0 < abs(change.change) < 0.1
+    assert not np.array_equal(losses[low, torch.float32].sums, losses[low, low].sums)
 
 
 def test_the_change_and_its_error_on_paper():

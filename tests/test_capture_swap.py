@@ -314,6 +314,21 @@ def test_generation_with_a_cache_is_the_one_without(name):
     assert [bool(i.starts.any()) for i in first] == [True] + [False] * 4
 
 
+def test_padded_prompts_generate_as_if_alone():
+    model = tiny_models.build("olmoe")
+    sites = attach(model)
+    ids, mask = tiny_models.tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :2] = 0
+    arguments = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    seen = []
+    with swap(model, sites, Emptied(), on_choice=lambda i, c: seen.append(i)):
+        both = model.generate(ids, attention_mask=mask, **arguments)
+        decoding = [i.positions.tolist() for i in seen if i.layer == 0][1:]
+        alone = model.generate(ids[1:, 2:], attention_mask=mask[1:, 2:], **arguments)
+    assert both[1, 6:].tolist() == alone[0, 4:].tolist()
+    assert decoding == [[6 + step, 4 + step] for step in range(3)]
+
+
 def test_generation_replays_bit_for_bit():
     model = tiny_models.build("olmoe")
     sites = attach(model)
@@ -590,6 +605,10 @@ def test_models_that_would_hide_a_swap_are_refused():
     sites = attach(model)
     with swap(model, sites, NativeRule()), pytest.raises(SwapError, match="whole model"):
         model.model(input_ids=tiny_models.tokens(), use_cache=False)
+    with swap(model, sites, NativeRule()):
+        with pytest.raises(SwapError, match="swapped already"):
+            swap(model, sites, NativeRule()).__enter__()
+        logits_of(model)
     with pytest.raises(SwapError, match="uncompiled"):
         swap(torch.compile(model, backend="eager"), sites, NativeRule()).__enter__()
     model.train()
