@@ -202,7 +202,8 @@ def edge_cases():
         )
     ids, weights = choices(11, 300, 3, ids=torch.int32)
     weights[:, 0] = torch.tensor([0, 2**-55, 2**-60, 511.6, 600, -1, 1e-30, 3e-17, 1, 0.1, -0.0])
-    ids[:, 0] = 299  # never empty
+    weights[:, 1] = 1 + torch.arange(11) * 2.0**-11  # every other one is halfway between two codes
+    ids[:, :2] = torch.tensor([299, 298])  # never empty
     options = {"top_k": 3, "expert_ids": ids, "weights": weights, "packed": True, **softmax}
     yield Case(random_logits(11, 300), options)
     outside = torch.tensor([[8, 2], [-5, 1], [2**33, 0]])

@@ -173,6 +173,7 @@ def test_packed_weights_have_the_codes_of_the_run_file(gate):
     weights = torch.rand(500, 4, generator=generator).sort(dim=-1, descending=True).values
     weights[:100] *= 2.0**-40  # where codes are coarse
     weights[0] = torch.tensor([511.0, 2.0**-55, 2.0**-57, 0.0])
+    weights[1] = 1 + torch.tensor([7, 5, 3, 1]) * 2.0**-11  # halfway between two codes
     ids = torch.arange(4).repeat(500, 1)
     out = gate(
         torch.zeros(500, 4),
