@@ -23,6 +23,7 @@ part_controls  chance and constants for heads and layers
 gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
 live        a router as ``capture.swap`` takes it (imported on its own)
+recorded    what routers need, from a run file (imported on its own)
 
 Importing this package imports torch; ``import explorer`` does not import this package.
 """
@@ -47,6 +48,7 @@ from explorer.routers import (
 from explorer.routers.base import (
     FAMILIES,
     ROUTERS,
+    Decision,
     PartMask,
     PartRouter,
     Router,
@@ -64,6 +66,7 @@ __all__ = [
     "FAMILIES",
     "ROUTERS",
     "AcrossLayers",
+    "Decision",
     "PartMask",
     "PartRouter",
     "Router",

@@ -1,0 +1,175 @@
+"""Replay: route the recorded inputs of a run again, by other rules, without the model.
+
+The inputs of a layer are those that the model's own routing led to, so replay hides how errors
+add up from layer to layer, and agreement is a poor predictor of loss. It is quick and exact about
+balance and compute on these inputs.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from explorer.errors import RouterError
+from explorer.metrics import agreement as agree
+from explorer.metrics.load import (
+    coefficient_of_variation,
+    dead_experts,
+    gini,
+    max_violation,
+    normalized_entropy,
+    sampling_floor,
+)
+from explorer.routers import (
+    ROUTERS,
+    Decision,
+    PartRouter,
+    Router,
+    RouterInputs,
+    Routing,
+    Site,
+    fit_layers,
+    route_layers,
+)
+from explorer.routers.recorded import fit_split, recorded_inputs
+from explorer.run import Run
+
+# means over layers where the row is of all layers
+_MEANS = (
+    *("experts_per_token", "agreement", "jaccard", "exact_set", "top_1", "weighted_overlap"),
+    *("js", "entropy", "max_violation", "max_violation_floor", "cv", "gini", "dead_experts"),
+    "load_entropy",
+)
+
+
+def replay(
+    run: Run,
+    routers: Iterable[str] | Mapping[str, Router],
+    *,
+    layers: Sequence[int] | None = None,
+    fit_share: float = 0.5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Route a run's recorded inputs again by each router and compare with the model's own choice.
+
+    Parameters
+    ----------
+    run : Run
+        With sampled tokens; at least two prompts.
+    routers : names of ROUTERS, or mapping of labels to routers
+        Fitted here where they need it, a copy for each layer.
+    layers : sequence of int, optional
+        Default: all of the run.
+    fit_share : float, 0..1
+        Of each domain's prompts; routers are fitted on these and reported on the others.
+    seed : int
+        Seeds the split.
+
+    Returns
+    -------
+    DataFrame
+        One row per router and (layer, site), and one per router with ``layer`` NULL, the mean of
+        those. ``router``, ``family``, ``mode`` (``"replay"``), ``layer``, ``site``, ``tokens``,
+        ``experts_per_token``, ``agreement`` (share of the model's experts that were chosen),
+        ``jaccard``, ``exact_set``, ``top_1``, ``weighted_overlap``, ``js`` (nats), ``entropy`` (of
+        a token's scores, nats), ``max_violation`` with what uniform routing of as many tokens
+        would have (``max_violation_floor``), ``cv``, ``gini``, ``dead_experts``,
+        ``load_entropy`` (0..1), ``causal``, ``batch_dependent``, ``simulated`` (False: nothing was
+        masked that would have run).
+
+    Raises
+    ------
+    RouterError
+        If a router needs what the run does not hold, or gates parts, which only a live run shows.
+    """
+    named = _named(routers)
+    places = [(s.layer, s.site) for s in run.sites if layers is None or s.layer in set(layers)]
+    if not places:
+        raise RouterError(
+            f"The run has no layer among {layers}. Choose from {', '.join(map(str, run.layers))}."
+        )
+    fit: dict[Site, RouterInputs] = {}
+    held_out: dict[Site, RouterInputs] = {}
+    for place in places:
+        inputs, tokens = recorded_inputs(run, *place)
+        chosen = torch.from_numpy(fit_split(tokens, share=fit_share, seed=seed))
+        fit[place], held_out[place] = inputs.take(chosen), inputs.take(~chosen)
+    rows: list[dict[str, Any]] = []
+    for label, router in named.items():
+        fitted = fit_layers(router, fit)
+        decisions = route_layers(fitted, held_out)
+        own = [_row(label, router, held_out[place], decisions[place]) for place in places]
+        rows += [*own, _over_layers(own)]
+    table = pd.DataFrame(rows)
+    return table.astype({"layer": "Int64", "site": "Int64"})
+
+
+def _named(routers: Iterable[str] | Mapping[str, Router]) -> dict[str, Router]:
+    named = (
+        dict(routers)
+        if isinstance(routers, Mapping)
+        else {name: ROUTERS[name]() for name in routers}
+    )
+    if not named:
+        raise RouterError(f"Expected at least one router. There are: {', '.join(ROUTERS)}.")
+    for label, router in named.items():
+        if isinstance(router, PartRouter):
+            raise RouterError(
+                f"{label!r} decides about {router.part}s. What that changes shows in a live "
+                "comparison only; replay takes routers that choose experts."
+            )
+    return named
+
+
+def _row(label: str, router: Router, inputs: RouterInputs, decision: Decision) -> dict[str, Any]:
+    """Measure one router in one layer."""
+    native = inputs.decision()
+    if not isinstance(decision, Routing):
+        raise RouterError(f"{label!r} should choose experts, it returned a mask of parts.")
+    info = router.info
+    expected, found = native.expert_ids.numpy(), decision.expert_ids.numpy()
+    means = agree.agreement(expected, native.weights.numpy(), found, decision.weights.numpy())
+    load = np.bincount(found[found >= 0], minlength=inputs.n_experts)
+    floor = sampling_floor(
+        "max_violation",
+        n_tokens=len(found),
+        n_experts=inputs.n_experts,
+        top_k=means.experts_per_token,
+    )
+    scores = decision.scores.numpy().clip(min=0)
+    js = agree.jensen_shannon(native.scores.numpy(), scores)
+    share = scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-20)
+    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=1)
+    return {
+        "router": label,
+        "family": info.family,
+        "mode": "replay",
+        "layer": inputs.layer,
+        "site": inputs.site,
+        "tokens": len(found),
+        "experts_per_token": means.experts_per_token,
+        "agreement": means.overlap,
+        "jaccard": means.jaccard,
+        "exact_set": means.exact_set,
+        "top_1": means.top_1,
+        "weighted_overlap": means.weighted_overlap,
+        "js": float(js.mean()),
+        "entropy": float(entropy.mean()),
+        "max_violation": max_violation(load),
+        "max_violation_floor": floor.mean,
+        "cv": coefficient_of_variation(load),
+        "gini": gini(load),
+        "dead_experts": dead_experts(load),
+        "load_entropy": normalized_entropy(load),
+        "causal": info.causal,
+        "batch_dependent": info.batch_dependent,
+        "simulated": False,
+    }
+
+
+def _over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row of all layers: means of the layers' numbers."""
+    means = {name: float(np.mean([row[name] for row in rows])) for name in _MEANS}
+    return {**rows[0], **means, "layer": None, "site": None}

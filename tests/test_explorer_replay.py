@@ -1,0 +1,94 @@
+"""Replay of recorded router inputs: against the routers themselves, and what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+import capture
+from explorer import open_run
+from explorer.compare.replay import replay
+from explorer.errors import RouterError, UnknownNameError
+from explorer.metrics.agreement import chance_overlap
+from explorer.routers import ROUTERS
+
+NAMES = ("native", "top_k", "random", "static_best", "cluster_linear", "expert_choice")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    model = tiny_models.build("mixtral")
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 60, int(n)).tolist() for n in random.integers(10, 40, 20)]
+    path = tmp_path_factory.mktemp("runs") / "mixtral.duckdb"
+    capture.record(model, prompts, path, sample_tokens=1000, progress=False)
+    with open_run(path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def table(run):
+    return replay(run, NAMES)
+
+
+def test_there_is_a_row_for_every_router_and_layer_and_for_all(run, table):
+    assert len(table) == len(NAMES) * (len(run.sites) + 1)
+    assert set(table["mode"]) == {"replay"} and not table["simulated"].any()
+    for name in NAMES:
+        own = table[table["router"] == name]
+        total = own[own["layer"].isna()].iloc[0]
+        assert own["layer"].dropna().tolist() == run.layers
+        layers = own.dropna(subset="layer")
+        for column in ("agreement", "max_violation", "experts_per_token", "js"):
+            assert total[column] == pytest.approx(layers[column].mean())
+        assert total["family"] == ROUTERS[name]().info.family
+
+
+def test_the_model_agrees_with_itself_and_chance_with_chance(table):
+    whole = table[table["layer"].isna()].set_index("router")
+    for name in ("native", "top_k"):
+        assert whole.loc[name, ["agreement", "jaccard", "exact_set", "top_1"]].tolist() == [1] * 4
+        assert whole.loc[name, "weighted_overlap"] == pytest.approx(1, abs=2e-3)
+        assert whole.loc[name, "js"] == pytest.approx(0, abs=1e-6)
+    assert whole.loc["random", "agreement"] == pytest.approx(chance_overlap(8, 3), abs=0.06)
+    assert whole.loc["cluster_linear", "agreement"] > whole.loc["static_best", "agreement"] + 0.2
+    assert whole.loc["static_best", "max_violation"] == pytest.approx(8 / 3 - 1)
+    assert whole.loc["static_best", "dead_experts"] == 5
+    assert whole.loc["expert_choice", "gini"] == pytest.approx(0, abs=1e-9)
+    assert not whole.loc["expert_choice", "causal"] and whole.loc["top_k", "causal"]
+    assert (whole["max_violation_floor"] > 0).all()
+
+
+def test_layers_and_labels_can_be_chosen(run):
+    routers = {"k=1": ROUTERS["top_k"](k=1), "all": ROUTERS["top_k"](k=8)}
+    table = replay(run, routers, layers=[run.layers[-1]])
+    per_layer = table.dropna(subset="layer").set_index("router")
+    assert per_layer["layer"].unique().tolist() == [run.layers[-1]]
+    assert per_layer.loc["k=1", "agreement"] == pytest.approx(1 / 3)
+    assert per_layer.loc["all", ["agreement", "jaccard"]].tolist() == [1, pytest.approx(3 / 8)]
+    assert per_layer["experts_per_token"].tolist() == [1, 8]
+
+
+def test_what_replay_refuses(run):
+    with pytest.raises(RouterError, match="live"):
+        replay(run, ["layer_gate"])
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        replay(run, ["top_kk"])
+    with pytest.raises(RouterError, match="at least one"):
+        replay(run, [])
+    with pytest.raises(RouterError, match="no layer"):
+        replay(run, ["native"], layers=[99])
+    with pytest.raises(RouterError, match="gate_weight"):
+        replay(run, ["gate_row_attention"])
+
+
+def test_importing_the_package_needs_no_torch():
+    code = "import sys, explorer.compare; print('torch' in sys.modules)"
+    root = Path(__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
