@@ -27,6 +27,14 @@ def windows(n_tokens: int, size: int | None) -> Iterator[slice]:
         yield slice(start, min(n_tokens, start + step))
 
 
+def best_tokens(scores: torch.Tensor, places: int) -> torch.Tensor:
+    """Return which tokens are among the best of each expert, [T, E] bool, ties to the earlier."""
+    # one expert's tokens side by side in memory: several times quicker to sort
+    by_expert = scores.T.contiguous()
+    rows = by_expert.sort(dim=-1, descending=True, stable=True).indices[:, :places]
+    return torch.zeros_like(by_expert, dtype=torch.bool).scatter(-1, rows, True).T
+
+
 @ROUTERS.add("expert_choice")
 class ExpertChoiceRouter(GateRouter):
     """Let every expert take the tokens that score highest with it.
@@ -73,8 +81,7 @@ class ExpertChoiceRouter(GateRouter):
         for window in windows(len(scores), self.window):
             here = scores[window]
             places = min(len(here), max(1, int(len(here) * wanted / inputs.n_experts)))
-            rows = here.sort(dim=0, descending=True, stable=True).indices[:places]
-            taken[window] = torch.zeros_like(taken[window]).scatter(0, rows, True)
+            taken[window] = best_tokens(here, places)
         ids = masked_ids(taken)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
@@ -318,8 +325,7 @@ class CapacityRouter(GateRouter):
         taken = weights >= 0
         if self.policy == "position":
             return taken & (taken.cumsum(dim=0) <= places)
-        best = weights.sort(dim=0, descending=True, stable=True).indices[:places]
-        return taken & torch.zeros_like(taken).scatter(0, best, True)
+        return taken & best_tokens(weights, places)
 
 
 @ROUTERS.add("capacity_position")
