@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.bench import baselines, cases, results
+from kernels.bench import baselines, cases, compile_table, report, results
 from kernels.bench.measure import measure
 from kernels.bench.problems import BenchError, Problem, Tolerance, disagreement
 from kernels.bench.timing import quantiles, time_in_turns
@@ -18,6 +18,7 @@ from kernels.coactivation import CoactivationOutput
 from kernels.gate import gate
 
 CPU = torch.device("cpu")
+README = report.README
 TINY = cases.Size(
     gate=((40, 8, 2),),
     decode=((3, 4, 8, 2),),
@@ -198,3 +199,15 @@ def test_the_command_refuses_what_it_does_not_know():
     if not torch.cuda.is_available():
         missing = run_command("gate", "--device", "cuda")
         assert missing.returncode == 2 and "no CUDA device" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "table"),
+    [
+        ("results", lambda: results.markdown(results.read())),
+        ("compile", lambda: compile_table.markdown(compile_table.read())),
+    ],
+)
+def test_the_readme_shows_the_files(part, table):
+    """Run `python -m kernels.bench --readme` after a measurement."""
+    assert report.section(README.read_text(encoding="utf-8"), part) == table()

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 import kernels
+from kernels.bench import compile_table, report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,25 +21,28 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="time nothing; compile every Triton kernel for every target, no GPU needed",
     )
+    parser.add_argument(
+        "--readme", action="store_true", help="only write the files' tables into the README"
+    )
     options = parser.parse_args(arguments)
     wrong = sorted(set(options.ops) - set(kernels.__all__))
     if wrong:
         parser.error(f"no such op: {', '.join(wrong)}. Choose from {', '.join(kernels.__all__)}.")
+    if options.readme:
+        report.update()
+        return 0
     return _compile(options) if options.compile else _time(options)
 
 
 def _compile(options: argparse.Namespace) -> int:
     from kernels.bench import compile as matrix
-    from kernels.bench.launches import TARGETS
 
-    rows = []
-    for case in matrix.cases():
-        for target in TARGETS:
-            rows.append(matrix.measure(case, target))
-            print(*vars(rows[-1]).values(), sep="  ", flush=True)
+    rows = matrix.measure_all()
+    for row in rows:
+        print(*vars(row).values(), sep="  ")
     if not options.no_write:
-        matrix.write(rows)
-        print(f"Wrote {matrix.TABLE}.")
+        compile_table.write(rows)
+        print(f"Wrote {compile_table.TABLE}.")
     return 0
 
 

@@ -15,7 +15,7 @@ from kernels.gate import gate, gate_batch
 from kernels.project_topk import project_topk
 
 SEED = 0
-CHECKED_TOKENS = 1024
+CHECKED_TOKENS = 512
 
 
 @dataclass(frozen=True)

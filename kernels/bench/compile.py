@@ -1,31 +1,31 @@
 """Every Triton kernel compiled for every target without a GPU, and what its machine code costs.
 
-``python -m kernels.bench --compile`` writes the table in ``compile.csv`` that the README of this
+``python -m kernels.bench --compile`` writes the table ``compile.csv`` that the README of this
 package shows; ``tests/test_kernels_compile.py`` holds each row to its limits.
 """
 
-import csv
+import multiprocessing
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from kernels.bench import sass
-from kernels.bench.launches import TARGETS, Launch, compile_launch, record_launches
+from kernels.bench.compile_table import COUNTED, Row
+from kernels.bench.launches import TARGETS, compile_launch, record_launches
 
-TABLE = Path(__file__).parent / "compile.csv"
-TOKENS = 65536
+WIDE_LOADS = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128")  # to registers, to shared memory
+TENSOR_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many machine instructions a warp may execute for each token.
+    """How many machine instructions the warps may execute for each token, on :data:`COUNTED`.
 
     Attributes
     ----------
     most : float
-        The limit, on sm_90.
+        The limit.
     trips : callable
         From the launch's compile-time arguments to the rounds of each loop in the code.
     tokens : callable
@@ -43,148 +43,81 @@ class Case:
 
     Attributes
     ----------
-    name : str
-        Op and shape, as the table shows them.
     kernel : str
         Which of the launches that ``run`` makes, by the kernel's name.
+    name : str
+        What it is compiled for, as the table shows it.
     run : callable
-        Calls the op's Triton code on CPU tensors.
+        From the name of a target to anything; calls the op's Triton code on CPU tensors.
     most_registers : int
         Limit per thread on NVIDIA targets.
-    wide : str
-        Prefix of the 16-byte loads that the code must hold; empty where none are promised.
+    wide : int
+        How many 16-byte loads the code must at least hold on NVIDIA targets.
+    tensor_cores : bool
+        Whether products must run on tensor cores.
     budget : Budget, optional
         Limit on instructions per token.
     """
 
-    name: str
     kernel: str
-    run: Callable[[], object]
+    name: str
+    run: Callable[[str], object]
     most_registers: int = 255
-    wide: str = ""
+    wide: int = 0
+    tensor_cores: bool = False
     budget: Budget | None = None
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: a case on a target."""
-
-    case: str
-    kernel: str
-    target: str
-    warps: int
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    wide_loads: int | None
-    instructions: int | None
-    per_token: float | None
-
-
-def compiled(case: Case, target: str) -> tuple[sass.Code, Launch]:
-    """Compile a case for a target and read its machine code."""
+def measure(case: Case, target: str) -> Row:
+    """Compile a case for a target and return the table's line."""
     launches = [
-        launch for launch in record_launches(case.run, target) if launch.name == case.kernel
+        launch
+        for launch in record_launches(lambda: case.run(target), target)
+        if launch.name == case.kernel
     ]
     if not launches:
         raise RuntimeError(f"{case.name} launches no kernel {case.kernel!r}.")
-    return sass.read(compile_launch(launches[0], target)), launches[0]
-
-
-def per_token(case: Case, code: sass.Code, launch: Launch) -> float | None:
-    """Return the instructions that a warp executes for each token, None without a budget."""
-    if case.budget is None or not code.instructions:
-        return None
-    constants = launch.constants()
-    total = sass.executed(code, case.budget.trips(constants)) * code.warps
-    return total / case.budget.tokens(constants)
-
-
-def measure(case: Case, target: str) -> Row:
-    """Return the table's line of a case on a target."""
-    code, launch = compiled(case, target)
+    code = sass.read(compile_launch(launches[0], target))
     nvidia = bool(code.instructions)
-    cost = per_token(case, code, launch) if target == "sm_90" else None
+    cost = None
+    if case.budget and target == COUNTED:
+        constants = launches[0].constants()
+        executed = sass.executed(code, case.budget.trips(constants)) * code.warps
+        cost = round(executed / case.budget.tokens(constants), 1)
     return Row(
-        case=case.name,
         kernel=case.kernel,
+        case=case.name,
         target=target,
         warps=code.warps,
         registers=code.registers,
         stack=code.stack,
         spills=code.spills,
         shared=code.shared,
-        wide_loads=code.count("LDG.E.128") + code.count("LDGSTS.E.BYPASS.128") if nvidia else None,
+        wide_loads=sum(map(code.count, WIDE_LOADS)) if nvidia else None,
+        tensor_products=sum(map(code.count, TENSOR_PRODUCTS)) if nvidia else None,
+        stores=sum(map(code.count, ("STG", "RED", "ATOMG"))) if nvidia else None,
         instructions=len(code.instructions) if nvidia else None,
-        per_token=None if cost is None else round(cost, 1),
+        per_token=cost,
     )
 
 
-def cases() -> list[Case]:
-    """Return every kernel in the shapes that the limits speak of."""
-    return [*_coactivation(), *_project_topk()]
+def measure_all() -> list[Row]:
+    """Compile every case for every target, on all cores: a minute or two on two of them."""
+    from kernels.bench.compile_cases import cases
+
+    jobs = [(index, target) for index in range(len(cases())) for target in TARGETS]
+    # new processes: a fork would inherit threads that PyTorch has started
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=context) as pool:
+        return list(pool.map(_measure_job, jobs))
 
 
-def _coactivation() -> list[Case]:
-    from kernels.coactivation._triton import coactivation_triton
+def _measure_job(job: tuple[int, str]) -> Row:
+    """Measure a case by its number: cases hold functions, which processes cannot exchange."""
+    from kernels.bench.compile_cases import cases
 
-    def run(dtype: torch.dtype, k: int, n_experts: int, n_next: int) -> Callable[[], object]:
-        def launch() -> object:
-            ids = torch.zeros((2, TOKENS, k), dtype=dtype)
-            return coactivation_triton(ids, ids, n_experts=n_experts, n_next_experts=n_next)
-
-        return launch
-
-    # a kernel without loops: every instruction once
-    pack = Budget(40, trips=lambda c: [], tokens=lambda c: c["BLOCK_T"])
-    gram = Budget(60, trips=_gram_trips, tokens=lambda c: c["tokens_per_program"])
-    return [
-        Case("ids u8, k=8, E=128", "pack", run(torch.uint8, 8, 128, 128), 128, budget=pack),
-        Case("ids i64, k=8, E=512", "pack", run(torch.int64, 8, 512, 512), 128, budget=pack),
-        Case("E=128", "gram", run(torch.uint8, 8, 128, 128), budget=gram),
-        Case("E=32 to 8", "gram", run(torch.uint8, 2, 32, 8)),
-    ]
-
-
-def _gram_trips(constants: dict[str, int]) -> list[int]:
-    return [-(-constants["tokens_per_program"] // constants["BLOCK_T"])]
-
-
-def _project_topk() -> list[Case]:
-    from kernels.project_topk._triton import project_topk_triton
-
-    def run(dtype: torch.dtype, k: int, n_experts: int) -> Callable[[], object]:
-        def launch() -> object:
-            hidden = torch.zeros((64, 2048), dtype=dtype)
-            projections = torch.zeros((4, n_experts, 2048), dtype=dtype)
-            return project_topk_triton(
-                hidden, projections, top_k=k, bias=torch.zeros((4, n_experts))
-            )
-
-        return launch
-
-    half, single = torch.bfloat16, torch.float32
-    wide = "LDGSTS.E.BYPASS.128"
-    return [
-        Case("bf16, k=2, E=8", "project_topk", run(half, 2, 8), wide=wide),
-        Case("bf16, k=8, E=128", "project_topk", run(half, 8, 128), wide=wide),
-        Case("bf16, k=16, E=512", "project_topk", run(half, 16, 512), wide=wide),
-        Case("bf16, k=16, E=1024", "project_topk", run(half, 16, 1024), wide=wide),
-        Case("fp32, k=8, E=128", "project_topk", run(single, 8, 128), wide=wide),
-        Case("fp32, k=16, E=512", "project_topk", run(single, 16, 512), wide=wide),
-    ]
-
-
-def write(rows: Sequence[Row], path: Path = TABLE) -> None:
-    """Write the table as csv, empty where a target does not tell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(Row.__dataclass_fields__)
-        for row in rows:
-            lines.writerow("" if value is None else value for value in vars(row).values())
-
-
-def all_rows() -> list[Row]:
-    """Compile everything: a minute or two on two cores."""
-    return [measure(case, target) for case in cases() for target in TARGETS]
+    case, target = cases()[job[0]], job[1]
+    try:
+        return measure(case, target)
+    except Exception as error:
+        raise RuntimeError(f"{case.kernel} ({case.name}) does not compile for {target}") from error

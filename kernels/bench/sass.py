@@ -38,7 +38,7 @@ class Code:
     instructions : tuple of (address, text)
         In order; empty where only resources are known (AMD).
     spills : int
-        Loads from and stores to local memory (AMD: spilled registers).
+        Loads from and stores to local memory (AMD: vector registers that spill).
     """
 
     registers: int
@@ -168,5 +168,6 @@ def _read_amd(text: str, warps: int, shared: int) -> Code:
         shared=shared,
         warps=warps,
         instructions=(),
-        spills=value("vgpr_spill_count") + value("sgpr_spill_count"),
+        # scalar registers spill into lanes of vector registers, not into memory
+        spills=value("vgpr_spill_count"),
     )

@@ -17,6 +17,8 @@ TILE = 512  # experts of all tokens of a program of the general kernel
 REPLICAS = 32  # of the sums, see sums_of_program
 REGISTERS = 128  # of a thread at most: four programs share a multiprocessor
 COLUMNS = 16  # experts whose probabilities are added up together
+# experts of a round by bytes of a logit: their loads are in flight together, in registers
+WORDS = {2: (32, 16, 8), 4: (16, 8)}
 TYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -91,7 +93,8 @@ def _thread_per_token(inputs: GateInputs) -> bool:
 
 def _launch_observe(inputs, table, arguments, block, grid):
     slots = triton.next_power_of_2(inputs.top_k)
-    word = next(bits for bits in (32, 16, 8) if inputs.n_experts % bits == 0)
+    words = WORDS[inputs.logits[0].element_size()]
+    word = next(bits for bits in words if inputs.n_experts % bits == 0)
     observe_tokens[grid](
         table,
         inputs.rows,
