@@ -33,11 +33,9 @@ def _pack_kernel(
     bits = tl.zeros([BLOCK_W, BLOCK_T], tl.uint32)
     rows = ids_ptr + site * n_tokens * SLOTS + tokens.to(tl.int64) * SLOTS
     for slot in tl.static_range(SLOTS):
-        # int64 ids are cut to 32 bits, -1 stays -1
+        # an empty slot is past the last expert in every type, or -1, which int64 keeps in 32 bits
         expert = tl.load(rows + slot, mask=counted, other=EMPTY).to(tl.int32)
         mine = (expert >> 5)[None, :] == word[:, None]
-        if EMPTY >= 0:
-            mine = mine & (expert != EMPTY)[None, :]
         bit = tl.full([BLOCK_T], 1, tl.uint32) << (expert & 31).to(tl.uint32)
         bits = bits | tl.where(mine, bit[None, :], 0)
     out = words_ptr + site * n_words * n_tokens + word[:, None].to(tl.int64) * n_tokens
