@@ -1,5 +1,21 @@
-"""Explore routing: open a run file, measure it, draw it. Importing this needs no torch."""
+"""Explore routing: open a run file, measure it, draw it.
+
+Importing this package needs no torch; names that do load on first use.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from explorer.run import open_run
 
-__all__ = ["open_run"]
+if TYPE_CHECKING:
+    from explorer.routers import ROUTERS
+
+__all__ = ["ROUTERS", "open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ROUTERS":
+        from explorer.routers import ROUTERS
+
+        return ROUTERS
+    raise AttributeError(f"module 'explorer' has no attribute {name!r}")

@@ -10,7 +10,7 @@ import tiny_models
 
 import capture
 from explorer import open_run
-from explorer.compare.replay import replay
+from explorer.comparison.replay import replay
 from explorer.errors import RouterError, UnknownNameError
 from explorer.metrics.agreement import chance_overlap
 from explorer.routers import ROUTERS
@@ -86,7 +86,7 @@ def test_what_replay_refuses(run):
 
 
 def test_importing_the_package_needs_no_torch():
-    code = "import sys, explorer.compare; print('torch' in sys.modules)"
+    code = "import sys, explorer.comparison; print('torch' in sys.modules)"
     root = Path(__file__).parent.parent
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True

@@ -21,13 +21,14 @@ HEAVY = {"torch", "triton", "numba", "numpy"}
     [
         ("kernels", ["attention", "coactivation", "gate", "project_topk"]),
         ("capture", ["CaptureConfig", "record"]),
-        ("explorer", ["open_run"]),
+        ("explorer", ["ROUTERS", "open_run"]),
     ],
 )
 def test_public_names(package, names):
     module = __import__(package)
     assert sorted(module.__all__) == names
-    assert all(callable(getattr(module, name)) for name in names)
+    assert all(callable(getattr(module, name)) for name in names if name != "ROUTERS")
+    assert all(hasattr(module, name) for name in names)
 
 
 def imported_by(code):
