@@ -1,5 +1,6 @@
 """An open run file, as the explorer's questions see it."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -80,6 +81,14 @@ class Run:
             f"Layer {layer} has no router {site} in {self.path.name}. "
             f"Choose one of the layers {', '.join(map(str, self.layers))}."
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for what was recorded; a copy of the file has it, another recording not."""
+        names = ("model", "architecture", "dtype", "level", "started_at", "seconds")
+        facts = [self.info[name] for name in (*names, "n_prompts", "n_tokens", "complete")]
+        text = repr((*map(str, facts), *map(tuple, self.sites)))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
     def records_ids(self) -> bool:
