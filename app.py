@@ -1,8 +1,9 @@
-"""The entry point of the app: ``streamlit run app.py``, or with ``-- --runs FOLDER``."""
+"""The entry point of the app: ``streamlit run app.py -- [--runs FOLDER] [--read-only]``."""
 
 import streamlit as st
 
-from explorer.pages import address, shell
+from explorer import service
+from explorer.pages import access, address, shell
 
 PAGES = {
     "overview": ("Overview", ":material/grid_view:"),
@@ -14,6 +15,7 @@ PAGES = {
 }
 
 st.set_page_config(page_title="RouteScope", page_icon=":material/route:", layout="wide")
+access.begin()
 page = st.navigation(
     [
         st.Page(
@@ -24,6 +26,7 @@ page = st.navigation(
             default=name == "overview",
         )
         for name, (title, icon) in PAGES.items()
+        if name != "capture" or service.may_write()
     ]
 )
 address.begin(page.url_path or "overview")

@@ -5,6 +5,7 @@ ExplorerError
 ├── MetricError         a metric was given numbers that it is not defined for
 ├── RouterError         a router lacks what it needs, or was given options it cannot work with
 ├── WorkerError         the worker process cannot be used
+├── NotAllowedError     the server is read-only, or the caller has not the role to write
 └── UnknownNameError    a name is not among the registered ones
 """
 
@@ -27,6 +28,10 @@ class RouterError(ExplorerError, ValueError):
 
 class WorkerError(ExplorerError):
     """The worker process cannot be used."""
+
+
+class NotAllowedError(ExplorerError):
+    """The server is read-only, or the caller has not the role to write."""
 
 
 class UnknownNameError(ExplorerError, KeyError):

@@ -3,6 +3,7 @@
 import pandas as pd
 import streamlit as st
 
+from explorer import service
 from explorer.figures.attention import MEASURES, head_heatmap, head_name, head_overview
 from explorer.figures.caption import Scope
 from explorer.metrics.heads import uniform_head
@@ -83,9 +84,12 @@ def _not_recorded() -> None:
         "page with the level *attention*.",
         icon=":material/info:",
     )
-    st.page_link(
-        "explorer/pages/capture.py", label="Capture with attention", icon=":material/arrow_forward:"
-    )
+    if service.may_write():
+        st.page_link(
+            "explorer/pages/capture.py",
+            label="Capture with attention",
+            icon=":material/arrow_forward:",
+        )
 
 
 def _chosen_head(view: View) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import streamlit as st
 from capture.errors import PromptError
 from capture.estimate import human_bytes
 from capture.prompts import Prompt, read_prompts, read_prompts_bytes
+from explorer import service
 from explorer.pages import address
 from explorer.pages.components.attention_options import DEFAULTS, attention_options
 from explorer.pages.components.job import follow
@@ -219,7 +220,7 @@ def _start(plan: Plan) -> None:
             plan.sample_tokens,
             **plan.attention,
         )
-        job = shared_worker().submit(request)
+        job = service.submit(request)
         address.write("job", str(job.job_id))
         st.rerun()
 
@@ -319,7 +320,7 @@ def _one_line(job: Job) -> None:
     with right:
         if job.active:
             if st.button("Stop", key=f"stop {job.job_id}", width="stretch"):
-                shared_worker().cancel(job.job_id)
+                service.cancel(job.job_id)
                 st.rerun()
         elif job.path and exists(job.path):
             _open_button(job, primary=False)
@@ -347,7 +348,7 @@ def _unfinished() -> None:
         name, button = st.columns([3, 1], vertical_alignment="center")
         name.markdown(f"**{address.plain(path.name)}** · {human_bytes(path.stat().st_size)}")
         if button.button("Recover", key=f"recover {path.name}", width="stretch"):
-            job = shared_worker().submit(RecoverRequest(str(path)))
+            job = service.submit(RecoverRequest(str(path)))
             address.write("job", str(job.job_id))
             st.rerun()
 

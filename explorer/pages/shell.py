@@ -2,6 +2,7 @@
 
 import streamlit as st
 
+from explorer import service
 from explorer.pages import address, state
 from explorer.pages.components.job import follow
 from explorer.worker import CaptureRequest, Job, shared_worker
@@ -53,6 +54,13 @@ def current_view() -> state.View:
 
 def first_run() -> None:
     """Record the demo prompts with the demo model, show how far it is, then show the run."""
+    if not service.may_write():
+        st.info(
+            "There is no run in this folder yet, and none can be recorded here. Record one with "
+            "`python -m capture`, or ask whoever runs this server.",
+            icon=":material/info:",
+        )
+        return
     st.markdown(
         "Nothing has been recorded yet, so RouteScope makes a first **run**: a small "
         "mixture-of-experts language model, which comes with it, reads its demo prompts, and "
@@ -73,9 +81,7 @@ def first_run() -> None:
 def _start_demo() -> Job:
     folder = state.runs_folder()
     out = folder / f"{state.new_name(folder, _DEMO)}{state.SUFFIX}"
-    return shared_worker().submit(
-        CaptureRequest(str(out), level="attention", generate=_DEMO_GENERATE)
-    )
+    return service.submit(CaptureRequest(str(out), level="attention", generate=_DEMO_GENERATE))
 
 
 def _demo_job() -> Job | None:

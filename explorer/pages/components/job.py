@@ -2,6 +2,7 @@
 
 import streamlit as st
 
+from explorer import service
 from explorer.pages.address import plain
 from explorer.worker import Job, JobProgress, shared_worker
 
@@ -42,8 +43,10 @@ def _watch(job_id: int, key: str) -> None:
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
         left.markdown(f"**{plain(job.request.title)}** · {_headline(job)}")
-        if right.button("Stop", key=f"stop {key}", disabled=job.cancelling, width="stretch"):
-            shared_worker().cancel(job_id)
+        if service.may_write() and right.button(
+            "Stop", key=f"stop {key}", disabled=job.cancelling, width="stretch"
+        ):
+            service.cancel(job_id)
             st.rerun(scope="fragment")
         st.progress(fraction(job.progress), text=_figures(job.progress))
         if job.progress.message:

@@ -1,0 +1,139 @@
+"""Who is looking: the options of the command line, the login where there is one, and the role."""
+
+import argparse
+import ipaddress
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import streamlit as st
+from streamlit.errors import StreamlitSecretNotFoundError
+
+from explorer import service
+
+
+class Viewer(NamedTuple):
+    """Whoever is looking.
+
+    Attributes
+    ----------
+    email : str
+        "" without a login.
+    name : str
+        For the author of a note; "" when it is not known.
+    role : {"editor", "viewer"} or None
+        None = may not look.
+    """
+
+    email: str
+    name: str
+    role: service.Role | None
+
+
+def begin() -> None:
+    """Set what may be written, and let nobody in who may not look."""
+    service.configure(service.Policy(read_only_option(), _role_of_caller))
+    viewer = who()
+    if viewer.role is not None:
+        return
+    st.title("RouteScope", anchor=False)
+    if not st.user.is_logged_in:
+        st.markdown("This server shows its runs to those who log in.")
+        if st.button("Log in", type="primary"):
+            st.login()
+    else:
+        st.error(
+            "You are logged in, but not among those who may look at the runs of this server. Ask "
+            "whoever runs it to add you.",
+            icon=":material/lock:",
+        )
+        if st.button("Log out"):
+            st.logout()
+    st.stop()
+
+
+def read_only_option() -> bool:
+    """Return whether the app was started with ``-- --read-only``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--read-only", action="store_true")
+    return bool(parser.parse_known_args(sys.argv[1:])[0].read_only)
+
+
+def has_login() -> bool:
+    """Return whether a login is configured."""
+    return bool(_secrets("auth"))
+
+
+def who() -> Viewer:
+    """Return who is looking and what they may do."""
+    if has_login():
+        if not st.user.is_logged_in:
+            return Viewer("", "", None)
+        return viewer_of(st.user.to_dict(), _secrets("routescope"))
+    return Viewer("", "", "editor" if is_local() else "viewer")
+
+
+def viewer_of(claims: Mapping[str, Any], settings: Mapping[str, Any]) -> Viewer:
+    """Return the role of somebody who logged in.
+
+    Parameters
+    ----------
+    claims : mapping
+        What the identity provider says: ``email``, and perhaps ``email_verified`` and ``name``.
+    settings : mapping
+        ``editors`` and ``viewers``: addresses, or ``@example.org`` for all of a domain. Without
+        ``viewers``, everybody whom the provider lets log in may look.
+    """
+    email = str(claims.get("email") or "").strip().lower()
+    # an address that the provider did not check could be anybody's
+    if claims.get("email_verified") is False:
+        email = ""
+    name = str(claims.get("name") or email)
+    if _listed(email, settings.get("editors", ())):
+        return Viewer(email, name, "editor")
+    if "viewers" not in settings or _listed(email, settings["viewers"]):
+        return Viewer(email, name, "viewer")
+    return Viewer(email, name, None)
+
+
+def _listed(email: str, entries: Any) -> bool:
+    given = [entries] if isinstance(entries, str) else entries
+    names = {str(entry).strip().lower() for entry in given}
+    return bool(email) and (email in names or "@" + email.rpartition("@")[2] in names)
+
+
+def is_local() -> bool:
+    """Return whether only this machine reaches the server."""
+    address = str(st.get_option("server.address") or "0.0.0.0")
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def statement() -> str:
+    """Say in one sentence who can see this server and what they may do."""
+    if has_login():
+        who_sees = "Those who log in see this server"
+    elif is_local():
+        who_sees = "This server has no login and listens on this machine only"
+    else:
+        who_sees = "This server has no login and can be reached from other machines"
+    if service.is_read_only():
+        return f"{who_sees}; it was started read-only: nobody can change anything here."
+    if service.may_write():
+        return f"{who_sees}; you may record, upload, save and delete."
+    return f"{who_sees}; you may look, not change anything."
+
+
+def _role_of_caller() -> service.Role:
+    return "editor" if who().role == "editor" else "viewer"
+
+
+def _secrets(section: str) -> Mapping[str, Any]:
+    try:
+        return dict(st.secrets.get(section, {}))
+    except StreamlitSecretNotFoundError:
+        return {}

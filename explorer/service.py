@@ -1,0 +1,141 @@
+"""Everything the app writes goes through here, and is refused where writing is not allowed.
+
+Hiding a button is not enough: a page, a callback or a new feature calls one of these functions,
+or `refuse_if_read_only` first thing, and nothing else in the app writes. The command line calls
+them too; nobody has configured a policy there, so that it may write.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from explorer import worker
+from explorer.errors import ExplorerError, NotAllowedError
+from explorer.worker import Job
+from explorer.worker.protocol import Request
+
+Role = Literal["viewer", "editor"]
+
+
+class Policy(NamedTuple):
+    """Who may write.
+
+    Attributes
+    ----------
+    read_only : bool
+        Nobody, as ``--read-only`` says.
+    role : callable
+        Returns the role of whoever calls, asked anew for every write.
+    """
+
+    read_only: bool = False
+    role: Callable[[], Role] = lambda: "editor"
+
+
+_policy = Policy()
+
+
+def configure(policy: Policy) -> None:
+    """Set the policy of this process; the app does so before it draws anything."""
+    global _policy
+    _policy = policy
+
+
+def is_read_only() -> bool:
+    """Return whether the whole server writes nothing."""
+    return _policy.read_only
+
+
+def may_write() -> bool:
+    """Return whether the caller may write; pages leave out what would be refused."""
+    return not _policy.read_only and _policy.role() == "editor"
+
+
+def refuse_if_read_only(what: str) -> None:
+    """Refuse to go on where the caller may not write.
+
+    Parameters
+    ----------
+    what : str
+        What would be written, as in "Saving a view".
+
+    Raises
+    ------
+    NotAllowedError
+    """
+    if _policy.read_only:
+        raise NotAllowedError(
+            f"{what} needs a server that may write, and this one was started with --read-only. "
+            "Ask whoever started it, or open the runs in an app of your own."
+        )
+    if _policy.role() != "editor":
+        raise NotAllowedError(
+            f"{what} needs the role editor, and yours is viewer. Ask whoever runs this server to "
+            "add you to its editors."
+        )
+
+
+def submit(request: Request) -> Job:
+    """Hand a job that writes a file to the worker."""
+    refuse_if_read_only("Recording or changing a run")
+    return worker.shared_worker().submit(request)
+
+
+def cancel(job_id: int) -> None:
+    """Stop a job; others may be waiting for it, so that only those may who may start one."""
+    refuse_if_read_only("Stopping a job")
+    worker.shared_worker().cancel(job_id)
+
+
+def write_new(path: Path, data: bytes, *, what: str) -> Path:
+    """Write a new file whole or not at all; an existing one is never replaced.
+
+    Raises
+    ------
+    NotAllowedError
+    ExplorerError
+        If there is such a file already, or the folder cannot be written.
+    """
+    refuse_if_read_only(what)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        return _write_new(path, data)
+    except FileExistsError:
+        raise ExplorerError(
+            f"{path} exists already and is not overwritten. Choose another name, or delete it."
+        ) from None
+    except OSError as error:
+        raise ExplorerError(
+            f"{path} could not be written: {error.strerror}. Choose another place."
+        ) from error
+
+
+def _write_new(path: Path, data: bytes) -> Path:
+    # beside the target, so that it gets its name in one step and is never seen half-written
+    number, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.link(name, path)  # unlike a rename, a link never replaces what is there
+    finally:
+        os.unlink(name)
+    return path
+
+
+def write_json(path: Path, values: Mapping[str, Any], *, what: str) -> Path:
+    """Write a new small file of settings, such as a saved view or a slice."""
+    text = json.dumps(values, ensure_ascii=False, indent=1, sort_keys=True)
+    return write_new(path, text.encode(), what=what)
+
+
+def remove(path: Path, *, what: str) -> None:
+    """Remove a file that the app wrote; one that is gone already is no error."""
+    refuse_if_read_only(what)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ExplorerError(f"{path} could not be removed: {error.strerror}.") from error
