@@ -16,6 +16,7 @@ A check takes anything that makes the router when called without arguments.
 import copy
 import dataclasses
 import functools
+import math
 import pickle
 
 import pytest
@@ -28,10 +29,12 @@ from explorer.routers import (
     PartMask,
     RouterInputs,
     Routing,
+    TrainedRouter,
     fit_layers,
     probe,
 )
-from explorer.routers.probe import dense, toy_layers, toy_targets, toy_tokens
+from explorer.routers.probe import dense, toy_layers, toy_session, toy_targets, toy_tokens
+from explorer.routers.training import CurveRow, TrainingCancelled
 
 HOSTS = {
     "softmax": {"score_function": "softmax"},
@@ -52,7 +55,12 @@ def inputs_of(host, seed, n_sequences=4, length=24):
 
 
 def fit_here(router, layers):
-    """Fit a router to the one layer that is looked at, or to all where it needs them."""
+    """Fit a router to the one layer that is looked at, or to all where it needs them.
+
+    One that learns on a model's loss is trained on a toy model of the same sizes.
+    """
+    if isinstance(router, TrainedRouter):
+        return copy.deepcopy(router).train(toy_session())
     targets = toy_targets(router, layers)
     if isinstance(router, AcrossLayers):
         return fit_layers(router, layers, targets)[PLACE]
@@ -223,11 +231,40 @@ def check_needs_are_honest(make):
 
 
 def check_an_unfitted_router_says_so(make):
-    """Routing before ``fit`` is an error where there is something to fit."""
+    """Routing before ``fit`` or ``train`` is an error, where there is something to learn."""
     router = make()
     if router.info.fits is not None:
-        with pytest.raises(RouterError, match="fit"):
+        how = "train" if router.info.fits == "trained" else "fit"
+        with pytest.raises(RouterError, match=rf"Call {how}\("):
             router.route(inputs_of("softmax", HELD_OUT_SEED)[PLACE])
+
+
+def check_what_learns_on_a_models_loss_is_trained(make):
+    """``fits`` is "trained" exactly where there is ``train``; ``fit`` then says to call it.
+
+    Training leaves the model as it was, keeps its curves, and ends when the caller cancels.
+    """
+    router = make()
+    assert isinstance(router, TrainedRouter) == (router.info.fits == "trained")
+    if not isinstance(router, TrainedRouter):
+        return
+    with pytest.raises(RouterError, match="train"):
+        router.fit(inputs_of("softmax", FIT_SEED)[PLACE])
+    session = toy_session()
+    before = copy.deepcopy(session.model.state_dict())
+    shares = []
+    watched = dataclasses.replace(session, progress=lambda share, what: shares.append(share))
+    trained = make().train(watched)
+    assert all(torch.equal(before[n], w) for n, w in session.model.state_dict().items())
+    assert all(w.requires_grad and w.grad is None for w in session.model.parameters())
+    assert shares and all(0 <= share <= 1 for share in shares)
+    assert trained.curves_ and all(
+        set(row) == set(CurveRow.__annotations__) for row in trained.curves_
+    )
+    for name in ("reward", "policy_entropy", "gate_rate"):
+        assert all(math.isfinite(row[name]) for row in trained.curves_)
+    with pytest.raises(TrainingCancelled):
+        make().train(dataclasses.replace(session, cancelled=lambda: True))
 
 
 def check_it_pickles(make):

@@ -22,6 +22,7 @@ parts       heads and layers chosen by attention
 part_controls  chance and constants for heads and layers
 gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
+training    routers that learn on the model's own loss, and what they are given
 live        a router as ``capture.swap`` takes it (imported on its own)
 recorded    what routers need, from a run file (imported on its own)
 
@@ -61,6 +62,7 @@ from explorer.routers.base import (
 from explorer.routers.layers import AcrossLayers, fit_layers, route_layers
 from explorer.routers.probe import Verdict, probe
 from explorer.routers.selectors import Selector, Threshold, TopK, TopP
+from explorer.routers.training import TrainedRouter, TrainingCancelled, TrainingSession
 
 __all__ = [
     "FAMILIES",
@@ -79,6 +81,9 @@ __all__ = [
     "Threshold",
     "TopK",
     "TopP",
+    "TrainedRouter",
+    "TrainingCancelled",
+    "TrainingSession",
     "Verdict",
     "assignment",
     "attention",

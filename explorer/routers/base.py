@@ -231,7 +231,8 @@ class RouterInfo:
         Fields of :class:`RouterInputs` that ``route`` cannot do without.
     fits : {"statistics", "distilled", "trained"} or None
         What ``fit`` does: nothing (None), counts and means, gradient steps towards the target's
-        decisions, or gradient steps on the model's loss.
+        decisions, or, with ``train`` in its place, learning on the model's own loss; see
+        :mod:`explorer.routers.training`.
     causal : bool
         Whether a token's decision depends on itself and earlier tokens of its sequence only.
         Declared here; :mod:`explorer.routers.probe` finds out.
@@ -297,9 +298,12 @@ class Router(ABC):
         """
         self.check(inputs)
         if self.info.fits is not None and not self.fitted:
+            how = "fit(inputs) with tokens"
+            if self.info.fits == "trained":
+                how = "train(TrainingSession(...)) with a model and texts"
             raise RouterError(
                 f"Router {self.info.name!r} has learned nothing yet. "
-                "Call fit(inputs) with tokens of the fit split first."
+                f"Call {how} of the fit split first."
             )
         with torch.no_grad():
             return self._route(inputs)

@@ -31,7 +31,7 @@ def fit_layers(
     Parameters
     ----------
     router : Router
-        Left as it is.
+        Left as it is. One that learned on a model's loss already is not fitted again.
     inputs : mapping of (layer, site) to RouterInputs
         The fit split, the same tokens in every layer.
     targets : mapping of (layer, site) to Routing or PartMask, optional
@@ -42,6 +42,8 @@ def fit_layers(
     dict of (layer, site) to Router
     """
     wanted: Mapping[Site, Decision] = targets or {}
+    if router.info.fits == "trained" and router.fitted:
+        return dict.fromkeys(inputs, deepcopy(router))
     if isinstance(router, AcrossLayers):
         shared = deepcopy(router)
         shared.fit_across(inputs, wanted)

@@ -6,6 +6,7 @@ later tokens, and a rule that uses it is caught although it looks at one row onl
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from explorer.routers.base import (
 )
 from explorer.routers.layers import fit_layers, route_layers
 from explorer.routers.native import TopKRouter
+from explorer.routers.training import TrainedRouter, TrainingSession
 
 VOCABULARY = 40
 HIDDEN = 16
@@ -62,6 +64,8 @@ def probe(router: Router, *, seed: int = 0, n_sequences: int = 4, length: int = 
         How many sequences there are, and how many tokens each has.
     """
     fit_inputs = toy_layers(toy_tokens(n_sequences, length, seed + 1), seed=seed)
+    if isinstance(router, TrainedRouter):
+        router = deepcopy(router).train(toy_session(seed=seed))
     fitted = fit_layers(router, fit_inputs, toy_targets(router, fit_inputs, seed=seed))
     tokens = toy_tokens(n_sequences, length, seed)
     before = _decide(fitted, tokens, seed)
@@ -164,6 +168,41 @@ def toy_targets(
         truth = torch.randn(HIDDEN, width, generator=generator)
         targets[place] = PartMask(router.part, (recorded.tensor("hidden") @ truth / 2).sigmoid())
     return targets
+
+
+def toy_session(*, seed: int = 0, n_sequences: int = 6, length: int = 16) -> TrainingSession:
+    """Return a session on a small random model of the same sizes as the toy layers.
+
+    Parameters
+    ----------
+    seed : int
+        Seeds the weights and the texts.
+    n_sequences, length : int
+        How many texts there are, and how many tokens each has.
+    """
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    from capture.selftest import attach
+
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=8,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        max_position_embeddings=64,
+        norm_topk_prob=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = OlmoeForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    tokens = toy_tokens(n_sequences, length, seed).numpy()
+    return TrainingSession(model=model, sites=attach(model), sequences=list(tokens), seed=seed)
 
 
 def dense(decision: Decision) -> torch.Tensor:
