@@ -5,12 +5,13 @@ Importing this package needs no torch; names that do load on first use.
 
 from typing import TYPE_CHECKING, Any
 
+from explorer.comparison.file import open_comparison
 from explorer.run import open_run
 
 if TYPE_CHECKING:
     from explorer.routers import ROUTERS
 
-__all__ = ["ROUTERS", "open_run"]
+__all__ = ["ROUTERS", "open_comparison", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

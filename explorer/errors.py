@@ -3,6 +3,7 @@
 ExplorerError
 ├── RunError            a run file is missing, unreadable, or has not what a question needs
 ├── MetricError         a metric was given numbers that it is not defined for
+├── ComparisonError     a comparison cannot be made, or a file is none
 ├── RouterError         a router lacks what it needs, or was given options it cannot work with
 ├── WorkerError         the worker process cannot be used
 ├── NotAllowedError     the server is read-only, or the caller has not the role to write
@@ -20,6 +21,10 @@ class RunError(ExplorerError):
 
 class MetricError(ExplorerError, ValueError):
     """A metric was given numbers that it is not defined for."""
+
+
+class ComparisonError(ExplorerError, ValueError):
+    """A comparison cannot be made from what was given, or a file is none."""
 
 
 class RouterError(ExplorerError, ValueError):

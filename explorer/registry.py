@@ -33,6 +33,10 @@ class Registry(Generic[T]):
 
         return store
 
+    def discard(self, name: str) -> None:
+        """Forget an entry, if there is one."""
+        self._entries.pop(name, None)
+
     def __getitem__(self, name: str) -> T:
         try:
             return self._entries[name]

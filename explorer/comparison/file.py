@@ -1,0 +1,211 @@
+"""The file of a comparison, beside its run: written whole, read by anybody, opened without torch.
+
+One DuckDB file per run, model and settings, named ``RUN.KEY.comparison``. It may come from a
+stranger, so it is opened read-only and its queries reach no other file.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+
+from explorer.comparison.tables import FORMAT_VERSION, TABLES, Rows, empty_rows
+from explorer.errors import ComparisonError
+from explorer.run import frame
+
+SUFFIX = ".comparison"
+# a file may come from a stranger: a query on it reads no other file and no Python variable
+UNTRUSTED = {
+    "enable_external_access": "false",
+    "python_enable_replacements": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "lock_configuration": "true",
+}
+_SPELLED = "SELECT table_name, sql FROM duckdb_tables()"
+_MAKE = "Make one with: python -m explorer compare RUN"
+
+
+class Comparison:
+    """A comparison, read whole from its file; safe to share between threads.
+
+    Parameters
+    ----------
+    path : Path
+    tables : dict of table name to Arrow table
+
+    Attributes
+    ----------
+    path : Path
+    info : dict
+        The one row of table ``comparison``; ``settings`` and ``packages`` as dictionaries.
+    """
+
+    def __init__(self, path: Path, tables: dict[str, pa.Table]) -> None:
+        self.path = path
+        self._tables = tables
+        self._connection = duckdb.connect(config=dict(UNTRUSTED))
+        for name, table in tables.items():
+            self._connection.register("incoming", table)
+            self._connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+            self._connection.unregister("incoming")
+        self.info: dict[str, Any] = tables["comparison"].to_pylist()[0]
+        for name in ("settings", "packages"):
+            self.info[name] = json.loads(self.info[name])
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per router, seed, mode and layer; ``layer`` NA = all layers."""
+        return self.rows("results")
+
+    @property
+    def domains(self) -> pd.DataFrame:
+        """Loss, compute and agreement of each router by domain, all layers swapped."""
+        return self.rows("domains")
+
+    @property
+    def curves(self) -> pd.DataFrame:
+        """Reward, policy entropy and gate rate while routers learned on the model's loss."""
+        return self.rows("curves")
+
+    def rows(self, table: str) -> pd.DataFrame:
+        """Return one table of the file, see :data:`explorer.comparison.tables.TABLES`."""
+        if table not in TABLES:
+            raise ComparisonError(f"Expected one of {', '.join(TABLES)}, got {table!r}.")
+        whole = [n for n, kind in TABLES[table].items() if kind in ("INTEGER", "BIGINT")]
+        return frame(self._tables[table]).astype(dict.fromkeys(whole, "Int64"))
+
+    def query(self, sql: str, params: Sequence[object] | None = None) -> pd.DataFrame:
+        """Return the result of a SELECT on the tables; values go into ``params``, not ``sql``."""
+        cursor = self._connection.cursor()
+        try:
+            found = cursor.sql(sql, params=params)
+            if found is None:
+                raise ComparisonError(f"A query must return rows, got {sql[:200]!r}.")
+            return frame(found.to_arrow_table())
+        except duckdb.Error as error:
+            raise ComparisonError(f"The query on {self.path.name} failed: {error}") from error
+        finally:
+            cursor.close()
+
+    def records(self) -> Rows:
+        """Return all tables as records, to add rows and write them again."""
+        return {name: table.to_pylist() for name, table in self._tables.items()}
+
+    def close(self) -> None:
+        """Free the memory; the file itself is closed already."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_comparison(path: str | Path) -> Comparison:
+    """Read a comparison file.
+
+    Raises
+    ------
+    ComparisonError
+        If there is no such file, or it is none of this format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ComparisonError(f"Expected a comparison file at {path}, there is none. {_MAKE}")
+    try:
+        with duckdb.connect(str(path), read_only=True, config=dict(UNTRUSTED)) as connection:
+            # a view would be a program of a stranger's; tables are held against ours to the letter
+            found = dict(connection.sql(_SPELLED).fetchall())
+            if any(found.get(name) != sql for name, sql in _expected().items()):
+                raise ComparisonError(f"{path.name} has other tables than this code. {_MAKE}")
+            tables = {n: connection.sql(f"FROM {n}").to_arrow_table() for n in TABLES}
+            if tables["comparison"]["format_version"].to_pylist() != [FORMAT_VERSION]:
+                raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
+            return Comparison(path, tables)
+    except (duckdb.Error, json.JSONDecodeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ComparisonError(f"{path.name} is no comparison file ({reason}). {_MAKE}") from error
+
+
+@functools.cache
+def _expected() -> dict[str, str]:
+    """Return how DuckDB writes down the tables that a comparison file has."""
+    with duckdb.connect() as connection:
+        for statement in _statements():
+            connection.execute(statement)
+        return dict(connection.sql(_SPELLED).fetchall())
+
+
+def _statements() -> list[str]:
+    spelled = {
+        name: ", ".join(f'"{column}" {kind}' for column, kind in columns.items())
+        for name, columns in TABLES.items()
+    }
+    return [f"CREATE TABLE {name} ({columns})" for name, columns in spelled.items()]
+
+
+def comparisons_of(run: str | Path) -> list[Path]:
+    """Return the comparison files that lie beside a run file, newest first."""
+    run = Path(run)
+    stem = run.name.removesuffix(run.suffix)
+    found = [
+        path
+        for path in run.parent.glob(f"*{SUFFIX}")
+        if path.is_file() and path.name.removesuffix(SUFFIX).rpartition(".")[0] == stem
+    ]
+    return sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name))
+
+
+def write_comparison(path: Path, rows: Rows) -> None:
+    """Write a comparison file in one step, so that a reader sees the old one or the new one.
+
+    Parameters
+    ----------
+    path : Path
+        Replaced if it exists.
+    rows : dict of table name to list of dict
+        Columns that a record lacks are NULL.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with duckdb.connect(str(partial)) as connection:
+            for statement in _statements():
+                connection.execute(statement)
+            for name, records in rows.items():
+                if records:
+                    _insert(connection, name, records)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _insert(
+    connection: duckdb.DuckDBPyConnection, name: str, records: Sequence[dict[str, Any]]
+) -> None:
+    unknown = sorted({key for record in records for key in record} - set(TABLES[name]))
+    if unknown:
+        raise ComparisonError(f"Table {name} has no column {unknown[0]}.")
+    columns = [column for column in TABLES[name] if any(column in record for record in records)]
+    arrays = [pa.array([record.get(column) for record in records]) for column in columns]
+    listed = ", ".join(f'"{column}"' for column in columns)
+    connection.register("incoming", pa.table(arrays, names=columns))
+    connection.execute(f"INSERT INTO {name} ({listed}) SELECT {listed} FROM incoming")
+    connection.unregister("incoming")
+
+
+__all__ = ["SUFFIX", "Comparison", "comparisons_of", "empty_rows", "open_comparison"]

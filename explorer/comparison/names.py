@@ -1,0 +1,210 @@
+"""Routers by name, with arguments where they differ from the defaults: ``top_k(k=1)``."""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from explorer.errors import RouterError
+
+if TYPE_CHECKING:
+    from explorer.routers import Router
+
+SELECTORS = ("TopK", "Threshold", "TopP")
+_HOW = "Write a name, or a name with arguments, such as top_k(k=1) or kmeans(n_clusters=128)."
+
+
+class Call(NamedTuple):
+    """A selector among the arguments of a router, such as ``TopP(p=0.5)``."""
+
+    name: str
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return _written(self.name, self.options)
+
+
+class RouterSpec(NamedTuple):
+    """A router that is yet to be made.
+
+    Attributes
+    ----------
+    name : str
+        In ``ROUTERS``.
+    options : dict
+        Arguments of its constructor: numbers, strings, booleans, None, or a :class:`Call`.
+    """
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """How it is called in tables, always the same for the same router."""
+        return _written(self.name, self.options) if self.options else self.name
+
+
+def _written(name: str, options: dict[str, Any]) -> str:
+    values = (f"{k}={v if isinstance(v, Call) else repr(v)}" for k, v in sorted(options.items()))
+    return f"{name}({', '.join(values)})"
+
+
+def parse_router(text: str) -> RouterSpec:
+    """Read a router's name and arguments; nothing is evaluated, only values are read.
+
+    Raises
+    ------
+    RouterError
+        If the text is anything else.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise RouterError(f"Expected a router, got {text!r}. {_HOW}") from None
+    if isinstance(tree, ast.Name):
+        return RouterSpec(tree.id, {})
+    return RouterSpec(*_call(tree, text))
+
+
+def _call(tree: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+        raise RouterError(f"Expected a router, got {text!r}. {_HOW}")
+    if tree.args or any(keyword.arg is None for keyword in tree.keywords):
+        raise RouterError(f"Expected every argument with its name in {text!r}. {_HOW}")
+    return tree.func.id, {str(k.arg): _value(k.value, text) for k in tree.keywords}
+
+
+def _value(tree: ast.expr, text: str) -> Any:
+    if isinstance(tree, ast.Call):
+        name, options = _call(tree, text)
+        if name not in SELECTORS:
+            raise RouterError(
+                f"Expected one of the selectors {', '.join(SELECTORS)} in {text!r}, got {name}."
+            )
+        return Call(name, options)
+    try:
+        value = ast.literal_eval(tree)
+    except ValueError:
+        value = ...
+    if not isinstance(value, str | int | float | bool | None):
+        raise RouterError(
+            f"Expected a number, text in quotes, True, False or None for an argument in {text!r}, "
+            f"got {ast.unparse(tree)}. {_HOW}"
+        )
+    return value
+
+
+def split_routers(text: str) -> list[str]:
+    """Divide a list of routers at the commas that lie outside brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "(") - (sign == ")")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts if part.strip()]
+
+
+def make_router(spec: RouterSpec, *, seed: int | None = None) -> "Router":
+    """Make a router.
+
+    Parameters
+    ----------
+    spec : RouterSpec
+    seed : int, optional
+        For routers that take one and were not given one.
+
+    Raises
+    ------
+    UnknownNameError
+        If no router has the name.
+    RouterError
+        If it takes no such argument, or not with this value.
+    """
+    from explorer.routers import ROUTERS, Threshold, TopK, TopP
+
+    selectors = {"TopK": TopK, "Threshold": Threshold, "TopP": TopP}
+    factory = ROUTERS[spec.name]
+    known = inspect.signature(factory).parameters
+    options = dict(spec.options)
+    if seed is not None and "seed" in known:
+        options.setdefault("seed", seed)
+    for name in options:
+        if name not in known:
+            raise RouterError(
+                f"Router {spec.name!r} takes no argument {name!r}. "
+                f"It takes: {', '.join(known) or 'none'}."
+            )
+    try:
+        made = {
+            name: selectors[value.name](**value.options) if isinstance(value, Call) else value
+            for name, value in options.items()
+        }
+        return factory(**made)
+    except TypeError as error:
+        raise RouterError(f"{spec.label} cannot be made: {error}.") from None
+
+
+def takes_seed(spec: RouterSpec) -> bool:
+    """Whether a router is stochastic, so that it is worth running with several seeds."""
+    from explorer.routers import ROUTERS
+
+    known = inspect.signature(ROUTERS[spec.name]).parameters
+    return "seed" in known and "seed" not in spec.options
+
+
+_loaded: dict[Path, tuple[str, list[str]]] = {}
+
+
+def load_router_file(path: str | Path) -> list[str]:
+    """Run a Python file that adds routers to ``ROUTERS``, and return their names.
+
+    Only for files that you trust: the code runs. A file that changed is run again, and its
+    routers replace those of before.
+
+    Raises
+    ------
+    RouterError
+        If there is no such file, it fails, or it adds no router.
+    """
+    from explorer.routers import ROUTERS
+
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise RouterError(f"Expected a Python file with routers at {path}, there is none.")
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    before = _loaded.get(path)
+    if before is not None and before[0] == content:
+        return before[1]
+    for name in before[1] if before else ():
+        ROUTERS.discard(name)
+    known = set(ROUTERS)
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    if found is None or found.loader is None:
+        raise RouterError(f"Expected a file that ends in .py, got {path.name}.")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        for name in set(ROUTERS) - known:
+            ROUTERS.discard(name)
+        raise RouterError(f"{path.name} failed: {type(error).__name__}: {error}") from error
+    added = [name for name in ROUTERS if name not in known]
+    if not added:
+        raise RouterError(
+            f"{path.name} adds no router. Put @ROUTERS.add('my_router') above its class, with "
+            "`from explorer.routers import ROUTERS`."
+        )
+    _loaded[path] = content, added
+    return added
+
+
+def content_of(names: Iterable[str]) -> str:
+    """Return a short name for the code of routers from users' own files among ``names``."""
+    wanted = set(names)
+    parts = [content for content, added in _loaded.values() if wanted & set(added)]
+    return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()[:16] if parts else ""
