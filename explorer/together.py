@@ -9,6 +9,7 @@ import pandas as pd
 from explorer.errors import RunError
 from explorer.metrics.together import PairTotals, chance_levels, pair_totals, together
 from explorer.queries.attention import attention_prompts, layer_keys
+from explorer.queries.part import Part
 from explorer.queries.routes import prompt_experts, prompts_experts
 from explorer.queries.tokens import tokens
 from explorer.run import Run
@@ -43,7 +44,13 @@ class HeadsTogether(NamedTuple):
 
 
 def routing_together(
-    run: Run, *, attention_layer: int, layer: int, site: int, domain: str | None = None
+    run: Run,
+    *,
+    attention_layer: int,
+    layer: int,
+    site: int,
+    domain: str | None = None,
+    part: Part | None = None,
 ) -> HeadsTogether:
     """Say for every head of a layer whether tokens that attend to each other route together.
 
@@ -60,7 +67,7 @@ def routing_together(
         If the run has no attention, or no expert ids.
     """
     _needs_ids(run)
-    prompts = attention_prompts(run, domain=domain)
+    prompts = attention_prompts(run, domain=domain, part=part)
     if prompts.empty:
         raise RunError(
             "The run has no attention of these prompts. Choose another domain, or record with "

@@ -7,7 +7,7 @@ load        expert_load(run, *, layer, site, domain, phase)
             expert_load_by_phase(run, layer, *, site, domain)
             routing(run, layer, *, site, phase, max_tokens)     arrays, for capacity per batch
 prompts     prompts(run, *, domain, search, limit, offset)      prompt(run, prompt_id)
-            prompt_count(run, *, domain, search)
+            prompt_count(run, *, domain, search)        prompt_tokens(run, prompt_ids)
 tokens      tokens(run, prompt_id)                      token(run, token_id)
             token_quantity(run, prompt_id, quantity, *, pinned)     long frame, token x site
             token_strip(run, prompt_id, quantity, *, layer, site, pinned)   one value per token
@@ -25,8 +25,10 @@ pairs       transitions(run, layer, *, domain, phase)       coactivation(run, la
 routes      prompt_experts(run, prompt_id, layer, *, site)
             prompts_experts(run, prompt_ids, layer, *, site)
 
+part        Part: tokens of prompts that contain a text, or of a slice; most questions take one
+
 ``domain=None`` and ``phase=None`` mean all; ``domain=""`` means prompts without a domain. Missing
 values stay missing (None, NaN or NA) and are never 0; a count of nothing is 0. ``overview`` (save
 ``gate_means``) and ``load`` (save ``routing``) read totals only, so their time does not grow with
-the number of (token, layer) rows.
+the number of (token, layer) rows, unless they are asked of a part.
 """

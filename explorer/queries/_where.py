@@ -1,10 +1,9 @@
 """The conditions that questions share; every value is a parameter."""
 
-from typing import Any
-
+from explorer.queries.part import Params, Part
 from explorer.run import Run
 
-Params = dict[str, Any]
+__all__ = ["PLACES", "Params", "Part", "conditions", "near_prompt", "prompt_conditions"]
 
 # the prompt tokens of the prompts in the parameter ``prompts``
 PLACES = """
@@ -19,10 +18,12 @@ def conditions(
     site: int | None = None,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
 ) -> tuple[str, Params]:
     """Return a condition on columns of these names, and its parameters.
 
-    None means no condition; the domain ``""`` means prompts without a domain.
+    None means no condition; the domain ``""`` means prompts without a domain; a part is a
+    condition on ``token_id`` and ``prompt_id``.
     """
     parts: list[str] = []
     params: Params = {}
@@ -33,7 +34,20 @@ def conditions(
     if domain is not None:
         parts.append("coalesce(domain, '') = $domain")
         params["domain"] = domain
+    if part is not None:
+        where, more = part.of_tokens()
+        parts.append(where)
+        params |= more
     return " AND ".join(parts) or "true", params
+
+
+def prompt_conditions(*, domain: str | None = None, part: Part | None = None) -> tuple[str, Params]:
+    """Return a condition on whole prompts: ``domain``, and those with a token of the part."""
+    where, params = conditions(domain=domain)
+    if part is None:
+        return where, params
+    of_part, more = part.of_prompts()
+    return f"{where} AND {of_part}", params | more
 
 
 def near_prompt(run: Run, prompt_id: int) -> tuple[str, Params]:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from explorer.errors import RunError
-from explorer.queries._where import PLACES, conditions
+from explorer.queries._where import PLACES, Part, prompt_conditions
 from explorer.run import Run
 
 Floats = npt.NDArray[np.float64]
@@ -17,7 +17,9 @@ Floats = npt.NDArray[np.float64]
 HAS_MAP = "attention"
 
 
-def attention_prompts(run: Run, *, domain: str | None = None) -> pd.DataFrame:
+def attention_prompts(
+    run: Run, *, domain: str | None = None, part: Part | None = None
+) -> pd.DataFrame:
     """Return the prompts whose attention was recorded, in the order of the run.
 
     Returns
@@ -27,7 +29,7 @@ def attention_prompts(run: Run, *, domain: str | None = None) -> pd.DataFrame:
         of the prompt, ``bins`` a side of its maps, ``bin_width`` in tokens, ``every`` (every n-th
         block of queries was used). No rows below level ``attention``.
     """
-    where, params = conditions(domain=domain)
+    where, params = prompt_conditions(domain=domain, part=part)
     return run.query(
         f"""
         SELECT prompt_id, text, coalesce(domain, '') AS domain, tokens, bins, bin_width, every
@@ -50,7 +52,11 @@ def attention_layers(run: Run) -> pd.DataFrame:
 
 
 def head_stats(
-    run: Run, *, domain: str | None = None, prompt_id: int | None = None
+    run: Run,
+    *,
+    domain: str | None = None,
+    part: Part | None = None,
+    prompt_id: int | None = None,
 ) -> pd.DataFrame:
     """Return the statistics of every recorded head, as means over queries.
 
@@ -65,7 +71,7 @@ def head_stats(
         ``layer``, ``head``, ``prompts``, ``queries``, ``entropy`` (nats), ``sink_mass``,
         ``mean_distance`` (tokens), ``window_mass``; a prompt counts by its queries.
     """
-    where, params = conditions(domain=domain)
+    where, params = prompt_conditions(domain=domain, part=part)
     if prompt_id is not None:
         where, params = f"{where} AND prompt_id = $prompt_id", params | {"prompt_id": prompt_id}
     means = ", ".join(

@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from explorer.queries._where import Params, conditions
+from explorer.queries._where import Params, Part, conditions
+from explorer.queries.load import load_of
 from explorer.run import Run
 
 
@@ -14,6 +15,7 @@ def expert_tokens(
     site: int = 0,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
     limit: int = 50,
     context: int = 8,
 ) -> pd.DataFrame:
@@ -33,7 +35,7 @@ def expert_tokens(
         (``""`` = none), ``slot``, ``weight``, ``before``, ``text``, ``after``, ``loss`` (nats).
         The three texts are None without a tokenizer. No rows at level ``stats``.
     """
-    where, params = _of_expert(layer, expert_id, site, domain, phase)
+    where, params = _of_expert(layer, expert_id, site, domain, phase, part)
     return run.query(
         f"""
         WITH hits AS (
@@ -68,12 +70,14 @@ def expert_token_count(
     site: int = 0,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
 ) -> int:
-    """Return how many tokens went to an expert, from the run's totals."""
-    where, params = _of_expert(layer, expert_id, site, domain, phase)
+    """Return how many tokens went to an expert, from the run's totals where they know it."""
+    where, params = _of_expert(layer, expert_id, site, domain, phase, None)
+    source, more = load_of(run, part)
     rows = run.query(
-        f"SELECT coalesce(sum(assignments), 0)::BIGINT AS n FROM expert_load_by WHERE {where}",
-        params,
+        f"SELECT coalesce(sum(assignments), 0)::BIGINT AS n FROM {source} WHERE {where}",
+        params | more,
     )
     return int(rows["n"].iloc[0])
 
@@ -86,6 +90,7 @@ def expert_vocabulary(
     site: int = 0,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
     min_count: int = 5,
     limit: int = 30,
 ) -> pd.DataFrame:
@@ -104,8 +109,8 @@ def expert_vocabulary(
         expert, ``share`` = assignments / occurrences; uniform routing gives top_k / n_experts.
         Largest share first.
     """
-    where, params = _of_expert(layer, expert_id, site, domain, phase)
-    every, every_params = conditions(domain=domain, phase=phase)
+    where, params = _of_expert(layer, expert_id, site, domain, phase, part)
+    every, every_params = conditions(domain=domain, phase=phase, part=part)
     return run.query(
         f"""
         WITH seen AS (
@@ -126,7 +131,12 @@ def expert_vocabulary(
 
 
 def _of_expert(
-    layer: int, expert_id: int, site: int, domain: str | None, phase: str | None
+    layer: int,
+    expert_id: int,
+    site: int,
+    domain: str | None,
+    phase: str | None,
+    part: Part | None,
 ) -> tuple[str, Params]:
-    where, params = conditions(layer=layer, site=site, domain=domain, phase=phase)
+    where, params = conditions(layer=layer, site=site, domain=domain, phase=phase, part=part)
     return f"{where} AND expert_id = $expert_id", params | {"expert_id": expert_id}

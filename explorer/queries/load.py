@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from explorer.errors import RunError
-from explorer.queries._where import conditions
+from explorer.queries._where import Params, Part, conditions
 from explorer.run import Run
 
 
@@ -18,8 +18,14 @@ def expert_load(
     site: int | None = None,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
 ) -> pd.DataFrame:
     """Return the load of every expert, idle experts included.
+
+    Parameters
+    ----------
+    part : Part, optional
+        The run has no totals of it, so that its tokens are counted anew.
 
     Returns
     -------
@@ -28,10 +34,18 @@ def expert_load(
         ``n_experts``, ``top_k``, ``assignments``, ``weight_sum``, ``prob_sum``; ``share`` =
         assignments / the site's assignments, and ``ratio`` = share / uniform share, so 1 is a
         fair load. ``share`` and ``ratio`` are missing where the site has no assignment,
-        ``prob_sum`` where the router's scores were not known.
+        ``prob_sum`` where the router's scores were not known, and of a part.
+
+    Raises
+    ------
+    RunError
+        For a part of a run that does not hold expert ids.
     """
     place, place_params = conditions(layer=layer, site=site)
     where, params = conditions(domain=domain, phase=phase)
+    source, source_params = load_of(run, part)
+    if part is None and where == "true":
+        source = "expert_load"
     return run.query(
         f"""
         WITH experts AS (
@@ -41,8 +55,8 @@ def expert_load(
             SELECT layer, site, expert_id, sum(assignments)::BIGINT AS assignments,
                 sum(weight_sum) AS weight_sum,
                 CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum
-            FROM {"expert_load" if where == "true" else "expert_load_by"}
-            WHERE {where} GROUP BY layer, site, expert_id
+            FROM {source}
+            WHERE {where} AND {place} GROUP BY layer, site, expert_id
         )
         SELECT layer, site, expert_id, n_experts, top_k,
             coalesce(assignments, 0) AS assignments, coalesce(weight_sum, 0) AS weight_sum,
@@ -53,12 +67,37 @@ def expert_load(
         WINDOW of_site AS (PARTITION BY layer, site)
         ORDER BY layer, site, expert_id
         """,
-        place_params | params,
+        place_params | params | source_params,
+    )
+
+
+def load_of(run: Run, part: Part | None) -> tuple[str, Params]:
+    """Write where load comes from: the run's totals, or the tokens of a part, counted one by one.
+
+    Both have the columns of the view ``expert_load_by``, with any number of rows per expert.
+    """
+    if part is None:
+        return "expert_load_by", {}
+    if not run.records_ids:
+        raise RunError(
+            "This run was recorded at level stats: it has no expert ids per token to count a part "
+            "of its prompts from. Take the search and the slice off, or record it again with "
+            "--level ids."
+        )
+    where, params = conditions(part=part)
+    return (
+        f"""(
+            SELECT layer, site, expert_id, domain, phase, 1 AS assignments, weight AS weight_sum,
+                NULL::DOUBLE AS prob_sum
+            FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
+            WHERE {where}
+        ) AS counted""",
+        params,
     )
 
 
 def expert_load_by_domain(
-    run: Run, layer: int, *, site: int = 0, phase: str | None = None
+    run: Run, layer: int, *, site: int = 0, phase: str | None = None, part: Part | None = None
 ) -> pd.DataFrame:
     """Return the load of one site's experts in each domain that occurs.
 
@@ -69,14 +108,14 @@ def expert_load_by_domain(
         ``expert_id``, ``n_experts``, ``assignments``, ``share`` of the domain's assignments,
         ``ratio`` = share / uniform share (missing where the domain has no assignment).
     """
-    return _load_by(run, "coalesce(domain, '')", "domain", layer, site, phase=phase)
+    return _load_by(run, "coalesce(domain, '')", "domain", layer, site, phase=phase, part=part)
 
 
 def expert_load_by_phase(
-    run: Run, layer: int, *, site: int = 0, domain: str | None = None
+    run: Run, layer: int, *, site: int = 0, domain: str | None = None, part: Part | None = None
 ) -> pd.DataFrame:
     """Return the load of one site's experts in each phase, prompt first; columns as by domain."""
-    return _load_by(run, "phase", "phase", layer, site, domain=domain)
+    return _load_by(run, "phase", "phase", layer, site, domain=domain, part=part)
 
 
 def _load_by(
@@ -88,13 +127,15 @@ def _load_by(
     *,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
 ) -> pd.DataFrame:
     where, params = conditions(layer=layer, site=site, domain=domain, phase=phase)
+    source, source_params = load_of(run, part)
     return run.query(
         f"""
         WITH load AS (
             SELECT {key} AS part, layer, site, expert_id, sum(assignments)::BIGINT AS assignments
-            FROM expert_load_by WHERE {where} GROUP BY ALL
+            FROM {source} WHERE {where} GROUP BY ALL
         )
         SELECT part AS {name}, layer, site, expert_id, n_experts, assignments,
             assignments / nullif(sum(assignments) OVER (PARTITION BY part), 0)::DOUBLE AS share,
@@ -102,7 +143,7 @@ def _load_by(
         FROM load JOIN sites USING (layer, site)
         ORDER BY part IN ('', 'generated'), part, expert_id
         """,
-        params,
+        params | source_params,
     )
 
 

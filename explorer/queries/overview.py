@@ -2,13 +2,15 @@
 
 import pandas as pd
 
-from explorer.queries._where import conditions
+from explorer.queries._where import Part, conditions
 from explorer.run import Run
 
 
-def token_count(run: Run, *, domain: str | None = None, phase: str | None = None) -> int:
+def token_count(
+    run: Run, *, domain: str | None = None, phase: str | None = None, part: Part | None = None
+) -> int:
     """Return how many tokens were recorded; padding is never recorded."""
-    where, params = conditions(domain=domain, phase=phase)
+    where, params = conditions(domain=domain, phase=phase, part=part)
     if where == "true":
         return int(run.info["n_tokens"])
     rows = run.query(
@@ -47,7 +49,9 @@ def domain_counts(run: Run) -> pd.DataFrame:
     )
 
 
-def gate_means(run: Run, *, domain: str | None = None, phase: str | None = None) -> pd.DataFrame:
+def gate_means(
+    run: Run, *, domain: str | None = None, phase: str | None = None, part: Part | None = None
+) -> pd.DataFrame:
     """Return the means of each site's per-token statistics. Reads every row of the run.
 
     Returns
@@ -57,7 +61,7 @@ def gate_means(run: Run, *, domain: str | None = None, phase: str | None = None)
         ``normalized_entropy`` (entropy / ln E, missing for one expert), ``margin``,
         ``logsumexp``, ``topk_mass``; missing where they were not recorded.
     """
-    where, params = conditions(domain=domain, phase=phase)
+    where, params = conditions(domain=domain, phase=phase, part=part)
     return run.query(
         f"""
         SELECT layer, site, coalesce(any_value(n), 0) AS tokens, any_value(entropy) AS entropy,

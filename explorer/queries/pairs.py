@@ -8,11 +8,12 @@ import pandas as pd
 
 from capture.store import SiteInfo
 from explorer.errors import RunError
-from explorer.queries._where import Params, conditions
+from explorer.queries._where import Params, Part, conditions
 from explorer.run import Run
 
 Counts = npt.NDArray[np.int64]
 Place = tuple[int, int, int]  # layer, site, expert
+Filters = tuple[str | None, str | None, Part | None]  # domain, phase, part
 
 # tokens that are counted anew where the totals cannot answer; more would make the page wait
 MAX_TOKENS = 200_000
@@ -43,7 +44,12 @@ def last_sites(run: Run) -> list[SiteInfo]:
 
 
 def transitions(
-    run: Run, layer: int, *, domain: str | None = None, phase: str | None = None
+    run: Run,
+    layer: int,
+    *,
+    domain: str | None = None,
+    phase: str | None = None,
+    part: Part | None = None,
 ) -> PairCounts:
     """Return how many tokens went from each expert of a layer to each of the next MoE layer.
 
@@ -51,7 +57,7 @@ def transitions(
     ----------
     layer : int
         Any layer with a router but the last one.
-    domain, phase : str, optional
+    domain, phase, part : optional
         The run holds totals over all tokens only: with a filter, the tokens are counted anew.
 
     Returns
@@ -77,17 +83,23 @@ def transitions(
         "WHERE layer = $layer AND next_layer = $next_layer",
         {"layer": first.layer, "next_layer": second.layer},
     )
-    return _counts(run, first, second, totals, domain, phase)
+    return _counts(run, first, second, totals, (domain, phase, part))
 
 
 def coactivation(
-    run: Run, layer: int, *, site: int = 0, domain: str | None = None, phase: str | None = None
+    run: Run,
+    layer: int,
+    *,
+    site: int = 0,
+    domain: str | None = None,
+    phase: str | None = None,
+    part: Part | None = None,
 ) -> PairCounts:
     """Return how many tokens chose each pair of experts at one router.
 
     Parameters
     ----------
-    domain, phase : str, optional
+    domain, phase, part : optional
         As for ``transitions``.
 
     Returns
@@ -106,7 +118,7 @@ def coactivation(
         "WHERE layer = $layer AND site = $site",
         {"layer": layer, "site": site},
     )
-    return _counts(run, info, info, totals, domain, phase)
+    return _counts(run, info, info, totals, (domain, phase, part))
 
 
 def _counts(
@@ -114,12 +126,11 @@ def _counts(
     first: SiteInfo,
     second: SiteInfo,
     totals: tuple[str, Params],
-    domain: str | None,
-    phase: str | None,
+    filters: Filters,
 ) -> PairCounts:
     shape = (first.n_experts, second.n_experts)
-    n_all = _count_tokens(run, domain, phase, step=1)
-    if domain is None and phase is None:
+    n_all = _count_tokens(run, filters, step=1)
+    if filters == (None, None, None):
         rows = run.query(*totals)
         if len(rows):
             return PairCounts(_table(rows, shape), n_all, n_all)
@@ -130,14 +141,14 @@ def _counts(
             "--level ids."
         )
     step = -(-n_all // MAX_TOKENS) or 1
-    rows = run.query(*_count_pairs(first, second, domain, phase, step))
-    return PairCounts(_table(rows, shape), _count_tokens(run, domain, phase, step=step), n_all)
+    rows = run.query(*_count_pairs(first, second, filters, step))
+    return PairCounts(_table(rows, shape), _count_tokens(run, filters, step=step), n_all)
 
 
 def _count_pairs(
-    first: SiteInfo, second: SiteInfo, domain: str | None, phase: str | None, step: int
+    first: SiteInfo, second: SiteInfo, filters: Filters, step: int
 ) -> tuple[str, Params]:
-    where, params = conditions(domain=domain, phase=phase)
+    where, params = _conditions(filters)
     params |= {"a_layer": first.layer, "a_site": first.site, "step": step}
     params |= {"b_layer": second.layer, "b_site": second.site}
     return (
@@ -158,8 +169,14 @@ def _count_pairs(
     )
 
 
-def _count_tokens(run: Run, domain: str | None, phase: str | None, *, step: int) -> int:
-    where, params = conditions(domain=domain, phase=phase)
+def _conditions(filters: Filters) -> tuple[str, Params]:
+    domain, phase, part = filters
+    # what is sampled here is sampled by this module
+    return conditions(domain=domain, phase=phase, part=part.whole() if part else None)
+
+
+def _count_tokens(run: Run, filters: Filters, *, step: int) -> int:
+    where, params = _conditions(filters)
     rows = run.query(
         "SELECT count(*) AS n FROM tokens JOIN prompts USING (prompt_id) "
         f"WHERE {where} AND token_id % $step = 0",
@@ -181,6 +198,7 @@ def tokens_of_both(
     *,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
     limit: int = 50,
     context: int = 8,
 ) -> pd.DataFrame:
@@ -201,7 +219,7 @@ def tokens_of_both(
         ``domain`` (``""`` = none), ``first_weight``, ``second_weight``, ``before``, ``text``,
         ``after``. The three texts are None without a tokenizer. No rows at level ``stats``.
     """
-    both, params = _both(first, second, domain, phase)
+    both, params = _both(first, second, (domain, phase, part))
     return run.query(
         f"""
         WITH hits AS (
@@ -233,14 +251,15 @@ def both_count(
     *,
     domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
 ) -> int:
     """Return how many tokens chose two experts; 0 at level ``stats``."""
-    both, params = _both(first, second, domain, phase)
+    both, params = _both(first, second, (domain, phase, part))
     return int(run.query(f"SELECT count(*) AS n FROM ({both})", params)["n"].iloc[0])
 
 
-def _both(first: Place, second: Place, domain: str | None, phase: str | None) -> tuple[str, Params]:
-    where, params = conditions(domain=domain, phase=phase)
+def _both(first: Place, second: Place, filters: Filters) -> tuple[str, Params]:
+    where, params = _conditions(filters)
     for name, place in (("a", first), ("b", second)):
         params |= {f"{name}_layer": place[0], f"{name}_site": place[1], f"{name}_expert": place[2]}
     return (

@@ -1,8 +1,12 @@
 """The prompts of a run."""
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from explorer.queries._where import Params, conditions
+from explorer.queries._where import Params, Part, prompt_conditions
 from explorer.run import Run
 
 
@@ -11,6 +15,7 @@ def prompts(
     *,
     domain: str | None = None,
     search: str | None = None,
+    part: Part | None = None,
     limit: int = 200,
     offset: int = 0,
 ) -> pd.DataFrame:
@@ -20,6 +25,8 @@ def prompts(
     ----------
     search : str, optional
         Text that the prompt contains, upper or lower case; no wildcards.
+    part : Part, optional
+        Prompts with at least one of its tokens.
     limit, offset : int
         Which part of the list; ``prompt_count`` says how many there are.
 
@@ -30,7 +37,7 @@ def prompts(
         ``tokens`` recorded, ``generated`` (contained in ``tokens``), ``truncated`` (tokens cut
         off), ``mean_loss`` in nats per token (missing where no token has a loss).
     """
-    where, params = _matching(domain, search)
+    where, params = _matching(domain, search, part)
     return _prompts(
         run,
         f"WHERE {where} ORDER BY prompt_id LIMIT $limit OFFSET $offset",
@@ -43,15 +50,27 @@ def prompt(run: Run, prompt_id: int) -> pd.DataFrame:
     return _prompts(run, "WHERE prompt_id = $prompt_id", {"prompt_id": prompt_id})
 
 
-def prompt_count(run: Run, *, domain: str | None = None, search: str | None = None) -> int:
+def prompt_count(
+    run: Run, *, domain: str | None = None, search: str | None = None, part: Part | None = None
+) -> int:
     """Return how many prompts match."""
-    where, params = _matching(domain, search)
+    where, params = _matching(domain, search, part)
     rows = run.query(f"SELECT count(*) AS n FROM prompts WHERE {where}", params)
     return int(rows["n"].iloc[0])
 
 
-def _matching(domain: str | None, search: str | None) -> tuple[str, Params]:
-    where, params = conditions(domain=domain)
+def prompt_tokens(run: Run, prompt_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the ids of all tokens of some prompts, those that were generated included."""
+    rows = run.table(
+        "SELECT token_id FROM tokens WHERE prompt_id IN (SELECT unnest($ids::INTEGER[])) "
+        "ORDER BY token_id",
+        {"ids": list(prompt_ids)},
+    )
+    return np.asarray(rows["token_id"].to_numpy(), dtype=np.int64)
+
+
+def _matching(domain: str | None, search: str | None, part: Part | None) -> tuple[str, Params]:
+    where, params = prompt_conditions(domain=domain, part=part)
     if search:
         where += " AND contains(lower(text), lower($search))"
         params["search"] = search
