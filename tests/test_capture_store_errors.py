@@ -352,8 +352,10 @@ def test_a_missing_run_is_named(tmp_path):
 
 def test_a_run_open_elsewhere_in_this_process_is_no_broken_run(out, forward):
     write(out, SITES, [forward])
+    with duckdb.connect(str(out), read_only=True), RunReader.open(out) as run:
+        assert run.info["n_tokens"] == 4
     with (
-        duckdb.connect(str(out), read_only=True),
+        duckdb.connect(str(out)),
         pytest.raises(StoreError, match=r"open in this process with other settings. Close that"),
     ):
         RunReader.open(out)

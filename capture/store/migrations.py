@@ -12,8 +12,8 @@ from capture.store import schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, partial_of, publish
 from capture.store.interrupts import as_keyboard_interrupt
+from capture.store.opening import connect, read_version
 from capture.store.pairs import pairs_of_rows, store_pairs
-from capture.store.reader import connect, read_version
 from capture.store.records import LEVELS, SiteInfo
 
 

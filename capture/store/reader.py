@@ -9,22 +9,15 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
-from capture.errors import SchemaVersionError, StoreError
+from capture.errors import StoreError
 from capture.store import schema
+from capture.store.opening import not_a_run
 from capture.store.records import SiteInfo
-
-# a run may come from a stranger: a query on it reads no other file and no Python variable
-_CONFIG = {
-    "enable_external_access": "false",
-    "python_enable_replacements": "false",
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "lock_configuration": "true",
-}
+from capture.store.sandbox import open_sandbox
 
 
 class RunReader:
-    """A read-only connection to one run file.
+    """A read-only connection to one run file, whoever made it; see ``sandbox``.
 
     Attributes
     ----------
@@ -55,9 +48,8 @@ class RunReader:
             If the file does not exist or is no run file.
         """
         path = Path(path)
-        connection = connect(path, read_only=True, config=_CONFIG)
+        connection = open_sandbox(path)
         try:
-            check_version(path, connection)
             return cls(path, connection)
         except duckdb.Error as error:
             connection.close()
@@ -88,10 +80,12 @@ class RunReader:
                 raise StoreError(f"{self.path} is closed. Open it again with RunReader.open.")
             cursor = self._connection.cursor()
         try:
-            relation = cursor.sql(sql, params=params)
-            if relation is None:
-                raise StoreError(f"A query must return rows, got {sql[:200]!r}. Use a SELECT.")
-            return relation.to_arrow_table()
+            kinds = [statement.type for statement in cursor.extract_statements(sql)]
+            if kinds != [duckdb.StatementType.SELECT]:
+                raise StoreError(
+                    f"The query on {self.path} failed: expected one SELECT, got {sql[:200]!r}."
+                )
+            return cursor.sql(sql, params=params).to_arrow_table()
         except duckdb.Error as error:
             raise StoreError(f"The query on {self.path} failed: {error}") from error
         finally:
@@ -114,62 +108,3 @@ class RunReader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def connect(
-    path: Path, *, read_only: bool, config: dict[str, str] | None = None
-) -> duckdb.DuckDBPyConnection:
-    """Open a DuckDB file, with one clear error for all that can be wrong with it."""
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise StoreError(
-            f"A run file was expected at {path}, which is {found}. Record one with: "
-            "python -m capture MODEL --prompts FILE --out RUN"
-        )
-    try:
-        return duckdb.connect(str(path), read_only=read_only, config=dict(config or {}))
-    except duckdb.Error as error:
-        if "different configuration" in str(error):
-            raise StoreError(
-                f"{path} is open in this process with other settings. Close that connection first."
-            ) from error
-        if "Could not set lock" in str(error):
-            raise StoreError(
-                f"{path} is being written by another process. Wait until its capture ends."
-            ) from error
-        raise not_a_run(path, error) from error
-
-
-def check_version(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
-    """Refuse a run file of another schema version, and a file that is no run at all."""
-    found = read_version(path, connection)
-    if found < schema.SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"{path} has schema version {found}, and this code reads {schema.SCHEMA_VERSION}. "
-            f"Convert it: python -m capture migrate '{path}' NEW"
-        )
-    if found > schema.SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"{path} has schema version {found}, and this code reads {schema.SCHEMA_VERSION}. "
-            "Update RouteScope to read it."
-        )
-
-
-def read_version(path: Path, connection: duckdb.DuckDBPyConnection) -> int:
-    """Return the schema version of an open file."""
-    try:
-        rows = connection.sql(schema.SELECT_VERSION).fetchall()
-    except duckdb.Error as error:
-        raise not_a_run(path, error) from error
-    if len(rows) != 1:
-        raise not_a_run(path, None)
-    return int(rows[0][0])
-
-
-def not_a_run(path: Path, error: Exception | None) -> StoreError:
-    """Make the error for a file that is not a run file."""
-    reason = str(error).splitlines()[0] if error else "its run table has no single row"
-    return StoreError(
-        f"A run file was expected at {path}, but it is none ({reason}). Record one with: "
-        "python -m capture MODEL --prompts FILE --out RUN"
-    )

@@ -10,8 +10,8 @@ from capture.store.accounting import check_counts
 from capture.store.codec import Layout
 from capture.store.files import SUFFIX, check_free, publish
 from capture.store.interrupts import as_keyboard_interrupt
+from capture.store.opening import check_version, connect, not_a_run
 from capture.store.pairs import pairs_of_rows, store_pairs
-from capture.store.reader import check_version, connect, not_a_run
 from capture.store.records import LEVELS, SiteInfo
 
 

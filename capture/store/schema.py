@@ -274,7 +274,7 @@ COUNT_DIAGONAL = (
 )
 
 SELECT_RUN = "SELECT * FROM run"
-SELECT_VERSION = "SELECT schema_version FROM packed.run"
+RUN_TABLE = "packed.run"
 SELECT_LEVEL = "SELECT level FROM packed.run"
 SELECT_LAYOUT = "SELECT id_bits, slots FROM packed.run"
 SELECT_SITES = "SELECT * FROM sites ORDER BY layer, site"
@@ -298,6 +298,11 @@ SET_VERSION = "UPDATE packed.run SET schema_version = ?"
 
 
 PROMPT_COLUMNS = ("prompt_id", "text", "domain", "source", "n_tokens", "truncated")
+
+
+def select_version(table: str) -> str:
+    """Write the query for the schema version in the run table, called ``table`` here."""
+    return f"SELECT schema_version FROM {table}"
 
 
 def count_rows(table: str) -> str:
@@ -369,11 +374,13 @@ def statements_of_version_2() -> Sequence[str]:
 def create_statements(layout: Layout) -> Sequence[str]:
     """Write the statements that make an empty run file."""
     growing = _create(tables(layout))
+    return [_FIXED_TABLES, _ATTENTION_LAYERS, *growing, *view_statements(layout)]
+
+
+def view_statements(layout: Layout) -> Sequence[str]:
+    """Write the statements that make the views over the tables."""
     statistics = ", ".join(f"{sql_half(name)} AS {name}" for name in STATISTICS)
     return [
-        _FIXED_TABLES,
-        _ATTENTION_LAYERS,
-        *growing,
         _FIXED_VIEWS,
         _PAIR_VIEWS,
         _ATTENTION_VIEWS,
