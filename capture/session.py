@@ -17,6 +17,7 @@ from capture.config import (
 )
 from capture.errors import CaptureCancelled, CaptureError
 from capture.estimate import check_space
+from capture.interrupts import remembered_interrupts
 from capture.progress import Progress, Reporter
 from capture.prompts import Prompt, PromptSource, read_prompts
 from capture.sampling import plan_sample
@@ -303,12 +304,15 @@ class _Session:
         from capture.selftest import probe_tokens
 
         def check() -> None:
+            if interrupted():
+                raise KeyboardInterrupt
             if cancel is not None and cancel():
                 raise _Stop
 
         hidden_rows = HiddenRows()
         model = self.loaded.model
         with (
+            remembered_interrupts() as interrupted,
             Head(model).open(probe_tokens(model)[:1]) as head,
             tap(self.sites, hidden_rows=hidden_rows) as taps,
             compiled(model, self.loaded.compiler),

@@ -1,7 +1,9 @@
 """A recorded run says what the model did: against the model itself, alone, and by hand."""
 
+import contextlib
 import functools
 import gc
+import signal
 import weakref
 
 import numpy as np
@@ -400,6 +402,24 @@ def test_an_interrupt_between_passes_keeps_what_was_recorded(tmp_path):
     assert reports.count("interrupt") == 1
     with RunReader.open(tmp_path / "a.duckdb") as run:
         assert not run.info["complete"] and run.info["n_tokens"] > 20
+
+
+def test_ctrl_c_that_a_callback_swallows_still_ends_the_capture(tmp_path):
+    model = tiny_models.build("olmoe")
+    calls = []
+
+    def swallowing(*_):
+        calls.append(1)
+        if len(calls) == 6:
+            # what Python does with errors in finalizers, and torch in some of its callbacks
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    model.model.register_forward_pre_hook(swallowing)
+    with pytest.raises(CaptureCancelled, match=r"Interrupted: .* kept as the incomplete run"):
+        record(model, unequal(), tmp_path / "a.duckdb", batch_tokens=1)
+    assert len(calls) == 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_before_the_first_pass_leaves_nothing(tmp_path):
