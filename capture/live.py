@@ -132,7 +132,29 @@ def sequence_losses(
     pad_id: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> SequenceLosses:
-    """Return the loss of every sequence.
+    """Return the loss of every sequence; takes and refuses what :func:`token_losses` does."""
+    losses = token_losses(
+        model, sequences, swapped=swapped, pad_id=pad_id, batch_tokens=batch_tokens
+    )
+    return summed(losses)
+
+
+def summed(losses: Sequence[npt.NDArray[np.float32]]) -> SequenceLosses:
+    """Return the sums of losses that :func:`token_losses` gave."""
+    sums = np.array([one.sum(dtype=np.float64) for one in losses])
+    return SequenceLosses(sums, np.array([len(one) for one in losses], dtype=np.int64))
+
+
+def token_losses(
+    model: nn.Module,
+    sequences: Sequence[npt.ArrayLike],
+    *,
+    swapped: Swap = nullcontext,
+    pad_id: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    before_batch: Callable[[npt.NDArray[np.int64]], None] | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """Return the loss of every token that follows another, sequence by sequence.
 
     Batches depend on the lengths only, so that two calls with the same sequences pair exactly.
 
@@ -148,6 +170,13 @@ def sequence_losses(
         What padding holds, hidden by the mask. Default: the configuration's, else 0.
     batch_tokens : int
         Upper bound of a forward pass, padding included.
+    before_batch : callable, optional
+        Told which sequences the next forward pass holds, one a row of the batch.
+
+    Returns
+    -------
+    list of array [S - 1], float32, nats
+        Of the second token on.
 
     Raises
     ------
@@ -162,16 +191,21 @@ def sequence_losses(
             f"{min(lengths, default=0)}. Leave shorter ones out."
         )
     pad = pad_id if pad_id is not None else getattr(text_config(model), "pad_token_id", None) or 0
-    sums = np.zeros(len(ids))
+    losses = [np.zeros(length - 1, dtype=np.float32) for length in lengths]
     with torch.inference_mode(), Head(model).open(probe_tokens(model)[:1]) as head:
         runner = Runner(model, head)
         # opened late: what the head tries out is no part of what a swap counts
         with swapped():
             for numbers in plan_batches(lengths, batch_tokens):
+                if before_batch is not None:
+                    before_batch(numbers)
                 batch = pad_batch(numbers, ids, side="right", pad_id=int(pad))
-                loss = runner.prompts(batch).loss.double().cpu().numpy()
-                np.add.at(sums, batch.row_prompt[next_in_prompt(batch)], loss)
-    return SequenceLosses(sums, np.asarray(lengths, dtype=np.int64) - 1)
+                loss = runner.prompts(batch).loss.float().cpu().numpy()
+                has_next = next_in_prompt(batch)
+                of = batch.row_prompt[has_next]
+                for number in numbers:
+                    losses[number] = loss[of == number]
+    return losses
 
 
 def loss_change(native: SequenceLosses, swapped: SequenceLosses) -> LossChange:

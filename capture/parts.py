@@ -1,7 +1,7 @@
 """Gate layers, MoE blocks and attention heads token by token: what is gated to 0 does not run.
 
 Heads are the exception: they are computed and then multiplied, so that nothing is saved. A gate
-over heads is *simulated* and says so.
+over heads is *simulated* and says so, and so is every gate that is masked for training.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +84,7 @@ def gate_parts(
     part: Part,
     only: Sequence[int] | None = None,
     attention: bool = False,
+    masked: bool = False,
 ) -> Iterator[Gated]:
     """Let ``rule`` decide which tokens use which parts, until the block is left.
 
@@ -106,6 +107,9 @@ def gate_parts(
     attention : bool
         Give rules attention: of the same layer for a block, of the layer before for a layer and
         its heads. A layer that some tokens skipped has none to give.
+    masked : bool
+        Compute every part and multiply it by its gate, so that gradients reach closed gates too:
+        for training. Nothing is skipped, and tokens that skip a layer are still seen there.
 
     Yields
     ------
@@ -120,7 +124,7 @@ def gate_parts(
     if model.training:
         raise SwapError("A model in evaluation mode was expected. Call model.eval() first.")
     sites = attach(model) if sites is None else list(sites)
-    modules = _modules(model, sites, part)
+    modules = part_modules(model, sites, part)
     wanted = list(rule if isinstance(rule, Mapping) else modules)
     if only is not None:
         wanted = [layer for layer in only if layer in wanted or layer not in modules]
@@ -129,7 +133,7 @@ def gate_parts(
             raise SwapError(
                 f"Layer {layer} has no {part} to gate. There are: {', '.join(map(str, modules))}."
             )
-    gated = Gated(part, simulated=part == "head")
+    gated = Gated(part, simulated=masked or part == "head")
     with ExitStack() as stack:
         shapes = {} if part == "head" else _outputs(model, {n: modules[n] for n in wanted})
         run = _Run(stack.enter_context(Passes().follow(model)), back=0 if part == "block" else 1)
@@ -144,7 +148,8 @@ def gate_parts(
             if part == "head":
                 _gate_heads(gate, modules[layer], head_count(modules[layer], model), stack)
             else:
-                wrap = _Skip(gate, shapes[layer], adds=part == "block").wrap
+                skip = _Skip(gate, shapes[layer], adds=part == "block")
+                wrap = skip.mask if masked else skip.wrap
                 stack.enter_context(forward_replaced(modules[layer], wrap))
         yield gated
 
@@ -253,6 +258,23 @@ class _Skip:
 
         return forward
 
+    def mask(self, stock: Forward) -> Forward:
+        """Return the forward that computes all and multiplies, without a cut for gradients."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            gate = self.gate.ask(hidden, columns=1, part="layer")
+            output = stock(*args, **kwargs)
+            self.gate.count.rows += len(gate)
+            first = output[0] if isinstance(output, tuple) else output
+            shaped = gate.reshape(*first.shape[:-1], 1)
+            base = 0.0 if self.adds else hidden
+            # the second factor is 0 at a gate of 1, whose output is so the module's own, bit for bit
+            mixed = first - (first - base) * (1 - shaped)
+            return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+        return forward
+
     def _put_back(self, output: Any, first: torch.Tensor, kept: Kept) -> torch.Tensor:
         """Return ``first`` [..., D] with the kept rows replaced by the output's."""
         rows = output[0] if isinstance(output, tuple) else output
@@ -290,17 +312,17 @@ def _gate_heads(gate: _Gate, attention: nn.Module, n_heads: int, stack: ExitStac
         return ((heads * asked[0][..., None]).reshape(args[0].shape), *args[1:])
 
     stack.callback(attention.register_forward_pre_hook(before, with_kwargs=True).remove)
-    for layer in _output_layers(attention, n_heads):
+    for layer in output_layers(attention, n_heads):
         stack.callback(layer.register_forward_pre_hook(mix).remove)
 
 
-def _output_layers(attention: nn.Module, n_heads: int) -> list[nn.Linear]:
+def output_layers(attention: nn.Module, n_heads: int) -> list[nn.Linear]:
     """Return the layer that mixes the heads, whose input is one head after the other."""
     layers = [getattr(attention, name, None) for name in OUTPUT_NAMES]
     return [m for m in layers if isinstance(m, nn.Linear) and m.in_features % n_heads == 0][:1]
 
 
-def _modules(model: nn.Module, sites: Sequence[Site], part: Part) -> dict[int, nn.Module]:
+def part_modules(model: nn.Module, sites: Sequence[Site], part: Part) -> dict[int, nn.Module]:
     """Return the module that a gate acts on, by layer; layers without one are left out."""
     layers = decoder_layers(model)
     if part == "layer":
@@ -319,7 +341,7 @@ def _modules(model: nn.Module, sites: Sequence[Site], part: Part) -> dict[int, n
     for number, whole in layers.items():
         attention = attention_modules(whole)
         n_heads = head_count(attention[0], model) if len(attention) == 1 else 0
-        if n_heads and _output_layers(attention[0], n_heads):
+        if n_heads and output_layers(attention[0], n_heads):
             found[number] = attention[0]
     if not found:
         raise SwapError(

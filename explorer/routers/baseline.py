@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from math import ceil, floor
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 
@@ -133,8 +133,12 @@ class MatchedRandomRouter(RandomRouter):
                 f"{'nothing' if beside is None else 'a mask of parts'}. "
                 "Pass target=other_router.route(inputs)."
             )
-        counts = (beside.expert_ids >= 0).sum(dim=-1).bincount().double()
-        self.shares_ = counts / counts.sum()
+        self.match((beside.expert_ids >= 0).sum(dim=-1).bincount())
+
+    def match(self, counts: torch.Tensor) -> Self:
+        """Learn from the numbers of tokens with 0, 1, 2, ... experts, [K + 1]."""
+        self.shares_ = counts.double() / counts.sum()
+        return self
 
     def _shares(self, inputs: RouterInputs) -> torch.Tensor:
         return self.shares_
