@@ -269,7 +269,7 @@ class _Skip:
             first = output[0] if isinstance(output, tuple) else output
             shaped = gate.reshape(*first.shape[:-1], 1)
             base = 0.0 if self.adds else hidden
-            # the second factor is 0 at a gate of 1, whose output is so the module's own, bit for bit
+            # at a gate of 1 the product is 0, and the output the module's own, bit for bit
             mixed = first - (first - base) * (1 - shaped)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
