@@ -18,11 +18,11 @@ PARTS = [
     Part(search="%"),
     Part(search="größe"),
     Part(search="no such text"),
-    Part(slice_key="s", token_ids=IDS),
-    Part(slice_key="none", token_ids=IDS[:0]),
-    Part(search="court", slice_key="s", token_ids=IDS),
+    Part(slice="s", token_ids=IDS),
+    Part(slice="none", token_ids=IDS[:0]),
+    Part(search="court", slice="s", token_ids=IDS),
     Part(search="a", step=3),
-    Part(slice_key="s", step=2, token_ids=IDS),
+    Part(slice="s", step=2, token_ids=IDS),
 ]
 FILTERS = [{}, {"domain": "code"}, {"phase": "prompt"}, {"domain": "law", "phase": "generated"}]
 
@@ -195,6 +195,6 @@ def test_a_run_without_ids_has_no_load_of_a_part(tmp_path):
 
 
 def test_what_makes_parts_the_same():
-    assert Part(slice_key="s", token_ids=IDS).key == Part(slice_key="s", token_ids=IDS[:1]).key
+    assert Part(slice="s", token_ids=IDS).key == Part(slice="s", token_ids=IDS[:1]).key
     assert Part(search="a", step=3).whole() == Part(search="a")
     assert Part(search="a").key != Part(search="b").key

@@ -1,8 +1,9 @@
 """What every figure says below its title: how many tokens, which ones, and that padding is out."""
 
+import html
 from typing import NamedTuple
 
-from explorer.figures.text import domain_label
+from explorer.figures.text import domain_label, label
 
 
 class Scope(NamedTuple):
@@ -15,28 +16,73 @@ class Scope(NamedTuple):
         Filters in force; None = all.
     complete : bool
         False for a run whose capture did not end.
+    search : str or None
+        Text that the prompts contain.
+    slice : str or None
+        Name of the slice that the tokens are of.
+    whole_prompts : bool
+        All tokens of the prompts that have one of the slice.
+    step : int
+        Only every so manieth token was counted.
+    layers : (int, int) or None
+        First and last layer of a figure that has a range of the run's layers only.
     """
 
     n_tokens: int
     domain: str | None = None
     phase: str | None = None
     complete: bool = True
+    search: str | None = None
+    slice: str | None = None
+    whole_prompts: bool = False
+    step: int = 1
+    layers: tuple[int, int] | None = None
 
     def caption(self, *notes: str) -> str:
         """Return the line, with ``notes`` (escaped) at its end."""
         tokens = "token" if self.n_tokens == 1 else "tokens"
+        line = f"n = {self.n_tokens:,} {tokens}"
+        filters = self._filters()
+        if filters:
+            line += f" of {', '.join(filters)}"
+        parts = [line, "padding excluded", *notes]
+        if self.step > 1:
+            parts.append(f"counted from every {ordinal(self.step)} token")
+        if self.layers is not None:
+            first, last = self.layers
+            parts.append(f"layer {first} only" if first == last else f"layers {first} to {last}")
+        if not self.complete:
+            parts.append("the capture did not end: a part of its prompts")
+        return "; ".join(parts)
+
+    def filters_text(self) -> str:
+        """Return the filters in force, for Markdown."""
+        plain = (html.unescape(part) for part in self._filters())
+        return ", ".join(f"`{part.replace('`', 'ˋ')}`" for part in plain)
+
+    def _filters(self) -> list[str]:
+        """Return what chose the tokens, escaped."""
         filters = []
         if self.domain is not None:
             filters.append(f"domain {domain_label(self.domain)}")
         if self.phase is not None:
             filters.append(f"phase {self.phase}")
-        line = f"n = {self.n_tokens:,} {tokens}"
-        if filters:
-            line += f" of {', '.join(filters)}"
-        parts = [line, "padding excluded", *notes]
-        if not self.complete:
-            parts.append("the capture did not end: a part of its prompts")
-        return "; ".join(parts)
+        if self.search:
+            filters.append(f"prompts with “{label(self.search, limit=24)}”")
+        if self.slice:
+            whole = "prompts of " if self.whole_prompts else ""
+            filters.append(f"{whole}slice “{label(self.slice, limit=24)}”")
+        return filters
+
+    def without_filters(self) -> "Scope":
+        """Return the scope of a figure on which no filter but the phase acts."""
+        return self._replace(domain=None, search=None, slice=None, step=1)
+
+
+def ordinal(number: int) -> str:
+    """Return 2nd, 3rd, 4th and so on."""
+    last = "th" if number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{last}"
 
 
 def site_name(layer: int, site: int, *, several: bool) -> str:

@@ -4,12 +4,12 @@ The address is the only truth: widgets are set from it before they are drawn, an
 when they change. Leaving a page and coming back within a session restores what it showed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import streamlit as st
 
-GLOBAL_NAMES = ("run", "phase", "domain", "layer")
+GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "layers", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
     "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
@@ -17,9 +17,10 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("measure", "head", "prompt", "token", "window", "show"),
     "flow": ("steps", "flows", "pair"),
     "capture": ("job",),
+    "share": (),
 }
 # what means nothing in another run
-OF_A_RUN = ("phase", "domain", "layer", "prompt", "token", "pins", "expert", "head", "pair")
+OF_A_RUN = (*GLOBAL_NAMES[1:], "prompt", "token", "pins", "expert", "head", "pair")
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
 
 
@@ -32,6 +33,16 @@ def begin(page: str) -> None:
             if name not in st.query_params and memory.get(name):
                 st.query_params[name] = memory[name]
     state[_PAGE] = page
+
+
+def names_of(page: str) -> tuple[str, ...]:
+    """Return what the address of a page may hold."""
+    return (*GLOBAL_NAMES, *PAGE_NAMES.get(page, ()))
+
+
+def restart(params: Mapping[str, str]) -> None:
+    """Forget what the session showed, and remember this address instead."""
+    st.session_state[_MEMORY] = dict(params)
 
 
 def place_notes() -> None:
@@ -53,6 +64,12 @@ def write(name: str, value: str) -> None:
         st.query_params[name] = value
     elif name in st.query_params:
         del st.query_params[name]
+
+
+def kept(*left_out: str) -> dict[str, str]:
+    """Return the filters that a link to another page takes with it."""
+    values = {name: read(name) for name in GLOBAL_NAMES if name not in left_out}
+    return {name: value for name, value in values.items() if value}
 
 
 def write_run(name: str) -> None:

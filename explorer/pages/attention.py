@@ -45,7 +45,7 @@ def render() -> None:
     if ask(view, attention_prompts).empty:
         _not_recorded()
         return
-    prompts = ask(view, attention_prompts, domain=view.domain)
+    prompts = ask(view, attention_prompts, **view.prompt_filters)
     st.markdown(
         "Before a layer's router chooses experts, the layer's attention **heads** gather "
         "information from earlier tokens. Below is where each head looks; click one for its map."
@@ -56,7 +56,7 @@ def render() -> None:
             "to this page."
         )
     if prompts.empty:
-        st.info("No prompt of this domain has attention recorded. Choose another domain.")
+        st.info("No prompt of these filters has attention recorded. Change them at the side.")
         return
     head = _chosen_head(view)
     left, right = st.columns(2, gap="large")
@@ -94,7 +94,7 @@ def _not_recorded() -> None:
 
 def _chosen_head(view: View) -> tuple[int, int]:
     """Return the head of the address; by default the first one of the layer at the side."""
-    stats = ask(view, head_stats)
+    stats = view.of_layers(ask(view, head_stats))
     names = {
         f"{layer}.{head}": (int(layer), int(head))
         for layer, head in zip(stats["layer"], stats["head"], strict=True)
@@ -114,15 +114,15 @@ def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
         show=_MEASURES.__getitem__,
         help="  \n".join(f"**{_MEASURES[m]}**: {MEASURES[m].meaning}" for m in _MEASURES),
     )
-    stats = ask(view, head_stats, domain=view.domain)
-    layers = ask(view, attention_layers)
+    stats = view.of_layers(ask(view, head_stats, **view.prompt_filters))
+    layers = view.of_layers(ask(view, attention_layers))
     queries = int(stats["queries"].max())
     figure = head_overview(
         stats,
         layers,
         measure,
         baseline=uniform_head(zip(prompts["tokens"], prompts["every"], strict=True)),
-        scope=_scope(view, queries),
+        scope=_scope(view, queries)._replace(layers=view.layers),
         n_prompts=len(prompts),
         chosen=head,
         dark=is_dark(),
@@ -230,7 +230,8 @@ def _whole_map(
 
 
 def _prompt_scope(view: View, prompt: pd.Series) -> Scope:
-    return _scope(view, int(prompt["tokens"]))._replace(domain=prompt["domain"] or None)
+    scope = _scope(view, int(prompt["tokens"])).without_filters()
+    return scope._replace(domain=prompt["domain"] or None)
 
 
 def _head_on_prompt(

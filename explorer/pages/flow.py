@@ -57,7 +57,7 @@ def render() -> None:
 
 def _hops(view: View) -> list[Hop]:
     several = several_sites(view.run)
-    sites = last_sites(view.run)
+    sites = [site for site in last_sites(view.run) if view.shows(site.layer)]
     names = [f"{s.layer}.{s.site}" if several else str(s.layer) for s in sites]
     return [
         Hop((a.layer, a.site), (b.layer, b.site), names[i], names[i + 1])
@@ -71,7 +71,7 @@ def _start(view: View, hops: list[Hop]) -> int:
 
 
 def _pairs(view: View, hop: Hop) -> tuple[Pairs, PairCounts]:
-    counts = ask(view, transitions, layer=hop.first[0], domain=view.domain, phase=view.phase)
+    counts = ask(view, transitions, layer=hop.first[0], **view.filters)
     uplift = transition_uplift(counts.tokens)
     return Pairs(counts.tokens, uplift, hop.first_name, hop.second_name), counts
 
@@ -150,8 +150,7 @@ def _coactivation(view: View) -> None:
         coactivation,
         layer=view.layer,
         site=view.site,
-        domain=view.domain,
-        phase=view.phase,
+        **view.filters,
     )
     pairs = Pairs(counts.tokens, pair_uplift(counts.tokens), view.site_name, view.site_name)
     place = view.layer, view.site

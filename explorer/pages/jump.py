@@ -23,6 +23,4 @@ def follow() -> None:
     target = st.session_state.pop(_TARGET, None)
     if target is None:
         return
-    kept = {name: address.read(name) for name in ("run", "phase", "domain")}
-    there = {name: value for name, value in kept.items() if value} | target
-    st.switch_page("explorer/pages/tokens.py", query_params=there)
+    st.switch_page("explorer/pages/tokens.py", query_params=address.kept("layer") | target)

@@ -37,9 +37,9 @@ _TILES = {
 
 def render() -> None:
     """Draw the page."""
-    view = current_view()
+    view = current_view().sampled()
     jump.follow()
-    load = ask(view, expert_load, domain=view.domain, phase=view.phase)
+    load = view.of_layers(ask(view, expert_load, **view.filters))
     here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
     balance = balance_of(view, load)
     st.markdown(
@@ -116,10 +116,10 @@ def _by_part(view: View) -> None:
     """Draw the load of the layer in each domain and phase, where there are several."""
     place = {"layer": view.layer, "site": view.site}
     if len(view.run.domains) > 1 and view.domain is None:
-        load = ask(view, expert_load_by_domain, phase=view.phase, **place)
+        load = ask(view, expert_load_by_domain, phase=view.phase, part=view.part, **place)
         _part(view, load, "domain")
     if len(view.run.phases) > 1 and view.phase is None:
-        load = ask(view, expert_load_by_phase, domain=view.domain, **place)
+        load = ask(view, expert_load_by_phase, **view.prompt_filters, **place)
         _part(view, load, "phase")
 
 
@@ -153,7 +153,7 @@ def _over_layers(view: View, balance: pd.DataFrame) -> None:
     )
     columns = [metric, f"{metric}_floor", f"{metric}_floor_low", f"{metric}_floor_high"]
     chart(
-        balance_over_layers(balance, metric, scope=view.scope(), dark=is_dark()),
+        balance_over_layers(balance, metric, scope=view.scope(over_layers=True), dark=is_dark()),
         key="over layers",
         alt=f"{METRIC_TEXTS[metric].label} of {len(balance)} layers, from "
         f"{balance[metric].min():.3g} to {balance[metric].max():.3g}, with the values that "
@@ -198,7 +198,7 @@ def _capacity(view: View) -> None:
         f"keeps those with the largest weight (policy *probs*), {row['weight_probs']:.1%} and "
         f"{row['tokens_probs']:.2%}. From factor {zero_from:.2f} on nothing is dropped."
     )
-    scope = view.scope(n_tokens)._replace(domain=None)
+    scope = view.scope(n_tokens).without_filters()
     if n_tokens < n_all:
         st.caption(f"Computed from the first {n_tokens:,} of {n_all:,} tokens, whole batches.")
     chart(

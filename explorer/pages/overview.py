@@ -18,10 +18,10 @@ _ORDERS = {"expert": "by id", "load": "by load"}
 
 def render() -> None:
     """Draw the page."""
-    view = current_view()
+    view = current_view().sampled()
     jump.follow()
     st.markdown(_introduction(view))
-    load = ask(view, expert_load, domain=view.domain, phase=view.phase)
+    load = view.of_layers(ask(view, expert_load, **view.filters))
     _key_figures(view, load)
     _load_map(view, load)
     details, domains = st.columns([3, 2], gap="large")
@@ -56,13 +56,13 @@ def _introduction(view: View) -> str:
 def _key_figures(view: View, load: pd.DataFrame) -> None:
     scope = view.scope()
     balance = balance_of(view, load)
-    gates = ask(view, gate_means, domain=view.domain, phase=view.phase)
+    gates = view.of_layers(ask(view, gate_means, **view.filters))
     tiles = st.columns(5)
     tiles[0].metric(
         "Tokens",
         f"{scope.n_tokens:,}",
         border=True,
-        delta=f"of {ask(view, prompt_count, domain=view.domain):,} prompts",
+        delta=f"of {ask(view, prompt_count, **view.prompt_filters):,} prompts",
         delta_color="off",
         delta_arrow="off",
         help="Real tokens behind the figures; padding is never recorded.",
@@ -125,7 +125,7 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
         show=_ORDERS.__getitem__,
         help="By id, or each layer's experts from the busiest to the idlest.",
     )
-    figure = load_heatmap(load, scope=view.scope(), order=order, dark=is_dark())
+    figure = load_heatmap(load, scope=view.scope(over_layers=True), order=order, dark=is_dark())
     chart(
         figure,
         key="load map",
@@ -191,7 +191,7 @@ def _range(values: list[int]) -> str:
 
 def _domains(view: View) -> None:
     counts = ask(view, domain_counts)
-    st.subheader("Prompts by domain", anchor=False)
+    st.subheader("Prompts by domain, without filters", anchor=False)
     shown = counts.assign(domain=[visible(d) if d else "(none)" for d in counts["domain"]])
     st.dataframe(
         shown[["domain", "prompts", "tokens", "mean_loss"]],

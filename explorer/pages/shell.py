@@ -3,7 +3,7 @@
 import streamlit as st
 
 from explorer import service
-from explorer.pages import address, state
+from explorer.pages import address, filters, state
 from explorer.pages.components.job import follow
 from explorer.worker import CaptureRequest, Job, shared_worker
 
@@ -28,7 +28,7 @@ def frame(title: str) -> None:
     # no filter says anything about a capture
     if title == "Capture":
         return
-    st.session_state[_VIEW] = state.select_view()
+    st.session_state[_VIEW] = filters.select_view()
     active = [job for job in shared_worker().jobs() if job.active]
     if active:
         with st.sidebar:
@@ -49,7 +49,23 @@ def current_view() -> state.View:
             "This run's capture did not end: it holds a part of its prompts only.",
             icon=":material/warning:",
         )
+    if view.part is not None and not view.scope().n_tokens:
+        _nothing_matches(view)
+        st.stop()
     return view
+
+
+def _nothing_matches(view: state.View) -> None:
+    st.info(
+        "No token matches all the filters at the side: " + view.scope().filters_text() + ".",
+        icon=":material/filter_alt_off:",
+    )
+    st.button("Take the filters off", on_click=_take_filters_off)
+
+
+def _take_filters_off() -> None:
+    for name in ("phase", "domain", "search", "slice"):
+        address.write(name, "")
 
 
 def first_run() -> None:

@@ -1,22 +1,21 @@
-"""What the pages share: the runs folder, the open run, the filters, and cached answers."""
+"""What the pages share: the runs folder, the open run, the view of it, and cached answers."""
 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import streamlit as st
 
-from capture.errors import CaptureError
 from explorer.balance import balance_table
 from explorer.errors import ExplorerError
 from explorer.figures.caption import Scope, site_name
-from explorer.figures.text import visible
-from explorer.pages import address
+from explorer.pages import printing
 from explorer.queries.overview import token_count
+from explorer.queries.part import Part
 from explorer.run import Run, open_run
 
 T = TypeVar("T")
@@ -24,6 +23,8 @@ Key = tuple[str, int, int]  # path, time of change in ns, bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
+# (token, router) rows that are counted anew while somebody waits
+MAX_ROWS = 2_000_000
 NO_DOMAIN = "(none)"  # in the address, where "" means all domains
 PHASES = {"": "All", "prompt": "Prompt", "generated": "Generated"}
 
@@ -41,6 +42,10 @@ class View:
     domain, phase : str or None
         None = all; the domain "" = prompts without one.
     layer, site : int
+    part : Part or None
+        Of the prompts or tokens: what the search and the slice leave; None = all.
+    layers : (int, int) or None
+        First and last layer that figures over layers show; None = all.
     """
 
     run: Run
@@ -50,17 +55,69 @@ class View:
     phase: str | None
     layer: int
     site: int
+    part: Part | None = None
+    layers: tuple[int, int] | None = None
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """What chooses tokens, as the questions take it."""
+        return {"domain": self.domain, "phase": self.phase, "part": self.part}
+
+    @property
+    def prompt_filters(self) -> dict[str, Any]:
+        """What chooses prompts, as the questions take it."""
+        return {"domain": self.domain, "part": self.part}
+
+    def shows(self, layer: int) -> bool:
+        """Return whether a layer is in the range that is shown."""
+        return self.layers is None or self.layers[0] <= layer <= self.layers[1]
+
+    def of_layers(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows whose ``layer`` is in the range that is shown."""
+        if self.layers is None:
+            return rows
+        return rows[rows["layer"].between(*self.layers)].reset_index(drop=True)
+
+    def sampled(self) -> "View":
+        """Return the view for figures over all layers.
+
+        The run holds totals of domains and phases only, so that a part is counted anew. Where a
+        reader would wait for that, every n-th token is counted; captions say so.
+        """
+        if self.part is None:
+            return self
+        n_tokens = ask(self, token_count, **self.filters)
+        step = -(-n_tokens * len(self.run.sites) // MAX_ROWS)
+        return self if step <= 1 else replace(self, part=replace(self.part, step=step))
 
     @property
     def site_name(self) -> str:
         """The layer, and the router's number where a layer has several."""
         return site_name(self.layer, self.site, several=several_sites(self.run))
 
-    def scope(self, n_tokens: int | None = None) -> Scope:
-        """Return what captions say of the tokens behind a figure."""
+    def scope(self, n_tokens: int | None = None, *, over_layers: bool = False) -> Scope:
+        """Return what captions say of the tokens behind a figure.
+
+        Parameters
+        ----------
+        n_tokens : int, optional
+            By default those that the filters leave.
+        over_layers : bool
+            The figure draws layers, so that it has only those of the range.
+        """
         if n_tokens is None:
-            n_tokens = ask(self, token_count, domain=self.domain, phase=self.phase)
-        return Scope(n_tokens, self.domain, self.phase, bool(self.run.info["complete"]))
+            n_tokens = ask(self, token_count, **self.filters)
+        part = self.part or Part()
+        return Scope(
+            n_tokens,
+            self.domain,
+            self.phase,
+            bool(self.run.info["complete"]),
+            search=part.search,
+            slice=part.slice,
+            step=part.step,
+            layers=self.layers if over_layers else None,
+        )
 
 
 class Problem(NamedTuple):
@@ -86,39 +143,17 @@ def run_names() -> list[str]:
 
 def is_dark() -> bool:
     """Return whether the reader's theme is dark."""
-    return st.context.theme.type == "dark"
+    return (printing.theme() or st.context.theme.type) == "dark"
 
 
-def select_view() -> View | Problem | None:
-    """Draw the bar at the side and return what it says; None when the folder has no run."""
-    names = run_names()
-    if not names:
-        address.write_run("")
-        return None
-    with st.sidebar:
-        name = address.choose(
-            st.selectbox,
-            "run",
-            "Run",
-            names,
-            default=names[0],
-            show=lambda name: name,
-            on_write=address.write_run,
-            help="A run is one recording of one model on one set of prompts.",
-        )
-        address.write("run", name)
-        # the bar stays, to choose another run
-        try:
-            run, key = _opened(name)
-        except (CaptureError, ExplorerError) as error:
-            return Problem(str(error))
-        phase = _select_phase(run)
-        domain = _select_domain(run)
-        layer, site = _select_site(run)
-    return View(run, name, key, domain, phase, layer, site)
+def opened(name: str) -> tuple[Run, Key]:
+    """Return the run of a name and the key of its file.
 
-
-def _opened(name: str) -> tuple[Run, Key]:
+    Raises
+    ------
+    ExplorerError, CaptureError
+        If there is no such run, or its file is none.
+    """
     path = runs_folder() / f"{name}{SUFFIX}"
     try:
         status = path.stat()
@@ -133,52 +168,6 @@ def _open(key: Key) -> Run:
     return open_run(key[0])
 
 
-def _select_phase(run: Run) -> str | None:
-    if run.phases == ["prompt"] or not run.phases:
-        return address.pick("phase", ["prompt"], default="", what="phase") or None
-    phase = address.choose(
-        st.segmented_control,
-        "phase",
-        "Phase",
-        ["", *run.phases],
-        default="",
-        show=PHASES.__getitem__,
-        help="Prompt: tokens that the model read. Generated: tokens that it wrote.",
-    )
-    return phase or None
-
-
-def _select_domain(run: Run) -> str | None:
-    if run.domains in ([], [""]):
-        return None
-    keys = [domain or NO_DOMAIN for domain in run.domains]
-    value = address.choose(
-        st.selectbox,
-        "domain",
-        "Domain",
-        ["", *keys],
-        default="",
-        show=lambda domain: visible(domain) if domain else "All domains",
-        help="What the prompts are about, as labelled when they were recorded.",
-    )
-    return {"": None, NO_DOMAIN: ""}.get(value, value)
-
-
-def _select_site(run: Run) -> tuple[int, int]:
-    several = several_sites(run)
-    sites = {site_name(s.layer, s.site, several=several): (s.layer, s.site) for s in run.sites}
-    name = address.choose(
-        st.selectbox,
-        "layer",
-        "Layer",
-        list(sites),
-        default=next(iter(sites)),
-        show=lambda name: f"Layer {name}",
-        help="The decoder layer whose router the pages look at.",
-    )
-    return sites[name]
-
-
 def several_sites(run: Run) -> bool:
     """Return whether some layer of the run has more than one router."""
     return len(run.layers) < len(run.sites)
@@ -191,7 +180,7 @@ def ask(view: View, question: Callable[..., T], **arguments: Any) -> T:
     return answer
 
 
-@st.cache_data(max_entries=400, show_spinner=False)
+@st.cache_data(max_entries=400, show_spinner=False, hash_funcs={Part: lambda part: part.key})
 def _answer(
     key: Key, name: str, arguments: dict[str, Any], _run: Run, _question: Callable[..., Any]
 ) -> Any:
@@ -200,12 +189,16 @@ def _answer(
 
 def balance_of(view: View, load: pd.DataFrame) -> pd.DataFrame:
     """Return the balance of every site under the view's filters, remembered."""
-    return _balance(view.key, view.domain, view.phase, load, view.scope().n_tokens)
+    return _balance(view.key, view.filters, view.layers, load, view.scope().n_tokens)
 
 
-@st.cache_data(max_entries=50, show_spinner=False)
+@st.cache_data(max_entries=50, show_spinner=False, hash_funcs={Part: lambda part: part.key})
 def _balance(
-    key: Key, domain: str | None, phase: str | None, _load: pd.DataFrame, n_tokens: int
+    key: Key,
+    filters: dict[str, Any],
+    layers: tuple[int, int] | None,
+    _load: pd.DataFrame,
+    n_tokens: int,
 ) -> pd.DataFrame:
     return balance_table(_load, n_tokens=n_tokens)
 

@@ -1,5 +1,7 @@
 """Tokens: a prompt's own text, coloured by what the routers did; a token's experts; an expert's."""
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
@@ -57,7 +59,7 @@ def render() -> None:
             icon=":material/info:",
         )
         return
-    token_id = _selected(listed)
+    token_id = _selected(listed, view)
     quantity, pins, values = _colouring(view, chosen)
     left, right = st.columns([3, 2], gap="large")
     with left:
@@ -68,20 +70,23 @@ def render() -> None:
 
 
 def _pick_prompt(view: View) -> "pd.Series | None":
-    total = ask(view, prompt_count, domain=view.domain)
-    search = None
-    if total > MAX_LISTED:
-        search = st.text_input(f"Search in the text of {total:,} prompts", key="search") or None
-    found = ask(view, prompts, domain=view.domain, search=search, limit=MAX_LISTED)
+    total = ask(view, prompt_count, **view.prompt_filters)
+    found = ask(view, prompts, limit=MAX_LISTED, **view.prompt_filters)
     wanted = address.read("prompt")
-    if wanted.isdecimal() and wanted not in set(found["prompt_id"].astype(str)):
+    listed = set(found["prompt_id"].astype(str))
+    if wanted.isdecimal() and wanted not in listed and view.part is None:
         # a link may name a prompt beyond the list
         linked = ask(view, prompt, prompt_id=min(int(wanted), 2**31 - 1))
         if len(linked) and view.domain in (None, linked["domain"].iloc[0]):
             found = pd.concat([linked, found])
     if found.empty:
-        st.info("No prompt matches. Change the search, or the domain at the side.")
+        st.info("No prompt matches. Change the filters at the side.")
         return None
+    if total > MAX_LISTED:
+        st.caption(
+            f"The first {MAX_LISTED:,} of {total:,} prompts are listed: search at the side for a "
+            "text that the others contain."
+        )
     rows = {str(row["prompt_id"]): row for _, row in found.iterrows()}
     names = {key: prompt_name(row) for key, row in rows.items()}
     first = _default_prompt(found)
@@ -109,9 +114,11 @@ def _change_prompt(key: str) -> None:
     address.write("token", "")
 
 
-def _selected(listed: pd.DataFrame) -> int:
-    """Return the token of the address; by default the middle one, so that a panel is there."""
+def _selected(listed: pd.DataFrame, view: View) -> int:
+    """Return the token of the address; by default an early one, so that a panel is there."""
     middle = int(listed["token_id"].iloc[min(len(listed) - 1, 5)])
+    if (of_slice := _of_slice(view)) is not None:
+        middle = int(listed["token_id"][listed["token_id"].isin(of_slice)].iloc[0])
     known = set(listed["token_id"].astype(str))
     return int(address.pick("token", sorted(known), default=str(middle), what="token"))
 
@@ -137,6 +144,7 @@ def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFr
             quantity = "entropy"
     prompt_id = int(chosen["prompt_id"])
     values = ask(view, token_quantity, prompt_id=prompt_id, quantity=quantity, pinned=tuple(pins))
+    values = view.of_layers(values)
     with row:
         scope = address.choose(
             st.segmented_control,
@@ -191,6 +199,8 @@ def _strip(
     here = values
     if scope == "layer":
         here = values[(values["layer"] == view.layer) & (values["site"] == view.site)]
+    if (of_slice := _of_slice(view)) is not None:
+        here = here[here["token_id"].isin(of_slice)]
     level = here.groupby("token_id")["value"].mean()
     hues = _pin_hues(view, listed, pins, scope) if pins else {}
     hints = _hints(view, listed, level, QUANTITIES[quantity].label)
@@ -207,7 +217,7 @@ def _strip(
         hue = hues.get(row.token_id)
         written = row.phase == "generated"
         strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written))
-    where = f"layer {view.site_name}" if scope == "layer" else "mean of the layers"
+    where = f"layer {view.site_name}" if scope == "layer" else _mean_of(view)
     legend = Legend(
         f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}"
     )
@@ -226,6 +236,17 @@ def _strip(
         key="strip",
         on_pick=lambda picked: address.write("token", str(picked)),
     )
+
+
+def _mean_of(view: View) -> str:
+    if view.layers is None:
+        return "mean of the layers"
+    return f"mean of the layers {view.layers[0]} to {view.layers[1]}"
+
+
+def _of_slice(view: View) -> "npt.NDArray[np.int64] | None":
+    """Return the tokens of the slice, which alone are tinted; None without one."""
+    return None if view.part is None else view.part.token_ids
 
 
 def _window_start(listed: pd.DataFrame, token_id: int) -> int:
@@ -261,9 +282,10 @@ def _hints(
             expert_label(view.site_name, row.expert_id) + share
         )
     hints = {}
+    missing = f"{label} not recorded" if _of_slice(view) is None else "not of the slice"
     for row in listed.itertuples():
         value = float(level.get(row.token_id, float("nan")))
-        amount = f"{label} {value:.3g}" if value == value else f"{label} not recorded"
+        amount = f"{label} {value:.3g}" if value == value else missing
         where = ", ".join(routes.get(row.token_id, [])) or "no expert"
         hints[row.token_id] = f"token {row.position}, {row.phase}: {where}; {amount}"
     return hints
@@ -282,7 +304,7 @@ def _heatmap(
     figure = token_layer_heatmap(
         values,
         QUANTITIES[quantity],
-        scope=Scope(len(listed), domain, None, bool(view.run.info["complete"])),
+        scope=Scope(len(listed), domain, None, bool(view.run.info["complete"]), layers=view.layers),
         start=max(0, place - 60),
         dark=is_dark(),
     )

@@ -25,8 +25,10 @@ class Part:
     ----------
     search : str or None
         Text that the prompt contains, upper or lower case; no wildcards.
-    slice_key : str or None
-        Tells the slice from every other one, its earlier states included.
+    slice : str or None
+        Name of the slice.
+    saved : str or None
+        When the slice was saved: one of its name may have been deleted and saved anew.
     step : int
         Only every so manieth token of the run, where all would make a page wait.
     token_ids : array [N], optional
@@ -34,14 +36,15 @@ class Part:
     """
 
     search: str | None = None
-    slice_key: str | None = None
+    slice: str | None = None
+    saved: str | None = None
     step: int = 1
     token_ids: npt.NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     @property
-    def key(self) -> tuple[str | None, str | None, int]:
-        """What makes two parts the same."""
-        return self.search, self.slice_key, self.step
+    def key(self) -> tuple[str | None, str | None, str | None, int]:
+        """What makes two parts of a run the same."""
+        return self.search, self.slice, self.saved, self.step
 
     def whole(self) -> Self:
         """Return the part with every token."""

@@ -47,8 +47,7 @@ def _sentence(view: View, expert: int, name: str) -> str:
         expert_load,
         layer=view.layer,
         site=view.site,
-        domain=view.domain,
-        phase=view.phase,
+        **view.filters,
     )
     row = load[load["expert_id"] == expert].iloc[0]
     if not row["assignments"]:
@@ -61,7 +60,7 @@ def _sentence(view: View, expert: int, name: str) -> str:
 
 
 def _lines(view: View, expert: int, name: str) -> None:
-    where = {"layer": view.layer, "site": view.site, "domain": view.domain, "phase": view.phase}
+    where = {"layer": view.layer, "site": view.site, **view.filters}
     found = ask(view, expert_tokens, expert_id=expert, limit=SHOWN, context=14, **where)
     total = ask(view, expert_token_count, expert_id=expert, **where)
     if found.empty:

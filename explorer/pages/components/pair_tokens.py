@@ -56,7 +56,7 @@ def pair_tokens_section(view: View, pair: Pair, counted: int, ratio: float) -> N
 
 
 def _lines(view: View, pair: Pair) -> None:
-    where = {"domain": view.domain, "phase": view.phase}
+    where = view.filters
     both = {"first": pair.first, "second": pair.second, **where}
     found = ask(view, tokens_of_both, limit=SHOWN, context=14, **both)
     if found.empty:
@@ -98,7 +98,5 @@ def follow() -> None:
     target = st.session_state.pop(_TARGET, None)
     if target is None:
         return
-    kept = {name: address.read(name) for name in ("run", "phase", "domain", "layer")}
-    there = {name: value for name, value in kept.items() if value} | target
     token_strip.reveal()
-    st.switch_page("explorer/pages/tokens.py", query_params=there)
+    st.switch_page("explorer/pages/tokens.py", query_params=address.kept() | target)

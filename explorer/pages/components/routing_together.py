@@ -28,7 +28,7 @@ def routing_together_section(view: View, head: tuple[int, int]) -> None:
         attention_layer=head[0],
         layer=view.layer,
         site=view.site,
-        domain=view.domain,
+        **view.prompt_filters,
     )
     here = found.heads[found.heads["head"] == head[1]]
     if here.empty:
@@ -39,7 +39,7 @@ def routing_together_section(view: View, head: tuple[int, int]) -> None:
         return
     st.markdown(_sentence(view, here.iloc[0], found, head))
     scope = view.scope(found.n_tokens)
-    scope = scope._replace(phase="prompt" if len(view.run.phases) > 1 else None)
+    scope = scope._replace(phase="prompt" if len(view.run.phases) > 1 else None, whole_prompts=True)
     chart(
         together_figure(
             found.heads,

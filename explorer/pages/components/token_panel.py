@@ -30,8 +30,8 @@ def token_panel(view: View, token: pd.Series) -> None:
     text = token["text"]
     shown = "(text not recorded)" if text is None else _name(text)
     st.subheader(f"Token {int(token['position']):,}: “{address.plain(shown)}”", anchor=False)
-    experts = ask(view, token_experts, token_id=token_id)
-    gates = ask(view, token_gates, token_id=token_id)
+    experts = view.of_layers(ask(view, token_experts, token_id=token_id))
+    gates = view.of_layers(ask(view, token_gates, token_id=token_id))
     here = experts[(experts["layer"] == view.layer) & (experts["site"] == view.site)]
     gate = gates[(gates["layer"] == view.layer) & (gates["site"] == view.site)].iloc[0]
     st.markdown(

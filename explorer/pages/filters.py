@@ -1,0 +1,227 @@
+"""The bar at the side: the run, and the filters that act on all pages."""
+
+import streamlit as st
+
+from capture.errors import CaptureError
+from explorer import service, slices
+from explorer.errors import ExplorerError
+from explorer.figures.caption import site_name
+from explorer.figures.text import visible
+from explorer.pages import address, state
+from explorer.pages.state import NO_DOMAIN, PHASES, Problem, View, several_sites
+from explorer.queries.part import Part
+from explorer.run import Run
+
+MAX_SEARCH = 200
+_NEEDS_IDS = (
+    "This run was recorded at level stats: its totals know no prompts, so the search and the "
+    "slice of the link do not apply."
+)
+
+
+def select_view() -> View | Problem | None:
+    """Draw the bar at the side and return what it says; None when the folder has no run."""
+    names = state.run_names()
+    if not names:
+        address.write_run("")
+        return None
+    with st.sidebar:
+        name = address.choose(
+            st.selectbox,
+            "run",
+            "Run",
+            names,
+            default=names[0],
+            show=lambda name: name,
+            on_write=address.write_run,
+            help="A run is one recording of one model on one set of prompts.",
+        )
+        address.write("run", name)
+        # the bar stays, to choose another run
+        try:
+            run, key = state.opened(name)
+        except (CaptureError, ExplorerError) as error:
+            return Problem(str(error))
+        phase = _select_phase(run)
+        domain = _select_domain(run)
+        part = _select_part(run)
+        layers = _select_layers(run)
+        layer, site = _select_site(run, layers)
+    return View(run, name, key, domain, phase, layer, site, part, layers)
+
+
+def _select_phase(run: Run) -> str | None:
+    if run.phases == ["prompt"] or not run.phases:
+        return address.pick("phase", ["prompt"], default="", what="phase") or None
+    phase = address.choose(
+        st.segmented_control,
+        "phase",
+        "Phase",
+        ["", *run.phases],
+        default="",
+        show=PHASES.__getitem__,
+        help="Prompt: tokens that the model read. Generated: tokens that it wrote.",
+    )
+    return phase or None
+
+
+def _select_domain(run: Run) -> str | None:
+    if run.domains in ([], [""]):
+        return None
+    keys = [domain or NO_DOMAIN for domain in run.domains]
+    value = address.choose(
+        st.selectbox,
+        "domain",
+        "Domain",
+        ["", *keys],
+        default="",
+        show=lambda domain: visible(domain) if domain else "All domains",
+        help="What the prompts are about, as labelled when they were recorded.",
+    )
+    return {"": None, NO_DOMAIN: ""}.get(value, value)
+
+
+def _select_part(run: Run) -> Part | None:
+    """Draw the search in the prompts and the choice of a slice."""
+    if not run.records_ids:
+        if address.read("search") or address.read("slice"):
+            address.note(_NEEDS_IDS)
+            address.write("search", "")
+            address.write("slice", "")
+        return None
+    search = _search()
+    chosen = _select_slice(run)
+    if not search and chosen is None:
+        return None
+    if chosen is None:
+        return Part(search)
+    return Part(
+        search or None,
+        chosen.info.name,
+        chosen.info.created,
+        token_ids=chosen.token_ids,
+    )
+
+
+def _search() -> str:
+    key = "address:search"
+    st.session_state[key] = address.read("search")[:MAX_SEARCH]
+    st.text_input(
+        "Prompts that contain",
+        key=key,
+        max_chars=MAX_SEARCH,
+        placeholder="any text",
+        help="Upper or lower case; press Enter. All pages show the tokens of these prompts only.",
+        on_change=lambda: address.write("search", st.session_state[key]),
+    )
+    return str(st.session_state[key])
+
+
+def _select_slice(run: Run) -> slices.Slice | None:
+    """Draw the choice of a slice where the run has some; return the one chosen."""
+    known = _listed(run, slices.version(run))
+    usable = [info for info in known if not info.problem]
+    wanted = address.read("slice")
+    if not usable and not wanted:
+        return None
+    name = address.choose(
+        st.selectbox,
+        "slice",
+        "Slice",
+        ["", *(info.name for info in usable)],
+        default="",
+        show=lambda name: visible(name) if name else "All tokens",
+        help="A set of tokens that somebody saved, such as a region of a map on the Clusters page.",
+    )
+    if not name:
+        return None
+    try:
+        chosen = slices.load_slice(run, name)
+    except ExplorerError as error:
+        address.note(str(error))
+        address.write("slice", "")
+        return None
+    _about(run, chosen.info)
+    return chosen
+
+
+@st.cache_data(max_entries=32, show_spinner=False, hash_funcs={Run: lambda run: run.fingerprint})
+def _listed(run: Run, _version: int) -> list[slices.SliceInfo]:
+    return slices.list_slices(run)
+
+
+def _about(run: Run, info: slices.SliceInfo) -> None:
+    with st.popover("About this slice", icon=":material/info:", width="stretch"):
+        by = f" by {address.plain(info.author)}" if info.author else ""
+        st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {info.created[:10]}.")
+        if info.note:
+            st.markdown(address.plain(info.note))
+        if service.may_write():
+            st.button("Delete the slice", on_click=_delete, args=(run, info.name))
+
+
+def _delete(run: Run, name: str) -> None:
+    slices.delete_slice(run, name)
+    address.write("slice", "")
+
+
+def _select_layers(run: Run) -> tuple[int, int] | None:
+    """Draw the range of layers; None = all of them."""
+    if len(run.layers) < 3:
+        return None
+    low, high = run.layers[0], run.layers[-1]
+    value = _layers_of(address.read("layers"), run.layers)
+    if value is None:
+        address.note("The link names a range of layers that is not here; showing all.")
+        address.write("layers", "")
+        value = low, high
+    key = "address:layers"
+    st.session_state[key] = value
+
+    def changed() -> None:
+        new = st.session_state[key]
+        address.write("layers", "" if new == (low, high) else f"{new[0]}-{new[1]}")
+        for name in ("layer", "head"):
+            # what was chosen outside of the range is not shown any more
+            number = address.read(name).split(".")[0]
+            if number.isdecimal() and not new[0] <= int(number) <= new[1]:
+                address.write(name, "")
+
+    st.select_slider(
+        "Layers shown",
+        run.layers,
+        key=key,
+        on_change=changed,
+        help="Figures over layers show this range only.",
+    )
+    return None if value == (low, high) else value
+
+
+def _layers_of(text: str, layers: list[int]) -> tuple[int, int] | None:
+    """Return the range that an address names, all layers for "", None where there is none."""
+    if not text:
+        return layers[0], layers[-1]
+    names = {str(layer): layer for layer in layers}
+    first, _, last = text.partition("-")
+    if first in names and last in names and names[first] <= names[last]:
+        return names[first], names[last]
+    return None
+
+
+def _select_site(run: Run, layers: tuple[int, int] | None) -> tuple[int, int]:
+    several = several_sites(run)
+    sites = {
+        site_name(s.layer, s.site, several=several): (s.layer, s.site)
+        for s in run.sites
+        if layers is None or layers[0] <= s.layer <= layers[1]
+    }
+    name = address.choose(
+        st.selectbox,
+        "layer",
+        "Layer",
+        list(sites),
+        default=next(iter(sites)),
+        show=lambda name: f"Layer {name}",
+        help="The decoder layer whose router the pages look at.",
+    )
+    return sites[name]
