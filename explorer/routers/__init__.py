@@ -22,6 +22,7 @@ parts       heads and layers chosen by attention
 part_controls  chance and constants for heads and layers
 gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
+lookahead   a layer's experts from what the layer before saw
 training    routers that learn on the model's own loss, and what they are given
 live        a router as ``capture.swap`` takes it (imported on its own)
 recorded    what routers need, from a run file (imported on its own)
@@ -38,6 +39,7 @@ from explorer.routers import (
     gating,
     hashing,
     literature,
+    lookahead,
     native,
     neighbours,
     part_controls,
@@ -94,6 +96,7 @@ __all__ = [
     "gating",
     "hashing",
     "literature",
+    "lookahead",
     "native",
     "neighbours",
     "part_controls",
