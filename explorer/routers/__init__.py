@@ -23,6 +23,8 @@ part_controls  chance and constants for heads and layers
 gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
 lookahead   a layer's experts from what the layer before saw
+rl          policy gradient and Q-learning from exploration of one layer at a time
+rl_online   REINFORCE and Q-learning over layers, all layers at once
 training    routers that learn on the model's own loss, and what they are given
 live        a router as ``capture.swap`` takes it (imported on its own)
 recorded    what routers need, from a run file (imported on its own)
@@ -45,6 +47,8 @@ from explorer.routers import (
     part_controls,
     parts,
     recurrent,
+    rl,
+    rl_online,
     students,
     thresholds,
 )
@@ -103,6 +107,8 @@ __all__ = [
     "parts",
     "probe",
     "recurrent",
+    "rl",
+    "rl_online",
     "route_layers",
     "students",
     "thresholds",

@@ -132,8 +132,14 @@ class TrainedRouter(AcrossLayers):
                 f"Router {self.info.name!r} needs texts and MoE sites to learn from, got "
                 f"{len(session.sequences)} sequences and {len(session.sites)} sites."
             )
-        with torch.random.fork_rng(devices=[]):
-            self._train(session)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self._train(session)
+        except BaseException:
+            # half a training is none: the router says so when it is asked to route
+            for name in [n for n in vars(self) if n.endswith("_") and not n.startswith("_")]:
+                delattr(self, name)
+            raise
         return self
 
     @abstractmethod

@@ -1,0 +1,274 @@
+"""Routers by reinforcement learning from exploration of one layer at a time."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from explorer.routers.base import ROUTERS, RouterInfo, Site
+from explorer.routers.rl_actions import ActionKind, CostKind, StateKind, make_actions
+from explorer.routers.rl_base import ActionRouter
+from explorer.routers.rl_explore import Log, explore
+from explorer.routers.rl_learn import (
+    CLIP,
+    ips_reward,
+    is_point,
+    learn_from_log,
+    log_policy,
+    policy_entropy,
+    q_loss,
+)
+from explorer.routers.training import CurveRow, TrainingSession
+
+TOKENS, WATCHED = 50_000, 8192
+ENTROPY_BONUS = 0.002
+DEAREST, HALVINGS = 16.0, 40  # nats an expert; halvings of the range in which a price is sought
+
+Watch = Callable[[int], None]  # told the number of each step
+
+
+class _OfflineRouter(ActionRouter):
+    """Learns each layer for itself from one log of explored actions.
+
+    Parameters
+    ----------
+    tokens : int
+        Of the fit split that are explored.
+    passes : int, optional
+        Random actions of each token and layer; None = as many as there are actions.
+    """
+
+    def __init__(
+        self,
+        *,
+        price: float = 0.02,
+        actions: ActionKind = "count",
+        most: int | None = None,
+        least: int = 0,
+        state: StateKind = "full",
+        cost: CostKind = "experts",
+        width: int = 32,
+        steps: int = 600,
+        tokens: int = TOKENS,
+        passes: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            price=price, actions=actions, most=most, least=least, state=state, cost=cost,
+            width=width, steps=steps, seed=seed,
+        )  # fmt: skip
+        self.tokens = tokens
+        self.passes = passes
+
+    def _train(self, session: TrainingSession) -> None:
+        self._prepare(session)
+        for number, (place, log) in enumerate(self.explored(session).items()):
+            states = self._seen(log.states)
+            network = self._network(place, states)
+
+            def watch(
+                step: int,
+                number: int = number,
+                place: Site = place,
+                log: Log = log,
+                network: nn.Module = network,
+            ) -> None:
+                done = (number + step / self.steps) / len(self.actions_)
+                session.report(done, f"learning layer {place[0]}")
+                if is_point(step, self.steps):
+                    self.curves_.append(self._measured(step, place, log, network))
+
+            self._learn(place, network, log, states, watch)
+            self.networks_[place] = network
+        self._finish(session)
+
+    def explored(self, session: TrainingSession) -> Mapping[Site, Log]:
+        """Return the session's log of these actions, explored once a session."""
+        actions = {
+            (site.info.layer, site.info.site): make_actions(
+                self.actions, site.info.top_k, most=self.most, least=self.least
+            )
+            for site in session.sites
+        }
+        passes = self.passes or max(len(each.used) for each in actions.values())
+        key = ("explore", self.actions, self.most, self.least, self.tokens, passes)
+        return session.once(
+            key, lambda: explore(session, actions, n_tokens=self.tokens, passes=passes)
+        )
+
+    def _rewards(self, place: Site, log: Log) -> torch.Tensor:
+        """Return what each logged action earned, [P, N], nats."""
+        return -log.change - self.price * self.costs_[place].to(log.change.device)[log.actions]
+
+    def _measured(self, step: int, place: Site, log: Log, network: nn.Module) -> CurveRow:
+        """Return a point of the curve, estimated on the log's first tokens."""
+        few = slice(0, WATCHED)
+        with torch.no_grad():
+            values = network(self._seen(log.states[few]))
+            logs = self._log_policy(self._preference(place, values), log.allowed[few])
+        reward = ips_reward(
+            logs, log.actions[:, few], log.propensity[:, few], self._rewards(place, log)[:, few]
+        )
+        own = self.actions_[place]
+        counts = own.n_experts.float().to(logs.device)
+        rate = (logs.exp() @ counts).mean() / counts[own.native].clamp_min(1)
+        return self._row(
+            step, place, float(reward), float(policy_entropy(logs).mean()), float(rate)
+        )
+
+    @abstractmethod
+    def _log_policy(self, preference: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities [T, A] of the policy that is being learned."""
+
+    @abstractmethod
+    def _learn(
+        self, place: Site, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
+    ) -> None:
+        """Fit one layer's network to its log."""
+
+    def _finish(self, session: TrainingSession) -> None:
+        """Do what is left when all layers have learned."""
+
+
+@ROUTERS.add("policy_gradient")
+class PolicyGradientRouter(_OfflineRouter):
+    """Policy gradient from logged exploration, against the model's own loss on the same token.
+
+    Notes
+    -----
+    Differs from the source, which trains all layers' allocators at once by PPO: here each layer's
+    actions are explored while the others do what the model does, so that every reward has one
+    cause, and are weighed by inverse propensity. The source's reward is the likelihood with a
+    penalty on activation; this one is the change against the model itself (the paired baseline),
+    which takes away most of the variance. Advantages are clipped at 3 nats.
+    """
+
+    info = RouterInfo(
+        name="policy_gradient",
+        family="rl",
+        title="Policy gradient (one layer explored at a time)",
+        summary=(
+            "A small policy in each layer decides how many experts a token is worth, rewarded for "
+            "low loss and few experts. It learns from logged random actions in one layer at a time."
+        ),
+        formula="max E[pi(a|s) / mu(a) (-(CE_a - CE_native) - lambda cost(a))]",
+        paper="2410.10456; 1511.06297",
+        needs=frozenset({"hidden", "logits"}),
+        fits="trained",
+        variable_k=True,
+        across_layers=True,
+    )
+
+    def _log_policy(self, preference: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        return log_policy(preference, allowed)
+
+    def _learn(
+        self, place: Site, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
+    ) -> None:
+        rewards = self._rewards(place, log)
+        # a constant leaves the gradient's mean as it is and takes from its variance
+        advantage = (rewards - rewards.mean()).clamp(-CLIP, CLIP)
+
+        def loss(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            logs = log_policy(logits, batch["allowed"])
+            value = ips_reward(logs, batch["actions"], batch["propensity"], batch["rewards"])
+            return -value - ENTROPY_BONUS * policy_entropy(logs).mean()
+
+        learn_from_log(
+            network, log, states, loss, advantage, steps=self.steps, seed=self.seed, watch=watch
+        )
+
+
+@ROUTERS.add("q_learning")
+class QLearningRouter(_OfflineRouter):
+    """One-step Q-learning fitted to logged exploration; actions are taken greedily.
+
+    Parameters
+    ----------
+    experts_per_token : float, optional
+        Mean over the fit split; sets the price in place of ``price``, one for all layers.
+
+    Notes
+    -----
+    Differs from the source, whose values reach over several layers; see ``q_multistep``. The
+    value of an action is minus its change in loss; its price is taken off afterwards, so that one
+    training serves every price.
+    """
+
+    info = replace(
+        PolicyGradientRouter.info,
+        name="q_learning",
+        title="Q-learning (fitted, one step)",
+        summary=(
+            "In each layer a small network predicts what every number of experts would do to the "
+            "token's loss. The token gets the number that is worth its price."
+        ),
+        formula="Q(s,a) ~ -(CE_a - CE_native);  a = argmax Q(s,a) - lambda cost(a)",
+        paper="1711.01239",
+    )
+
+    def __init__(
+        self,
+        *,
+        price: float = 0.02,
+        experts_per_token: float | None = None,
+        actions: ActionKind = "count",
+        most: int | None = None,
+        least: int = 0,
+        state: StateKind = "full",
+        cost: CostKind = "experts",
+        width: int = 32,
+        steps: int = 600,
+        tokens: int = TOKENS,
+        passes: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            price=price, actions=actions, most=most, least=least, state=state, cost=cost,
+            width=width, steps=steps, tokens=tokens, passes=passes, seed=seed,
+        )  # fmt: skip
+        self.experts_per_token = experts_per_token
+
+    def _preference(self, place: Site, values: torch.Tensor) -> torch.Tensor:
+        price = getattr(self, "price_", self.price)
+        return values - price * self.costs_[place].to(values.device)
+
+    def _finish(self, session: TrainingSession) -> None:
+        self.price_ = self.price
+        if self.experts_per_token is not None:
+            self.price_ = self._price_of(self.experts_per_token, self.explored(session))
+
+    def _price_of(self, wanted: float, logs: Mapping[Site, Log]) -> float:
+        """Return the price at which a mean of ``wanted`` experts a token run."""
+        with torch.no_grad():
+            known = {p: self.networks_[p](self._seen(log.states)) for p, log in logs.items()}
+        low, high = -DEAREST, DEAREST
+        for _ in range(HALVINGS):
+            self.price_ = (low + high) / 2
+            counts = []
+            for place, values in known.items():
+                preferred = self._preference(place, values)
+                best = preferred.masked_fill(~logs[place].allowed, -torch.inf).argmax(dim=-1)
+                n_experts = self.actions_[place].n_experts.to(best.device)
+                counts.append(float(n_experts[best].double().mean()))
+            low, high = (
+                (self.price_, high) if sum(counts) / len(counts) > wanted else (low, self.price_)
+            )
+        return high
+
+    def _log_policy(self, preference: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        best = preference.masked_fill(~allowed, -torch.inf).argmax(dim=-1)
+        return nn.functional.one_hot(best, preference.shape[-1]).float().log()
+
+    def _learn(
+        self, place: Site, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
+    ) -> None:
+        def loss(values: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            wide = values.expand(len(batch["actions"]), -1, -1)
+            return q_loss(wide, batch["actions"], batch["rewards"])
+
+        learn_from_log(
+            network, log, states, loss, -log.change, steps=self.steps, seed=self.seed, watch=watch
+        )
