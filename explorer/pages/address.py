@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "layers", "layer")
+GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
     "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),

@@ -1,5 +1,7 @@
-"""A figure on a page, with its text for screen readers and the same numbers as a table."""
+"""A figure on a page, with its text for screen readers, its numbers as a table, and downloads."""
 
+import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
+from explorer.pages import printing
+
+# of the picture that the camera above a figure saves; kept for all figures of a session
+_FORMAT = "format of pictures"
+_FORMATS = {"png": "PNG", "svg": "SVG"}
 _CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
@@ -37,21 +44,93 @@ def chart(
             on_click(_numbers(points[0]["customdata"]))
 
     if on_click is None:
-        st.plotly_chart(figure, key=key, theme=None, config=_CONFIG, alt=alt)
+        st.plotly_chart(figure, key=key, theme=None, config=_config(key), alt=alt)
     else:
         st.plotly_chart(
             figure,
             key=key,
             theme=None,
-            config=_CONFIG,
+            config=_config(key),
             alt=alt,
             on_select=clicked,
             selection_mode="points",
         )
+    row = st.container(horizontal=True, gap="xsmall")
     # the rows travel only when somebody opens it: those of a large heatmap are megabytes
-    box = st.expander("Table", icon=":material/table:", key=f"table of {key}", on_change="rerun")
+    box = row.expander(
+        "Table",
+        icon=":material/table:",
+        key=f"table of {key}",
+        on_change="rerun",
+        expanded=printing.theme() is not None,
+    )
     if box.open:
         box.dataframe(table, hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded")
+    menu = row.popover(
+        "",
+        icon=":material/download:",
+        help="Download the figure or its data",
+        key=f"downloads of {key}",
+        on_change="rerun",
+    )
+    if menu.open:
+        with menu:
+            _downloads(table, key)
+
+
+def _config(key: str) -> dict[str, Any]:
+    """Return plotly's options; the camera saves twice the pixels of the screen."""
+    picture = {
+        "format": st.session_state.get(_FORMAT) or "png",
+        "scale": 2,
+        "filename": _file_name(key),
+    }
+    return _CONFIG | {"toImageButtonOptions": picture}
+
+
+def _file_name(key: str) -> str:
+    run = st.query_params.get("run", "")
+    return re.sub(r"[^\w.-]+", "-", f"{run} {key}").strip("-.") or "figure"
+
+
+def _downloads(table: pd.DataFrame, key: str) -> None:
+    """Offer the data behind a figure, written only when somebody asks for it."""
+    kinds: dict[str, tuple[Callable[[], bytes], str]] = {
+        "CSV": (lambda: table.to_csv(index=False).encode(), "text/csv"),
+        "Parquet": (lambda: parquet(table), "application/vnd.apache.parquet"),
+    }
+    st.markdown(f"**Data** · {len(table):,} rows")
+    with st.container(horizontal=True):
+        for kind, (data, mime) in kinds.items():
+            st.download_button(
+                kind,
+                data,
+                file_name=f"{_file_name(key)}.{kind.lower()}",
+                mime=mime,
+                on_click="ignore",
+                key=f"{kind} of {key}",
+            )
+    widget = f"{_FORMAT} of {key}"
+    st.session_state[widget] = st.session_state.get(_FORMAT) or "png"
+
+    def changed() -> None:
+        st.session_state[_FORMAT] = st.session_state[widget]
+
+    st.segmented_control(
+        "Picture: the camera above the figure saves",
+        list(_FORMATS),
+        format_func=_FORMATS.__getitem__,
+        required=True,
+        key=widget,
+        on_change=changed,
+    )
+
+
+def parquet(table: pd.DataFrame) -> bytes:
+    """Return a table as a Parquet file, whose columns have names, not numbers."""
+    buffer = io.BytesIO()
+    table.rename(columns=str).to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def _numbers(customdata: Any) -> list[float]:

@@ -1,0 +1,211 @@
+"""A page without a browser: what it shows, as plain values, for a report.
+
+``python -m explorer.pages.printing`` reads a request from standard input, runs the pages as a
+reader of the app would see them, and writes what they show to standard output. Every page can be
+printed, because nothing here knows one page from another. This needs a process of its own: a
+page is run by Streamlit's ``AppTest``, which takes the place of the server in its process.
+
+The request is ``{"runs": FOLDER, "pages": [[NAME, ADDRESS], ...]}``, where an address is the
+values after the ``?``. The answer is one list of blocks for each page; a block is an object with a
+``kind``: ``heading``, ``text``, ``caption``, ``note``, ``tile``, ``figure`` (plotly JSON, for light
+and dark ground), ``table``, ``strip`` (coloured tokens), ``lines`` (tokens in context) or ``row``
+with lists of blocks that stand beside each other.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Block = dict[str, Any]
+
+# rows of a table that are printed
+MAX_ROWS = 500
+_TIMEOUT = 600.0  # seconds for one page of a large run
+_APP = Path(__file__).resolve().parent.parent.parent / "app.py"
+_theme: str | None = None
+
+
+def theme() -> str | None:
+    """Return the theme that a page is being printed in; None while it is on a screen."""
+    return _theme
+
+
+def print_pages(runs: str, pages: list[tuple[str, dict[str, str]]]) -> list[list[Block]]:
+    """Run pages and return what each of them shows."""
+    # nothing is recorded or saved while a page is printed
+    sys.argv = [str(_APP), "--read-only", "--runs", runs]
+    light, dark = (_run(pages, ground) for ground in ("light", "dark"))
+    for shown, other in zip(light, dark, strict=True):
+        _merge(shown, other)
+    return light
+
+
+def _run(pages: list[tuple[str, dict[str, str]]], ground: str) -> list[list[Block]]:
+    global _theme
+    from streamlit.testing.v1 import AppTest
+
+    _theme = ground
+    app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
+    shown = []
+    # pages are known to Streamlit after a first run only
+    for name, address in [("", pages[0][1] if pages else {}), *pages]:
+        for known in list(app.query_params):
+            del app.query_params[known]
+        for part, value in address.items():
+            app.query_params[part] = value
+        if name:
+            app.switch_page(f"explorer/pages/{name.replace('-', '_')}.py")
+        app.run()
+        if app.exception:
+            error = app.exception[0]
+            raise RuntimeError(f"the page {name} failed: {error.message}\n{error.stack_trace}")
+        if name:
+            shown.append(list(_blocks(app.main)))
+    return shown
+
+
+def _blocks(parent: Any, *, folded: bool = False) -> Iterator[Block]:
+    """Yield what is inside an element of the page, in order."""
+    for child in parent.children.values():
+        if not hasattr(child, "children"):
+            block = _READERS.get(child.type, _nothing)(child)
+            if block is not None:
+                yield block | {"folded": folded}
+        elif child.type == "flex_container" and _is_row(child):
+            columns = list(child.children.values())
+            yield {
+                "kind": "row",
+                "blocks": [list(_blocks(column)) for column in columns],
+                "weights": [float(getattr(column, "weight", 1.0)) for column in columns],
+            }
+        elif child.type not in ("popover", "form", "dialog"):
+            yield from _blocks(child, folded=folded or child.type == "expander")
+
+
+def _is_row(child: Any) -> bool:
+    return any(inner.type == "column" for inner in child.children.values())
+
+
+def _merge(light: list[Block], dark: list[Block]) -> None:
+    """Give every figure its dark form."""
+    of_dark = list(_figures(dark))
+    for block, other in zip(_figures(light), of_dark, strict=True):
+        block["dark"] = other["light"]
+
+
+def _figures(blocks: list[Block]) -> Iterator[Block]:
+    for block in blocks:
+        if block["kind"] == "figure":
+            yield block
+        for column in block.get("blocks", []):
+            yield from _figures(column)
+
+
+def _nothing(element: Any) -> None:
+    """Leave out what only a browser can use, such as a button."""
+
+
+def _heading(element: Any) -> Block:
+    return {"kind": "heading", "level": int(element.proto.tag[1]), "text": element.proto.body}
+
+
+def _text(kind: str) -> Callable[[Any], Block]:
+    return lambda element: {"kind": kind, "text": element.value}
+
+
+def _note(element: Any) -> Block:
+    return {"kind": "note", "tone": element.type, "text": element.value}
+
+
+def _tile(element: Any) -> Block:
+    return {
+        "kind": "tile",
+        "label": element.label,
+        "value": element.value,
+        "delta": element.delta,
+        "help": element.help,
+    }
+
+
+def _figure(element: Any) -> Block:
+    return {"kind": "figure", "light": element.proto.spec, "alt": element.proto.alt}
+
+
+def _table(element: Any) -> Block:
+    from explorer.figures.text import visible
+
+    frame = element.value
+    titles = json.loads(element.proto.columns or "{}")
+    names = [str((titles.get(str(c)) or {}).get("label") or c) for c in frame.columns]
+    shown = frame.head(MAX_ROWS).astype(object)
+    rows = [
+        [None if _missing(value) else _plain(value, visible) for value in row]
+        for row in shown.itertuples(index=False, name=None)
+    ]
+    return {
+        "kind": "table",
+        "columns": names,
+        "rows": rows,
+        "total": len(frame),
+        "alt": element.proto.alt,
+    }
+
+
+def _missing(value: Any) -> bool:
+    import pandas as pd
+
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
+def _plain(value: Any, visible: Callable[[str], str]) -> str | int | float:
+    if isinstance(value, bool | int | float):
+        return value
+    if hasattr(value, "item"):
+        return _plain(value.item(), visible)
+    return visible(str(value))
+
+
+def _component(element: Any) -> Block | None:
+    data = json.loads(element.proto.json or "null")
+    if not isinstance(data, dict):
+        return None
+    if "texts" in data and "levels" in data:
+        return {"kind": "strip", **data}
+    if "rows" in data:
+        return {"kind": "lines", "rows": data["rows"], "label": data.get("label", "")}
+    return None
+
+
+_READERS: dict[str, Callable[[Any], Block | None]] = {
+    "title": _nothing,
+    "header": _heading,
+    "subheader": _heading,
+    "markdown": _text("text"),
+    "caption": _text("caption"),
+    "info": _note,
+    "success": _note,
+    "warning": _note,
+    "error": _note,
+    "metric": _tile,
+    "plotly_chart": _figure,
+    "dataframe": _table,
+    "bidi_component": _component,
+}
+
+
+def main() -> None:
+    """Answer one request."""
+    # what a library prints would break the answer: it goes to standard error instead
+    out, sys.stdout = sys.stdout, sys.stderr
+    request = json.load(sys.stdin)
+    pages = [(str(name), dict(address)) for name, address in request["pages"]]
+    json.dump(print_pages(request["runs"], pages), out)
+
+
+if __name__ == "__main__":
+    # the pages import this module by its name, and must find the same theme there
+    from explorer.pages.printing import main as answer
+
+    answer()
