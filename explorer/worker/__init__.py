@@ -1,15 +1,22 @@
-"""One process beside the app that owns the model and runs captures, one at a time.
+"""One process beside the app that does what takes long, such as captures, one job at a time.
 
 The app's side (``client``, ``protocol``) imports neither torch nor transformers.
 """
 
 from explorer.worker.client import WorkerClient, shared_worker
-from explorer.worker.protocol import CaptureRequest, Job, JobProgress, RecoverRequest
+from explorer.worker.protocol import (
+    CaptureRequest,
+    Job,
+    JobProgress,
+    ProjectRequest,
+    RecoverRequest,
+)
 
 __all__ = [
     "CaptureRequest",
     "Job",
     "JobProgress",
+    "ProjectRequest",
     "RecoverRequest",
     "WorkerClient",
     "shared_worker",

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import CaptureCancelled
-from explorer.worker.protocol import CaptureRequest, JobProgress, RecoverRequest, Request
+from explorer.worker.protocol import (
+    CaptureRequest,
+    JobProgress,
+    ProjectRequest,
+    RecoverRequest,
+    Request,
+)
 
 Report = Callable[[JobProgress], None]
 
@@ -25,17 +31,19 @@ class Cancelled(Exception):
 
 
 def run_job(request: Request, report: Report, cancelled: Callable[[], bool]) -> str:
-    """Do what a request asks and return the path of the run file that came of it.
+    """Do what a request asks and return the path of the file that came of it.
 
     Raises
     ------
     Cancelled
         When ``cancelled()`` became true and the job ended because of it.
-    CaptureError
+    CaptureError, ExplorerError
         With a message for the user.
     """
     if isinstance(request, RecoverRequest):
         return _recover(request, report)
+    if isinstance(request, ProjectRequest):
+        return _project(request, report, cancelled)
     return _capture(request, report, cancelled)
 
 
@@ -47,7 +55,7 @@ def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bo
 
     def on_progress(progress: Any) -> None:
         values = progress._asdict()
-        report(JobProgress(**{name: values[name] for name in JobProgress._fields}))
+        report(JobProgress(**{n: values[n] for n in JobProgress._fields if n in values}))
 
     Path(request.out).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -72,6 +80,27 @@ def _recover(request: RecoverRequest, report: Report) -> str:
 
     report(JobProgress("writing", message="closing the file"))
     return str(recover(Path(request.partial)))
+
+
+def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bool]) -> str:
+    # neither needs torch, and either is seconds of imports that a capture can do without
+    from explorer.clusters.features import Source
+    from explorer.clusters.projection import MapOptions
+    from explorer.clusters.work import make_clusters, make_map
+
+    def on_progress(message: str, part: float) -> None:
+        if cancelled():
+            raise Cancelled("Nothing was kept.", None)
+        report(JobProgress("mapping", message=message, part=part))
+
+    on_progress("Loading the libraries", 0.0)
+    source = Source(request.unit, request.feature, request.layer, request.site)  # type: ignore[arg-type]
+    out = Path(request.out)
+    if not request.method:
+        options = MapOptions(seed=request.seed)
+        return str(make_map(request.run, source, out, options, on_progress))
+    how = (request.method, request.n_clusters, request.seed)
+    return str(make_clusters(request.run, source, out, *how, on_progress))  # type: ignore[arg-type]
 
 
 def _existing(path: str) -> str | None:

@@ -10,6 +10,7 @@ import traceback
 from typing import IO, Any
 
 from capture.errors import CaptureError
+from explorer.errors import ExplorerError
 from explorer.worker.jobs import Cancelled, run_job
 from explorer.worker.protocol import JobProgress, encode, unpack_request
 
@@ -62,7 +63,7 @@ class Worker:
             self._send(event="done", job=job_id, path=path)
         except Cancelled as stop:
             self._send(event="cancelled", job=job_id, path=stop.path, error=str(stop))
-        except CaptureError as error:
+        except (CaptureError, ExplorerError) as error:
             self._send(event="failed", job=job_id, error=str(error))
         except Exception as error:
             # our bug, or one of a library: the console gets the traceback, the page one line

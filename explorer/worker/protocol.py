@@ -77,17 +77,53 @@ class RecoverRequest:
         return Path(self.out).stem
 
 
-Request = CaptureRequest | RecoverRequest
-_KINDS: dict[str, type[CaptureRequest] | type[RecoverRequest]] = {
+@dataclass(frozen=True, slots=True)
+class ProjectRequest:
+    """Lay out the vectors of a run, or group them, and keep the result in the cache.
+
+    Attributes
+    ----------
+    out : str
+        Path in the cache, which is named after the vectors and the options.
+    run : str
+        Path of the run file.
+    unit, feature, layer, site
+        See ``explorer.clusters.features.Source``.
+    method : str
+        ``""`` for a map, else how to group: ``kmeans``, ``gmm`` or ``hdbscan``.
+    n_clusters : int
+    seed : int
+    """
+
+    out: str
+    run: str
+    unit: str
+    feature: str = "hidden"
+    layer: int = 0
+    site: int = 0
+    method: str = ""
+    n_clusters: int = 12
+    seed: int = 0
+
+    @property
+    def title(self) -> str:
+        """Name of the work, for messages."""
+        return f"{'Clusters' if self.method else 'Map'} of {self.unit} of {Path(self.run).stem}"
+
+
+Request = CaptureRequest | RecoverRequest | ProjectRequest
+_KINDS: dict[str, type[Request]] = {
     "capture": CaptureRequest,
     "recover": RecoverRequest,
+    "project": ProjectRequest,
 }
 
 
 class JobProgress(NamedTuple):
     """How far a job is; the fields of ``capture``'s progress reports.
 
-    In a ``Job``, ``message`` is the last one that was not empty.
+    In a ``Job``, ``message`` is the last one that was not empty. ``part`` is how much is done,
+    0..1, of a job that does not count tokens.
     """
 
     stage: str = "starting"
@@ -96,6 +132,7 @@ class JobProgress(NamedTuple):
     tokens_per_second: float = 0.0
     seconds_left: float | None = None
     message: str = ""
+    part: float | None = None
 
 
 @dataclass(slots=True)

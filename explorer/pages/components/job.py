@@ -13,6 +13,7 @@ _STAGES = {
     "self-test": "Checking that every router can be recorded",
     "recording": "Recording",
     "writing": "Closing the run file",
+    "mapping": "Working",
     "done": "Done",
 }
 
@@ -55,6 +56,8 @@ def _watch(job_id: int, key: str) -> None:
 
 def fraction(progress: JobProgress) -> float:
     """Return how much of a job is done, 0..1; loading and closing take a small part."""
+    if progress.part is not None:
+        return min(1.0, max(0.0, progress.part))
     if progress.stage == "recording" and progress.tokens_total:
         return 0.1 + 0.85 * min(1.0, progress.tokens_done / progress.tokens_total)
     return {"loading": 0.03, "self-test": 0.08, "writing": 0.97, "done": 1.0}.get(
