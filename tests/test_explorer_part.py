@@ -110,6 +110,7 @@ def test_loads_by_domain_and_phase_of_a_part(run, known, part):
             if row["assignments"]
         }
         assert found == counts
+        assert len(frame) == 6 * len({key for key, _ in counts})
 
 
 @pytest.mark.parametrize("part", PARTS, ids=str)

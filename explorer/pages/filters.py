@@ -167,45 +167,39 @@ def _delete(run: Run, name: str) -> None:
 
 def _select_layers(run: Run) -> tuple[int, int] | None:
     """Draw the range of layers; None = all of them."""
-    if len(run.layers) < 3:
+    names = [str(layer) for layer in run.layers]
+    if len(names) < 2:
         return None
-    low, high = run.layers[0], run.layers[-1]
-    value = _layers_of(address.read("layers"), run.layers)
-    if value is None:
-        address.note("The link names a range of layers that is not here; showing all.")
-        address.write("layers", "")
-        value = low, high
-    key = "address:layers"
-    st.session_state[key] = value
+    left, right = st.columns(2)
+    with left:
+        first = _select_end("from", "Layers from", names, names[0])
+    with right:
+        last = _select_end("to", "to", names[names.index(first) :], names[-1])
+    return None if (first, last) == (names[0], names[-1]) else (int(first), int(last))
 
-    def changed() -> None:
-        new = st.session_state[key]
-        address.write("layers", "" if new == (low, high) else f"{new[0]}-{new[1]}")
-        for name in ("layer", "head"):
-            # what was chosen outside of the range is not shown any more
-            number = address.read(name).split(".")[0]
-            if number.isdecimal() and not new[0] <= int(number) <= new[1]:
-                address.write(name, "")
 
-    st.select_slider(
-        "Layers shown",
-        run.layers,
-        key=key,
-        on_change=changed,
-        help="Figures over layers show this range only.",
+def _select_end(name: str, label: str, choices: list[str], default: str) -> str:
+    def change(value: str) -> None:
+        address.write(name, "" if value == default else value)
+        # what was chosen outside of the range is not shown any more
+        for other in ("layer", "head", *(["to"] if name == "from" else [])):
+            number = address.read(other).split(".")[0]
+            outside = number.isdecimal() and (
+                int(number) < int(value) if name == "from" else int(number) > int(value)
+            )
+            if outside:
+                address.write(other, "")
+
+    return address.choose(
+        st.selectbox,
+        name,
+        label,
+        choices,
+        default=default,
+        show=lambda layer: layer,
+        on_write=change,
+        help="Figures over layers show this range only." if name == "from" else None,
     )
-    return None if value == (low, high) else value
-
-
-def _layers_of(text: str, layers: list[int]) -> tuple[int, int] | None:
-    """Return the range that an address names, all layers for "", None where there is none."""
-    if not text:
-        return layers[0], layers[-1]
-    names = {str(layer): layer for layer in layers}
-    first, _, last = text.partition("-")
-    if first in names and last in names and names[first] <= names[last]:
-        return names[first], names[last]
-    return None
 
 
 def _select_site(run: Run, layers: tuple[int, int] | None) -> tuple[int, int]:

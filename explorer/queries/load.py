@@ -136,11 +136,16 @@ def _load_by(
         WITH load AS (
             SELECT {key} AS part, layer, site, expert_id, sum(assignments)::BIGINT AS assignments
             FROM {source} WHERE {where} GROUP BY ALL
+        ), experts AS (
+            SELECT part, layer, site, n_experts, unnest(range(n_experts))::INTEGER AS expert_id
+            FROM (SELECT DISTINCT part, layer, site FROM load) JOIN sites USING (layer, site)
         )
-        SELECT part AS {name}, layer, site, expert_id, n_experts, assignments,
-            assignments / nullif(sum(assignments) OVER (PARTITION BY part), 0)::DOUBLE AS share,
+        SELECT part AS {name}, layer, site, expert_id, n_experts,
+            coalesce(load.assignments, 0) AS assignments,
+            coalesce(load.assignments, 0)
+                / nullif(sum(load.assignments) OVER (PARTITION BY part), 0)::DOUBLE AS share,
             n_experts * share AS ratio
-        FROM load JOIN sites USING (layer, site)
+        FROM experts LEFT JOIN load USING (part, layer, site, expert_id)
         ORDER BY part IN ('', 'generated'), part, expert_id
         """,
         params | source_params,

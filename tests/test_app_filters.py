@@ -1,0 +1,216 @@
+"""The filters of all pages: in the address, in the counts, in the captions, and taken off."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import streamlit as st
+from synthetic import SITES, write_run
+from test_app_pages import SHOWN, charts, notes, opened, query, runs, worker  # noqa: F401
+
+from explorer import service, slices
+from explorer.run import open_run
+
+NAME = "<b>rare</b> % words"
+IDS = [0, 2, 5, 20, 24]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_runs():
+    yield
+    st.cache_resource.clear()
+
+
+@pytest.fixture
+def known(runs):  # noqa: F811
+    written = write_run(runs / "known.duckdb", level="attention")
+    with open_run(written.path) as run:
+        slices.save_slice(run, NAME, IDS, note="<i>look</i>", author="me")
+    return written
+
+
+def captions(app):
+    """Return the captions of the figures of a page."""
+    found = []
+    for chart in charts(app):
+        text = json.loads(chart.spec)["layout"]["title"].get("subtitle", {}).get("text", "")
+        found.append(text.replace("<br>", "; "))
+    return found
+
+
+def tokens_of(app):
+    return next(tile.value for tile in app.metric if tile.label == "Tokens")
+
+
+@pytest.mark.parametrize("page", SHOWN)
+@pytest.mark.parametrize(
+    ("filters", "words"),
+    [({"search": "COURT"}, "prompts with “COURT”"), ({"slice": NAME}, "slice “&lt;b&gt;rare")],
+    ids=["search", "slice"],
+)
+def test_every_page_says_which_part_it_shows(known, page, filters, words):
+    app = opened(page, **filters)
+    assert not app.error and not notes(app).count("not here")
+    of_one_prompt = ("tokens",)  # its figures are of the prompt that was chosen
+    told = [caption for caption in captions(app) if words in caption]
+    assert bool(told) is (page not in of_one_prompt)
+    for name, value in filters.items():
+        assert query(app, name) == value
+
+
+def test_the_counts_are_those_of_the_part(known):
+    part = [t for t in known.tokens if t["prompt_id"] == 0]
+    app = opened("overview", search="court")
+    assert tokens_of(app) == str(len(part))
+    assert f"n = {len(part)} tokens of prompts with “court”; padding" in captions(app)[0]
+    assert tokens_of(opened("overview", slice=NAME)) == str(len(IDS))
+    both = opened("overview", slice=NAME, search="court", phase="prompt")
+    assert tokens_of(both) == "3"
+    assert tokens_of(opened("overview")) == str(len(known.tokens))
+
+
+def test_a_part_without_tokens_is_told_and_can_be_left(known):
+    app = opened("flow", search="court", domain="code")
+    assert "No token matches all the filters" in notes(app)
+    assert not charts(app)
+    app.button[-1].click().run()
+    assert charts(app)
+    assert "search" not in app.query_params and "domain" not in app.query_params
+
+
+def test_typing_a_text_changes_the_address_and_the_page(known):
+    app = opened()
+    app.text_input(key="address:search").set_value("größe").run()
+    assert query(app, "search") == "größe"
+    assert tokens_of(app) == "5"
+    app.text_input(key="address:search").set_value("").run()
+    assert "search" not in app.query_params
+
+
+def test_the_tokens_page_lists_the_prompts_of_the_part(known):
+    app = opened("tokens", search="court", prompt="5")
+    assert len(app.selectbox(key="address:prompt").options) == 1
+    assert "which is not here" in notes(app)
+    assert "token" not in app.query_params
+    app = opened("tokens", slice=NAME)
+    prompts = {t["prompt_id"] for t in known.tokens if t["token_id"] in IDS}
+    assert len(app.selectbox(key="address:prompt").options) == len(prompts)
+
+
+@pytest.fixture
+def deep(runs):  # noqa: F811
+    sites = tuple(SITES[1]._replace(layer=layer) for layer in (1, 2, 3, 5))
+    return write_run(runs / "deep.duckdb", level="attention", sites=sites)
+
+
+def drawn_layers(app):
+    """Return the layers on the axes of a page's figures over layers."""
+    axes = [json.loads(chart.spec)["layout"] for chart in charts(app)]
+    layers = [
+        axis["ticktext"]
+        for layout in axes
+        for axis in (layout.get("xaxis", {}), layout.get("yaxis", {}))
+        if axis.get("title", {}).get("text") == "decoder layer" and "ticktext" in axis
+    ]
+    return layers
+
+
+@pytest.mark.parametrize("page", SHOWN)
+def test_every_page_draws_the_range_of_layers_only(deep, page):
+    app = opened(page, **{"from": "2", "to": "3"})
+    assert not app.error and not notes(app).count("not here")
+    assert app.selectbox(key="address:layer").options == ["Layer 2", "Layer 3"]
+    assert all(set(layers) <= {"2", "3"} for layers in drawn_layers(app))
+    if page != "flow":
+        assert drawn_layers(app)
+        assert any("layers 2 to 3" in caption for caption in captions(app))
+
+
+def test_tiles_over_layers_are_those_of_the_range(deep):
+    app = opened("overview", **{"from": "2", "to": "3"})
+    dead = next(tile for tile in app.metric if tile.label == "Dead experts")
+    assert dead.value.endswith(" of 12")
+
+
+def test_narrowing_the_range_lets_go_of_what_is_outside(deep):
+    app = opened("overview", layer="5")
+    app.selectbox(key="address:to").set_value("3").run()
+    assert query(app, "to") == "3"
+    assert "layer" not in app.query_params and not notes(app)
+    app.selectbox(key="address:from").set_value("5").run()
+    assert query(app, "from") == "5" and "to" not in app.query_params and not notes(app)
+    assert app.selectbox(key="address:layer").options == ["Layer 5"]
+    app.selectbox(key="address:from").set_value("1").run()
+    assert not {"from", "to"} & set(app.query_params)
+
+
+@pytest.mark.parametrize("ends", [{"from": "4"}, {"to": "x"}, {"from": "3", "to": "1"}], ids=str)
+def test_a_range_that_is_not_there(deep, ends):
+    app = opened("overview", **ends)
+    assert "which is not here" in notes(app)
+    assert (
+        list({"from", "to"} & set(app.query_params)) == [name for name in ends if len(ends) > 1][:1]
+    )
+
+
+def test_a_slice_that_is_not_there_and_one_of_another_recording(known):
+    app = opened(slice="nothing")
+    assert "which is not here" in notes(app)
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    known.path.unlink()
+    write_run(known.path, level="scores")
+    app = opened(slice=NAME)
+    assert "which is not here" in notes(app)
+    assert tokens_of(app) == str(len(known.tokens))
+
+
+def test_a_slice_is_described_and_deleted_only_by_those_who_may(known):
+    app = opened(slice=NAME)
+    shown = " ".join(block.value for block in app.markdown)
+    assert "5 tokens, saved by me" in shown and "\\<i\\>look" in shown
+    (button,) = (b for b in app.button if b.label == "Delete the slice")
+    button.click().run()
+    assert "slice" not in app.query_params
+    with open_run(known.path) as run:
+        assert slices.list_slices(run) == []
+
+
+def test_a_run_of_totals_knows_no_parts(runs):  # noqa: F811
+    write_run(runs / "stats.duckdb", level="stats")
+    app = opened(search="court", slice="x")
+    assert "recorded at level stats" in notes(app)
+    assert not {"search", "slice"} & set(app.query_params)
+
+
+def test_another_run_forgets_the_filters(known, runs):  # noqa: F811
+    write_run(runs / "other.duckdb")
+    app = opened(run="known", search="court", slice=NAME)
+    app.selectbox(key="address:run").set_value("other").run()
+    assert not {"search", "slice"} & set(app.query_params)
+
+
+def test_large_parts_are_sampled_and_say_so(known, monkeypatch):
+    from explorer.pages import state
+
+    monkeypatch.setattr(state, "MAX_ROWS", 20)
+    app = opened(search="a")
+    (caption,) = captions(app)
+    every = int(re.search(r"counted from every (\d+)", caption).group(1))
+    counted = int(tokens_of(app).replace(",", ""))
+    matching = [t for t in known.tokens if t["prompt_id"] not in (2, 3)]
+    ids = np.array([t["token_id"] for t in known.tokens if t in matching])
+    assert every > 1 and counted < len(ids)
+
+
+def test_the_filters_are_refused_nothing_read_only(known, monkeypatch):
+    from explorer.pages import access
+
+    monkeypatch.setattr(access, "read_only_option", lambda: True)
+    try:
+        app = opened(slice=NAME)
+        assert not [b for b in app.button if b.label == "Delete the slice"]
+        assert tokens_of(app) == str(len(IDS))
+    finally:
+        service.configure(service.Policy())
