@@ -1,0 +1,222 @@
+"""The HTML of a report, from blocks as ``explorer.pages.printing`` describes them.
+
+Nothing of a run is believed: every text is escaped, and the file's own policy lets the browser run
+the two scripts that are named there by their digests, load nothing, and send nothing.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from plotly.offline import get_plotlyjs
+
+Block = Mapping[str, Any]
+
+_HERE = Path(__file__).parent
+# raw HTML stays text; no links and pictures, which a text from a run could make
+_MARKDOWN = MarkdownIt("commonmark", {"html": False}).disable(["link", "image", "autolink"])
+# names of icons that only the app has
+_ICON = re.compile(r":material/\w+:\s*")
+_COPY = (
+    "A copy of what the pages of RouteScope showed. Figures can be zoomed, hovered and saved; what "
+    "a page says of clicking works in the app only."
+)
+_CLICK = re.compile(r"\s*Click: [^.]*\.")
+
+
+def document(title: str, facts: Mapping[str, str], sections: Sequence[tuple[str, str]]) -> str:
+    """Return the whole file.
+
+    Parameters
+    ----------
+    title : str
+    facts : mapping
+        What the report is of, one line each.
+    sections : sequence of (title, HTML)
+        From ``section``.
+    """
+    scripts = [get_plotlyjs(), (_HERE / "report.js").read_text(encoding="utf-8")]
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; "
+        # plotly compiles the drawing of points for the graphics card
+        f"script-src {' '.join(_digest(script) for script in scripts)} 'unsafe-eval'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    links = "".join(
+        f'<a href="#part-{number}">{html.escape(name)}</a>'
+        for number, (name, _) in enumerate(sections)
+    )
+    parts = "".join(
+        f'<section id="part-{number}"><h2>{html.escape(name)}</h2>{body}</section>'
+        for number, (name, body) in enumerate(sections)
+    )
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td dir="auto">{html.escape(value)}</td></tr>'
+        for name, value in facts.items()
+    )
+    style = (_HERE / "report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="generator" content="RouteScope">'
+        f"<title>{html.escape(title)}</title><style>{style}</style></head><body>"
+        f'<header><h1 dir="auto">{html.escape(title)}</h1>'
+        '<button id="theme" type="button" aria-pressed="false">Dark</button></header>'
+        f'<main><p class="caption">{_COPY}</p><nav>{links}</nav>{parts}'
+        f'<section id="provenance"><h2>Where this is from</h2><table class="facts">{rows}</table>'
+        "</section></main>"
+        + "".join(f"<script>{script}</script>" for script in scripts)
+        + "</body></html>\n"
+    )
+
+
+def _digest(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def section(blocks: Sequence[Block]) -> str:
+    """Return the HTML of what a page shows."""
+    return "".join(_WRITERS[block["kind"]](block) for block in blocks if block["kind"] in _WRITERS)
+
+
+def rich(text: str, *, inline: bool = False) -> str:
+    """Return a page's Markdown as HTML; what a page escaped stays as it is."""
+    text = _ICON.sub("", text)
+    rendered = _MARKDOWN.renderInline(text) if inline else _MARKDOWN.render(text)
+    return str(rendered)
+
+
+def _heading(block: Block) -> str:
+    level = min(max(int(block["level"]), 3), 4)
+    return f'<h{level} dir="auto">{rich(block["text"], inline=True)}</h{level}>'
+
+
+def _text(block: Block) -> str:
+    return f'<div class="{block["kind"]}" dir="auto">{rich(block["text"])}</div>'
+
+
+def _note(block: Block) -> str:
+    tone = "alarm" if block["tone"] in ("error", "warning") else "info"
+    return f'<div class="note {tone}" role="note">{rich(block["text"])}</div>'
+
+
+def _tile(block: Block) -> str:
+    about = f' title="{html.escape(block["help"])}"' if block["help"] else ""
+    delta = f"<small>{rich(block['delta'], inline=True)}</small>" if block["delta"] else ""
+    return (
+        f'<div class="tile"{about}><span>{rich(block["label"], inline=True)}</span>'
+        f"<strong>{html.escape(block['value'])}</strong>{delta}</div>"
+    )
+
+
+def _figure(block: Block) -> str:
+    figures = {"light": json.loads(block["light"]), "dark": json.loads(block["dark"])}
+    alt = html.escape(_CLICK.sub("", block["alt"]))
+    # a script of data is not run, but would end at the first "</script"
+    data = json.dumps(figures, separators=(",", ":")).replace("<", "\\u003c")
+    height = int(figures["light"].get("layout", {}).get("height") or 380)
+    return (
+        f'<figure><div class="plot" role="img" aria-label="{alt}" style="height:{height}px"></div>'
+        f'<script type="application/json">{data}</script></figure>'
+    )
+
+
+def _table(block: Block) -> str:
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in block["columns"])
+    body = "".join(
+        "<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in block["rows"]
+    )
+    shown, total = len(block["rows"]), int(block["total"])
+    more = f"<caption>The first {shown:,} of {total:,} rows.</caption>" if shown < total else ""
+    alt = html.escape(_CLICK.sub("", block["alt"]))
+    table = (
+        f'<div class="scroll"><table aria-label="{alt}">{more}<thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+    return f"<details><summary>Table</summary>{table}</details>" if block["folded"] else table
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return '<td class="absent">not recorded</td>'
+    if isinstance(value, float):
+        return f'<td class="number">{value:.6g}</td>'
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f'<td class="number">{value}</td>'
+    return f'<td dir="auto">{html.escape(str(value))}</td>'
+
+
+def _strip(block: Block) -> str:
+    """Write coloured tokens."""
+    spans = []
+    columns = ("texts", "hints", "levels", "hues", "muted", "generated")
+    lists = [block.get(name) or [None] * len(block["texts"]) for name in columns]
+    for text, hint, level, hue, muted, generated in zip(*lists, strict=True):
+        flags = {"unknown": level is None, "muted": muted, "generated": generated}
+        names = " ".join(["token", *(name for name, holds in flags.items() if holds)])
+        style = f"--level:{float(level or 0):.3f}"
+        if hue and re.fullmatch(r"#[0-9A-Fa-f]{6}", hue):
+            style += f";--hue:{hue}"
+        spans.append(
+            f'<span class="{names}" style="{style}" title="{html.escape(str(hint or ""))}">'
+            f"{html.escape(text)}</span>"
+        )
+    legend = block.get("legend") or {}
+    words = [legend.get("title", ""), legend.get("low", ""), legend.get("high", "")]
+    ramp = '<span class="ramp"></span>' if legend.get("high") else ""
+    named = "".join(
+        f'<span class="swatch" style="--hue:{color}"></span>{html.escape(name)} '
+        for color, name in legend.get("swatches", ())
+        if re.fullmatch(r"#[0-9A-Fa-f]{6}", color)
+    )
+    title, low, high = (html.escape(str(word)) for word in words)
+    return (
+        f'<p class="legend">{title} {low} {ramp} {high} {named}</p>'
+        f'<div class="strip" dir="auto">{"".join(spans)}</div>'
+    )
+
+
+def _lines(block: Block) -> str:
+    """Write tokens in their contexts."""
+    rows = []
+    for before, token, after, note, _, number in block["rows"]:
+        left, middle, right, where, amount = (
+            html.escape(str(part)) for part in (before, token, after, note, number)
+        )
+        rows.append(
+            f'<tr><td class="before" dir="auto">{left}</td><td><mark dir="auto">{middle}</mark>'
+            f'</td><td dir="auto">{right}</td><td>{where}</td><td class="number">{amount}</td></tr>'
+        )
+    return f'<div class="scroll"><table class="lines">{"".join(rows)}</table></div>'
+
+
+def _row(block: Block) -> str:
+    columns = "".join(
+        f'<div style="flex-grow:{float(weight):.3f}">{section(inner)}</div>'
+        for inner, weight in zip(block["blocks"], block["weights"], strict=True)
+        if inner
+    )
+    tiles = all(inner and inner[0]["kind"] == "tile" for inner in block["blocks"])
+    return f'<div class="row{" tiles" if tiles else ""}">{columns}</div>'
+
+
+_WRITERS: dict[str, Callable[[Block], str]] = {
+    "heading": _heading,
+    "text": _text,
+    "caption": _text,
+    "note": _note,
+    "tile": _tile,
+    "figure": _figure,
+    "table": _table,
+    "strip": _strip,
+    "lines": _lines,
+    "row": _row,
+}
