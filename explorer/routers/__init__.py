@@ -24,6 +24,7 @@ gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
 lookahead   a layer's experts from what the layer before saw
 rl          policy gradient and Q-learning from exploration of one layer at a time
+trained_gates  gates that learn on the model's own loss
 rl_online   REINFORCE and Q-learning over layers, all layers at once
 training    routers that learn on the model's own loss, and what they are given
 live        a router as ``capture.swap`` takes it (imported on its own)
@@ -51,6 +52,7 @@ from explorer.routers import (
     rl_online,
     students,
     thresholds,
+    trained_gates,
 )
 from explorer.routers.base import (
     FAMILIES,
@@ -112,4 +114,5 @@ __all__ = [
     "route_layers",
     "students",
     "thresholds",
+    "trained_gates",
 ]

@@ -37,7 +37,7 @@ class _OfflineRouter(ActionRouter):
     tokens : int
         Of the fit split that are explored.
     passes : int, optional
-        Random actions of each token and layer; None = as many as there are actions.
+        Random actions of each token and layer; None = one more than there are actions.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class _OfflineRouter(ActionRouter):
             )
             for site in session.sites
         }
-        passes = self.passes or max(len(each.used) for each in actions.values())
+        passes = self.passes or 1 + max(len(each.used) for each in actions.values())
         key = ("explore", self.actions, self.most, self.least, self.tokens, passes)
         return session.once(
             key, lambda: explore(session, actions, n_tokens=self.tokens, passes=passes)

@@ -19,7 +19,7 @@ from capture.batching import PaddedBatch, pad_batch, plan_batches
 from capture.forward import Runner, next_in_prompt
 from capture.head import Head
 from capture.rules import Choice, RouteInputs, Rule
-from capture.selftest import probe_tokens
+from capture.selftest import input_device, probe_tokens
 from capture.sites import text_config
 from capture.swap import swap
 from explorer.errors import RouterError
@@ -29,6 +29,7 @@ from explorer.routers.rl_actions import Actions, state_and_best
 from explorer.routers.training import TrainingSession
 
 BATCH_TOKENS = 2048
+EMPTY_SHARE = 0.1
 
 Pick = Callable[[Site, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -165,6 +166,18 @@ class Passes:
             raise RouterError("Losses are known while the passes are open: with passes.open(rule).")
         return self._runner.prompts(self._padded(numbers)).loss
 
+    def model_loss(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Run a batch on the model as it is and return its mean loss, with its gradient, nats."""
+        batch = self._padded(numbers)
+        device = input_device(self.session.model)
+        ids = torch.from_numpy(batch.input_ids).to(device)
+        mask = torch.from_numpy(batch.mask).to(device) if batch.is_padded else None
+        output = self.session.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        rows = torch.from_numpy(batch.rows[next_in_prompt(batch)]).to(device)
+        logits = output.logits.flatten(0, 1)[rows.to(output.logits.device)].float()
+        targets = ids.flatten()[rows + 1].to(logits.device)
+        return torch.nn.functional.cross_entropy(logits, targets)
+
     def kept(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
         """Return which of a batch's real tokens [T] have a next one."""
         return torch.from_numpy(next_in_prompt(self._padded(numbers)))
@@ -185,18 +198,20 @@ def explore(
     n_tokens : int
         About so many tokens of the fit split.
     passes : int
-        Random actions of each token and layer. Each is drawn evenly from what is allowed, and
-        the passes of a token are spread over its actions, so that they differ.
+        Random actions of each token and layer, see :func:`exploration_weights`. The random
+        numbers of a token's passes are spread evenly, so that its actions differ.
 
     Notes
     -----
     ``(1 + layers * passes) * n_tokens`` tokens run through the model.
     """
     generator = torch.Generator().manual_seed(session.seed)
-    shift: dict[str, Any] = {}
+    weights = {place: exploration_weights(each) for place, each in actions.items()}
+    drawn: dict[str, torch.Tensor] = {}
 
     def pick(place: Site, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-        return even_action(allowed, shift["drawn"].to(allowed.device), shift["pass"])
+        taken, drawn["propensity"] = drawn_action(weights[place], allowed, drawn["uniform"])
+        return taken
 
     rule = Acting(actions, pick)
     runs = Passes(session, n_tokens=n_tokens)
@@ -212,37 +227,58 @@ def explore(
                     (done + at / len(actions)) / len(runs.batches), "exploring one layer at a time"
                 )
                 rule.only = (place,)
-                shift["drawn"] = torch.rand(len(keep), generator=generator)
-                taken, changes = [], []
+                first = torch.rand(len(keep), generator=generator)
+                found = []
                 for number in range(passes):
-                    shift["pass"] = number
-                    changes.append(runs.losses(numbers) - native)
-                    here = rule.seen[place][2]
-                    taken.append(here[keep.to(here.device)])
-                states, allowed, _ = (each[keep.to(each.device)] for each in seen[place])
-                logs[place].append([states, allowed, torch.stack(taken), torch.stack(changes)])
+                    drawn["uniform"] = (first + number / passes) % 1.0
+                    change = runs.losses(numbers) - native
+                    taken = _kept(rule.seen[place][2], keep)
+                    found.append((taken, _kept(drawn["propensity"], keep), change))
+                states, allowed, _ = (_kept(each, keep) for each in seen[place])
+                by_pass = [torch.stack(each) for each in zip(*found, strict=True)]
+                logs[place].append([states, allowed, *by_pass])
     return {place: _log(parts) for place, parts in logs.items()}
 
 
-def even_action(allowed: torch.Tensor, drawn: torch.Tensor, number: int) -> torch.Tensor:
-    """Return an action [T] drawn evenly from the allowed ones [T, A].
+def _kept(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return values[keep.to(values.device)]
+
+
+def exploration_weights(actions: Actions) -> torch.Tensor:
+    """Return how often each action is explored, [A], as weights that sum to 1.
+
+    Actions that run experts are explored evenly. A token that runs none spoils what the tokens
+    after it see, and so all rewards of the pass; one in ten does.
+    """
+    empty = actions.n_experts == 0
+    running = (~empty).float() / (~empty).sum()
+    return torch.where(empty, EMPTY_SHARE, running * (1 - EMPTY_SHARE * empty.sum()))
+
+
+def drawn_action(
+    weights: torch.Tensor, allowed: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return actions [T] drawn by their weights from the allowed ones, and their probabilities.
 
     Parameters
     ----------
+    weights : Tensor [A]
     allowed : Tensor [T, A], bool
-    drawn : Tensor [T]
-        Random numbers in [0, 1), the same in all passes of a token.
-    number : int
-        Of the pass; from one to the next, a token goes on to its next action.
+    uniform : Tensor [T]
+        Random numbers in [0, 1).
     """
-    count = allowed.sum(dim=-1)
-    rank = ((drawn * count).long().clamp_max(count - 1) + number) % count
-    ranks = allowed.long().cumsum(dim=-1) - 1
-    return (allowed & (ranks == rank.unsqueeze(-1))).long().argmax(dim=-1)
+    shares = weights.to(allowed.device) * allowed
+    shares = shares / shares.sum(dim=-1, keepdim=True)
+    # an action is passed by when its whole share lies below the number; rounding may leave the
+    # last cumulative share below 1
+    taken = (uniform.to(allowed.device).unsqueeze(-1) >= shares.cumsum(dim=-1)).sum(dim=-1)
+    last = torch.where(allowed, torch.arange(allowed.shape[-1], device=allowed.device), 0)
+    taken = torch.minimum(taken, last.amax(dim=-1))
+    return taken, shares.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
 
 
 def _log(parts: Sequence[Sequence[torch.Tensor]]) -> Log:
+    """Join the batches' states, allowed actions, and what was drawn in each pass."""
     states, allowed = (torch.cat([part[at] for part in parts]) for at in (0, 1))
-    actions, change = (torch.cat([part[at] for part in parts], dim=1) for at in (2, 3))
-    propensity = (1.0 / allowed.sum(dim=-1)).expand(actions.shape)
-    return Log(states, allowed, actions, propensity, change)
+    drawn = (torch.cat([part[at] for part in parts], dim=1) for at in (2, 3, 4))
+    return Log(states, allowed, *drawn)
