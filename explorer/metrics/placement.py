@@ -72,7 +72,8 @@ def rebalance(
     group_size = experts // num_groups
 
     # groups to nodes; a "slot" numbers the experts in their order on the nodes
-    groups = np.asarray(load.reshape(layers, num_groups, group_size).sum(-1), dtype=np.float32)
+    by_group = load.reshape(layers, num_groups, group_size)
+    groups: npt.NDArray[np.float32] = by_group.sum(-1).astype(np.float32)
     node, rank = _pack(groups, num_nodes)
     first = (node * (num_groups // num_nodes) + rank) * group_size
     log2slot = (first[..., None] + np.arange(group_size)).reshape(layers, experts)
