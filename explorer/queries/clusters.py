@@ -242,3 +242,40 @@ def expert_counts(run: Run, token_ids: Ids | None, layer: int, *, site: int = 0)
         """,
         params,
     )
+
+
+def expert_facts(run: Run) -> pa.Table:
+    """Return what is known of each (layer, expert) unit, by layer, site and expert.
+
+    Returns
+    -------
+    Table
+        ``layer``, ``site``, ``expert_id``, ``assignments``, ``ratio`` (share of its router's
+        assignments over the uniform share), ``domain``: the one whose assignments go to this
+        expert most often, against all domains; and ``lift``, how much more often.
+    """
+    return run.table(
+        """
+        WITH by_domain AS (
+            SELECT layer, site, expert_id, coalesce(domain, '') AS domain,
+                sum(assignments) AS n
+            FROM expert_load_by GROUP BY ALL
+        ), shares AS (
+            SELECT *, n / nullif(sum(n) OVER (PARTITION BY layer, site, domain), 0) AS of_domain,
+                sum(n) OVER (PARTITION BY layer, site, expert_id) AS assignments,
+                sum(n) OVER (PARTITION BY layer, site) AS of_site
+            FROM by_domain
+        ), typical AS (
+            SELECT layer, site, expert_id, arg_max(domain, of_domain) AS domain,
+                max(of_domain) / nullif(any_value(assignments / of_site), 0) AS lift
+            FROM shares WHERE assignments > 0 GROUP BY ALL
+        )
+        SELECT e.layer, e.site, e.expert_id, e.assignments,
+            e.assignments * n_experts
+                / nullif(sum(e.assignments) OVER (PARTITION BY e.layer, e.site), 0) AS ratio,
+            domain, lift
+        FROM expert_load e JOIN sites USING (layer, site)
+            LEFT JOIN typical USING (layer, site, expert_id)
+        ORDER BY ALL
+        """
+    )
