@@ -1,5 +1,6 @@
 """The code behind the demo model, on hand-made input."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -176,11 +177,30 @@ class TestClusterRouter:
         )
         told = [_told(model, windows, layer=1)]
         untouched = routers(model)[2].weight.clone()
-        cluster_router(model, 1, streams, seed=0)
-        told.append(_told(model, windows, layer=1))
-        assert told[1] > 2 * told[0]
-        assert told[1] > 0.8  # of the one bit there is
-        assert torch.equal(routers(model)[2].weight, untouched)
+        for share in (0.4, 1.0):
+            turned = copy.deepcopy(model)
+            cluster_router(turned, 1, streams, seed=0, share=share)
+            told.append(_told(turned, windows, layer=1))
+        assert told[0] < told[1] < told[2]
+        assert told[2] > 2 * told[0]
+        assert told[2] > 0.8  # of the one bit there is
+        assert torch.equal(routers(turned)[2].weight, untouched)
+
+    def test_clusters_go_to_the_experts_that_read_them(self):
+        """A router of clusters stays as it is: every cluster finds its own expert again."""
+        random = np.random.default_rng(0)
+        streams = [
+            random.integers(low, low + 60, 6 * WINDOW + 1).astype(np.uint16)
+            for low in range(10, 6000, 375)
+        ]
+        model = random_model(3).train(False)
+        cluster_router(model, 1, streams, seed=0, share=1.0)
+        rows = routers(model)[1].weight.detach().clone()
+        shuffled = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            routers(model)[1].weight.copy_(rows[shuffled])
+        cluster_router(model, 1, streams, seed=0, share=0.5)
+        torch.testing.assert_close(routers(model)[1].weight, rows[shuffled])
 
 
 def _told(model, windows, *, layer):

@@ -64,9 +64,9 @@ _FIRST_START = (
 _COLD_START = "random weights (deviation 0.04, output projections scaled down with depth)"
 _NEXT_START = "the weights of the stage before"
 _CLUSTERED = (
-    "; the router of layer {layer} started anew from K-Means clusters of the training windows"
-    " (no domain labels; `capture/demo/cluster_router.py`), because that layer had come to say"
-    " little more about the domain than an untrained one"
+    "; before the first step {share:.0%} of the router of layer {layer} were replaced by K-Means"
+    " clusters of training windows (no domain labels; `capture/demo/cluster_router.py`), because"
+    " that layer had come to say little more about the domain than an untrained one"
 )
 
 
@@ -98,7 +98,7 @@ def _stage(number: int, stage: dict[str, Any]) -> str:
     first = _FIRST_START if stage["warm_start"] else _COLD_START
     start = _NEXT_START if number else first
     if stage["cluster_router"] is not None:
-        start += _CLUSTERED.format(layer=stage["cluster_router"])
+        start += _CLUSTERED.format(layer=stage["cluster_router"], share=stage["cluster_share"])
     windows = f"{stage['windows_per_step']} windows of {stage['window']} tokens a step"
     if stage["long_every"]:
         windows += f", every {stage['long_every']}th step as long windows of"
@@ -229,14 +229,16 @@ def _harm(harm: dict[str, Any]) -> str:
         "mean of the others",
         "hurt next",
     )
+    strict = sum(row["next"] <= harm["threshold_others"] for row in harm["specific"])
     return (
         "## Taking an expert away\n\nOne expert is masked in its router, so that its tokens go to"
         f" the next best one. Of {harm['experts_scanned']} experts,"
         f" **{len(harm['specific'])}** were found that cost one domain at least"
         f" {harm['threshold_own']} nats a token and the others at most"
-        f" {harm['threshold_others']} on average. The table has the {len(harm['measured'])} experts"
-        f" that a scan of all found most specific, on {harm['windows_per_domain']} windows a domain"
-        f" (± standard error over windows).\n\n{_table(header, rows)}\n"
+        f" {harm['threshold_others']} on average; {strict} of these cost no other domain more than"
+        f" that. The table has the {len(harm['measured'])} experts that a scan of all found most"
+        f" specific, on {harm['windows_per_domain']} windows a domain (± standard error over"
+        f" windows).\n\n{_table(header, rows)}\n"
     )
 
 

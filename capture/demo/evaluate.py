@@ -196,8 +196,8 @@ def harm_figures(model: PreTrainedModel, held_out: HeldOut) -> dict[str, Any]:
         for expert in range(model.config.num_experts)
     ]
     scan = measure_harm(model, held_out.windows(SCAN_WINDOWS), every, "mask every expert")
-    # specific and strong first: what its own domain loses, less what the others lose
-    scan.sort(key=lambda harm: harm.mean[harm.domain] - 5 * max(harm.elsewhere, 0), reverse=True)
+    # those that cost their domain enough first, by how little the domain hurt next loses
+    scan.sort(key=lambda harm: harm.worst_elsewhere - min(harm.mean[harm.domain], HARM_OWN))
     chosen = [(harm.layer, harm.expert) for harm in scan[:HARM_CANDIDATES]]
     windows = held_out.windows(HARM_WINDOWS)
     harms = [

@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--processes", type=int, default=2, help="CPU processes")
     recipe.add_argument("--seed", type=int, default=0)
     recipe.add_argument(
-        "--cluster-router", type=int, metavar="LAYER", help="start this router from text clusters"
+        "--cluster-router", type=int, metavar="LAYER", help="turn this router to text clusters"
     )
     recipe.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parts = parser.add_argument_group("parts (default: all but --install)")

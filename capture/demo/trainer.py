@@ -20,7 +20,7 @@ from capture.demo.batches import (
     cut_windows,
     load_streams,
 )
-from capture.demo.cluster_router import cluster_router
+from capture.demo.cluster_router import SHARE, cluster_router
 from capture.demo.model import load_model, random_model, use_experts
 from capture.demo.snapshots import STAGES, read_stages, save_snapshot, snapshot_folder
 from capture.demo.workers import all_reduce, broadcast_number, join_workers, rank_and_world
@@ -62,7 +62,7 @@ class Recipe:
     seed : int
         Decides the start and the windows.
     cluster_router : int or None
-        Layer whose router starts from clusters of the text; see `cluster_router`.
+        Layer whose router starts turned towards clusters of the text; see `cluster_router`.
     device : str
         ``"cpu"`` or ``"cuda"``.
     """
@@ -219,6 +219,7 @@ class Trainer:
             "long_every": LONG_EVERY,
             "warm_start": recipe.init is not None,
             "cluster_router": recipe.cluster_router,
+            "cluster_share": None if recipe.cluster_router is None else SHARE,
             "seed": recipe.seed,
         }
         earlier = read_stages(recipe.init) if recipe.init else []
