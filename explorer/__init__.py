@@ -9,9 +9,10 @@ from explorer.comparison.file import open_comparison
 from explorer.run import open_run
 
 if TYPE_CHECKING:
+    from explorer.comparison.api import compare
     from explorer.routers import ROUTERS
 
-__all__ = ["ROUTERS", "open_comparison", "open_run"]
+__all__ = ["ROUTERS", "compare", "open_comparison", "open_run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from explorer.routers import ROUTERS
 
         return ROUTERS
+    if name == "compare":
+        from explorer.comparison.api import compare
+
+        return compare
     raise AttributeError(f"module 'explorer' has no attribute {name!r}")

@@ -4,11 +4,14 @@ ExplorerError
 ├── RunError            a run file is missing, unreadable, or has not what a question needs
 ├── MetricError         a metric was given numbers that it is not defined for
 ├── ComparisonError     a comparison cannot be made, or a file is none
+│   └── ComparisonCancelled  the caller asked it to stop; what was finished is kept
 ├── RouterError         a router lacks what it needs, or was given options it cannot work with
 ├── WorkerError         the worker process cannot be used
 ├── NotAllowedError     the server is read-only, or the caller has not the role to write
 └── UnknownNameError    a name is not among the registered ones
 """
+
+from pathlib import Path
 
 
 class ExplorerError(Exception):
@@ -25,6 +28,20 @@ class MetricError(ExplorerError, ValueError):
 
 class ComparisonError(ExplorerError, ValueError):
     """A comparison cannot be made from what was given, or a file is none."""
+
+
+class ComparisonCancelled(ComparisonError):
+    """The caller asked a comparison to stop; what was finished is kept.
+
+    Attributes
+    ----------
+    path : Path or None
+        The comparison file, None when nothing was finished.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class RouterError(ExplorerError, ValueError):

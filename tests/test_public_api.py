@@ -21,7 +21,7 @@ HEAVY = {"torch", "triton", "numba", "numpy"}
     [
         ("kernels", ["attention", "coactivation", "gate", "project_topk"]),
         ("capture", ["CaptureConfig", "record"]),
-        ("explorer", ["ROUTERS", "open_comparison", "open_run"]),
+        ("explorer", ["ROUTERS", "compare", "open_comparison", "open_run"]),
     ],
 )
 def test_public_names(package, names):

@@ -6,7 +6,7 @@ balance and compute on these inputs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -85,25 +85,50 @@ def replay(
         If a router needs what the run does not hold, or gates parts, which only a live run shows.
     """
     named = _named(routers)
+    split = recorded_split(run, layers=layers, fit_share=fit_share, seed=seed)
+    table = pd.DataFrame(
+        [row for label in named for row in replay_rows(label, named[label], split)]
+    )
+    return table.astype({"layer": "Int64", "site": "Int64"})
+
+
+class RecordedSplit(NamedTuple):
+    """What a run recorded of its routers' inputs, for fitting and for reporting."""
+
+    fit: dict[Site, RouterInputs]
+    held_out: dict[Site, RouterInputs]
+
+
+def recorded_split(
+    run: Run, *, layers: Sequence[int] | None = None, fit_share: float = 0.5, seed: int = 0
+) -> RecordedSplit:
+    """Read a run's router inputs, divided by prompts.
+
+    Raises
+    ------
+    RouterError
+        If the run has none of the layers, or too few prompts to divide.
+    """
     places = [(s.layer, s.site) for s in run.sites if layers is None or s.layer in set(layers)]
     if not places:
         raise RouterError(
             f"The run has no layer among {layers}. Choose from {', '.join(map(str, run.layers))}."
         )
-    fit: dict[Site, RouterInputs] = {}
-    held_out: dict[Site, RouterInputs] = {}
+    split = RecordedSplit({}, {})
     for place in places:
         inputs, tokens = recorded_inputs(run, *place)
         chosen = torch.from_numpy(fit_split(tokens, share=fit_share, seed=seed))
-        fit[place], held_out[place] = inputs.take(chosen), inputs.take(~chosen)
-    rows: list[dict[str, Any]] = []
-    for label, router in named.items():
-        fitted = fit_layers(router, fit)
-        decisions = route_layers(fitted, held_out)
-        own = [_row(label, router, held_out[place], decisions[place]) for place in places]
-        rows += [*own, _over_layers(own)]
-    table = pd.DataFrame(rows)
-    return table.astype({"layer": "Int64", "site": "Int64"})
+        split.fit[place], split.held_out[place] = inputs.take(chosen), inputs.take(~chosen)
+    return split
+
+
+def replay_rows(label: str, router: Router, split: RecordedSplit) -> list[dict[str, Any]]:
+    """Fit one router and route the held-out inputs by it; a row per site, then one of all."""
+    _check_experts(label, router)
+    fitted = fit_layers(router, split.fit)
+    decisions = route_layers(fitted, split.held_out)
+    own = [_row(label, router, split.held_out[at], decisions[at]) for at in split.held_out]
+    return [*own, _over_layers(own)]
 
 
 def _named(routers: Iterable[str] | Mapping[str, Router]) -> dict[str, Router]:
@@ -115,12 +140,16 @@ def _named(routers: Iterable[str] | Mapping[str, Router]) -> dict[str, Router]:
     if not named:
         raise RouterError(f"Expected at least one router. There are: {', '.join(ROUTERS)}.")
     for label, router in named.items():
-        if isinstance(router, PartRouter):
-            raise RouterError(
-                f"{label!r} decides about {router.part}s. What that changes shows in a live "
-                "comparison only; replay takes routers that choose experts."
-            )
+        _check_experts(label, router)
     return named
+
+
+def _check_experts(label: str, router: Router) -> None:
+    if isinstance(router, PartRouter):
+        raise RouterError(
+            f"{label!r} decides about {router.part}s. What that changes shows in a live "
+            "comparison only; replay takes routers that choose experts."
+        )
 
 
 def _row(label: str, router: Router, inputs: RouterInputs, decision: Decision) -> dict[str, Any]:

@@ -148,7 +148,7 @@ TABLES: dict[str, dict[str, str]] = {
         "policy_entropy": "DOUBLE",
         "gate_rate": "DOUBLE",
     },
-    "units": {**UNIT, "fingerprint": "VARCHAR"},
+    "units": {**UNIT, "fingerprint": "VARCHAR", "error": "VARCHAR"},
 }
 
 

@@ -1,0 +1,97 @@
+"""Find out on the model itself whether a fitted router looks ahead or at other sequences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from capture.dependence import ROUNDING, dependence
+from capture.parts import gate_parts
+from capture.rules import RouteInputs, Rule
+from capture.selftest import probe_tokens
+from capture.sites import Site
+from explorer.comparison.fitting import Fitted
+from explorer.comparison.measure import Spy
+from explorer.routers.live import LiveRule
+
+Key = tuple[int, int]  # layer, site
+MAX_LAYERS = 4
+
+
+class Badges(NamedTuple):
+    """What a router wears wherever it appears.
+
+    Attributes
+    ----------
+    causal : bool
+        Neither declared nor found to look at later tokens.
+    batch_dependent : bool
+        Declared or found to look at other sequences.
+    """
+
+    causal: bool
+    batch_dependent: bool
+
+
+class BySite:
+    """One rule that asks the rule of the site in question."""
+
+    def __init__(self, rules: Mapping[Key, Rule]) -> None:
+        self.rules = rules
+
+    def route(self, inputs: RouteInputs, /) -> Any:
+        """Answer as the site's rule does."""
+        return self.rules[inputs.layer, inputs.site].route(inputs)
+
+
+def badges(
+    model: nn.Module, sites: Sequence[Site], fitted: Fitted, rules: Mapping[Key, Rule]
+) -> Badges:
+    """Change later tokens and other sequences, and see whether decisions change.
+
+    What is declared stays: a rule that was not caught on a few tokens may still look ahead.
+    """
+    info = fitted.router.info
+    ahead, others = not info.causal, info.batch_dependent
+    if fitted.part != "expert":
+        found = _gates_depend(model, sites, fitted, fitted.part)
+        ahead, others = ahead or found[0], others or found[1]
+    elif not fitted.attention:  # the probe of experts runs without attention
+        seen = dependence(model, sites, BySite(rules))
+        ahead, others = ahead or seen.later_tokens, others or seen.other_sequences
+    return Badges(not ahead, others)
+
+
+def _gates_depend(
+    model: nn.Module,
+    sites: Sequence[Site],
+    fitted: Fitted,
+    part: Literal["head", "layer", "block"],
+) -> tuple[bool, bool]:
+    """Whether gates depend on later tokens, and on other sequences."""
+    ids = probe_tokens(model)
+    half = ids.shape[1] // 2
+    other_end = ids.clone()
+    other_end[:, half:] = ids.roll(1, dims=0)[:, half:].flip(-1)
+    changed = ids.clone()
+    changed[1:] = ids[1:].flip(-1)
+    layers = sorted(layer for layer, _ in fitted.routers)
+    later = other = False
+    for layer in layers[:: max(1, -(-len(layers) // MAX_LAYERS))]:
+
+        def gates(tokens: torch.Tensor, layer: int = layer) -> torch.Tensor:
+            spy = Spy(LiveRule(fitted.routers[layer, 0]))
+            rule = gate_parts(model, sites, {layer: spy}, part=part, attention=fitted.attention)
+            with torch.inference_mode(), rule:
+                model(input_ids=tokens, use_cache=False)
+            return spy.gates[-1].reshape(*tokens.shape, -1)
+
+        first = gates(ids)
+        later |= _differ(first[:, :half], gates(other_end)[:, :half])
+        other |= _differ(first[:1], gates(ids[:1])) or _differ(first[:1], gates(changed)[:1])
+    return later, other
+
+
+def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool(((first - second).abs() > ROUNDING).any())

@@ -1,0 +1,121 @@
+"""The two random controls that stand beside every router that changes how much is computed."""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from explorer.comparison.fitting import Fitted
+from explorer.comparison.lab import Lab, Outcome
+from explorer.comparison.measure import SiteSums
+from explorer.routers import ROUTERS, PartMask, Router, RouterInputs
+from explorer.routers.baseline import MatchedRandomRouter
+
+Key = tuple[int, int]  # layer, site
+ControlKind = Literal["equal_compute", "matched_per_layer"]
+# differences below are rounding of a share over tokens
+SAME = 1e-3
+
+
+class Control(NamedTuple):
+    """A control that can run.
+
+    Attributes
+    ----------
+    kind : {"equal_compute", "matched_per_layer"}
+        The same mean over all layers, or the same counts layer by layer.
+    label : str
+        How it is called in tables.
+    fitted : Fitted
+    """
+
+    kind: ControlKind
+    label: str
+    fitted: Fitted
+
+
+def controls_of(label: str, fitted: Fitted, outcome: Outcome, lab: Lab, seed: int) -> list[Control]:
+    """Return the controls of a router, none where it computes as much as the model itself.
+
+    Parameters
+    ----------
+    label : str
+        Of the router.
+    fitted : Fitted
+    outcome : Outcome
+        Its run with all layers swapped: controls copy the compute that was measured there.
+    lab : Lab
+    seed : int
+    """
+    if fitted.router.info.family == "control":
+        return []
+    made = _of_experts(outcome, lab, seed) if fitted.part == "expert" else _of_parts(outcome, seed)
+    return [
+        Control(kind, f"{_TITLES[kind]} for {label}", fitted._replace(
+            routers=routers, attention=False, fit_tokens=0, seconds=0.0, curves=[]))
+        for kind, routers in made.items()
+    ]  # fmt: skip
+
+
+_TITLES: dict[ControlKind, str] = {
+    "equal_compute": "random",
+    "matched_per_layer": "random matched per layer",
+}
+
+
+def _of_experts(outcome: Outcome, lab: Lab, seed: int) -> dict[ControlKind, dict[Key, Router]]:
+    """Return controls that run as many experts.
+
+    Where a rule decides how many experts a token gets, chance decides that, and takes the model's
+    best. Where it gives all tokens the same number, chance decides which; layer by layer that is
+    the same control once more.
+    """
+    native, sums = lab.native.experts, outcome.sums
+    if all(abs(outcome.experts[key] - native[key]) < SAME for key in native):
+        return {}
+    mean = sum(outcome.experts.values()) / len(outcome.experts)
+    constant = {tuple(np.flatnonzero(one.counts).tolist()) for one in sums.values()}
+    fixed = len(constant) == 1 and len(next(iter(constant))) == 1
+    equal: Any = {
+        "experts_per_token": round(mean) if fixed else mean,
+        "choose": "random" if fixed else "best",
+        "seed": seed,
+    }
+    made: dict[ControlKind, dict[Key, Router]] = {
+        "equal_compute": dict.fromkeys(native, ROUTERS["random"](**equal))
+    }
+    if not fixed:
+        matched = {key: MatchedRandomRouter(seed=seed).match(_counts(sums[key])) for key in sums}
+        made["matched_per_layer"] = {**matched}
+    return made
+
+
+def _counts(sums: SiteSums) -> torch.Tensor:
+    return torch.from_numpy(sums.counts)
+
+
+def _of_parts(outcome: Outcome, seed: int) -> dict[ControlKind, dict[Key, Router]]:
+    """Use as many parts of a layer as the rule does, drawn by chance."""
+    gates = outcome.gates
+    share = sum(float((g > 0).float().mean()) for g in gates.values()) / max(1, len(gates))
+    if not gates or share > 1 - SAME:
+        return {}
+    kinds: dict[ControlKind, float | None] = {"equal_compute": share, "matched_per_layer": None}
+    made: dict[ControlKind, dict[Key, Router]] = {}
+    for kind, keep in kinds.items():
+        made[kind] = {}
+        for layer, gate in gates.items():
+            part: Any = "head" if gate.shape[-1] > 1 else "layer"
+            control = ROUTERS["random_parts"](keep=keep, part=part, seed=seed)
+            # the control learns rates from gates; tokens only have to be as many
+            tokens = torch.arange(len(gate))
+            inputs = RouterInputs(
+                layer=layer,
+                n_experts=1,
+                top_k=1,
+                score_function="other",
+                token_ids=tokens,
+                starts=tokens == 0,
+            )
+            made[kind][layer, 0] = control.fit(inputs, PartMask(part, (gate > 0).float()))
+    return made

@@ -1,0 +1,229 @@
+"""Fit routers for a live comparison: inputs, choices and importances come from the model itself."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from capture.live import token_losses
+from capture.rules import Choice, NativeRule, RouteInputs
+from capture.sites import Site
+from capture.swap import swap
+from explorer.comparison.importance import ATTENTION, LivePart, measured_parts
+from explorer.comparison.names import RouterSpec, make_router
+from explorer.comparison.texts import Texts
+from explorer.errors import RouterError
+from explorer.routers import (
+    Decision,
+    PartMask,
+    Router,
+    RouterInputs,
+    Routing,
+    TrainedRouter,
+    TrainingSession,
+    fit_layers,
+)
+from explorer.routers.live import Convention, convention_of, from_live
+from explorer.routers.scores import host_scores
+
+Key = tuple[int, int]  # layer, site
+
+
+class Fitted(NamedTuple):
+    """A router that can run.
+
+    Attributes
+    ----------
+    routers : dict of (layer, site) to Router
+        Maybe one object for all of them.
+    part : {"expert", "head", "layer", "block"}
+        What it decides about.
+    attention : bool
+        Whether it asks for attention while it runs.
+    fit_tokens : int
+        0 where there was nothing to learn.
+    seconds : float
+    curves : list of dict
+        Of routers that learned on the model's loss.
+    """
+
+    routers: dict[Key, Router]
+    part: LivePart
+    attention: bool
+    fit_tokens: int
+    seconds: float
+    curves: list[dict[str, Any]]
+
+    @property
+    def router(self) -> Router:
+        """One of them, to read its card."""
+        return next(iter(self.routers.values()))
+
+
+class FitData:
+    """What routers learn from, captured from the model when it is first asked for.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    sites : sequence of Site
+    texts : Texts
+        The fit split, maybe empty.
+    skip : {"block", "layer"}
+        What a rule about layers skips: the MoE block, or the whole layer.
+    session : TrainingSession, optional
+        Of routers that learn on the model's loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        texts: Texts,
+        *,
+        skip: Literal["block", "layer"] = "block",
+        session: TrainingSession | None = None,
+    ) -> None:
+        self.model = model
+        self.sites = list(sites)
+        self.texts = texts
+        self.skip: Literal["block", "layer"] = skip
+        self.session = session
+        self.places: list[Key] = [(site.info.layer, site.info.site) for site in sites]
+        self._inputs: dict[bool, dict[Key, RouterInputs]] = {}
+        self._parts: dict[
+            tuple[str, bool], tuple[dict[Key, RouterInputs], dict[Key, Decision]]
+        ] = {}
+
+    def fit(self, spec: RouterSpec, seed: int | None) -> Fitted:
+        """Make a router and fit it.
+
+        Raises
+        ------
+        RouterError
+            If it needs texts to learn from and there are none, or the model lacks what it needs.
+        """
+        begun = time.perf_counter()
+        router = make_router(spec, seed=seed)
+        info = router.info
+        attention = bool(info.needs & set(ATTENTION))
+        part = self._part_of(router)
+        learns = info.fits is not None
+        if learns:
+            self._check_texts(spec.label)
+        routers: dict[Key, Router]
+        if isinstance(router, TrainedRouter):
+            if self.session is None:
+                raise RouterError(f"{spec.label} learns on the model's loss; compare it live.")
+            routers = dict.fromkeys(self.places, router.train(self.session))
+        elif not learns:
+            routers = dict.fromkeys(self.places, router)
+        else:
+            inputs, targets = self._learned_from(router, part, attention)
+            routers = fit_layers(router, inputs, targets)
+        curves = [dict(row) for row in getattr(router, "curves_", [])]
+        seconds = time.perf_counter() - begun
+        return Fitted(
+            routers, part, attention, self.texts.n_tokens if learns else 0, seconds, curves
+        )
+
+    def _part_of(self, router: Router) -> LivePart:
+        part: LivePart = getattr(router, "part", "expert")
+        return self.skip if part == "layer" else part
+
+    def _check_texts(self, label: str) -> None:
+        if not self.texts.sequences:
+            raise RouterError(
+                f"{label} has to be fitted on texts that it is not reported on, but there are too "
+                "few prompts to divide. Record more prompts, or choose routers without a fit."
+            )
+
+    def _learned_from(
+        self, router: Router, part: LivePart, attention: bool
+    ) -> tuple[dict[Key, RouterInputs], dict[Key, Decision] | None]:
+        if part != "expert":
+            return self.parts(part, attention)
+        inputs = self.inputs(attention)
+        if getattr(router, "part", None) is None:
+            return inputs, None
+        # an expert matters to a token as much as its score does beside the token's best
+        targets: dict[Key, Decision] = {}
+        for place, recorded in inputs.items():
+            scores = recorded.decision().scores.clamp_min(0)
+            best = scores.amax(-1, keepdim=True).clamp_min(1e-20)
+            targets[place] = PartMask("expert", scores / best)
+        return inputs, targets
+
+    def inputs(self, attention: bool = False) -> dict[Key, RouterInputs]:
+        """Return what every router of the model saw and chose on the fit split."""
+        if attention not in self._inputs:
+            seen: dict[Key, list[RouteInputs]] = {place: [] for place in self.places}
+
+            def keep(inputs: RouteInputs, _: Choice) -> None:
+                seen[inputs.layer, inputs.site].append(inputs)
+
+            token_losses(
+                self.model,
+                self.texts.sequences,
+                swapped=lambda: swap(
+                    self.model, self.sites, NativeRule(), on_choice=keep, attention=attention
+                ),
+            )
+            found = {place: joined(parts) for place, parts in seen.items()}
+            self._inputs[attention] = found
+        return self._inputs[attention]
+
+    def conventions(self) -> dict[Key, Convention | None]:
+        """Return how the model weighs its experts; None where each pass has to find out."""
+        if not self.texts.sequences:
+            return dict.fromkeys(self.places)
+        return {
+            place: Convention(inputs.renormalize, inputs.scaling)
+            for place, inputs in self.inputs().items()
+        }
+
+    def parts(
+        self, part: LivePart, attention: bool = False
+    ) -> tuple[dict[Key, RouterInputs], dict[Key, Decision]]:
+        """Return what rules about parts see on the fit split, and how much each part mattered."""
+        asked = (part, attention)
+        if asked not in self._parts:
+            self._parts[asked] = measured_parts(
+                self.model, self.sites, self.texts, part, attention=attention
+            )
+        return self._parts[asked]
+
+
+def joined(parts: Sequence[RouteInputs]) -> RouterInputs:
+    """Return the passes of one router as one set of inputs, with the model's convention."""
+    scored = all(part.logits is not None and part.native is not None for part in parts)
+    convention = Convention(True, 1.0)
+    if scored and parts[0].score_function != "other":
+        bare = from_live(parts[0], convention)
+        scores = torch.cat([host_scores(part.logits, bare) for part in parts])  # type: ignore[arg-type]
+        chosen = [part.native for part in parts if part.native is not None]
+        ids, weights = (_stacked(tensors) for tensors in zip(*chosen, strict=True))
+        convention = convention_of(scores, ids, weights)
+    each = [from_live(part, convention) for part in parts]
+    whole: dict[str, Any] = {}
+    for field in fields(RouterInputs):
+        values = [getattr(one, field.name) for one in each]
+        if isinstance(values[0], Routing):
+            whole[field.name] = Routing(*(_stacked(v) for v in zip(*(r[:3] for r in values))))  # noqa: B905
+        elif isinstance(values[0], torch.Tensor) and len(values[0]) == len(parts[0].hidden):
+            whole[field.name] = torch.cat(values)
+    for name in ("gate_weight", "gate_bias", "selection_bias", "previous_state"):
+        whole.pop(name, None)
+    return replace(each[0], **whole)
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors [T, K] of maybe different K below each other, empty slots -1 or 0."""
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    filler = 0 if tensors[0].is_floating_point() else -1
+    return torch.cat(
+        [nn.functional.pad(t, (0, widest - t.shape[-1]), value=filler) for t in tensors]
+    )

@@ -1,0 +1,316 @@
+"""The model of a comparison: run it with any rule on the report texts and see what happened."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capture.flops import counted_flops, model_flops
+from capture.live import Kept, Latency, SequenceLosses, latency, summed, token_losses
+from capture.models import LoadedModel
+from capture.parts import gate_parts
+from capture.rules import NativeRule, Rule
+from capture.sites import Site
+from capture.swap import swap
+from explorer.comparison.cost import Cost, Usage, cost_of
+from explorer.comparison.fitting import FitData, Fitted
+from explorer.comparison.importance import LivePart
+from explorer.comparison.measure import Chosen, SiteSums, Spy, Watcher
+from explorer.comparison.texts import Split, Texts
+from explorer.errors import ComparisonCancelled
+from explorer.routers import Router, TrainingSession
+from explorer.routers.live import LiveRule
+from explorer.routers.native import NativeRouter
+
+Key = tuple[int, int]  # layer, site
+SHARED_TEXTS = 4  # texts whose choices and losses are kept token by token
+SHARED_TOKENS = 160  # at most of each
+TIMED_TOKENS = 256  # of the batch for timings, in rows of at most half of it
+
+
+@dataclass
+class Outcome:
+    """One run over the report texts.
+
+    Attributes
+    ----------
+    losses : list of array [S - 1], nats
+        Of each text's tokens from the second on.
+    sums : dict of (layer, site) to SiteSums
+        Of the sites that were swapped; empty where parts were gated.
+    chosen : dict of (layer, site) to list of Chosen
+        What the swapped sites chose for the shared texts, for all texts in the native run.
+    load : dict of (layer, site) to array [E]
+        Assignments of real tokens, at all sites.
+    experts, distinct : dict of (layer, site) to float
+        Experts that ran, a token; different ones that ran, a pass.
+    shares : dict of layer to float, 0..1
+        Share of the gated part that ran.
+    gates : dict of layer to Tensor [T, P]
+    seconds : float
+    """
+
+    losses: list[npt.NDArray[np.float32]]
+    sums: dict[Key, SiteSums]
+    chosen: dict[Key, list[Chosen]]
+    load: dict[Key, npt.NDArray[np.int64]]
+    experts: dict[Key, float]
+    distinct: dict[Key, float]
+    shares: dict[int, float]
+    gates: dict[int, torch.Tensor]
+    seconds: float
+
+    @cached_property
+    def per_sequence(self) -> SequenceLosses:
+        """Sums over each text."""
+        return summed(self.losses)
+
+
+class Lab:
+    """A model with its texts, its routers' fits, and the unchanged model's own run.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    sites : sequence of Site
+        All MoE sites of the model.
+    split : Split
+    skip : {"block", "layer"}
+        What a rule about layers skips.
+    seed : int
+    cancelled : callable
+        Asked between forward passes, and while routers learn on the model's loss.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sites: Sequence[Site],
+        split: Split,
+        *,
+        skip: Any = "block",
+        seed: int = 0,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.cancelled = cancelled
+        self.model = loaded.model
+        self.sites = list(sites)
+        self.report: Texts = split.report
+        session = None
+        if split.fit.sequences:
+            session = TrainingSession(
+                model=loaded.model,
+                sites=sites,
+                sequences=split.fit.sequences,
+                seed=seed,
+                cancelled=cancelled,
+            )
+        self.data = FitData(loaded.model, sites, split.fit, skip=skip, session=session)
+        self.flops = model_flops(loaded.model, sites)
+        self.shared = self._shared_texts()
+        lengths = np.array([len(one) for one in self.report.sequences], dtype=np.float64)
+        self.keys = float((lengths**2).sum() / lengths.sum())
+
+    def _shared_texts(self) -> list[int]:
+        """Return texts for looking at tokens one by one, of different domains where there are."""
+        firsts: dict[str, int] = {}
+        for number, domain in enumerate(self.report.domains):
+            firsts.setdefault(domain, number)
+        others = [n for n in range(len(self.report.domains)) if n not in firsts.values()]
+        return [*firsts.values(), *others][:SHARED_TEXTS]
+
+    @cached_property
+    def native(self) -> Outcome:
+        """The unchanged model, through the same swap, so that losses differ by rules only."""
+        return self._run(dict.fromkeys(self.data.places, NativeRule()), None, None, everything=True)
+
+    def run(self, fitted: Fitted, *, only: Sequence[Key] | None = None) -> Outcome:
+        """Run the model with a router in place, everywhere or at ``only`` some sites."""
+        if fitted.part == "expert":
+            across = fitted.router.info.across_layers and only is not None
+            return self._run(self.rules(fitted), only, self.rules(fitted) if across else None,
+                             attention=fitted.attention)  # fmt: skip
+        return self._gated(fitted, None if only is None else [layer for layer, _ in only])
+
+    def rules(self, fitted: Fitted) -> dict[Key, Rule]:
+        """Return a router's rules for all sites."""
+        conventions = self.data.conventions()
+        return {
+            place: NativeRule()
+            if isinstance(router, NativeRouter)
+            else LiveRule(router, conventions.get(place))
+            for place, router in fitted.routers.items()
+        }
+
+    def _run(
+        self,
+        rules: Mapping[Key, Rule],
+        only: Sequence[Key] | None,
+        watch: Mapping[Key, Rule] | None,
+        *,
+        everything: bool = False,
+        attention: bool = False,
+    ) -> Outcome:
+        begun = time.perf_counter()
+        native = None if everything else self.native.chosen
+        keep = None if everything else self.shared
+        watcher = Watcher(len(self.report.sequences), native, keep=keep)
+        spied = {key: watcher.spy(key, rule) for key, rule in rules.items()}
+        if everything:
+            spied = {}
+        kept = Kept(
+            lambda: swap(
+                self.model,
+                self.sites,
+                spied or rules,
+                only=only,
+                watch=watch,
+                on_choice=watcher.on_choice,
+                attention=attention,
+            )
+        )
+        losses = self._losses(kept, watcher.before_batch)
+        counts = kept.values[0].counts
+        return Outcome(
+            losses=losses,
+            sums=watcher.sums,
+            chosen=watcher.chosen,
+            load={key: count.load.cpu().numpy() for key, count in counts.items()},
+            experts={key: count.experts_per_token for key, count in counts.items()},
+            distinct={key: count.distinct_experts for key, count in counts.items()},
+            shares={},
+            gates={},
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _losses(self, context: Kept[Any], before: Callable[[Any], None]) -> Any:
+        """Run the report texts in a context, unless the caller wants to stop."""
+
+        def before_batch(numbers: npt.NDArray[np.int64]) -> None:
+            if self.cancelled():
+                raise ComparisonCancelled("Stopped between two forward passes.")
+            before(numbers)
+
+        return token_losses(
+            self.model, self.report.sequences, swapped=context, before_batch=before_batch
+        )
+
+    def _gated(self, fitted: Fitted, only: Sequence[int] | None) -> Outcome:
+        begun = time.perf_counter()
+        spies = {layer: Spy(LiveRule(router)) for (layer, _), router in fitted.routers.items()}
+        kept = Kept(lambda: self._gates(fitted, spies, only))
+        losses = self._losses(kept, lambda numbers: None)
+        gated = kept.values[0]
+        shares = {layer: count.share for layer, count in gated.counts.items()}
+        # experts run for the tokens that use the layer; heads change nothing about them
+        rate = shares if fitted.part in ("block", "layer") else {}
+        native = self.native
+        return Outcome(
+            losses=losses,
+            sums={},
+            chosen={},
+            load={
+                key: (load * rate.get(key[0], 1.0)).round().astype(np.int64)
+                for key, load in native.load.items()
+            },
+            experts={key: n * rate.get(key[0], 1.0) for key, n in native.experts.items()},
+            distinct=native.distinct,
+            shares=shares,
+            gates={n: torch.cat(spies[n].gates) for n in shares if spies[n].gates},
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _gates(
+        self, fitted: Fitted, rules: Mapping[int, Rule], only: Sequence[int] | None
+    ) -> AbstractContextManager[Any]:
+        part: LivePart = fitted.part
+        assert part != "expert"
+        return gate_parts(
+            self.model, self.sites, rules, part=part, only=only, attention=fitted.attention
+        )
+
+    def cost(
+        self, outcome: Outcome, fitted: Fitted | None, only: Sequence[Key] | None = None
+    ) -> Cost:
+        """Return what a token cost in a run; ``fitted`` None = in the unchanged model."""
+        tokens = self.report.n_tokens
+        usage: dict[str, Any] = {}
+        if fitted is not None:
+            places = [p for p in fitted.routers if only is None or p in only]
+            own = {p: self._operations(fitted.routers[p], p) for p in places}
+            if fitted.part != "expert":
+                usage["beside"] = {layer: cost for (layer, _), cost in own.items()}
+                usage[f"{fitted.part}s"] = outcome.shares
+            elif getattr(fitted.router, "part", None) == "expert":
+                usage["beside"] = {layer: cost for (layer, _), cost in own.items()}
+            else:
+                usage["rule"] = own
+        used = Usage(
+            keys=self.keys,
+            experts=outcome.experts,
+            load={key: load / tokens for key, load in outcome.load.items()},
+            **usage,
+        )
+        itemsize = next(iter(self.model.parameters())).element_size()
+        return cost_of(self.flops, used, itemsize=itemsize)
+
+    @property
+    def _embedding(self) -> torch.Tensor:
+        embedding: Any = self.model.get_input_embeddings()
+        weight: torch.Tensor = embedding.weight
+        return weight
+
+    def _operations(self, router: Router, place: Key) -> float:
+        """Return the operations of deciding for one token at one place."""
+        infos = {(s.info.layer, s.info.site): s for s in self.sites}
+        info = infos[place].info if place in infos else self.sites[0].info
+        width = int(self._embedding.shape[1])
+        if isinstance(router, NativeRouter):
+            layers = {layer.layer: layer for layer in self.flops.layers}
+            return float(layers[place[0]].router[place])
+        return router.flops(info.n_experts, width, info.top_k)
+
+    @cached_property
+    def timed_ids(self) -> torch.Tensor:
+        """A batch without padding, for timings and for counting operations."""
+        ids = np.concatenate(self.report.sequences)[:TIMED_TOKENS]
+        rows = 2 if len(ids) > 1 else 1
+        ids = ids[: len(ids) // rows * rows].reshape(rows, -1).astype(np.int64)
+        return torch.from_numpy(ids).to(self._embedding.device)
+
+    def _context(self, fitted: Fitted) -> AbstractContextManager[Any]:
+        if fitted.part == "expert":
+            return swap(self.model, self.sites, self.rules(fitted), checked=False,
+                        attention=fitted.attention)  # fmt: skip
+        rules = {place[0]: LiveRule(router) for place, router in fitted.routers.items()}
+        return self._gates(fitted, rules, None)
+
+    def time(self, fitted: Fitted) -> Latency:
+        """Time forward passes with and without a router, in turns."""
+        return latency(self.model, self.timed_ids, lambda: self._context(fitted))
+
+    @cached_property
+    def native_count(self) -> int:
+        """Operations that torch runs in the unchanged model, on the timed batch."""
+        return self._count(None)
+
+    def count(self, fitted: Fitted) -> float:
+        """Return the ratio of operations that torch really runs, with a router and without."""
+        return self._count(fitted) / self.native_count
+
+    def _count(self, fitted: Fitted | None) -> int:
+        # not inference_mode, in which linear layers are not taken apart into products
+        with torch.no_grad():
+            if fitted is None:
+                with counted_flops(self.model) as counted:
+                    self.model(input_ids=self.timed_ids, use_cache=False)
+            else:
+                with self._context(fitted), counted_flops(self.model) as counted:
+                    self.model(input_ids=self.timed_ids, use_cache=False)
+        return counted.total

@@ -1,0 +1,198 @@
+"""Watch a model run with another rule: what it chose, and how far the model itself would agree."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capture.rules import Choice, RouteInputs, Rule
+from explorer.metrics import agreement as agree
+
+Key = tuple[int, int]  # layer, site
+Floats = npt.NDArray[np.float64]
+MEASURES = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy")
+
+
+@dataclass
+class Chosen:
+    """What one site chose in one forward pass, heaviest expert first.
+
+    Attributes
+    ----------
+    expert_ids : array [T, K], int16
+        -1 in empty slots.
+    weights : array [T, K], float32
+    sequences, positions : array [T]
+        Number of the sequence, and the token's place in it.
+    """
+
+    expert_ids: npt.NDArray[np.int16]
+    weights: npt.NDArray[np.float32]
+    sequences: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+
+
+@dataclass
+class SiteSums:
+    """Sums over the tokens of each of ``N`` sequences at one site.
+
+    Attributes
+    ----------
+    tokens : array [N]
+    experts : array [N]
+        Assignments.
+    measures : dict of str to array [N]
+        By the names in ``MEASURES``.
+    counts : array [K + 1], int64
+        Tokens with 0, 1, 2, ... experts.
+    """
+
+    tokens: Floats
+    experts: Floats
+    measures: dict[str, Floats]
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    def mean(self, name: str) -> float:
+        """Return a measure's mean over tokens, nan where it was not measured."""
+        values = self.measures.get(name)
+        return float("nan") if values is None else float(values.sum() / self.tokens.sum())
+
+
+class Watcher:
+    """Follows the choices of a swap: give ``before_batch`` and ``on_choice`` to the run.
+
+    Parameters
+    ----------
+    n_sequences : int
+    native : mapping of (layer, site) to list of Chosen, optional
+        The unchanged model's choices in the same batches, to agree with.
+    keep : collection of int
+        Sequences whose choices are kept; None = all.
+    """
+
+    def __init__(
+        self,
+        n_sequences: int,
+        native: Mapping[Key, Sequence[Chosen]] | None = None,
+        *,
+        keep: Sequence[int] | None = None,
+    ) -> None:
+        self.n_sequences = n_sequences
+        self.native = native
+        self.keep = None if keep is None else np.array(sorted(keep), dtype=np.int64)
+        self.sums: dict[Key, SiteSums] = {}
+        self.chosen: dict[Key, list[Chosen]] = {}
+        self.spies: dict[Key, Spy] = {}
+        self._batch: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._passes: dict[Key, int] = {}
+
+    def before_batch(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Take note of which sequences come next."""
+        self._batch = numbers
+
+    def spy(self, key: Key, rule: Rule) -> "Spy":
+        """Return the rule, so that its scores can be read too."""
+        self.spies[key] = Spy(rule)
+        return self.spies[key]
+
+    def on_choice(self, inputs: RouteInputs, choice: Choice) -> None:
+        """Count what one site chose."""
+        key = (inputs.layer, inputs.site)
+        found = _sorted(choice, self._batch[inputs.sequences.cpu().numpy()], inputs)
+        number = self._passes.get(key, 0)
+        self._passes[key] = number + 1
+        sums = self.sums.setdefault(key, self._empty())
+        self._add(sums, found, None if self.native is None else self.native[key][number])
+        if key in self.spies and self.spies[key].entropy is not None:
+            self._sum(sums, "entropy", found.sequences, self.spies[key].entropy)
+        self.chosen.setdefault(key, []).append(self._kept(found))
+
+    def _empty(self) -> SiteSums:
+        zeros = np.zeros(self.n_sequences)
+        return SiteSums(zeros, zeros.copy(), {})
+
+    def _sum(self, sums: SiteSums, name: str, sequences: Any, values: Any) -> None:
+        total = sums.measures.setdefault(name, np.zeros(self.n_sequences))
+        total += np.bincount(sequences, np.nan_to_num(values), minlength=self.n_sequences)
+
+    def _add(self, sums: SiteSums, found: Chosen, native: Chosen | None) -> None:
+        filled = (found.expert_ids >= 0).sum(axis=1)
+        sums.tokens += np.bincount(found.sequences, minlength=self.n_sequences)
+        sums.experts += np.bincount(found.sequences, filled, minlength=self.n_sequences)
+        counts = np.bincount(filled)
+        longer = max(len(counts), len(sums.counts))
+        sums.counts = np.pad(sums.counts, (0, longer - len(sums.counts))) + np.pad(
+            counts, (0, longer - len(counts))
+        )
+        if native is None:
+            return
+        expected, ids = native.expert_ids, found.expert_ids
+        values = {
+            "agreement": agree.overlap_at_k(expected, ids),
+            "jaccard": agree.jaccard(expected, ids),
+            "exact_set": agree.exact_set(expected, ids),
+            "top_1": agree.top_1(expected, ids),
+            "weighted_overlap": agree.weighted_overlap(
+                expected, native.weights, ids, found.weights
+            ),
+        }
+        for name, one in values.items():
+            self._sum(sums, name, found.sequences, one)
+
+    def _kept(self, found: Chosen) -> Chosen:
+        if self.keep is None:
+            return found
+        rows = np.isin(found.sequences, self.keep)
+        return Chosen(
+            found.expert_ids[rows],
+            found.weights[rows],
+            found.sequences[rows],
+            found.positions[rows],
+        )
+
+
+class Spy:
+    """Passes a rule's answer on and looks at its scores.
+
+    Attributes
+    ----------
+    entropy : array [T] or None, nats
+        Of the scores of the last pass, as shares of their sum.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.entropy: Floats | None = None
+        self.gates: list[torch.Tensor] = []
+
+    def route(self, inputs: RouteInputs, /) -> Any:
+        """Answer as the rule does."""
+        answer = self.rule.route(inputs)
+        scores = getattr(answer, "scores", None)
+        self.entropy = None if scores is None else entropy_of(scores)
+        if getattr(answer, "gate", None) is not None:
+            self.gates.append(answer.gate.detach().float().cpu())
+        return answer
+
+
+def entropy_of(scores: torch.Tensor) -> Floats:
+    """Return the entropy of scores [T, E] as shares of their sum, nats."""
+    positive = scores.detach().float().clamp_min(0)
+    share = positive / positive.sum(-1, keepdim=True).clamp_min(1e-20)
+    return np.asarray(torch.special.entr(share).sum(-1).cpu().numpy(), dtype=np.float64)
+
+
+def _sorted(choice: Choice, sequences: npt.NDArray[np.int64], inputs: RouteInputs) -> Chosen:
+    """Return a choice heaviest expert first, empty slots last."""
+    ids = choice.expert_ids
+    weights = choice.weights.detach().float()
+    order = weights.masked_fill(ids < 0, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return Chosen(
+        ids.gather(-1, order).to(torch.int16).cpu().numpy(),
+        weights.gather(-1, order).cpu().numpy(),
+        sequences,
+        inputs.positions.cpu().numpy(),
+    )

@@ -1,0 +1,296 @@
+"""From what was measured to the rows of a comparison's tables."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from capture.live import Latency, SequenceLosses, loss_change
+from explorer.comparison.badges import Badges
+from explorer.comparison.fitting import Fitted
+from explorer.comparison.lab import SHARED_TOKENS, Lab, Outcome
+from explorer.comparison.measure import Chosen, SiteSums
+from explorer.comparison.tables import Rows
+from explorer.metrics.load import (
+    coefficient_of_variation,
+    dead_experts,
+    gini,
+    max_violation,
+    normalized_entropy,
+    sampling_floor,
+)
+from explorer.routers import Router
+
+Key = tuple[int, int]  # layer, site
+_MEANS = (
+    *("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy"),
+    *("max_violation", "max_violation_floor", "cv", "gini", "dead_experts", "load_entropy"),
+)
+
+
+class Subject(NamedTuple):
+    """Whose rows they are.
+
+    Attributes
+    ----------
+    label : str
+    seed : int or None
+    fitted : Fitted
+    badges : Badges
+    control, control_of : str or None
+    """
+
+    label: str
+    seed: int | None
+    fitted: Fitted
+    badges: Badges
+    control: str | None = None
+    control_of: str | None = None
+
+    @property
+    def unit(self) -> dict[str, Any]:
+        """Router and seed."""
+        return {"router": self.label, "seed": self.seed}
+
+
+def card(label: str, router: Router, *, control: str | None = None, of: str | None = None) -> Any:
+    """Return the row of table ``routers``."""
+    info = router.info
+    return {
+        "router": label,
+        "name": info.name,
+        "family": info.family,
+        "title": info.title,
+        "summary": info.summary,
+        "formula": info.formula,
+        "paper": info.paper,
+        "fits": info.fits,
+        "part": getattr(router, "part", "expert"),
+        "causal_declared": info.causal,
+        "batch_dependent_declared": info.batch_dependent,
+        "variable_k": info.variable_k,
+        "control": control,
+        "control_of": of,
+    }
+
+
+def live_rows(
+    rows: Rows,
+    lab: Lab,
+    subject: Subject,
+    outcome: Outcome,
+    *,
+    timed: Latency | None = None,
+    counted: float | None = None,
+) -> None:
+    """Add what was measured with all layers swapped."""
+    whole = _row(lab, subject, outcome, "live", None)
+    layers = [_layer_row(whole, key, outcome.sums[key], outcome) for key in sorted(outcome.sums)]
+    for name in _MEANS:
+        whole[name] = _mean([row.get(name) for row in layers])
+    whole["counted_flops_ratio"] = counted
+    if timed is not None:
+        whole |= {
+            "latency_ms": timed.swapped_ms,
+            "latency_ratio": timed.ratio,
+            "latency_low": timed.low,
+            "latency_high": timed.high,
+        }
+    rows["results"] += [whole, *layers]
+    rows["domains"] += _domains(lab, subject, outcome)
+    rows["sequences"] += _sequences(lab, subject, outcome, "live", None)
+    rows["choices"] += choices(lab, subject.unit | {"mode": "live"}, outcome)
+    rows["token_losses"] += token_losses(lab, subject.unit | {"mode": "live"}, outcome)
+
+
+def layer_rows(rows: Rows, lab: Lab, subject: Subject, outcome: Outcome, key: Key) -> None:
+    """Add what was measured with one layer swapped."""
+    row = _row(lab, subject, outcome, "live-layer", key)
+    if key in outcome.sums:
+        row |= _site(outcome.sums[key], outcome, key)
+    rows["results"].append(row)
+    rows["sequences"] += _sequences(lab, subject, outcome, "live-layer", key[0])
+
+
+def _row(
+    lab: Lab, subject: Subject, outcome: Outcome, mode: str, key: Key | None
+) -> dict[str, Any]:
+    fitted = subject.fitted
+    change = loss_change(lab.native.per_sequence, outcome.per_sequence)
+    only = None if key is None else [key]
+    cost, native = lab.cost(outcome, fitted, only), lab.cost(lab.native, None)
+    shares = list(outcome.shares.values())
+    parts: dict[str, Any] = {}
+    if shares:
+        columns = next((g.shape[-1] for g in outcome.gates.values()), 1)
+        parts = {"parts_per_token": sum(shares) * columns, "parts_share": _mean(shares)}
+    return {
+        **subject.unit,
+        "mode": mode,
+        "family": "control" if subject.control else fitted.router.info.family,
+        "layer": None if key is None else key[0],
+        "site": None if key is None else key[1],
+        "condition": "base",
+        "control": subject.control,
+        "control_of": subject.control_of,
+        "part": fitted.part,
+        "loss": outcome.per_sequence.mean,
+        "loss_change": change.change,
+        "loss_se": change.standard_error,
+        "perplexity_ratio": change.perplexity_ratio,
+        "experts_per_token": float(np.mean(list(outcome.experts.values()))),
+        **parts,
+        "distinct_experts": float(np.mean(list(outcome.distinct.values()))),
+        "flops_per_token": cost.flops,
+        "flops_ratio": cost.flops / native.flops,
+        "expert_flops_ratio": cost.expert_flops / native.expert_flops,
+        "router_flops": cost.router_flops,
+        "bytes_ratio": cost.moved / native.moved,
+        "energy_ratio": cost.energy / native.energy,
+        "causal": subject.badges.causal,
+        "batch_dependent": subject.badges.batch_dependent,
+        "simulated": fitted.part == "head",
+        "fit_tokens": fitted.fit_tokens,
+        "tokens": lab.report.n_tokens,
+        "sequences": len(lab.report.sequences),
+        "fit_seconds": fitted.seconds,
+        "seconds": outcome.seconds,
+    }
+
+
+def _layer_row(whole: dict[str, Any], key: Key, sums: SiteSums, outcome: Outcome) -> dict[str, Any]:
+    """Return the row of one layer in a run with all layers swapped; its loss is not its own."""
+    same = ("router", "seed", "mode", "family", "condition", "control", "control_of", "part")
+    flags = ("causal", "batch_dependent", "simulated", "fit_tokens", "tokens", "sequences")
+    shared = {name: whole[name] for name in (*same, *flags)}
+    return {**shared, "layer": key[0], "site": key[1], **_site(sums, outcome, key)}
+
+
+def _site(sums: SiteSums, outcome: Outcome, key: Key) -> dict[str, Any]:
+    """Return agreement and balance at one site."""
+    load, tokens = outcome.load[key], int(sums.tokens.sum())
+    mean = outcome.experts[key]
+    floor = sampling_floor(
+        "max_violation", n_tokens=tokens, n_experts=len(load), top_k=mean, n_draws=50
+    )
+    found = {name: sums.mean(name) for name in sums.measures}
+    return {
+        **found,
+        "experts_per_token": mean,
+        "distinct_experts": outcome.distinct[key],
+        "max_violation": max_violation(load),
+        "max_violation_floor": floor.mean,
+        "cv": coefficient_of_variation(load),
+        "gini": gini(load),
+        "dead_experts": float(dead_experts(load)),
+        "load_entropy": normalized_entropy(load),
+    }
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _domains(lab: Lab, subject: Subject, outcome: Outcome) -> list[dict[str, Any]]:
+    domains = np.array(lab.report.domains)
+    native, found = lab.native.per_sequence, outcome.per_sequence
+    rows = []
+    for domain in sorted(set(lab.report.domains)):
+        here = domains == domain
+        change = loss_change(
+            SequenceLosses(native.sums[here], native.tokens[here]),
+            SequenceLosses(found.sums[here], found.tokens[here]),
+        )
+        tokens = sum(len(s) for s, is_in in zip(lab.report.sequences, here, strict=True) if is_in)
+        sums = list(outcome.sums.values())
+        agreed = [s.measures["agreement"][here].sum() for s in sums if "agreement" in s.measures]
+        experts = [s.experts[here].sum() for s in sums]
+        rows.append(
+            {
+                **subject.unit,
+                "mode": "live",
+                "domain": domain,
+                "loss_change": change.change,
+                "loss_se": change.standard_error,
+                "experts_per_token": float(np.mean(experts)) / tokens if experts else None,
+                "agreement": float(np.mean(agreed)) / tokens if agreed else None,
+                "tokens": tokens,
+                "sequences": int(here.sum()),
+            }
+        )
+    return rows
+
+
+def _sequences(
+    lab: Lab, subject: Subject, outcome: Outcome, mode: str, layer: int | None
+) -> list[dict[str, Any]]:
+    native, found = lab.native.per_sequence, outcome.per_sequence
+    return [
+        {
+            **subject.unit,
+            "mode": mode,
+            "layer": layer,
+            "sequence": number,
+            "domain": domain,
+            "tokens": int(found.tokens[number]),
+            "loss": float(found.per_token[number]),
+            "loss_change": float(found.per_token[number] - native.per_token[number]),
+        }
+        for number, domain in enumerate(lab.report.domains)
+    ]
+
+
+def text_rows(lab: Lab) -> list[dict[str, Any]]:
+    """Return the tokens of the shared texts."""
+    rows = []
+    for text_id, number in enumerate(lab.shared):
+        ids, pieces = lab.report.sequences[number], lab.report.pieces[number]
+        for position, token in enumerate(ids[:SHARED_TOKENS].tolist()):
+            rows.append(
+                {
+                    "text_id": text_id,
+                    "domain": lab.report.domains[number],
+                    "position": position,
+                    "token": token,
+                    "text": None if pieces is None else pieces[position],
+                }
+            )
+    return rows
+
+
+def choices(lab: Lab, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+    """Return what every site chose for the tokens of the shared texts."""
+    text_of = {number: text_id for text_id, number in enumerate(lab.shared)}
+    rows = []
+    for (layer, site), passes in sorted(outcome.chosen.items()):
+        for found in passes:
+            rows += [
+                {**unit, "layer": layer, "site": site, **row} for row in _tokens(found, text_of)
+            ]
+    return rows
+
+
+def _tokens(found: Chosen, text_of: dict[int, int]) -> list[dict[str, Any]]:
+    wanted = np.isin(found.sequences, list(text_of)) & (found.positions < SHARED_TOKENS)
+    rows = []
+    for at in np.flatnonzero(wanted).tolist():
+        filled = found.expert_ids[at] >= 0
+        rows.append(
+            {
+                "text_id": text_of[int(found.sequences[at])],
+                "position": int(found.positions[at]),
+                "expert_ids": found.expert_ids[at][filled].tolist(),
+                "weights": found.weights[at][filled].tolist(),
+            }
+        )
+    return rows
+
+
+def token_losses(lab: Lab, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the loss of every token of the shared texts from the second on."""
+    return [
+        {**unit, "text_id": text_id, "position": position, "loss": loss}
+        for text_id, number in enumerate(lab.shared)
+        for position, loss in enumerate(outcome.losses[number][: SHARED_TOKENS - 1].tolist(), 1)
+    ]

@@ -1,0 +1,296 @@
+"""One comparison from start to end: what is there already, what is missing, and where it goes."""
+
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capture.errors import CaptureError
+from explorer.comparison import keys
+from explorer.comparison.badges import Badges, badges
+from explorer.comparison.controls import controls_of
+from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
+from explorer.comparison.fitting import Fitted
+from explorer.comparison.lab import Lab
+from explorer.comparison.names import RouterSpec, content_of, make_router
+from explorer.comparison.plan import Settings, Unit
+from explorer.comparison.progress import Reporter
+from explorer.comparison.replay import RecordedSplit, recorded_split, replay_rows
+from explorer.comparison.rows import (
+    Subject,
+    card,
+    choices,
+    layer_rows,
+    live_rows,
+    text_rows,
+    token_losses,
+)
+from explorer.comparison.tables import FORMAT_VERSION, Rows, empty_rows
+from explorer.comparison.texts import split_texts
+from explorer.errors import ComparisonCancelled, ExplorerError
+from explorer.routers import PartRouter, TrainedRouter
+from explorer.routers.training import TrainingCancelled
+from explorer.run import Run
+
+if TYPE_CHECKING:
+    from capture.models import LoadedModel
+
+Stop = Callable[[], bool]
+PACKAGES = ("torch", "transformers", "numpy", "scikit-learn", "duckdb")
+NATIVE = {"router": "native", "seed": None, "mode": "live"}
+
+
+class Session:
+    """Computes the units that a comparison file lacks, and writes it after each.
+
+    Parameters
+    ----------
+    run : Run
+    settings : Settings
+    model : str, Path or PreTrainedModel
+        What live units run on; loaded when the first of them comes.
+    controls, timed : bool
+        Whether routers get random controls, and whether they are timed.
+    folder : Path
+        Where the file goes.
+    reporter : Reporter
+    cancelled : callable
+        Asked between forward passes.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        model: Any,
+        *,
+        controls: bool,
+        timed: bool,
+        folder: Path,
+        reporter: Reporter,
+        cancelled: Stop,
+    ) -> None:
+        self.run, self.settings, self.model = run, settings, model
+        self.controls, self.timed = controls, timed
+        self.reporter, self.cancelled = reporter, cancelled
+        self.model_fingerprint = keys.source_fingerprint(model, run.info["revision"])
+        facts = {
+            "run": run.fingerprint,
+            "model": self.model_fingerprint,
+            "code": keys.code_fingerprint(),
+            **settings.as_dict(),
+        }
+        self.path = folder / f"{run.path.stem}.{keys.key_of(facts)}{SUFFIX}"
+        self.rows: Rows = empty_rows()
+        if self.path.is_file():
+            with open_comparison(self.path) as known:
+                self.rows = known.records()
+        self._lab: Lab | None = None
+        self._recorded: RecordedSplit | None = None
+        self._fitted: tuple[RouterSpec, int | None, Fitted] | None = None
+
+    def missing(self, units: Sequence[Unit]) -> list[Unit]:
+        """Return the units whose rows are not in the file yet."""
+        known = {
+            (u["router"], u["seed"], u["mode"]): u["fingerprint"]
+            for u in self.rows["units"]
+            if u["error"] is None
+        }
+        return [unit for unit in units if known.get(unit.name) != self._fingerprint(unit)]
+
+    def compute(self, units: Sequence[Unit]) -> None:
+        """Compute units one by one; what one of them cannot do is noted, and the others go on."""
+        self.reporter.start(len(units))
+        for unit in units:
+            if self.cancelled():
+                raise ComparisonCancelled(self._kept(), self._written())
+            seed = "" if unit.seed is None else f", seed {unit.seed}"
+            self.reporter.at(f"{unit.spec.label}{seed}: {unit.mode}")
+            found = empty_rows()
+            error = None
+            try:
+                self._compute(unit, found)
+            except (ComparisonCancelled, TrainingCancelled):
+                raise ComparisonCancelled(self._kept(), self._written()) from None
+            except (ExplorerError, CaptureError) as problem:
+                found, error = empty_rows(), str(problem)
+                self.reporter.note(f"{unit.spec.label} ({unit.mode}): {error}")
+            self._store(unit, found, error)
+            self.reporter.advance()
+        self._write(complete=True)
+
+    def _kept(self) -> str:
+        return f"Stopped. What was finished is in {self.path.name}."
+
+    def _written(self) -> Path | None:
+        return self.path if self.path.is_file() else None
+
+    def _fingerprint(self, unit: Unit) -> str:
+        code = content_of([unit.spec.name])
+        live = (self.controls, self.timed) if unit.mode == "live" else ()
+        return keys.fingerprint((unit.spec.label, code, *live))
+
+    def _compute(self, unit: Unit, found: Rows) -> None:
+        if unit.mode == "replay":
+            self._replay(unit, found)
+            return
+        lab = self.lab
+        fitted = self._fit(unit.spec, unit.seed)
+        found["routers"].append(card(unit.spec.label, fitted.router))
+        if unit.mode == "live":
+            self._live(unit, fitted, lab, found)
+        else:
+            worn = Badges(fitted.router.info.causal, fitted.router.info.batch_dependent)
+            subject = Subject(unit.spec.label, unit.seed, fitted, worn)
+            for key in sorted(fitted.routers):
+                layer_rows(found, lab, subject, lab.run(fitted, only=[key]), key)
+
+    def _replay(self, unit: Unit, found: Rows) -> None:
+        router = make_router(unit.spec, seed=unit.seed)
+        found["routers"].append(card(unit.spec.label, router))
+        if self._recorded is None:
+            self._recorded = recorded_split(self.run, seed=self.settings.seed)
+        rows = replay_rows(unit.spec.label, router, self._recorded)
+        own = {"seed": unit.seed, "condition": "base", "part": "expert"}
+        found["results"] += [{**row, **own} for row in rows]
+
+    def _live(self, unit: Unit, fitted: Fitted, lab: Lab, found: Rows) -> None:
+        label, seed = unit.spec.label, unit.seed
+        outcome = lab.run(fitted)
+        worn = badges(lab.model, lab.sites, fitted, lab.rules(fitted))
+        subject = Subject(label, seed, fitted, worn)
+        timed = lab.time(fitted) if self.timed else None
+        live_rows(found, lab, subject, outcome, timed=timed, counted=lab.count(fitted))
+        found["curves"] += [{**row, "router": label, "seed": seed} for row in fitted.curves]
+        if not self.controls:
+            return
+        for control in controls_of(label, fitted, outcome, lab, seed or 0):
+            named = {"control": control.kind, "of": label}
+            found["routers"].append(card(control.label, control.fitted.router, **named))
+            beside = Subject(
+                control.label, seed, control.fitted, Badges(True, False), control.kind, label
+            )
+            live_rows(found, lab, beside, lab.run(control.fitted))
+
+    def _fit(self, spec: RouterSpec, seed: int | None) -> Fitted:
+        """Fit a router, or take it again where the unit before was the same in another mode."""
+        if self._fitted is None or self._fitted[:2] != (spec, seed):
+            self._fitted = (spec, seed, self.lab.data.fit(spec, seed))
+        return self._fitted[2]
+
+    @property
+    def lab(self) -> Lab:
+        """The loaded model, with the unchanged model's own run."""
+        if self._lab is None:
+            from capture.models import load_model, loading_bars
+            from capture.selftest import attach
+
+            self.reporter.loading("loading the model")
+            with loading_bars(shown=False):
+                loaded: LoadedModel = load_model(self.model, revision=self._revision)
+            sites = attach(loaded.model)
+            split = split_texts(
+                self.run,
+                loaded,
+                fit_tokens=self.settings.fit_tokens,
+                tokens=self.settings.tokens,
+                seed=self.settings.seed,
+            )
+            self.reporter.loading("measuring the unchanged model")
+            self._lab = Lab(
+                loaded,
+                sites,
+                split,
+                skip=self.settings.skip,
+                seed=self.settings.seed,
+                cancelled=self.cancelled,
+            )
+            self._describe(self._lab)
+        return self._lab
+
+    @property
+    def _revision(self) -> str | None:
+        local = not isinstance(self.model, str) or self.model == "demo"
+        return None if local else self.run.info["revision"]
+
+    def _describe(self, lab: Lab) -> None:
+        """Keep what the comparison says of model and texts, and the unchanged model's choices."""
+        info, fit = lab.sites[0].info, lab.data.texts
+        parameter = next(iter(lab.model.parameters()))
+        self._facts = {
+            "architecture": type(lab.model).__name__,
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": str(parameter.device),
+            "n_layers": len({site.info.layer for site in lab.sites}),
+            "n_experts": info.n_experts,
+            "top_k": info.top_k,
+            "fit_source": fit.source,
+            "fit_sequences": len(fit.sequences),
+            "fit_tokens": fit.n_tokens,
+            "report_source": lab.report.source,
+            "report_sequences": len(lab.report.sequences),
+            "report_tokens": lab.report.n_tokens,
+            "native_loss": lab.native.per_sequence.mean,
+        }
+        if not self.rows["texts"]:
+            self.rows["texts"] = text_rows(lab)
+            self.rows["choices"] += choices(lab, NATIVE, lab.native)
+            self.rows["token_losses"] += token_losses(lab, NATIVE, lab.native)
+
+    def _store(self, unit: Unit, found: Rows, error: str | None) -> None:
+        """Put a unit's rows in the place of its old ones."""
+        label, seed, mode = unit.name
+        own = {label, *(row["router"] for row in found["routers"])}
+        own |= {r["router"] for r in self.rows["routers"] if r["control_of"] == label}
+        for table, rows in self.rows.items():
+            if table in ("comparison", "texts"):
+                continue
+            if table == "routers":
+                fresh = {row["router"] for row in found["routers"]}
+                kept = [row for row in rows if row["router"] not in fresh]
+            elif table == "curves":
+                stale = (label, seed) if mode == "live" else None
+                kept = [row for row in rows if (row["router"], row["seed"]) != stale]
+            elif (label, mode) == ("native", "live") and table in ("choices", "token_losses"):
+                kept, found[table] = rows, []  # the unchanged model's own are there
+            else:
+                kept = [
+                    row
+                    for row in rows
+                    if not (row["router"] in own and row["seed"] == seed and row["mode"] == mode)
+                ]
+            self.rows[table] = [*kept, *found[table]]
+        entry = {"router": label, "seed": seed, "mode": mode, "error": error}
+        self.rows["units"].append({**entry, "fingerprint": self._fingerprint(unit)})
+        self._write(complete=False)
+
+    _facts: dict[str, Any]
+
+    def _write(self, *, complete: bool) -> None:
+        known = self.rows["comparison"][0] if self.rows["comparison"] else {}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+        row = {
+            **known,
+            **getattr(self, "_facts", {}),
+            "format_version": FORMAT_VERSION,
+            "created_at": known.get("created_at") or now,
+            "run_name": self.run.path.stem,
+            "run_fingerprint": self.run.fingerprint,
+            "model": str(self.run.info["model"]),
+            "model_fingerprint": self.model_fingerprint,
+            "seed": self.settings.seed,
+            "settings": json.dumps(self.settings.as_dict()),
+            "packages": json.dumps(packages),
+            "complete": complete,
+        }
+        self.rows["comparison"] = [row]
+        write_comparison(self.path, self.rows)
+
+
+def can_replay(spec: RouterSpec) -> bool:
+    """Whether a router can be replayed: it chooses experts, and needs no model to learn on."""
+    router = make_router(spec)
+    return not isinstance(router, PartRouter | TrainedRouter)

@@ -1,0 +1,173 @@
+"""Which texts routers are fitted on, and which they are reported on; the two never meet."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from capture.preparation import vocab_size
+from capture.prompts import read_prompts
+from capture.tokens import tokenize
+from explorer.errors import ComparisonError, RouterError
+from explorer.run import UNLABELLED, Run
+
+if TYPE_CHECKING:
+    from capture.models import LoadedModel
+
+DEMO = "demo"
+LONGEST = 512  # tokens of a sequence; attention that rules ask for grows with the square
+
+
+class Texts(NamedTuple):
+    """Token sequences with what is known of them.
+
+    Attributes
+    ----------
+    sequences : list of array [S], int32
+        At least two tokens each.
+    domains : list of str
+        ``""`` where a text has none.
+    pieces : list of (list of str or None)
+        The text of each token.
+    source : str
+        Where they come from, for people.
+    """
+
+    sequences: list[npt.NDArray[np.int32]]
+    domains: list[str]
+    pieces: list[list[str] | None]
+    source: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(one) for one in self.sequences)
+
+    def take(self, numbers: Sequence[int], source: str = "") -> "Texts":
+        """Return some of the texts, in this order."""
+        return Texts(
+            [self.sequences[n] for n in numbers],
+            [self.domains[n] for n in numbers],
+            [self.pieces[n] for n in numbers],
+            source or self.source,
+        )
+
+
+class Split(NamedTuple):
+    """Texts to fit on and texts to report on."""
+
+    fit: Texts
+    report: Texts
+
+
+def split_texts(
+    run: Run, loaded: "LoadedModel", *, fit_tokens: int, tokens: int, seed: int = 0
+) -> Split:
+    """Choose the texts of a live comparison.
+
+    The demo model comes with texts that it was never trained on: routers are fitted on
+    ``demo-fit``, and reported on the run's own prompts, or on ``demo-heldout`` where the run
+    holds the demo prompts. Another model's run is divided by prompts, each domain by itself; with
+    too few prompts the fit split is empty.
+
+    Parameters
+    ----------
+    run : Run
+    loaded : LoadedModel
+    fit_tokens, tokens : int
+        How many tokens each split has at most, in equal shares per domain, whole texts.
+    seed : int
+
+    Raises
+    ------
+    ComparisonError
+        If the run has no prompt of two tokens.
+    """
+    own = _of_run(run)
+    if loaded.name == DEMO:
+        fit = _of_set("demo-fit", loaded)
+        texts = set(run.query("SELECT text FROM prompts")["text"])
+        report = _of_set("demo-heldout", loaded) if texts <= _texts_of("demo") else own
+        if texts & _texts_of("demo-fit"):
+            fit, report = _divided(own, seed)
+    else:
+        fit, report = _divided(own, seed)
+    return Split(_sampled(fit, fit_tokens, seed), _sampled(report, tokens, seed + 1))
+
+
+def _texts_of(name: str) -> set[str | None]:
+    return {prompt.text for prompt in read_prompts(name)}
+
+
+def _of_set(name: str, loaded: "LoadedModel") -> Texts:
+    tokenized = tokenize(
+        read_prompts(name), loaded.tokenizer, vocab_size=vocab_size(loaded), max_length=LONGEST
+    )
+    kept = [one for one in tokenized if len(one.ids) > 1]
+    return Texts(
+        [one.ids for one in kept],
+        [one.domain or UNLABELLED for one in kept],
+        [one.pieces() for one in kept],
+        name,
+    )
+
+
+def _of_run(run: Run) -> Texts:
+    """Return the prompts of a run as they were fed to the model."""
+    tokens = run.query(
+        "SELECT prompt_id, token, text, coalesce(domain, $none) AS domain FROM tokens "
+        "JOIN (SELECT prompt_id, domain FROM prompts) USING (prompt_id) "
+        f"WHERE phase = 'prompt' AND position < {LONGEST} ORDER BY prompt_id, position",
+        {"none": UNLABELLED},
+    )
+    texts = Texts([], [], [], f"prompts of {run.path.name}")
+    for _, one in tokens.groupby("prompt_id", sort=True):
+        if len(one) > 1:
+            pieces = one["text"].tolist()
+            texts.sequences.append(one["token"].to_numpy(np.int32))
+            texts.domains.append(one["domain"].iloc[0])
+            texts.pieces.append(pieces if all(isinstance(p, str) for p in pieces) else None)
+    if not texts.sequences:
+        raise ComparisonError(
+            f"{run.path.name} has no prompt of two tokens or more, so there is no next token to "
+            "predict. Record longer prompts."
+        )
+    return texts
+
+
+def _divided(texts: Texts, seed: int) -> Split:
+    """Divide texts in two halves; copies of one text stay together."""
+    from explorer.routers.recorded import fit_split
+
+    same: dict[bytes, int] = {}
+    groups = [same.setdefault(one.tobytes(), n) for n, one in enumerate(texts.sequences)]
+    frame = pd.DataFrame({"prompt_id": groups, "domain": texts.domains})
+    try:
+        chosen = fit_split(frame, seed=seed)
+    except RouterError:
+        chosen = np.zeros(len(groups), dtype=np.bool_)
+    halves = [np.flatnonzero(half).tolist() for half in (chosen, ~chosen)]
+    return Split(
+        texts.take(halves[0], f"half of the {texts.source}"),
+        texts.take(halves[1], texts.source if not halves[0] else f"half of the {texts.source}"),
+    )
+
+
+def _sampled(texts: Texts, budget: int, seed: int) -> Texts:
+    """Return texts of at most ``budget`` tokens together, domain after domain in turn."""
+    random = np.random.default_rng(seed)
+    waiting: dict[str, list[int]] = {}
+    for number in random.permutation(len(texts.sequences)).tolist():
+        waiting.setdefault(texts.domains[number], []).append(number)
+    chosen: list[int] = []
+    left = budget
+    for turn in range(max(map(len, waiting.values()), default=0)):
+        for domain in sorted(waiting):
+            if turn < len(waiting[domain]):
+                number = waiting[domain][turn]
+                if len(texts.sequences[number]) <= left or not chosen:
+                    left -= len(texts.sequences[number])
+                    chosen.append(number)
+    return texts.take(sorted(chosen))
