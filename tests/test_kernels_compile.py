@@ -1,5 +1,7 @@
 """Every Triton kernel compiled for every target without a GPU, held to its limits."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (tests/requirements.txt)")
@@ -57,6 +59,33 @@ def test_the_table_is_what_the_compiler_gives(rows, tmp_path):
     """Run `python -m kernels.bench --compile` after a change of a kernel."""
     compile_table.write(list(rows.values()), tmp_path / "compile.csv")
     assert compile_table.read() == compile_table.read(tmp_path / "compile.csv")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.abort()", r"(?s)gfx942 ended with SIGABRT, after 0 kernels.*Aborted"),
+        ("import sys; print('{}'); sys.exit('no ptxas')", r"(?s)exit code 1, after 1 .*no ptxas"),
+    ],
+)
+def test_a_compiler_that_dies_says_how(monkeypatch, tmp_path, code, message):
+    """The stand-in interpreter notes each start, then does what `code` says."""
+    starts, fake = tmp_path / "starts", tmp_path / "python"
+    fake.write_text(
+        f"#!{sys.executable} -Xfaulthandler\nopen({str(starts)!r}, 'a').write('x')\n{code}\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(matrix, "TARGETS", {"gfx942": TARGETS["gfx942"]})
+    monkeypatch.setattr(sys, "executable", str(fake))
+    with pytest.raises(matrix.CompileError, match=message):
+        matrix.measure_all()
+    # what a signal ended is tried again, alone; an error is not
+    assert starts.read_text() == ("xx" if "abort" in code else "x")
+
+
+def test_a_kernel_that_does_not_compile_is_named():
+    with pytest.raises(matrix.CompileError, match=r"observe_tokens .*does not compile for sm_1"):
+        next(matrix.measure_target("sm_1"))
 
 
 def loop_code(*texts):

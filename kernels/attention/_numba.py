@@ -193,7 +193,10 @@ def _block(
                     top = max(top, sinks[h]) + F32(np.log1p(np.exp(-abs(top - sinks[h]))))
             else:
                 top = max(_greatest(row), sinks[h]) if sinks.size else _greatest(row)
-            total, weighted, distance = _exponentials(row, top, ramp[len(ramp) - len(row) :])
+            # the ramp holds every distance from the greatest to its negative
+            total, weighted, distance = _exponentials(
+                row, top, ramp[len(ramp) // 2 - here + begin :]
+            )
             if not lse.size:
                 whole = total + F32(np.exp(sinks[h] - top)) if sinks.size else total
                 share = F32(1.0) / whole
@@ -201,7 +204,7 @@ def _block(
             recent = min(end, here + 1) - begin
             stats[0, b, h, q] = -weighted * share
             stats[1, b, h, q] = row[sink - begin] * share if sink >= begin else F32(0.0)
-            stats[2, b, h, q] = (distance + total * F32(here - end + 1)) * share
+            stats[2, b, h, q] = distance * share
             stats[3, b, h, q] = _sum(row, max(0, recent - RECENT), recent) * share
             _pool(row, begin, shift, share, pooled[b, h, here >> shift])
             if top_ids.size:
@@ -256,7 +259,7 @@ def attention_numba(
         *spans,
         _floats(lse, 3),
         _floats(sinks, 1),
-        np.arange(n_keys - 1, -1, -1, dtype=np.float32),
+        np.arange(n_keys - 1, -n_keys, -1, dtype=np.float32),
         F32(scaling),
         F32(softcap or 0.0),
         causal,

@@ -1,6 +1,7 @@
 """The command line of the benchmarks: ``python -m kernels.bench --help``."""
 
 import argparse
+import json
 import sys
 
 import kernels
@@ -22,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="time nothing; compile every Triton kernel for every target, no GPU needed",
     )
     parser.add_argument(
+        "--compile-for", metavar="TARGET", help="the same for one target, a JSON object a kernel"
+    )
+    parser.add_argument(
         "--readme", action="store_true", help="only write the files' tables into the README"
     )
     options = parser.parse_args(arguments)
@@ -31,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme:
         report.update()
         return 0
+    if options.compile_for:
+        return _compile_for(options.compile_for)
     return _compile(options) if options.compile else _time(options)
 
 
@@ -43,6 +49,14 @@ def _compile(options: argparse.Namespace) -> int:
     if not options.no_write:
         compile_table.write(rows)
         print(f"Wrote {compile_table.TABLE}.")
+    return 0
+
+
+def _compile_for(target: str) -> int:
+    from kernels.bench import compile as matrix
+
+    for row in matrix.measure_target(target):
+        print(json.dumps(vars(row)), flush=True)
     return 0
 
 

@@ -4,18 +4,28 @@
 package shows; ``tests/test_kernels_compile.py`` holds each row to its limits.
 """
 
-import multiprocessing
+import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from kernels.bench import sass
 from kernels.bench.compile_table import COUNTED, Row
 from kernels.bench.launches import TARGETS, compile_launch, record_launches
 
 WIDE_LOADS = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128")  # to registers, to shared memory
+PROCESSES = 2  # at a time; each takes about 500 MB
+ROOT = Path(__file__).parent.parent.parent
 TENSOR_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
+
+
+class CompileError(RuntimeError):
+    """A kernel of the matrix could not be compiled."""
 
 
 @dataclass(frozen=True)
@@ -102,22 +112,49 @@ def measure(case: Case, target: str) -> Row:
 
 
 def measure_all() -> list[Row]:
-    """Compile every case for every target, on all cores: a minute or two on two of them."""
+    """Compile every case for every target: a minute or two on two cores.
+
+    Each target has a Python process of its own, two at a time. The compiler is native code: where
+    it crashes, or the system ends it for its memory, that is an error with a name and not the end
+    of the caller. A process that a signal ended gets one more try, alone.
+
+    Raises
+    ------
+    CompileError
+        If a kernel does not compile; says which, for what, and what the process printed.
+    """
+    with ThreadPoolExecutor(min(PROCESSES, os.cpu_count() or 1)) as threads:
+        runs = dict(zip(TARGETS, threads.map(_run_target, TARGETS), strict=True))
+    for target in [target for target, run in runs.items() if run.returncode < 0]:
+        runs[target] = _run_target(target)
+    rows = [_rows(run, target) for target, run in runs.items()]
+    return [row for same_case in zip(*rows, strict=True) for row in same_case]
+
+
+def _run_target(target: str) -> subprocess.CompletedProcess[str]:
+    """Measure every case for one target in a new process, which prints a row a line."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "kernels.bench", "--compile-for", target]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def _rows(run: subprocess.CompletedProcess[str], target: str) -> list[Row]:
+    if run.returncode:
+        signalled = run.returncode < 0
+        end = signal.Signals(-run.returncode).name if signalled else f"exit code {run.returncode}"
+        raise CompileError(
+            f"The process that compiles for {target} ended with {end}, after "
+            f"{len(run.stdout.splitlines())} kernels. It printed:\n{run.stderr[-4000:]}"
+        )
+    return [Row(**json.loads(line)) for line in run.stdout.splitlines()]
+
+
+def measure_target(target: str) -> Iterator[Row]:
+    """Compile every case for one target, in this process."""
     from kernels.bench.compile_cases import cases
 
-    jobs = [(index, target) for index in range(len(cases())) for target in TARGETS]
-    # new processes: a fork would inherit threads that PyTorch has started
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), mp_context=context) as pool:
-        return list(pool.map(_measure_job, jobs))
-
-
-def _measure_job(job: tuple[int, str]) -> Row:
-    """Measure a case by its number: cases hold functions, which processes cannot exchange."""
-    from kernels.bench.compile_cases import cases
-
-    case, target = cases()[job[0]], job[1]
-    try:
-        return measure(case, target)
-    except Exception as error:
-        raise RuntimeError(f"{case.kernel} ({case.name}) does not compile for {target}") from error
+    for case in cases():
+        try:
+            yield measure(case, target)
+        except Exception as error:
+            what = f"{case.kernel} ({case.name}) does not compile for {target}."
+            raise CompileError(what) from error

@@ -65,9 +65,8 @@ def read(compiled: Any) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
-        text = _cuobjdump("-sass", file.name)
-    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        text = _cuobjdump("-res-usage", "-sass", file.name)
+    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
     instructions = [
         (int(match[1], 16), match[2])
         for match in map(INSTRUCTION.search, text.splitlines())
@@ -146,9 +145,9 @@ def _trimmed(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
     ]
 
 
-def _cuobjdump(option: str, path: str) -> str:
+def _cuobjdump(*arguments: str) -> str:
     result = subprocess.run(
-        [str(CUOBJDUMP), option, path], capture_output=True, text=True, check=True
+        [str(CUOBJDUMP), *arguments], capture_output=True, text=True, check=True
     )
     return result.stdout + result.stderr
 
