@@ -66,6 +66,11 @@ def missing(dark: bool) -> str:
     return _MISSING[dark]
 
 
+def ground(dark: bool) -> str:
+    """Return the colour that figures are drawn on."""
+    return _GROUND[dark]
+
+
 def accent(dark: bool) -> str:
     """Return the colour of a single series."""
     return _ACCENT[dark]

@@ -13,6 +13,7 @@ from explorer.pages import printing
 
 # of the picture that the camera above a figure saves; kept for all figures of a session
 _FORMAT = "format of pictures"
+_LISTED = 100_000  # rows of a table on a page; downloads have all
 _FORMATS = {"png": "PNG", "svg": "SVG"}
 _CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
@@ -22,8 +23,9 @@ def chart(
     *,
     key: str,
     alt: str,
-    table: pd.DataFrame,
+    table: pd.DataFrame | Callable[[], pd.DataFrame],
     on_click: Callable[[list[float]], None] | None = None,
+    on_region: Callable[[Any], None] | None = None,
 ) -> None:
     """Draw a figure and its table.
 
@@ -31,11 +33,19 @@ def chart(
     ----------
     alt : str
         What the figure shows, in a sentence; plain text.
-    table : DataFrame
-        The numbers of the figure.
+    table : DataFrame or callable
+        The numbers of the figure; a function where making them takes a while.
     on_click : callable, optional
         Called before the rerun with the ``customdata`` of a mark that was clicked.
+    on_region : callable, optional
+        Called instead with the selection, as Streamlit has it, when a box or a line was drawn or
+        taken away.
     """
+
+    def drawn() -> None:
+        state: Any = st.session_state.get(key)
+        if on_region is not None:
+            on_region(state["selection"] if state else {})
 
     def clicked() -> None:
         state: Any = st.session_state.get(key)
@@ -43,7 +53,17 @@ def chart(
         if points and on_click is not None and points[0].get("customdata"):
             on_click(_numbers(points[0]["customdata"]))
 
-    if on_click is None:
+    if on_region is not None:
+        st.plotly_chart(
+            figure,
+            key=key,
+            theme=None,
+            config=_config(key) | {"modeBarButtonsToRemove": []},
+            alt=alt,
+            on_select=drawn,
+            selection_mode=("box", "lasso"),
+        )
+    elif on_click is None:
         st.plotly_chart(figure, key=key, theme=None, config=_config(key), alt=alt)
     else:
         st.plotly_chart(
@@ -65,7 +85,10 @@ def chart(
         expanded=printing.theme() is not None,
     )
     if box.open:
-        box.dataframe(table, hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded")
+        table = table() if callable(table) else table
+        box.dataframe(
+            table.head(_LISTED), hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded"
+        )
     menu = row.popover(
         "",
         icon=":material/download:",
@@ -75,7 +98,7 @@ def chart(
     )
     if menu.open:
         with menu:
-            _downloads(table, key)
+            _downloads(table() if callable(table) else table, key)
 
 
 def _config(key: str) -> dict[str, Any]:
