@@ -14,10 +14,12 @@ from explorer.registry import Registry
 from explorer.run import open_run
 
 ROOT = Path(__file__).parent.parent
+# pages may import Streamlit (what else they import is tested with them); the others run models
+OTHERS = {"pages", "worker", "routers", "comparison", "conditions"}
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in (ROOT / "explorer").rglob("*.py")
-    if "pages" not in path.parts and "worker" not in path.parts
+    if not OTHERS & set(path.relative_to(ROOT).parts)
 )
 
 
