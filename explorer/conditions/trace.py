@@ -38,6 +38,7 @@ class Trace:
     _ids: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
     _heaviest: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
     _margins: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
+    _entropies: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[Key]:
@@ -61,6 +62,11 @@ class Trace:
         parts = self._margins.get(key)
         return None if parts is None else torch.cat(parts).double().cpu().numpy()
 
+    def entropies(self, key: Key) -> Floats | None:
+        """Return the gate entropy of every token [T], nats; None where the router hides scores."""
+        parts = self._entropies.get(key)
+        return None if parts is None else torch.cat(parts).double().cpu().numpy()
+
     def add(self, site: Site, seen: SiteObservation, real: torch.Tensor | None) -> None:
         """Add what a site did in one pass."""
         key, ids = site_key(site), seen.expert_ids.long()
@@ -71,9 +77,24 @@ class Trace:
         heaviest = weights.masked_fill(ids < 0, -1.0) == weights.amax(dim=-1, keepdim=True)
         first = ids.where(heaviest, site.info.n_experts).amin(dim=-1)
         self._heaviest.setdefault(key, []).append(first)
-        if seen.scores is not None and site.margin_known:
-            margins = margin(site, as_rows(seen.scores, real).float(), ids)
-            self._margins.setdefault(key, []).append(margins)
+        if seen.scores is None:
+            return
+        scores = as_rows(seen.scores, real).float()
+        self._entropies.setdefault(key, []).append(gate_entropy(site, scores))
+        if site.margin_known:
+            self._margins.setdefault(key, []).append(margin(site, scores, ids))
+
+
+def gate_entropy(site: Site, scores: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of the gate's distribution [T], nats, from its scores [T, E]."""
+    rule = statistics_by(site.info.score_function)
+    if rule in ("softmax", "softmax_topk"):
+        probs = scores.softmax(dim=-1)
+    else:
+        values = scores.sigmoid() if rule == "sigmoid" else scores
+        probs = values / values.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    entropy: torch.Tensor = torch.special.entr(probs).sum(dim=-1)
+    return entropy
 
 
 def margin(site: Site, scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
