@@ -129,7 +129,7 @@ def make_router(spec: RouterSpec, *, seed: int | None = None) -> "Router":
 
     selectors = {"TopK": TopK, "Threshold": Threshold, "TopP": TopP}
     factory = ROUTERS[spec.name]
-    known = inspect.signature(factory).parameters
+    known = arguments_of(factory)
     options = dict(spec.options)
     if seed is not None and "seed" in known:
         options.setdefault("seed", seed)
@@ -153,8 +153,25 @@ def takes_seed(spec: RouterSpec) -> bool:
     """Whether a router is stochastic, so that it is worth running with several seeds."""
     from explorer.routers import ROUTERS
 
-    known = inspect.signature(ROUTERS[spec.name]).parameters
-    return "seed" in known and "seed" not in spec.options
+    return "seed" in arguments_of(ROUTERS[spec.name]) and "seed" not in spec.options
+
+
+def arguments_of(factory: Any) -> dict[str, Any]:
+    """Return the arguments of a router's constructor with their defaults.
+
+    Those that it hands on to the class below, as ``**options``, are among them.
+    """
+    found: dict[str, Any] = {}
+    for owner in getattr(factory, "__mro__", (factory,)):
+        if owner is object or (isinstance(owner, type) and "__init__" not in vars(owner)):
+            continue
+        parameters = inspect.signature(owner).parameters.values()
+        for one in parameters:
+            if one.kind is not inspect.Parameter.VAR_KEYWORD:
+                found.setdefault(one.name, one.default)
+        if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
+            break
+    return found
 
 
 _loaded: dict[Path, tuple[str, list[str]]] = {}

@@ -6,6 +6,7 @@ The app's side (``client``, ``protocol``) imports neither torch nor transformers
 from explorer.worker.client import WorkerClient, shared_worker
 from explorer.worker.protocol import (
     CaptureRequest,
+    CompareRequest,
     Job,
     JobProgress,
     ProjectRequest,
@@ -14,6 +15,7 @@ from explorer.worker.protocol import (
 
 __all__ = [
     "CaptureRequest",
+    "CompareRequest",
     "Job",
     "JobProgress",
     "ProjectRequest",

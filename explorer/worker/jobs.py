@@ -7,6 +7,7 @@ from typing import Any
 from capture.errors import CaptureCancelled
 from explorer.worker.protocol import (
     CaptureRequest,
+    CompareRequest,
     JobProgress,
     ProjectRequest,
     RecoverRequest,
@@ -44,6 +45,8 @@ def run_job(request: Request, report: Report, cancelled: Callable[[], bool]) -> 
         return _recover(request, report)
     if isinstance(request, ProjectRequest):
         return _project(request, report, cancelled)
+    if isinstance(request, CompareRequest):
+        return _compare(request, report, cancelled)
     return _capture(request, report, cancelled)
 
 
@@ -101,6 +104,40 @@ def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bo
         return str(make_map(request.run, source, out, options, on_progress))
     how = (request.method, request.n_clusters, request.seed)
     return str(make_clusters(request.run, source, out, *how, on_progress))  # type: ignore[arg-type]
+
+
+def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bool]) -> str:
+    if request.capture is not None:
+        _capture(request.capture, report, cancelled)
+    if cancelled():
+        raise Cancelled("The comparison was stopped before it began.", None)
+    report(JobProgress("loading", message="importing the model library"))
+    from explorer.comparison.api import compare
+    from explorer.errors import ComparisonCancelled
+
+    def on_progress(progress: Any) -> None:
+        part = progress.done / progress.total if progress.total else None
+        left, message = progress.seconds_left, progress.message
+        report(JobProgress(progress.stage, seconds_left=left, message=message, part=part))
+
+    try:
+        with compare(
+            request.run,
+            request.routers or None,
+            live=request.live,
+            layers=request.layers,
+            replay=request.replay,
+            seeds=request.seeds,
+            tokens=request.tokens,
+            fit_tokens=request.fit_tokens,
+            controls=request.controls,
+            latency=request.latency,
+            progress=on_progress,
+            cancelled=cancelled,
+        ) as comparison:
+            return str(comparison.path)
+    except ComparisonCancelled as stop:
+        raise Cancelled(str(stop), None if stop.path is None else str(stop.path)) from None
 
 
 def _existing(path: str) -> str | None:

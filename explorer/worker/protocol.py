@@ -111,11 +111,59 @@ class ProjectRequest:
         return f"{'Clusters' if self.method else 'Map'} of {self.unit} of {Path(self.run).stem}"
 
 
-Request = CaptureRequest | RecoverRequest | ProjectRequest
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """Compare routers on a run, live and by replay; with ``capture``, record the run first.
+
+    The job's ``path`` is the comparison file. It is written after every router, so that a
+    cancelled job leaves what it finished, and the same request again does only the rest.
+
+    Attributes
+    ----------
+    run : str
+        Path of the run file.
+    routers : list of str
+        Names, maybe with arguments: ``top_k(k=1)``. Empty = some of every family.
+    live, layers, replay : bool
+        Modes; ``layers`` also swaps one layer at a time.
+    seeds : list of int
+    tokens, fit_tokens : int
+        At most so many tokens to report on, and to fit on.
+    controls, latency : bool
+        Random controls at the same compute; timings.
+    capture : CaptureRequest, optional
+        What to record to ``run`` before; its ``out`` is ``run``.
+    """
+
+    run: str
+    routers: list[str] = field(default_factory=list)
+    live: bool = True
+    layers: bool = False
+    replay: bool = True
+    seeds: list[int] = field(default_factory=lambda: [0])
+    tokens: int = 10_000
+    fit_tokens: int = 20_000
+    controls: bool = True
+    latency: bool = True
+    capture: CaptureRequest | None = None
+
+    @property
+    def out(self) -> str:
+        """What tells jobs apart: a run is compared once at a time, and recorded once."""
+        return self.run if self.capture is not None else f"{self.run}.comparison"
+
+    @property
+    def title(self) -> str:
+        """Name of the work, for messages."""
+        return f"Comparison on {Path(self.run).stem}"
+
+
+Request = CaptureRequest | RecoverRequest | ProjectRequest | CompareRequest
 _KINDS: dict[str, type[Request]] = {
     "capture": CaptureRequest,
     "recover": RecoverRequest,
     "project": ProjectRequest,
+    "compare": CompareRequest,
 }
 
 
@@ -168,4 +216,6 @@ def pack_request(request: Request) -> dict[str, Any]:
 def unpack_request(values: dict[str, Any]) -> Request:
     """Return the request that `pack_request` packed."""
     given = dict(values)
+    if isinstance(given.get("capture"), dict):
+        given["capture"] = CaptureRequest(**given["capture"])
     return _KINDS[given.pop("kind")](**given)

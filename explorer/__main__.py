@@ -1,0 +1,71 @@
+"""Command line: compare routers on a run, and list the routers there are.
+
+A command is a function that adds its arguments to a parser, and one that runs; further commands
+are entries of ``COMMANDS``.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from capture.errors import CaptureError
+from explorer import commands
+from explorer.errors import ComparisonCancelled, ExplorerError
+
+ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+
+
+class Command(NamedTuple):
+    """One word of the command line."""
+
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], commands.Output]
+
+
+COMMANDS = {
+    "compare": Command(
+        "put other routers in a model's place and see what they cost",
+        commands.compare_arguments,
+        commands.run_compare,
+    ),
+    "routers": Command(
+        "list the routers there are", commands.routers_arguments, commands.run_routers
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m explorer", description="Explore routing.")
+    words = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        own = words.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.arguments(own)
+    options = parser.parse_args(arguments)
+    try:
+        output = COMMANDS[options.command].run(options)
+    except ComparisonCancelled as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED
+    except (ExplorerError, CaptureError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("Interrupted. What was finished is kept.", file=sys.stderr)
+        return INTERRUPTED
+    print(output.text)
+    for note in output.notes:
+        print(note, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

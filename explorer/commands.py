@@ -1,0 +1,182 @@
+"""What ``python -m explorer`` does for each command about routers."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from explorer.comparison.file import Comparison
+
+COMPARE_EXAMPLES = """\
+examples:
+  python -m explorer compare demo
+      some routers of every family, live in the embedded model, with random controls
+  python -m explorer compare runs/mine.duckdb --routers "top_k(k=1), kmeans(n_clusters=128)"
+      replay of what the run recorded; no model is loaded
+  python -m explorer compare runs/mine.duckdb --routers layer_gate,top_p --layers --seeds 0,1,2
+      in the model, in all layers and in one layer at a time, three seeds
+  python -m explorer compare demo --routers my_router --router-file my_router.py --live
+      a router of your own; the file's code runs
+"""
+
+
+class Output(NamedTuple):
+    """What a command has to say.
+
+    Attributes
+    ----------
+    text : str
+        For standard output.
+    notes : list of str
+        For standard error.
+    """
+
+    text: str
+    notes: list[str] = []  # noqa: RUF012
+
+
+SHOWN = (
+    *("router", "family", "mode", "layer", "loss_change", "loss_se", "experts_per_token"),
+    *("flops_ratio", "latency_ratio", "agreement", "max_violation", "badges"),
+)
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``compare``."""
+    parser.epilog = COMPARE_EXAMPLES
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run file, or demo")
+    add(
+        "--routers",
+        metavar="A,B",
+        help="names, with arguments where they differ from the defaults: top_k(k=1). "
+        "Default: some of every family, live",
+    )
+    add("--live", action="store_true", default=None, help="run the model with each router")
+    add("--layers", action="store_true", help="also with one layer at a time; implies --live")
+    add("--no-replay", action="store_true", help="leave out the replay of recorded inputs")
+    add("--seeds", default="0", metavar="0,1", help="of routers that are stochastic (default: 0)")
+    add("--tokens", type=int, default=10_000, metavar="N", help="to report on (default: 10000)")
+    add("--fit-tokens", type=int, default=20_000, metavar="N", help="to fit on (default: 20000)")
+    add("--skip", choices=("block", "layer"), default="block", help="what layer rules skip")
+    add("--no-controls", action="store_true", help="leave out the random controls")
+    add("--no-latency", action="store_true", help="leave out the timings")
+    add("--model", metavar="MODEL", help="default: the model that the run was recorded from")
+    add("--router-file", action="append", default=[], metavar="FILE.py", help="runs its code")
+    add("--json", action="store_true", help="print all rows and columns as JSON")
+    add("--quiet", action="store_true", help="no progress bar")
+
+
+def run_compare(options: argparse.Namespace) -> Output:
+    """Compare, and return the rows of the routers asked for."""
+    from explorer.comparison.api import compare
+    from explorer.comparison.names import load_router_file, split_routers
+    from explorer.errors import ComparisonError
+
+    for path in options.router_file:
+        load_router_file(path)
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        raise ComparisonError(f"Expected --seeds such as 0,1,2, got {options.seeds!r}.") from None
+    names = None if options.routers is None else split_routers(options.routers)
+    with compare(
+        options.run,
+        names,
+        live=options.live,
+        layers=options.layers,
+        replay=not options.no_replay,
+        seeds=seeds,
+        tokens=options.tokens,
+        fit_tokens=options.fit_tokens,
+        skip=options.skip,
+        controls=not options.no_controls,
+        latency=not options.no_latency,
+        model=options.model,
+        progress=not options.quiet,
+    ) as comparison:
+        table = _asked(comparison.table, names)
+        failed = _failed(comparison, names)
+        path = str(comparison.path)
+        info = comparison.info
+    notes = [f"{r['router']} ({r['mode']}) is missing: {r['error']}" for r in failed]
+    if options.json:
+        rows = json.loads(table.to_json(orient="records"))
+        found = {"file": path, "info": info, "rows": rows}
+        return Output(json.dumps(found, indent=1, default=str), notes)
+    return Output(f"{as_text(table)}\n\n{path}", notes)
+
+
+def _asked(table: "pd.DataFrame", names: list[str] | None) -> "pd.DataFrame":
+    """Return the rows of the routers asked for and of their controls."""
+    from explorer.comparison.plan import read_specs
+
+    labels = {spec.label for spec in read_specs(names)} | {"random"}
+    return table[table["router"].isin(labels) | table["control_of"].isin(labels)]
+
+
+def _failed(comparison: "Comparison", names: list[str] | None) -> list[dict[str, Any]]:
+    """Return what was asked for and could not be compared."""
+    from explorer.comparison.plan import read_specs
+
+    labels = {spec.label for spec in read_specs(names)}
+    units = comparison.rows("units")
+    units = units[units["error"].notna() & units["router"].isin(labels)]
+    return [{str(k): v for k, v in row.items()} for row in units.to_dict("records")]
+
+
+def as_text(table: "pd.DataFrame") -> str:
+    """Return the table for a terminal: rows about all layers, and those with one layer swapped."""
+    whole = table[table["layer"].isna() | (table["mode"] == "live-layer")].copy()
+    whole["badges"] = [_badges(row) for row in whole.to_dict("records")]
+    whole["layer"] = whole["layer"].astype("string").fillna("all")
+    shown = whole[[*SHOWN[:4], *(["seed"] if whole["seed"].notna().any() else []), *SHOWN[4:]]]
+    text: str = shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4f}")
+    return text
+
+
+def _badges(row: dict[str, Any]) -> str:
+    found = [] if row["causal"] else ["not causal"]
+    found += ["batch dependent"] if row["batch_dependent"] else []
+    found += ["simulated"] if row["simulated"] else []
+    return ", ".join(found)
+
+
+def routers_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``routers``."""
+    parser.add_argument("--family", metavar="FAMILY", help="only one family")
+    parser.add_argument("--router-file", action="append", default=[], metavar="FILE.py")
+    parser.add_argument("--json", action="store_true", help="print the whole cards as JSON")
+
+
+def run_routers(options: argparse.Namespace) -> Output:
+    """Return the cards of all registered routers."""
+    from explorer.comparison.catalogue import cards
+    from explorer.comparison.names import load_router_file
+
+    for path in options.router_file:
+        load_router_file(path)
+    found = [card for card in cards() if options.family in (None, card["family"])]
+    if options.json:
+        return Output(json.dumps(found, indent=1))
+    fits = {None: "no", "statistics": "counts", "distilled": "imitation", "trained": "model's loss"}
+    columns = ("name", "family", "part", "causal", "needs fitting", "paper")
+    rows = [
+        [
+            card["name"],
+            card["family"],
+            card["part"],
+            "yes" if card["causal_declared"] else "no",
+            fits[card["fits"]],
+            card["paper"] or "-",
+        ]
+        for card in found
+    ]
+    widths = [max(len(str(row[n])) for row in [columns, *rows]) for n in range(len(columns))]
+    lines = [
+        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [list(columns), *rows]
+    ]
+    return Output("\n".join(lines))

@@ -1,0 +1,57 @@
+"""The cards of all registered routers: for the command line, and for pages, which load no torch."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from explorer.errors import ComparisonError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def cards() -> list[dict[str, Any]]:
+    """Return the cards of the routers registered in this process; imports torch.
+
+    Returns
+    -------
+    list of dict
+        What table ``routers`` of a comparison holds, ``needs`` (names of fields of
+        ``RouterInputs``) and ``arguments`` with their defaults.
+    """
+    from explorer.comparison.names import arguments_of
+    from explorer.comparison.rows import card
+    from explorer.routers import ROUTERS
+
+    found = []
+    for name in ROUTERS:
+        factory = ROUTERS[name]
+        router = factory()
+        arguments = ", ".join(
+            f"{one}={default!r}" for one, default in arguments_of(factory).items()
+        )
+        needs = sorted(router.info.needs)
+        found.append({**card(name, router), "needs": needs, "arguments": arguments})
+    return found
+
+
+@functools.cache
+def catalogue() -> tuple[dict[str, Any], ...]:
+    """Return the cards of our own routers, read by another process once, without torch in this one.
+
+    Raises
+    ------
+    ComparisonError
+        If that process fails.
+    """
+    result = subprocess.run(
+        [sys.executable, "-m", "explorer", "routers", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        raise ComparisonError(f"The routers could not be listed: {result.stderr.strip()[-300:]}")
+    return tuple(json.loads(result.stdout))
