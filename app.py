@@ -11,6 +11,7 @@ PAGES = {
     "load_balance": ("Load balance", ":material/balance:"),
     "attention": ("Attention", ":material/visibility:"),
     "flow": ("Flow", ":material/alt_route:"),
+    "clusters": ("Clusters", ":material/scatter_plot:"),
     "capture": ("Capture", ":material/radio_button_checked:"),
 }
 

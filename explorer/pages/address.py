@@ -16,11 +16,22 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "load-balance": ("metric", "factor"),
     "attention": ("measure", "head", "prompt", "token", "window", "show"),
     "flow": ("steps", "flows", "pair"),
+    "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "value", "region"),
     "capture": ("job",),
     "share": (),
 }
 # what means nothing in another run
-OF_A_RUN = (*GLOBAL_NAMES[1:], "prompt", "token", "pins", "expert", "head", "pair")
+OF_A_RUN = (
+    *GLOBAL_NAMES[1:],
+    "prompt",
+    "token",
+    "pins",
+    "expert",
+    "head",
+    "pair",
+    "value",
+    "region",
+)
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
 
 

@@ -1,11 +1,12 @@
-"""From a click on an expert to the tokens page that shows its tokens."""
+"""From a click on an expert or a token to the tokens page that shows it."""
 
 import streamlit as st
 
 from explorer.pages import address
+from explorer.pages.components import token_strip
 from explorer.pages.state import View, several_sites
 
-_TARGET = "jump to expert"
+_TARGET = "jump to tokens"
 
 
 def aim(view: View, data: list[float]) -> None:
@@ -18,9 +19,15 @@ def aim(view: View, data: list[float]) -> None:
     st.session_state[_TARGET] = {"layer": name, "expert": str(expert)}
 
 
+def aim_at_token(prompt: str, token: str = "") -> None:
+    """Remember the token, or the prompt, that was picked."""
+    st.session_state[_TARGET] = {"prompt": prompt} | ({"token": token} if token else {})
+    token_strip.reveal()
+
+
 def follow() -> None:
-    """Go to the tokens of the expert that was clicked, if one was."""
+    """Go to what was clicked, if something was."""
     target = st.session_state.pop(_TARGET, None)
     if target is None:
         return
-    st.switch_page("explorer/pages/tokens.py", query_params=address.kept("layer") | target)
+    st.switch_page("explorer/pages/tokens.py", query_params=address.kept() | target)

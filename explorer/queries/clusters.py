@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from explorer.errors import RunError
-from explorer.queries._where import conditions
+from explorer.queries._where import conditions, prompt_conditions
 from explorer.queries.part import Part
 from explorer.run import Run
 
@@ -209,38 +209,63 @@ def matching_tokens(
     return np.asarray(rows["token_id"].to_numpy(), dtype=np.int64)
 
 
-def prompts_of(run: Run, token_ids: Ids) -> Ids:
-    """Return the prompts that some tokens are of, rising."""
-    rows = run.table(
-        "SELECT DISTINCT prompt_id FROM tokens "
-        "WHERE token_id IN (SELECT unnest($ids::BIGINT[])) ORDER BY prompt_id",
-        {"ids": token_ids},
-    )
-    return np.asarray(rows["prompt_id"].to_numpy(), dtype=np.int64)
-
-
-def expert_counts(run: Run, token_ids: Ids | None, layer: int, *, site: int = 0) -> pd.DataFrame:
+def expert_counts(
+    run: Run,
+    layer: int,
+    *,
+    site: int = 0,
+    ids: Ids | None = None,
+    of: Literal["tokens", "prompts"] = "tokens",
+    feature: Feature | None = None,
+    domain: str | None = None,
+    phase: str | None = None,
+    part: Part | None = None,
+) -> pd.DataFrame:
     """Count assignments per prompt and expert at one router.
 
     Parameters
     ----------
-    token_ids : array, optional
-        Of these tokens; None = of all.
+    ids : array, optional
+        Of these tokens, or of all tokens of these prompts, as ``of`` says.
+    feature : {"hidden", "scores"}, optional
+        Only of tokens with such a vector.
 
     Returns
     -------
     DataFrame
         ``prompt_id``, ``expert_id``, ``assignments``.
     """
-    chosen = "true" if token_ids is None else "token_id IN (SELECT unnest($ids::BIGINT[]))"
-    params = {"layer": layer, "site": site} | ({} if token_ids is None else {"ids": token_ids})
+    where, params = conditions(layer=layer, site=site, domain=domain, phase=phase, part=part)
+    if ids is not None:
+        column = "token_id" if of == "tokens" else "prompt_id"
+        where += f" AND {column} IN (SELECT unnest($ids::BIGINT[]))"
+        params["ids"] = ids
+    if feature is not None:
+        where += (
+            f" AND token_id IN (SELECT token_id FROM {feature} "
+            "WHERE layer = $layer AND site = $site)"
+        )
     return run.query(
         f"""
         SELECT prompt_id, expert_id, count(*) AS assignments
-        FROM assignments JOIN tokens USING (token_id)
-        WHERE layer = $layer AND site = $site AND {chosen} GROUP BY ALL ORDER BY ALL
+        FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
+        WHERE {where} GROUP BY ALL ORDER BY ALL
         """,
         params,
+    )
+
+
+def expert_domains(run: Run) -> pd.DataFrame:
+    """Count assignments per (layer, expert) and domain, from the run's totals.
+
+    Returns
+    -------
+    DataFrame
+        ``layer``, ``site``, ``expert_id``, ``domain`` (``""`` = none), ``assignments``.
+    """
+    return run.query(
+        "SELECT layer, site, expert_id, coalesce(domain, '') AS domain, "
+        "sum(assignments)::BIGINT AS assignments FROM expert_load_by GROUP BY ALL ORDER BY ALL"
     )
 
 
@@ -279,3 +304,10 @@ def expert_facts(run: Run) -> pa.Table:
         ORDER BY ALL
         """
     )
+
+
+def matching_prompts(run: Run, *, domain: str | None = None, part: Part | None = None) -> Ids:
+    """Return the prompts that the filters leave, rising."""
+    where, params = prompt_conditions(domain=domain, part=part)
+    rows = run.table(f"SELECT prompt_id FROM prompts WHERE {where} ORDER BY ALL", params)
+    return np.asarray(rows["prompt_id"].to_numpy(), dtype=np.int64)

@@ -65,7 +65,7 @@ class PointTable:
         with self._lock:
             cursor = self._connection.cursor()
         try:
-            return cursor.execute(sql, params or {}).to_arrow_table()
+            return cursor.sql(sql, params=params or {}).to_arrow_table()
         finally:
             cursor.close()
 
@@ -153,7 +153,3 @@ class PointTable:
                 f"FROM points WHERE {column} IS NOT NULL GROUP BY value ORDER BY n DESC, value"
             )
         )
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._connection.close()

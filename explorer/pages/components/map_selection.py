@@ -1,0 +1,248 @@
+"""What is in a region of a map: its points in a table, what is over-represented, and a slice."""
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import streamlit as st
+
+from explorer import service, slices
+from explorer.clusters.features import Source
+from explorer.clusters.regions import Region
+from explorer.errors import ExplorerError
+from explorer.figures.clusters import lift_bars
+from explorer.figures.text import domain_label, visible
+from explorer.metrics.lift import MIN_COUNT, Lift, lift
+from explorer.pages import access, address, jump
+from explorer.pages.components.chart import chart
+from explorer.pages.components.map_points import id_names
+from explorer.pages.state import View, ask, is_dark
+from explorer.pages.wording import expert_label
+from explorer.queries.clusters import expert_counts, expert_domains
+from explorer.queries.points import PointTable
+from explorer.queries.prompts import prompt_tokens
+
+LISTED = 1_000  # rows of the table; the browser gets no more
+_COLUMNS = {
+    "tokens": "text, domain, expert, weight, entropy, prompt_id, position, phase, token_id",
+    "prompts": "text, domain, tokens, expert, entropy, prompt_id",
+    "experts": "layer, site, expert_id, ratio, assignments, domain, lift",
+}
+_SAVED = "slice saved"
+
+
+def selection_section(view: View, source: Source, table: PointTable, region: Region | None) -> None:
+    """Draw the section; without a region, say how to draw one."""
+    if region is None:
+        st.caption(
+            ":material/select: Draw a box on the map to see what is inside, or a free line with "
+            "the lasso above it. Double-click takes the selection away."
+        )
+        return
+    rows = table.select(region)
+    with st.container(border=True, key="selection"):
+        title, clear = st.columns([6, 1], vertical_alignment="center")
+        title.subheader(f"Selected: {len(rows):,} of {table.n_shown:,} {source.unit}", anchor=False)
+        clear.button(
+            "Clear",
+            key="clear region",
+            on_click=lambda: address.write("region", ""),
+            width="stretch",
+        )
+        if not len(rows):
+            st.info("No point of this selection is inside. Draw a larger box.")
+            return
+        left, right = st.columns([3, 2], gap="large")
+        with left:
+            _list(view, source, table, rows)
+        with right:
+            _over_represented(view, source, table, rows)
+        _save(view, source, table, rows)
+
+
+def _list(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.int64]) -> None:
+    # spread over all of them, since neighbours in the run are of the same prompt
+    step = -(-len(rows) // LISTED)
+    found = table.rows(_COLUMNS[source.unit], rows[::step])
+    shown = _readable(view, source, found)
+    key = f"selected {source.unit}"
+
+    def picked() -> None:
+        chosen = st.session_state[key]["selection"]["rows"]
+        if chosen and chosen[0] < len(found):
+            _aim(view, source, found.iloc[chosen[0]])
+
+    st.dataframe(
+        shown,
+        key=key,
+        hide_index=True,
+        height=430,
+        alt=f"Table of the selected {source.unit}; choose a row to go there",
+        placeholder="not recorded",
+        on_select=picked,
+        selection_mode="single-row",
+        column_config={
+            "Weight": st.column_config.NumberColumn(format="%.3f"),
+            "Gate entropy": st.column_config.NumberColumn("Gate entropy (nats)", format="%.2f"),
+            "Load": st.column_config.NumberColumn("Load / uniform", format="%.2f ×"),
+            "Lift": st.column_config.NumberColumn(format="%.2f ×"),
+        },
+    )
+    said = f"All {len(rows):,}" if step == 1 else f"Every {step:,}th of {len(rows):,}"
+    st.caption(f"{said}, in the order of the run. Choose a row to go to it.")
+
+
+def _readable(view: View, source: Source, found: pd.DataFrame) -> pd.DataFrame:
+    domain = [visible(name) if name else "(none)" for name in found["domain"]]
+    if source.unit == "experts":
+        places = zip(found["layer"], found["site"], found["expert_id"], strict=True)
+        return pd.DataFrame(
+            {
+                "Expert": [_unit_label(view, *place) for place in places],
+                "Load": found["ratio"],
+                "Assignments": found["assignments"],
+                "Typical domain": domain,
+                "Lift": found["lift"],
+            }
+        )
+    expert = [
+        "not recorded" if pd.isna(e) else expert_label(view.site_name, int(e))
+        for e in found["expert"]
+    ]
+    text = [visible(text, spaces=source.unit == "tokens") for text in found["text"]]
+    readable = {
+        "Token" if source.unit == "tokens" else "Prompt": text,
+        "Domain": domain,
+        "Expert": expert,
+    }
+    if source.unit == "tokens":
+        readable |= {"Weight": found["weight"], "Gate entropy": found["entropy"]}
+        readable |= {"Prompt": found["prompt_id"], "Position": found["position"]}
+        return pd.DataFrame(readable)
+    readable |= {"Gate entropy": found["entropy"], "Tokens": found["tokens"]}
+    return pd.DataFrame(readable | {"Number": found["prompt_id"]})
+
+
+def _unit_label(view: View, layer: int, site: int, expert: int) -> str:
+    several = len(view.run.layers) < len(view.run.sites)
+    return expert_label(f"{layer}.{site}" if several else str(layer), expert)
+
+
+def _aim(view: View, source: Source, row: pd.Series) -> None:
+    if source.unit == "experts":
+        jump.aim(view, [row["layer"], row["site"], row["expert_id"]])
+    else:
+        token = str(row["token_id"]) if source.unit == "tokens" else ""
+        jump.aim_at_token(str(row["prompt_id"]), token)
+
+
+def _over_represented(
+    view: View, source: Source, table: PointTable, rows: npt.NDArray[np.int64]
+) -> None:
+    if source.unit == "experts":
+        found, names, ids = _domains(view, table, rows)
+        what, title = "domains", "Domains of these experts (share here / share in all experts)"
+        each = "experts"
+    else:
+        if not view.run.records_ids:
+            st.info("This run has no expert ids per token; capture with `--level ids`.")
+            return
+        found, names, ids = _experts(view, source, table, rows)
+        what = f"experts of layer {view.site_name}"
+        title = f"Experts of layer {view.site_name} (share here / share in all {source.unit})"
+        each = "prompts"
+    if np.isnan(found.lift).all():
+        st.info(f"None of the {what} has {MIN_COUNT} assignments: too few to compare.")
+        return
+    chart(
+        lift_bars(
+            found,
+            names,
+            ids,
+            title=title,
+            caption=f"bars: 9 of 10 draws of the selection's {each} with replacement; "
+            f"fewer than {MIN_COUNT} assignments left out; dotted: as often as in all",
+            dark=is_dark(),
+        ),
+        key="lift",
+        alt=f"Bars: the {what} that are over-represented in the selection, with intervals.",
+        table=pd.DataFrame(
+            {
+                what: names,
+                "lift": found.lift,
+                "low": found.low,
+                "high": found.high,
+                "assignments here": found.part,
+                "assignments in all": found.whole,
+            }
+        ).sort_values("lift", ascending=False),
+        on_click=None if source.unit == "experts" else lambda data: jump.aim(view, data),
+    )
+
+
+def _experts(
+    view: View, source: Source, table: PointTable, rows: npt.NDArray[np.int64]
+) -> tuple[Lift, list[str], npt.NDArray[np.int64]]:
+    n_experts = view.run.site_info(view.layer, view.site).n_experts
+    filters = view.filters if source.unit == "tokens" else view.prompt_filters
+    where = {"layer": view.layer, "site": view.site}
+    feature = source.feature if source.unit == "tokens" else None
+    whole = ask(view, expert_counts, **where, **filters, feature=feature)
+    ids = table.rows(id_names(source), rows).to_numpy(dtype=np.int64)[:, 0]
+    part = expert_counts(view.run, **where, ids=ids, of=source.unit)  # type: ignore[arg-type]
+    total = np.bincount(whole["expert_id"], whole["assignments"], minlength=n_experts)
+    names = [expert_label(view.site_name, expert) for expert in range(n_experts)]
+    places = np.array([(view.layer, view.site, expert) for expert in range(n_experts)])
+    return lift(_dense(part, "prompt_id", "expert_id", n_experts), total), names, places
+
+
+def _domains(
+    view: View, table: PointTable, rows: npt.NDArray[np.int64]
+) -> tuple[Lift, list[str], npt.NDArray[np.int64]]:
+    loads = view.of_layers(ask(view, expert_domains))
+    domains = {name: i for i, name in enumerate(dict.fromkeys(loads["domain"]))}
+    loads = loads.assign(column=loads["domain"].map(domains))
+    total = np.bincount(loads["column"], loads["assignments"], minlength=len(domains))
+    place = ["layer", "site", "expert_id"]
+    chosen = loads.merge(table.rows(", ".join(place), rows), on=place)
+    chosen = chosen.assign(unit=chosen.groupby(place).ngroup())
+    part = _dense(chosen, "unit", "column", len(domains))
+    names = [domain_label(name) for name in domains]
+    return lift(part, total), names, np.zeros((len(names), 1), dtype=np.int64)
+
+
+def _dense(rows: pd.DataFrame, unit: str, column: str, width: int) -> npt.NDArray[np.float64]:
+    """Return counts [units, width] from rows with ``assignments``."""
+    _, at = np.unique(rows[unit].to_numpy(dtype=np.int64), return_inverse=True)
+    counts = np.zeros((int(at.max(initial=-1)) + 1, width))
+    counts[at, rows[column].to_numpy(dtype=np.int64)] = rows["assignments"].to_numpy(np.float64)
+    return counts
+
+
+def _save(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.int64]) -> None:
+    """Offer to keep the tokens as a slice, which all pages can be limited to."""
+    saved = st.session_state.pop(_SAVED, None)
+    if saved:
+        st.success(
+            f"Slice **{address.plain(saved)}** is saved: choose it at the side to limit every "
+            "page to it.",
+            icon=":material/check_circle:",
+        )
+    if source.unit == "experts" or not service.may_write():
+        return
+    with st.form("save slice", border=False):
+        name, note, button = st.columns([2, 3, 1], vertical_alignment="bottom")
+        named = name.text_input("Save as slice", placeholder="Name", max_chars=slices.MAX_NAME)
+        noted = note.text_input("Note", placeholder="What is it?", max_chars=slices.MAX_NOTE)
+        if not button.form_submit_button("Save slice", width="stretch"):
+            return
+    ids = table.rows(id_names(source), rows).to_numpy(dtype=np.int64)[:, 0]
+    try:
+        if source.unit == "prompts":
+            ids = prompt_tokens(view.run, ids.tolist())
+        slices.save_slice(view.run, named, ids, note=noted, author=access.who().name)
+    except ExplorerError as error:
+        st.error(address.plain(str(error)), icon=":material/error:")
+        return
+    st.session_state[_SAVED] = named.strip()
+    # the list of slices at the side is drawn before the page
+    st.rerun()
