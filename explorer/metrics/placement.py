@@ -82,7 +82,7 @@ def rebalance(
     # replicas within each node, then to its GPUs
     per_node = np.take_along_axis(load, slot2log, 1).reshape(-1, experts // num_nodes)
     copy2slot, copy_rank, count = _replicate(per_node, num_replicas // num_nodes)
-    share: npt.NDArray[np.float32] = per_node / count.astype(np.float32)
+    share = np.divide(per_node, count, dtype=np.float32)
     copies = np.take_along_axis(share, copy2slot, 1)
     gpu, place = _pack(copies, num_gpus // num_nodes)
     phy2copy = _inverse(gpu * (num_replicas // num_gpus) + place)

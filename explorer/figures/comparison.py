@@ -1,0 +1,360 @@
+"""Figures of a comparison of routers: fronts, layers, domains, and how routers learned."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.figures import theme
+from explorer.figures.heatmap import Scale, clickable_heatmap
+from explorer.figures.text import domain_label, label
+from explorer.registry import Registry
+
+# colour and form of a family: told apart without colour as well
+FAMILIES = {
+    "attention": ("#0072B2", "circle"),
+    "clustering": ("#E69F00", "square"),
+    "gating": ("#009E73", "diamond"),
+    "rl": ("#CC79A7", "star"),
+    "literature": ("#56B4E9", "triangle-up"),
+    "control": ("#999999", "x-thin-open"),
+}
+FAMILY_NAMES = {"rl": "reinforcement learning"}
+_FLAGS = ("causal", "batch_dependent", "simulated")
+_MARKER = 11
+_LABELLED = 14  # points with a name beside them; more overlap
+
+
+class Axis(NamedTuple):
+    """A column of a comparison, as an axis.
+
+    Attributes
+    ----------
+    title : str
+        With unit.
+    native : float
+        Where the model's own router is.
+    meaning : str
+        One sentence for a newcomer.
+    """
+
+    title: str
+    native: float
+    meaning: str
+
+
+AXES: Registry[Axis] = Registry("cost")
+for _name, _axis in {
+    "flops_ratio": Axis(
+        "FLOPs a token (share of the model's own)",
+        1.0,
+        "Multiplications and additions that ran, in the whole model, the router's own included.",
+    ),
+    "expert_flops_ratio": Axis(
+        "expert FLOPs a token (share of the model's own)",
+        1.0,
+        "Multiplications and additions of the experts only.",
+    ),
+    "latency_ratio": Axis(
+        "measured time of a forward pass (share of the model's own)",
+        1.0,
+        "Wall time on this machine, in turns with the unchanged model; small models are bound by "
+        "other things than experts.",
+    ),
+    "max_violation": Axis(
+        "MaxVio (busiest expert's excess, fair shares; mean of layers)",
+        float("nan"),
+        "How far the busiest expert is above a fair share; 0 = even.",
+    ),
+    "agreement": Axis(
+        "agreement (share of the model's own experts that were chosen)",
+        1.0,
+        "Agreement is a poor predictor of loss: see how the points lie.",
+    ),
+}.items():
+    AXES.add(_name)(_axis)
+
+
+def family_name(family: str) -> str:
+    """Return what a family is called."""
+    return FAMILY_NAMES.get(family, family)
+
+
+def badges(row: "pd.Series[object]") -> list[str]:
+    """Return what must be said of a router wherever it appears."""
+    known = {name: not pd.isna(row[name]) and bool(row[name]) for name in _FLAGS}
+    found = ["not causal"] if not known["causal"] and not pd.isna(row["causal"]) else []
+    found += ["depends on the batch"] if known["batch_dependent"] else []
+    return found + (["simulated"] if known["simulated"] else [])
+
+
+def front(
+    results: pd.DataFrame, *, cost: str, native_loss: float, tokens: int, dark: bool = False
+) -> go.Figure:
+    """Draw the change in loss of routers over what they cost.
+
+    Parameters
+    ----------
+    results : DataFrame
+        Rows of a comparison's ``results`` with all layers swapped, one a router and seed.
+    cost : str
+        A name in ``AXES``.
+    native_loss : float, nats a token
+    tokens : int
+        Tokens that the loss is of.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [row number in ``results``].
+    """
+    axis = AXES[cost]
+    figure = go.Figure()
+    named = len(results) <= _LABELLED
+    for family, (color, symbol) in FAMILIES.items():
+        rows = results[results["family"] == family]
+        if rows.empty:
+            continue
+        numbers = results.index.get_indexer(rows.index)
+        figure.add_trace(
+            go.Scatter(
+                x=rows[cost].to_numpy(dtype=np.float64),
+                y=rows["loss_change"].to_numpy(dtype=np.float64),
+                error_y={
+                    "array": 2 * rows["loss_se"].to_numpy(dtype=np.float64),
+                    "thickness": 1.2,
+                    "width": 3,
+                },
+                mode="markers+text" if named else "markers",
+                text=[label(name, limit=22) for name in rows["router"]] if named else None,
+                textposition="top center",
+                textfont={"size": 10},
+                customdata=numbers[:, None],
+                hovertext=[_hover(row) for _, row in rows.iterrows()],
+                hovertemplate="%{hovertext}<extra></extra>",
+                marker={
+                    "color": color,
+                    "symbol": symbol,
+                    "size": _MARKER,
+                    "line": {"color": color, "width": 2.5 if family == "control" else 0},
+                },
+                name=family_name(family),
+            )
+        )
+    figure.add_hline(0.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})
+    if not np.isnan(axis.native):
+        figure.add_vline(
+            axis.native, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"}
+        )
+    best = pareto(results, cost)
+    figure.add_trace(
+        go.Scatter(
+            x=best[cost].to_numpy(dtype=np.float64),
+            y=best["loss_change"].to_numpy(dtype=np.float64),
+            mode="lines",
+            line={"color": theme.foreground(dark), "width": 1},
+            name="front: nothing is cheaper and better",
+            hoverinfo="skip",
+        )
+    )
+    figure.update_xaxes(title=axis.title)
+    figure.update_yaxes(title="change in loss (nats a token; 0 = the model's own router)")
+    figure.update_layout(clickmode="event+select", dragmode="zoom", hovermode="closest")
+    return theme.finish(
+        figure,
+        title="What routers cost and what they save",
+        caption=f"n = {tokens:,} held-out tokens; bars: ± 2 standard errors of the paired "
+        f"difference; the model's own loss is {native_loss:.3f}",
+        dark=dark,
+        height=480,
+        legend=True,
+    )
+
+
+def pareto(results: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Return the rows that no other row beats in both cost and loss, cheapest first.
+
+    Controls and rules whose loss cannot be compared (not causal) take no part.
+    """
+    rows = results[(results["family"] != "control") & ~results["causal"].eq(False)]
+    rows = rows.dropna(subset=[cost, "loss_change"]).sort_values([cost, "loss_change"])
+    lowest = rows["loss_change"].cummin()
+    return rows[(rows["loss_change"] == lowest) & ~lowest.duplicated()]
+
+
+def _hover(row: "pd.Series[object]") -> str:
+    """Return the lines of a hover, escaped."""
+    seed = "" if pd.isna(row["seed"]) else f", seed {row['seed']}"
+    lines = [
+        f"<b>{label(str(row['router']), limit=60)}</b>{seed}",
+        f"change in loss {_number(row['loss_change'], '+.4f')} ± {_number(row['loss_se'], '.4f')}",
+        f"experts a token {_number(row['experts_per_token'], '.3f')}",
+        f"FLOPs × {_number(row['flops_ratio'], '.3f')}, time × "
+        f"{_number(row['latency_ratio'], '.2f')}",
+        f"agreement {_number(row['agreement'], '.3f')}, MaxVio "
+        f"{_number(row['max_violation'], '.2f')}",
+    ]
+    if isinstance(row["control_of"], str):
+        kind = str(row["control"]).replace("_", " ")
+        lines.append(f"control, {kind} of {label(row['control_of'], limit=60)}")
+    return "<br>".join([*lines, *badges(row)])
+
+
+def _number(value: object, form: str) -> str:
+    return "not measured" if value is None or pd.isna(value) else format(float(str(value)), form)
+
+
+def by_layer(results: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Figure:
+    """Draw the change in loss when one layer alone is swapped: routers by layers.
+
+    Parameters
+    ----------
+    results : DataFrame
+        Rows of mode ``live-layer``.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [row of the router, layer].
+    """
+    means = results.pivot_table(
+        index="router", columns="layer", values="loss_change", aggfunc="mean", sort=False
+    )
+    return _changes(
+        means,
+        columns=[str(layer) for layer in means.columns],
+        x_title="decoder layer that was swapped",
+        hover="layer %{customdata[1]}",
+        ids=means.columns.to_numpy(dtype=np.float64),
+        title="Change in loss when one layer is swapped (nats a token)",
+        caption=f"n = {tokens:,} held-out tokens; all other layers route as the model does",
+        dark=dark,
+    )
+
+
+def by_domain(domains: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Figure:
+    """Draw the change in loss of routers in each domain, all layers swapped.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [row of the router, column of the domain].
+    """
+    frame = domains.assign(domain=domains["domain"].fillna(""))
+    means = frame.pivot_table(
+        index="router", columns="domain", values="loss_change", aggfunc="mean", sort=False
+    )
+    return _changes(
+        means,
+        columns=[domain_label(domain) for domain in means.columns],
+        x_title="domain",
+        hover="%{x}",
+        ids=np.arange(means.shape[1], dtype=np.float64),
+        title="Change in loss by domain (nats a token)",
+        caption=f"n = {tokens:,} held-out tokens; all layers swapped",
+        dark=dark,
+    )
+
+
+def _changes(
+    means: pd.DataFrame,
+    *,
+    columns: list[str],
+    x_title: str,
+    hover: str,
+    ids: np.ndarray[tuple[int], np.dtype[np.float64]],
+    title: str,
+    caption: str,
+    dark: bool,
+) -> go.Figure:
+    z = means.to_numpy(dtype=np.float64)
+    # one catastrophe would leave the rest without colour
+    reach = float(np.nanquantile(np.abs(z), 0.9)) if np.isfinite(z).any() else 1.0
+    reach = max(reach, 1e-4)
+    rows = np.broadcast_to(np.arange(z.shape[0], dtype=np.float64)[:, None], z.shape)
+    names = [label(str(name), limit=34) for name in means.index]
+    texts = [f"{name}<br>{value:+.4f} nats" for name, line in zip(names, z, strict=True)
+             for value in line]  # fmt: skip
+    figure = clickable_heatmap(
+        z,
+        ids=np.stack([rows, np.broadcast_to(ids, z.shape)], axis=-1),
+        hover="%{text}<br>" + (hover if "customdata" in hover else ""),
+        missing_hover="not measured",
+        hover_text=texts,
+        x_labels=columns,
+        y_labels=names,
+        x_title=x_title,
+        y_title="",
+        scale=Scale("nats a token", -reach, reach, neutral=0.0),
+        dark=dark,
+    )
+    return theme.finish(
+        figure,
+        title=title,
+        caption=f"{caption}; colours end at ± {reach:.2g}",
+        dark=dark,
+        height=140 + 26 * max(4, len(names)),
+    )
+
+
+CURVES = {
+    "reward": "reward (nats a token, less the cost)",
+    "policy_entropy": "policy entropy (nats)",
+    "gate_rate": "share of parts that run",
+}
+
+
+def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figure:
+    """Draw how a router learned: one line per router, seed and lambda.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Table ``curves`` of a comparison; rows of single layers are averaged.
+    quantity : str
+        A name in ``CURVES``.
+    """
+    figure = go.Figure()
+    keys = ["router", "lambda", "seed"]
+    means = rows.groupby([*keys, "step"], dropna=False, sort=True)[quantity].mean().reset_index()
+    dashes = ("solid", "dash", "dot", "dashdot", "longdash")
+    routers = list(dict.fromkeys(means["router"]))
+    for (router, weight), group in means.groupby(["router", "lambda"], dropna=False, sort=False):
+        number = routers.index(router)
+        for shade, (seed, line) in enumerate(group.groupby("seed", dropna=False)):
+            cost = "" if pd.isna(weight) else f", λ = {weight:g}"
+            figure.add_trace(
+                go.Scatter(
+                    x=line["step"],
+                    y=line[quantity].to_numpy(dtype=np.float64),
+                    mode="lines",
+                    opacity=1.0 if shade == 0 else 0.55,
+                    line={
+                        "color": theme.OKABE_ITO[number % len(theme.OKABE_ITO)],
+                        "dash": dashes[_place(group, means, router) % len(dashes)],
+                        "width": 1.8,
+                    },
+                    name=f"{label(str(router), limit=30)}{cost}",
+                    legendgroup=f"{router} {weight}",
+                    showlegend=shade == 0,
+                    hovertemplate=f"step %{{x}}: %{{y:.4g}} (seed {seed})<extra></extra>",
+                )
+            )
+    figure.update_xaxes(title="training step")
+    figure.update_yaxes(title=CURVES[quantity])
+    figure.update_layout(
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    )
+    return theme.finish(
+        figure,
+        title=f"While learning: {CURVES[quantity]}",
+        caption="faint lines: further seeds; means over layers",
+        dark=dark,
+    )
+
+
+def _place(group: pd.DataFrame, means: pd.DataFrame, router: object) -> int:
+    """Return which of a router's costs this is."""
+    weights = list(dict.fromkeys(means.loc[means["router"] == router, "lambda"].fillna(-1.0)))
+    return weights.index(group["lambda"].fillna(-1.0).iloc[0])
