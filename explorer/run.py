@@ -1,6 +1,7 @@
 """An open run file, as the explorer's questions see it."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from capture.store import RunReader, SiteInfo
+from capture.store.counts_only import NOTE
 from explorer.errors import RunError
 
 # how a prompt without a domain is named in filters and results; NULL in the run file
@@ -94,6 +96,15 @@ class Run:
     def records_ids(self) -> bool:
         """Whether expert ids per token were recorded; at level ``stats`` they were not."""
         return bool(self.info["level"] != "stats")
+
+    @property
+    def counts_only(self) -> bool:
+        """Whether this is an export that leaves the text out, and all that is known per token."""
+        try:
+            notes = json.loads(self.info["notes"])
+        except ValueError:
+            return False
+        return isinstance(notes, dict) and notes.get(NOTE) is True
 
     def close(self) -> None:
         """Close the file."""

@@ -7,17 +7,23 @@ them too; nobody has configured a policy there, so that it may write.
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
+from capture.errors import CaptureError
+from capture.store import check_run, counts_only
 from explorer import worker
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.worker import Job
 from explorer.worker.protocol import Request
 
 Role = Literal["viewer", "editor"]
+MAX_UPLOAD = 1_024  # MB; the server holds an upload in memory
+_RUN_NAME = re.compile(r"\w[\w.-]{0,59}")
+_CHUNK = 2**20
 
 
 class Policy(NamedTuple):
@@ -139,3 +145,67 @@ def remove(path: Path, *, what: str) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise ExplorerError(f"{path} could not be removed: {error.strerror}.") from error
+
+
+def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
+    """Keep a run file that somebody uploaded, once it is found to be one.
+
+    Parameters
+    ----------
+    folder : Path
+        The runs folder.
+    name : str
+        Of the new run, without ``.duckdb``.
+
+    Raises
+    ------
+    NotAllowedError
+    ExplorerError
+        If the name cannot be one or is taken, or the file is too large or no sound run file.
+    """
+    refuse_if_read_only("Uploading a run")
+    if not _RUN_NAME.fullmatch(name):
+        raise ExplorerError(
+            "The name of a run must start with a letter or digit and hold at most 60 letters, "
+            f"digits, dots, dashes and underscores, got {name[:80]!r}. Rename it."
+        )
+    out = folder / f"{name}.duckdb"
+    if os.path.lexists(out):
+        raise ExplorerError(
+            f"There is a run named {name} already; runs are never overwritten. Choose another name."
+        )
+    folder.mkdir(exist_ok=True)
+    # not listed among the runs until it has its name
+    number, hidden = tempfile.mkstemp(prefix=".upload-", dir=folder)
+    try:
+        with os.fdopen(number, "wb") as file:
+            _copy(data, file)
+        check_run(hidden)
+        os.chmod(hidden, 0o644)
+        os.link(hidden, out)
+    except CaptureError as error:
+        raise ExplorerError(
+            f"{name} was not kept. {str(error).replace(hidden, f'{name}.duckdb')}"
+        ) from None
+    except OSError as error:
+        raise ExplorerError(f"{name} could not be kept: {error.strerror}.") from error
+    finally:
+        os.unlink(hidden)
+    return out
+
+
+def _copy(data: IO[bytes], file: IO[bytes]) -> None:
+    size = 0
+    while chunk := data.read(_CHUNK):
+        size += len(chunk)
+        if size > MAX_UPLOAD * 10**6:
+            raise ExplorerError(
+                f"The file has more than {MAX_UPLOAD:,} MB. Copy it into the runs folder instead."
+            )
+        file.write(chunk)
+
+
+def export_counts(path: Path, out: Path) -> Path:
+    """Write a run without its text and without anything per token, as a new file."""
+    refuse_if_read_only("Exporting a run")
+    return counts_only(path, out)

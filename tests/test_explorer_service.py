@@ -2,13 +2,20 @@
 
 import ast
 import inspect
+import io
+import shutil
+import tempfile
 from pathlib import Path
 
+import duckdb
 import pytest
+from synthetic import NASTY, PROMPTS, write_run
 
+from capture.errors import StoreError
 from explorer import service
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.pages.access import viewer_of
+from explorer.run import open_run
 from explorer.worker import CaptureRequest, RecoverRequest, WorkerClient
 
 ROOT = Path(__file__).parent.parent
@@ -37,11 +44,23 @@ def worker(monkeypatch):
     return client
 
 
+RUN = Path(tempfile.mkdtemp()) / "known.duckdb"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _run():
+    write_run(RUN)
+    yield
+    shutil.rmtree(RUN.parent)
+
+
 CALLS = {
     "submit": lambda folder: service.submit(CaptureRequest(str(folder / "new.duckdb"))),
     "cancel": lambda folder: service.cancel(1),
     "write_new": lambda folder: service.write_new(folder / "new", b"1", what="Writing"),
     "write_json": lambda folder: service.write_json(folder / "new", {"a": 1}, what="Writing"),
+    "keep_upload": lambda folder: service.keep_upload(folder, "up", io.BytesIO(RUN.read_bytes())),
+    "export_counts": lambda folder: service.export_counts(RUN, folder / "counts.duckdb"),
     "remove": lambda folder: service.remove(folder / "kept", what="Removing"),
 }
 ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only"}
@@ -138,3 +157,86 @@ def test_a_page_writes_through_the_service_only(path):
 )
 def test_roles_come_from_the_configuration(claims, settings, role):
     assert viewer_of(claims, settings).role == role
+
+
+def test_an_upload_is_kept_as_it_is(tmp_path):
+    path = service.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
+    assert path.read_bytes() == RUN.read_bytes()
+    with pytest.raises(ExplorerError, match="never overwritten"):
+        service.keep_upload(tmp_path, "theirs", io.BytesIO(b"other"))
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs.duckdb"]
+
+
+@pytest.mark.parametrize("name", ["../up", "", ".hidden", "a/b", "a" * 61, "up.duckdb/..", "<b>"])
+def test_an_upload_cannot_choose_its_place(tmp_path, name):
+    with pytest.raises(ExplorerError, match="name of a run"):
+        service.keep_upload(tmp_path, name, io.BytesIO(b""))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        (None, "it is none"),
+        ("DELETE FROM packed.prompt WHERE prompt_id = 2", "tokens of no prompt"),
+        ("UPDATE packed.run SET config = 'x'", "config are no JSON"),
+        ("UPDATE packed.run SET level = '<b>'", "its level"),
+        ("UPDATE packed.token SET token_id = 0", "there twice"),
+        ("UPDATE packed.token SET phase = 'dreamt'", "phases"),
+        ("UPDATE packed.batch SET tokens = 1000000000", "batches"),
+        ("UPDATE packed.site SET n_experts = 60000 WHERE layer = 1", "sums of a router"),
+        ("UPDATE packed.score SET scores = [1.0]", "another number of experts"),
+        ("UPDATE packed.coactivation SET tokens = [1]", "counts of pairs"),
+        (
+            "UPDATE packed.rollup SET assignments = list_transform(assignments, lambda x: -1)",
+            "negative",
+        ),
+        ("UPDATE packed.run SET schema_version = 99", "Update RouteScope"),
+        ("DROP VIEW tokens; ALTER TABLE packed.token ADD COLUMN more VARCHAR", "packed.token"),
+    ],
+)
+def test_an_upload_that_is_no_sound_run_is_not_kept(tmp_path, statement, said):
+    bad = tmp_path / "bad"
+    shutil.copyfile(RUN, bad)
+    if statement is None:
+        bad.write_bytes(b"not a database" * 1000)
+    else:
+        with duckdb.connect(str(bad)) as connection:
+            connection.execute(statement)
+    folder = tmp_path / "runs"
+    with pytest.raises(ExplorerError, match=said) as caught:
+        service.keep_upload(folder, "theirs", io.BytesIO(bad.read_bytes()))
+    assert ".upload-" not in str(caught.value)
+    assert not list(folder.iterdir())
+
+
+def test_an_upload_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "MAX_UPLOAD", 0.01)
+    with pytest.raises(ExplorerError, match=r"more than 0\.01 MB"):
+        service.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_counts_only_export_holds_no_text_and_the_same_counts(tmp_path):
+    deep = write_run(tmp_path / "deep.duckdb", level="attention")
+    out = service.export_counts(deep.path, tmp_path / "counts.duckdb")
+    with open_run(deep.path) as run, open_run(out) as counts:
+        assert counts.counts_only and not run.counts_only
+        for view in ("expert_load_by", "coactivation", "transitions", "sites", "prompt_sizes"):
+            sql = f"SELECT * FROM {view} ORDER BY ALL"
+            assert counts.table(sql) == run.table(sql)
+        left = counts.query("SELECT count(text) + count(token) + count(loss) AS n FROM tokens")
+        assert left["n"].tolist() == [0]
+        assert counts.query("SELECT count(*) AS n FROM tokens")["n"].tolist() == [33]
+        assert counts.query("SELECT count(text) + count(source) AS n FROM prompts")["n"][0] == 0
+        for view in ("assignments", "scores", "hidden", "attention_maps", "attention_top_keys"):
+            assert counts.query(f"SELECT * FROM {view}").empty, view
+    content = out.read_bytes()
+    words = {NASTY, *(text for _, pieces in PROMPTS for text in pieces if len(text.strip()) > 3)}
+    assert len(words) > 4
+    assert not [word for word in words if word.strip().encode() in content]
+    with pytest.raises(StoreError, match="never overwritten"):
+        service.export_counts(deep.path, out)
+    # tokens have ids again wherever they were not left out
+    with duckdb.connect(str(out), read_only=True) as connection:
+        assert connection.sql("SELECT DISTINCT token FROM tokens").fetchall() == [(None,)]

@@ -1,5 +1,7 @@
 """The run file: one DuckDB database per capture, written once, read by many."""
 
+from capture.store.checking import check_run
+from capture.store.counts_only import counts_only
 from capture.store.migrations import migrate
 from capture.store.reader import RunReader
 from capture.store.records import (
@@ -41,6 +43,8 @@ __all__ = [
     "SiteInfo",
     "SiteRows",
     "TokenRows",
+    "check_run",
+    "counts_only",
     "migrate",
     "next_sites",
     "recover",

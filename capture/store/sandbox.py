@@ -22,6 +22,8 @@ _FILE = "run_file"
 _TABLES = (
     "SELECT table_name, sql FROM duckdb_tables() WHERE database_name = ? AND schema_name = 'packed'"
 )
+# columns that are not read as they are stored
+_READ = {("token", "token"): f"nullif(token, {schema.NO_TOKEN}) AS token"}
 MAX_SITES = 100_000
 MAX_EXPERTS = 65_534  # the largest number of experts that a packed id can name
 MAX_SLOTS = 1_024
@@ -121,8 +123,8 @@ def expected_tables(layout: Layout) -> dict[str, Table]:
 
 def _views(layout: Layout) -> list[str]:
     """Write our views, over views that stand for the tables of the file."""
-    tables = [
-        f"CREATE VIEW packed.{name} AS SELECT {', '.join(table.columns)} FROM {_FILE}.packed.{name}"
-        for name, table in expected_tables(layout).items()
-    ]
+    tables = []
+    for name, table in expected_tables(layout).items():
+        columns = ", ".join(_READ.get((name, column), column) for column in table.columns)
+        tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {_FILE}.packed.{name}")
     return ["CREATE SCHEMA packed", *tables, *schema.view_statements(layout)]

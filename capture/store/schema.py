@@ -20,6 +20,7 @@ from capture.store.codec import (
 )
 
 SCHEMA_VERSION = 2
+NO_TOKEN = -1  # a token id that was left out; readers show it as NULL
 
 
 class Column(NamedTuple):
@@ -297,6 +298,11 @@ SET_NOTES = "UPDATE packed.run SET notes = ?"
 SET_VERSION = "UPDATE packed.run SET schema_version = ?"
 
 
+# of a file whose token ids were left out
+TOKENS_WITHOUT_IDS = (
+    "CREATE OR REPLACE VIEW tokens AS SELECT token_id, prompt_id, position, phase,"
+    " NULL::INTEGER AS token, text, loss FROM packed.token"
+)
 PROMPT_COLUMNS = ("prompt_id", "text", "domain", "source", "n_tokens", "truncated")
 
 

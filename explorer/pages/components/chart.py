@@ -152,7 +152,7 @@ def _downloads(table: pd.DataFrame, key: str) -> None:
 def parquet(table: pd.DataFrame) -> bytes:
     """Return a table as a Parquet file, whose columns have names, not numbers."""
     buffer = io.BytesIO()
-    table.rename(columns=str).to_parquet(buffer, index=False)
+    table.set_axis([str(name) for name in table.columns], axis=1).to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 
