@@ -1,0 +1,386 @@
+"""Compare: other routers in the model's place, what they cost and what they save."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from explorer import service
+from explorer.comparison.file import Comparison, comparisons_of, open_comparison
+from explorer.errors import ComparisonError
+from explorer.figures.comparison import (
+    AXES,
+    CURVES,
+    badges,
+    by_domain,
+    by_layer,
+    curves,
+    family_name,
+    front,
+)
+from explorer.pages import address
+from explorer.pages.components.chart import chart
+from explorer.pages.components.compare_start import start_comparison
+from explorer.pages.components.compare_text import two_routers
+from explorer.pages.shell import current_view
+from explorer.pages.state import View, is_dark
+
+_COLUMNS = {
+    "router": "Router",
+    "family": "Family",
+    "loss_change": "Δ loss (nats)",
+    "loss_se": "± SE",
+    "experts_per_token": "Experts a token",
+    "flops_ratio": "FLOPs ×",
+    "expert_flops_ratio": "Expert FLOPs ×",
+    "latency_ratio": "Time ×",
+    "bytes_ratio": "Bytes ×",
+    "energy_ratio": "Energy proxy ×",
+    "agreement": "Agreement",
+    "max_violation": "MaxVio",
+    "badges": "Badges",
+    "seed": "Seed",
+}
+_AXIS_LABELS = {
+    "flops_ratio": "FLOPs",
+    "expert_flops_ratio": "Expert FLOPs",
+    "latency_ratio": "Measured time",
+    "max_violation": "Balance",
+    "agreement": "Agreement",
+}
+_BADGE_TEXTS = {
+    "not causal": "its choice for a token depends on later tokens, so that its loss is too good "
+    "and cannot be compared",
+    "depends on the batch": "other sequences in the batch change its choices",
+    "simulated": "what it leaves out was computed and masked, not skipped: no time is saved",
+}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    st.markdown(
+        "Put another rule in the place of the model's routers, run the **real model** on text "
+        "that no rule was fitted on, and see how much worse it predicts and how much less it "
+        "computes. Random rules at the same compute stand beside each: what a router cannot do "
+        "better than these, it did not learn."
+    )
+    files = {path.name: path for path in comparisons_of(view.run.path)}
+    start_comparison(view, first=not files)
+    if not files:
+        if not service.may_write():
+            st.info("No comparison was made on this run yet.", icon=":material/info:")
+        return
+    name = next(iter(files))
+    if len(files) > 1:
+        name = address.choose(
+            st.selectbox,
+            "comparison",
+            "Comparison",
+            list(files),
+            default=name,
+            show=lambda name: name,
+            help="One file for each model, code and settings; newest first.",
+        )
+    try:
+        comparison = _opened(str(files[name]), files[name].stat().st_mtime_ns)
+    except (ComparisonError, OSError) as error:
+        st.error(address.plain(str(error)), icon=":material/error:")
+        return
+    _show(view, comparison)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False, on_release=lambda found: found.close())
+def _opened(path: str, changed: int) -> Comparison:
+    return open_comparison(Path(path))
+
+
+def _show(view: View, comparison: Comparison) -> None:
+    info = comparison.info
+    table = comparison.table
+    live = table[(table["mode"] == "live") & table["layer"].isna()].reset_index(drop=True)
+    if not info["complete"]:
+        st.caption("Not all routers that were asked for are in this file yet.")
+    st.caption(_provenance(info))
+    _failed(comparison)
+    if live.empty:
+        st.info(
+            "This comparison was made without the model, by replay. Compare live to see losses.",
+            icon=":material/info:",
+        )
+    else:
+        shown = _filtered(live)
+        _front(shown, info)
+        _table(shown)
+        _card(comparison, live)
+        _layers_and_domains(comparison, table, info)
+        two_routers(comparison)
+        _learning(comparison)
+    _replay(table)
+
+
+def _provenance(info: dict[str, Any]) -> str:
+    loss = info["native_loss"]
+    parts = [
+        f"{address.plain(str(info['model']))} in {info['dtype']} on {info['device']}",
+        f"fitted on {address.plain(str(info['fit_source']))}",
+        f"reported on {address.plain(str(info['report_source']))}: "
+        f"{info['report_tokens'] or 0:,} tokens of {info['report_sequences'] or 0:,} sequences",
+        "the two share no text",
+        "" if loss is None else f"the model's own loss is {loss:.4f} nats a token",
+        address.plain(str(info["created_at"])[:16].replace("T", " ")),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _failed(comparison: Comparison) -> None:
+    units = comparison.rows("units")
+    failed = units[units["error"].notna()]
+    if failed.empty:
+        return
+    with st.expander(f"{len(failed)} could not be compared"):
+        for _, row in failed.iterrows():
+            st.markdown(f"**{address.plain(str(row['router']))}**: {address.plain(row['error'])}")
+
+
+def _filtered(live: pd.DataFrame) -> pd.DataFrame:
+    """Leave out what the reader does not want to see."""
+    families = list(dict.fromkeys(live["family"]))
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        chosen = st.pills(
+            "Families",
+            families,
+            selection_mode="multi",
+            default=families,
+            format_func=family_name,
+            key="families",
+        )
+        controls = address.choose(
+            st.segmented_control,
+            "controls",
+            "Random controls",
+            ["shown", "hidden"],
+            default="shown",
+            show=str.capitalize,
+        )
+    shown = live[live["family"].isin(chosen or families)]
+    if controls == "hidden":
+        shown = shown[shown["control"].isna()]
+    return shown.reset_index(drop=True)
+
+
+def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
+    measured = [name for name in _AXIS_LABELS if shown[name].notna().any()]
+    if shown.empty or not measured:
+        st.info("Nothing to draw. Choose more families.")
+        return
+    axis = address.choose(
+        st.segmented_control,
+        "axis",
+        "Loss against",
+        measured,
+        default=measured[0],
+        show=_AXIS_LABELS.__getitem__,
+    )
+    st.caption(AXES[axis].meaning)
+
+    def go_to(data: list[float]) -> None:
+        address.write("router", str(shown["router"].iloc[int(data[0])]))
+
+    chart(
+        front(
+            shown,
+            cost=axis,
+            native_loss=float(info["native_loss"]),
+            tokens=int(info["report_tokens"]),
+            dark=is_dark(),
+        ),
+        key="front",
+        alt=f"Change in loss of {shown['router'].nunique()} routers against "
+        f"{AXES[axis].title}; loss changes from {shown['loss_change'].min():+.3f} to "
+        f"{shown['loss_change'].max():+.3f} nats a token. Click: the router's card.",
+        table=shown,
+        on_click=go_to,
+    )
+
+
+def _table(shown: pd.DataFrame) -> None:
+    frame = shown.assign(
+        badges=[", ".join(badges(row)) for _, row in shown.iterrows()],
+        family=[family_name(family) for family in shown["family"]],
+    )[list(_COLUMNS)]
+    columns: dict[str, Any] = {
+        name: st.column_config.NumberColumn(title, format=_format(name))
+        for name, title in _COLUMNS.items()
+        if name not in ("router", "family", "badges", "seed")
+    }
+    columns |= {name: _COLUMNS[name] for name in ("router", "family", "badges", "seed")}
+    st.dataframe(
+        frame,
+        hide_index=True,
+        column_config=columns,
+        alt="Routers with their change in loss, compute, agreement and balance; click a title to "
+        "sort",
+        placeholder="not measured",
+    )
+    said = [badge for badge in _BADGE_TEXTS if frame["badges"].str.contains(badge).any()]
+    for badge in said:
+        st.caption(f":material/warning: **{badge}**: {_BADGE_TEXTS[badge]}.")
+    st.caption(
+        "Bytes and energy are estimates from published costs per operation, to be read relative "
+        "to the model's own router only."
+    )
+
+
+def _format(name: str) -> str:
+    return "%+.4f" if name == "loss_change" else "%.4f" if name == "loss_se" else "%.3f"
+
+
+def _card(comparison: Comparison, live: pd.DataFrame) -> None:
+    """Show what one router does, and whether it beats chance at the same compute."""
+    cards = comparison.rows("routers").drop_duplicates("router").set_index("router")
+    names = [name for name in dict.fromkeys(live["router"]) if name in cards.index]
+    if not names:
+        return
+    st.subheader("A router's card", anchor=False)
+    name = address.choose(
+        st.selectbox,
+        "router",
+        "Router",
+        names,
+        default=next((n for n in names if pd.isna(cards.loc[n, "control"])), names[0]),
+        show=lambda name: name,
+    )
+    card = cards.loc[name]
+    rows = live[live["router"] == name]
+    with st.container(border=True):
+        wearing = sorted({badge for _, row in rows.iterrows() for badge in badges(row)})
+        st.markdown(
+            f"**{address.plain(str(card['title']))}** · {family_name(card['family'])}"
+            + "".join(f" :orange-badge[{badge}]" for badge in wearing)
+        )
+        st.markdown(address.plain(str(card["summary"])))
+        st.code(str(card["formula"]), language=None)
+        paper = card["paper"]
+        fits = card["fits"]
+        st.caption(
+            (f"Source: {address.plain(paper)}. " if isinstance(paper, str) and paper else "")
+            + (f"It is fitted: {fits}." if isinstance(fits, str) else "Nothing is fitted.")
+        )
+        _against_controls(comparison, live, rows, name)
+
+
+def _against_controls(
+    comparison: Comparison, live: pd.DataFrame, rows: pd.DataFrame, name: str
+) -> None:
+    controls = live[live["control_of"] == name]
+    mean = rows["loss_change"].mean()
+    if controls.empty or pd.isna(mean):
+        return
+    sequences = comparison.rows("sequences")
+    sequences = sequences[(sequences["mode"] == "live") & sequences["layer"].isna()]
+    own = sequences[sequences["router"] == name].groupby("sequence")["loss_change"].mean()
+    for control, group in controls.groupby("control"):
+        labels = set(group["router"])
+        other = sequences[sequences["router"].isin(labels)]
+        paired = (other.groupby("sequence")["loss_change"].mean() - own).dropna()
+        error = paired.std() / len(paired) ** 0.5 if len(paired) > 1 else float("nan")
+        kind = str(control).replace("_", " ")
+        verdict = (
+            "better than chance by more than two standard errors"
+            if paired.mean() > 2 * error
+            else "worse than chance by more than two standard errors"
+            if paired.mean() < -2 * error
+            else "not to be told from chance"
+        )
+        st.markdown(
+            f"Random, {kind}: Δ loss {group['loss_change'].mean():+.4f}; this router "
+            f"{mean:+.4f}. Paired difference {paired.mean():+.4f} ± {error:.4f}: **{verdict}**."
+        )
+
+
+def _layers_and_domains(comparison: Comparison, table: pd.DataFrame, info: dict[str, Any]) -> None:
+    single = table[(table["mode"] == "live-layer") & table["layer"].notna()]
+    domains = comparison.domains
+    tokens = int(info["report_tokens"])
+    if not single.empty:
+        st.subheader("Layer by layer", anchor=False)
+        chart(
+            by_layer(single, tokens=tokens, dark=is_dark()),
+            key="by layer",
+            alt=f"Heatmap of {single['router'].nunique()} routers by "
+            f"{single['layer'].nunique()} layers: change in loss when one layer is swapped.",
+            table=single[["router", "seed", "layer", "loss_change", "loss_se", "agreement"]],
+        )
+    if not domains.empty:
+        st.subheader("Domain by domain", anchor=False)
+        chart(
+            by_domain(domains, tokens=tokens, dark=is_dark()),
+            key="by domain",
+            alt=f"Heatmap of {domains['router'].nunique()} routers by "
+            f"{domains['domain'].nunique()} domains: change in loss.",
+            table=domains,
+        )
+
+
+def _learning(comparison: Comparison) -> None:
+    rows = comparison.curves
+    if rows.empty:
+        return
+    st.subheader("How the routers learned", anchor=False)
+    st.markdown(
+        "Exploration and stability are the difficulty of reinforcement learning. A policy whose "
+        "entropy falls at once stopped exploring; seeds that end apart were luck."
+    )
+    quantity = address.choose(
+        st.segmented_control,
+        "curve",
+        "Quantity",
+        list(CURVES),
+        default="reward",
+        show=lambda name: name.replace("_", " ").capitalize(),
+    )
+    chart(
+        curves(rows, quantity, dark=is_dark()),
+        key="curves",
+        alt=f"{CURVES[quantity]} over training steps of {rows['router'].nunique()} routers.",
+        table=rows,
+    )
+
+
+def _replay(table: pd.DataFrame) -> None:
+    rows = table[(table["mode"] == "replay") & table["layer"].isna()]
+    if rows.empty:
+        return
+    st.subheader("Replay: recorded inputs routed again", anchor=False)
+    st.markdown(
+        "Without the model: each router decides on the inputs that this run recorded. Errors do "
+        "not add up from layer to layer here, and agreement is a poor predictor of loss."
+    )
+    names = {
+        "router": "Router",
+        "agreement": "Agreement",
+        "jaccard": "Jaccard",
+        "exact_set": "Exact set",
+        "weighted_overlap": "Weighted overlap",
+        "js": "JS (nats)",
+        "experts_per_token": "Experts a token",
+        "max_violation": "MaxVio",
+        "max_violation_floor": "MaxVio by chance",
+        "gini": "Gini",
+        "dead_experts": "Dead",
+    }
+    st.dataframe(
+        rows[list(names)],
+        hide_index=True,
+        column_config={
+            name: title if name == "router" else st.column_config.NumberColumn(title, format="%.3f")
+            for name, title in names.items()
+        },
+        alt="Routers by replay: agreement with the model's own choice, balance and compute",
+        placeholder="not measured",
+    )
+
+
+render()

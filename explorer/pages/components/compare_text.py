@@ -1,0 +1,201 @@
+"""The same text under two routers: where they agree, where they part, and what that costs."""
+
+import pandas as pd
+import streamlit as st
+
+from explorer.comparison.file import Comparison
+from explorer.pages import address
+from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
+
+NATIVE = "native"
+_ALL = "all"
+
+
+def two_routers(comparison: Comparison) -> None:
+    """Draw a text of the comparison, tinted by how far two routers disagree about its tokens."""
+    choices = comparison.rows("choices")
+    texts = comparison.rows("texts")
+    names = list(dict.fromkeys(choices["router"]))
+    if len(names) < 2 or texts.empty:
+        return
+    st.subheader("The same text under two routers", anchor=False)
+    first, second, text_id, layer = _controls(comparison, names, choices, texts)
+    if first == second:
+        st.info("Choose two different routers.")
+        return
+    here = choices[choices["text_id"] == text_id]
+    pairs = jaccard_of(here, first, second)
+    if layer != _ALL:
+        pairs = pairs[pairs["layer"] == int(layer)]
+    per_token = pairs.groupby("position")["jaccard"].mean()
+    text = texts[texts["text_id"] == text_id].sort_values("position")
+    chosen = _chosen(text, per_token)
+    token_strip(
+        [
+            Token(
+                int(row["position"]),
+                "" if pd.isna(row["text"]) else str(row["text"]),
+                1 - float(per_token[row["position"]]) if row["position"] in per_token else None,
+                f"Jaccard {per_token[row['position']]:.2f}"
+                if row["position"] in per_token
+                else "not measured",
+            )
+            for _, row in text.iterrows()
+        ],
+        selected=chosen,
+        legend=Legend("1 - Jaccard of the two sets of experts", "same experts", "none shared"),
+        label=f"Text {text_id} tinted by disagreement of {first} and {second}",
+        key="two routers",
+        on_pick=lambda position: address.write("at", str(position)),
+    )
+    _say(per_token, pairs)
+    _token(comparison, pairs, text, text_id, chosen, first, second)
+
+
+def _controls(
+    comparison: Comparison, names: list[str], choices: pd.DataFrame, texts: pd.DataFrame
+) -> tuple[str, str, int, str]:
+    a, b, c, d = st.columns([3, 3, 3, 2])
+    others = [name for name in names if name != NATIVE]
+    with a:
+        first = address.choose(
+            st.selectbox, "a", "Router A", names, default=names[0], show=lambda name: name
+        )
+    with b:
+        wanted = address.read("router")
+        default = wanted if wanted in others else others[0]
+        second = address.choose(
+            st.selectbox, "b", "Router B", names, default=default, show=lambda name: name
+        )
+    heads = texts.sort_values("position").groupby("text_id").first()
+    starts = {
+        str(number): f"{heads.loc[number, 'domain'] or 'text'} {number}" for number in heads.index
+    }
+    with c:
+        text_id = address.choose(
+            st.selectbox,
+            "text",
+            "Text",
+            list(starts),
+            default=next(iter(starts)),
+            show=lambda key: starts.get(key, key),
+        )
+    layers = [str(layer) for layer in sorted(choices["layer"].dropna().unique())]
+    with d:
+        layer = address.choose(
+            st.selectbox,
+            "swapped",
+            "Layers",
+            [_ALL, *layers],
+            default=_ALL,
+            show=lambda key: "All" if key == _ALL else f"Layer {key}",
+        )
+    return first, second, int(text_id), layer
+
+
+def jaccard_of(choices: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
+    """Return how alike two routers' sets of experts are for every token and layer.
+
+    Parameters
+    ----------
+    choices : DataFrame
+        ``router, seed, position, layer, site, expert_ids, weights`` of one text; the smallest
+        seed of a router counts.
+
+    Returns
+    -------
+    DataFrame
+        ``position, layer, site, expert_ids_a, weights_a, expert_ids_b, weights_b, jaccard``
+        (0..1; 1 where neither chose an expert).
+    """
+    sides = []
+    for name in (first, second):
+        rows = choices[choices["router"] == name]
+        seeds = rows["seed"].dropna()
+        rows = rows[rows["seed"] == seeds.min()] if len(seeds) else rows
+        sides.append(rows[["position", "layer", "site", "expert_ids", "weights"]])
+    pairs = sides[0].merge(sides[1], on=["position", "layer", "site"], suffixes=("_a", "_b"))
+    sets = zip(pairs["expert_ids_a"], pairs["expert_ids_b"], strict=True)
+    return pairs.assign(jaccard=[_jaccard(set(a), set(b)) for a, b in sets])
+
+
+def _jaccard(first: set[int], second: set[int]) -> float:
+    union = len(first | second)
+    return len(first & second) / union if union else 1.0
+
+
+def _chosen(text: pd.DataFrame, per_token: "pd.Series[float]") -> int:
+    """Return the token of the address, else the first one about which the routers differ."""
+    wanted = address.read("at")
+    positions = {int(position) for position in text["position"]}
+    if wanted.isdecimal() and int(wanted) in positions:
+        return int(wanted)
+    differing = per_token[per_token < 1]
+    return int(differing.index[0]) if len(differing) else min(positions)
+
+
+def _say(per_token: "pd.Series[float]", pairs: pd.DataFrame) -> None:
+    differing = per_token[per_token < 1]
+    if differing.empty:
+        st.markdown("The two routers choose the same experts for every token of this text.")
+        return
+    first = int(differing.index[0])
+    layers = pairs[(pairs["position"] == first) & (pairs["jaccard"] < 1)]["layer"]
+    st.markdown(
+        f"Mean Jaccard **{per_token.mean():.3f}** over {len(per_token):,} tokens; "
+        f"{(per_token < 1).mean():.1%} of them differ somewhere. **First divergence** at token "
+        f"{first}, in layer {int(layers.min())}."
+    )
+    if st.button("Go to the first divergence", icon=":material/first_page:"):
+        address.write("at", str(first))
+        reveal()
+        st.rerun()
+
+
+def _token(
+    comparison: Comparison,
+    pairs: pd.DataFrame,
+    text: pd.DataFrame,
+    text_id: int,
+    position: int,
+    first: str,
+    second: str,
+) -> None:
+    here = pairs[pairs["position"] == position].sort_values(["layer", "site"])
+    losses = comparison.rows("token_losses")
+    losses = losses[(losses["text_id"] == text_id) & (losses["position"] == position)]
+    said = []
+    for name in (first, second):
+        found = losses[losses["router"] == name]["loss"]
+        said.append("–" if found.empty else f"{found.mean():.3f}")
+    st.markdown(
+        f"Token {position}: loss {said[0]} nats under A, {said[1]} under B."
+        + (" The first token has no loss." if position == 0 else "")
+    )
+    st.dataframe(
+        pd.DataFrame(
+            {
+                "layer": here["layer"],
+                "A": [_listed(*row) for row in _pairs_of(here, "a")],
+                "B": [_listed(*row) for row in _pairs_of(here, "b")],
+                "jaccard": here["jaccard"],
+            }
+        ),
+        hide_index=True,
+        column_config={
+            "layer": "Layer",
+            "A": f"A: {first} (expert × weight)",
+            "B": f"B: {second} (expert × weight)",
+            "jaccard": st.column_config.NumberColumn("Jaccard", format="%.2f"),
+        },
+        alt=f"Experts of token {position} in each layer under the two routers",
+    )
+
+
+def _pairs_of(rows: pd.DataFrame, side: str) -> "zip[tuple[list[int], list[float]]]":
+    return zip(rows[f"expert_ids_{side}"], rows[f"weights_{side}"], strict=True)
+
+
+def _listed(experts: list[int], weights: list[float]) -> str:
+    shown = (f"{expert} × {weight:.2f}" for expert, weight in zip(experts, weights, strict=True))
+    return ", ".join(shown) or "none"
