@@ -58,6 +58,17 @@ def clusters_path(digest: str, method: str, n_clusters: int, seed: int) -> Path:
     return _path("clusters", digest, options)
 
 
+def router_path(digest: str, fingerprint: str, router: str, seed: int) -> Path:
+    """Return where another router's choices for the tokens of these vectors are kept.
+
+    Parameters
+    ----------
+    fingerprint : str
+        Of the run: routers read more of it than the vectors of the map.
+    """
+    return _path("router", digest, {"run": fingerprint, "router": router, "seed": seed})
+
+
 def _path(kind: str, digest: str, options: dict[str, Any]) -> Path:
     text = json.dumps([VERSION, kind, digest, options, versions()], sort_keys=True)
     name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

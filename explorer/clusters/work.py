@@ -75,6 +75,31 @@ def make_clusters(
     return cache.write(out, {"cluster": found.labels}, facts)
 
 
+def make_rerouted(
+    run_path: str, source: Source, out: Path, router: str, seed: int, report: Report
+) -> Path:
+    """Route the tokens of a map by another router and keep its choices at ``out``.
+
+    Raises
+    ------
+    RouterError
+        If the router cannot route what the run holds.
+    RunError
+        If the run does not hold the vectors that ``out`` is named after.
+    """
+    with open_run(run_path) as run:
+        report("Reading the vectors", 0.0)
+        points = read_points(run, source)
+        _check(points, out, cache.router_path(points.digest, run.fingerprint, router, seed))
+        report("Loading the routers", 0.1)
+        from explorer.clusters.rerouted import rerouted
+
+        report("Fitting and routing", 0.4)
+        ids = points.ids[:, 0]
+        found = rerouted(run, source.layer, ids, router, site=source.site, seed=seed)
+    return cache.write(out, {"router": found}, {"known": float((found >= 0).mean())})
+
+
 def _check(points: Points, out: Path, expected: Path) -> None:
     if out.name != expected.name:
         raise RunError(

@@ -7,6 +7,7 @@ from explorer.worker.client import WorkerClient, shared_worker
 from explorer.worker.protocol import (
     CaptureRequest,
     CompareRequest,
+    CosinesRequest,
     Job,
     JobProgress,
     ProjectRequest,
@@ -16,6 +17,7 @@ from explorer.worker.protocol import (
 __all__ = [
     "CaptureRequest",
     "CompareRequest",
+    "CosinesRequest",
     "Job",
     "JobProgress",
     "ProjectRequest",

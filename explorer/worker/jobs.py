@@ -8,6 +8,7 @@ from capture.errors import CaptureCancelled
 from explorer.worker.protocol import (
     CaptureRequest,
     CompareRequest,
+    CosinesRequest,
     JobProgress,
     ProjectRequest,
     RecoverRequest,
@@ -47,6 +48,8 @@ def run_job(request: Request, report: Report, cancelled: Callable[[], bool]) -> 
         return _project(request, report, cancelled)
     if isinstance(request, CompareRequest):
         return _compare(request, report, cancelled)
+    if isinstance(request, CosinesRequest):
+        return _cosines(request, report, cancelled)
     return _capture(request, report, cancelled)
 
 
@@ -89,7 +92,7 @@ def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bo
     # neither needs torch, and either is seconds of imports that a capture can do without
     from explorer.clusters.features import Source
     from explorer.clusters.projection import MapOptions
-    from explorer.clusters.work import make_clusters, make_map
+    from explorer.clusters.work import make_clusters, make_map, make_rerouted
 
     def on_progress(message: str, part: float) -> None:
         if cancelled():
@@ -99,6 +102,9 @@ def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bo
     on_progress("Loading the libraries", 0.0)
     source = Source(request.unit, request.feature, request.layer, request.site)  # type: ignore[arg-type]
     out = Path(request.out)
+    if request.router:
+        chosen = (request.router, request.seed)
+        return str(make_rerouted(request.run, source, out, *chosen, on_progress))
     if not request.method:
         options = MapOptions(seed=request.seed)
         return str(make_map(request.run, source, out, options, on_progress))
@@ -138,6 +144,18 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
             return str(comparison.path)
     except ComparisonCancelled as stop:
         raise Cancelled(str(stop), None if stop.path is None else str(stop.path)) from None
+
+
+def _cosines(request: CosinesRequest, report: Report, cancelled: Callable[[], bool]) -> str:
+    from explorer.likeness import measure
+
+    def on_progress(message: str, part: float) -> None:
+        if cancelled():
+            raise Cancelled("Nothing was kept.", None)
+        report(JobProgress("mapping", message=message, part=part))
+
+    model = (request.model, request.revision)
+    return str(measure(Path(request.out), request.run, *model, on_progress))
 
 
 def _existing(path: str) -> str | None:

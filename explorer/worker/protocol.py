@@ -91,6 +91,8 @@ class ProjectRequest:
         See ``explorer.clusters.features.Source``.
     method : str
         ``""`` for a map, else how to group: ``kmeans``, ``gmm`` or ``hdbscan``.
+    router : str
+        Instead, where this router would send the tokens.
     n_clusters : int
     seed : int
     """
@@ -104,11 +106,15 @@ class ProjectRequest:
     method: str = ""
     n_clusters: int = 12
     seed: int = 0
+    router: str = ""
 
     @property
     def title(self) -> str:
         """Name of the work, for messages."""
-        return f"{'Clusters' if self.method else 'Map'} of {self.unit} of {Path(self.run).stem}"
+        what = "Clusters of" if self.method else "Map of"
+        if self.router:
+            what = f"Choices of {self.router} for"
+        return f"{what} {self.unit} of {Path(self.run).stem}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +164,39 @@ class CompareRequest:
         return f"Comparison on {Path(self.run).stem}"
 
 
-Request = CaptureRequest | RecoverRequest | ProjectRequest | CompareRequest
+@dataclass(frozen=True, slots=True)
+class CosinesRequest:
+    """Load the model of a run and keep the cosines of its experts' weights in the cache.
+
+    Attributes
+    ----------
+    out : str
+        Path in the cache, from ``explorer.likeness.cosines_path``.
+    run : str
+        Path of the run file.
+    model : str
+        ``"demo"``, a Hugging Face id or a local folder.
+    revision : str or None
+    """
+
+    out: str
+    run: str
+    model: str
+    revision: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Name of the work, for messages."""
+        return f"Weights of {self.model}"
+
+
+Request = CaptureRequest | RecoverRequest | ProjectRequest | CompareRequest | CosinesRequest
 _KINDS: dict[str, type[Request]] = {
     "capture": CaptureRequest,
     "recover": RecoverRequest,
     "project": ProjectRequest,
     "compare": CompareRequest,
+    "cosines": CosinesRequest,
 }
 
 

@@ -69,7 +69,7 @@ def _headline(job: Job) -> str:
     if job.cancelling:
         return "stopping after the current forward pass…"
     if job.state == "queued":
-        return "waiting for the capture before it…"
+        return "waiting for the job before it…"
     return _STAGES.get(job.progress.stage, "Working") + "…"
 
 
