@@ -27,7 +27,7 @@ from explorer.comparison.rows import (
     text_rows,
     token_losses,
 )
-from explorer.comparison.tables import FORMAT_VERSION, Rows, empty_rows
+from explorer.comparison.tables import CONDITION_TABLES, FORMAT_VERSION, Rows, empty_rows
 from explorer.comparison.texts import split_texts
 from explorer.errors import ComparisonCancelled, ExplorerError
 from explorer.routers import PartRouter, TrainedRouter
@@ -245,7 +245,7 @@ class Session:
         own = {label, *(row["router"] for row in found["routers"])}
         own |= {r["router"] for r in self.rows["routers"] if r["control_of"] == label}
         for table, rows in self.rows.items():
-            if table in ("comparison", "texts"):
+            if table in ("comparison", "texts", *CONDITION_TABLES):
                 continue
             if table == "routers":
                 fresh = {row["router"] for row in found["routers"]}

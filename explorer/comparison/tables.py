@@ -14,6 +14,10 @@ _BALANCE = (
     *("max_violation", "max_violation_floor", "cv", "gini", "dead_experts", "load_entropy"),
 )
 
+_LIKENESS = dict.fromkeys(("kl", "agreement", "exact_set"), "DOUBLE")
+# what conditions do, see explorer.conditions; rows are named by condition or student, not by UNIT
+CONDITION_TABLES = ("conditions", "flips", "flip_margins", "students", "student_layers")
+
 TABLES: dict[str, dict[str, str]] = {
     "comparison": {
         "format_version": "INTEGER",
@@ -147,6 +151,65 @@ TABLES: dict[str, dict[str, str]] = {
         "reward": "DOUBLE",
         "policy_entropy": "DOUBLE",
         "gate_rate": "DOUBLE",
+    },
+    "conditions": {
+        "condition": "VARCHAR",
+        "name": "VARCHAR",
+        "kind": "VARCHAR",
+        "weights": "VARCHAR",
+        "routing": "VARCHAR",
+        "loss": "DOUBLE",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "perplexity_ratio": "DOUBLE",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
+        "draws": "INTEGER",
+        "draw_spread": "DOUBLE",
+        "weight_bytes_ratio": "DOUBLE",
+        "method": "VARCHAR",
+        "calibrated": "BOOLEAN",
+        "simulated": "BOOLEAN",
+        "fingerprint": "VARCHAR",
+    },
+    "flips": {
+        "condition": "VARCHAR",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "tokens": "BIGINT",
+        "set_flips": "DOUBLE",
+        "top1_flips": "DOUBLE",
+        "slot_flips": "DOUBLE",
+        "margin_auc": "DOUBLE",
+        "first_divergence": "DOUBLE",
+    },
+    "flip_margins": {
+        "condition": "VARCHAR",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "bin": "INTEGER",
+        "margin_low": "DOUBLE",
+        "margin_high": "DOUBLE",
+        "tokens": "BIGINT",
+        "set_flips": "DOUBLE",
+    },
+    "students": {
+        "student": "VARCHAR",
+        "title": "VARCHAR",
+        **_LIKENESS,
+        "chance": "DOUBLE",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "perplexity_ratio": "DOUBLE",
+        "fit_tokens": "BIGINT",
+        "tokens": "BIGINT",
+        "fingerprint": "VARCHAR",
+    },
+    "student_layers": {
+        "student": "VARCHAR",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        **_LIKENESS,
     },
     "units": {**UNIT, "fingerprint": "VARCHAR", "error": "VARCHAR"},
 }

@@ -1,6 +1,7 @@
 """Conditions of the survey: precision, quantisation, pruning, factorisation, merging, distillation.
 
 base         what a condition is, and the registry ``CONDITIONS``
+catalogue    all of them, registered, and made from text
 weights      which part a weight belongs to, and replacing weights for a while
 calibration  what conditions learn from
 subsets      the best subset to drop, by trying all or greedily
@@ -13,37 +14,36 @@ merging      experts averaged into others
 trace        what every router did in a run over texts
 flips        routing that changed, and how it follows from margins
 measure      loss with own and with forced routing, and routing flips
-students     routers that imitate the model's gate (imported on its own)
-distil       a smaller model that imitates the whole (imported on its own)
+students     routers that imitate the model's gate
+smaller      a smaller model that imitates the whole
+likeness     whether two models' routing is alike, whatever their experts' numbers
+api          all of it on the texts of a run, kept in its comparison file
+cli          the command ``python -m explorer conditions``
+distil       the command ``python -m explorer.conditions.distil``
 
-Importing this package imports torch; ``import explorer`` does not import this package.
+Importing this package needs no torch; names that do load on first use.
 """
 
-from explorer.conditions import heads, low_rank, merging, precision, pruning, quantise
-from explorer.conditions.base import (
-    CONDITIONS,
-    Applied,
-    Condition,
-    ConditionError,
-    ConditionInfo,
-    Subject,
-)
-from explorer.conditions.measure import ConditionTables, decomposition, measure
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from explorer.conditions.base import CONDITIONS, Condition, ConditionInfo, Subject
+    from explorer.conditions.measure import ConditionTables, decomposition, measure
 
 __all__ = [
     "CONDITIONS",
-    "Applied",
     "Condition",
-    "ConditionError",
     "ConditionInfo",
     "ConditionTables",
     "Subject",
     "decomposition",
-    "heads",
-    "low_rank",
     "measure",
-    "merging",
-    "precision",
-    "pruning",
-    "quantise",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'explorer.conditions' has no attribute {name!r}")
+    from explorer.conditions import catalogue, measure
+
+    return getattr(catalogue, name, None) or getattr(measure, name)

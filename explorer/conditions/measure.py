@@ -100,6 +100,7 @@ def measure(
     texts: Sequence[npt.ArrayLike],
     conditions: Iterable[Condition],
     *,
+    base: Cell | None = None,
     progress: Progress = lambda _: None,
 ) -> ConditionTables:
     """Measure conditions on texts of the held-out split.
@@ -111,6 +112,8 @@ def measure(
     texts : sequence of array [S]
         Token ids; at least two each.
     conditions : iterable of Condition
+    base : Cell, optional
+        What :func:`run_texts` gave for the unchanged model on the same texts, to save that run.
     progress : callable, optional
         Told each condition's label before it is measured.
 
@@ -119,8 +122,9 @@ def measure(
     ConditionTables
     """
     _check_apart(subject, texts)
-    progress("base")
-    base = run_texts(subject, texts)
+    if base is None:
+        progress("base")
+        base = run_texts(subject, texts)
     bytes_ = float(model_bytes(subject.model))
     rows = [_row("base", None, base.losses, base.losses, ("base", "base"), {})]
     flips: list[dict[str, Any]] = []

@@ -69,7 +69,7 @@ class MergedExperts(Condition):
     @property
     def label(self) -> str:
         """Name and share, such as ``merge 75%``."""
-        return f"{self.info.name} {self.keep:.0%}"
+        return f"{self.info.name} {self.keep:.0%}" + ("" if self.align else " unaligned")
 
     def _open(self, subject: Subject, applied: Applied) -> AbstractContextManager[Any]:
         texts = subject.calibration_tokens()

@@ -107,14 +107,17 @@ class Quantised(Condition):
         if group is not None and group < 0:
             raise ConditionError(f"A group of 0 or more weights was expected, got {group}.")
         self.bits = bits
-        self.group = group if group is not None else 0 if bits == MOST_BITS else GROUP
+        usual = 0 if bits == MOST_BITS else GROUP
+        self.group = usual if group is None else group
+        self._suffix = "" if self.group == usual else f" group {self.group}"
         self.parts = check_parts(parts)
 
     @property
     def label(self) -> str:
-        """Bits, and the parts where they are not the usual ones."""
+        """Bits, and group and parts where they are not the usual ones."""
         usual = self.parts == ("attention", "experts")
-        return f"int{self.bits}" + ("" if usual else " " + "+".join(self.parts))
+        parts = "" if usual else " " + "+".join(self.parts)
+        return f"int{self.bits}{parts}{self._suffix}"
 
     def _open(self, subject: Subject, applied: Applied) -> AbstractContextManager[Any]:
         named = part_parameters(subject)

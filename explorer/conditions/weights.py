@@ -20,13 +20,14 @@ Named = dict[str, nn.Parameter]
 
 
 def check_parts(parts: Sequence[str]) -> tuple[Part, ...]:
-    """Return names of parts, if they are some.
+    """Return names of parts, if they are some; one text may hold several: ``router+experts``.
 
     Raises
     ------
     ConditionError
         If there is none, or an unknown one.
     """
+    parts = parts.split("+") if isinstance(parts, str) else parts
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise ConditionError(
