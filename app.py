@@ -3,33 +3,36 @@
 import streamlit as st
 
 from explorer import service
-from explorer.pages import access, address, shell
+from explorer.pages import access, address, saved, shell
 
 PAGES = {
     "overview": ("Overview", ":material/grid_view:"),
     "tokens": ("Tokens", ":material/notes:"),
+    "experts": ("Experts", ":material/hub:"),
     "load_balance": ("Load balance", ":material/balance:"),
     "attention": ("Attention", ":material/visibility:"),
     "flow": ("Flow", ":material/alt_route:"),
     "clusters": ("Clusters", ":material/scatter_plot:"),
+    "compare": ("Compare", ":material/compare_arrows:"),
+    "share": ("Share", ":material/share:"),
     "capture": ("Capture", ":material/radio_button_checked:"),
 }
 
 st.set_page_config(page_title="RouteScope", page_icon=":material/route:", layout="wide")
 access.begin()
-page = st.navigation(
-    [
-        st.Page(
-            f"explorer/pages/{name}.py",
-            title=title,
-            icon=icon,
-            url_path=name.replace("_", "-"),
-            default=name == "overview",
-        )
-        for name, (title, icon) in PAGES.items()
-        if name != "capture" or service.may_write()
-    ]
-)
+pages = [
+    st.Page(
+        f"explorer/pages/{name}.py",
+        title=title,
+        icon=icon,
+        url_path=name.replace("_", "-"),
+        default=name == "overview",
+    )
+    for name, (title, icon) in PAGES.items()
+    if name != "capture" or service.may_write()
+]
+page = st.navigation(pages)
+saved.follow(pages)
 address.begin(page.url_path or "overview")
 shell.frame(page.title)
 page.run()

@@ -164,16 +164,7 @@ def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
         If the name cannot be one or is taken, or the file is too large or no sound run file.
     """
     refuse_if_read_only("Uploading a run")
-    if not _RUN_NAME.fullmatch(name):
-        raise ExplorerError(
-            "The name of a run must start with a letter or digit and hold at most 60 letters, "
-            f"digits, dots, dashes and underscores, got {name[:80]!r}. Rename it."
-        )
-    out = folder / f"{name}.duckdb"
-    if os.path.lexists(out):
-        raise ExplorerError(
-            f"There is a run named {name} already; runs are never overwritten. Choose another name."
-        )
+    out = run_path(folder, name)
     folder.mkdir(exist_ok=True)
     # not listed among the runs until it has its name
     number, hidden = tempfile.mkstemp(prefix=".upload-", dir=folder)
@@ -191,6 +182,27 @@ def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
         raise ExplorerError(f"{name} could not be kept: {error.strerror}.") from error
     finally:
         os.unlink(hidden)
+    return out
+
+
+def run_path(folder: Path, name: str) -> Path:
+    """Return where a new run of a name goes.
+
+    Raises
+    ------
+    ExplorerError
+        If no run can have this name, or one has it already.
+    """
+    if not _RUN_NAME.fullmatch(name):
+        raise ExplorerError(
+            "The name of a run must start with a letter or digit and hold at most 60 letters, "
+            f"digits, dots, dashes and underscores, got {name[:80]!r}. Rename it."
+        )
+    out = folder / f"{name}.duckdb"
+    if os.path.lexists(out):
+        raise ExplorerError(
+            f"There is a run named {name} already; runs are never overwritten. Choose another name."
+        )
     return out
 
 

@@ -63,7 +63,7 @@ CALLS = {
     "export_counts": lambda folder: service.export_counts(RUN, folder / "counts.duckdb"),
     "remove": lambda folder: service.remove(folder / "kept", what="Removing"),
 }
-ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only"}
+ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only", "run_path"}
 
 
 def test_every_service_that_writes_is_tried_below():

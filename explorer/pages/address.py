@@ -12,11 +12,16 @@ import streamlit as st
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
+    "experts": ("expert", "about", "find"),
     "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
     "load-balance": ("metric", "factor"),
     "attention": ("measure", "head", "prompt", "token", "window", "show"),
     "flow": ("steps", "flows", "pair"),
     "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "value", "region"),
+    "compare": (
+        *("comparison", "controls", "axis", "router", "curve", "a", "b", "text", "swapped", "at"),
+        "job",
+    ),
     "capture": ("job",),
     "share": (),
 }
@@ -31,6 +36,12 @@ OF_A_RUN = (
     "pair",
     "value",
     "region",
+    "comparison",
+    "router",
+    "a",
+    "b",
+    "text",
+    "at",
 )
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
 
@@ -44,6 +55,11 @@ def begin(page: str) -> None:
             if name not in st.query_params and memory.get(name):
                 st.query_params[name] = memory[name]
     state[_PAGE] = page
+
+
+def page() -> str:
+    """Return the page that is open, as its address calls it."""
+    return str(st.session_state[_PAGE])
 
 
 def names_of(page: str) -> tuple[str, ...]:

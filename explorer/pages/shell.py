@@ -3,7 +3,7 @@
 import streamlit as st
 
 from explorer import service
-from explorer.pages import address, filters, state
+from explorer.pages import address, filters, saved, state
 from explorer.pages.components.job import follow
 from explorer.worker import CaptureRequest, Job, shared_worker
 
@@ -25,10 +25,12 @@ def frame(title: str) -> None:
     st.html(_STYLE)
     st.title(title, anchor=False)
     address.place_notes()
+    saved.banner()
     # no filter says anything about a capture
     if title == "Capture":
         return
     st.session_state[_VIEW] = filters.select_view()
+    saved.save_form(address.page())
     active = [job for job in shared_worker().jobs() if job.active]
     if active:
         with st.sidebar:
@@ -44,6 +46,12 @@ def current_view() -> state.View:
     if isinstance(view, state.Problem):
         st.error(address.plain(view.text), icon=":material/error:")
         st.stop()
+    if view.run.counts_only:
+        st.info(
+            "This run is a counts-only export: its text was left out, and with it everything that "
+            "was known token by token. What is shown are sums.",
+            icon=":material/visibility_off:",
+        )
     if not view.run.info["complete"]:
         st.warning(
             "This run's capture did not end: it holds a part of its prompts only.",

@@ -42,6 +42,11 @@ def render() -> None:
         "A model reads text in pieces, its **tokens**. Below is a prompt as the model saw it; "
         "click a token to see which experts it went to, and how sure the router was."
     )
+    if view.run.counts_only:
+        st.caption(
+            "Without text there are no tokens to read here. Overview and Flow show the sums."
+        )
+        return
     expert_tokens_section(view)
     chosen = _pick_prompt(view)
     if chosen is None:
