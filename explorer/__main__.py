@@ -1,4 +1,4 @@
-"""Command line: compare routers on a run, and list the routers there are.
+"""Command line: compare routers or conditions on a run, and list the routers there are.
 
 A command is a function that adds its arguments to a parser, and one that runs; further commands
 are entries of ``COMMANDS``.
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from capture.errors import CaptureError
 from explorer import commands
+from explorer.conditions import cli as conditions
 from explorer.errors import ComparisonCancelled, ExplorerError
 
 ERROR = 2
@@ -30,6 +31,11 @@ COMMANDS = {
         "put other routers in a model's place and see what they cost",
         commands.compare_arguments,
         commands.run_compare,
+    ),
+    "conditions": Command(
+        "measure precision, quantisation, pruning, merging and distilled routers",
+        conditions.arguments,
+        conditions.run,
     ),
     "routers": Command(
         "list the routers there are", commands.routers_arguments, commands.run_routers

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from explorer.commands import Output
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -36,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="do not say what is measured")
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> Output:
     """Measure, and return what is to be printed."""
     from explorer.comparison.names import split_routers
     from explorer.conditions.api import measure_conditions, read
@@ -73,8 +75,8 @@ def run(options: argparse.Namespace) -> str:
         found: dict[str, Any] = {"file": str(file)}
         for name, table in tables.items():
             found[name] = json.loads(table.to_json(orient="records"))
-        return json.dumps(found, indent=1)
-    return f"{as_text(tables)}\n\n{file}"
+        return Output(json.dumps(found, indent=1))
+    return Output(f"{as_text(tables)}\n\n{file}")
 
 
 def as_text(tables: "dict[str, pd.DataFrame]") -> str:
