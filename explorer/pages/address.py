@@ -17,7 +17,7 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "load-balance": ("metric", "factor"),
     "attention": ("measure", "head", "prompt", "token", "window", "show"),
     "flow": ("steps", "flows", "pair"),
-    "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "value", "region"),
+    "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "other", "value", "region"),
     "compare": (
         *("comparison", "controls", "axis", "router", "curve", "a", "b", "text", "swapped", "at"),
         "job",

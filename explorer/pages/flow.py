@@ -11,9 +11,9 @@ from streamlit.delta_generator import DeltaGenerator
 from explorer.errors import RunError
 from explorer.figures.flow import Pairs, pair_heatmap, sankey
 from explorer.metrics.pairs import MIN_EXPECTED, pair_uplift, transition_uplift
-from explorer.pages import address
+from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
-from explorer.pages.components.pair_tokens import Pair, follow, pair_tokens_section
+from explorer.pages.components.pair_tokens import Pair, pair_tokens_section
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, is_dark, several_sites
 from explorer.pages.wording import expert_label
@@ -37,7 +37,7 @@ class Hop(NamedTuple):
 def render() -> None:
     """Draw the page."""
     view = current_view()
-    follow()
+    jump.follow()
     st.markdown(
         "A token visits experts in every layer. If the choice in one layer said nothing about the "
         "next, each pair of experts would meet as often as the product of their loads: "

@@ -1,4 +1,4 @@
-"""From a click on an expert or a token to the tokens page that shows it."""
+"""From a click to another page: an expert's page, or a token in its prompt."""
 
 import streamlit as st
 
@@ -6,7 +6,8 @@ from explorer.pages import address
 from explorer.pages.components import token_strip
 from explorer.pages.state import View, several_sites
 
-_TARGET = "jump to tokens"
+_TARGET = "jump to"
+_EXPERTS, _TOKENS = "explorer/pages/experts.py", "explorer/pages/tokens.py"
 
 
 def aim(view: View, data: list[float]) -> None:
@@ -16,13 +17,13 @@ def aim(view: View, data: list[float]) -> None:
     """
     layer, site, expert = (int(value) for value in data[:3])
     name = f"{layer}.{site}" if several_sites(view.run) else str(layer)
-    st.session_state[_TARGET] = {"layer": name, "expert": str(expert)}
+    there = {"layer": name, "expert": str(expert), "about": "expert"}
+    st.session_state[_TARGET] = (_EXPERTS, there)
 
 
-def aim_at_token(prompt: str, token: str = "") -> None:
-    """Remember the token, or the prompt, that was picked."""
-    st.session_state[_TARGET] = {"prompt": prompt} | ({"token": token} if token else {})
-    token_strip.reveal()
+def aim_at_token(prompt_id: int, token_id: int) -> None:
+    """Remember a token that was picked, as `aim` does."""
+    st.session_state[_TARGET] = (_TOKENS, {"prompt": str(prompt_id), "token": str(token_id)})
 
 
 def follow() -> None:
@@ -30,4 +31,7 @@ def follow() -> None:
     target = st.session_state.pop(_TARGET, None)
     if target is None:
         return
-    st.switch_page("explorer/pages/tokens.py", query_params=address.kept() | target)
+    page, there = target
+    if page == _TOKENS:
+        token_strip.reveal()
+    st.switch_page(page, query_params=address.kept() | there)

@@ -1,5 +1,7 @@
 """The tokens of one expert, in their contexts; shown where the address names an expert."""
 
+from collections.abc import Callable
+
 import streamlit as st
 
 from explorer.figures.text import visible as visible_name
@@ -38,7 +40,14 @@ def expert_tokens_section(view: View) -> None:
                 icon=":material/info:",
             )
             return
-        _lines(view, expert, name)
+
+        def go_to(prompt_id: int, token_id: int) -> None:
+            address.write("prompt", str(prompt_id))
+            address.write("token", str(token_id))
+            token_strip.reveal()
+
+        _typical_tokens(view, expert)
+        expert_lines(view, expert, name, go_to)
 
 
 def _sentence(view: View, expert: int, name: str) -> str:
@@ -59,18 +68,33 @@ def _sentence(view: View, expert: int, name: str) -> str:
     )
 
 
-def _lines(view: View, expert: int, name: str) -> None:
+def _typical_tokens(view: View, expert: int) -> None:
     where = {"layer": view.layer, "site": view.site, **view.filters}
-    found = ask(view, expert_tokens, expert_id=expert, limit=SHOWN, context=14, **where)
-    total = ask(view, expert_token_count, expert_id=expert, **where)
-    if found.empty:
-        return
     words = ask(view, expert_vocabulary, expert_id=expert, limit=12, **where)
     if len(words):
         typical = [
             f"`{_typical(word.text, word.token)}` {word.share:.0%}" for word in words.itertuples()
         ]
         st.markdown("Typical tokens (share of their occurrences): " + " · ".join(typical))
+
+
+def expert_lines(
+    view: View, expert: int, name: str, on_pick: Callable[[int, int], None], *, shown: int = SHOWN
+) -> None:
+    """Draw the tokens with the largest weight in their contexts.
+
+    Parameters
+    ----------
+    name : str
+        Of the expert.
+    on_pick : callable
+        Called before the rerun with the prompt and the token of a line that was picked.
+    """
+    where = {"layer": view.layer, "site": view.site, **view.filters}
+    found = ask(view, expert_tokens, expert_id=expert, limit=shown, context=14, **where)
+    total = ask(view, expert_token_count, expert_id=expert, **where)
+    if found.empty:
+        return
     lines = [
         Line(
             row.before or "",
@@ -82,21 +106,17 @@ def _lines(view: View, expert: int, name: str) -> None:
         )
         for row in found.itertuples()
     ]
-
-    def go_to(index: int) -> None:
-        address.write("prompt", str(found["prompt_id"].iloc[index]))
-        address.write("token", str(found["token_id"].iloc[index]))
-        token_strip.reveal()
-
     concordance(
         lines,
         label=f"Tokens that went to {name}, heaviest weight first. Enter opens the prompt.",
         key="concordance",
-        on_pick=go_to,
+        on_pick=lambda index: on_pick(
+            int(found["prompt_id"].iloc[index]), int(found["token_id"].iloc[index])
+        ),
     )
     st.caption(
         f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
-        "excluded. Click a line to go to it in its prompt below."
+        "excluded. Click a line to go to it in its prompt."
     )
 
 

@@ -6,14 +6,12 @@ from typing import NamedTuple
 import streamlit as st
 
 from explorer.figures.text import visible as visible_name
-from explorer.pages import address
-from explorer.pages.components import token_strip
+from explorer.pages import address, jump
 from explorer.pages.components.concordance import Line, concordance
 from explorer.pages.state import View, ask
 from explorer.queries.pairs import Place, both_count, tokens_of_both
 
 SHOWN = 60
-_TARGET = "jump to token"
 
 
 class Pair(NamedTuple):
@@ -76,10 +74,7 @@ def _lines(view: View, pair: Pair) -> None:
     ]
 
     def go_to(index: int) -> None:
-        st.session_state[_TARGET] = {
-            "prompt": str(found["prompt_id"].iloc[index]),
-            "token": str(found["token_id"].iloc[index]),
-        }
+        jump.aim_at_token(int(found["prompt_id"].iloc[index]), int(found["token_id"].iloc[index]))
 
     concordance(
         lines,
@@ -91,12 +86,3 @@ def _lines(view: View, pair: Pair) -> None:
         f"The {len(found):,} of {total:,} tokens with the largest combine weights (of both "
         "experts, in this order); padding excluded. Click a line to go to it on the Tokens page."
     )
-
-
-def follow() -> None:
-    """Go to the token that was picked, if one was; a callback cannot change the page."""
-    target = st.session_state.pop(_TARGET, None)
-    if target is None:
-        return
-    token_strip.reveal()
-    st.switch_page("explorer/pages/tokens.py", query_params=address.kept() | target)

@@ -1,0 +1,111 @@
+"""How specialised all experts are: a map of them, and every layer against shuffled labels."""
+
+import pandas as pd
+import streamlit as st
+
+from explorer.figures.experts import divergence_heatmap, layer_lines
+from explorer.metrics.specialization import MIN_COUNT
+from explorer.pages import jump
+from explorer.pages.components.chart import chart
+from explorer.pages.state import View, ask, is_dark
+from explorer.specialization import divergences, layers_of
+
+
+def all_experts_section(view: View) -> None:
+    """Draw the section."""
+    if len(view.run.domains) < 2 or view.domain is not None:
+        st.info(
+            "Domain specialisation compares domains: "
+            + (
+                "take the domain filter off to see it."
+                if view.domain is not None
+                else "the prompts of this run are labelled with fewer than two."
+            ),
+            icon=":material/info:",
+        )
+    else:
+        _map(view)
+    if not view.run.records_ids:
+        st.info(
+            "Vocabulary specialisation and the floors need expert ids per token; capture with "
+            "`--level ids`.",
+            icon=":material/info:",
+        )
+        return
+    with st.spinner("Reading the routes of all layers"):
+        table, step = ask(view, layers_of, **view.filters)
+    shown = view.of_layers(table)
+    left, right = st.columns(2, gap="large")
+    with left:
+        _vocabulary(view, shown, step)
+    with right:
+        _information(view, shown, step)
+
+
+def _map(view: View) -> None:
+    sampled = view.sampled()
+    found = view.of_layers(ask(sampled, divergences, **sampled.filters))
+    if found.empty:
+        st.info("These tokens are of one domain. Change the filters at the side.")
+        return
+    chart(
+        divergence_heatmap(found, scope=sampled.scope(over_layers=True), dark=is_dark()),
+        key="divergence map",
+        alt=f"Heatmap of {found['layer'].nunique()} layers by experts: how far the domains of "
+        f"each expert's tokens are from those of all, from {found['divergence'].min():.3f} to "
+        f"{found['divergence'].max():.3f} nats. Click: the expert.",
+        table=found,
+        on_click=lambda data: jump.aim(view, data),
+    )
+
+
+def _vocabulary(view: View, table: pd.DataFrame, step: int) -> None:
+    if table["vocabulary"].isna().all():
+        st.info(f"No vocabulary entry occurs {MIN_COUNT} times among these tokens: too few.")
+        return
+    scope = view.scope(over_layers=True)._replace(step=step)
+    uniform = table["top_k"] / table["n_experts"]
+    chart(
+        layer_lines(
+            table,
+            "vocabulary",
+            title="Vocabulary specialisation of the layers (mean share of the favourite expert)",
+            y_title="share of an entry's tokens",
+            percent=True,
+            scope=scope,
+            notes=[
+                f"entries that occur at least {MIN_COUNT} times",
+                f"uniform routing: top-k / experts = {uniform.min():.1%}",
+            ],
+            dark=is_dark(),
+        ),
+        key="vocabulary of layers",
+        alt=f"Lines over {len(table)} routers: the mean share of a vocabulary entry's tokens that "
+        f"go to its favourite expert, from {table['vocabulary'].min():.0%} to "
+        f"{table['vocabulary'].max():.0%}; with shuffled labels "
+        f"{table['vocabulary_floor'].mean():.0%}.",
+        table=table,
+    )
+
+
+def _information(view: View, table: pd.DataFrame, step: int) -> None:
+    if table["information"].isna().all():
+        return
+    scope = view.scope(over_layers=True)._replace(step=step)
+    chart(
+        layer_lines(
+            table,
+            "information",
+            title="What an expert tells of the domain (mutual information, nats)",
+            y_title="nats",
+            percent=False,
+            scope=scope,
+            notes=["shuffled labels: prompts swap their domains"],
+            dark=is_dark(),
+        ),
+        key="information of layers",
+        alt=f"Lines over {len(table)} routers: mutual information of domain and expert, from "
+        f"{table['information'].min():.3f} to {table['information'].max():.3f} nats; with "
+        f"shuffled labels {table['information_floor'].mean():.3f}.",
+        table=table,
+    )
