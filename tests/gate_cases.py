@@ -83,7 +83,7 @@ SHAPES = [  # tokens, experts, slots
     (37, 8, 2),
     (5, 7, 1),  # a prime number of experts, one slot
     (9, 13, 13),  # everyone is chosen
-    (130, 64, 8),  # one more than a block
+    (26, 64, 8),  # programs of eight tokens, the last not full
     (2, 40, 6),
     (2, 512, 8),
     (0, 8, 2),
@@ -111,7 +111,7 @@ def group_cases():
             (19, 32, 8, 3, 4),
             (10, 21, 3, 2, 5),
             (6, 6, 6, 4, 2),
-            (7, 256, 8, 4, 8),
+            (3, 256, 8, 4, 8),
         ):
             logits = random_logits(n_tokens, n_experts, seed=n_experts)
             if rule == "probabilities":
