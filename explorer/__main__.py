@@ -13,6 +13,7 @@ from capture.errors import CaptureError
 from explorer import commands
 from explorer.conditions import cli as conditions
 from explorer.errors import ComparisonCancelled, ExplorerError
+from explorer.report import command as report
 
 ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
@@ -36,6 +37,16 @@ COMMANDS = {
         "measure precision, quantisation, pruning, merging and distilled routers",
         conditions.arguments,
         conditions.run,
+    ),
+    "report": Command(
+        "write a run, or a saved view of it, as one HTML file that works offline",
+        report.report_arguments,
+        report.run_report,
+    ),
+    "export": Command(
+        "write a run without its text, as a new run file",
+        report.export_arguments,
+        report.run_export,
     ),
     "routers": Command(
         "list the routers there are", commands.routers_arguments, commands.run_routers

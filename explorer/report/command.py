@@ -1,29 +1,45 @@
-"""The command that writes a report: ``python -m explorer report``."""
+"""``python -m explorer report`` and ``export``: a run as a page to read, or without its text."""
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Any
+
+from explorer import service
+from explorer.commands import Output
+from explorer.errors import ExplorerError
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command ``report`` to those of ``python -m explorer``."""
-    parser = subparsers.add_parser(
-        "report",
-        help="write a run, or a saved view of it, as one HTML file",
-        description="Write a run, or a saved view of it, as one HTML file that works offline.",
-    )
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``report``."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the run file")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="never overwritten")
     parser.add_argument("--view", metavar="ID", help="a saved view, as in its link: ?view=ID")
-    parser.set_defaults(call=report)
 
 
-def report(options: argparse.Namespace) -> int:
-    """Write the report and print its path."""
+def run_report(options: argparse.Namespace) -> Output:
+    """Write a run, or a saved view of it, as one HTML file."""
     from explorer.report.build import write_report
     from explorer.views import load_view
 
     view = load_view(options.run.absolute().parent, options.view) if options.view else None
-    sys.stdout.write(f"{write_report(options.run, options.out, view)}\n")
-    return 0
+    return Output(str(write_report(options.run, options.out, view)))
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``export``."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run file")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="never overwritten")
+    parser.add_argument(
+        "--counts-only",
+        action="store_true",
+        help="leave out text, token ids and all that is known per token; keep the sums",
+    )
+
+
+def run_export(options: argparse.Namespace) -> Output:
+    """Write a run without its text."""
+    if not options.counts_only:
+        raise ExplorerError(
+            "Say what to export: --counts-only leaves the text out. A run as it is needs no "
+            "export; copy the file."
+        )
+    return Output(str(service.export_counts(options.run, options.out)))

@@ -1,0 +1,247 @@
+"""Reports: whole, self-contained, escaped, in both themes; and saved views."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic import NASTY, write_run
+
+from explorer import service, views
+from explorer.__main__ import main
+from explorer.errors import ExplorerError, NotAllowedError
+from explorer.report import build_report, write_report
+from explorer.report.document import rich, section
+from explorer.run import open_run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "known.duckdb", level="attention")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def view(runs):
+    return views.save_view(
+        runs,
+        f"{NASTY} view",
+        page="tokens",
+        params={"run": "known", "prompt": "4", "layer": "1.0"},
+        runs={"known": runs / "known.duckdb"},
+        note=f"A note with {NASTY}",
+        author="Ann <ann@example.org>",
+    )
+
+
+class Reader(HTMLParser):
+    """Collects the tags of a file, and the texts of its scripts and its words."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.words, self.inside = [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self.inside = (tag, dict(attrs).get("type", ""))
+            self.scripts += [[dict(attrs).get("type", ""), ""]] if tag == "script" else []
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside is None:
+            self.words += data
+        elif self.inside[0] == "script":
+            self.scripts[-1][1] += data
+
+
+@pytest.fixture(scope="module")
+def report(runs, view):
+    return build_report(runs / "known.duckdb", view)
+
+
+def test_a_report_loads_nothing_and_runs_only_its_own_scripts(report):
+    read = Reader(report)
+    loading = [(tag, at) for tag, at in read.tags if at.get("src") or tag in ("link", "iframe")]
+    assert not loading
+    run = [text for kind, text in read.scripts if kind == ""]
+    assert len(run) == 2 and "plotly.js" in run[0][:200]
+    (policy,) = (at["content"] for tag, at in read.tags if "http-equiv" in at)
+    assert "default-src 'none'" in policy and policy.count("'sha256-") == 2
+    assert "unsafe-inline" not in policy.split("script-src")[1]
+
+
+def test_texts_are_escaped_and_there(report):
+    read = Reader(report)
+    assert NASTY not in report
+    assert f"{NASTY} view" in read.words and f"A note with {NASTY}" in read.words
+    assert "Ann <ann@example.org>" in read.words
+    # the prompt itself, token by token
+    strip = report.split('<div class="strip"')[1].split("</div>")[0]
+    assert html.escape(NASTY) in strip and 'dir="auto"' in strip
+
+
+def test_figures_are_there_in_both_themes_with_their_numbers(report):
+    figures = [json.loads(text) for kind, text in Reader(report).scripts if kind]
+    assert figures
+    for figure in figures:
+        assert figure["light"]["data"] and len(figure["light"]["data"]) == len(
+            figure["dark"]["data"]
+        )
+        grounds = [figure[t]["layout"]["template"]["layout"]["paper_bgcolor"] for t in figure]
+        assert grounds == ["#ffffff", "#0e1117"]
+    assert "<summary>Table</summary>" in report
+
+
+def test_a_report_says_where_it_is_from(report, runs, view):
+    words = Reader(report).words
+    with open_run(runs / "known.duckdb") as run:
+        assert run.fingerprint in words
+    assert "NoSuchForCausalLM" in words and "prompt = 4" in words
+    assert view.created[:10] in words
+    assert "Changed since" not in words
+
+
+def test_a_report_of_a_changed_run_says_so(runs, view, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "runs" / "known.duckdb").unlink()
+    path = write_run(tmp_path / "runs" / "known.duckdb", level="attention", seed=1).path
+    assert "Changed since the view was saved: known" in Reader(build_report(path, view)).words
+
+
+def test_the_command_writes_a_whole_run_and_nothing_twice(runs, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    given = ["report", str(runs / "known.duckdb"), "--out", str(out)]
+    assert main(given) == 0
+    text = out.read_text(encoding="utf-8")
+    for title in ("Overview", "Load balance", "Tokens", "Attention", "Flow", "Where this is from"):
+        assert f"<h2>{title}</h2>" in text
+    assert main(given) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert out.read_text(encoding="utf-8") == text
+    assert sorted(p.name for p in runs.iterdir()) == ["known.duckdb", "views"]
+
+
+def test_the_command_exports_counts(runs, tmp_path, capsys):
+    out = tmp_path / "counts.duckdb"
+    assert main(["export", str(runs / "known.duckdb"), "--out", str(out)]) == 2
+    assert main(["export", str(runs / "known.duckdb"), "--out", str(out), "--counts-only"]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    with open_run(out) as run:
+        assert run.counts_only
+
+
+def test_a_report_is_refused_read_only(runs, tmp_path):
+    service.configure(service.Policy(read_only=True))
+    try:
+        with pytest.raises(NotAllowedError):
+            write_report(runs / "known.duckdb", tmp_path / "report.html")
+        with pytest.raises(NotAllowedError):
+            views.save_view(runs, "x", page="tokens", params={}, runs={})
+        with pytest.raises(NotAllowedError):
+            views.delete_view(runs, "0123456789")
+    finally:
+        service.configure(service.Policy())
+    assert not list(tmp_path.iterdir()) and len(list((runs / "views").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("**bold** and `code`", "<strong>bold</strong> and <code>code</code>"),
+        (r"\*\*not\*\* \<b\>", "**not** &lt;b&gt;"),
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("[a](javascript:alert(1))", "[a](javascript:alert(1))"),
+        (":material/info: word", "word"),
+    ],
+)
+def test_markdown_of_a_page_becomes_safe_html(text, shown):
+    assert rich(text, inline=True) == shown
+
+
+def test_what_is_missing_is_said_and_never_0():
+    table = {
+        **{"kind": "table", "columns": ["<a>"], "rows": [[None], [float("nan")], [0.0], ["<b>"]]},
+        **{"total": 9, "alt": '"', "folded": False},
+    }
+    text = section([table])
+    assert text.count("not recorded") == 2 and ">0</td>" in text
+    assert "&lt;a&gt;" in text and "&lt;b&gt;" in text and "first 4 of 9 rows" in text
+
+
+def test_a_colour_that_is_none_stays_out():
+    strip = {
+        "kind": "strip",
+        "texts": ["a"],
+        "levels": [1],
+        "hues": ['red"><script>'],
+        "hints": [""],
+    }
+    assert "script" not in section([strip])
+
+
+def test_a_view_comes_back_as_it_was_saved(runs, view):
+    assert views.load_view(runs, view.view_id) == view
+    found, damaged = views.list_views(runs)
+    assert found == [view] and not damaged
+    assert not views.changed_runs(view, {"known": runs / "known.duckdb"})
+    assert views.changed_runs(view, {}) == ["known"]
+
+
+def test_a_fingerprint_sees_a_change_anywhere(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3_000_000))
+    before = views.fingerprint(path)
+    for place in (0, 100_000, 1_500_000, 2_999_999):
+        content = bytearray(3_000_000)
+        content[place] = 1
+        path.write_bytes(content)
+        assert views.fingerprint(path) != before
+
+
+@pytest.mark.parametrize("view_id", ["", "../../etc", "0123456789", "0123456789.json", "Z" * 10])
+def test_a_view_that_is_not_there_is_named(tmp_path, view_id):
+    with pytest.raises(ExplorerError, match="There is no saved view"):
+        views.load_view(tmp_path, view_id)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": 7},
+        {"name": "x" * 81},
+        {"params": {"run": 3}},
+        {"params": ["run"]},
+        {"fingerprints": {"../up": "0"}},
+        {"schema_version": 2},
+        {"note": None},
+        None,
+    ],
+)
+def test_a_view_file_from_a_stranger_is_not_believed(tmp_path, runs, view, change):
+    known = json.loads((runs / "views" / f"{view.view_id}.json").read_text(encoding="utf-8"))
+    (tmp_path / "views").mkdir()
+    path = tmp_path / "views" / "0123456789.json"
+    path.write_text("[" * 5000 if change is None else json.dumps(known | change))
+    with pytest.raises(ExplorerError, match="cannot be read"):
+        views.load_view(tmp_path, "0123456789")
+    assert views.list_views(tmp_path) == ([], ["0123456789"])
+
+
+def test_printing_needs_no_torch():
+    code = "import sys, explorer.pages.printing, explorer.report; print('torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"False\n", found.stdout)
