@@ -6,6 +6,7 @@ ExplorerError
 ├── ComparisonError     a comparison cannot be made, or a file is none
 │   └── ComparisonCancelled  the caller asked it to stop; what was finished is kept
 ├── RouterError         a router lacks what it needs, or was given options it cannot work with
+├── ConditionError      a condition was given options, a model or texts it cannot work with
 ├── WorkerError         the worker process cannot be used
 ├── NotAllowedError     the server is read-only, or the caller has not the role to write
 └── UnknownNameError    a name is not among the registered ones
@@ -46,6 +47,10 @@ class ComparisonCancelled(ComparisonError):
 
 class RouterError(ExplorerError, ValueError):
     """A router lacks what it needs, or was given options it cannot work with."""
+
+
+class ConditionError(ExplorerError, ValueError):
+    """A condition was given options, a model or texts that it cannot work with."""
 
 
 class WorkerError(ExplorerError):

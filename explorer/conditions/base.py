@@ -13,15 +13,11 @@ from torch import nn
 
 from capture.selftest import attach
 from capture.sites import Site
-from explorer.errors import ExplorerError
+from explorer.errors import ConditionError
 from explorer.registry import Registry
 
 Kind = Literal["precision", "quantisation", "pruning", "factorisation", "merging"]
 Sequence_ = npt.NDArray[np.int32]
-
-
-class ConditionError(ExplorerError, ValueError):
-    """A condition was given options, a model or texts that it cannot work with."""
 
 
 @dataclass(frozen=True, eq=False)

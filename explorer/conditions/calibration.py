@@ -12,7 +12,8 @@ from capture.live import sequence_losses
 from capture.rules import Choice, NativeRule, RouteInputs
 from capture.sites import Site
 from capture.swap import site_key, swap
-from explorer.conditions.base import ConditionError, Sequence_, Subject
+from explorer.conditions.base import Sequence_, Subject
+from explorer.errors import ConditionError
 from explorer.routers.base import RouterInputs, Routing
 from explorer.routers.live import from_live
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from explorer.comparison.names import parse_router
 from explorer.conditions import heads, low_rank, merging, precision, pruning, quantise
-from explorer.conditions.base import CONDITIONS, Condition, ConditionError, ConditionInfo, Subject
-from explorer.errors import RouterError
+from explorer.conditions.base import CONDITIONS, Condition, ConditionInfo, Subject
+from explorer.errors import ConditionError, RouterError
 
 # what a run is measured under when nobody says otherwise
 USUAL = (
@@ -81,7 +81,6 @@ __all__ = [
     "CONDITIONS",
     "USUAL",
     "Condition",
-    "ConditionError",
     "ConditionInfo",
     "Subject",
     "heads",

@@ -16,13 +16,13 @@ from explorer.conditions.base import (
     CONDITIONS,
     Applied,
     Condition,
-    ConditionError,
     ConditionInfo,
     Subject,
 )
 from explorer.conditions.pruning import RANDOM_SEEDS
 from explorer.conditions.subsets import MOST_SUBSETS, Dropped, best_to_drop, check_share
 from explorer.conditions.weights import replaced
+from explorer.errors import ConditionError
 
 CALIBRATION_TOKENS = 4096
 

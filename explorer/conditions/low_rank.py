@@ -10,11 +10,11 @@ from explorer.conditions.base import (
     CONDITIONS,
     Applied,
     Condition,
-    ConditionError,
     ConditionInfo,
     Subject,
 )
 from explorer.conditions.weights import STACK, replaced
+from explorer.errors import ConditionError
 
 
 @CONDITIONS.add("low_rank")

@@ -10,9 +10,10 @@ import pandas as pd
 
 from capture.live import Kept, SequenceLosses, loss_change, sequence_losses
 from capture.swap import swap
-from explorer.conditions.base import Applied, Condition, ConditionError, Subject, model_bytes
+from explorer.conditions.base import Applied, Condition, Subject, model_bytes
 from explorer.conditions.flips import flip_rows, margin_rows
 from explorer.conditions.trace import Trace, traced
+from explorer.errors import ConditionError
 
 # columns of each table, as they are documented in ConditionTables
 CONDITION_COLUMNS = (

@@ -14,7 +14,6 @@ from explorer.conditions.base import (
     CONDITIONS,
     Applied,
     Condition,
-    ConditionError,
     ConditionInfo,
     Subject,
 )
@@ -22,6 +21,7 @@ from explorer.conditions.calibration import Key, Seen, collect
 from explorer.conditions.pruning import CALIBRATION_TOKENS, load_of
 from explorer.conditions.subsets import check_share
 from explorer.conditions.weights import STACK, replaced
+from explorer.errors import ConditionError
 from explorer.routers.scores import host_logits
 
 PAIR = ("gate_up_proj", "down_proj")

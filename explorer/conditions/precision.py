@@ -12,7 +12,6 @@ from explorer.conditions.base import (
     CONDITIONS,
     Applied,
     Condition,
-    ConditionError,
     ConditionInfo,
     Subject,
 )
@@ -23,6 +22,7 @@ from explorer.conditions.weights import (
     part_parameters,
     replaced,
 )
+from explorer.errors import ConditionError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {

@@ -15,12 +15,12 @@ from explorer.conditions.base import (
     CONDITIONS,
     Applied,
     Condition,
-    ConditionError,
     ConditionInfo,
     Subject,
 )
 from explorer.conditions.calibration import Key, Seen, collect, expert_outputs
 from explorer.conditions.subsets import MOST_SUBSETS, Dropped, best_to_drop, check_share
+from explorer.errors import ConditionError
 from explorer.routers.base import RouterInfo, RouterInputs, Routing
 from explorer.routers.live import LiveRule
 from explorer.routers.native import GateRouter, choose

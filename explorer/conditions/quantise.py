@@ -10,7 +10,6 @@ from explorer.conditions.base import (
     CONDITIONS,
     Applied,
     Condition,
-    ConditionError,
     ConditionInfo,
     Subject,
 )
@@ -21,6 +20,7 @@ from explorer.conditions.weights import (
     part_parameters,
     replaced,
 )
+from explorer.errors import ConditionError
 
 FEWEST_BITS, MOST_BITS = 2, 8
 SCALE_BITS = 16  # a scale is stored as a half float

@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from capture.adapters.probe import EXPERT_COUNTS
 from capture.sites import layer_of, text_config
-from explorer.conditions.base import ConditionError, Sequence_, Subject
+from explorer.conditions.base import Sequence_, Subject
 from explorer.conditions.calibration import collect
 from explorer.conditions.pruning import CALIBRATION_TOKENS, load_of
+from explorer.errors import ConditionError
 
 Shrink = Literal["experts", "layers"]
 WARM_UP = 20  # steps

@@ -5,7 +5,7 @@ from itertools import combinations
 from math import comb
 from typing import NamedTuple
 
-from explorer.conditions.base import ConditionError
+from explorer.errors import ConditionError
 
 MOST_SUBSETS = 5000
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from capture.flops import ATTENTION_NAMES, decoder_layers
 from capture.sites import Site
-from explorer.conditions.base import ConditionError, Subject
+from explorer.conditions.base import Subject
+from explorer.errors import ConditionError
 
 Part = Literal["attention", "router", "experts", "rest"]
 PARTS: tuple[Part, ...] = get_args(Part)
