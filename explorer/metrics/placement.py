@@ -141,7 +141,7 @@ def overall_balancedness(loads: npt.ArrayLike) -> float:
     return float(ranks.mean(-1).sum()) / most if most else float("nan")
 
 
-def expected_distinct(n_experts: int, top_k: int, batch: npt.ArrayLike) -> Floats:
+def expected_distinct(n_experts: int, top_k: float, batch: npt.ArrayLike) -> Floats:
     """Return how many different experts uniform routing of ``batch`` tokens reads, a layer."""
     tokens = np.asarray(batch, dtype=np.float64)
     return np.asarray(n_experts * (1 - (1 - top_k / n_experts) ** tokens))

@@ -13,6 +13,7 @@ from explorer.figures.text import visible
 from explorer.metrics.load import Floor
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
+from explorer.pages.components.serving import serving_section
 from explorer.pages.shell import current_view
 from explorer.pages.state import NO_DOMAIN, View, ask, balance_of, is_dark
 from explorer.queries.load import (
@@ -62,6 +63,7 @@ def render() -> None:
     _over_layers(view, balance)
     st.subheader(f"Capacity limit in layer {view.site_name}", anchor=False)
     _capacity(view)
+    serving_section(view, load)
 
 
 def _tiles(view: View, balance: pd.DataFrame) -> None:

@@ -1,0 +1,142 @@
+"""What serving a run's traffic would ask of GPUs: placements, decode batches, coverage."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from explorer.metrics import placement
+from explorer.metrics.placement import Placement
+
+POLICIES = {
+    "in order": "experts in the order of their ids, one copy each",
+    "EPLB, by node": "copies of hot experts; groups of experts stay on one node",
+    "EPLB, global": "copies of hot experts, anywhere",
+}
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def place(
+    load: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
+) -> Placement:
+    """Place the experts of layers by a policy of ``POLICIES``; ``load`` is [L, E]."""
+    loads = np.atleast_2d(np.asarray(load, dtype=np.float64))
+    if policy == "in order":
+        return placement.in_order(loads.shape[0], loads.shape[1], gpus)
+    if policy == "EPLB, global":
+        groups = nodes = 1
+    return placement.rebalance(loads, replicas, groups, nodes, gpus)
+
+
+def policies(experts: int, *, gpus: int, nodes: int, groups: int) -> list[str]:
+    """Return the policies that these sizes allow."""
+    allowed = ["in order"] if experts % gpus == 0 else []
+    if nodes > 1 and experts % groups == 0 and groups % nodes == 0:
+        allowed.append("EPLB, by node")
+    return [*allowed, "EPLB, global"]
+
+
+def gpu_table(
+    load: pd.DataFrame, *, gpus: int, nodes: int, groups: int, replicas: int
+) -> pd.DataFrame:
+    """Return the load of every GPU under every policy.
+
+    Parameters
+    ----------
+    load : DataFrame
+        From ``queries.load.expert_load``, of sites with equally many experts.
+
+    Returns
+    -------
+    DataFrame
+        ``policy, layer, site, gpu, load`` (assignments) and ``ratio`` = load / mean of the GPUs.
+    """
+    sites = load[["layer", "site"]].drop_duplicates()
+    counts = load["assignments"].to_numpy(dtype=np.float64).reshape(len(sites), -1)
+    allowed = policies(counts.shape[1], gpus=gpus, nodes=nodes, groups=groups)
+    parts = []
+    for policy in allowed:
+        found = place(counts, policy, gpus=gpus, nodes=nodes, groups=groups, replicas=replicas)
+        loads = placement.gpu_load(counts, found, gpus)
+        part = sites.loc[sites.index.repeat(gpus)].reset_index(drop=True)
+        mean = loads.mean(-1, keepdims=True)
+        ratio = np.divide(loads, mean, out=np.full(loads.shape, np.nan), where=mean > 0)
+        part = part.assign(
+            policy=policy,
+            gpu=np.tile(np.arange(gpus), len(sites)),
+            load=loads.ravel(),
+            ratio=ratio.ravel(),
+        )
+        parts.append(part)
+    columns = ["policy", "layer", "site", "gpu", "load", "ratio"]
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
+def balance_of_gpus(table: pd.DataFrame) -> pd.DataFrame:
+    """Return ``policy, layer, site, balancedness, straggler`` of a table of :func:`gpu_table`.
+
+    ``straggler`` is the largest load over the mean: how much longer the layer takes than with
+    even GPUs.
+    """
+    busiest = table.groupby(["policy", "layer", "site"], sort=False)["ratio"].max()
+    frame = busiest.rename("straggler").reset_index()
+    return frame.assign(balancedness=1 / frame["straggler"])
+
+
+def overall(table: pd.DataFrame) -> "pd.Series[float]":
+    """Return the balancedness over all layers of each policy, as vLLM reports it."""
+    values = {}
+    for policy, rows in table.groupby("policy", sort=False):
+        loads = rows["load"].to_numpy(dtype=np.float64)
+        gpus = int(rows["gpu"].max()) + 1
+        values[policy] = placement.overall_balancedness(loads.reshape(-1, gpus))
+    return pd.Series(values, dtype=np.float64)
+
+
+def decode_reads(
+    expert_ids: npt.ArrayLike, n_experts: int, *, sizes: Sequence[int] = BATCHES
+) -> pd.DataFrame:
+    """Return how many different experts a batch of decoded tokens reads.
+
+    Parameters
+    ----------
+    expert_ids : array [T, K], int
+        Tokens in the order in which they meet in batches; -1 = empty slot.
+    n_experts : int
+
+    Returns
+    -------
+    DataFrame
+        ``batch`` (tokens), ``measured`` (mean), ``low, high`` (5th and 95th percentile over
+        batches), ``uniform`` (expected of uniform routing), ``batches`` (how many were seen).
+        Sizes of which no whole batch is there are left out.
+    """
+    ids = np.asarray(expert_ids)
+    rows = []
+    for size in sizes:
+        found = placement.distinct_experts(ids, size)
+        if not len(found):
+            break
+        top_k = float((ids >= 0).sum(1).mean())
+        low, high = np.quantile(found, [0.05, 0.95])
+        uniform = float(placement.expected_distinct(n_experts, top_k, size))
+        rows.append((size, float(found.mean()), low, high, uniform, len(found)))
+    names = ["batch", "measured", "low", "high", "uniform", "batches"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def coverage_curve(expert_ids: npt.ArrayLike, n_experts: int) -> pd.DataFrame:
+    """Return ``tokens, share``: the share of a layer's experts that the first tokens touched.
+
+    And ``uniform``, what uniform routing of as many tokens would touch.
+    """
+    ids = np.asarray(expert_ids)
+    if not len(ids):
+        return pd.DataFrame({"tokens": [], "share": [], "uniform": []})
+    first = placement.coverage(ids, n_experts)
+    tokens = np.append(first, len(ids))
+    share = np.append(np.arange(1, len(first) + 1), len(first)) / n_experts
+    top_k = float((ids >= 0).sum(1).mean())
+    uniform = placement.expected_distinct(n_experts, top_k, tokens) / n_experts
+    return pd.DataFrame({"tokens": tokens, "share": share, "uniform": uniform})
