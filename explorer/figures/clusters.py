@@ -339,5 +339,5 @@ def lift_bars(
         caption=caption,
         dark=dark,
         height=int(np.clip(150 + 26 * len(order), 260, 480)),
-        caption_width=64,
+        caption_width=52,
     )

@@ -1,22 +1,20 @@
 """Clusters: a map of tokens, prompts or experts, what is near what, and how far to trust it."""
 
-import math
-from pathlib import Path
+import html
 from typing import Any, NamedTuple
 
-import pandas as pd
+import numpy as np
+import pyarrow as pa
 import streamlit as st
 
-from explorer import service
-from explorer.clusters import cache, regions
+from explorer.clusters import regions
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import Prepared, prepare
-from explorer.clusters.projection import FEWEST, MapOptions
+from explorer.comparison.catalogue import catalogue
 from explorer.errors import RunError
 from explorer.figures.clusters import map_density, map_points
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
-from explorer.pages.components.job import follow as follow_job
 from explorer.pages.components.map_points import (
     AMOUNTS,
     HUES,
@@ -28,20 +26,21 @@ from explorer.pages.components.map_points import (
     id_names,
     point_table,
 )
+from explorer.pages.components.map_quality import METHODS, quality_panel
 from explorer.pages.components.map_selection import selection_section
+from explorer.pages.components.map_work import Made, Wanted, made
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, is_dark
 from explorer.queries.clusters import vector_counts
 from explorer.queries.points import PointTable
-from explorer.worker import ProjectRequest, shared_worker
 
-SEED = 0
 BINS = 240  # of a density map, along its longer side
 _UNITS = {"tokens": "Tokens", "prompts": "Prompts", "experts": "Experts"}
 _FEATURES = {"hidden": "Router inputs", "scores": "Router scores"}
 _LAYOUTS = {"umap": "UMAP", "pca": "PCA"}
-_METHODS = {"kmeans": "K-Means", "gmm": "Gaussian mixture", "hdbscan": "HDBSCAN"}
 _GROUPS = ("6", "12", "24", "48")
+# what a run knows of a router's inputs
+_RECORDED = {"hidden", "logits", "native", "token_ids", "starts", "positions"}
 _WHAT = {
     "tokens": "A point is a **token**, described by what the router of the chosen layer read or "
     "by its score for every expert. Near points are tokens that the router sees alike.",
@@ -55,11 +54,14 @@ _WHAT = {
 class Asked(NamedTuple):
     """What the controls say."""
 
-    source: Source
+    wanted: Wanted
     layout: str
     hue: str
-    method: str
-    n_clusters: int
+
+    @property
+    def source(self) -> Source:
+        """Where the vectors come from."""
+        return self.wanted.source
 
 
 def render() -> None:
@@ -78,11 +80,7 @@ def render() -> None:
     if len(prepared.ids) < 2:
         st.info("There are fewer than two points, so there is nothing to map.")
         return
-    work = st.container()
-    with work:
-        laid_out = _map(view, asked, prepared)
-        grouped = _clusters(view, asked, prepared)
-    _picture(view, asked, prepared, laid_out, grouped)
+    _picture(view, asked, prepared, made(view, asked.wanted, prepared))
 
 
 def _controls(view: View) -> Asked | None:
@@ -103,16 +101,16 @@ def _controls(view: View) -> Asked | None:
             list(hues),
             default=next(iter(hues)),
             show=hues.__getitem__,
-            width=200,
+            width=170,
         )
         method = address.choose(
             st.selectbox,
             "method",
             "Clusters",
-            list(_METHODS),
+            list(METHODS),
             default="kmeans",
-            show=_METHODS.__getitem__,
-            width=180,
+            show=METHODS.__getitem__,
+            width=150,
             help="Found among the vectors themselves, not on their picture.",
         )
         groups = "12"
@@ -122,7 +120,31 @@ def _controls(view: View) -> Asked | None:
         _not_recorded(view)
         return None
     source = Source(unit, feature, view.layer, view.site)  # type: ignore[arg-type]
-    return Asked(source, layout, hue, method, int(groups))
+    router = _router() if hue == "router" else ""
+    return Asked(Wanted(source, method, int(groups), router), layout, hue)
+
+
+def _router() -> str:
+    """Let the reader choose whose choices the map shows."""
+    with st.spinner("Listing the routers…"):
+        titles = {
+            str(card["name"]): str(card["title"])
+            for card in catalogue()
+            if card["part"] == "expert"
+            and card["fits"] != "trained"
+            and {*card["needs"]} <= _RECORDED
+        }
+    return address.choose(
+        st.selectbox,
+        "other",
+        "Router",
+        list(titles),
+        default="kmeans",
+        show=titles.__getitem__,
+        width=240,
+        help="Fitted on half of the prompts where it has to be, then asked about every mapped "
+        "token: which expert would it weigh most?",
+    )
 
 
 def _choose(name: str, text: str, choices: dict[str, str], default: str) -> str:
@@ -146,88 +168,34 @@ def _not_recorded(view: View) -> None:
         st.caption("Maps of **Prompts** and **Experts** need expert ids only: this run has them.")
 
 
-def _map(view: View, asked: Asked, prepared: Prepared) -> cache.Kept | None:
-    """Return the UMAP, or start it and return None."""
-    if len(prepared.ids) < FEWEST:
-        return None
-    path = cache.map_path(prepared.digest, MapOptions(seed=SEED))
-    return _kept(view, asked, prepared, path, "")
-
-
-def _clusters(view: View, asked: Asked, prepared: Prepared) -> cache.Kept | None:
-    path = cache.clusters_path(prepared.digest, asked.method, asked.n_clusters, SEED)
-    return _kept(view, asked, prepared, path, asked.method)
-
-
-def _kept(
-    view: View, asked: Asked, prepared: Prepared, path: Path, method: str
-) -> cache.Kept | None:
-    """Return what the cache has, or have it made and show how far it is."""
-    found = cache.read(path, len(prepared.ids))
-    if found is not None:
-        return found
-    jobs = [job for job in shared_worker().jobs() if job.request.out == str(path)]
-    source = asked.source
-    request = ProjectRequest(
-        str(path),
-        str(view.run.path),
-        source.unit,
-        source.feature,
-        source.layer,
-        source.site,
-        method,
-        asked.n_clusters,
-        SEED,
-    )
-    what = "clusters" if method else "UMAP"
-    if not service.may_write():
-        st.info(
-            f"The {what} of these points has not been worked out yet, and this server writes "
-            "nothing for you. Ask somebody who may record to open this page once."
-        )
-        return None
-    if not jobs:
-        follow_job(service.submit(request).job_id, key=str(path))
-        return None
-    if jobs[0].active:
-        follow_job(jobs[0].job_id, key=str(path))
-        return None
-    said = address.plain(jobs[0].error) or "Its result is not in the cache any more."
-    left, right = st.columns([5, 1], vertical_alignment="center")
-    left.warning(f"There is no {what} of these points. {said}", icon=":material/warning:")
-    if right.button("Try again", key=f"again {path.name}", width="stretch"):
-        service.submit(request)
-        st.rerun()
-    return None
-
-
-def _picture(
-    view: View,
-    asked: Asked,
-    prepared: Prepared,
-    laid_out: cache.Kept | None,
-    grouped: cache.Kept | None,
-) -> None:
-    is_umap = asked.layout == "umap" and laid_out is not None
+def _picture(view: View, asked: Asked, prepared: Prepared, there: Made) -> None:
+    is_umap = asked.layout == "umap" and there.layout is not None
     xy = prepared.flat
-    if is_umap and laid_out is not None:
-        xy = pd.DataFrame(laid_out.columns)[["x", "y"]].to_numpy()
+    if is_umap and there.layout is not None:
+        xy = np.stack([there.layout.columns["x"], there.layout.columns["y"]], axis=1)
     extra: dict[str, Any] = {}
-    if grouped is not None:
-        name = f"{asked.method} {asked.n_clusters}"
-        extra["cluster"] = (name, grouped.columns["cluster"])
+    wanted = asked.wanted
+    if there.clusters is not None:
+        name = f"{wanted.method} {wanted.n_clusters}"
+        extra["cluster"] = (name, pa.array(there.clusters.columns["cluster"]))
+    if there.choices is not None:
+        chosen = there.choices.columns["router"]
+        extra["router"] = (wanted.router, pa.array(chosen, mask=chosen < 0))
     layout = "UMAP" if is_umap else "PCA"
     table = point_table(view, asked.source, prepared, xy, layout, extra)
     left, right = st.columns([4, 1], gap="large")
     hue = asked.hue
-    if hue == "cluster" and grouped is None:
+    if hue in ("cluster", "router") and hue not in extra:
+        left.caption(f"Coloured by domain until the {HUES['tokens'][hue].lower()} is known.")
         hue = "domain"
-        left.caption("Coloured by domain until the clusters are found.")
+    title = HUES[asked.source.unit][hue]
+    if hue == "router":
+        title = f"the expert of {wanted.router}"
     with left:
         region = _region(prepared, layout)
-        _figure(view, asked, table, hue_of(view, hue, HUES[asked.source.unit][hue]), layout, region)
+        _figure(view, asked, prepared, table, hue_of(view, hue, title), layout, region)
     with right:
-        _quality(asked, prepared, laid_out, grouped, layout)
+        quality_panel(asked.source, wanted.method, prepared, there.layout, there.clusters, layout)
     selection_section(view, asked.source, table, region)
 
 
@@ -244,12 +212,12 @@ def _region(prepared: Prepared, layout: str) -> regions.Region | None:
 def _figure(
     view: View,
     asked: Asked,
+    prepared: Prepared,
     table: PointTable,
     hue: Hue,
     layout: str,
     region: regions.Region | None,
 ) -> None:
-    prepared = ask(view, prepare, source=asked.source)
     unit = asked.source.unit
     tag = _tag(prepared, layout)
     key = f"map {tag}"
@@ -315,7 +283,7 @@ def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) ->
         f"Show where {hue.title.lower()} is",
         ["", *names],
         default="",
-        show=lambda name: _unescaped(names[name]) if name else "any: how many points",
+        show=lambda name: html.unescape(names[name]) if name else "any: how many points",
         width=320,
     )
     if not chosen:
@@ -331,12 +299,6 @@ def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) ->
     )
 
 
-def _unescaped(name: str) -> str:
-    import html
-
-    return html.unescape(name)
-
-
 def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> str:
     unit = asked.source.unit
     parts = [f"{table.n_shown:,} of {table.n_points:,} mapped {unit}"]
@@ -348,72 +310,6 @@ def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> str:
     parts.append("axes have no unit" if layout == "UMAP" else "first two principal components")
     parts.append("draw a box or a line to see what is inside")
     return "; ".join(parts)
-
-
-def _quality(
-    asked: Asked,
-    prepared: Prepared,
-    laid_out: cache.Kept | None,
-    grouped: cache.Kept | None,
-    layout: str,
-) -> None:
-    """Say how far the picture and the clusters can be trusted."""
-    st.markdown("**How good is it?**")
-    facts = laid_out.facts if laid_out else {}
-    names = {"UMAP": "trustworthiness", "PCA": "trustworthiness_pca"}
-    st.metric(
-        f"Trustworthiness, {layout}",
-        _number(facts.get(names[layout])),
-        help="How many of a point's 15 neighbours on the picture are neighbours among the vectors "
-        "too, and by how much the others are not: 1 = all are, about 0.5 = by chance. Measured on "
-        "a sample of 2,000 points.",
-        border=True,
-    )
-    if laid_out is None:
-        st.caption("Measured when the UMAP is done.")
-    else:
-        other = "PCA" if layout == "UMAP" else "UMAP"
-        st.caption(f"{other}: {_number(facts.get(names[other]))}")
-    found = grouped.facts if grouped else {}
-    domains = found.get("domains") or {}
-    st.metric(
-        "Clusters and domains (NMI)",
-        _number(domains.get("nmi")),
-        help="Normalised mutual information: 0 = the clusters say nothing of the domain, 1 = they "
-        "are the domains. By chance: domains dealt out anew among the prompts, mean of 50.",
-        border=True,
-    )
-    if domains:
-        st.caption(
-            f"By chance {_number(domains.get('floor'))} "
-            f"(95 % below {_number(domains.get('floor_high'))})"
-        )
-    elif asked.source.unit == "experts":
-        st.caption("An expert has no domain of its own.")
-    if grouped is not None:
-        st.metric("Clusters", found["n_clusters"], border=True)
-        st.caption(_about_clusters(asked, prepared, found))
-    missing = prepared.n_all - len(prepared.ids)
-    st.caption(
-        f"{len(prepared.ids):,} of {prepared.n_all:,} {asked.source.unit} have a vector"
-        + (f"; {missing:,} have none and are not on the map." if missing else ".")
-        + f" Seed {SEED}."
-    )
-
-
-def _about_clusters(asked: Asked, prepared: Prepared, found: dict[str, Any]) -> str:
-    text = f"{_METHODS[asked.method]} in all {prepared.dims:,} dimensions"
-    if found["fitted"] < len(prepared.ids):
-        text += f", found from {found['fitted']:,} points"
-    if found["noise"]:
-        text += f"; {found['noise']:.0%} of the points are in none"
-    if not found["converged"]:
-        text += "; stopped before it had settled"
-    return text + "."
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 render()

@@ -34,7 +34,8 @@ def frame(title: str) -> None:
     active = [job for job in shared_worker().jobs() if job.active]
     if active:
         with st.sidebar:
-            st.caption(f":material/radio_button_checked: {len(active)} capture in progress")
+            jobs = "1 job" if len(active) == 1 else f"{len(active)} jobs"
+            st.caption(f":material/progress_activity: {jobs} in progress")
 
 
 def current_view() -> state.View:

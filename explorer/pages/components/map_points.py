@@ -90,7 +90,7 @@ def point_table(
     prepared: Prepared,
     xy: npt.NDArray[np.float32],
     place: str,
-    extra: dict[str, tuple[str, npt.NDArray[Any]]],
+    extra: dict[str, tuple[str, pa.Array]],
 ) -> PointTable:
     """Return the points with their places and facts, remembered.
 
@@ -129,12 +129,13 @@ def _table(
     _prepared: Prepared,
     _xy: npt.NDArray[np.float32],
     _known: pa.Table,
-    _extra: dict[str, npt.NDArray[Any]],
+    _extra: dict[str, pa.Array],
 ) -> PointTable:
     table = _known
     columns = {"x": _xy[:, 0], "y": _xy[:, 1], "shown": _shown(_view, _source, _prepared)}
-    for name, column in {**columns, **_extra}.items():
-        table = table.append_column(name, pa.array(column))
+    arrays = {name: pa.array(column) for name, column in columns.items()} | _extra
+    for name, array in arrays.items():
+        table = table.append_column(name, array)
     return PointTable(table)
 
 

@@ -131,8 +131,10 @@ def _aim(view: View, source: Source, row: pd.Series) -> None:
     if source.unit == "experts":
         jump.aim(view, [row["layer"], row["site"], row["expert_id"]])
     else:
-        token = str(row["token_id"]) if source.unit == "tokens" else ""
-        jump.aim_at_token(str(row["prompt_id"]), token)
+        prompt = int(row["prompt_id"])
+        is_token = source.unit == "tokens"
+        token = row["token_id"] if is_token else prompt_tokens(view.run, [prompt])[0]
+        jump.aim_at_token(prompt, int(token))
 
 
 def _over_represented(
@@ -148,7 +150,7 @@ def _over_represented(
             return
         found, names, ids = _experts(view, source, table, rows)
         what = f"experts of layer {view.site_name}"
-        title = f"Experts of layer {view.site_name} (share here / share in all {source.unit})"
+        title = f"Experts of layer {view.site_name}, over-represented first"
         each = "prompts"
     if np.isnan(found.lift).all():
         st.info(f"None of the {what} has {MIN_COUNT} assignments: too few to compare.")
@@ -159,8 +161,8 @@ def _over_represented(
             names,
             ids,
             title=title,
-            caption=f"bars: 9 of 10 draws of the selection's {each} with replacement; "
-            f"fewer than {MIN_COUNT} assignments left out; dotted: as often as in all",
+            caption=f"lines: 9 of 10 draws of the {each} here; dotted: as often as in all; "
+            f"fewer than {MIN_COUNT} assignments: left out",
             dark=is_dark(),
         ),
         key="lift",
