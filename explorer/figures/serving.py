@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 from explorer.figures import theme
 from explorer.figures.caption import Scope, site_name
 
+# characters of a caption line on half a page
+_CAPTION = 60
 _DASHES = {"in order": "dot", "EPLB, by node": "dash", "EPLB, global": "solid"}
 _PATTERNS = {"in order": "/", "EPLB, by node": ".", "EPLB, global": ""}
 _COLORS = {"in order": "#999999", "EPLB, by node": "#E69F00", "EPLB, global": "#0072B2"}
@@ -45,6 +47,7 @@ def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
         caption=scope.caption("1 = even; the tallest bar is how long the layer takes"),
         dark=dark,
         legend=True,
+        caption_width=_CAPTION,
     )
 
 
@@ -93,6 +96,7 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
         caption=scope.caption("its inverse is the straggler factor"),
         dark=dark,
         legend=True,
+        caption_width=_CAPTION,
     )
 
 
@@ -153,6 +157,7 @@ def decode_reads(
         caption=scope.caption(note),
         dark=dark,
         legend=True,
+        caption_width=_CAPTION,
     )
 
 
@@ -187,4 +192,5 @@ def coverage(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
         caption=scope.caption("what is soon touched by all traffic cannot be left out of memory"),
         dark=dark,
         legend=True,
+        caption_width=_CAPTION,
     )
