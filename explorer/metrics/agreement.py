@@ -16,6 +16,7 @@ from explorer.errors import MetricError
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer]
+_ROWS = 16_384  # tokens at a time, so that what is compared stays in the caches
 
 
 class Agreement(NamedTuple):
@@ -70,9 +71,7 @@ def jaccard(expected: Ids, found: Ids) -> Floats:
     array [T], 0..1
         1 where both sets are empty. With equal sizes and overlap ``o`` it is ``o / (2 - o)``.
     """
-    both, size, other = _counts(expected, found)
-    union = size + other - both
-    return np.asarray(np.where(union > 0, both / np.maximum(union, 1), 1.0))
+    return _jaccard(*_counts(expected, found))
 
 
 def exact_set(expected: Ids, found: Ids) -> Floats:
@@ -120,11 +119,8 @@ def weighted_overlap(
         1 minus the total variation distance; nan where a routing has no weight.
     """
     _check(expected, found)
-    first = _shares(expected, expected_weights)
-    second = _shares(found, found_weights)
     same = _same(expected, found)
-    matched = np.where(same, second[:, None, :], 0.0).sum(axis=2)
-    return np.asarray(np.minimum(first, matched).sum(axis=1) + 0 * second.sum(axis=1))
+    return _common_weight(same, _shares(expected, expected_weights), _shares(found, found_weights))
 
 
 def jensen_shannon(expected: npt.ArrayLike, found: npt.ArrayLike) -> Floats:
@@ -178,14 +174,26 @@ def agreement(
         Distinct expert ids, heaviest first, -1 in empty slots.
     expected_weights, found_weights : array, of the same shapes
     """
-    return Agreement(
-        overlap=_mean(overlap_at_k(expected, found)),
-        jaccard=_mean(jaccard(expected, found)),
-        exact_set=_mean(exact_set(expected, found)),
-        top_1=_mean(top_1(expected, found)),
-        weighted_overlap=_mean(weighted_overlap(expected, expected_weights, found, found_weights)),
-        experts_per_token=_mean((found >= 0).sum(axis=1).astype(np.float64)),
-    )
+    _check(expected, found)
+    sums: list[tuple[float, int]] = [(0.0, 0)] * len(Agreement._fields)
+    weights = np.asarray(expected_weights), np.asarray(found_weights)
+    for start in range(0, len(expected), _ROWS):
+        rows = slice(start, start + _ROWS)
+        a, b = expected[rows], found[rows]
+        same = _same(a, b)
+        both, size, other = _sizes(same, a, b)
+        values = (
+            _ratio(both, size),
+            _jaccard(both, size, other),
+            ((both == size) & (both == other)).astype(np.float64),
+            top_1(a, b),
+            _common_weight(same, _shares(a, weights[0][rows]), _shares(b, weights[1][rows])),
+            other,
+        )
+        for at, one in enumerate(values):
+            known = one[~np.isnan(one)]
+            sums[at] = (sums[at][0] + float(known.sum()), sums[at][1] + len(known))
+    return Agreement(*(total / n if n else float("nan") for total, n in sums))
 
 
 def chance_overlap(n_experts: int, top_k: int) -> float:
@@ -230,16 +238,32 @@ def _check_sizes(n_experts: int, top_k: int) -> None:
 
 def _same(expected: Ids, found: Ids) -> npt.NDArray[np.bool_]:
     """Return which slots hold the same expert, [T, K, K2]."""
-    same = expected[:, :, None] == found[:, None, :]
+    narrow = expected.astype(np.int32), found.astype(np.int32)
+    same = narrow[0][:, :, None] == narrow[1][:, None, :]
     return np.asarray(same & (expected >= 0)[:, :, None])
 
 
 def _counts(expected: Ids, found: Ids) -> tuple[Floats, Floats, Floats]:
     """Return the sizes of the common set and of both sets, [T]."""
     _check(expected, found)
-    both = _same(expected, found).sum(axis=(1, 2))
-    sizes = (expected >= 0).sum(axis=1), (found >= 0).sum(axis=1)
+    return _sizes(_same(expected, found), expected, found)
+
+
+def _sizes(same: npt.NDArray[np.bool_], expected: Ids, found: Ids) -> tuple[Floats, Floats, Floats]:
+    both = np.count_nonzero(same.reshape(len(same), -1), axis=1)
+    sizes = np.count_nonzero(expected >= 0, axis=1), np.count_nonzero(found >= 0, axis=1)
     return both.astype(np.float64), sizes[0].astype(np.float64), sizes[1].astype(np.float64)
+
+
+def _jaccard(both: Floats, size: Floats, other: Floats) -> Floats:
+    union = size + other - both
+    return np.asarray(np.where(union > 0, both / np.maximum(union, 1), 1.0))
+
+
+def _common_weight(same: npt.NDArray[np.bool_], first: Floats, second: Floats) -> Floats:
+    """Return the weight that both put on the same experts; ``nan`` where one puts none."""
+    matched = np.einsum("tij,tj->ti", same, second)
+    return np.asarray(np.minimum(first, matched).sum(axis=1) + 0 * second.sum(axis=1))
 
 
 def _shares(ids: Ids, weights: npt.ArrayLike) -> Floats:
