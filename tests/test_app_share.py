@@ -1,0 +1,400 @@
+"""Sharing, in a real headless Chromium and through AppTest: views, reports, read-only, logins."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import streamlit as st
+from browser import browser, chromium_path, serve, settle
+from synthetic import NASTY, PROMPTS, write_run
+
+from explorer import service, views
+from explorer.pages import access
+from explorer.pages.components.chart import parquet
+
+ROOT = Path(__file__).parent.parent
+APP = str(ROOT / "app.py")
+driven = pytest.mark.skipif(
+    chromium_path() is None and os.environ.get("CI") != "true",  # in CI they must run
+    reason="no Chromium on this machine (apt-get install chromium)",
+)
+SIZE = {"width": 1400, "height": 1000}
+
+
+@pytest.fixture(autouse=True)
+def _writing_again():
+    yield
+    service.configure(service.Policy())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_runs():
+    yield
+    st.cache_resource.clear()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "known.duckdb", level="attention")
+    return folder
+
+
+def listing(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def opened(monkeypatch, folder, *options, page="", **query):
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder), *options])
+    app = AppTest.from_file(APP, default_timeout=60)
+    for name, value in query.items():
+        app.query_params[name] = value
+    app.run()
+    if page:
+        app.switch_page(f"explorer/pages/{page}.py").run()
+    assert not app.exception, app.exception[0].stack_trace
+    return app
+
+
+def query(app, name):
+    value = app.query_params[name]
+    return value if isinstance(value, str) else value[0]
+
+
+def said(elements):
+    return " ".join(element.value.replace("\\", "") for element in elements)
+
+
+# --- saved views -------------------------------------------------------------------------------
+
+
+def test_a_saved_view_opens_by_its_link_and_warns_when_the_data_changed(monkeypatch, tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    path = write_run(folder / "known.duckdb").path
+    params = {"run": "known", "layer": "3.1", "order": "load"}
+    view = views.save_view(
+        folder,
+        "Half [a](b) *x*",
+        page="overview",
+        params=params | {"evil": "1"},
+        runs={"known": path},
+        note=NASTY,
+    )
+    app = opened(monkeypatch, folder, view=view.view_id)
+    assert {name: query(app, name) for name in params} == params
+    assert "evil" not in app.query_params
+    assert app.selectbox(key="address:layer").value == "3.1"
+    assert "Half [a](b) *x*" in said(app.markdown) and NASTY in said(app.markdown)
+    assert not app.warning
+    path.unlink()
+    write_run(path, seed=1)
+    app = opened(monkeypatch, folder, view=view.view_id)
+    assert "The data changed since this view was saved: known" in said(app.warning)
+
+
+@pytest.mark.parametrize("view_id", ["0123456789", "../../x", "<b>"])
+def test_a_link_to_a_view_that_is_gone_says_so(monkeypatch, runs, view_id):
+    app = opened(monkeypatch, runs, view=view_id)
+    assert "There is no saved view" in said(app.info)
+    assert "view" not in app.query_params
+    assert app.metric
+
+
+def test_a_view_is_saved_listed_and_deleted(monkeypatch, tmp_path):
+    write_run(tmp_path / "known.duckdb")
+    app = opened(monkeypatch, tmp_path, run="known", layer="3.0")
+    app.text_input(key="view name").set_value("Mine")
+    app.text_area(key="view note").set_value("why")
+    next(button for button in app.button if button.label == "Save").click().run()
+    ((view,), _) = views.list_views(tmp_path)
+    assert (view.name, view.note, view.page) == ("Mine", "why", "overview")
+    assert view.params == {"run": "known", "layer": "3.0"}
+    assert view.view_id in said(app.code)
+    app = opened(monkeypatch, tmp_path, page="share")
+    assert "Mine" in said(app.markdown)
+    app.button(key=f"delete {view.view_id}").click().run()
+    assert views.list_views(tmp_path) == ([], [])
+
+
+# --- team mode ---------------------------------------------------------------------------------
+
+
+PAGES = sorted(set(re.findall(r"^    \"(\w+)\": \(", (ROOT / "app.py").read_text(), re.MULTILINE)))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "capture"])
+def test_nothing_is_written_read_only(monkeypatch, runs, page):
+    before = listing(runs)
+    app = opened(monkeypatch, runs, "--read-only", page=page, run="known")
+    assert not app.error
+    assert listing(runs) == before
+    assert not [button for button in app.button if button.label in ("Save", "Keep the run")]
+    assert not app.get("file_uploader")
+
+
+def test_there_is_no_capture_page_read_only(monkeypatch, runs):
+    app = opened(monkeypatch, runs, "--read-only")
+    with pytest.raises(ValueError, match="capture"):
+        app.switch_page("explorer/pages/capture.py")
+
+
+def test_an_empty_folder_is_not_recorded_into_read_only(monkeypatch, tmp_path):
+    app = opened(monkeypatch, tmp_path, "--read-only")
+    assert "none can be recorded here" in said(app.info)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_login_a_server_that_others_reach_lets_nobody_write(monkeypatch, runs):
+    asked = st.get_option
+    monkeypatch.setattr(
+        st, "get_option", lambda name: "0.0.0.0" if name == "server.address" else asked(name)
+    )
+    app = opened(monkeypatch, runs, page="share")
+    assert "can be reached from other machines; you may look" in said(app.caption)
+    assert not service.may_write()
+
+
+def test_the_server_listens_on_this_machine_only():
+    assert access.is_local()
+    assert st.get_option("server.address") == "127.0.0.1"
+
+
+class User:
+    """Whoever logged in, as Streamlit hands it over."""
+
+    def __init__(self, claims):
+        self.claims = claims
+        self.is_logged_in = claims is not None
+
+    def to_dict(self):
+        return self.claims
+
+
+@pytest.mark.parametrize(
+    ("claims", "sees", "writes"),
+    [
+        (None, False, False),
+        ({"email": "eve@evil.org"}, False, False),
+        ({"email": "bob@example.org"}, True, False),
+        ({"email": "ann@example.org", "name": "Ann"}, True, True),
+    ],
+)
+def test_a_login_decides_who_looks_and_who_writes(monkeypatch, runs, claims, sees, writes):
+    secrets = {
+        "auth": {"client_id": "x"},
+        "routescope": {"viewers": ["@example.org"], "editors": ["ann@example.org"]},
+    }
+    monkeypatch.setattr(access, "_secrets", lambda section: secrets.get(section, {}))
+    monkeypatch.setattr(st, "user", User(claims))
+    app = opened(monkeypatch, runs)
+    assert bool(app.metric) == sees
+    assert service.may_write() == writes
+    if claims is None:
+        assert [button.label for button in app.button] == ["Log in"]
+
+
+# --- exports -----------------------------------------------------------------------------------
+
+
+def test_a_counts_only_run_shows_that_its_text_was_left_out(monkeypatch, runs, tmp_path):
+    service.export_counts(runs / "known.duckdb", tmp_path / "counts.duckdb")
+    app = opened(monkeypatch, tmp_path, run="counts")
+    for page in PAGES:
+        if page != "capture":
+            app.switch_page(f"explorer/pages/{page}.py").run()
+            assert not app.exception and not app.error, page
+            assert "its text was left out" in said(app.info), page
+
+
+def test_a_table_with_numbered_columns_becomes_parquet(tmp_path):
+    path = tmp_path / "table.parquet"
+    path.write_bytes(parquet(pd.DataFrame([[0.5, None], [1.0, "<b>"]])))
+    read = pd.read_parquet(path)
+    assert read.columns.tolist() == ["0", "1"] and read["1"].isna().tolist() == [True, False]
+
+
+# --- in the browser ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    write_run(folder / "known.duckdb", level="attention")
+    with serve(folder, log=folder.parent / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def new_page(chromium):
+    contexts = []
+
+    def make(**options):
+        context = chromium.new_context(viewport=SIZE, accept_downloads=True, **options)
+        context.set_default_timeout(30_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.troubles = []
+        page.on("dialog", lambda dialog: (page.troubles.append(dialog.message), dialog.dismiss()))
+        page.on("pageerror", lambda error: page.troubles.append(str(error)))
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+def visit(page, url):
+    page.goto(url)
+    settle(page)
+
+
+def figure(page, which=0):
+    """Return the numbers of a figure on the page."""
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    return page.evaluate(
+        "which => { const plot = document.querySelectorAll('.js-plotly-plot')[which];"
+        " const shown = plot._fullData[0];"
+        " return [plot._fullLayout.title.text, Array.from(shown.z ?? shown.y, row =>"
+        " Array.from(row.length === undefined ? [row] : row))]; }",
+        which,
+    )
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@driven
+def test_a_view_saved_in_one_session_is_the_same_in_another(address, new_page):
+    page = new_page()
+    visit(page, f"{address}/load-balance?run=known&layer=3.1&domain=law")
+    page.get_by_text("Save this view").click()
+    page.get_by_label("Name", exact=True).fill("<b>Law</b> מילה 🙂")
+    page.get_by_label("Note").fill(NASTY)
+    page.get_by_role("button", name="Save", exact=True).click()
+    link = page.locator("[data-testid=stPopoverBody] code", has_text="?view=").inner_text().strip()
+    assert link.startswith(f"{address}/?view=")
+    shown = figure(page)
+    other = new_page(color_scheme="dark")
+    visit(other, link)
+    other.wait_for_url(re.compile("/load-balance.*view="))
+    settle(other)
+    assert "layer=3.1" in other.url and "domain=law" in other.url
+    assert figure(other) == shown
+    other.get_by_text("<b>Law</b> מילה 🙂").wait_for()
+    assert not page.troubles + other.troubles
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@driven
+def test_a_report_from_the_share_page_works_from_disk_without_a_network(
+    address, new_page, tmp_path
+):
+    page = new_page()
+    visit(page, f"{address}/share?run=known")
+    with page.expect_download(timeout=120_000) as download:
+        page.get_by_role("button", name="Report of this run").click()
+    path = tmp_path / "report.html"
+    download.value.save_as(path)
+    for theme in ("light", "dark"):
+        reader = new_page(color_scheme=theme, offline=True)
+        asked = []
+        reader.on("request", lambda request, asked=asked: asked.append(request.url))
+        reader.goto(path.as_uri())
+        ground = reader.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (theme == "light")
+        title, numbers = figure(reader)
+        assert title.startswith("Load of every expert") and len(numbers) == 3
+        reader.get_by_role("button", name="Dark" if theme == "light" else "Light").click()
+        assert ground != reader.evaluate("getComputedStyle(document.body).backgroundColor")
+        reader.locator(".strip").first.scroll_into_view_if_needed()
+        text = reader.locator(".strip").first.inner_text()
+        assert text.replace("\n", "").startswith("".join(PROMPTS[0][1]).replace(" ", "")[:3])
+        last = reader.locator(".plot").last
+        last.scroll_into_view_if_needed()
+        last.locator(".main-svg").first.wait_for()
+        assert all(url.startswith(("file:", "blob:", "data:")) for url in asked)
+        assert not reader.troubles
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@driven
+def test_the_data_of_a_figure_downloads(address, new_page, tmp_path):
+    page = new_page()
+    visit(page, f"{address}/?run=known")
+    page.locator(".st-key-downloads-of-load-map button").first.click()
+    for kind, read in (("CSV", pd.read_csv), ("Parquet", pd.read_parquet)):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=kind, exact=True).click()
+        path = tmp_path / download.value.suggested_filename
+        assert path.name == f"known-load-map.{kind.lower()}"
+        download.value.save_as(path)
+        assert read(path)["assignments"].sum() > 0
+    page.get_by_text("SVG", exact=True).click()
+    page.wait_for_timeout(1500)
+    page.keyboard.press("Escape")
+    page.locator(".js-plotly-plot").first.hover()
+    with page.expect_download() as download:
+        page.locator(".modebar-btn[data-title^='Download plot']").first.click()
+    assert download.value.suggested_filename == "known-load-map.svg"
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@driven
+def test_a_read_only_server_refuses_and_shows_strange_texts(runs, new_page, tmp_path):
+    folder = tmp_path / "team"
+    shutil.copytree(runs, folder)
+    before = listing(folder)
+    with serve(folder, options=["--read-only"]) as url:
+        pages = [new_page(), new_page(color_scheme="dark")]
+        for page in pages:
+            visit(page, f"{url}/share?run=known")
+            page.get_by_text("it was started read-only").wait_for()
+            assert not page.get_by_text("Save this view").count()
+            assert not page.locator("input[type=file]").count()
+            assert not page.get_by_role("link", name="Capture").count()
+            page.goto(f"{url}/capture")
+            page.get_by_text("Page not found").wait_for()
+            for prompt in (4, 5):
+                visit(page, f"{url}/tokens?run=known&prompt={prompt}&layer=1.0")
+                strip = page.locator(".strip")
+                text = strip.inner_text()
+                assert (NASTY if prompt == 4 else "מילה") in text
+                assert strip.get_attribute("dir") == "auto"
+            assert not page.troubles
+    assert listing(folder) == before
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@driven
+def test_a_run_is_uploaded_in_the_browser(address, new_page, runs, tmp_path):
+    page = new_page()
+    visit(page, f"{address}/share?run=known")
+    page.locator("input[type=file]").set_input_files(
+        {"name": "bad.duckdb", "mimeType": "application/octet-stream", "buffer": b"x" * 5000}
+    )
+    page.get_by_role("button", name="Keep the run").click()
+    page.locator("[data-testid=stAlert]", has_text="bad was not kept").wait_for()
+    shutil.copyfile(runs / "known.duckdb", tmp_path / "theirs.duckdb")
+    visit(page, f"{address}/share?run=known")
+    page.locator("input[type=file]").set_input_files(str(tmp_path / "theirs.duckdb"))
+    page.get_by_role("button", name="Keep the run").click()
+    page.get_by_text("was checked and kept").wait_for()
+    visit(page, f"{address}/?run=theirs")
+    assert "run=theirs" in page.url
+    assert not page.troubles
