@@ -95,7 +95,9 @@ def token(page, text):
     return page.locator(".strip .token", has_text=re.compile(f"^{re.escape(text)}$")).first
 
 
-@pytest.mark.parametrize("path", ["", "tokens", "load-balance", "attention", "flow", "capture"])
+@pytest.mark.parametrize(
+    "path", ["", "tokens", "experts", "load-balance", "attention", "flow", "capture"]
+)
 def test_every_page_draws_in_both_themes(address, new_page, theme, path):
     page = new_page(theme)
     visit(page, f"{address}/{path}?run=known&layer=1.0")
@@ -112,17 +114,22 @@ def test_every_page_draws_in_both_themes(address, new_page, theme, path):
     assert bool(papers) == (path != "capture")
 
 
-def test_a_click_on_a_cell_of_the_overview_leads_to_that_experts_tokens(address, page):
+def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert(address, page):
     visit(page, f"{address}/?run=known")
     click_cell(page, 3, 1)
-    page.wait_for_url(re.compile("/tokens.*expert=3"))
+    page.wait_for_url(re.compile("/experts.*id=3"))
     settle(page)
     assert "layer=3.0" in page.url
     page.get_by_role("heading", name="Tokens of L3.0.E3").wait_for()
+    page.locator(".rows .row").first.click()
+    page.wait_for_url(re.compile("/tokens.*token="))
+    settle(page)
+    page.locator(".token[aria-pressed=true]:focus").wait_for()
+    page.go_back()
     page.go_back()
     settle(page)
     page.wait_for_timeout(1000)
-    assert "/tokens" not in page.url
+    assert "/experts" not in page.url and "/tokens" not in page.url
 
 
 def test_a_line_of_an_experts_tokens_leads_to_its_prompt(address, page):
@@ -137,13 +144,13 @@ def test_a_line_of_an_experts_tokens_leads_to_its_prompt(address, page):
     assert 0 <= box["y"] < 400
 
 
-def test_a_click_on_a_cell_by_domain_leads_to_the_tokens_of_that_domain(address, page):
+def test_a_click_on_a_cell_by_domain_leads_to_that_expert_in_that_domain(address, page):
     visit(page, f"{address}/load-balance?run=known&layer=1.0")
     page.get_by_text("Table", exact=True).nth(2).click()
     page.get_by_test_id("stDataFrame").wait_for()
     click_cell(page, 2, 1, which=2)
-    page.wait_for_url(re.compile("/tokens.*domain=law"))
-    assert "expert=2" in page.url
+    page.wait_for_url(re.compile("/experts.*domain=law"))
+    assert "id=2" in page.url
 
 
 def test_a_click_on_a_token_shows_it_and_a_link_reopens_the_view(address, page, new_page):

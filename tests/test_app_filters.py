@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import streamlit as st
 from synthetic import SITES, write_run
-from test_app_pages import SHOWN, charts, notes, opened, query, runs, worker  # noqa: F401
+from test_app_pages import charts, notes, opened, query, runs, worker  # noqa: F401
 
 from explorer import service, slices
 from explorer.run import open_run
 
+PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
 NAME = "<b>rare</b> % words"
 IDS = [0, 2, 5, 20, 24]
 
@@ -43,7 +44,7 @@ def tokens_of(app):
     return next(tile.value for tile in app.metric if tile.label == "Tokens")
 
 
-@pytest.mark.parametrize("page", SHOWN)
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize(
     ("filters", "words"),
     [({"search": "COURT"}, "prompts with “COURT”"), ({"slice": NAME}, "slice “&lt;b&gt;rare")],
@@ -116,9 +117,9 @@ def drawn_layers(app):
     return layers
 
 
-@pytest.mark.parametrize("page", SHOWN)
+@pytest.mark.parametrize("page", PAGES)
 def test_every_page_draws_the_range_of_layers_only(deep, page):
-    app = opened(page, **{"from": "2", "to": "3"})
+    app = opened(page, about="all", **{"from": "2", "to": "3"})
     assert not app.error and not notes(app).count("not here")
     assert app.selectbox(key="address:layer").options == ["Layer 2", "Layer 3"]
     assert all(set(layers) <= {"2", "3"} for layers in drawn_layers(app))

@@ -16,7 +16,7 @@ from explorer.worker import Job, JobProgress, WorkerClient
 from explorer.worker.client import ROOT
 
 APP = str(ROOT / "app.py")
-PAGES = ("overview", "tokens", "load_balance", "attention", "flow", "capture")
+PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow", "capture")
 SHOWN = PAGES[:-1]
 
 

@@ -1,5 +1,6 @@
 """Figures of what experts are for: shares with their intervals, and all experts of all layers."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from explorer.figures.heatmap import Scale, clickable_heatmap, ground
 from explorer.figures.text import domain_label
 
 _ROW = 24  # pixels of a row of dots
+_CAPTION_WIDTH = 75  # characters on half a page
 
 
 class Axis(NamedTuple):
@@ -22,7 +24,7 @@ class Axis(NamedTuple):
     ----------
     title : str
     reference : float
-        Where a dotted line is drawn.
+        Where a dotted line is drawn; nan = nowhere.
     reference_text : str
     percent : bool
         Values are shares; else ratios.
@@ -57,7 +59,7 @@ def interval_dots(
     Figure
         A click returns ``customdata`` [row].
     """
-    y = np.arange(len(rows))
+    y, known = np.arange(len(rows)), not math.isnan(axis.reference)
     value = rows["value"].to_numpy(dtype=np.float64)
     high, low = (rows[name].to_numpy(dtype=np.float64) for name in ("high", "low"))
     ids = y[:, None].astype(np.float64)
@@ -92,7 +94,8 @@ def interval_dots(
             name="measured",
         )
     )
-    figure.add_vline(axis.reference, line={"dash": "dot", "color": theme.foreground(dark)})
+    if known:
+        figure.add_vline(axis.reference, line={"dash": "dot", "color": theme.foreground(dark)})
     figure.update_xaxes(
         title=axis.title, rangemode="tozero", tickformat=".0%" if axis.percent else None
     )
@@ -112,8 +115,9 @@ def interval_dots(
     return theme.finish(
         figure,
         title=title,
-        caption=scope.caption(f"dotted: {axis.reference_text}", *notes),
+        caption=scope.caption(*([f"dotted: {axis.reference_text}"] if known else []), *notes),
         dark=dark,
+        caption_width=_CAPTION_WIDTH,
         height=int(np.clip(150 + _ROW * len(rows), 240, 900)),
         legend="expected" in rows,
     )
@@ -234,5 +238,11 @@ def layer_lines(
     )
     figure.update_yaxes(title=y_title, rangemode="tozero", tickformat=".0%" if percent else None)
     return theme.finish(
-        figure, title=title, caption=scope.caption(*notes), dark=dark, height=340, legend=True
+        figure,
+        title=title,
+        caption=scope.caption(*notes),
+        dark=dark,
+        height=340,
+        legend=True,
+        caption_width=_CAPTION_WIDTH,
     )

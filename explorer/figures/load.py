@@ -93,7 +93,7 @@ def load_heatmap(
         figure,
         title="Load of every expert (share of its layer's assignments / uniform share)",
         caption=scope.caption(
-            f"1× = uniform share {uniform}", *absent, "click a cell for its tokens"
+            f"1× = uniform share {uniform}", *absent, "click a cell for the expert"
         ),
         dark=dark,
         height=int(np.clip(150 + 26 * len(sites), 300, 900)),
@@ -261,7 +261,7 @@ def domain_heatmap(
         title=f"Load by {by} in layer {layer or _layer(load)} "
         f"(share of the {by}'s assignments / uniform share)",
         caption=scope.caption(
-            f"1× = uniform share {_uniform_text(load)}", "click a cell for its tokens"
+            f"1× = uniform share {_uniform_text(load)}", "click a cell for the expert"
         ),
         dark=dark,
         height=int(np.clip(150 + 26 * len(parts), 300, 900)),

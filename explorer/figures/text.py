@@ -59,7 +59,8 @@ def label(text: str | None, *, limit: int = 40, spaces: bool = False) -> str:
     shown = visible(text, spaces=spaces)
     if len(shown) > limit:
         shown = shown[: limit - 1] + "…"
-    return html.escape(shown)
+    # plotly shows &quot; as it is, but knows numbers
+    return html.escape(shown).replace("&quot;", "&#34;")
 
 
 def domain_label(domain: str | None) -> str:

@@ -12,9 +12,9 @@ import streamlit as st
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
-    "experts": ("expert", "about", "find"),
+    "experts": ("id", "about", "find"),
     "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
-    "load-balance": ("metric", "factor"),
+    "load-balance": ("metric", "factor", "gpus", "nodes", "groups", "replicas"),
     "attention": ("measure", "head", "prompt", "token", "window", "show"),
     "flow": ("steps", "flows", "pair"),
     "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "other", "value", "region"),
@@ -32,6 +32,7 @@ OF_A_RUN = (
     "token",
     "pins",
     "expert",
+    "id",
     "head",
     "pair",
     "value",

@@ -69,9 +69,9 @@ def _one_expert(view: View) -> None:
     with left:
         _shares(view, expert, "domain")
         _shares(view, expert, "phase")
-        _partners(view, expert)
     with right:
         _vocabulary(view, expert, name)
+        _partners(view, expert)
     st.subheader(f"Tokens of {name} in their contexts", anchor=False)
     if view.run.records_ids:
         expert_lines(view, expert, name, jump.aim_at_token, shown=30)
@@ -96,7 +96,7 @@ def _choose_expert(view: View, load: pd.DataFrame) -> int:
     busiest = str(load.loc[load["assignments"].idxmax(), "expert_id"])
     chosen = address.choose(
         st.selectbox,
-        "expert",
+        "id",
         f"Expert of layer {view.site_name}",
         list(names),
         default=busiest,
@@ -185,7 +185,7 @@ def _shares(view: View, expert: int, by: str) -> None:
                 float(every["share"]),
                 f"all tokens {every['share']:.1%}",
             ),
-            title=f"{by.capitalize()} specialisation (share of the {by}'s tokens that choose it)",
+            title=f"{by.capitalize()} specialisation (share of the {by}'s tokens)",
             scope=view.scope(),
             notes=[how, *([f"{more} more {by}s in the table"] if more else [])],
             dark=is_dark(),
@@ -298,8 +298,8 @@ def _partners(view: View, expert: int) -> None:
     chart(
         interval_dots(
             rows,
-            Axis("share of its tokens", 0.0, "none"),
-            title="Co-activation (share of its tokens that also choose the other expert)",
+            Axis("share of its tokens that also choose the other", math.nan, ""),
+            title="Co-activation (share of its tokens)",
             scope=scope,
             notes=["diamonds: what the loads alone give"],
             dark=is_dark(),
@@ -308,7 +308,7 @@ def _partners(view: View, expert: int) -> None:
         alt=f"Dots: the {len(rows)} experts that most often serve the same tokens, from "
         f"{rows['value'].max():.1%} to {rows['value'].min():.1%} of them. Click: that expert.",
         table=table,
-        on_click=lambda data: address.write("expert", str(int(rows["expert"].iloc[int(data[0])]))),
+        on_click=lambda data: address.write("id", str(int(rows["expert"].iloc[int(data[0])]))),
     )
     if counts.n_tokens < counts.n_all:
         st.caption(f"Counted from {counts.n_tokens:,} of {counts.n_all:,} tokens.")

@@ -49,7 +49,7 @@ def _introduction(view: View) -> str:
     )
     return (
         f"Each token visits {many}; a small **router** in every layer chooses which. This page "
-        f"shows how the work was shared: click a cell to read the tokens of that expert.{shared}"
+        f"shows how the work was shared: click a cell to see what that expert is for.{shared}"
     )
 
 

@@ -69,11 +69,12 @@ def _vocabulary(view: View, table: pd.DataFrame, step: int) -> None:
         layer_lines(
             table,
             "vocabulary",
-            title="Vocabulary specialisation of the layers (mean share of the favourite expert)",
-            y_title="share of an entry's tokens",
+            title="Vocabulary specialisation (share of an entry's tokens)",
+            y_title="share of the favourite expert",
             percent=True,
             scope=scope,
             notes=[
+                "mean over entries",
                 f"entries that occur at least {MIN_COUNT} times",
                 f"uniform routing: top-k / experts = {uniform.min():.1%}",
             ],
@@ -96,7 +97,7 @@ def _information(view: View, table: pd.DataFrame, step: int) -> None:
         layer_lines(
             table,
             "information",
-            title="What an expert tells of the domain (mutual information, nats)",
+            title="Domain and expert (mutual information, nats)",
             y_title="nats",
             percent=False,
             scope=scope,

@@ -19,8 +19,8 @@ from explorer.worker import CosinesRequest, shared_worker
 
 _SHOWN = 8
 _TITLES = {
-    "router": "Router rows alike (cosine of the rows of the router's matrix)",
-    "experts": "Expert weights alike (cosine of all weights)",
+    "router": "Router rows alike (cosine)",
+    "experts": "Expert weights alike (cosine)",
 }
 _MISSING = {
     "router": "This router has no matrix with one row per expert.",
@@ -126,5 +126,5 @@ def _neighbours(view: View, expert: int, table: pd.DataFrame, kind: str) -> None
         f"cosine {rows['cosine'].max():.3f} to {rows['cosine'].min():.3f}; mean of all pairs "
         f"{middle:.3f}. Click: that expert.",
         table=mine,
-        on_click=lambda data: address.write("expert", str(int(rows["b"].iloc[int(data[0])]))),
+        on_click=lambda data: address.write("id", str(int(rows["b"].iloc[int(data[0])]))),
     )
