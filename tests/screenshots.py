@@ -20,6 +20,7 @@ PAGES = {
     "load-balance": "/load-balance?run=RUN&layer=LAYER",
     "attention": "/attention?run=RUN&layer=LAYER",
     "flow": "/flow?run=RUN&layer=LAYER",
+    "share": "/share?run=RUN",
     "capture": "/capture?run=RUN",
 }
 

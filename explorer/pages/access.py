@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import streamlit as st
-from streamlit.errors import StreamlitSecretNotFoundError
+from streamlit.errors import StreamlitAuthError, StreamlitSecretNotFoundError
 
 from explorer import service
 from explorer.pages import printing
+from explorer.pages.address import plain
 
 
 class Viewer(NamedTuple):
@@ -41,7 +42,10 @@ def begin() -> None:
     if not st.user.is_logged_in:
         st.markdown("This server shows its runs to those who log in.")
         if st.button("Log in", type="primary"):
-            st.login()
+            try:
+                st.login()
+            except StreamlitAuthError as error:
+                st.error(plain(str(error)), icon=":material/error:")
     else:
         st.error(
             "You are logged in, but not among those who may look at the runs of this server. Ask "

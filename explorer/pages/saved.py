@@ -14,7 +14,7 @@ from explorer.views import SavedView
 _ADDRESS = "view"  # its name in the address
 _PROBLEM, _MADE = "problem of the saved view", "saved just now"
 # parts of an address that name a run file
-RUN_PARAMS = ("run", "other", "b")
+RUN_PARAMS = ("run", "against")
 # pages that show no view of a run
 NOT_SAVED = ("capture", "share", "learn")
 

@@ -18,7 +18,7 @@ from explorer.views import SavedView, changed_runs
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
 # what a report of a whole run shows, as the pages are called in addresses
-RUN_PAGES = ("overview", "load-balance", "tokens", "attention", "flow")
+RUN_PAGES = ("overview", "load-balance", "experts", "tokens", "attention", "flow")
 _PRINT = (sys.executable, "-m", "explorer.pages.printing")
 # a page takes a core for a second or two: reports wait for each other
 _one_at_a_time = threading.Lock()
