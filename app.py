@@ -14,6 +14,8 @@ PAGES = {
     "flow": ("Flow", ":material/alt_route:"),
     "clusters": ("Clusters", ":material/scatter_plot:"),
     "compare": ("Compare", ":material/compare_arrows:"),
+    "compare_runs": ("Compare runs", ":material/difference:"),
+    "trends": ("Trends", ":material/trending_up:"),
     "share": ("Share", ":material/share:"),
     "capture": ("Capture", ":material/radio_button_checked:"),
 }

@@ -8,6 +8,7 @@ together    whether tokens that attend to each other share experts, against two 
 heads       what attention without any preference would show
 confidence  how sure a router is of one token
 agreement   how far two routers agree about the same tokens
+alignment   two tokenizations of one text, and whether two models route stretches alike
 placement   replicas of experts and their places on GPUs, and what a decode batch reads
 
 ``nan`` means undefined (no load, a single expert, nothing recorded), never zero.

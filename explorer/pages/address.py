@@ -22,6 +22,8 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
         *("comparison", "controls", "axis", "router", "curve", "a", "b", "text", "swapped", "at"),
         "job",
     ),
+    "compare-runs": ("against", "ids", "shared", "spot", "quantity"),
+    "trends": ("source", "trend"),
     "capture": ("job",),
     "share": (),
 }
@@ -43,6 +45,8 @@ OF_A_RUN = (
     "b",
     "text",
     "at",
+    "shared",
+    "spot",
 )
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
 

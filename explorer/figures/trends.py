@@ -1,0 +1,99 @@
+"""Figures of checkpoints: quantities of every layer over the training."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+from explorer.figures import theme
+from explorer.figures.caption import site_name
+from explorer.figures.text import label
+from explorer.registry import Registry
+
+
+class Trend(NamedTuple):
+    """A quantity that is followed over checkpoints: its title with unit, and what it means."""
+
+    title: str
+    meaning: str
+
+
+TRENDS: Registry[Trend] = Registry("trend")
+for _name, _trend in {
+    "saturation": Trend(
+        "router saturation (share of the last checkpoint's experts)",
+        "Of the experts that the last checkpoint chooses for a token, how many this one chose; "
+        "1 = the routing is settled.",
+    ),
+    "max_violation": Trend(
+        "MaxVio (busiest expert's excess, fair shares)",
+        "How far the busiest expert is above a fair share; 0 = even.",
+    ),
+    "normalized_entropy": Trend(
+        "load entropy (share of ln E)", "How evenly the load is spread; 1 = even."
+    ),
+    "domain_information": Trend(
+        "information between domain and expert (nats)",
+        "How much the expert of a token says about its domain; a random router has some too, "
+        "since domains use other words.",
+    ),
+}.items():
+    TRENDS.add(_name)(_trend)
+
+
+def trend_lines(
+    table: pd.DataFrame, quantity: str, *, caption: str, dark: bool = False
+) -> go.Figure:
+    """Draw a quantity over checkpoints, one line a layer.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``explorer.trends.trend_table``.
+    quantity : str
+        A name in ``TRENDS``.
+    """
+    trend = TRENDS[quantity]
+    several = bool((table["site"] > 0).any())
+    order = list(dict.fromkeys(table["name"]))
+    places = list(dict.fromkeys(zip(table["layer"], table["site"], strict=True)))
+    # early layers dark, late ones bright; the ends of the scale are hard to see on some ground
+    shades = sample_colorscale(theme.SEQUENTIAL, np.linspace(0.15, 0.85, len(places)))
+    figure = go.Figure()
+    for place, color in zip(places, shades, strict=True):
+        rows = table[(table["layer"] == place[0]) & (table["site"] == place[1])]
+        name = site_name(*place, several=several)
+        figure.add_trace(
+            go.Scatter(
+                x=[order.index(one) for one in rows["name"]],
+                y=rows[quantity].to_numpy(dtype=np.float64),
+                mode="lines+markers",
+                line={"color": color, "width": 2},
+                marker={"symbol": (places.index(place)) % 8, "size": 7},
+                name=f"layer {name}",
+                hovertemplate=f"layer {name}: %{{y:.3f}}<extra>%{{x}}</extra>",
+            )
+        )
+    if quantity == "saturation":
+        figure.add_hline(
+            float(table["chance"].mean()),
+            line={"color": theme.foreground(dark), "width": 1, "dash": "dot"},
+            annotation_text="by chance",
+        )
+    steps = table.drop_duplicates("name").set_index("name")["step"]
+    names = [
+        label(name, limit=18) if pd.isna(steps[name]) else f"{int(steps[name]):,}" for name in order
+    ]
+    figure.update_xaxes(
+        title="training step of the checkpoint (evenly spaced)",
+        tickvals=list(range(len(order))),
+        ticktext=names,
+    )
+    figure.update_yaxes(title=trend.title, rangemode="tozero")
+    figure.update_layout(
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    )
+    title = f"{trend.title[:1].upper()}{trend.title[1:]}"
+    return theme.finish(figure, title=title, caption=caption, dark=dark, height=440)

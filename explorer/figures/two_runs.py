@@ -1,0 +1,184 @@
+"""Figures of two runs against each other."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.figures import theme
+from explorer.figures.caption import site_name
+from explorer.figures.heatmap import Scale, clickable_heatmap
+from explorer.figures.text import label
+
+_OCTAVES = 3
+_CHANGE = Scale(
+    title="share in B / share in A",
+    low=-_OCTAVES,
+    high=_OCTAVES,
+    neutral=0.0,
+    ticks={-3: "≤ 1/8×", -2: "1/4×", -1: "1/2×", 0: "1×", 1: "2×", 2: "4×", 3: "≥ 8×"},
+)
+SIDES = {"a": ("A", "#0072B2", "circle"), "b": ("B", "#D55E00", "square")}
+
+
+def change_heatmap(change: pd.DataFrame, *, caption: str, dark: bool = False) -> go.Figure:
+    """Draw how each expert's share of its layer changed from A to B.
+
+    Parameters
+    ----------
+    change : DataFrame
+        From ``explorer.two_runs.load_change``.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, share A, share B].
+    """
+    places = list(dict.fromkeys(zip(change["layer"], change["site"], strict=True)))
+    several = any(site > 0 for _, site in places)
+    width = int(change["n_experts"].max())
+    z = np.full((len(places), width), np.nan)
+    ids = np.full((len(places), width, 5), np.nan)
+    for row, (_, experts) in enumerate(change.groupby(["layer", "site"], sort=False)):
+        column = experts["expert_id"].to_numpy(dtype=np.int64)
+        z[row, column] = experts["change"]
+        names = ["layer", "site", "expert_id", "share_a", "share_b"]
+        ids[row, column] = experts[names].to_numpy(dtype=np.float64)
+    figure = clickable_heatmap(
+        z,
+        ids=ids,
+        hover="layer %{customdata[0]}, expert %{customdata[2]}<br>share A %{customdata[3]:.2%}, "
+        "share B %{customdata[4]:.2%}",
+        missing_hover="no such expert",
+        x_labels=[str(expert) for expert in range(width)],
+        y_labels=[site_name(*place, several=several) for place in places],
+        x_title="expert",
+        y_title="decoder layer",
+        scale=_CHANGE,
+        dark=dark,
+    )
+    return theme.finish(
+        figure,
+        title="Where the load went: share in B over share in A (log2)",
+        caption=caption,
+        dark=dark,
+        height=150 + 22 * max(8, len(places)),
+    )
+
+
+def over_layers(
+    tables: dict[str, pd.DataFrame], column: str, *, title: str, caption: str, dark: bool = False
+) -> go.Figure:
+    """Draw a quantity over the layers of both runs, on the same axes.
+
+    Parameters
+    ----------
+    tables : dict
+        ``"a"`` and ``"b"``: rows with ``layer, site`` and the column, in order.
+    """
+    figure = go.Figure()
+    several = any(bool((table["site"] > 0).any()) for table in tables.values())
+    for side, table in tables.items():
+        name, color, symbol = SIDES[side]
+        names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
+        figure.add_trace(
+            go.Scatter(
+                x=np.arange(len(table)),
+                y=table[column].to_numpy(dtype=np.float64),
+                customdata=names,
+                mode="lines+markers",
+                marker={"symbol": symbol, "size": 8},
+                line={"color": color, "dash": "solid" if side == "a" else "dash"},
+                name=name,
+                hovertemplate="layer %{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>",
+            )
+        )
+    longest = max(tables.values(), key=len)
+    labels = [site_name(row.layer, row.site, several=several) for row in longest.itertuples()]
+    step = max(1, -(-len(labels) // 24))
+    figure.update_xaxes(
+        title="decoder layer (n-th with a router)",
+        tickvals=np.arange(len(labels))[::step],
+        ticktext=labels[::step],
+    )
+    figure.update_yaxes(title=title, rangemode="tozero")
+    return theme.finish(
+        figure, title=title, caption=caption, dark=dark, legend=True, caption_width=60
+    )
+
+
+def divergence_over_layers(table: pd.DataFrame, *, dark: bool = False) -> go.Figure:
+    """Draw how often the same tokens keep their experts, layer by layer.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``explorer.two_runs.token_divergence``.
+    """
+    several = bool((table["site"] > 0).any())
+    names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
+    figure = go.Figure()
+    lines = {
+        "jaccard": ("Jaccard of the sets", "#0072B2", "solid", "circle"),
+        "exact_set": ("same set", "#E69F00", "dash", "square"),
+        "top_1": ("same first expert", "#009E73", "dot", "diamond"),
+        "chance": ("Jaccard of random sets", theme.foreground(dark), "dot", "line-ew"),
+    }
+    for column, (name, color, dash, symbol) in lines.items():
+        figure.add_trace(
+            go.Scatter(
+                x=np.arange(len(table)),
+                y=table[column].to_numpy(dtype=np.float64),
+                mode="lines+markers",
+                marker={"symbol": symbol, "size": 8},
+                line={"color": color, "dash": dash},
+                name=name,
+                hovertemplate="%{y:.3f}<extra>%{fullData.name}</extra>",
+            )
+        )
+    step = max(1, -(-len(names) // 24))
+    figure.update_xaxes(
+        title="decoder layer", tickvals=np.arange(len(names))[::step], ticktext=names[::step]
+    )
+    figure.update_yaxes(title="share of tokens, or mean", range=[0, 1.04])
+    return theme.finish(
+        figure,
+        title="The same tokens in both runs: how far their experts agree (0 to 1)",
+        caption=f"n = {int(table['tokens'].max()):,} tokens at the same place of the same prompts",
+        dark=dark,
+        legend=True,
+    )
+
+
+def against(
+    stretches: pd.DataFrame, quantity: str, *, title: str, prompts: int, dark: bool = False
+) -> go.Figure:
+    """Draw a quantity of model B over that of model A, one point a stretch of text.
+
+    Parameters
+    ----------
+    stretches : DataFrame
+        From ``explorer.two_runs.two_models``.
+    quantity : {"entropy", "margin", "loss"}
+    """
+    known = stretches.dropna(subset=[f"{quantity}_a", f"{quantity}_b"])
+    shown = known.iloc[:: max(1, -(-len(known) // 4000))]
+    figure = go.Figure(
+        go.Scattergl(
+            x=shown[f"{quantity}_a"].to_numpy(dtype=np.float64),
+            y=shown[f"{quantity}_b"].to_numpy(dtype=np.float64),
+            mode="markers",
+            marker={"size": 5, "color": theme.accent(dark), "opacity": 0.45},
+            hovertext=[label(text, limit=40, spaces=True) for text in shown["text"]],
+            hovertemplate="%{hovertext}<br>A %{x:.3f}, B %{y:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title=f"{title} in A")
+    figure.update_yaxes(title=f"{title} in B")
+    drawn = "" if len(shown) == len(known) else f"; {len(shown):,} of {len(known):,} are drawn"
+    return theme.finish(
+        figure,
+        title=f"{title[:1].upper()}{title[1:]}: both models on the same stretches",
+        caption=f"n = {len(known):,} stretches of {prompts:,} prompts{drawn}; means over layers",
+        dark=dark,
+        caption_width=60,
+    )

@@ -1,0 +1,319 @@
+"""Compare runs: the same model twice, or two models on the same text."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from capture.errors import CaptureError
+from explorer.errors import ExplorerError
+from explorer.figures.load import load_heatmap
+from explorer.figures.two_runs import (
+    against,
+    change_heatmap,
+    divergence_over_layers,
+    over_layers,
+)
+from explorer.pages import address, state
+from explorer.pages.components.chart import chart
+from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
+from explorer.pages.components.visible import one_line
+from explorer.pages.shell import current_view
+from explorer.pages.state import View, ask, balance_of, is_dark
+from explorer.queries.load import expert_load
+from explorer.queries.overview import gate_means
+from explorer.queries.two_runs import common_prompts
+from explorer.run import Run
+from explorer.two_runs import (
+    TwoModels,
+    differences,
+    load_change,
+    prompt_divergence,
+    relation,
+    token_divergence,
+    two_models,
+)
+
+_QUANTITIES = {
+    "entropy": "normalised gate entropy",
+    "margin": "margin",
+    "loss": "loss of the stretch (nats)",
+}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    st.markdown(
+        "**A** is the run at the side; choose **B** here. Two recordings of one model (other "
+        "prompts, a later checkpoint, another precision) are compared expert by expert; two "
+        "different models only by what does not depend on the names of their experts."
+    )
+    other = _other(view)
+    if other is None:
+        return
+    kind = relation(view.run, other.run)
+    _differences(view, other)
+    if _same_experts(kind.same_shape, kind.same_model):
+        _same_model(view, other)
+    else:
+        _two_models(view, other)
+
+
+def _other(view: View) -> View | None:
+    names = [name for name in state.run_names() if name != view.name]
+    if not names:
+        st.info(
+            "There is one run only. Record the same model on other prompts, or another model on "
+            "the same prompts, on the page Capture.",
+            icon=":material/info:",
+        )
+        return None
+    name = address.choose(
+        st.selectbox, "against", "B", names, default=names[0], show=lambda name: name
+    )
+    try:
+        run, key = state.opened(name)
+    except (CaptureError, ExplorerError) as error:
+        st.error(address.plain(str(error)), icon=":material/error:")
+        return None
+    # a slice holds tokens of one run, so that it says nothing of the other
+    part = view.part if view.part is not None and view.part.slice is None else None
+    if view.part is not None and part is None:
+        st.caption("The slice at the side is of A alone; B is shown whole.")
+    layer, site = run.sites[0].layer, run.sites[0].site
+    domain = view.domain if view.domain in run.domains else None
+    if domain != view.domain:
+        st.caption("B has no prompts of the chosen domain; all of them are shown.")
+    return View(run, name, key, domain, view.phase, layer, site, part, view.layers).sampled()
+
+
+def _differences(view: View, other: View) -> None:
+    table = differences(view.run, other.run)
+    with st.expander(f"What differs between the recordings ({len(table)})"):
+        st.dataframe(table, hide_index=True, alt="What differs between the two recordings")
+
+
+def _same_experts(same_shape: bool, same_model: bool) -> bool:
+    """Return whether experts are compared by their ids, and say why not."""
+    if not same_shape:
+        st.info(
+            "These are different models: expert 3 of one has nothing to do with expert 3 of the "
+            "other, so that no figure here compares experts by their ids.",
+            icon=":material/info:",
+        )
+        return False
+    wanted = address.choose(
+        st.segmented_control,
+        "ids",
+        "Expert ids",
+        ["same", "unrelated"],
+        default="same" if same_model else "unrelated",
+        show={"same": "Mean the same in A and B", "unrelated": "Unrelated"}.__getitem__,
+        help="The same in runs of one model and of checkpoints of one training; unrelated in "
+        "models that were trained apart, even if they are of one shape.",
+    )
+    return wanted == "same"
+
+
+def _same_model(view: View, other: View) -> None:
+    sides = {"a": view.sampled(), "b": other}
+    loads = {
+        name: side.of_layers(ask(side, expert_load, **side.filters)) for name, side in sides.items()
+    }
+    if not all(load["assignments"].sum() for load in loads.values()):
+        st.info("No token of this selection is in both runs. Change the filters at the side.")
+        return
+    change = load_change(loads["a"], loads["b"])
+    counts = {name: side.scope().n_tokens for name, side in sides.items()}
+    caption = f"A: n = {counts['a']:,} tokens; B: n = {counts['b']:,} tokens; padding excluded"
+    chart(
+        change_heatmap(change, caption=f"{caption}; 1× = unchanged", dark=is_dark()),
+        key="load change",
+        alt=f"Heatmap: share of each of {len(change)} experts in B over its share in A; "
+        f"{int((change['change'].abs() >= 1).sum())} at least doubled or halved.",
+        table=change,
+    )
+    for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
+        with column:
+            chart(
+                load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark()),
+                key=f"load {name}",
+                alt=f"Load of every expert in {name.upper()}, on the scale of the other.",
+                table=load,
+            )
+    _lines(sides, loads, caption)
+    _same_tokens(view, other)
+
+
+def _lines(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
+    balance = {name: balance_of(side, loads[name]) for name, side in sides.items()}
+    gates = {
+        name: side.of_layers(ask(side, gate_means, **side.filters)) for name, side in sides.items()
+    }
+    left, right = st.columns(2, gap="medium")
+    for column, tables, quantity, title in (
+        (left, balance, "max_violation", "MaxVio (busiest expert's excess, fair shares)"),
+        (right, gates, "normalized_entropy", "Gate entropy (share of ln E)"),
+    ):
+        with column:
+            if all(table[quantity].isna().all() for table in tables.values()):
+                st.info(f"{title}: not recorded in these runs.")
+                continue
+            chart(
+                over_layers(tables, quantity, title=title, caption=caption, dark=is_dark()),
+                key=f"both {quantity}",
+                alt=f"{title} over the layers of A and B.",
+                table=pd.concat(
+                    [
+                        table[["layer", "site", quantity]].assign(run=name.upper())
+                        for name, table in tables.items()
+                    ]
+                ),
+            )
+
+
+def _same_tokens(view: View, other: View) -> None:
+    st.subheader("The same tokens in both runs", anchor=False)
+    prompts = _of_two(view, other, "prompts")
+    if prompts.empty or not (view.run.records_ids and other.run.records_ids):
+        st.info(
+            "The runs have no prompt in common whose tokens were recorded, so that their tokens "
+            "cannot be compared. Record the same prompts, at level `ids` or above.",
+            icon=":material/info:",
+        )
+        return
+    table = _of_two(view, other, "divergence")
+    if table.empty:
+        st.info("The common prompts were split into other tokens: these are not the same model.")
+        return
+    chart(
+        divergence_over_layers(view.of_layers(table), dark=is_dark()),
+        key="divergence",
+        alt=f"Agreement of the experts of {int(table['tokens'].max()):,} common tokens over "
+        f"layers: mean Jaccard {table['jaccard'].mean():.3f}.",
+        table=table,
+    )
+    rows = {str(row["prompt_a"]): row for _, row in prompts.iterrows()}
+    key = address.choose(
+        st.selectbox,
+        "shared",
+        "Prompt in both runs",
+        list(rows),
+        default=next(iter(rows)),
+        show=lambda key: f"{rows[key]['domain'] or ''} · {one_line(rows[key]['text'], 90)}",
+    )
+    _strip(view, other, rows[key])
+
+
+def _strip(view: View, other: View, prompt: "pd.Series[Any]") -> None:
+    tokens = _divergence_of(
+        view.key, other.key, view.run, other.run, int(prompt["prompt_a"]), int(prompt["prompt_b"])
+    )
+    if tokens.empty:
+        st.info("No token of this prompt is in both runs.")
+        return
+    differing = tokens[tokens["jaccard"] < 1]
+    wanted = address.read("spot")
+    positions = set(tokens["position"])
+    first = int((differing if len(differing) else tokens)["position"].iloc[0])
+    here = int(wanted) if wanted.isdecimal() and int(wanted) in positions else first
+    token_strip(
+        [
+            Token(
+                int(row.position),
+                "" if row.text is None else str(row.text),
+                1 - float(row.jaccard),
+                f"Jaccard {row.jaccard:.2f}",
+            )
+            for row in tokens.itertuples()
+        ],
+        selected=here,
+        legend=Legend("1 - Jaccard, mean of layers", "same experts", "none shared"),
+        label="The prompt, tinted by how far the experts of its tokens differ",
+        key="two runs strip",
+        on_pick=lambda position: address.write("spot", str(position)),
+    )
+    row = tokens[tokens["position"] == here].iloc[0]
+    where = (
+        "its experts are the same in every layer"
+        if np.isnan(row["first_layer"])
+        else f"its experts differ from layer {int(row['first_layer'])} on"
+    )
+    losses = ", ".join(
+        f"loss {value:.3f} nats in {name}"
+        for name, value in (("A", row["loss_a"]), ("B", row["loss_b"]))
+        if not pd.isna(value)
+    )
+    st.markdown(f"Token {here}: Jaccard {row['jaccard']:.2f}; {where}. {losses}")
+    if len(differing) and st.button("Go to the first divergence", icon=":material/first_page:"):
+        address.write("spot", str(first))
+        reveal()
+        st.rerun()
+
+
+def _two_models(view: View, other: View) -> None:
+    with st.spinner("Aligning the texts by their characters…"):
+        found: TwoModels = _of_two(view, other, "models")
+    if found.stretches.empty:
+        st.info(
+            "The runs have no prompt in common whose text was recorded, so that the models cannot "
+            "be compared on the same text. Record the same prompts with both.",
+            icon=":material/info:",
+        )
+        return
+    routed = found.co_routing
+    if np.isfinite(routed.correlation):
+        st.markdown(
+            f"**Do the models route the same stretches of text together?** Over {routed.pairs:,} "
+            f"pairs of stretches, how many experts a pair shares in A and in B has a correlation "
+            f"of **{routed.correlation:.3f}**; by chance it would be {routed.low:.3f} to "
+            f"{routed.high:.3f}."
+        )
+    st.caption(
+        f"{len(found.stretches):,} stretches of {found.prompts:,} prompts: the shortest pieces of "
+        "text that end at a token of both models."
+    )
+    quantity = address.choose(
+        st.segmented_control,
+        "quantity",
+        "Quantity",
+        list(_QUANTITIES),
+        default="entropy",
+        show=lambda name: name.capitalize(),
+    )
+    if quantity == "margin":
+        st.caption("Margins are on each router's own scale of scores; compare their order only.")
+    title = _QUANTITIES[quantity]
+    chart(
+        against(found.stretches, quantity, title=title, prompts=found.prompts, dark=is_dark()),
+        key="against",
+        alt=f"Scatter: {title} of model B over that of model A for the same stretches of text.",
+        table=found.stretches,
+    )
+    sides = {"a": view.sampled(), "b": other}
+    loads = {name: ask(side, expert_load, **side.filters) for name, side in sides.items()}
+    counts = "; ".join(f"{name.upper()}: n = {sides[name].scope().n_tokens:,}" for name in sides)
+    _lines(sides, loads, counts)
+
+
+def _of_two(view: View, other: View, question: str) -> Any:
+    """Return an answer about two runs, remembered until one of the files changes."""
+    return _answer(view.key, other.key, question, view.run, other.run)
+
+
+@st.cache_data(max_entries=20, show_spinner=False)
+def _answer(key_a: state.Key, key_b: state.Key, question: str, _a: Run, _b: Run) -> Any:
+    asked = {"prompts": common_prompts, "divergence": token_divergence, "models": two_models}
+    return asked[question](_a, _b)
+
+
+@st.cache_data(max_entries=50, show_spinner=False)
+def _divergence_of(
+    key_a: state.Key, key_b: state.Key, _a: Run, _b: Run, prompt_a: int, prompt_b: int
+) -> pd.DataFrame:
+    return prompt_divergence(_a, _b, prompt_a, prompt_b)
+
+
+render()

@@ -1,0 +1,229 @@
+"""Two runs against each other: the same model twice, or two models on the same text."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from explorer.metrics import agreement, alignment
+from explorer.queries.two_runs import chosen, common_prompts, common_tokens, prompt_gates
+from explorer.run import Run
+
+# tokens of both runs whose experts are compared one by one
+MAX_TOKENS = 20_000
+# texts of two models whose pairs of stretches are compared
+MAX_PROMPTS = 40
+MAX_SEGMENTS = 120
+_PSEUDO = 0.5  # assignments added to each expert, so that an idle one has a ratio
+_CONFIG = (
+    *("model", "revision", "architecture", "dtype", "device", "level", "n_layers", "n_prompts"),
+    *("n_tokens", "complete", "started_at", "schema_version"),
+)
+
+
+class Relation(NamedTuple):
+    """Whether expert ids of two runs mean the same experts.
+
+    Attributes
+    ----------
+    same_shape : bool
+        Layers, experts and top-k are equal, as in checkpoints of one model.
+    same_model : bool
+        And both runs name the same model.
+    """
+
+    same_shape: bool
+    same_model: bool
+
+
+def relation(first: Run, second: Run) -> Relation:
+    """Return how two runs' models are related, as far as their files tell."""
+    shapes = [
+        [(s.layer, s.site, s.n_experts, s.top_k) for s in run.sites] for run in (first, second)
+    ]
+    same = shapes[0] == shapes[1] and first.info["architecture"] == second.info["architecture"]
+    return Relation(same, same and first.info["model"] == second.info["model"])
+
+
+def differences(first: Run, second: Run) -> pd.DataFrame:
+    """Return ``what, A, B`` of everything about the recordings that differs."""
+    rows = []
+    for name in _CONFIG:
+        a, b = (run.info.get(name) for run in (first, second))
+        if str(a) != str(b):
+            rows.append((name.replace("n_", "").replace("_", " "), _shown(a), _shown(b)))
+    return pd.DataFrame(rows, columns=["what", "A", "B"])
+
+
+def _shown(value: Any) -> str:
+    return "not recorded" if value is None else str(value)
+
+
+def load_change(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Return how each expert's share changed from A to B.
+
+    Parameters
+    ----------
+    first, second : DataFrame
+        From ``queries.load.expert_load`` of two runs of one model.
+
+    Returns
+    -------
+    DataFrame
+        ``layer, site, expert_id, n_experts, share_a, share_b, assignments_a, assignments_b``,
+        ``change`` = log2 of share B / share A, half an assignment added to each expert so that
+        idle ones have a ratio.
+    """
+    keys = ["layer", "site", "expert_id"]
+    columns = [*keys, "n_experts", "assignments", "share"]
+    both = first[columns].merge(
+        second[[*keys, "assignments", "share"]], on=keys, suffixes=("_a", "_b")
+    )
+    smooth = []
+    for side in ("a", "b"):
+        counts = both[f"assignments_{side}"] + _PSEUDO
+        smooth.append(counts / counts.groupby([both["layer"], both["site"]]).transform("sum"))
+    return both.assign(change=np.log2(smooth[1] / smooth[0]))
+
+
+def token_divergence(first: Run, second: Run, *, max_tokens: int = MAX_TOKENS) -> pd.DataFrame:
+    """Compare the experts of the same tokens in two runs of one model.
+
+    Returns
+    -------
+    DataFrame
+        One row per site: ``layer, site, tokens, jaccard, exact_set, top_1, js`` (Jensen-Shannon
+        divergence of the combine weights, nats), ``chance`` (Jaccard of random sets). Empty
+        without common tokens.
+    """
+    both = common_tokens(first, second, common_prompts(first, second), max_tokens=max_tokens)
+    rows = []
+    for site in first.sites if len(both) else []:
+        a = chosen(first, both["token_a"], site.layer, site=site.site)
+        b = chosen(second, both["token_b"], site.layer, site=site.site)
+        dense = [_dense(side.expert_ids, side.weights, site.n_experts) for side in (a, b)]
+        rows.append(
+            {
+                "layer": site.layer,
+                "site": site.site,
+                "tokens": len(both),
+                "jaccard": np.nanmean(agreement.jaccard(a.expert_ids, b.expert_ids)),
+                "exact_set": np.nanmean(agreement.exact_set(a.expert_ids, b.expert_ids)),
+                "top_1": np.nanmean(agreement.top_1(a.expert_ids, b.expert_ids)),
+                "js": np.nanmean(agreement.jensen_shannon(*dense)),
+                "chance": agreement.chance_jaccard(site.n_experts, site.top_k),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _dense(
+    ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], n_experts: int
+) -> npt.NDArray[np.float64]:
+    table = np.zeros((len(ids), n_experts + 1))
+    np.put_along_axis(table, np.where(ids >= 0, ids, n_experts), weights, axis=1)
+    return table[:, :n_experts]
+
+
+def prompt_divergence(first: Run, second: Run, prompt_a: int, prompt_b: int) -> pd.DataFrame:
+    """Compare the tokens of one prompt in two runs of one model.
+
+    Returns
+    -------
+    DataFrame
+        ``position, token_a, token_b, text, loss_a, loss_b, jaccard`` (mean over sites) and
+        ``first_layer`` (the first layer with other experts; missing where there is none).
+    """
+    prompts = pd.DataFrame({"prompt_a": [prompt_a], "prompt_b": [prompt_b]})
+    both = common_tokens(first, second, prompts, max_tokens=MAX_TOKENS)
+    texts = first.query(
+        "SELECT token_id AS token_a, text FROM tokens WHERE prompt_id = $prompt",
+        {"prompt": prompt_a},
+    )
+    both = both.merge(texts, on="token_a").sort_values("position").reset_index(drop=True)
+    found = []
+    for site in first.sites:
+        a = chosen(first, both["token_a"], site.layer, site=site.site)
+        b = chosen(second, both["token_b"], site.layer, site=site.site)
+        found.append(agreement.jaccard(a.expert_ids, b.expert_ids))
+    table = np.array(found).reshape(len(first.sites), len(both))
+    layers = np.array([site.layer for site in first.sites], dtype=np.float64)
+    other = np.where(table < 1, layers[:, None], np.inf).min(axis=0, initial=np.inf)
+    return both.assign(
+        jaccard=np.nanmean(table, axis=0) if len(both) else [],
+        first_layer=np.where(np.isfinite(other), other, np.nan),
+    )
+
+
+class TwoModels(NamedTuple):
+    """Two models on the same texts.
+
+    Attributes
+    ----------
+    stretches : DataFrame
+        ``prompt, text, entropy_a, entropy_b`` (normalised gate entropy), ``margin_a, margin_b``,
+        ``loss_a, loss_b`` (sums over the stretch, nats).
+    co_routing : CoRouting
+    prompts : int
+    """
+
+    stretches: pd.DataFrame
+    co_routing: alignment.CoRouting
+    prompts: int
+
+
+def two_models(first: Run, second: Run, *, max_prompts: int = MAX_PROMPTS) -> TwoModels:
+    """Compare two models on the texts that both runs hold, aligned by characters.
+
+    Expert ids of different models have nothing to do with each other, so that none are compared:
+    only how sure the routers are, and whether the same stretches are routed together.
+    """
+    prompts = common_prompts(first, second).head(max_prompts)
+    tables: list[pd.DataFrame] = []
+    pairs: tuple[list[Any], list[Any]] = ([], [])
+    for row in prompts.itertuples():
+        sides = [prompt_gates(first, row.prompt_a), prompt_gates(second, row.prompt_b)]
+        texts = [side["text"].fillna("").tolist() for side in sides]
+        # a prompt may have been truncated in one of the runs
+        if "".join(texts[0]) != "".join(texts[1]) or not "".join(texts[0]):
+            continue
+        found = alignment.align(*texts)
+        tables.append(_stretches(found, sides, str(row.text), int(row.prompt_a)))
+        kept = min(len(found.end), MAX_SEGMENTS)
+        for run, side, segment, into in zip(
+            (first, second), sides, (found.first, found.second), pairs, strict=True
+        ):
+            into.append(alignment.co_routing(_last_choices(run, side, segment, kept)))
+    empty = ["prompt", "text", *(f"{n}_{s}" for n in ("entropy", "margin", "loss") for s in "ab")]
+    stretches = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=empty)
+    return TwoModels(stretches, alignment.co_routing_agreement(*pairs), len(tables))
+
+
+def _stretches(
+    found: alignment.Segments, sides: list[pd.DataFrame], text: str, prompt: int
+) -> pd.DataFrame:
+    n = len(found.end)
+    columns: dict[str, Any] = {
+        "prompt": prompt,
+        "text": [text[a:b] for a, b in zip(found.start, found.end, strict=True)],
+    }
+    for name, side, segment in zip("ab", sides, (found.first, found.second), strict=True):
+        for quantity, column in (("entropy", "normalized_entropy"), ("margin", "margin")):
+            columns[f"{quantity}_{name}"] = alignment.segment_means(side[column], segment, n)
+        count = np.bincount(segment[segment >= 0], minlength=n)
+        mean = alignment.segment_means(side["loss"], segment, n)
+        columns[f"loss_{name}"] = mean * count
+    return pd.DataFrame(columns)
+
+
+def _last_choices(
+    run: Run, side: pd.DataFrame, segment: npt.NDArray[np.int64], kept: int
+) -> npt.NDArray[np.int64]:
+    """Return the experts [L, S, K] of the last token of each of the first segments."""
+    last = pd.Series(side["token_id"].to_numpy()).groupby(segment).last()
+    token_ids = last[last.index >= 0].iloc[:kept].to_numpy()
+    parts = [chosen(run, token_ids, s.layer, site=s.site).expert_ids for s in run.sites]
+    width = max(part.shape[1] for part in parts)
+    wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts]
+    return np.stack(wide)
