@@ -1,8 +1,8 @@
 """Head pruning: which attention heads a layer can do without, by reconstruction or by chance."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,20 +88,28 @@ def head_products(subject: Subject, heads: list[Heads], *, tokens: int) -> list[
         if len(text) > 1 and kept < tokens:
             used.append(text)
             kept += len(text)
-    with ExitStack() as stack:
-        for one, total in zip(heads, totals, strict=True):
 
-            def keep(
-                _: nn.Module, args: tuple[Any, ...], one: Heads = one, sums: torch.Tensor = total
-            ) -> None:
-                split = args[0].reshape(-1, one.n_heads, one.width).float()
-                weight = one.mixer.weight.float().reshape(-1, one.n_heads, one.width)
-                added = torch.einsum("thw,dhw->htd", split, weight).flatten(1).double()
-                sums += added @ added.T
+    @contextmanager
+    def listening() -> Iterator[None]:
+        with ExitStack() as stack:
+            for one, total in zip(heads, totals, strict=True):
 
-            stack.callback(one.mixer.register_forward_pre_hook(keep).remove)
-        # one text a pass: padding would count
-        sequence_losses(subject.model, used, batch_tokens=1)
+                def keep(
+                    _: nn.Module,
+                    args: tuple[Any, ...],
+                    one: Heads = one,
+                    sum_: torch.Tensor = total,
+                ) -> None:
+                    split = args[0].reshape(-1, one.n_heads, one.width).float()
+                    weight = one.mixer.weight.float().reshape(-1, one.n_heads, one.width)
+                    added = torch.einsum("thw,dhw->htd", split, weight).flatten(1).double()
+                    sum_ += added @ added.T
+
+                stack.callback(one.mixer.register_forward_pre_hook(keep).remove)
+            yield
+
+    # one text a pass: padding would count
+    sequence_losses(subject.model, used, swapped=listening, batch_tokens=1)
     return totals
 
 

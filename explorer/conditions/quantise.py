@@ -70,6 +70,11 @@ def fake_quantise(
     return rounded.reshape(moved.shape).movedim(-1, axis).to(weight.dtype).contiguous()
 
 
+def usual_group(inputs: int) -> int:
+    """Return 32, or the largest number below that divides the inputs of a weight."""
+    return next(size for size in range(min(GROUP, inputs), 0, -1) if inputs % size == 0)
+
+
 @CONDITIONS.add("quantised")
 class Quantised(Condition):
     """Round weights to few bits; products are still computed in the model's own dtype.
@@ -78,7 +83,8 @@ class Quantised(Condition):
     ----------
     bits : int, 2 to 8
     group : int or None
-        Weights that share a scale; 0 = one scale for each output. None = 0 at 8 bits, else 32.
+        Weights that share a scale; 0 = one scale for each output. None = one scale for each output
+        at 8 bits, else 32, or the largest number below that divides the inputs.
     parts : sequence of {"attention", "router", "experts", "rest"}
         Whose matrices are rounded. The router is left out by default, as is usual.
     """
@@ -107,9 +113,7 @@ class Quantised(Condition):
         if group is not None and group < 0:
             raise ConditionError(f"A group of 0 or more weights was expected, got {group}.")
         self.bits = bits
-        usual = 0 if bits == MOST_BITS else GROUP
-        self.group = usual if group is None else group
-        self._suffix = "" if self.group == usual else f" group {self.group}"
+        self.group = 0 if group is None and bits == MOST_BITS else group
         self.parts = check_parts(parts)
 
     @property
@@ -117,7 +121,8 @@ class Quantised(Condition):
         """Bits, and group and parts where they are not the usual ones."""
         usual = self.parts == ("attention", "experts")
         parts = "" if usual else " " + "+".join(self.parts)
-        return f"int{self.bits}{parts}{self._suffix}"
+        plain = self.group is None or (self.group == 0 and self.bits == MOST_BITS)
+        return f"int{self.bits}{parts}" + ("" if plain else f" group {self.group}")
 
     def _open(self, subject: Subject, applied: Applied) -> AbstractContextManager[Any]:
         named = part_parameters(subject)
@@ -125,10 +130,9 @@ class Quantised(Condition):
         for part in self.parts:
             for parameter in matrices(named[part]).values():
                 axis = input_axis(subject, parameter)
-                changes[parameter] = fake_quantise(
-                    parameter.data, self.bits, group=self.group, axis=axis
-                )
-                size = self.group or parameter.shape[axis]
+                inputs = parameter.shape[axis]
+                size = usual_group(inputs) if self.group is None else self.group or inputs
+                changes[parameter] = fake_quantise(parameter.data, self.bits, group=size, axis=axis)
                 stored = parameter.numel() * (self.bits + SCALE_BITS / size) / 8
                 applied.weight_bytes += stored - parameter.numel() * parameter.element_size()
         applied.chosen["bits"] = self.bits
