@@ -74,7 +74,7 @@ def _one_view(view: SavedView) -> None:
         if view.note:
             st.markdown(address.plain(view.note))
         saved.warn_of_changes(view)
-        with st.container(horizontal=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
             st.page_link(
                 "explorer/pages/overview.py",
                 label="Open",
