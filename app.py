@@ -18,6 +18,7 @@ PAGES = {
     "trends": ("Trends", ":material/trending_up:"),
     "share": ("Share", ":material/share:"),
     "capture": ("Capture", ":material/radio_button_checked:"),
+    "learn": ("Learn", ":material/school:"),
 }
 
 st.set_page_config(page_title="RouteScope", page_icon=":material/route:", layout="wide")
@@ -33,7 +34,7 @@ pages = [
     for name, (title, icon) in PAGES.items()
     if name != "capture" or service.may_write()
 ]
-page = st.navigation(pages)
+page = st.navigation(pages, expanded=True)
 saved.follow(pages)
 address.begin(page.url_path or "overview")
 shell.frame(page.title)

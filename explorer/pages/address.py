@@ -26,6 +26,7 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "trends": ("source", "trend"),
     "capture": ("job",),
     "share": (),
+    "learn": ("step", "term"),
 }
 # what means nothing in another run
 OF_A_RUN = (

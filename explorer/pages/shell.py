@@ -16,6 +16,8 @@ _LOGO = state.ROOT / "explorer" / "assets" / "logo.svg"
 _STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding: 2.6rem 3rem 3rem; }
 [data-testid="stMetric"] { height: 100%; }
+[data-testid="stSidebarNavLink"] { min-height: 1.7rem; padding-block: 0; }
+[data-testid="stSidebarNavItems"] { row-gap: 0; }
 </style>"""
 
 

@@ -9,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from explorer.pages import printing
+from explorer.glossary import help_text, term_of
+from explorer.pages import address, printing
 
 # of the picture that the camera above a figure saves; kept for all figures of a session
 _FORMAT = "format of pictures"
@@ -89,6 +90,13 @@ def chart(
         box.dataframe(
             table.head(_LISTED), hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded"
         )
+    name = term_of(key)
+    row.page_link(
+        "explorer/pages/learn.py",
+        label="?",
+        help=help_text(name),
+        query_params=address.kept() | {"term": name},
+    )
     menu = row.popover(
         "",
         icon=":material/download:",
