@@ -111,7 +111,8 @@ def front(
     """
     axis = AXES[cost]
     figure = go.Figure()
-    named = len(results) <= _LABELLED
+    ours = results[results["family"] != "control"]
+    named = len(ours) <= _LABELLED
     for family, (color, symbol) in FAMILIES.items():
         rows = results[results["family"] == family]
         if rows.empty:
@@ -126,8 +127,8 @@ def front(
                     "thickness": 1.2,
                     "width": 3,
                 },
-                mode="markers+text" if named else "markers",
-                text=[label(name, limit=22) for name in rows["router"]] if named else None,
+                mode="markers+text" if named and family != "control" else "markers",
+                text=[label(name, limit=22) for name in rows["router"]],
                 textposition="top center",
                 textfont={"size": 10},
                 customdata=numbers[:, None],
@@ -158,18 +159,32 @@ def front(
             hoverinfo="skip",
         )
     )
+    low, high = _extent(ours if len(ours) else results)
+    above = int((results["loss_change"] > high).sum())
     figure.update_xaxes(title=axis.title)
-    figure.update_yaxes(title="change in loss (nats a token; 0 = the model's own router)")
+    figure.update_yaxes(
+        title="change in loss (nats a token; 0 = the model's own router)", range=[low, high]
+    )
     figure.update_layout(clickmode="event+select", dragmode="zoom", hovermode="closest")
     return theme.finish(
         figure,
         title="What routers cost and what they save",
         caption=f"n = {tokens:,} held-out tokens; bars: ± 2 standard errors of the paired "
-        f"difference; the model's own loss is {native_loss:.3f}",
+        f"difference; the model's own loss is {native_loss:.3f}"
+        + (f"; {above} points lie above: double-click to see all" if above else ""),
         dark=dark,
         height=480,
         legend=True,
     )
+
+
+def _extent(rows: pd.DataFrame) -> tuple[float, float]:
+    """Return the range of the losses, with room for bars and names; chance would squeeze it."""
+    error = 2 * rows["loss_se"].fillna(0.0)
+    low = min(0.0, float((rows["loss_change"] - error).min()))
+    high = max(0.0, float((rows["loss_change"] + error).max()))
+    room = 0.08 * max(high - low, 1e-3)
+    return low - room, high + 2 * room
 
 
 def pareto(results: pd.DataFrame, cost: str) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from explorer.figures.comparison import (
 from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.components.compare_start import start_comparison
-from explorer.pages.components.compare_text import two_routers
+from explorer.pages.components.compare_text import NATIVE, two_routers
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, is_dark
 
@@ -114,7 +114,7 @@ def _show(view: View, comparison: Comparison) -> None:
         _front(shown, info)
         _table(shown)
         _card(comparison, live)
-        _layers_and_domains(comparison, table, info)
+        _layers_and_domains(comparison, table, set(shown["router"]), info)
         two_routers(comparison)
         _learning(comparison)
     _replay(table)
@@ -249,7 +249,7 @@ def _card(comparison: Comparison, live: pd.DataFrame) -> None:
         "router",
         "Router",
         names,
-        default=next((n for n in names if pd.isna(cards.loc[n, "control"])), names[0]),
+        default=next((n for n in names if _own(n, cards)), names[0]),
         show=lambda name: name,
     )
     card = cards.loc[name]
@@ -269,6 +269,11 @@ def _card(comparison: Comparison, live: pd.DataFrame) -> None:
             + (f"It is fitted: {fits}." if isinstance(fits, str) else "Nothing is fitted.")
         )
         _against_controls(comparison, live, rows, name)
+
+
+def _own(name: str, cards: pd.DataFrame) -> bool:
+    """Return whether a router is neither the model's own nor a control."""
+    return name != NATIVE and cards.loc[name, "family"] != "control"
 
 
 def _against_controls(
@@ -300,9 +305,15 @@ def _against_controls(
         )
 
 
-def _layers_and_domains(comparison: Comparison, table: pd.DataFrame, info: dict[str, Any]) -> None:
+def _layers_and_domains(
+    comparison: Comparison, table: pd.DataFrame, names: set[str], info: dict[str, Any]
+) -> None:
+    # random rules would leave the others without colour
+    table, domains = (
+        rows[rows["router"].isin(names) & ~rows["router"].str.startswith("random")]
+        for rows in (table, comparison.domains)
+    )
     single = table[(table["mode"] == "live-layer") & table["layer"].notna()]
-    domains = comparison.domains
     tokens = int(info["report_tokens"])
     if not single.empty:
         st.subheader("Layer by layer", anchor=False)
