@@ -22,7 +22,7 @@ from explorer.routers.rl_learn import (
 )
 from explorer.routers.training import CurveRow, TrainingSession
 
-TOKENS, WATCHED = 50_000, 8192
+TOKENS, PASSES, WATCHED = 120_000, 1, 8192
 ENTROPY_BONUS = 0.002
 DEAREST, HALVINGS = 16.0, 40  # nats an expert; halvings of the range in which a price is sought
 
@@ -36,8 +36,8 @@ class _OfflineRouter(ActionRouter):
     ----------
     tokens : int
         Of the fit split that are explored.
-    passes : int, optional
-        Random actions of each token and layer; None = one more than there are actions.
+    passes : int
+        Random actions of each token and layer. More tokens teach more than more passes.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class _OfflineRouter(ActionRouter):
         least: int = 0,
         state: StateKind = "full",
         cost: CostKind = "experts",
-        width: int = 32,
-        steps: int = 600,
+        width: int = 16,
+        steps: int = 400,
         tokens: int = TOKENS,
-        passes: int | None = None,
+        passes: int = PASSES,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -92,10 +92,9 @@ class _OfflineRouter(ActionRouter):
             )
             for site in session.sites
         }
-        passes = self.passes or 1 + max(len(each.used) for each in actions.values())
-        key = ("explore", self.actions, self.most, self.least, self.tokens, passes)
+        key = ("explore", self.actions, self.most, self.least, self.tokens, self.passes)
         return session.once(
-            key, lambda: explore(session, actions, n_tokens=self.tokens, passes=passes)
+            key, lambda: explore(session, actions, n_tokens=self.tokens, passes=self.passes)
         )
 
     def _rewards(self, place: Site, log: Log) -> torch.Tensor:
@@ -219,10 +218,10 @@ class QLearningRouter(_OfflineRouter):
         least: int = 0,
         state: StateKind = "full",
         cost: CostKind = "experts",
-        width: int = 32,
-        steps: int = 600,
+        width: int = 16,
+        steps: int = 400,
         tokens: int = TOKENS,
-        passes: int | None = None,
+        passes: int = PASSES,
         seed: int = 0,
     ) -> None:
         super().__init__(

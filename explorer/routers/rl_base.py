@@ -54,8 +54,8 @@ class ActionRouter(TrainedRouter, RoutingRouter):
         least: int = 0,
         state: StateKind = "full",
         cost: CostKind = "experts",
-        width: int = 32,
-        steps: int = 600,
+        width: int = 16,
+        steps: int = 400,
         seed: int = 0,
     ) -> None:
         if price < 0 or state not in ("full", "gate"):

@@ -19,7 +19,6 @@ from explorer.routers.rl_actions import ActionKind, CostKind, StateKind
 from explorer.routers.rl_base import ActionRouter
 from explorer.routers.rl_explore import Acting, Passes
 from explorer.routers.rl_learn import (
-    LEARNING_RATE,
     LayerQ,
     Step,
     is_point,
@@ -29,6 +28,7 @@ from explorer.routers.rl_learn import (
 )
 from explorer.routers.training import TrainingSession
 
+LEARNING_RATE = 3e-3
 KEPT_BATCHES = 24  # of the replay memory
 UPDATES, SAMPLE, SYNC = 4, 1024, 10
 FIRST_EPSILON, LAST_EPSILON = 1.0, 0.1
@@ -54,7 +54,7 @@ class _OnlineRouter(ActionRouter):
         least: int = 0,
         state: StateKind = "full",
         cost: CostKind = "experts",
-        width: int = 32,
+        width: int = 16,
         steps: int = 200,
         batch_tokens: int = 1024,
         seed: int = 0,

@@ -106,7 +106,8 @@ class TrainedGate(TrainedRouter, PartRouter):
     def _train(self, session: TrainingSession) -> None:
         widths = _widths(session, self.part)
         self.places_ = sorted(widths)
-        d = int(text_config(session.model).hidden_size)
+        config: Any = text_config(session.model)
+        d = int(config.hidden_size)
         network = seeded(lambda: self.make(d, [widths[p] for p in self.places_]), self.seed)
         for readout in cast(Any, network).readout:
             nn.init.normal_(readout.weight, std=0.01, generator=_generator(self.seed))
