@@ -26,7 +26,7 @@ def synthetic(rows: int, layers: int, width: int, n_experts: int, top_k: int) ->
     """Make router inputs of ``layers`` layers, ``rows`` of them together, and a small fit split."""
     split = RecordedSplit({}, {})
     for layer in range(layers):
-        generator = torch.Generator().manual_seed(layer)
+        generator = torch.Generator().manual_seed(10_000 + layer)
         gate = torch.randn(n_experts, width, generator=generator) / width**0.5
         for part, n in ((split.fit, 2048), (split.held_out, rows // layers)):
             part[layer, 0] = _inputs(layer, gate, n, top_k, generator)

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -197,20 +198,22 @@ def load_router_file(path: str | Path) -> list[str]:
     before = _loaded.get(path)
     if before is not None and before[0] == content:
         return before[1]
-    for name in before[1] if before else ():
-        ROUTERS.discard(name)
+    for old in before[1] if before else ():
+        ROUTERS.discard(old)
     known = set(ROUTERS)
-    found = importlib.util.spec_from_file_location(path.stem, path)
+    # a name that shadows no other module, so that its classes can be pickled
+    name = f"router_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
         raise RouterError(f"Expected a file that ends in .py, got {path.name}.")
-    module = importlib.util.module_from_spec(found)
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
     except Exception as error:
-        for name in set(ROUTERS) - known:
-            ROUTERS.discard(name)
+        for added_before in set(ROUTERS) - known:
+            ROUTERS.discard(added_before)
         raise RouterError(f"{path.name} failed: {type(error).__name__}: {error}") from error
-    added = [name for name in ROUTERS if name not in known]
+    added = [one for one in ROUTERS if one not in known]
     if not added:
         raise RouterError(
             f"{path.name} adds no router. Put @ROUTERS.add('my_router') above its class, with "

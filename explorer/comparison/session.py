@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,30 +103,43 @@ class Session:
 
     def compute(self, units: Sequence[Unit]) -> None:
         """Compute units one by one; what one of them cannot do is noted, and the others go on."""
+        if any(unit.mode != "replay" for unit in units):
+            _ = self.lab  # a model that cannot be loaded fails once, not for every router
         self.reporter.start(len(units))
-        for unit in units:
-            if self.cancelled():
-                raise ComparisonCancelled(self._kept(), self._written())
-            seed = "" if unit.seed is None else f", seed {unit.seed}"
-            self.reporter.at(f"{unit.spec.label}{seed}: {unit.mode}")
-            found = empty_rows()
-            error = None
-            try:
-                self._compute(unit, found)
-            except (ComparisonCancelled, TrainingCancelled):
-                raise ComparisonCancelled(self._kept(), self._written()) from None
-            except (ExplorerError, CaptureError) as problem:
-                found, error = empty_rows(), str(problem)
-                self.reporter.note(f"{unit.spec.label} ({unit.mode}): {error}")
-            self._store(unit, found, error)
-            self.reporter.advance()
-        self._write(complete=True)
+        try:
+            for unit in units:
+                self._compute_one(unit)
+        finally:
+            # whatever ended it, Ctrl-C included, what is finished is kept
+            if self.rows["units"]:
+                done = {(u["router"], u["seed"], u["mode"]) for u in self.rows["units"]}
+                self._write(complete=all(unit.name in done for unit in units))
 
-    def _kept(self) -> str:
-        return f"Stopped. What was finished is in {self.path.name}."
+    def _compute_one(self, unit: Unit) -> None:
+        if self.cancelled():
+            raise self._stopped()
+        seed = "" if unit.seed is None else f", seed {unit.seed}"
+        self.reporter.at(f"{unit.spec.label}{seed}: {unit.mode}")
+        found = empty_rows()
+        error = None
+        try:
+            self._compute(unit, found)
+        except (ComparisonCancelled, TrainingCancelled):
+            raise self._stopped() from None
+        except (ExplorerError, CaptureError) as problem:
+            found, error = empty_rows(), str(problem)
+            self.reporter.note(f"{unit.spec.label} ({unit.mode}): {error}")
+        self._store(unit, found, error)
+        self.reporter.advance()
 
-    def _written(self) -> Path | None:
-        return self.path if self.path.is_file() else None
+    def _stopped(self) -> ComparisonCancelled:
+        if not self.rows["units"]:
+            return ComparisonCancelled("Stopped before the first router was finished.")
+        return ComparisonCancelled(
+            f"Stopped. What was finished is in {self.path.name}; the same comparison again does "
+            "only the rest.",
+            self.path,
+        )
 
     def _fingerprint(self, unit: Unit) -> str:
         code = content_of([unit.spec.name])
@@ -264,8 +278,14 @@ class Session:
             self.rows[table] = [*kept, *found[table]]
         entry = {"router": label, "seed": seed, "mode": mode, "error": error}
         self.rows["units"].append({**entry, "fingerprint": self._fingerprint(unit)})
-        self._write(complete=False)
+        # a file grows with its rows: writing it takes a small part of the time at most
+        begun = time.monotonic()
+        if begun - self._written_at > 20 * self._write_seconds:
+            self._write(complete=False)
+            self._written_at = time.monotonic()
+            self._write_seconds = self._written_at - begun
 
+    _written_at = _write_seconds = 0.0
     _facts: dict[str, Any]
 
     def _write(self, *, complete: bool) -> None:

@@ -1,0 +1,245 @@
+"""Names of routers, files of comparisons, and the command line, without running a model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+import router_checks
+import tiny_models
+
+import capture
+from explorer import open_comparison
+from explorer.__main__ import main
+from explorer.comparison.file import comparisons_of, write_comparison
+from explorer.comparison.names import (
+    arguments_of,
+    load_router_file,
+    make_router,
+    parse_router,
+    split_routers,
+    takes_seed,
+)
+from explorer.comparison.tables import FORMAT_VERSION, TABLES, empty_rows
+from explorer.errors import ComparisonError, RouterError, UnknownNameError
+from explorer.routers import ROUTERS, TopP
+
+ROOT = Path(__file__).parent.parent
+MY_ROUTER = '''
+"""The heaviest expert of the token before, and the token's own."""
+from dataclasses import replace
+from explorer.routers import ROUTERS
+from explorer.routers.native import TopKRouter
+
+@ROUTERS.add("{name}")
+class MyRouter(TopKRouter):
+    info = replace(TopKRouter.info, name="{name}", title="Mine", family="gating")
+
+    def __init__(self, *, k: int = {k}) -> None:
+        super().__init__(k=k)
+'''
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "options"),
+    [
+        ("top_k", "top_k", {}),
+        (" top_k( k = 1 ) ", "top_k(k=1)", {"k": 1}),
+        ("kmeans(soft=True, n_clusters=4)", "kmeans(n_clusters=4, soft=True)", None),
+        ("random(choose='best')", "random(choose='best')", {"choose": "best"}),
+        ("base(window=-1)", "base(window=-1)", {"window": -1}),
+    ],
+)
+def test_a_router_is_read_with_its_arguments(text, label, options):
+    spec = parse_router(text)
+    assert spec.label == label and parse_router(spec.label) == spec
+    if options is not None:
+        assert spec.options == options
+
+
+def test_a_selector_may_be_an_argument():
+    spec = parse_router("top_k(selector=TopP(p=0.3))")
+    assert spec.label == "top_k(selector=TopP(p=0.3))"
+    assert make_router(spec).selector == TopP(0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("top_k(1)", "every argument with its name"),
+        ("top_k(k=", "Expected a router"),
+        ("top_k(k=[1])", "Expected a number"),
+        ("top_k(k=__import__('os').getpid())", "Expected a router"),
+        ("top_k(selector=open(file='x'))", "one of the selectors"),
+        ("a.b(k=1)", "Expected a router"),
+        ("", "Expected a router"),
+    ],
+)
+def test_what_is_no_router_is_refused_and_nothing_is_run(text, message):
+    with pytest.raises(RouterError, match=message):
+        parse_router(text)
+
+
+def test_a_router_is_made_or_refused_with_what_it_takes():
+    assert make_router(parse_router("kmeans(n_clusters=5)"), seed=3).seed == 3
+    assert make_router(parse_router("kmeans(seed=1)"), seed=3).seed == 1
+    # arguments that a class hands on are its own too
+    assert arguments_of(ROUTERS["cosine"])["steps"] == 400
+    assert make_router(parse_router("cosine(steps=7, width=4)")).steps == 7
+    with pytest.raises(RouterError, match=r"takes no argument 'kk'.*k, selector"):
+        make_router(parse_router("top_k(kk=1)"))
+    with pytest.raises(UnknownNameError, match="Did you mean"):
+        make_router(parse_router("top_kk"))
+    assert takes_seed(parse_router("kmeans")) and not takes_seed(parse_router("kmeans(seed=0)"))
+    assert not takes_seed(parse_router("top_k"))
+
+
+def test_routers_are_divided_outside_brackets():
+    text = "a, top_k(k=1), kmeans(n_clusters=2, soft=True),"
+    assert split_routers(text) == ["a", "top_k(k=1)", "kmeans(n_clusters=2, soft=True)"]
+
+
+@pytest.fixture
+def router_file(tmp_path):
+    path = tmp_path / "my_router.py"
+    path.write_text(MY_ROUTER.format(name="mine_for_tests", k=1), encoding="utf-8")
+    yield path
+    ROUTERS.discard("mine_for_tests")
+
+
+def test_a_router_of_ones_own_file_joins_and_passes_the_conformance_suite(router_file):
+    assert load_router_file(router_file) == ["mine_for_tests"]
+    for check in router_checks.CHECKS:
+        check(ROUTERS["mine_for_tests"])
+    assert load_router_file(router_file) == ["mine_for_tests"]  # again: nothing twice
+    router_file.write_text(MY_ROUTER.format(name="mine_for_tests", k=3), encoding="utf-8")
+    load_router_file(router_file)
+    assert ROUTERS["mine_for_tests"]().k == 3
+
+
+def test_a_file_without_a_router_is_refused(tmp_path):
+    path = tmp_path / "empty.py"
+    with pytest.raises(RouterError, match="there is none"):
+        load_router_file(path)
+    path.write_text("x = 1\n", encoding="utf-8")
+    with pytest.raises(RouterError, match="adds no router"):
+        load_router_file(path)
+    path.write_text("1 / 0\n", encoding="utf-8")
+    with pytest.raises(RouterError, match="ZeroDivisionError"):
+        load_router_file(path)
+
+
+def some_rows():
+    rows = empty_rows()
+    rows["comparison"] = [
+        {"format_version": FORMAT_VERSION, "run_name": "r", "settings": '{"a": 1}',
+         "packages": "{}", "complete": True}
+    ]  # fmt: skip
+    unit = {"router": "top_k(k=1)", "seed": None, "mode": "live"}
+    rows["results"] = [
+        {**unit, "layer": None, "loss_change": 0.5, "causal": True},
+        {**unit, "layer": 3, "causal": False},
+    ]
+    rows["choices"] = [{**unit, "text_id": 0, "position": 1, "layer": 0, "site": 0,
+                        "expert_ids": [5, 2], "weights": [0.75, 0.25]}]  # fmt: skip
+    return rows
+
+
+def test_a_file_comes_back_as_it_was_written(tmp_path):
+    path = tmp_path / "r.0123abcd.comparison"
+    write_comparison(path, some_rows())
+    with open_comparison(path) as comparison:
+        assert comparison.info["settings"] == {"a": 1} and comparison.info["complete"]
+        table = comparison.table
+        assert table["layer"].isna().tolist() == [True, False] and table["layer"][1] == 3
+        assert table["loss_change"][0] == 0.5 and table["seed"].isna().all()
+        assert list(table.columns) == list(TABLES["results"])
+        chosen = comparison.query("SELECT expert_ids FROM choices WHERE router = ?", ["top_k(k=1)"])
+        assert list(chosen["expert_ids"][0]) == [5, 2]
+        with pytest.raises(ComparisonError, match="disabled"):
+            comparison.query("SELECT * FROM read_text('/etc/hostname')")
+        with pytest.raises(ComparisonError, match="Expected one of"):
+            comparison.rows("secrets")
+        again = comparison.records()
+    other = tmp_path / "r.9999abcd.comparison"
+    write_comparison(other, again)
+    assert open_comparison(other).table.equals(table)
+    assert set(comparisons_of(tmp_path / "r.duckdb")) == {path, other}
+    assert comparisons_of(tmp_path / "r2.duckdb") == []
+    with duckdb.connect(str(path), read_only=True) as plain:
+        assert plain.sql("SELECT count(*) FROM results").fetchall() == [(2,)]
+
+
+def test_what_is_no_comparison_is_refused(tmp_path):
+    path = tmp_path / "r.0123abcd.comparison"
+    with pytest.raises(ComparisonError, match="there is none"):
+        open_comparison(path)
+    path.write_bytes(b"no database at all")
+    with pytest.raises(ComparisonError, match="no comparison file"):
+        open_comparison(path)
+    write_comparison(path, some_rows())
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("ALTER TABLE results RENAME TO kept")
+        connection.execute("CREATE VIEW results AS SELECT * FROM kept")
+    with pytest.raises(ComparisonError, match="other tables"):
+        open_comparison(path)
+    rows = some_rows()
+    rows["results"][0]["loss_chanje"] = 1
+    with pytest.raises(ComparisonError, match="no column loss_chanje"):
+        write_comparison(path, rows)
+
+
+def test_opening_needs_no_torch(tmp_path):
+    path = tmp_path / "r.0123abcd.comparison"
+    write_comparison(path, some_rows())
+    code = (
+        f"import sys, explorer; explorer.open_comparison({str(path)!r}).table; "
+        "import explorer.comparison.names, explorer.worker; print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+def test_the_list_of_routers_says_what_the_cards_say(capsys):
+    assert main(["routers", "--json"]) == 0
+    cards = {card["name"]: card for card in json.loads(capsys.readouterr().out)}
+    assert set(cards) == set(ROUTERS)
+    assert not cards["expert_choice"]["causal_declared"]
+    assert (
+        cards["kmeans"]["fits"] == "statistics" and "n_clusters=128" in cards["kmeans"]["arguments"]
+    )
+    assert main(["routers", "--family", "clustering"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["name", "family", "part"]
+    assert all("clustering" in line for line in lines[1:]) and len(lines) > 5
+
+
+def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):
+    model = tiny_models.build("mixtral")
+    run = tmp_path / "tiny.duckdb"
+    prompts = [[*range(3, 20)], [*range(20, 44)], [*range(5, 40)], [*range(8, 30)]]
+    capture.record(model, prompts, run, sample_tokens=500, progress=False)
+    asked = ["compare", str(run), "--routers", "top_k(k=1), native", "--quiet"]
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    whole = {row["router"]: row for row in found["rows"] if row["layer"] is None}
+    assert whole["native"]["agreement"] == 1 and whole["native"]["mode"] == "replay"
+    assert whole["top_k(k=1)"]["experts_per_token"] == 1
+    assert whole["top_k(k=1)"]["agreement"] == pytest.approx(1 / 3)
+    needed = "router family mode layer loss_change loss_se experts_per_token flops_ratio"
+    needed += " latency_ratio agreement max_violation causal simulated"
+    assert set(needed.split()) <= set(found["rows"][0])
+    assert Path(found["file"]).parent == tmp_path
+    assert main(asked) == 0
+    text = capsys.readouterr().out
+    assert "top_k(k=1)" in text and found["file"] in text
+    assert main(["compare", str(run), "--routers", "nothing", "--quiet"]) == 2
+    assert "No router is named" in capsys.readouterr().err
+    assert main(["compare", str(run), "--routers", "layer_gate", "--quiet"]) == 2
+    assert "--live" in capsys.readouterr().err
+    assert main(["compare", str(run), "--routers", "native", "--seeds", "x", "--quiet"]) == 2
+    assert "--seeds" in capsys.readouterr().err
