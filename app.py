@@ -24,13 +24,7 @@ PAGES = {
 st.set_page_config(page_title="RouteScope", page_icon=":material/route:", layout="wide")
 access.begin()
 pages = [
-    st.Page(
-        f"explorer/pages/{name}.py",
-        title=title,
-        icon=icon,
-        url_path=name.replace("_", "-"),
-        default=name == "overview",
-    )
+    shell.page(name, title, icon)
     for name, (title, icon) in PAGES.items()
     if name != "capture" or service.may_write()
 ]

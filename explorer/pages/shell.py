@@ -1,6 +1,7 @@
 """The frame around every page, and what is shown while there is no run yet."""
 
 import streamlit as st
+from streamlit.navigation.page import StreamlitPage
 
 from explorer import service
 from explorer.pages import address, filters, saved, state
@@ -19,6 +20,17 @@ _STYLE = """<style>
 [data-testid="stSidebarNavLink"] { min-height: 1.7rem; padding-block: 0; }
 [data-testid="stSidebarNavItems"] { row-gap: 0; }
 </style>"""
+
+
+def page(name: str, title: str, icon: str) -> StreamlitPage:
+    """Return a page of the app, whose address is its name; the overview is at the root."""
+    return st.Page(
+        f"explorer/pages/{name}.py",
+        title=title,
+        icon=icon,
+        url_path=name.replace("_", "-"),
+        default=name == "overview",
+    )
 
 
 def frame(title: str) -> None:
