@@ -236,7 +236,7 @@ def _harm(harm: dict[str, Any]) -> str:
         f" **{len(harm['specific'])}** were found that cost one domain at least"
         f" {harm['threshold_own']} nats a token and the others at most"
         f" {harm['threshold_others']} on average; {strict} of these cost no other domain more than"
-        f" that. The table has the {len(harm['measured'])} experts that a scan of all found most"
+        f" that. The table has the {len(harm['measured'])} experts that a scan of these found most"
         f" specific, on {harm['windows_per_domain']} windows a domain (± standard error over"
         f" windows).\n\n{_table(header, rows)}\n"
     )
