@@ -38,15 +38,13 @@ _SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
 def render() -> None:
     """Draw the page."""
     view = current_view()
+    if view.run.counts_only:
+        _text_left_out()
+        return
     st.markdown(
         "A model reads text in pieces, its **tokens**. Below is a prompt as the model saw it; "
         "click a token to see which experts it went to, and how sure the router was."
     )
-    if view.run.counts_only:
-        st.caption(
-            "Without text there are no tokens to read here. Overview and Flow show the sums."
-        )
-        return
     expert_tokens_section(view)
     chosen = _pick_prompt(view)
     if chosen is None:
@@ -72,6 +70,25 @@ def render() -> None:
         _heatmap(view, chosen, values, quantity, token_id, listed)
     with right, st.container(key="token panel"):
         token_panel(view, listed[listed["token_id"] == token_id].iloc[0])
+
+
+def _text_left_out() -> None:
+    """Say what there is instead of tokens in a run of counts only."""
+    st.markdown(
+        "This page reads prompts token by token, and this run holds neither their text nor what "
+        "the routers did with each token. The sums that were kept are on these pages:"
+    )
+    for page, title in (
+        ("overview", "Overview"),
+        ("load_balance", "Load balance"),
+        ("flow", "Flow"),
+    ):
+        st.page_link(
+            f"explorer/pages/{page}.py",
+            label=title,
+            icon=":material/arrow_forward:",
+            query_params=address.kept(),
+        )
 
 
 def _pick_prompt(view: View) -> "pd.Series | None":

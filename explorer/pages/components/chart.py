@@ -87,9 +87,9 @@ def chart(
     )
     if box.open:
         table = table() if callable(table) else table
-        box.dataframe(
-            table.head(_LISTED), hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded"
-        )
+        # a report cuts the table itself, and says how many rows there are
+        shown = table if printing.theme() else table.head(_LISTED)
+        box.dataframe(shown, hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded")
     name = term_of(key)
     row.page_link(
         "explorer/pages/learn.py",
