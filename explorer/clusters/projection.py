@@ -131,21 +131,22 @@ def _umap(near: Floats, options: MapOptions, report: Report) -> Floats:
     search = NearestNeighbors(n_neighbors=n_neighbors + 1, algorithm="brute").fit(near)
     distances, ids = search.kneighbors(near)
     report("Starting UMAP; the first time takes longer", 0.1)
-    from umap import UMAP
-
-    mapper = UMAP(
-        n_neighbors=n_neighbors + 1,
-        min_dist=options.min_dist,
-        n_epochs=options.n_epochs,
-        init="pca",
-        random_state=options.seed,
-        n_jobs=1,
-        precomputed_knn=(ids, distances.astype(np.float32)),
-        tqdm_kwds={"file": _Epochs(options.n_epochs, report), "disable": False} | _BARE,
-    )
     with warnings.catch_warnings():
-        # duplicates and points apart from all others are no news to a reader of the map
+        # duplicates, points apart from all others, and what umap could do with tensorflow are no
+        # news to a reader of the map
         warnings.simplefilter("ignore")
+        from umap import UMAP
+
+        mapper = UMAP(
+            n_neighbors=n_neighbors + 1,
+            min_dist=options.min_dist,
+            n_epochs=options.n_epochs,
+            init="pca",
+            random_state=options.seed,
+            n_jobs=1,
+            precomputed_knn=(ids, distances.astype(np.float32)),
+            tqdm_kwds={"file": _Epochs(options.n_epochs, report), "disable": False} | _BARE,
+        )
         return np.asarray(mapper.fit_transform(near), dtype=np.float32)
 
 
