@@ -176,10 +176,8 @@ class FitData:
             self._inputs[attention] = found
         return self._inputs[attention]
 
-    def conventions(self) -> dict[Key, Convention | None]:
-        """Return how the model weighs its experts; None where each pass has to find out."""
-        if not self.texts.sequences:
-            return dict.fromkeys(self.places)
+    def conventions(self) -> dict[Key, Convention]:
+        """Return how the model weighs its experts."""
         return {
             place: Convention(inputs.renormalize, inputs.scaling)
             for place, inputs in self.inputs().items()

@@ -25,7 +25,7 @@ from explorer.comparison.measure import Chosen, SiteSums, Spy, Watcher
 from explorer.comparison.texts import Split, Texts
 from explorer.errors import ComparisonCancelled
 from explorer.routers import Router, TrainingSession
-from explorer.routers.live import LiveRule
+from explorer.routers.live import Convention, LiveRule
 from explorer.routers.native import NativeRouter
 
 Key = tuple[int, int]  # layer, site
@@ -138,13 +138,20 @@ class Lab:
                              attention=fitted.attention)  # fmt: skip
         return self._gated(fitted, None if only is None else [layer for layer, _ in only])
 
+    @cached_property
+    def conventions(self) -> dict[Key, Convention]:
+        """How the model weighs its experts at each site, seen on a few texts."""
+        texts = self.data.texts if self.data.texts.sequences else self.report
+        return FitData(
+            self.model, self.sites, texts.take(range(len(texts.sequences))[:8])
+        ).conventions()
+
     def rules(self, fitted: Fitted) -> dict[Key, Rule]:
         """Return a router's rules for all sites."""
-        conventions = self.data.conventions()
         return {
             place: NativeRule()
             if isinstance(router, NativeRouter)
-            else LiveRule(router, conventions.get(place))
+            else LiveRule(router, self.conventions[place])
             for place, router in fitted.routers.items()
         }
 

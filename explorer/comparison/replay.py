@@ -95,7 +95,14 @@ def replay(
 
 
 class RecordedSplit(NamedTuple):
-    """What a run recorded of its routers' inputs, for fitting and for reporting."""
+    """What a run recorded of its routers' inputs, for fitting and for reporting.
+
+    Attributes
+    ----------
+    fit : dict of (layer, site) to RouterInputs
+        Empty where there are too few prompts to divide; then all are reported on.
+    held_out : dict of (layer, site) to RouterInputs
+    """
 
     fit: dict[Site, RouterInputs]
     held_out: dict[Site, RouterInputs]
@@ -109,7 +116,7 @@ def recorded_split(
     Raises
     ------
     RouterError
-        If the run has none of the layers, or too few prompts to divide.
+        If the run has none of the layers.
     """
     places = [(s.layer, s.site) for s in run.sites if layers is None or s.layer in set(layers)]
     if not places:
@@ -119,7 +126,11 @@ def recorded_split(
     split = RecordedSplit({}, {})
     for place in places:
         inputs, tokens = recorded_inputs(run, *place)
-        chosen = torch.from_numpy(fit_split(tokens, share=fit_share, seed=seed))
+        try:
+            chosen = torch.from_numpy(fit_split(tokens, share=fit_share, seed=seed))
+        except RouterError:
+            split.held_out[place] = inputs
+            continue
         split.fit[place], split.held_out[place] = inputs.take(chosen), inputs.take(~chosen)
     return split
 
@@ -127,7 +138,14 @@ def recorded_split(
 def replay_rows(label: str, router: Router, split: RecordedSplit) -> list[dict[str, Any]]:
     """Fit one router and route the held-out inputs by it; a row per site, then one of all."""
     _check_experts(label, router)
-    fitted = fit_layers(router, split.fit)
+    fitted: Mapping[Site, Router] = dict.fromkeys(split.held_out, router)
+    if router.info.fits is not None:
+        if split.fit.keys() != split.held_out.keys():
+            raise RouterError(
+                f"{label} has to be fitted on prompts that it is not reported on, and the recorded "
+                "ones cannot be divided. Record more prompts."
+            )
+        fitted = fit_layers(router, split.fit)
     decisions = route_layers(fitted, split.held_out)
     own = [_row(label, router, split.held_out[at], decisions[at]) for at in split.held_out]
     return [*own, _over_layers(own)]

@@ -104,7 +104,10 @@ class Session:
     def compute(self, units: Sequence[Unit]) -> None:
         """Compute units one by one; what one of them cannot do is noted, and the others go on."""
         if any(unit.mode != "replay" for unit in units):
-            _ = self.lab  # a model that cannot be loaded fails once, not for every router
+            try:
+                _ = self.lab  # a model that cannot be loaded fails once, not for every router
+            except ComparisonCancelled:
+                raise self._stopped() from None
         self.reporter.start(len(units))
         try:
             for unit in units:
