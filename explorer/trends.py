@@ -19,6 +19,7 @@ from explorer.run import Run
 # tokens of two runs whose experts are compared one by one
 MAX_TOKENS = 5_000
 _STEP = re.compile(r"step[-_]?(\d+)")
+_STAGE = re.compile(r"stage[-_]?(\d+)")
 
 
 class Checkpoint(NamedTuple):
@@ -29,11 +30,14 @@ class Checkpoint(NamedTuple):
     name : str
     step : int or None
         Of the training, as the name says: ``step_01085`` is step 1085.
+    stage : int
+        Of a training in several stages, each of which counts its steps anew: ``stage2_step_240``.
     run : Run
     """
 
     name: str
     step: int | None
+    stage: int
     run: Run
 
 
@@ -53,9 +57,11 @@ def in_order(runs: Sequence[tuple[str, Run]]) -> list[Checkpoint]:
         )
     found = []
     for name, run in runs:
-        match = _STEP.search(name)
-        found.append(Checkpoint(name, int(match[1]) if match else None, run))
-    return sorted(found, key=lambda one: (one.step is not None, one.step or 0, one.name))
+        step, stage = _STEP.search(name), _STAGE.search(name)
+        found.append(
+            Checkpoint(name, int(step[1]) if step else None, int(stage[1]) if stage else 1, run)
+        )
+    return sorted(found, key=lambda one: (one.step is not None, one.stage, one.step or 0, one.name))
 
 
 def trend_table(
@@ -73,7 +79,7 @@ def trend_table(
     Returns
     -------
     DataFrame
-        One row per checkpoint and site: ``name, step`` (NA = none), ``layer, site, tokens``;
+        One row per checkpoint and site: ``name, stage, step`` (NA = none), ``layer, site, tokens``;
         ``saturation`` = share of the last checkpoint's experts that the checkpoint chose for the
         same tokens, with ``chance`` = top_k / E; ``max_violation``, ``normalized_entropy`` (of the
         load); ``domain_information`` = mutual information of domain and expert, nats; NaN where it
@@ -93,6 +99,7 @@ def trend_table(
             rows.append(
                 {
                     "name": one.name,
+                    "stage": one.stage,
                     "step": one.step,
                     "layer": site.layer,
                     "site": site.site,

@@ -139,19 +139,21 @@ def prompt_divergence(first: Run, second: Run, prompt_a: int, prompt_b: int) -> 
     both = common_tokens(first, second, prompts, max_tokens=MAX_TOKENS)
     texts = first.query(
         "SELECT token_id AS token_a, text FROM tokens WHERE prompt_id = $prompt",
-        {"prompt": prompt_a},
+        {"prompt": int(prompt_a)},
     )
     both = both.merge(texts, on="token_a").sort_values("position").reset_index(drop=True)
+    if both.empty:
+        return both.assign(jaccard=[], first_layer=[])
     found = []
     for site in first.sites:
         a = chosen(first, both["token_a"], site.layer, site=site.site)
         b = chosen(second, both["token_b"], site.layer, site=site.site)
         found.append(agreement.jaccard(a.expert_ids, b.expert_ids))
-    table = np.array(found).reshape(len(first.sites), len(both))
+    table = np.array(found)
     layers = np.array([site.layer for site in first.sites], dtype=np.float64)
-    other = np.where(table < 1, layers[:, None], np.inf).min(axis=0, initial=np.inf)
+    other = np.where(table < 1, layers[:, None], np.inf).min(axis=0)
     return both.assign(
-        jaccard=np.nanmean(table, axis=0) if len(both) else [],
+        jaccard=np.nanmean(table, axis=0),
         first_layer=np.where(np.isfinite(other), other, np.nan),
     )
 

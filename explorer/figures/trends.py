@@ -82,9 +82,14 @@ def trend_lines(
             line={"color": theme.foreground(dark), "width": 1, "dash": "dot"},
             annotation_text="by chance",
         )
-    steps = table.drop_duplicates("name").set_index("name")["step"]
+    known = table.drop_duplicates("name").set_index("name")
+    stages = known["stage"].nunique() > 1
     names = [
-        label(name, limit=18) if pd.isna(steps[name]) else f"{int(steps[name]):,}" for name in order
+        label(name, limit=18)
+        if pd.isna(known.loc[name, "step"])
+        else (f"stage {known.loc[name, 'stage']}: " if stages else "")
+        + f"{int(known.loc[name, 'step']):,}"
+        for name in order
     ]
     figure.update_xaxes(
         title="training step of the checkpoint (evenly spaced)",

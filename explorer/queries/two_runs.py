@@ -122,5 +122,5 @@ def prompt_gates(run: Run, prompt_id: int) -> pd.DataFrame:
         ) USING (token_id)
         GROUP BY token_id, position, text ORDER BY position
         """,
-        {"prompt_id": prompt_id},
+        {"prompt_id": int(prompt_id)},
     )

@@ -1,0 +1,222 @@
+"""The pages that compare: routers on a run, two runs, and checkpoints."""
+
+import shutil
+import sys
+
+import pytest
+import streamlit as st
+from synthetic import write_run
+from test_app_pages import FakeWorker, charts, notes, opened
+
+from explorer.comparison.file import SUFFIX, write_comparison
+from explorer.comparison.tables import FORMAT_VERSION, empty_rows
+from explorer.pages.components import compare_start
+from explorer.worker import CompareRequest
+
+CARDS = (
+    {"name": "top_k", "family": "literature", "title": "Top-k"},
+    {"name": "kmeans", "family": "clustering", "title": "K-means"},
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close():
+    yield
+    st.cache_resource.clear()
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    fake = FakeWorker()
+    for module in ("shell", "components.job", "components.compare_start"):
+        monkeypatch.setattr(f"explorer.pages.{module}.shared_worker", lambda: fake)
+    monkeypatch.setattr("explorer.worker.shared_worker", lambda: fake)
+    # the real list is read by another process, which loads torch
+    monkeypatch.setattr(compare_start, "catalogue", lambda: CARDS)
+    return fake
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch, worker):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder)])
+    write_run(folder / "known.duckdb")
+    return folder
+
+
+def result(router, family, change, flops, **more):
+    return {
+        "router": router,
+        "family": family,
+        "mode": "live",
+        "condition": "base",
+        "loss": 3.0 + change,
+        "loss_change": change,
+        "loss_se": 0.01,
+        "flops_ratio": flops,
+        "experts_per_token": 2 * flops,
+        "agreement": 0.5,
+        "max_violation": 1.0,
+        "causal": True,
+        "batch_dependent": False,
+        "simulated": False,
+        "tokens": 100,
+        "sequences": 3,
+        **more,
+    }
+
+
+def write_results(folder):
+    rows = empty_rows()
+    rows["comparison"] = [
+        {
+            "format_version": FORMAT_VERSION,
+            "created_at": "2026-01-01T00:00:00",
+            "run_name": "known",
+            "model": "<b>tiny</b>",
+            "dtype": "float32",
+            "device": "cpu",
+            "native_loss": 3.0,
+            "report_tokens": 100,
+            "report_sequences": 3,
+            "fit_source": "fit",
+            "report_source": "held out",
+            "settings": "{}",
+            "packages": "{}",
+            "complete": True,
+        }
+    ]
+    ours, chance = "top_k(k=1)", "random for top_k(k=1)"
+    rows["results"] = [
+        result("native", "literature", 0.0, 1.0),
+        result(ours, "literature", 0.1, 0.6),
+        result("peeks<script>", "literature", -0.5, 0.5, causal=False),
+        result(chance, "control", 2.0, 0.6, control="equal_compute", control_of=ours, seed=0),
+    ]
+    rows["routers"] = [
+        {"router": row["router"], "name": "x", "family": row["family"], "title": "A title",
+         "summary": "What it does.", "formula": "top-k", "control": row.get("control")}
+        for row in rows["results"]
+    ]  # fmt: skip
+    rows["sequences"] = [
+        {"router": router, "mode": "live", "sequence": n, "domain": "a", "tokens": 30,
+         "loss_change": change + 0.01 * n}
+        for router, change in ((ours, 0.1), (chance, 2.0))
+        for n in range(3)
+    ]  # fmt: skip
+    rows["domains"] = [
+        {"router": ours, "mode": "live", "domain": "<i>law</i>", "loss_change": 0.1, "loss_se": 0.1}
+    ]
+    rows["texts"] = [
+        {"text_id": 0, "domain": "law", "position": n, "token": n, "text": text}
+        for n, text in enumerate(("<b>", " held", " that"))
+    ]
+    rows["choices"] = [
+        {"router": router, "mode": "live", "text_id": 0, "position": n, "layer": 0, "site": 0,
+         "expert_ids": ids, "weights": [0.5] * len(ids)}
+        for router, by_token in (("native", [[0, 1]] * 3), (ours, [[0, 1], [2], [3]]))
+        for n, ids in enumerate(by_token)
+    ]  # fmt: skip
+    path = folder / f"known.12345678{SUFFIX}"
+    write_comparison(path, rows)
+    return path
+
+
+def test_without_a_comparison_the_form_is_open_and_starts_one(runs, worker):
+    app = opened("compare")
+    app.multiselect(key="compare routers").select("kmeans")
+    app.text_input(key="compare typed routers").input("top_k(k=1)").run()
+    next(button for button in app.button if button.label == "Compare").click().run()
+    assert not app.exception
+    (job,) = worker.jobs()
+    assert isinstance(job.request, CompareRequest)
+    assert job.request.routers == ["kmeans", "top_k(k=1)"]
+    assert job.request.run == str(runs / "known.duckdb") and job.request.capture is None
+
+
+def test_typed_prompts_are_recorded_first(runs, worker):
+    app = opened("compare")
+    app.button_group(key="compare source").set_value("typed").run()
+    text = app.text_area(key="compare typed")
+    text.input("one\ntwo").run()
+    button = next(button for button in app.button if button.label == "Compare")
+    assert button.disabled
+    app.text_area(key="compare typed").input("one\ntwo\nthree\nfour").run()
+    next(button for button in app.button if button.label == "Compare").click().run()
+    (job,) = worker.jobs()
+    assert job.request.capture.out == job.request.run == str(runs / "compared.duckdb")
+    assert job.request.capture.prompts[0]["text"] == "one"
+
+
+def test_a_wrong_router_is_said_and_cannot_be_started(runs):
+    app = opened("compare")
+    app.text_input(key="compare typed routers").input("nonsense(").run()
+    button = next(button for button in app.button if button.label == "Compare")
+    assert button.disabled
+    assert any("nonsense" in caption.value for caption in app.caption)
+
+
+def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
+    write_results(runs)
+    app = opened("compare", run="known")
+    specs = [chart.spec for chart in charts(app)]
+    assert "What routers cost" in specs[0]
+    assert "peeks&lt;script&gt;" in specs[0] and "peeks<script>" not in specs[0]
+    assert any("&lt;i&gt;law&lt;" in spec for spec in specs)
+    table = app.dataframe[0].value
+    badges = dict(zip(table["router"], table["badges"], strict=True))
+    assert badges["peeks<script>"] == "not causal" and badges["native"] == ""
+    said = " ".join(markdown.value for markdown in app.markdown)
+    assert "better than chance by more than two standard errors" in said
+    assert "**First divergence** at token 1, in layer 0" in said
+    # one of two, then none of three experts in common
+    assert f"Mean Jaccard **{(1 + 0 + 0) / 3:.3f}**" in said
+
+
+def test_a_file_that_is_no_comparison_is_refused_in_words(runs):
+    (runs / f"known.12345678{SUFFIX}").write_bytes(b"nothing")
+    app = opened("compare", run="known")
+    assert any("no comparison file" in error.value for error in app.error)
+
+
+def test_one_run_alone_cannot_be_compared(runs):
+    app = opened("compare_runs")
+    assert "one run only" in notes(app)
+
+
+def test_two_runs_of_one_model(runs):
+    write_run(runs / "other.duckdb", seed=5)
+    app = opened("compare_runs", run="known", against="other", ids="same")
+    titles = [chart.spec for chart in charts(app)]
+    assert "Where the load went" in titles[0]
+    assert any("The same tokens in both runs" in title for title in titles)
+
+
+def test_models_that_are_unrelated_are_never_compared_by_ids(runs):
+    write_run(runs / "other.duckdb", seed=5)
+    app = opened("compare_runs", run="known", against="other", ids="unrelated")
+    specs = [chart.spec for chart in charts(app)]
+    assert not any("Where the load went" in spec for spec in specs)
+    assert any("both models on the same stretches" in spec for spec in specs)
+    assert any("Do the models route the same stretches" in m.value for m in app.markdown)
+
+
+def test_trends_of_a_folder(runs):
+    for step in (10, 200):
+        write_run(runs / f"step_{step}.duckdb", seed=step)
+    app = opened("trends", source="folder")
+    assert "router saturation" in charts(app)[0].spec.lower()
+
+
+def test_trends_of_the_demo_models_training(runs):
+    app = opened("trends", trend="domain_information")
+    (chart,) = charts(app)
+    assert "information between domain and expert" in chart.spec.lower()
+
+
+def test_two_checkpoints_at_least(runs, monkeypatch, tmp_path):
+    monkeypatch.setattr("capture.demo.TRENDS", tmp_path / "none")
+    shutil.rmtree(tmp_path / "none", ignore_errors=True)
+    app = opened("trends", source="folder")
+    assert "at least two runs" in notes(app)

@@ -1,0 +1,183 @@
+"""Two runs against each other, and checkpoints: by hand, and on recorded runs."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import write_run
+
+from explorer import open_run, trends, two_runs
+from explorer.errors import MetricError, RunError
+from explorer.figures import two_runs as figures
+from explorer.figures.trends import trend_lines
+from explorer.metrics import alignment
+from explorer.queries.two_runs import chosen, common_prompts, common_tokens
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    paths = [folder / "step_10.duckdb", folder / "step_200.duckdb"]
+    for seed, path in enumerate(paths):
+        write_run(path, seed=seed)
+    with open_run(paths[0]) as a, open_run(paths[1]) as b:
+        yield a, b
+
+
+def test_stretches_end_at_tokens_of_both_models():
+    found = alignment.align(["", "ab", "c", "de"], ["abc", "d", "", "e"])
+    assert found.start.tolist() == [0, 3] and found.end.tolist() == [3, 5]
+    assert found.first.tolist() == [-1, 0, 0, 1]
+    assert found.second.tolist() == [0, 1, -1, 1]
+    with pytest.raises(MetricError, match="join to the same text"):
+        alignment.align(["ab"], ["abc"])
+
+
+@st.composite
+def two_cuts(draw):
+    text = draw(st.text(min_size=1, max_size=30))
+
+    def cut():
+        ends = sorted({*draw(st.lists(st.integers(0, len(text)), max_size=8)), len(text)})
+        return [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    return text, cut(), cut()
+
+
+@given(two_cuts())
+def test_stretches_cover_the_text_and_no_token_crosses_one(case):
+    text, first, second = case
+    found = alignment.align(first, second)
+    assert "".join(text[a:b] for a, b in zip(found.start, found.end, strict=True)) == text
+    for tokens, segment in ((first, found.first), (second, found.second)):
+        end = 0
+        for token, number in zip(tokens, segment, strict=True):
+            start, end = end, end + len(token)
+            if token:
+                assert found.start[number] <= start and end <= found.end[number]
+
+
+def test_means_of_stretches_leave_out_what_is_not_known():
+    means = alignment.segment_means([1.0, 3.0, math.nan, 5.0], np.array([0, 0, 1, -1]), 2)
+    assert means[0] == 2 and math.isnan(means[1])
+
+
+def test_co_routing_counts_shared_experts_whatever_their_names():
+    ids = np.array([[[0, 1], [1, 2], [3, -1]]])
+    table = alignment.co_routing(ids)
+    assert table.tolist() == [[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]]
+    renamed = alignment.co_routing((ids + 5) * (ids >= 0) - (ids < 0))
+    found = alignment.co_routing_agreement([table], [renamed], draws=10)
+    assert found.pairs == 3 and found.correlation == pytest.approx(1.0)
+
+
+def test_co_routing_of_unrelated_models_is_within_chance():
+    random = np.random.default_rng(0)
+    sides = [
+        alignment.co_routing(np.argsort(random.random((3, 40, 16)), axis=-1)[:, :, :2])
+        for _ in range(2)
+    ]
+    found = alignment.co_routing_agreement([sides[0]], [sides[1]], draws=50)
+    assert abs(found.correlation) < 0.2
+    assert found.low < 0 < found.high
+
+
+def test_the_change_of_load_by_hand():
+    def load(counts):
+        return pd.DataFrame(
+            {
+                "layer": 0,
+                "site": 0,
+                "expert_id": range(len(counts)),
+                "n_experts": len(counts),
+                "assignments": counts,
+                "share": np.array(counts) / sum(counts),
+            }
+        )
+
+    change = two_runs.load_change(load([9.5, 0]), load([4.5, 4.5]))
+    assert change["change"].tolist() == pytest.approx(
+        [math.log2(0.5 / (10 / 10.5)), math.log2(0.5 / (0.5 / 10.5))]
+    )
+    figure = figures.change_heatmap(change, caption="")
+    assert figure.data[0].z[0][0] == pytest.approx(change["change"][0])
+
+
+def test_a_run_against_itself_does_not_differ(pair):
+    a, _ = pair
+    table = two_runs.token_divergence(a, a)
+    assert (table["jaccard"] == 1).all() and (table["exact_set"] == 1).all()
+    assert table["js"].max() < 1e-9
+    models = two_runs.two_models(a, a)
+    assert models.co_routing.correlation == pytest.approx(1.0)
+    np.testing.assert_allclose(models.stretches["entropy_a"], models.stretches["entropy_b"])
+    assert two_runs.differences(a, a).empty
+    assert two_runs.relation(a, a) == (True, True)
+
+
+def test_chosen_experts_are_those_of_the_view(pair):
+    a, b = pair
+    prompts = common_prompts(a, b)
+    both = common_tokens(a, b, prompts, max_tokens=10_000)
+    assert len(both) and (both["position"] >= 0).all()
+    site = a.sites[0]
+    found = chosen(a, both["token_a"], site.layer, site=site.site)
+    rows = a.query(
+        "SELECT token_id, slot, expert_id, weight FROM assignments WHERE layer = $l AND site = $s",
+        {"l": site.layer, "s": site.site},
+    )
+    expected = {(r.token_id, r.slot): (r.expert_id, r.weight) for r in rows.itertuples()}
+    for row, token in enumerate(both["token_a"]):
+        for slot in range(site.top_k):
+            expert, weight = expected.get((token, slot), (-1, 0.0))
+            assert found.expert_ids[row, slot] == expert
+            assert found.weights[row, slot] == pytest.approx(weight)
+
+
+def test_divergence_of_two_runs_is_that_of_their_sets(pair):
+    a, b = pair
+    table = two_runs.token_divergence(a, b).set_index(["layer", "site"])
+    both = common_tokens(a, b, common_prompts(a, b), max_tokens=10_000)
+    site = a.sites[-1]
+    sides = [
+        chosen(run, both[f"token_{name}"], site.layer, site=site.site).expert_ids
+        for run, name in ((a, "a"), (b, "b"))
+    ]
+    by_hand = []
+    for first, second in zip(*sides, strict=True):
+        one, two = set(first[first >= 0]), set(second[second >= 0])
+        if one | two:
+            by_hand.append(len(one & two) / len(one | two))
+    assert table.loc[(site.layer, site.site), "jaccard"] == pytest.approx(np.mean(by_hand))
+    prompt = both.iloc[0]
+    tokens = two_runs.prompt_divergence(a, b, prompt["prompt_a"], prompt["prompt_b"])
+    differing = tokens["jaccard"] < 1
+    assert differing.any()
+    assert tokens["first_layer"].notna().equals(differing)
+
+
+def test_checkpoints_are_ordered_by_step_and_the_last_is_settled(pair):
+    a, b = pair
+    order = trends.in_order([("step_200", b), ("step_10", a)])
+    assert [(one.name, one.step) for one in order] == [("step_10", 10), ("step_200", 200)]
+    staged = trends.in_order([("stage2_step_5", b), ("step_200", b), ("start", a)])
+    assert [one.name for one in staged] == ["start", "step_200", "stage2_step_5"]
+    table = trends.trend_table(order)
+    last = table[table["name"] == "step_200"]
+    assert (last["saturation"] == 1).all()
+    first = table[table["name"] == "step_10"]
+    assert (first["saturation"] < 1).all() and (first["domain_information"] > 0).all()
+    figure = trend_lines(table, "saturation", caption="")
+    assert list(figure.layout.xaxis.ticktext) == ["10", "200"]
+
+
+def test_checkpoints_of_other_models_are_refused(pair, tmp_path):
+    a, _ = pair
+    from synthetic import SITES
+
+    write_run(tmp_path / "other.duckdb", sites=SITES[:1])
+    with open_run(tmp_path / "other.duckdb") as other, pytest.raises(RunError, match="one model"):
+        trends.in_order([("a", a), ("b", other)])
