@@ -29,7 +29,7 @@ class Seen:
     ----------
     site : Site
     inputs : RouterInputs
-        With the model's own decision as ``native``.
+        On the CPU, with the model's own decision as ``native``.
     """
 
     site: Site
@@ -83,9 +83,9 @@ def _joined(parts: Sequence[RouteInputs], tokens: int) -> RouterInputs:
     joined: dict[str, Any] = {"native": None, "previous": None, "previous_state": None}
     for name in ("hidden", "logits", "token_ids", "positions", "starts"):
         values = [getattr(one, name) for one in each]
-        joined[name] = None if any(v is None for v in values) else torch.cat(values)[:tokens]
+        joined[name] = None if any(v is None for v in values) else torch.cat(values)[:tokens].cpu()
     fields = zip(*(one.decision()[:3] for one in each), strict=True)
-    routing = Routing(*(torch.cat(values)[:tokens].clone() for values in fields))
+    routing = Routing(*(torch.cat(values)[:tokens].cpu().clone() for values in fields))
     return replace(first, **{**joined, "native": routing})
 
 
@@ -121,5 +121,5 @@ def expert_outputs(seen: Seen, hidden: torch.Tensor) -> torch.Tensor:
             ids = torch.arange(n_experts, device=rows.device).repeat(len(rows))[:, None]
             ones = torch.ones(ids.shape, dtype=rows.dtype, device=rows.device)
             out = site.experts(rows.repeat_interleave(n_experts, dim=0), ids, ones)
-            outputs.append(out.reshape(len(rows), n_experts, -1).float())
+            outputs.append(out.reshape(len(rows), n_experts, -1).float().cpu())
     return torch.cat(outputs)

@@ -102,7 +102,7 @@ def head_products(subject: Subject, heads: list[Heads], *, tokens: int) -> list[
                 ) -> None:
                     split = args[0].reshape(-1, one.n_heads, one.width).float()
                     weight = one.mixer.weight.float().reshape(-1, one.n_heads, one.width)
-                    added = torch.einsum("thw,dhw->htd", split, weight).flatten(1).double()
+                    added = torch.einsum("thw,dhw->htd", split, weight).flatten(1).double().cpu()
                     sum_ += added @ added.T
 
                 stack.callback(one.mixer.register_forward_pre_hook(keep).remove)

@@ -139,7 +139,7 @@ def merged_stacks(
     align : bool
     """
     named = {n: p for n, p in experts.named_parameters() if p.shape[0] == len(groups)}
-    values = {name: p.data.clone().float() for name, p in named.items()}
+    values = {name: p.data.cpu().clone().float() for name, p in named.items()}
     if align:
         _check_alignable(experts, named)
         for e, core in enumerate(groups):
@@ -153,7 +153,7 @@ def merged_stacks(
         for stack in values.values():
             average = torch.tensordot(share, stack[members], dims=1)
             stack[members] = average.expand(len(members), *average.shape)
-    return {p: values[name].to(p.dtype) for name, p in named.items()}
+    return {p: values[name].to(p) for name, p in named.items()}
 
 
 def _check_alignable(experts: nn.Module, named: Mapping[str, nn.Parameter]) -> None:

@@ -54,12 +54,15 @@ class KeptExperts(GateRouter):
         self.pruned = dict(pruned)
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        gone = torch.zeros(inputs.n_experts, dtype=torch.bool)
+        logits = inputs.tensor("logits")
+        gone = torch.zeros(inputs.n_experts, dtype=torch.bool, device=logits.device)
         gone[list(self.pruned.get(inputs.place, ()))] = True
-        scores = scores_without(inputs.tensor("logits"), gone, inputs)
+        scores = scores_without(logits, gone, inputs)
         bias = inputs.selection_bias
         if bias is not None:
-            inputs = replace(inputs, selection_bias=bias.masked_fill(gone, -torch.inf))
+            inputs = replace(
+                inputs, selection_bias=bias.to(gone.device).masked_fill(gone, -torch.inf)
+            )
         ids = choose(scores, inputs)
         # a pruned expert could still tie with others whose scores have run down to 0
         ids = ids.where(~gone[ids.clamp_min(0)], -1)

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from capture.adapters.probe import EXPERT_COUNTS
+from capture.selftest import input_device
 from capture.sites import layer_of, text_config
 from explorer.conditions.base import Sequence_, Subject
 from explorer.conditions.calibration import collect
@@ -105,7 +106,7 @@ def start_smaller(subject: Subject, settings: DistilSettings) -> Smaller:
         torch.manual_seed(settings.seed)
         model = type(teacher)(config)
     model.load_state_dict(_cut_weights(teacher, model, origins, kept), strict=True)
-    return Smaller(model.to(teacher.dtype).eval(), origins, [])
+    return Smaller(model.to(input_device(teacher), teacher.dtype).eval(), origins, [])
 
 
 def _cut_lists(config: Any, layers: int, origins: Sequence[int]) -> None:
@@ -193,6 +194,7 @@ def distil(
     smaller = start_smaller(subject, settings)
     rows = windows(subject.calibration_tokens(), settings.length, settings.seed)
     model, teacher = smaller.model, subject.model
+    rows = rows.to(input_device(teacher))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, settings.steps))
@@ -252,7 +254,9 @@ def cached(
     if (place / "distilled.json").is_file():
         known = json.loads((place / "distilled.json").read_text("utf-8"))
         model = type(subject.model).from_pretrained(place, dtype=torch.float32)  # type: ignore[attr-defined]
-        return Smaller(model.eval(), tuple(known["origins"]), known["losses"])
+        return Smaller(
+            model.to(input_device(subject.model)).eval(), tuple(known["origins"]), known["losses"]
+        )
     smaller = distil(subject, settings, progress=progress)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
