@@ -17,6 +17,8 @@ PAGES = {
     "overview": "/?run=RUN",
     "tokens": "/tokens?run=RUN&layer=LAYER",
     "expert": "/tokens?run=RUN&layer=LAYER&expert=3",
+    "experts": "/experts?run=RUN&layer=LAYER",
+    "learn": "/learn?run=RUN&layer=LAYER&step=specialisation",
     "load-balance": "/load-balance?run=RUN&layer=LAYER",
     "attention": "/attention?run=RUN&layer=LAYER",
     "flow": "/flow?run=RUN&layer=LAYER",

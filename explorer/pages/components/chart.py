@@ -76,7 +76,7 @@ def chart(
             on_select=clicked,
             selection_mode="points",
         )
-    row = st.container(horizontal=True, gap="xsmall")
+    row = st.container(horizontal=True, gap="xsmall", vertical_alignment="center")
     # the rows travel only when somebody opens it: those of a large heatmap are megabytes
     box = row.expander(
         "Table",
