@@ -1,14 +1,22 @@
-"""Every registered router, through every check; and checks that can fail."""
+"""Every registered router, through every check; and checks that can fail.
+
+ROUTER_FILE=my_router.py in the environment adds the routers of a file of your own.
+"""
 
 import dataclasses
 import functools
+import os
 
 import pytest
 import router_checks
 import torch
 
+from explorer.comparison.names import load_router_file
 from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
 from explorer.routers.native import TopKRouter
+
+if "ROUTER_FILE" in os.environ:
+    load_router_file(os.environ["ROUTER_FILE"])
 
 STEPS = 12  # a rule is kept or broken by any fit, however short
 

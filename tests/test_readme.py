@@ -42,6 +42,17 @@ def test_capture_commands_parse(command):
         _capture_parser().parse_args(arguments)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m explorer ")])
+def test_explorer_commands_parse_and_name_routers_that_exist(command):
+    from explorer.__main__ import make_parser
+    from explorer.comparison.names import parse_router, split_routers
+    from explorer.routers import ROUTERS
+
+    options = make_parser().parse_args(shlex.split(command, comments=True)[3:])
+    if options.command == "compare" and not options.router_file:
+        assert all(parse_router(r).name in ROUTERS for r in split_routers(options.routers or ""))
+
+
 @pytest.mark.parametrize(
     "module", sorted({c.split()[2] for c in COMMANDS if c.startswith("python -m ")})
 )
