@@ -3,6 +3,9 @@
 load        load_heatmap(load, *, scope, order, pins, dark)     layer x expert, clickable
             load_bars(load, *, scope, pins, layer, dark)        lorenz(load, *, scope, layer, dark)
             domain_heatmap(load, *, scope, by, layer, dark)     floor_note(floor)
+experts     interval_dots(rows, axis, *, title, scope, notes, y_title, dark)
+            divergence_heatmap(found, *, scope, dark)
+            layer_lines(found, measure, *, title, y_title, percent, scope, notes, dark)
 balance     balance_over_layers(table, metric, *, scope, dark)  METRIC_TEXTS
             capacity_curve(curve, *, layer, capacity_factor, zero_from, n_batches, scope, dark)
 tokens      token_layer_heatmap(values, quantity, *, scope, start, dark)

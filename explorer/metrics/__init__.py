@@ -4,6 +4,8 @@ load        how evenly a layer's experts share the work, and what perfectly unif
             same number of tokens would give (the sampling floor)
 capacity    what is dropped when every expert takes only so many tokens of a batch
 pairs       which experts meet more often than their loads alone would bring about
+specialization
+            what an expert is for: domains and vocabulary, intervals by prompt, shuffled floors
 together    whether tokens that attend to each other share experts, against two chance levels
 heads       what attention without any preference would show
 confidence  how sure a router is of one token

@@ -94,7 +94,6 @@ def _next(step: str) -> None:
         following = names[place + 1]
         st.button(
             f"Next: {_STEPS[following].split('· ')[1]}",
-            type="primary",
             on_click=lambda: address.write("step", following),
         )
 
