@@ -35,7 +35,7 @@ class _OfflineRouter(ActionRouter):
     Parameters
     ----------
     tokens : int
-        Of the fit split that are explored.
+        Of the fit split that are explored; a layer keeps 4 (D + 4) bytes of each.
     passes : int
         Random actions of each token and layer. More tokens teach more than more passes.
     """
@@ -46,7 +46,7 @@ class _OfflineRouter(ActionRouter):
         price: float = 0.02,
         actions: ActionKind = "count",
         most: int | None = None,
-        least: int = 0,
+        least: int | None = None,
         state: StateKind = "full",
         cost: CostKind = "experts",
         width: int = 16,
@@ -187,7 +187,8 @@ class QLearningRouter(_OfflineRouter):
     Parameters
     ----------
     experts_per_token : float, optional
-        Mean over the fit split; sets the price in place of ``price``, one for all layers.
+        Mean over the fit split; sets the price in place of ``price``, one for all layers. Curves
+        are drawn at ``price``.
 
     Notes
     -----
@@ -215,7 +216,7 @@ class QLearningRouter(_OfflineRouter):
         experts_per_token: float | None = None,
         actions: ActionKind = "count",
         most: int | None = None,
-        least: int = 0,
+        least: int | None = None,
         state: StateKind = "full",
         cost: CostKind = "experts",
         width: int = 16,

@@ -33,8 +33,9 @@ class ActionRouter(TrainedRouter, RoutingRouter):
         How many of the token's best experts run, which of them, or all or none.
     most : int, optional
         Experts that actions choose among; None = as many as the model takes.
-    least : int
-        Actions with fewer experts do not exist.
+    least : int, optional
+        Actions with fewer experts do not exist; None = 1, or 0 for ``"skip"``. With 0, tokens
+        without an expert spoil what others see, and learning the rest takes more exploration.
     state : {"full", "gate"}
         [hidden, p1, p2, p1 - p2, H(p)], or the last four only.
     cost : {"experts", "flops", "ms"}
@@ -51,7 +52,7 @@ class ActionRouter(TrainedRouter, RoutingRouter):
         price: float = 0.02,
         actions: ActionKind = "count",
         most: int | None = None,
-        least: int = 0,
+        least: int | None = None,
         state: StateKind = "full",
         cost: CostKind = "experts",
         width: int = 16,
@@ -65,7 +66,7 @@ class ActionRouter(TrainedRouter, RoutingRouter):
         self.price = price
         self.actions: ActionKind = actions
         self.most = most
-        self.least = least
+        self.least = (0 if actions == "skip" else 1) if least is None else least
         self.state: StateKind = state
         self.cost: CostKind = cost
         self.width = width

@@ -51,7 +51,7 @@ class _OnlineRouter(ActionRouter):
         price: float = 0.02,
         actions: ActionKind = "count",
         most: int | None = None,
-        least: int = 0,
+        least: int | None = None,
         state: StateKind = "full",
         cost: CostKind = "experts",
         width: int = 16,

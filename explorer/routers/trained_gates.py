@@ -39,9 +39,9 @@ from explorer.routers.training import TrainedRouter, TrainingSession
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STEPS, BATCH_TOKENS, LEARNING_RATE = 250, 1024, 5e-3
+STEPS, BATCH_TOKENS, LEARNING_RATE = 250, 1024, 1e-2
 PRICE_RATE = 0.05  # how fast the price of an open gate follows the rate
-OPEN = 1.5  # logit at the start
+OPEN = 1.0  # logit at the start
 CALIBRATIONS, CALIBRATION_TOKENS = 3, 8192
 
 
