@@ -261,7 +261,7 @@ def summarise(
     kept = min(TOP_QUERIES, len(out.queries))
     statistics = (out.entropy, out.sink_mass, out.mean_distance, out.window_mass)
     return Summary(
-        statistics=torch.stack([values[0].mean(dim=-1) for values in statistics]),
+        statistics=torch.stack([values[0] for values in statistics]).mean(dim=-1),
         maps=out.map[0],
         received=out.received[0],
         top_ids=out.top_ids[0, :, :kept].contiguous(),

@@ -82,7 +82,7 @@ def levels_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="cpu (float32) or cuda (bfloat16)")
     add("--rows", nargs="+", choices=ROWS, default=ROWS)
     add("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="tokens of a prompt")
-    add("--tokens", type=int, default=8192, help="prompt tokens of one pass over all prompts")
+    add("--tokens", type=int, default=16384, help="prompt tokens of one pass over all prompts")
     add("--batch-tokens", type=int, help="of a forward pass (default: as capture chooses)")
     add("--decode", type=int, default=0, metavar="N", help="decode N tokens after each prompt")
     add("--attention-prompts", type=int, default=64, help="as in a capture")

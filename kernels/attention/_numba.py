@@ -26,6 +26,7 @@ BLOCK_QUERIES = 128
 # sums may be reordered and products fused; nan and infinity keep their meaning
 FAST = {"reassoc", "nsz", "contract", "arcp"}
 F32 = np.float32
+LANES = 16  # floats of the widest vector register
 LOG2E = F32(1.4426950408889634)
 HIDDEN = F32(-1e30)  # score of a key that the query does not see: its weight is 0
 
@@ -91,9 +92,17 @@ def _scale(row, scaling, softcap):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def _greatest(row):
+def _greatest(row, lanes):
+    """Return the greatest score; ``lanes`` hold maxima side by side, as one alone is no vector."""
+    lanes[:] = row[0]
+    whole = len(row) // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] = max(lanes[lane], row[start + lane])
     top = row[0]
-    for j in range(1, len(row)):
+    for lane in range(LANES):
+        top = max(top, lanes[lane])
+    for j in range(whole, len(row)):
         top = max(top, row[j])
     return top
 
@@ -124,15 +133,22 @@ def _sum(row, start, end):
     return total
 
 
+@njit(cache=True, nogil=True, fastmath=FAST)
+def _add(row, share, sums):
+    for j in range(len(row)):
+        sums[j] += row[j] * share
+
+
 @njit(cache=True, nogil=True)
-def _pool(row, start, shift, share, pooled):
-    """Add ``share`` times a row that begins at key ``start`` to bins of ``2**shift`` keys."""
+def _pool(sums, start, shift, pooled):
+    """Add sums over keys, the first of them key ``start``, to bins of ``2**shift``; clear them."""
     j = 0
-    while j < len(row):
+    while j < len(sums):
         key_bin = (start + j) >> shift
-        end = min(len(row), ((key_bin + 1) << shift) - start)
-        pooled[key_bin] += _sum(row, j, end) * share
+        end = min(len(sums), ((key_bin + 1) << shift) - start)
+        pooled[key_bin] += _sum(sums, j, end)
         j = end
+    sums[:] = F32(0.0)
 
 
 @njit(cache=True, nogil=True)
@@ -163,10 +179,15 @@ def _block(
     ``sequences`` (and their spans), ``lse``, ``sinks``, ``top_ids``.
     """
     b, first_head, query, position, out, key_start = place
+    lanes = np.empty(LANES, np.float32)
+    # what the keys get from the queries of one bin: pooled once a bin, not once a query
+    sums = np.zeros(scores.shape[2], np.float32)
     for head in range(scores.shape[0]):
         h = first_head + head
         for i in range(scores.shape[1]):
             here, q = position + i, out + i
+            if i and here & ((1 << shift) - 1) == 0:
+                _pool(sums, key_start, shift, pooled[b, h, (here >> shift) - 1])
             begin, end = 0, key_start + scores.shape[2]
             if sequences.size:
                 if sequences[b, here] <= 0:
@@ -192,7 +213,9 @@ def _block(
                 if sinks.size:
                     top = max(top, sinks[h]) + F32(np.log1p(np.exp(-abs(top - sinks[h]))))
             else:
-                top = max(_greatest(row), sinks[h]) if sinks.size else _greatest(row)
+                top = _greatest(row, lanes)
+                if sinks.size:
+                    top = max(top, sinks[h])
             # the ramp holds every distance from the greatest to its negative
             total, weighted, distance = _exponentials(
                 row, top, ramp[len(ramp) // 2 - here + begin :]
@@ -206,9 +229,10 @@ def _block(
             stats[1, b, h, q] = row[sink - begin] * share if sink >= begin else F32(0.0)
             stats[2, b, h, q] = distance * share
             stats[3, b, h, q] = _sum(row, max(0, recent - RECENT), recent) * share
-            _pool(row, begin, shift, share, pooled[b, h, here >> shift])
+            _add(row, share, sums[begin - key_start :])
             if top_ids.size:
                 _heaviest(row, begin, share, top_ids[b, h, q], top_weights[b, h, q])
+        _pool(sums, key_start, shift, pooled[b, h, (position + scores.shape[1] - 1) >> shift])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
