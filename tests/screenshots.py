@@ -22,6 +22,7 @@ PAGES = {
     "load-balance": "/load-balance?run=RUN&layer=LAYER",
     "attention": "/attention?run=RUN&layer=LAYER",
     "flow": "/flow?run=RUN&layer=LAYER",
+    "clusters": "/clusters?run=RUN&layer=LAYER",
     "share": "/share?run=RUN",
     "capture": "/capture?run=RUN",
 }
@@ -52,6 +53,10 @@ def main() -> None:
                 path = path.replace("RUN", options.run).replace("LAYER", options.layer)
                 page.goto(address + path)
                 settle(page)
+                if name == "clusters":
+                    # until the map is made in the background, the page shows another
+                    page.get_by_text("of this UMAP").wait_for(timeout=240_000)
+                    settle(page)
                 if options.full:
                     _grow(page)
                 page.screenshot(path=options.out / f"{name}-{theme}.png")

@@ -84,7 +84,7 @@ def render() -> None:
 
 
 def _controls(view: View) -> Asked | None:
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         unit = _choose("map", "Map of", _UNITS, "tokens")
         feature = "hidden"
         if unit == "tokens":
@@ -115,7 +115,15 @@ def _controls(view: View) -> Asked | None:
         )
         groups = "12"
         if method != "hdbscan":
-            groups = _choose("groups", "How many", {n: n for n in _GROUPS}, "12")
+            groups = address.choose(
+                st.selectbox,
+                "groups",
+                "How many",
+                _GROUPS,
+                default="12",
+                show=lambda n: n,
+                width=90,
+            )
     if unit == "tokens" and not there:
         _not_recorded(view)
         return None
