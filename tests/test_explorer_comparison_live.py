@@ -365,3 +365,13 @@ def test_a_router_that_learns_on_the_loss_brings_its_curve(run_path, model, tmp_
         assert set(curves["router"]) == {router} and set(curves["seed"]) == {0, 1}
         assert curves["gate_rate"].between(0, 1).all()
         assert set(whole(found)["seed"]) == {0, 1}
+
+
+def test_gates_that_learned_to_close_blocks_close_blocks(model, lab):
+    split = Split(lab.data.texts, lab.report)
+    whole_layers = Lab(load_model(model), lab.sites, split, skip="layer")
+    parts = {
+        name: whole_layers.data.fit(parse_router(f"{name}(steps=1)"), 0).part
+        for name in ("layer_gate", "layer_gate_trained")
+    }
+    assert parts == {"layer_gate": "layer", "layer_gate_trained": "block"}

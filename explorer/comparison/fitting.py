@@ -132,7 +132,10 @@ class FitData:
 
     def _part_of(self, router: Router) -> LivePart:
         part: LivePart = getattr(router, "part", "expert")
-        return self.skip if part == "layer" else part
+        if part != "layer":
+            return part
+        # gates that learn on the loss learned to close MoE blocks
+        return "block" if isinstance(router, TrainedRouter) else self.skip
 
     def _check_texts(self, label: str) -> None:
         if not self.texts.sequences:

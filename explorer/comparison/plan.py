@@ -14,7 +14,7 @@ SENSIBLE = (
     *("native", "top_k(k=1)", "top_p(p=0.5)", "expert_skipping"),
     *("expert_key_attention", "yuan_attention", "head_attention"),
     *("kmeans(n_clusters=128)", "cluster_shortlist", "cluster_linear"),
-    *("layer_gate", "gru_recurrent"),
+    *("layer_gate_trained", "gru_recurrent"),
     *("policy_gradient", "q_learning"),
     *("hash_fitted", "expert_choice", "static_best", "random"),
 )
