@@ -121,15 +121,18 @@ def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert(address, page):
     settle(page)
     assert "layer=3.0" in page.url
     page.get_by_role("heading", name="Tokens of L3.0.E3").wait_for()
+    page.go_back()
+    settle(page)
+    page.wait_for_timeout(1000)
+    assert "/experts" not in page.url
+
+
+def test_a_line_on_the_page_of_an_expert_leads_to_its_prompt(address, page):
+    visit(page, f"{address}/experts?run=known&layer=3.0&id=3")
     page.locator(".rows .row").first.click()
     page.wait_for_url(re.compile("/tokens.*token="))
     settle(page)
     page.locator(".token[aria-pressed=true]:focus").wait_for()
-    page.go_back()
-    page.go_back()
-    settle(page)
-    page.wait_for_timeout(1000)
-    assert "/experts" not in page.url and "/tokens" not in page.url
 
 
 def test_a_line_of_an_experts_tokens_leads_to_its_prompt(address, page):
@@ -147,7 +150,8 @@ def test_a_line_of_an_experts_tokens_leads_to_its_prompt(address, page):
 def test_a_click_on_a_cell_by_domain_leads_to_that_expert_in_that_domain(address, page):
     visit(page, f"{address}/load-balance?run=known&layer=1.0")
     page.get_by_text("Table", exact=True).nth(2).click()
-    page.get_by_test_id("stDataFrame").wait_for()
+    settle(page)
+    page.get_by_test_id("stDataFrame").first.wait_for()
     click_cell(page, 2, 1, which=2)
     page.wait_for_url(re.compile("/experts.*domain=law"))
     assert "id=2" in page.url
