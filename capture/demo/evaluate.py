@@ -40,7 +40,7 @@ from capture.errors import CaptureError
 ROUTING_WINDOWS = 48  # windows a domain, the same number for each
 SCAN_WINDOWS = 4  # windows a domain while every expert is masked once
 HARM_WINDOWS = 32  # windows a domain for the experts that the scan found
-HARM_CANDIDATES = 16
+HARM_CANDIDATES = 18
 HARM_OWN = 0.1  # nats a token that an expert's own domain has to lose
 HARM_OTHERS = 0.01  # nats a token that the other domains may lose, on average
 RANDOM_SEED = 1
