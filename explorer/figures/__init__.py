@@ -17,6 +17,8 @@ attention_window
             token_window(found, window, texts, change, *, name, routed, scope, keys, token, dark)
 together    together_figure(heads, *, attention_layer, routed, chosen, n_prompts, scope, dark)
 flow        sankey(hops, *, n_flows, scope, dark)   pair_heatmap(pairs, *, scope, chosen, dark)
+clusters    map_points(x, y, shown, *, texts, color, ...)   map_density(density, ...)
+            lift_bars(found, names, ids, *, title, caption, dark)
 caption     Scope(n_tokens, domain, phase, complete), the tokens behind a figure
 text        visible(text), label(text), domain_label(domain)
 theme       template(dark), pin_colors(pins), SEQUENTIAL, diverging(dark)

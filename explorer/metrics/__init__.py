@@ -9,6 +9,7 @@ specialization
 together    whether tokens that attend to each other share experts, against two chance levels
 heads       what attention without any preference would show
 confidence  how sure a router is of one token
+lift        what is over-represented in a part, with an interval by prompts
 agreement   how far two routers agree about the same tokens
 alignment   two tokenizations of one text, and whether two models route stretches alike
 placement   replicas of experts and their places on GPUs, and what a decode batch reads

@@ -25,6 +25,11 @@ attention   attention_prompts(run, *, domain)               attention_layers(run
             layer_keys(run, prompt_ids, layer, *, head)
 pairs       transitions(run, layer, *, domain, phase)       coactivation(run, layer, *, site, ...)
             tokens_of_both(run, first, second, ...)         both_count(run, first, second, ...)
+clusters    vector_counts(run, layer, *, site)      token_vectors(run, feature, layer, *, site)
+            signatures(run)             token_facts(...)    prompt_facts(...)   expert_facts(run)
+            matching_tokens(run, ...)               matching_prompts(run, ...)
+            expert_counts(run, layer, *, ids, of)   expert_domains(run)
+points      PointTable(table): density, select(region), rows, values; of a map, not of a run
 routes      prompt_experts(run, prompt_id, layer, *, site)
             prompts_experts(run, prompt_ids, layer, *, site)
 
