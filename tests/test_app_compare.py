@@ -8,7 +8,7 @@ import streamlit as st
 from synthetic import write_run
 from test_app_pages import FakeWorker, charts, notes, opened
 
-from explorer.comparison.file import SUFFIX, write_comparison
+from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
 from explorer.comparison.tables import FORMAT_VERSION, empty_rows
 from explorer.pages.components import compare_start
 from explorer.worker import CompareRequest
@@ -220,3 +220,48 @@ def test_two_checkpoints_at_least(runs, monkeypatch, tmp_path):
     shutil.rmtree(tmp_path / "none", ignore_errors=True)
     app = opened("trends", source="folder")
     assert "at least two runs" in notes(app)
+
+
+def test_the_form_offers_the_usual_conditions():
+    from explorer.conditions.catalogue import USUAL
+
+    assert compare_start.CONDITION_CHOICES == USUAL
+
+
+def test_conditions_are_asked_for_and_shown(runs, worker):
+    app = opened("compare")
+    app.multiselect(key="compare conditions").select("quantised(bits=4)").run()
+    next(button for button in app.button if button.label == "Compare").click().run()
+    assert worker.jobs()[0].request.conditions == ["quantised(bits=4)"]
+
+
+def test_a_file_with_conditions_draws_the_two_by_two_and_the_flips(runs):
+    path = write_results(runs)
+    with open_comparison(path) as found:
+        rows = found.records()
+    rows["conditions"] = [
+        {"condition": "quantised(bits=4)", "weights": weights, "routing": routing,
+         "loss_change": change, "loss_se": 0.01, "tokens": 100, "simulated": False}
+        for weights, routing, change in (
+            ("condition", "condition", 0.3), ("condition", "base", 0.2), ("base", "condition", 0.1)
+        )
+    ]  # fmt: skip
+    rows["flips"] = [
+        {"condition": "quantised(bits=4)", "layer": layer, "site": 0, "tokens": 100,
+         "set_flips": 0.2, "top1_flips": 0.1, "margin_auc": 0.9}
+        for layer in (-1, 0, 1)
+    ]  # fmt: skip
+    rows["flip_margins"] = [
+        {"condition": "quantised(bits=4)", "layer": layer, "site": 0, "bin": place,
+         "margin_low": 0.1 * place, "margin_high": 0.1 * (place + 1), "tokens": 10,
+         "set_flips": flips}
+        for layer in (0, 1)
+        for place, flips in enumerate((0.5, 0.1))
+    ]  # fmt: skip
+    rows["students"] = [{"student": "cosine", "agreement": 0.9, "loss_change": 0.01}]
+    write_comparison(path, rows)
+    app = opened("compare", run="known")
+    specs = [chart.spec for chart in charts(app)]
+    assert any("What conditions cost" in spec for spec in specs)
+    assert any("AUC 0.900" in spec for spec in specs)
+    assert any("student" in frame.value.columns for frame in app.dataframe)

@@ -141,9 +141,32 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
             progress=on_progress,
             cancelled=cancelled,
         ) as comparison:
-            return str(comparison.path)
+            path = str(comparison.path)
     except ComparisonCancelled as stop:
         raise Cancelled(str(stop), None if stop.path is None else str(stop.path)) from None
+    if request.conditions:
+        _conditions(request, path, report, cancelled)
+    return path
+
+
+def _conditions(
+    request: CompareRequest, path: str, report: Report, cancelled: Callable[[], bool]
+) -> None:
+    from explorer.conditions.api import measure_conditions
+
+    def say(what: str) -> None:
+        if cancelled():
+            raise Cancelled("The conditions that were measured are in the file.", path)
+        report(JobProgress("comparing", message=f"condition: {what}"))
+
+    measure_conditions(
+        request.run,
+        request.conditions,
+        students=(),
+        tokens=request.tokens,
+        fit_tokens=request.fit_tokens,
+        progress=say,
+    )
 
 
 def _cosines(request: CosinesRequest, report: Report, cancelled: Callable[[], bool]) -> str:

@@ -18,6 +18,28 @@ from explorer.pages.state import SUFFIX, View, new_name, runs_folder
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
 
 _TOKENS = (2_000, 5_000, 10_000, 30_000, 100_000)
+# explorer.conditions.catalogue.USUAL, which imports torch
+CONDITION_CHOICES = (
+    "precision(dtype='bfloat16')",
+    "precision(dtype='float16')",
+    "precision(dtype='bfloat16', parts='router')",
+    "precision(dtype='bfloat16', parts='attention')",
+    "precision(dtype='bfloat16', parts='experts')",
+    "quantised(bits=8)",
+    "quantised(bits=4)",
+    "quantised(bits=3)",
+    "quantised(bits=4, parts='router')",
+    "prune_frequency(keep=0.75)",
+    "prune_reap(keep=0.75)",
+    "prune_naee(keep=0.75)",
+    "prune_random(keep=0.75)",
+    "prune_heads(keep=0.75)",
+    "prune_heads_random(keep=0.75)",
+    "low_rank(share=0.5)",
+    "low_rank(share=0.25)",
+    "low_rank(share=0.125)",
+    "merge(keep=0.75)",
+)
 _RUN, _TYPED, _FILE = "run", "typed", "file"
 _SOURCES = {_RUN: "This run", _TYPED: "Typed prompts", _FILE: "Uploaded prompts"}
 
@@ -92,6 +114,14 @@ def _form() -> _Wanted:
     )
     prompts, problem = _prompts(source or _RUN)
     routers, wrong = _routers()
+    conditions = st.multiselect(
+        "Conditions",
+        CONDITION_CHOICES,
+        placeholder="None: only routers",
+        help="Each is measured as a 2 × 2: its weights or the model's, with its routing or the "
+        "model's. All of them take minutes.",
+        key="compare conditions",
+    )
     left, middle, right = st.columns(3)
     tokens = left.select_slider(
         "Held-out tokens",
@@ -113,6 +143,7 @@ def _form() -> _Wanted:
         "seeds": list(range(seeds)),
         "layers": layers,
         "latency": latency,
+        "conditions": conditions,
     }
     return _Wanted(routers, options, prompts, problem or wrong)
 

@@ -1,0 +1,144 @@
+"""Figures of conditions: the 2 x 2 of weights and routing, and where routing flips."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.figures import theme
+from explorer.figures.text import label
+
+# (weights, routing) -> name, colour, form
+_CELLS = {
+    ("condition", "condition"): ("own weights, own routing", "#0072B2", "circle"),
+    ("condition", "base"): ("own weights, base routing", "#E69F00", "square"),
+    ("base", "condition"): ("base weights, own routing", "#009E73", "diamond"),
+}
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_LINES = 8
+_CAPTION = 60
+
+
+def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Figure:
+    """Draw the change in loss of conditions, by whose weights and whose routing.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        Table ``conditions`` of a comparison, without the base.
+    """
+    names = list(dict.fromkeys(cells["condition"]))
+    figure = go.Figure()
+    for (weights, routing), (name, color, symbol) in _CELLS.items():
+        rows = cells[(cells["weights"] == weights) & (cells["routing"] == routing)]
+        figure.add_trace(
+            go.Scatter(
+                x=rows["loss_change"].to_numpy(dtype=np.float64),
+                y=[names.index(one) for one in rows["condition"]],
+                error_x={"array": 2 * rows["loss_se"].to_numpy(dtype=np.float64), "width": 3},
+                mode="markers",
+                marker={"color": color, "symbol": symbol, "size": 9},
+                name=name,
+                hovertemplate="%{x:+.4f} nats<extra>%{fullData.name}</extra>",
+            )
+        )
+    figure.add_vline(0.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})
+    figure.update_xaxes(title="change in loss (nats a token; 0 = the base model)")
+    figure.update_yaxes(
+        tickvals=list(range(len(names))),
+        ticktext=[label(name, limit=44) for name in names],
+        range=[len(names) - 0.5, -0.5],
+    )
+    return theme.finish(
+        figure,
+        title="What conditions cost, and how much of it is routing",
+        caption=f"n = {tokens:,} held-out tokens; bars: ± 2 standard errors of the paired "
+        "difference",
+        dark=dark,
+        height=150 + 26 * max(4, len(names)),
+        legend=True,
+    )
+
+
+def flips_over_layers(flips: pd.DataFrame, *, dark: bool = False) -> go.Figure:
+    """Draw the share of tokens whose set of experts changed, layer by layer.
+
+    Parameters
+    ----------
+    flips : DataFrame
+        Table ``flips`` of a comparison; layer -1 is any layer.
+    """
+    rows = flips[flips["layer"] >= 0]
+    figure = _lines(
+        rows.sort_values(["layer", "site"]), "layer", "set_flips", dark, "layer %{x}: %{y:.2%}"
+    )
+    figure.update_xaxes(title="decoder layer", dtick=1 if rows["layer"].nunique() < 25 else None)
+    figure.update_yaxes(title="tokens with another set (share)", tickformat=".1%")
+    return theme.finish(
+        figure,
+        title="Routing flips by layer (share of tokens)",
+        caption=f"n = {int(rows['tokens'].max()):,} tokens; set of experts against the base's",
+        dark=dark,
+        legend=True,
+        caption_width=_CAPTION,
+    )
+
+
+def flip_margins(margins: pd.DataFrame, flips: pd.DataFrame, *, dark: bool = False) -> go.Figure:
+    """Draw the share of flipped tokens over the base model's margin, layers together.
+
+    Parameters
+    ----------
+    margins, flips : DataFrame
+        Tables ``flip_margins`` and ``flips`` of a comparison.
+    """
+    known = margins[margins["layer"] >= 0].assign(
+        flipped=lambda table: table["set_flips"] * table["tokens"]
+    )
+    sums = known.groupby(["condition", "bin"], sort=False)[["flipped", "tokens"]].sum()
+    middle = known.groupby("bin")["margin_high"].median()
+    table = sums.reset_index()
+    table = table.assign(
+        set_flips=table["flipped"] / table["tokens"].replace(0, np.nan),
+        margin=table["bin"].map(middle),
+    )
+    figure = _lines(table.sort_values("bin"), "margin", "set_flips", dark, "%{y:.2%}")
+    whole = flips[(flips["layer"] == -1) & flips["margin_auc"].notna()]
+    layers = flips[(flips["layer"] >= 0) & flips["margin_auc"].notna()]
+    auc = (whole if len(whole) else layers)["margin_auc"]
+    figure.update_xaxes(title="margin of the base model's choice (upper end of the bin)")
+    figure.update_yaxes(title="tokens with another set (share)", tickformat=".0%")
+    return theme.finish(
+        figure,
+        title="Flips are of unsure tokens",
+        caption="all layers together"
+        + ("" if auc.empty else f"; margin tells flips from the rest with AUC {auc.median():.3f}"),
+        dark=dark,
+        legend=True,
+        caption_width=_CAPTION,
+    )
+
+
+def _lines(rows: pd.DataFrame, x: str, y: str, dark: bool, hover: str) -> go.Figure:
+    """Draw one line a condition, the ones with most flips in colour."""
+    order = rows.groupby("condition")[y].mean().sort_values(ascending=False)
+    figure = go.Figure()
+    for place, condition in enumerate(order.index):
+        line = rows[rows["condition"] == condition]
+        colored = place < _LINES - 1
+        figure.add_trace(
+            go.Scatter(
+                x=line[x].to_numpy(dtype=np.float64),
+                y=line[y].to_numpy(dtype=np.float64),
+                mode="lines+markers",
+                marker={"size": 5},
+                line={
+                    "color": theme.OKABE_ITO[place] if colored else theme.OKABE_ITO[-1],
+                    "dash": _DASHES[place % len(_DASHES)],
+                    "width": 1.8,
+                },
+                name=label(str(condition), limit=30),
+                showlegend=colored,
+                hovertemplate=hover + "<extra>%{fullData.name}</extra>",
+            )
+        )
+    return figure
