@@ -1,4 +1,4 @@
-"""How long pages of a run take to make: ``python -m explorer.bench RUN``.
+"""How long pages of a run take to make: ``python -m explorer.pages.bench RUN``.
 
 Each page is run as the server runs it (queries, metrics, figures and what is sent to the
 browser), in one process with empty caches: opened first, opened again, and with a domain chosen.
@@ -17,7 +17,7 @@ from explorer.run import open_run
 if TYPE_CHECKING:
     from streamlit.testing.v1 import AppTest
 
-_APP = Path(__file__).resolve().parent.parent / "app.py"
+_APP = Path(__file__).resolve().parent.parent.parent / "app.py"
 PAGES = (
     *("overview", "tokens", "experts", "load_balance", "attention", "flow", "clusters", "compare"),
 )
@@ -70,7 +70,7 @@ def _run(app: "AppTest", run: str, page: str, domain: str) -> float:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(
-        prog="python -m explorer.bench", description=(__doc__ or "").split("\n")[0]
+        prog="python -m explorer.pages.bench", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("run", type=Path, help="a run file")
     path = parser.parse_args().run.resolve()
