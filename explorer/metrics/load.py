@@ -330,6 +330,14 @@ def sampling_floor(
     Two values are known exactly and used in the tests: with ``p = k/E`` the mean of CV² is
     ``(1 - p) / (n p)``, and the mean number of dead experts is ``E (1 - p)**n``.
     """
+    return _floor(metric, n_tokens, n_experts, top_k, n_draws, seed)
+
+
+@lru_cache(maxsize=256)
+def _floor(
+    metric: str | LoadMetric, n_tokens: int, n_experts: int, top_k: float, n_draws: int, seed: int
+) -> Floor:
+    # layers of a model have the same floor, and pages ask for it again
     function = LOAD_METRICS[metric] if isinstance(metric, str) else metric
     if n_tokens == 0 or top_k == 0:
         return Floor(float("nan"), float("nan"), float("nan"))

@@ -215,10 +215,11 @@ def routing(
         params | {"last": last},
     )
     token_id = order["token_id"].to_numpy().astype(np.int64)
+    ends = (int(token_id.min()), int(token_id.max())) if len(token_id) else (0, -1)
     rows = run.table(
         "SELECT token_id, slot, expert_id, weight FROM assignments "
-        "WHERE layer = $layer AND site = $site",
-        {"layer": layer, "site": site},
+        "WHERE layer = $layer AND site = $site AND token_id BETWEEN $low AND $high",
+        {"layer": layer, "site": site, "low": ends[0], "high": ends[1]},
     )
     ids = np.full((len(token_id), info.top_k), -1, dtype=np.int32)
     weights = np.zeros((len(token_id), info.top_k), dtype=np.float32)

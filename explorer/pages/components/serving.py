@@ -11,7 +11,7 @@ from explorer.pages.components.chart import chart
 from explorer.pages.state import View, ask, is_dark
 from explorer.queries.load import Routing, routing
 
-MAX_TOKENS = 100_000  # that batches are made of
+MAX_TOKENS = 30_000  # that batches are made of
 _LISTED = 8
 _SEED = 0
 
