@@ -75,6 +75,14 @@ def test_domain_counts(run, known):
         assert row["truncated"] == (1 if domain == "law" else 0)
 
 
+def test_gate_means_of_some_statistics_are_those_of_all(run):
+    frame = overview.gate_means(run, statistics=("entropy",))
+    assert list(frame) == ["layer", "site", "tokens", "entropy", "normalized_entropy"]
+    pd.testing.assert_frame_equal(frame, overview.gate_means(run)[list(frame)])
+    with pytest.raises(RunError, match="entropy first"):
+        overview.gate_means(run, statistics=("margin",))
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_gate_means(run, known, filters):
     frame = overview.gate_means(run, **filters)

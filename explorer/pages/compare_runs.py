@@ -150,7 +150,8 @@ def _same_model(view: View, other: View) -> None:
 def _lines(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
     balance = {name: balance_of(side, loads[name]) for name, side in sides.items()}
     gates = {
-        name: side.of_layers(ask(side, gate_means, **side.filters)) for name, side in sides.items()
+        name: side.of_layers(ask(side, gate_means, statistics=("entropy",), **side.filters))
+        for name, side in sides.items()
     }
     left, right = st.columns(2, gap="medium")
     for column, tables, quantity, title in (

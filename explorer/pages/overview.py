@@ -56,7 +56,7 @@ def _introduction(view: View) -> str:
 def _key_figures(view: View, load: pd.DataFrame) -> None:
     scope = view.scope()
     balance = balance_of(view, load)
-    gates = view.of_layers(ask(view, gate_means, **view.filters))
+    gates = view.of_layers(ask(view, gate_means, statistics=("entropy",), **view.filters))
     tiles = st.columns(5)
     tiles[0].metric(
         "Tokens",

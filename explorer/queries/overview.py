@@ -1,7 +1,10 @@
 """What is in a run."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
+from explorer.errors import RunError
 from explorer.queries._where import Part, conditions
 from explorer.run import Run
 
@@ -49,28 +52,44 @@ def domain_counts(run: Run) -> pd.DataFrame:
     )
 
 
+GATE_STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
+
+
 def gate_means(
-    run: Run, *, domain: str | None = None, phase: str | None = None, part: Part | None = None
+    run: Run,
+    *,
+    domain: str | None = None,
+    phase: str | None = None,
+    part: Part | None = None,
+    statistics: Sequence[str] = GATE_STATISTICS,
 ) -> pd.DataFrame:
     """Return the means of each site's per-token statistics. Reads every row of the run.
+
+    Parameters
+    ----------
+    statistics : sequence of str
+        Among ``GATE_STATISTICS``, ``entropy`` first; each one costs as much again.
 
     Returns
     -------
     DataFrame
         ``layer``, ``site``, ``tokens`` (with statistics), ``entropy`` (nats),
         ``normalized_entropy`` (entropy / ln E, missing for one expert), ``margin``,
-        ``logsumexp``, ``topk_mass``; missing where they were not recorded.
+        ``logsumexp``, ``topk_mass``, those that were asked for; missing where they were not
+        recorded.
     """
+    if statistics[:1] != GATE_STATISTICS[:1] or not set(statistics) <= set(GATE_STATISTICS):
+        known = ", ".join(GATE_STATISTICS)
+        raise RunError(f"Expected statistics among {known}, entropy first, got {statistics}.")
     where, params = conditions(domain=domain, phase=phase, part=part)
+    means = ", ".join(f"avg({name}) AS {name}" for name in statistics)
+    others = "".join(f", any_value({name}) AS {name}" for name in statistics[1:])
     return run.query(
         f"""
         SELECT layer, site, coalesce(any_value(n), 0) AS tokens, any_value(entropy) AS entropy,
-            any_value(entropy) / nullif(ln(any_value(n_experts)), 0) AS normalized_entropy,
-            any_value(margin) AS margin, any_value(logsumexp) AS logsumexp,
-            any_value(topk_mass) AS topk_mass
+            any_value(entropy) / nullif(ln(any_value(n_experts)), 0) AS normalized_entropy{others}
         FROM sites LEFT JOIN (
-            SELECT layer, site, count(entropy) AS n, avg(entropy) AS entropy,
-                avg(margin) AS margin, avg(logsumexp) AS logsumexp, avg(topk_mass) AS topk_mass
+            SELECT layer, site, count(entropy) AS n, {means}
             FROM gates {_token_join(where)} GROUP BY layer, site
         ) USING (layer, site)
         GROUP BY layer, site ORDER BY layer, site
