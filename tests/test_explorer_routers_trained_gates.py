@@ -10,9 +10,9 @@ from checks import assert_close
 from capture.parts import gate_parts
 from capture.swap import swap
 from explorer.routers import ROUTERS, PartMask
+from explorer.routers.gate_training import open_probability, weighed
 from explorer.routers.live import LiveRule
 from explorer.routers.probe import toy_session
-from explorer.routers.trained_gates import open_probability, weighed
 
 GATES = ("layer_gate_trained", "head_gate_trained", "expert_gate_trained", "gtrxl_gate_trained")
 WHERE = {"layer": "block", "head": "head"}

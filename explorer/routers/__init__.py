@@ -24,7 +24,8 @@ gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
 lookahead   a layer's experts from what the layer before saw
 rl          policy gradient and Q-learning from exploration of one layer at a time
-trained_gates  gates that learn on the model's own loss
+gate_training  how gates learn on the model's own loss
+trained_gates  the gates that do
 rl_online   REINFORCE and Q-learning over layers, all layers at once
 training    routers that learn on the model's own loss, and what they are given
 live        a router as ``capture.swap`` takes it (imported on its own)
