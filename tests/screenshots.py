@@ -23,6 +23,9 @@ PAGES = {
     "attention": "/attention?run=RUN&layer=LAYER",
     "flow": "/flow?run=RUN&layer=LAYER",
     "clusters": "/clusters?run=RUN&layer=LAYER",
+    "compare": "/compare?run=RUN",
+    "compare-runs": "/compare-runs?run=RUN",
+    "trends": "/trends?run=RUN",
     "share": "/share?run=RUN",
     "capture": "/capture?run=RUN",
 }

@@ -37,7 +37,7 @@ def test_gpus_under_every_placement():
     assert balance.loc[("EPLB, global", 0), "balancedness"] == pytest.approx(1.0)
     assert serving.overall(table)["in order"] == pytest.approx((5 + 2) / (8 + 2))
     bars = figures.gpu_bars(table[table["layer"] == 0], layer="0", scope=Scope(10))
-    assert [list(bar.y) for bar in bars.data][0] == [1.6, 0.4]
+    assert list(bars.data[0].y) == [1.6, 0.4]
 
 
 def test_sizes_decide_which_placements_there_are():
