@@ -96,7 +96,9 @@ def trend_lines(
         tickvals=list(range(len(order))),
         ticktext=names,
     )
-    figure.update_yaxes(title=trend.title, rangemode="tozero")
+    # the figure's title has the name; both are too long for the height
+    unit = trend.title.partition(" (")[2].rstrip(")")
+    figure.update_yaxes(title=unit, rangemode="tozero")
     figure.update_layout(
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     )

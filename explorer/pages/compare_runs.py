@@ -136,9 +136,14 @@ def _same_model(view: View, other: View) -> None:
         table=change,
     )
     for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
+        figure = load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark())
+        n_tokens = f"n = {sides[name].scope().n_tokens:,} tokens; padding excluded"
+        figure.update_layout(
+            title={"text": f"{name.upper()}: load (× uniform share)", "subtitle.text": n_tokens}
+        )
         with column:
             chart(
-                load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark()),
+                figure,
                 key=f"load {name}",
                 alt=f"Load of every expert in {name.upper()}, on the scale of the other.",
                 table=load,
