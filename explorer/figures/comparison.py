@@ -23,6 +23,7 @@ FAMILIES = {
 FAMILY_NAMES = {"rl": "reinforcement learning"}
 _FLAGS = ("causal", "batch_dependent", "simulated")
 _MARKER = 11
+_MOST_LAMBDAS = 8
 _LABELLED = 14  # points with a name beside them; more overlap
 
 
@@ -332,6 +333,9 @@ def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figur
     """
     figure = go.Figure()
     keys = ["router", "lambda", "seed"]
+    # a gate's price moves while it learns: then lambda tells steps apart, not trainings
+    moving = rows.groupby("router")["lambda"].transform("nunique") > _MOST_LAMBDAS
+    rows = rows.assign(**{"lambda": rows["lambda"].mask(moving)})
     means = rows.groupby([*keys, "step"], dropna=False, sort=True)[quantity].mean().reset_index()
     dashes = ("solid", "dash", "dot", "dashdot", "longdash")
     routers = list(dict.fromkeys(means["router"]))
