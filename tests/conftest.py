@@ -22,8 +22,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# models of tests are too small for threads; on a busy machine torch's threads wait for each other
+# many times longer than they work, and the sum of a product may depend on how many there are
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402 - after what torch reads when it is imported
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
