@@ -26,8 +26,8 @@ from pathlib import Path
 # many times longer than they work, and the sum of a product may depend on how many there are
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402 - after what torch reads when it is imported
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
