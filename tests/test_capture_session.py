@@ -405,6 +405,14 @@ def test_an_interrupt_between_passes_keeps_what_was_recorded(tmp_path):
 
 
 def test_ctrl_c_that_a_callback_swallows_still_ends_the_capture(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _swallow_ctrl_c(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _swallow_ctrl_c(tmp_path):
     model = tiny_models.build("olmoe")
     calls = []
 
