@@ -73,7 +73,8 @@ def test_the_model_itself_changes_nothing(comparison, run_path):
     for name in ("perplexity_ratio", "agreement", "jaccard", "flops_ratio", "bytes_ratio"):
         assert native[name] == pytest.approx(1), name
     layers = comparison.table.query("router == 'native' and mode == 'live-layer'")
-    assert len(layers) == 3 and (layers["loss_change"] == 0).all()
+    # some processors round a product of fewer rows otherwise
+    assert len(layers) == 3 and (layers["loss_change"].abs() < 1e-7).all()
     # what was recorded by the capture is what the unchanged model did here
     seen = comparison.query(
         "SELECT position, layer, expert_ids, text FROM choices JOIN texts USING (text_id, position)"

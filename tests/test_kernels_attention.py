@@ -47,6 +47,17 @@ def test_causal_attention_on_paper():
     assert_close("top_weights", out.top_weights[0, 0, 2], torch.tensor([0.5, 0.25]), atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_row_that_the_sink_takes_is_nan(backend):
+    """Weights of e**-90 are below what float32 holds in full; one of e**-60 can be divided."""
+    query, key = keys_and_query([-90.0, -60.0])
+
+    out = attention(query, key, scaling=1.0, bins=2, sinks=torch.zeros(1), backend=backend)
+
+    assert out.map[0, 0, 0].isnan().all()
+    assert_close("map", out.map[0, 0, 1], torch.tensor([0.0, 1.0]), atol=1e-6)
+
+
 def test_every_key_is_seen_without_causal():
     query, key = keys_and_query([0.0, 0.0, LN(2)])
 

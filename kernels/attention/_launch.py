@@ -10,6 +10,7 @@ from kernels.attention.types import (
     AttentionOutput,
     bin_width,
     n_bins,
+    row_shares,
     used_queries,
 )
 
@@ -134,7 +135,7 @@ def attention_triton(
         sink_mass=sink_mass,
         mean_distance=mean_distance,
         window_mass=window_mass,
-        map=pooled / pooled.sum(dim=-1, keepdim=True),
+        map=row_shares(pooled),
         received=pooled.sum(dim=-2),
         top_ids=top_ids,
         top_weights=top_weights,

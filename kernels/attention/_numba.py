@@ -12,6 +12,7 @@ import torch
 from numba import njit
 
 from kernels.attention.types import (
+    LEAST_ROW,
     QUERY_BLOCK,
     RECENT,
     AttentionOutput,
@@ -247,8 +248,9 @@ def _finish(pooled, received):
                 for j in range(len(row)):
                     total += row[j]
                     received[b, h, j] += row[j]
+                share = F32(1.0) / total if total >= F32(LEAST_ROW) else F32(np.nan)
                 for j in range(len(row)):
-                    row[j] /= total
+                    row[j] *= share
 
 
 def attention_numba(

@@ -2,7 +2,14 @@
 
 import torch
 
-from kernels.attention.types import RECENT, AttentionOutput, bin_width, n_bins, used_queries
+from kernels.attention.types import (
+    RECENT,
+    AttentionOutput,
+    bin_width,
+    n_bins,
+    row_shares,
+    used_queries,
+)
 
 
 def visible_keys(
@@ -80,7 +87,7 @@ def attention_reference(
         sink_mass=(probs * is_first.unsqueeze(1)).sum(dim=-1),
         mean_distance=(probs * distance).sum(dim=-1),
         window_mass=(probs * recent).sum(dim=-1),
-        map=pooled / pooled.sum(dim=-1, keepdim=True),
+        map=row_shares(pooled),
         received=pooled.sum(dim=-2),
         top_ids=top_ids,
         top_weights=top_weights,

@@ -6,6 +6,7 @@ import torch
 
 RECENT = 16  # keys that count as recent, the query itself included
 QUERY_BLOCK = 64  # positions a query block has; `every` picks whole blocks
+LEAST_ROW = 1e-30  # weight on all keys below which a row of the map is rounding, and so nan
 
 
 class AttentionOutput(NamedTuple):
@@ -25,7 +26,8 @@ class AttentionOutput(NamedTuple):
         Weight on the last ``RECENT`` positions up to the query itself.
     map : Tensor [B, H, n, n], float32
         Mean weight that the queries of one bin put on the keys of another, [query, key]; each
-        row is divided by its sum. nan in rows without a used query, or without weight on any key.
+        row is divided by its sum. nan in rows without a used query, or with less than ``LEAST_ROW``
+        on all keys together (a sink may take everything).
     received : Tensor [B, H, n], float32
         Weight that the keys of each bin receive, summed over the used queries.
     top_ids : Tensor [B, H, Q, top_keys], int32
@@ -45,6 +47,12 @@ class AttentionOutput(NamedTuple):
     top_ids: torch.Tensor
     top_weights: torch.Tensor
     queries: torch.Tensor
+
+
+def row_shares(pooled: torch.Tensor) -> torch.Tensor:
+    """Divide each row of pooled weights [..., n, n] by its sum; nan where that is no weight."""
+    total = pooled.sum(dim=-1, keepdim=True)
+    return pooled / total.masked_fill(total < LEAST_ROW, torch.nan)
 
 
 def bin_width(n_keys: int, bins: int) -> int:
