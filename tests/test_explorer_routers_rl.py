@@ -297,7 +297,7 @@ def test_the_state_is_hidden_and_four_statistics_of_the_gate():
 
 def test_one_layer_acts_and_the_log_says_what_it_did():
     actions = places(make_actions("count", 2, most=None, least=0))
-    logs = explore(session(), actions, n_tokens=10_000, passes=3)
+    logs = explore(session(), actions, n_tokens=10_000, passes=3, seed=0)
     tokens = sum(len(each) - 1 for each in session().sequences)
     for log in logs.values():
         assert log.states.shape == (tokens, 20) and log.actions.shape == (3, tokens)
@@ -349,7 +349,7 @@ def test_executed_experts_are_the_actions(kind):
     assert swapped.experts_per_token == 1
 
 
-def test_a_session_explores_once_for_all_prices_and_seeds(monkeypatch):
+def test_a_session_explores_once_a_seed_for_all_prices_and_routers(monkeypatch):
     own, calls = toy_session(), []
     from explorer.routers import rl
 
@@ -361,12 +361,12 @@ def test_a_session_explores_once_for_all_prices_and_seeds(monkeypatch):
     routers = [
         ROUTERS[name](price=price, seed=seed, steps=8).train(own)
         for name in OFFLINE
-        for price, seed in ((0.0, 0), (0.01, 1))
+        for price, seed in ((0.0, 0), (0.02, 0), (0.01, 1))
     ]
-    assert len(calls) == 1
+    assert len(calls) == 2
     rows = [row for router in routers for row in router.curves_]
     assert {(row["router"], row["lambda"], row["seed"]) for row in rows} == {
-        (name, *rest) for name in OFFLINE for rest in ((0.0, 0), (0.01, 1))
+        (name, *rest) for name in OFFLINE for rest in ((0.0, 0), (0.02, 0), (0.01, 1))
     }
     assert {row["layer"] for row in rows} == {0, 1, 2}
 

@@ -85,17 +85,16 @@ class _OfflineRouter(ActionRouter):
         self._finish(session)
 
     def explored(self, session: TrainingSession) -> Mapping[Site, Log]:
-        """Return the session's log of these actions, explored once a session."""
+        """Return the session's log of these actions, explored once a session and seed."""
         actions = {
             (site.info.layer, site.info.site): make_actions(
                 self.actions, site.info.top_k, most=self.most, least=self.least
             )
             for site in session.sites
         }
-        key = ("explore", self.actions, self.most, self.least, self.tokens, self.passes)
-        return session.once(
-            key, lambda: explore(session, actions, n_tokens=self.tokens, passes=self.passes)
-        )
+        amount = {"n_tokens": self.tokens, "passes": self.passes, "seed": self.seed}
+        key = ("explore", self.actions, self.most, self.least, *amount.values())
+        return session.once(key, lambda: explore(session, actions, **amount))
 
     def _rewards(self, place: Site, log: Log) -> torch.Tensor:
         """Return what each logged action earned, [P, N], nats."""

@@ -187,7 +187,12 @@ class Passes:
 
 
 def explore(
-    session: TrainingSession, actions: Mapping[Site, Actions], *, n_tokens: int, passes: int
+    session: TrainingSession,
+    actions: Mapping[Site, Actions],
+    *,
+    n_tokens: int,
+    passes: int,
+    seed: int,
 ) -> dict[Site, Log]:
     """Randomise one layer's actions at a time and log states, actions, propensities and changes.
 
@@ -200,12 +205,14 @@ def explore(
     passes : int
         Random actions of each token and layer, see :func:`exploration_weights`. The random
         numbers of a token's passes are spread evenly, so that its actions differ.
+    seed : int
+        Of the random actions.
 
     Notes
     -----
     ``(1 + layers * passes) * n_tokens`` tokens run through the model.
     """
-    generator = torch.Generator().manual_seed(session.seed)
+    generator = torch.Generator().manual_seed(seed)
     weights = {place: exploration_weights(each) for place, each in actions.items()}
     drawn: dict[str, torch.Tensor] = {}
 
