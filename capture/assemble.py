@@ -24,7 +24,7 @@ from capture.store.records import (
     SiteBlock,
     TokenRows,
 )
-from capture.store.schema import STATISTICS
+from capture.store.gate_sums import STATISTICS
 from capture.tokens import TokenizedPrompt, decode_pieces
 
 if TYPE_CHECKING:

@@ -62,6 +62,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fit-tokens", type=int, default=20_000, metavar="N", help="to fit on (default: 20000)")
     add("--skip", choices=("block", "layer"), default="block", help="what layer rules skip")
     add("--no-controls", action="store_true", help="leave out the random controls")
+    add("--against", metavar="ROUTER", help="also set every router beside this one, by text")
     add("--no-latency", action="store_true", help="leave out the timings")
     add("--model", metavar="MODEL", help="default: the model that the run was recorded from")
     add("--router-file", action="append", default=[], metavar="FILE.py", help="runs its code")
@@ -98,15 +99,21 @@ def run_compare(options: argparse.Namespace) -> Output:
         progress=not options.quiet,
     ) as comparison:
         table = _asked(comparison.table, names)
+        pairs = _paired(comparison, table, options.against)
         failed = _failed(comparison, names)
         path = str(comparison.path)
         info = comparison.info
     notes = [f"{r['router']} ({r['mode']}) is missing: {r['error']}" for r in failed]
     if options.json:
         rows = json.loads(table.to_json(orient="records"))
-        found = {"file": path, "info": info, "rows": rows}
+        paired = json.loads(pairs.to_json(orient="records"))
+        found = {"file": path, "info": info, "rows": rows, "paired": paired}
         return Output(json.dumps(found, indent=1, default=str), notes)
-    return Output(f"{as_text(table)}\n\n{path}", notes)
+    parts = [as_text(table)]
+    if len(pairs):
+        parts.append("Loss of each router minus that of another, paired by text, nats a token:")
+        parts.append(_plain(pairs))
+    return Output("\n\n".join([*parts, path]), notes)
 
 
 def _asked(table: "pd.DataFrame", names: list[str] | None) -> "pd.DataFrame":
@@ -115,6 +122,25 @@ def _asked(table: "pd.DataFrame", names: list[str] | None) -> "pd.DataFrame":
 
     labels = {spec.label for spec in read_specs(names)} | {"random"}
     return table[table["router"].isin(labels) | table["control_of"].isin(labels)]
+
+
+def _paired(comparison: "Comparison", table: "pd.DataFrame", against: str | None) -> "pd.DataFrame":
+    """Return the routers of a table beside their controls and beside one that was named."""
+    import pandas as pd
+
+    from explorer.comparison.names import parse_router
+    from explorer.comparison.paired import against_controls, paired
+
+    live = table[(table["mode"] == "live") & table["layer"].isna()]
+    found = against_controls(comparison)
+    found = found[found["router"].isin(live["router"])]
+    if against is not None:
+        other = parse_router(against).label
+        named = live[live["control"].isna() & (live["router"] != other)]["router"].unique()
+        beside = [paired(comparison, router, other) for router in named]
+        rows = [{**each._asdict(), "verdict": each.verdict} for each in beside]
+        found = pd.concat([found, pd.DataFrame(rows)], ignore_index=True)
+    return found.drop(columns="control")
 
 
 def _failed(comparison: "Comparison", names: list[str] | None) -> list[dict[str, Any]]:
@@ -133,7 +159,11 @@ def as_text(table: "pd.DataFrame") -> str:
     whole["badges"] = [_badges(row) for row in whole.to_dict("records")]
     whole["layer"] = whole["layer"].astype("string").fillna("all")
     shown = whole[[*SHOWN[:4], *(["seed"] if whole["seed"].notna().any() else []), *SHOWN[4:]]]
-    text: str = shown.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4f}")
+    return _plain(shown)
+
+
+def _plain(table: "pd.DataFrame") -> str:
+    text: str = table.to_string(index=False, na_rep="", float_format=lambda value: f"{value:.4f}")
     return text
 
 

@@ -101,8 +101,8 @@ def write_results(folder):
     ]  # fmt: skip
     rows["sequences"] = [
         {"router": router, "mode": "live", "sequence": n, "domain": "a", "tokens": 30,
-         "loss_change": change + 0.01 * n}
-        for router, change in ((ours, 0.1), (chance, 2.0))
+         "loss": 3 + change + 0.01 * n, "loss_change": change + 0.01 * n}
+        for router, change in (("native", 0.0), (ours, 0.1), (chance, 2.0))
         for n in range(3)
     ]  # fmt: skip
     rows["domains"] = [
@@ -172,6 +172,10 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     assert "**First divergence** at token 1, in layer 0" in said
     # one of two, then none of three experts in common
     assert f"Mean Jaccard **{(1 + 0 + 0) / 3:.3f}**" in said
+    app.selectbox(key="address:beside").select("native").run()
+    said = " ".join(markdown.value for markdown in app.markdown)
+    assert "minus that of native, on the same texts: +0.1000 ± 0.0000" in said
+    assert app.query_params["beside"] == "native"
 
 
 def test_a_file_that_is_no_comparison_is_refused_in_words(runs):

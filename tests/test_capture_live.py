@@ -10,7 +10,8 @@ from test_capture_swap import Counting, Emptied, Nothing, Top
 
 from capture.dependence import Dependence, dependence
 from capture.errors import SwapError
-from capture.live import Kept, SequenceLosses, latency, loss_change, sequence_losses
+from capture.live import Kept, latency, sequence_losses
+from capture.losses import SequenceLosses, loss_change
 from capture.replay import recorded
 from capture.rules import Choice, NativeRule
 from capture.selftest import attach

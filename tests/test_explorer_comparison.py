@@ -1,6 +1,7 @@
 """Names of routers, files of comparisons, and the command line, without running a model."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import tiny_models
 import capture
 from explorer import open_comparison
 from explorer.__main__ import main
-from explorer.comparison.file import comparisons_of, write_comparison
+from explorer.comparison.file import SUFFIX, comparisons_of, write_comparison
 from explorer.comparison.names import (
     arguments_of,
     load_router_file,
@@ -22,6 +23,7 @@ from explorer.comparison.names import (
     split_routers,
     takes_seed,
 )
+from explorer.comparison.paired import against_controls, paired
 from explorer.comparison.tables import FORMAT_VERSION, TABLES, empty_rows
 from explorer.errors import ComparisonError, RouterError, UnknownNameError
 from explorer.routers import ROUTERS, TopP
@@ -216,6 +218,60 @@ def test_the_list_of_routers_says_what_the_cards_say(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["name", "family", "part"]
     assert all("clustering" in line for line in lines[1:]) and len(lines) > 5
+
+
+def rows_of_texts(losses, tokens=(10, 30)):
+    """Return rows of a comparison whose routers have these losses, [seed][text]."""
+    rows = some_rows()
+    rows["sequences"] = [
+        {"router": router, "seed": None if len(seeds) == 1 else seed, "mode": "live",
+         "layer": None, "sequence": n, "tokens": tokens[n], "loss": loss}
+        for router, seeds in losses.items()
+        for seed, texts in enumerate(seeds)
+        for n, loss in enumerate(texts)
+    ]  # fmt: skip
+    return rows
+
+
+def test_routers_are_paired_by_text(tmp_path):
+    path = tmp_path / f"r.key{SUFFIX}"
+    learned, chance = [[1.0, 2.0], [1.2, 2.4]], [[2.0, 2.0]]
+    rows = rows_of_texts({"learned": learned, "random for learned": chance, "same": chance})
+    rows["results"] = [
+        {"router": "random for learned", "mode": "live", "control": "equal_compute",
+         "control_of": "learned"},
+        {"router": "learned", "mode": "live"},
+    ]  # fmt: skip
+    write_comparison(path, rows)
+    with open_comparison(path) as comparison:
+        found = paired(comparison, "learned", "random for learned")
+        # means over seeds 1.1 and 2.2: differences -0.9 and +0.2, of 10 and 30 tokens
+        change = (-0.9 * 10 + 0.2 * 30) / 40
+        assert found.difference == pytest.approx(change)
+        apart = [10 * (-0.9 - change), 30 * (0.2 - change)]
+        assert found.standard_error == pytest.approx((2 * sum(a * a for a in apart)) ** 0.5 / 40)
+        # losses of the seeds: 70 / 40 and 84 / 40
+        assert found.spread == pytest.approx((84 - 70) / 40 / 2**0.5) and found.seeds == 2
+        assert found.verdict == "not told apart"
+        same = paired(comparison, "same", "random for learned")
+        assert (same.difference, same.standard_error, same.seeds) == (0, 0, 1)
+        assert same.verdict == "not told apart" and math.isnan(same.spread)
+        assert paired(comparison, "random for learned", "learned").difference == -found.difference
+        table = against_controls(comparison)
+        assert table[["router", "other", "control"]].to_numpy().tolist() == [
+            ["learned", "random for learned", "equal_compute"]
+        ]
+        with pytest.raises(ComparisonError, match="Expected a router with a live row, got 'x'"):
+            paired(comparison, "x", "learned")
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(-1, "better"), (1, "worse")])
+def test_a_difference_beyond_two_standard_errors_is_told(tmp_path, sign, verdict):
+    path = tmp_path / f"r.key{SUFFIX}"
+    losses = {"a": [[3 + sign, 3 + sign * 1.1]], "b": [[3.0, 3.0]]}
+    write_comparison(path, rows_of_texts(losses))
+    with open_comparison(path) as comparison:
+        assert paired(comparison, "a", "b").verdict == verdict
 
 
 def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):

@@ -37,7 +37,8 @@ _COPIED = {
     "rollup": "SELECT * FROM packed.rollup",
     "coactivation": "SELECT * FROM packed.coactivation",
     "transition": "SELECT * FROM packed.transition",
-    "run": "SELECT * REPLACE ('stats' AS level, '{}' AS sample, $notes AS notes) FROM packed.run",
+    "run": "SELECT * REPLACE ('stats' AS level, '{}' AS sample, $notes AS notes,"
+    f" {schema.SCHEMA_VERSION} AS schema_version) FROM packed.run",
 }
 
 

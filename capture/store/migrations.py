@@ -8,7 +8,7 @@ from typing import NamedTuple
 import duckdb
 
 from capture.errors import SchemaVersionError, StoreError
-from capture.store import schema
+from capture.store import gate_sums, schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, partial_of, publish
 from capture.store.interrupts import as_keyboard_interrupt
@@ -37,8 +37,17 @@ def _add_pairs_and_attention(connection: duckdb.DuckDBPyConnection) -> None:
     store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
 
 
+def _add_gate_sums(connection: duckdb.DuckDBPyConnection) -> None:
+    """Add the sums of version 3, counted from the rows."""
+    for statement in (gate_sums.TABLE, gate_sums.VIEW, gate_sums.STORE):
+        connection.execute(statement)
+
+
 # one entry for every version that was ever released, oldest first
-STEPS: tuple[Step, ...] = (Step(1, "add pairs and attention", _add_pairs_and_attention),)
+STEPS: tuple[Step, ...] = (
+    Step(1, "add pairs and attention", _add_pairs_and_attention),
+    Step(2, "add sums of the gates", _add_gate_sums),
+)
 
 
 @as_keyboard_interrupt()

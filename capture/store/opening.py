@@ -49,11 +49,15 @@ def cannot_open(path: Path, error: duckdb.Error) -> StoreError:
 
 
 def check_version(
-    path: Path, connection: duckdb.DuckDBPyConnection, table: str = schema.RUN_TABLE
-) -> None:
-    """Refuse a run file of another schema version, and a file that is no run at all."""
+    path: Path,
+    connection: duckdb.DuckDBPyConnection,
+    table: str = schema.RUN_TABLE,
+    *,
+    oldest: int = schema.SCHEMA_VERSION,
+) -> int:
+    """Return the version of a run file; refuse one before ``oldest``, a newer one, and no run."""
     found = read_version(path, connection, table)
-    if found < schema.SCHEMA_VERSION:
+    if found < oldest:
         raise SchemaVersionError(
             f"{path} has schema version {found}, and this code reads {schema.SCHEMA_VERSION}. "
             f"Convert it: python -m capture migrate '{path}' NEW"
@@ -63,6 +67,7 @@ def check_version(
             f"{path} has schema version {found}, and this code reads {schema.SCHEMA_VERSION}. "
             "Update RouteScope to read it."
         )
+    return found
 
 
 def read_version(

@@ -5,7 +5,7 @@ from pathlib import Path
 import duckdb
 
 from capture.errors import StoreError
-from capture.store import schema
+from capture.store import gate_sums, schema
 from capture.store.accounting import check_counts
 from capture.store.codec import Layout
 from capture.store.files import SUFFIX, check_free, publish
@@ -75,6 +75,7 @@ def _close(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("BEGIN")
         store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
         connection.execute("COMMIT")
+    connection.execute(gate_sums.STORE)
     seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
     connection.execute(schema.CLOSE_RUN, [seconds, False])
     connection.execute("CHECKPOINT")

@@ -11,6 +11,7 @@ import pyarrow as pa
 from capture.errors import StoreError
 from capture.store.blocks import as_block, check_block
 from capture.store.codec import Layout, pack_ids, pack_weights
+from capture.store.gate_sums import STATISTICS
 from capture.store.records import (
     LEVELS,
     ForwardRows,
@@ -20,7 +21,7 @@ from capture.store.records import (
     SiteRows,
     Vectors,
 )
-from capture.store.schema import STATISTICS, Column
+from capture.store.schema import Column
 
 MAX_TOKEN_ID = 2**31 - 1
 _SURROGATE = re.compile("[\ud800-\udfff]")

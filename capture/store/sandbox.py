@@ -43,8 +43,8 @@ def open_sandbox(path: Path) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(":memory:", config=dict(SAFE))
     try:
         _attach(path, connection)
-        _check_tables(path, connection)
-        for statement in _views(_layout(path, connection)):
+        missing = _check_tables(path, connection)
+        for statement in _views(_layout(path, connection), missing):
             connection.execute(statement)
         _check_sites(path, connection)
     except duckdb.Error as error:
@@ -68,8 +68,10 @@ def _attach(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute(_LOCK)
 
 
-def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection) -> frozenset[str]:
     """Refuse tables that are not ours to the last column; a view is no table.
+
+    Returns the tables that a file of this older version does not have.
 
     The text that DuckDB writes for a table names its columns, types, keys, defaults and generated
     columns, so that equal text means an equal table.
@@ -77,11 +79,16 @@ def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     found = dict(connection.execute(_TABLES, [_FILE]).fetchall())
     if found.get("run") != expected_tables(Layout(8, 1))["run"].sql:
         raise not_a_run(path, "it has no table packed.run as RouteScope makes it")
-    check_version(path, connection, f"{_FILE}.{schema.RUN_TABLE}")
+    table = f"{_FILE}.{schema.RUN_TABLE}"
+    version = check_version(path, connection, table, oldest=schema.OLDEST_READ)
+    missing = frozenset(schema.STAND_INS if version < schema.SCHEMA_VERSION else ())
     ours = expected_tables(_layout(path, connection))
-    strange = sorted(name for name in ours if found.get(name) != ours[name].sql)
+    strange = sorted(
+        name for name in ours if name not in missing and found.get(name) != ours[name].sql
+    )
     if strange:
         raise not_a_run(path, f"its table packed.{strange[0]} is not as RouteScope makes it")
+    return missing
 
 
 def _layout(path: Path, connection: duckdb.DuckDBPyConnection) -> Layout:
@@ -121,10 +128,14 @@ def expected_tables(layout: Layout) -> dict[str, Table]:
         }
 
 
-def _views(layout: Layout) -> list[str]:
+def _views(layout: Layout, missing: frozenset[str]) -> list[str]:
     """Write our views, over views that stand for the tables of the file."""
     tables = []
     for name, table in expected_tables(layout).items():
+        if name in missing:
+            continue
         columns = ", ".join(_READ.get((name, column), column) for column in table.columns)
         tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {_FILE}.packed.{name}")
+    for name in sorted(missing):
+        tables.append(f"CREATE VIEW packed.{name} AS {schema.STAND_INS[name]}")
     return ["CREATE SCHEMA packed", *tables, *schema.view_statements(layout)]

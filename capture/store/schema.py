@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from capture.store import gate_sums
 from capture.store.codec import (
     Layout,
     sql_count_filled,
@@ -18,8 +19,12 @@ from capture.store.codec import (
     sql_weight,
     sql_weight_code,
 )
+from capture.store.gate_sums import STATISTICS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+OLDEST_READ = 2  # files of older versions have to be migrated
+# tables that files of OLDEST_READ lack -> the SELECT that is read instead
+STAND_INS = {gate_sums.TABLE_NAME: gate_sums.SELECT}
 NO_TOKEN = -1  # a token id that was left out; readers show it as NULL
 
 
@@ -35,9 +40,6 @@ _INTEGER = ("INTEGER NOT NULL", pa.int32())
 _TEXT = ("VARCHAR", pa.string())
 _CODE = ("USMALLINT", pa.uint16())
 _WORD = ("UBIGINT NOT NULL", pa.uint64())
-
-STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
-
 
 _FLOAT = ("FLOAT NOT NULL", pa.float32())
 _CELLS = ("INTEGER[] NOT NULL", pa.large_list(pa.int32()))
@@ -380,7 +382,8 @@ def statements_of_version_2() -> Sequence[str]:
 def create_statements(layout: Layout) -> Sequence[str]:
     """Write the statements that make an empty run file."""
     growing = _create(tables(layout))
-    return [_FIXED_TABLES, _ATTENTION_LAYERS, *growing, *view_statements(layout)]
+    fixed = [_FIXED_TABLES, _ATTENTION_LAYERS, gate_sums.TABLE]
+    return [*fixed, *growing, *view_statements(layout)]
 
 
 def view_statements(layout: Layout) -> Sequence[str]:
@@ -390,6 +393,7 @@ def view_statements(layout: Layout) -> Sequence[str]:
         _FIXED_VIEWS,
         _PAIR_VIEWS,
         _ATTENTION_VIEWS,
+        gate_sums.VIEW,
         f"CREATE VIEW assignments AS {_assignments(layout)}",
         f"CREATE VIEW gates AS SELECT token_id, layer, site, {statistics} FROM packed.route",
     ]

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from capture.errors import StoreError
-from capture.store import schema
+from capture.store import gate_sums, schema
 from capture.store.accounting import check_counts, check_diagonal
 from capture.store.attention_rows import AttentionBuilder, layer_rows
 from capture.store.codec import layout_for
@@ -330,6 +330,7 @@ class RunWriter:
                 found = pairs_of_rows(connection, self._layout, self._sites)
                 store_pairs(connection, found, self._tables)
         with self._transaction():
+            connection.execute(gate_sums.STORE)
             connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
             if backends is not None:
                 connection.execute(schema.SET_BACKENDS, [as_json(dict(backends))])

@@ -12,6 +12,7 @@ lab         run the model with a router in place
 measure     what it chose meanwhile, and how that agrees with the model
 cost        operations, bytes and energy
 controls    random controls at the same compute
+paired      two routers of one comparison, text by text; imports no torch
 badges      whether a router looks ahead or at other sequences
 rows        from measurements to table rows
 tables      the tables of a comparison file

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from capture.flops import counted_flops, model_flops
-from capture.live import Kept, Latency, SequenceLosses, latency, summed, token_losses
+from capture.live import Kept, Latency, latency, summed, token_losses
+from capture.losses import SequenceLosses
 from capture.models import LoadedModel
 from capture.parts import gate_parts
 from capture.rules import NativeRule, Rule

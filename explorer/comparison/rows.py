@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from capture.live import Latency, SequenceLosses, loss_change
+from capture.live import Latency
+from capture.losses import SequenceLosses, loss_change
 from explorer.comparison.badges import Badges
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.lab import SHARED_TOKENS, Lab, Outcome

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from capture.errors import CaptureError
-from capture.live import loss_change, sequence_losses
+from capture.live import sequence_losses
+from capture.losses import loss_change
 from capture.models import load_model, loading_bars
 from explorer.comparison.api import demo_run
 from explorer.comparison.texts import split_texts

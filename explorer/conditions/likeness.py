@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 
 from capture.batching import pad_batch, plan_batches
-from capture.live import BATCH_TOKENS, Kept, SequenceLosses, sequence_losses
+from capture.live import BATCH_TOKENS, Kept, sequence_losses
+from capture.losses import SequenceLosses
 from capture.swap import site_key
 from explorer.conditions.base import Subject
 from explorer.conditions.trace import Floats, Ids, Key, Trace, traced

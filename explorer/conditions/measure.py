@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.live import Kept, SequenceLosses, loss_change, sequence_losses
+from capture.live import Kept, sequence_losses
+from capture.losses import SequenceLosses, loss_change
 from capture.swap import swap
 from explorer.conditions.base import Applied, Condition, Subject, model_bytes
 from explorer.conditions.flips import flip_rows, margin_rows

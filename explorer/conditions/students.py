@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from capture.live import loss_change, sequence_losses
+from capture.live import sequence_losses
+from capture.losses import loss_change
 from capture.swap import swap
 from explorer.conditions.base import Sequence_, Subject
 from explorer.conditions.calibration import Key, Seen, collect

@@ -21,9 +21,10 @@ from explorer.figures.comparison import (
 )
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.compare_card import router_card
 from explorer.pages.components.compare_conditions import conditions_section
 from explorer.pages.components.compare_start import start_comparison
-from explorer.pages.components.compare_text import NATIVE, two_routers
+from explorer.pages.components.compare_text import two_routers
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, is_dark
 
@@ -114,7 +115,7 @@ def _show(view: View, comparison: Comparison) -> None:
         shown = _filtered(live)
         _front(shown, info)
         _table(shown)
-        _card(comparison, live)
+        router_card(comparison, live)
         _layers_and_domains(comparison, table, set(shown["router"]), info)
         two_routers(comparison)
         _learning(comparison)
@@ -237,74 +238,6 @@ def _table(shown: pd.DataFrame) -> None:
 
 def _format(name: str) -> str:
     return "%+.4f" if name == "loss_change" else "%.4f" if name == "loss_se" else "%.3f"
-
-
-def _card(comparison: Comparison, live: pd.DataFrame) -> None:
-    """Show what one router does, and whether it beats chance at the same compute."""
-    cards = comparison.rows("routers").drop_duplicates("router").set_index("router")
-    names = [name for name in dict.fromkeys(live["router"]) if name in cards.index]
-    if not names:
-        return
-    st.subheader("A router's card", anchor=False)
-    name = address.choose(
-        st.selectbox,
-        "router",
-        "Router",
-        names,
-        default=next((n for n in names if _own(n, cards)), names[0]),
-        show=lambda name: name,
-    )
-    card = cards.loc[name]
-    rows = live[live["router"] == name]
-    with st.container(border=True):
-        wearing = sorted({badge for _, row in rows.iterrows() for badge in badges(row)})
-        st.markdown(
-            f"**{address.plain(str(card['title']))}** · {family_name(card['family'])}"
-            + "".join(f" :orange-badge[{badge}]" for badge in wearing)
-        )
-        st.markdown(address.plain(str(card["summary"])))
-        st.code(str(card["formula"]), language=None)
-        paper = card["paper"]
-        fits = card["fits"]
-        st.caption(
-            (f"Source: {address.plain(paper)}. " if isinstance(paper, str) and paper else "")
-            + (f"It is fitted: {fits}." if isinstance(fits, str) else "Nothing is fitted.")
-        )
-        _against_controls(comparison, live, rows, name)
-
-
-def _own(name: str, cards: pd.DataFrame) -> bool:
-    """Return whether a router is neither the model's own nor a control."""
-    return name != NATIVE and cards.loc[name, "family"] != "control"
-
-
-def _against_controls(
-    comparison: Comparison, live: pd.DataFrame, rows: pd.DataFrame, name: str
-) -> None:
-    controls = live[live["control_of"] == name]
-    mean = rows["loss_change"].mean()
-    if controls.empty or pd.isna(mean):
-        return
-    sequences = comparison.rows("sequences")
-    sequences = sequences[(sequences["mode"] == "live") & sequences["layer"].isna()]
-    own = sequences[sequences["router"] == name].groupby("sequence")["loss_change"].mean()
-    for control, group in controls.groupby("control"):
-        labels = set(group["router"])
-        other = sequences[sequences["router"].isin(labels)]
-        paired = (other.groupby("sequence")["loss_change"].mean() - own).dropna()
-        error = paired.std() / len(paired) ** 0.5 if len(paired) > 1 else float("nan")
-        kind = str(control).replace("_", " ")
-        verdict = (
-            "better than chance by more than two standard errors"
-            if paired.mean() > 2 * error
-            else "worse than chance by more than two standard errors"
-            if paired.mean() < -2 * error
-            else "not to be told from chance"
-        )
-        st.markdown(
-            f"Random, {kind}: Δ loss {group['loss_change'].mean():+.4f}; this router "
-            f"{mean:+.4f}. Paired difference {paired.mean():+.4f} ± {error:.4f}: **{verdict}**."
-        )
 
 
 def _layers_and_domains(

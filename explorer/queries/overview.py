@@ -63,12 +63,14 @@ def gate_means(
     part: Part | None = None,
     statistics: Sequence[str] = GATE_STATISTICS,
 ) -> pd.DataFrame:
-    """Return the means of each site's per-token statistics. Reads every row of the run.
+    """Return the means of each site's per-token statistics, from the run's totals.
 
     Parameters
     ----------
+    part : Part, optional
+        The run has no totals of it, so that the rows of its tokens are read.
     statistics : sequence of str
-        Among ``GATE_STATISTICS``, ``entropy`` first; each one costs as much again.
+        Among ``GATE_STATISTICS``, ``entropy`` first; of a part each one costs as much again.
 
     Returns
     -------
@@ -82,24 +84,35 @@ def gate_means(
         known = ", ".join(GATE_STATISTICS)
         raise RunError(f"Expected statistics among {known}, entropy first, got {statistics}.")
     where, params = conditions(domain=domain, phase=phase, part=part)
-    means = ", ".join(f"avg({name}) AS {name}" for name in statistics)
-    others = "".join(f", any_value({name}) AS {name}" for name in statistics[1:])
+    others = "".join(f", {name}" for name in statistics[1:])
     return run.query(
         f"""
-        SELECT layer, site, coalesce(any_value(n), 0) AS tokens, any_value(entropy) AS entropy,
-            any_value(entropy) / nullif(ln(any_value(n_experts)), 0) AS normalized_entropy{others}
-        FROM sites LEFT JOIN (
-            SELECT layer, site, count(entropy) AS n, {means}
-            FROM gates {_token_join(where)} GROUP BY layer, site
-        ) USING (layer, site)
-        GROUP BY layer, site ORDER BY layer, site
+        SELECT layer, site, coalesce(n, 0) AS tokens, entropy,
+            entropy / nullif(ln(n_experts), 0) AS normalized_entropy{others}
+        FROM sites LEFT JOIN ({_means(where, statistics, of_part=part is not None)})
+        USING (layer, site) ORDER BY layer, site
         """,
         params,
     )
 
 
-def _token_join(where: str) -> str:
-    """Write the join to the tokens' phase and domain, or nothing where it is not needed."""
-    if where == "true":
-        return ""
-    return f"JOIN tokens USING (token_id) JOIN prompts USING (prompt_id) WHERE {where}"
+def _means(where: str, statistics: Sequence[str], *, of_part: bool) -> str:
+    """Write the query for ``layer, site, n`` and the means of the tokens that ``where`` leaves."""
+    if of_part:
+        means = ", ".join(f"avg({name}) AS {name}" for name in statistics)
+        return (
+            f"SELECT layer, site, count(entropy) AS n, {means} FROM gates "
+            f"JOIN tokens USING (token_id) JOIN prompts USING (prompt_id) WHERE {where} "
+            "GROUP BY layer, site"
+        )
+    # names are GATE_STATISTICS; written out, so that of an older run only their columns are read
+    names = ", ".join(f"'{name}'" for name in statistics)
+    means = ", ".join(
+        f"sum(total) FILTER (statistic = '{name}') / sum(tokens) FILTER (statistic = '{name}')"
+        f" AS {name}"
+        for name in statistics
+    )
+    return (
+        f"SELECT layer, site, sum(tokens) FILTER (statistic = 'entropy')::BIGINT AS n, {means} "
+        f"FROM gate_sums WHERE statistic IN ({names}) AND {where} GROUP BY layer, site"
+    )

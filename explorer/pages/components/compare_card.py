@@ -1,0 +1,87 @@
+"""A router's card: what it does, where it comes from, and what it is worth beside others."""
+
+import pandas as pd
+import streamlit as st
+
+from explorer.comparison.file import Comparison
+from explorer.comparison.paired import against_controls, paired
+from explorer.figures.comparison import badges, family_name
+from explorer.pages import address
+from explorer.pages.components.compare_text import NATIVE
+
+
+def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
+    """Show what one router does, and whether it beats chance at the same compute."""
+    cards = comparison.rows("routers").drop_duplicates("router").set_index("router")
+    names = [name for name in dict.fromkeys(live["router"]) if name in cards.index]
+    if not names:
+        return
+    st.subheader("A router's card", anchor=False)
+    name = address.choose(
+        st.selectbox,
+        "router",
+        "Router",
+        names,
+        default=next((n for n in names if _own(n, cards)), names[0]),
+        show=lambda name: name,
+    )
+    card = cards.loc[name]
+    rows = live[live["router"] == name]
+    with st.container(border=True):
+        wearing = sorted({badge for _, row in rows.iterrows() for badge in badges(row)})
+        st.markdown(
+            f"**{address.plain(str(card['title']))}** · {family_name(card['family'])}"
+            + "".join(f" :orange-badge[{badge}]" for badge in wearing)
+        )
+        st.markdown(address.plain(str(card["summary"])))
+        st.code(str(card["formula"]), language=None)
+        paper = card["paper"]
+        fits = card["fits"]
+        st.caption(
+            (f"Source: {address.plain(paper)}. " if isinstance(paper, str) and paper else "")
+            + (f"It is fitted: {fits}." if isinstance(fits, str) else "Nothing is fitted.")
+        )
+        _against_controls(comparison, name)
+        _beside_another(comparison, name, names)
+
+
+def _own(name: str, cards: pd.DataFrame) -> bool:
+    """Return whether a router is neither the model's own nor a control."""
+    return name != NATIVE and cards.loc[name, "family"] != "control"
+
+
+def _against_controls(comparison: Comparison, name: str) -> None:
+    told = {
+        "better": "better than chance by more than two standard errors",
+        "worse": "worse than chance by more than two standard errors",
+        "not told apart": "not to be told from chance",
+    }
+    for _, row in against_controls(comparison, name).iterrows():
+        kind = str(row["control"]).replace("_", " ")
+        st.markdown(
+            f"Random, {kind}: this router's loss minus chance's "
+            f"{row['difference']:+.4f} ± {row['standard_error']:.4f} nats a token: "
+            f"**{told[row['verdict']]}**."
+        )
+
+
+def _beside_another(comparison: Comparison, name: str, names: list[str]) -> None:
+    """Show the paired difference to a router that the reader picks."""
+    others = ["", *(other for other in names if other != name)]
+    other = address.choose(
+        st.selectbox,
+        "beside",
+        "Beside another router",
+        others,
+        default="",
+        show=lambda value: value or "none",
+    )
+    if not other:
+        return
+    found = paired(comparison, name, other)
+    told = {"better": "better", "worse": "worse", "not told apart": "not to be told apart"}
+    st.markdown(
+        f"This router's loss minus that of {address.plain(other)}, on the same texts: "
+        f"{found.difference:+.4f} ± {found.standard_error:.4f} nats a token: "
+        f"**{told[found.verdict]}**."
+    )
