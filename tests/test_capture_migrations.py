@@ -136,22 +136,67 @@ def test_every_released_version_is_read(released, tmp_path):
         assert dict(zip(*table.to_pydict().values(), strict=True)) == counts
 
 
+def unpacked(version, tmp_path):
+    path = tmp_path / f"v{version}.duckdb"
+    path.write_bytes(gzip.decompress((FILES[0].parent / f"run_v{version}.duckdb.gz").read_bytes()))
+    return path
+
+
+def sums_of(path):
+    with RunReader.open(path) as run:
+        sums = run.query("SELECT * FROM gate_sums ORDER BY ALL").to_pylist()
+        rows = run.query(
+            "SELECT * FROM gates JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)"
+        ).to_pylist()
+    return sums, rows
+
+
+def test_a_file_without_sums_of_the_gates_is_read_as_if_it_had_them(tmp_path):
+    old = unpacked(2, tmp_path)
+    sums, rows = sums_of(old)
+    assert len(sums) == 2 * 2 * 4  # sites, domains, statistics; one phase
+    for entry in sums:
+        values = [
+            row[entry["statistic"]]
+            for row in rows
+            if all(row[name] == entry[name] for name in ("layer", "site", "domain", "phase"))
+        ]
+        assert entry["tokens"] == len(values)
+        assert entry["total"] == pytest.approx(sum(values))
+    new = migrate(old, tmp_path / "new.duckdb")
+    with duckdb.connect(str(new), read_only=True) as connection:
+        stored = connection.sql("SELECT count(*) FROM packed.gate_sum").fetchall()
+    assert stored == [(len(sums),)]
+    assert [{**entry, "total": pytest.approx(entry["total"])} for entry in sums] == sums_of(new)[0]
+
+
+def test_a_migrated_file_has_the_tables_and_views_of_a_new_one(released, tmp_path):
+    with duckdb.connect(str(released), read_only=True) as connection:
+        if connection.sql("SELECT schema_version FROM run").fetchall() == [
+            (schema.SCHEMA_VERSION,)
+        ]:
+            return
+    migrated = migrate(released, tmp_path / "current.duckdb")
+    assert described(migrated) == described(write(tmp_path / "fresh.duckdb", FIRST, []))
+
+
+def described(path):
+    with duckdb.connect(str(path), read_only=True) as connection:
+        columns = connection.sql(
+            "SELECT schema_name, table_name, column_name, data_type, is_nullable"
+            " FROM duckdb_columns() WHERE NOT internal ORDER BY ALL"
+        ).fetchall()
+        views = connection.sql(
+            "SELECT view_name, sql FROM duckdb_views() WHERE NOT internal ORDER BY ALL"
+        ).fetchall()
+    return columns, views
+
+
 def test_a_changed_schema_has_a_new_version(tmp_path):
     released = tmp_path / "released.duckdb"
     newest = FILES[-1]
     assert newest.name == f"run_v{schema.SCHEMA_VERSION}.duckdb.gz"
     released.write_bytes(gzip.decompress(newest.read_bytes()))
     fresh = write(tmp_path / "fresh.duckdb", FIRST, [])
-    described = []
-    for path in (released, fresh):
-        with duckdb.connect(str(path), read_only=True) as connection:
-            columns = connection.sql(
-                "SELECT schema_name, table_name, column_name, data_type, is_nullable"
-                " FROM duckdb_columns() WHERE NOT internal ORDER BY ALL"
-            ).fetchall()
-            views = connection.sql(
-                "SELECT view_name, sql FROM duckdb_views() WHERE NOT internal ORDER BY ALL"
-            ).fetchall()
-        described.append((columns, views))
     # if this fails: raise SCHEMA_VERSION, add a step to migrations.py and a file of the new version
-    assert described[0] == described[1]
+    assert described(released) == described(fresh)

@@ -37,6 +37,8 @@ PROMISED = {
     "weight_sum DOUBLE, prob_sum DOUBLE",
     "expert_load_by": "layer INTEGER, site INTEGER, domain VARCHAR, phase VARCHAR, "
     "expert_id INTEGER, assignments BIGINT, weight_sum DOUBLE, prob_sum DOUBLE",
+    "gate_sums": "layer INTEGER, site INTEGER, domain VARCHAR, phase VARCHAR, statistic VARCHAR, "
+    "tokens BIGINT, total DOUBLE",
     "batches": "batch_id INTEGER, phase VARCHAR, tokens INTEGER",
     "token_batches": "token_id INTEGER, batch_id INTEGER, row_in_batch INTEGER",
     "sampled_tokens": "token_id INTEGER, domain VARCHAR",
