@@ -94,6 +94,8 @@ def write_results(folder):
         result("peeks<script>", "literature", -0.5, 0.5, causal=False),
         result(chance, "control", 2.0, 0.6, control="equal_compute", control_of=ours, seed=0),
     ]
+    replayed = {"loss": None, "loss_change": None, "spanning_rate": 0.125}
+    rows["results"].append(result(ours, "literature", 0.0, 0.6) | {"mode": "replay"} | replayed)
     rows["routers"] = [
         {"router": row["router"], "name": "x", "family": row["family"], "title": "A title",
          "summary": "What it does.", "formula": "top-k", "control": row.get("control")}
@@ -169,6 +171,7 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     assert badges["peeks<script>"] == "not causal" and badges["native"] == ""
     said = " ".join(markdown.value for markdown in app.markdown)
     assert "better than chance by more than two standard errors" in said
+    assert "12.5% of the recorded tokens lie between clusters" in said
     assert "**First divergence** at token 1, in layer 0" in said
     # one of two, then none of three experts in common
     assert f"Mean Jaccard **{(1 + 0 + 0) / 3:.3f}**" in said

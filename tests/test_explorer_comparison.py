@@ -12,7 +12,7 @@ import router_checks
 import tiny_models
 
 import capture
-from explorer import open_comparison
+from explorer import open_comparison, open_run
 from explorer.__main__ import main
 from explorer.comparison.file import SUFFIX, comparisons_of, write_comparison
 from explorer.comparison.names import (
@@ -24,9 +24,10 @@ from explorer.comparison.names import (
     takes_seed,
 )
 from explorer.comparison.paired import against_controls, paired
+from explorer.comparison.replay import recorded_split
 from explorer.comparison.tables import FORMAT_VERSION, TABLES, empty_rows
 from explorer.errors import ComparisonError, RouterError, UnknownNameError
-from explorer.routers import ROUTERS, TopP
+from explorer.routers import ROUTERS, TopP, fit_layers
 
 ROOT = Path(__file__).parent.parent
 MY_ROUTER = '''
@@ -174,6 +175,21 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
         assert plain.sql("SELECT count(*) FROM results").fetchall() == [(2,)]
 
 
+def test_a_file_of_the_first_format_is_read(tmp_path):
+    path = tmp_path / "r.0123abcd.comparison"
+    write_comparison(path, some_rows())
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("ALTER TABLE results DROP spanning_rate")
+    with pytest.raises(ComparisonError, match="another format"):
+        open_comparison(path)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("UPDATE comparison SET format_version = 1")
+    with open_comparison(path) as comparison:
+        table = comparison.table
+        assert list(table.columns) == list(TABLES["results"])
+        assert table["spanning_rate"].isna().all() and table["loss_change"][0] == 0.5
+
+
 def test_what_is_no_comparison_is_refused(tmp_path):
     path = tmp_path / "r.0123abcd.comparison"
     with pytest.raises(ComparisonError, match="there is none"):
@@ -279,13 +295,28 @@ def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):
     run = tmp_path / "tiny.duckdb"
     prompts = [[*range(3, 20)], [*range(20, 44)], [*range(5, 40)], [*range(8, 30)]]
     capture.record(model, prompts, run, sample_tokens=500, progress=False)
-    asked = ["compare", str(run), "--routers", "top_k(k=1), native", "--quiet"]
+    asked = [
+        "compare",
+        str(run),
+        "--routers",
+        "top_k(k=1), native, kmeans(n_clusters=2)",
+        "--quiet",
+    ]
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     whole = {row["router"]: row for row in found["rows"] if row["layer"] is None}
     assert whole["native"]["agreement"] == 1 and whole["native"]["mode"] == "replay"
     assert whole["top_k(k=1)"]["experts_per_token"] == 1
     assert whole["top_k(k=1)"]["agreement"] == pytest.approx(1 / 3)
+    router = make_router(parse_router("kmeans(n_clusters=2)"), seed=0)
+    with open_run(run) as opened:
+        split = recorded_split(opened, seed=0)
+        fitted = fit_layers(router, split.fit)
+        spanning = [fitted[at].spanning_rate(inputs) for at, inputs in split.held_out.items()]
+    clusters = [row for row in found["rows"] if row["router"] == "kmeans(n_clusters=2)"]
+    assert [row["spanning_rate"] for row in clusters[:-1]] == pytest.approx(spanning)
+    assert clusters[-1]["spanning_rate"] == pytest.approx(sum(spanning) / len(spanning))
+    assert 0 < sum(spanning) < len(spanning) and whole["native"]["spanning_rate"] is None
     needed = "router family mode layer loss_change loss_se experts_per_token flops_ratio"
     needed += " latency_ratio agreement max_violation causal simulated"
     assert set(needed.split()) <= set(found["rows"][0])

@@ -16,7 +16,7 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
-from explorer.comparison.tables import FORMAT_VERSION, TABLES, Rows, empty_rows
+from explorer.comparison.tables import FORMAT_VERSION, SINCE_2, TABLES, Rows, empty_rows
 from explorer.errors import ComparisonError
 from explorer.run import frame
 
@@ -130,29 +130,44 @@ def open_comparison(path: str | Path) -> Comparison:
         with duckdb.connect(str(path), read_only=True, config=dict(UNTRUSTED)) as connection:
             # a view would be a program of a stranger's; tables are held against ours to the letter
             found = dict(connection.sql(_SPELLED).fetchall())
-            if any(found.get(name) != sql for name, sql in _expected().items()):
+            versions = range(1, FORMAT_VERSION + 1)
+            spelled = [v for v in versions if _expected(v).items() <= found.items()]
+            if not spelled:
                 raise ComparisonError(f"{path.name} has other tables than this code. {_MAKE}")
             tables = {n: connection.sql(f"FROM {n}").to_arrow_table() for n in TABLES}
-            if tables["comparison"]["format_version"].to_pylist() != [FORMAT_VERSION]:
+            if tables["comparison"]["format_version"].to_pylist() != spelled:
                 raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
-            return Comparison(path, tables)
+            return Comparison(path, {n: _completed(n, table) for n, table in tables.items()})
     except (duckdb.Error, json.JSONDecodeError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ComparisonError(f"{path.name} is no comparison file ({reason}). {_MAKE}") from error
 
 
 @functools.cache
-def _expected() -> dict[str, str]:
-    """Return how DuckDB writes down the tables that a comparison file has."""
+def _expected(version: int) -> dict[str, str]:
+    """Return how DuckDB writes down the tables that a comparison file of a format has."""
     with duckdb.connect() as connection:
-        for statement in _statements():
+        for statement in _statements(version):
             connection.execute(statement)
         return dict(connection.sql(_SPELLED).fetchall())
 
 
-def _statements() -> list[str]:
+def _completed(name: str, table: pa.Table) -> pa.Table:
+    """Add columns of NULL that a file of an older format lacks."""
+    for column in TABLES[name]:
+        if column not in table.column_names:
+            table = table.append_column(column, pa.nulls(len(table), pa.float64()))
+    return table
+
+
+def _statements(version: int = FORMAT_VERSION) -> list[str]:
+    later = SINCE_2 if version < 2 else {}
     spelled = {
-        name: ", ".join(f'"{column}" {kind}' for column, kind in columns.items())
+        name: ", ".join(
+            f'"{column}" {kind}'
+            for column, kind in columns.items()
+            if column not in later.get(name, ())
+        )
         for name, columns in TABLES.items()
     }
     return [f"CREATE TABLE {name} ({columns})" for name, columns in spelled.items()]

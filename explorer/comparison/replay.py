@@ -33,6 +33,7 @@ from explorer.routers import (
     fit_layers,
     route_layers,
 )
+from explorer.routers.clustering import TableRouter
 from explorer.routers.recorded import fit_split, recorded_inputs
 from explorer.run import Run
 
@@ -78,7 +79,8 @@ def replay(
         ``jaccard``, ``exact_set``, ``top_1``, ``weighted_overlap``, ``js`` (nats), ``entropy`` (of
         a token's scores, nats), ``max_violation`` with what uniform routing of as many tokens
         would have (``max_violation_floor``), ``cv``, ``gini``, ``dead_experts``,
-        ``load_entropy`` (0..1), ``causal``, ``batch_dependent``, ``simulated`` (False: nothing was
+        ``load_entropy`` (0..1), ``spanning_rate`` (share of tokens between clusters, of rules with
+        clusters only), ``causal``, ``batch_dependent``, ``simulated`` (False: nothing was
         masked that would have run).
 
     Raises
@@ -147,7 +149,13 @@ def replay_rows(label: str, router: Router, split: RecordedSplit) -> list[dict[s
             )
         fitted = fit_layers(router, split.fit)
     decisions = route_layers(fitted, split.held_out)
-    own = [_row(label, router, split.held_out[at], decisions[at]) for at in split.held_out]
+    own = []
+    for at, inputs in split.held_out.items():
+        row = _row(label, router, inputs, decisions[at])
+        found = fitted[at]
+        if isinstance(found, TableRouter):
+            row["spanning_rate"] = found.spanning_rate(inputs)
+        own.append(row)
     return [*own, _over_layers(own)]
 
 
@@ -244,5 +252,6 @@ def _entropy(shares: torch.Tensor) -> torch.Tensor:
 
 def _over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the row of all layers: means of the layers' numbers."""
-    means = {name: float(np.mean([row[name] for row in rows])) for name in _MEANS}
+    names = (*_MEANS, "spanning_rate") if "spanning_rate" in rows[0] else _MEANS
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     return {**rows[0], **means, "layer": None, "site": None}

@@ -4,7 +4,9 @@ from typing import Any
 
 Rows = dict[str, list[dict[str, Any]]]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# columns that files of format 1 lack; they read as NULL
+SINCE_2: dict[str, tuple[str, ...]] = {"results": ("spanning_rate",)}
 
 # of one router, seed and mode; a result is computed again when its fingerprint changes
 UNIT = {"router": "VARCHAR", "seed": "INTEGER", "mode": "VARCHAR"}
@@ -100,6 +102,7 @@ TABLES: dict[str, dict[str, str]] = {
         "sequences": "BIGINT",
         "fit_seconds": "DOUBLE",
         "seconds": "DOUBLE",
+        "spanning_rate": "DOUBLE",
     },
     "domains": {
         **UNIT,

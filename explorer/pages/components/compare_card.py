@@ -41,6 +41,7 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
             (f"Source: {address.plain(paper)}. " if isinstance(paper, str) and paper else "")
             + (f"It is fitted: {fits}." if isinstance(fits, str) else "Nothing is fitted.")
         )
+        _spanning(comparison, name)
         _against_controls(comparison, name)
         _beside_another(comparison, name, names)
 
@@ -48,6 +49,15 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
 def _own(name: str, cards: pd.DataFrame) -> bool:
     """Return whether a router is neither the model's own nor a control."""
     return name != NATIVE and cards.loc[name, "family"] != "control"
+
+
+def _spanning(comparison: Comparison, name: str) -> None:
+    rows = comparison.table.query("router == @name and layer.isna() and spanning_rate.notna()")
+    if not rows.empty:
+        st.markdown(
+            f"{rows['spanning_rate'].mean():.1%} of the recorded tokens lie between clusters: no "
+            "cluster's share in them reaches 0.7."
+        )
 
 
 def _against_controls(comparison: Comparison, name: str) -> None:
