@@ -11,7 +11,7 @@ Megatron-Core ``topk_softmax_with_capacity`` and ``get_capacity`` (``moe_utils.p
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ import numpy.typing as npt
 from explorer.errors import MetricError
 from explorer.metrics.load import expert_capacity
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 Policy = Literal["position", "probs"]
 POLICIES: tuple[Policy, ...] = ("position", "probs")
 
@@ -82,6 +84,14 @@ def dropped(
     return order.drop(capacity_factor)
 
 
+class Shares(NamedTuple):
+    """What a capacity limit drops, in shares; the fields are those of :class:`Drops`."""
+
+    assignments: float
+    weight: float
+    tokens: float
+
+
 class Arrival(NamedTuple):
     """The order in which assignments reach their experts; one sort serves every factor.
 
@@ -105,17 +115,14 @@ class Arrival(NamedTuple):
     best_rank: npt.NDArray[np.int64]
     batch: npt.NDArray[np.int64]
     assignments: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float64] | None
+    weights: npt.NDArray[np.floating[Any]] | None
     total_weight: float
     n_experts: int
 
     def drop(self, capacity_factor: float) -> Drops:
         """Return what this capacity factor drops."""
-        places = np.array(
-            [expert_capacity(int(n), self.n_experts, capacity_factor) for n in self.assignments],
-            dtype=np.int64,
-        )
-        limit = places[self.batch] if len(places) else np.empty(0, dtype=np.int64)
+        places = _places(self.assignments, self.n_experts, capacity_factor)
+        limit = places[self.batch]
         mask = self.rank >= limit[:, None]
         lost = np.count_nonzero(self.best_rank >= limit)
         return Drops(
@@ -123,9 +130,51 @@ class Arrival(NamedTuple):
             _share(float(np.count_nonzero(mask)), float(self.assignments.sum())),
             float("nan")
             if self.weights is None
-            else _share(float(self.weights[mask].sum()), self.total_weight),
+            else _share(float(self.weights[mask].sum(dtype=np.float64)), self.total_weight),
             _share(float(lost), float(np.count_nonzero(self.best_rank >= 0))),
         )
+
+    def shares(self, capacity_factors: Sequence[float]) -> list[Shares]:
+        """Return what each capacity factor drops, from one pass over the assignments.
+
+        What a factor drops of a batch are the assignments from some rank on. So those of every
+        rank are counted once, over all batches with as many assignments, hence as many places.
+        """
+        sizes, kind = np.unique(self.assignments, return_inverse=True)
+        of_token = kind[self.batch]
+        width = np.zeros(len(sizes), dtype=np.int64)
+        np.maximum.at(width, of_token, self.rank.max(axis=1, initial=-1) + 1)
+        ends = np.cumsum(width)
+        real = self.rank >= 0
+        cell = (self.rank + (ends - width)[of_token][:, None])[real]
+        has = self.best_rank >= 0
+        first = (self.best_rank + (ends - width)[of_token])[has]
+        size = int(ends[-1]) if len(ends) else 0
+        weights = None if self.weights is None else self.weights[real]
+        counted = [
+            (_before(cell, None, size), float(self.assignments.sum())),
+            (_before(cell, weights, size), self.total_weight),
+            (_before(first, None, size), float(np.count_nonzero(has))),
+        ]
+        found = []
+        for factor in capacity_factors:
+            kept = ends - width + np.minimum(_places(sizes, self.n_experts, factor), width)
+            shares = [
+                _share(float((sums[ends] - sums[kept]).sum()), all_) for sums, all_ in counted
+            ]
+            found.append(Shares(*shares))
+        return found
+
+
+def _before(cell: Ints, weights: npt.NDArray[np.floating[Any]] | None, size: int) -> Floats:
+    """Return the sums [size + 1] of what is in the cells before each one."""
+    return np.append(0.0, np.cumsum(np.bincount(cell, weights, minlength=size)))
+
+
+def _places(assignments: Ints, n_experts: int, capacity_factor: float) -> Ints:
+    """Return the places [B] of an expert in batches of so many assignments."""
+    places = [expert_capacity(int(n), n_experts, capacity_factor) for n in assignments]
+    return np.array(places, dtype=np.int64)
 
 
 def arrival(
@@ -137,7 +186,7 @@ def arrival(
     batch: npt.ArrayLike | None = None,
 ) -> Arrival:
     """Return the order of the assignments at their experts; arguments as for ``dropped``."""
-    ids = np.asarray(expert_ids, dtype=np.int64)
+    ids = np.asarray(expert_ids)
     shape = ids.shape
     if ids.ndim != 2 or (ids.size and (ids.min() < -1 or ids.max() >= n_experts)):
         raise MetricError(
@@ -147,28 +196,54 @@ def arrival(
         )
     if policy not in POLICIES:
         raise MetricError(f"Expected a policy of {POLICIES}, got {policy!r}.")
-    gates = None if weights is None else np.asarray(weights, dtype=np.float64)
+    gates = None if weights is None else _floats(weights)
     if gates is None and policy == "probs":
         raise MetricError("The policy 'probs' drops by weight: pass weights [T, K], or 'position'.")
     if gates is not None and gates.shape != shape:
         raise MetricError(f"Expected weights of shape {shape} like the ids, got {gates.shape}.")
     numbers, counts = _batches(batch, ids)
-    token, slot = np.nonzero(ids >= 0)
-    group = numbers[token] * n_experts + ids[token, slot]
+    real = np.flatnonzero(ids >= 0)
+    group = (numbers[:, None] * n_experts + ids).ravel()[real].astype(np.uint64)
+    order = np.arange(len(real))
     if policy == "probs" and gates is not None:
-        order = np.lexsort((-gates[token, slot], group))
-    else:
-        order = np.argsort(group, kind="stable")
+        order = _sorted_by(_descending(gates.ravel()[real]), order)
+    order = _sorted_by(group, order)
     grouped = group[order]
     first = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(grouped) else order
     starts = np.repeat(first, np.diff(np.r_[first, len(grouped)]))
-    rank = np.full(shape, -1, dtype=np.int64)
-    rank[token[order], slot[order]] = np.arange(len(grouped)) - starts
-    best = np.full(len(ids), len(token) + 1)
-    np.minimum.at(best, token[order], rank[token[order], slot[order]])
-    best[best > len(token)] = -1
-    total = float("nan") if gates is None else float(gates[token, slot].sum())
+    rank_of = np.full(ids.size, -1, dtype=np.int64)
+    rank_of[real[order]] = np.arange(len(grouped)) - starts
+    rank: Ints = rank_of.reshape(shape)
+    best: Ints = np.where(rank < 0, len(real), rank).min(axis=1, initial=len(real))
+    best[best == len(real)] = -1
+    total = float("nan") if gates is None else float(gates.ravel()[real].sum(dtype=np.float64))
     return Arrival(rank, best, numbers, counts, gates, total, n_experts)
+
+
+def _floats(weights: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
+    given = np.asarray(weights)
+    return given if given.dtype == np.float32 else given.astype(np.float64)
+
+
+def _descending(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    """Return whole numbers that are smaller where a value is larger, and equal where it is."""
+    kind: Any = np.uint32 if values.dtype == np.float32 else np.uint64
+    bits = (values + 0.0).view(kind)  # -0.0 becomes 0.0
+    top = kind(1 << (8 * bits.itemsize - 1))
+    ordered: npt.NDArray[Any] = np.where(bits & top, bits, ~(bits | top))
+    return ordered
+
+
+def _sorted_by(keys: npt.NDArray[Any], order: Ints) -> Ints:
+    """Sort an order by keys, equal ones as they are, 16 bits at a time.
+
+    NumPy sorts 16-bit numbers by counting, several times as fast as it compares longer ones.
+    """
+    most = int(keys.max(initial=0))
+    for shift in range(0, max(1, most.bit_length()), 16):
+        digits = ((keys >> keys.dtype.type(shift)) & keys.dtype.type(0xFFFF)).astype(np.uint16)
+        order = order[np.argsort(digits[order], kind="stable")]
+    return order
 
 
 def curve(
@@ -179,10 +254,10 @@ def curve(
     policy: Policy = "position",
     weights: npt.ArrayLike | None = None,
     batch: npt.ArrayLike | None = None,
-) -> list[Drops]:
+) -> list[Shares]:
     """Return what each capacity factor drops; arguments as for ``dropped``."""
     order = arrival(expert_ids, n_experts, policy=policy, weights=weights, batch=batch)
-    return [order.drop(factor) for factor in capacity_factors]
+    return order.shares(capacity_factors)
 
 
 def _batches(
@@ -200,8 +275,7 @@ def _batches(
         numbers = np.unique(names, return_inverse=True)[1].astype(np.int64)
     real = (ids >= 0).sum(axis=1)
     n_batches = int(numbers.max()) + 1 if len(numbers) else 0
-    counts = np.zeros(n_batches, dtype=np.int64)
-    np.add.at(counts, numbers, real)
+    counts = np.bincount(numbers, real, minlength=n_batches).astype(np.int64)
     return numbers, counts
 
 

@@ -345,3 +345,9 @@ def _floor(
     values = np.array([function(load) for load in loads], dtype=np.float64)
     low, high = np.percentile(values, [5, 95])
     return Floor(float(values.mean()), float(low), float(high))
+
+
+def forget_floors() -> None:
+    """Draw floors anew, as in a process that has shown nothing yet; for measurements of time."""
+    uniform_loads.cache_clear()
+    _floor.cache_clear()

@@ -1,9 +1,10 @@
 """How long pages of a run take to make: ``python -m explorer.pages.bench RUN``.
 
 Each page is run as the server runs it (queries, metrics, figures and what is sent to the
-browser), in one process with empty caches: opened first, opened again, and with a domain chosen.
-What the browser takes to draw is not in it. A large run: ``python -m capture.bench store --rows
-10000000 --repeats 1 --folder FOLDER --keep``.
+browser): with empty caches, again, and with a domain chosen and empty caches, as if no page had
+been open before. What the browser takes to draw is not in it; ``--cold`` times a start of the app
+up to the first figure in a browser. A large run: ``python -m capture.bench store --rows 10000000
+--repeats 1 --folder FOLDER --keep``.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from explorer.metrics import load
 from explorer.run import open_run
 
 if TYPE_CHECKING:
@@ -20,48 +22,71 @@ if TYPE_CHECKING:
 _APP = Path(__file__).resolve().parent.parent.parent / "app.py"
 PAGES = (
     *("overview", "tokens", "experts", "load_balance", "attention", "flow", "clusters", "compare"),
+    *("compare_runs", "trends", "share", "learn"),
 )
 _TIMEOUT = 600.0
 
 
+class Seconds(NamedTuple):
+    """Time on the clock, and what all threads computed; that does not grow beside other work."""
+
+    clock: float
+    busy: float
+
+
 class Timed(NamedTuple):
-    """Seconds of one page: its first run, a later one, and one with a domain chosen."""
+    """One page: made with empty caches, again, and with empty caches for a domain."""
 
     page: str
-    first: float
-    again: float
-    filtered: float | None
+    first: Seconds
+    again: Seconds
+    filtered: Seconds | None
 
 
 def measure(path: Path) -> list[Timed]:
     """Time every page of a run."""
+    from streamlit.logger import set_log_level
     from streamlit.testing.v1 import AppTest
 
+    set_log_level("error")  # else it says many times that no server runs
     with open_run(path) as run:
         domain = next((name for name in run.domains if name), None)
     sys.argv = [str(_APP), "--read-only", "--runs", str(path.parent)]
-    app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
+    # what is imported once is part of a start, not of a page
+    for page in PAGES:
+        _show(AppTest.from_file(str(_APP), default_timeout=_TIMEOUT), path.stem, page, "")
     rows = []
     for page in PAGES:
-        first = _run(app, path.stem, page, "")
-        again = _run(app, path.stem, page, "")
-        filtered = _run(app, path.stem, page, domain) if domain else None
-        rows.append(Timed(page, first, again, filtered))
+        app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
+        _show(app, path.stem, "overview", "")
+        found = []
+        for chosen, empty in (("", True), ("", False), (domain, True)):
+            if chosen is not None:
+                if empty:
+                    _forget()
+                found.append(_show(app, path.stem, page, chosen))
+        rows.append(Timed(page, found[0], found[1], found[2] if len(found) > 2 else None))
     return rows
 
 
-def _run(app: "AppTest", run: str, page: str, domain: str) -> float:
+def _forget() -> None:
+    """Empty the caches of answers; the run stays open."""
+    import streamlit as st
+
+    st.cache_data.clear()
+    load.forget_floors()
+
+
+def _show(app: "AppTest", run: str, page: str, domain: str) -> Seconds:
     app.query_params["run"] = run
     if domain:
         app.query_params["domain"] = domain
-    elif "domain" in app.query_params:
-        del app.query_params["domain"]
-    started = time.perf_counter()
     # pages are known to Streamlit after a first run only, which shows the overview
     if page != "overview":
         app.switch_page(f"explorer/pages/{page}.py")
+    clock, busy = time.perf_counter(), time.process_time()
     app.run()
-    seconds = time.perf_counter() - started
+    seconds = Seconds(time.perf_counter() - clock, time.process_time() - busy)
     if app.exception:
         raise RuntimeError(f"the page {page} failed: {app.exception[0].message}")
     return seconds
@@ -76,11 +101,16 @@ def main() -> None:
     path = parser.parse_args().run.resolve()
     with open_run(path) as run:
         rows = int(run.info["n_tokens"]) * len(run.sites)
-    sys.stdout.write(f"{path.name}: {rows:,} (token, layer) rows; seconds on the server\n")
-    sys.stdout.write(f"{'page':14}{'first':>8}{'again':>8}{'domain':>8}\n")
+    sys.stdout.write(f"{path.name}: {rows:,} (token, layer) rows; seconds (CPU seconds)\n")
+    sys.stdout.write(f"{'page':14}{'first':>14}{'again':>14}{'domain':>14}\n")
     for timed in measure(path):
-        chosen = "-" if timed.filtered is None else f"{timed.filtered:.2f}"
-        sys.stdout.write(f"{timed.page:14}{timed.first:8.2f}{timed.again:8.2f}{chosen:>8}\n")
+        cells = map(_cell, (timed.first, timed.again, timed.filtered))
+        sys.stdout.write(f"{timed.page:14}{''.join(cells)}\n")
+
+
+def _cell(seconds: Seconds | None) -> str:
+    text = "-" if seconds is None else f"{seconds.clock:.2f} ({seconds.busy:.2f})"
+    return f"{text:>14}"
 
 
 if __name__ == "__main__":

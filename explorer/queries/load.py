@@ -224,14 +224,15 @@ def routing(
     ids = np.full((len(token_id), info.top_k), -1, dtype=np.int32)
     weights = np.zeros((len(token_id), info.top_k), dtype=np.float32)
     if len(token_id):
-        row_of = np.full(int(token_id.max()) + 1, -1, dtype=np.int64)
-        row_of[token_id] = np.arange(len(token_id))
-        token = rows["token_id"].to_numpy().astype(np.int64)
-        inside = token < len(row_of)
-        inside[inside] = row_of[token[inside]] >= 0
-        row = row_of[token[inside]]
-        slot = rows["slot"].to_numpy()[inside]
-        ids[row, slot] = rows["expert_id"].to_numpy()[inside]
-        weights[row, slot] = rows["weight"].to_numpy()[inside]
+        row_of = np.full(ends[1] - ends[0] + 1, -1, dtype=np.int32)
+        row_of[token_id - ends[0]] = np.arange(len(token_id))
+        row = row_of[rows["token_id"].to_numpy() - ends[0]]
+        slot, expert = rows["slot"].to_numpy(), rows["expert_id"].to_numpy()
+        weight = rows["weight"].to_numpy()
+        inside = row >= 0
+        if not inside.all():
+            row, slot, expert, weight = (values[inside] for values in (row, slot, expert, weight))
+        ids[row, slot] = expert
+        weights[row, slot] = weight
     batch = order["batch_id"].to_numpy().astype(np.int64)
     return Routing(token_id, batch, ids, weights, int(sizes["tokens"].sum()))
