@@ -221,6 +221,19 @@ def _number(value: object, form: str) -> str:
     return "not measured" if value is None or pd.isna(value) else format(float(str(value)), form)
 
 
+def means_by(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the change in loss by router and layer (or domain), means over seeds.
+
+    Returns
+    -------
+    DataFrame
+        nats a token; one row a router, in the order of :func:`by_layer` and :func:`by_domain`.
+    """
+    return rows.fillna({"domain": ""}).pivot_table(
+        index="router", columns=column, values="loss_change", aggfunc="mean", sort=False
+    )
+
+
 def by_layer(results: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Figure:
     """Draw the change in loss when one layer alone is swapped: routers by layers.
 
@@ -234,9 +247,7 @@ def by_layer(results: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Fi
     Figure
         A click returns ``customdata`` [row of the router, layer].
     """
-    means = results.pivot_table(
-        index="router", columns="layer", values="loss_change", aggfunc="mean", sort=False
-    )
+    means = means_by(results, "layer")
     return _changes(
         means,
         columns=[str(layer) for layer in means.columns],
@@ -244,7 +255,8 @@ def by_layer(results: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Fi
         hover="layer %{customdata[1]}",
         ids=means.columns.to_numpy(dtype=np.float64),
         title="Change in loss when one layer is swapped (nats a token)",
-        caption=f"n = {tokens:,} held-out tokens; all other layers route as the model does",
+        caption=f"n = {tokens:,} held-out tokens; all other layers route as the model does; "
+        "click a cell for the router",
         dark=dark,
     )
 
@@ -257,10 +269,7 @@ def by_domain(domains: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.F
     Figure
         A click returns ``customdata`` [row of the router, column of the domain].
     """
-    frame = domains.assign(domain=domains["domain"].fillna(""))
-    means = frame.pivot_table(
-        index="router", columns="domain", values="loss_change", aggfunc="mean", sort=False
-    )
+    means = means_by(domains, "domain")
     return _changes(
         means,
         columns=[domain_label(domain) for domain in means.columns],
@@ -268,7 +277,7 @@ def by_domain(domains: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.F
         hover="%{x}",
         ids=np.arange(means.shape[1], dtype=np.float64),
         title="Change in loss by domain (nats a token)",
-        caption=f"n = {tokens:,} held-out tokens; all layers swapped",
+        caption=f"n = {tokens:,} held-out tokens; all layers swapped; click a cell for the router",
         dark=dark,
     )
 

@@ -18,6 +18,7 @@ from explorer.figures.comparison import (
     curves,
     family_name,
     front,
+    means_by,
 )
 from explorer.pages import address
 from explorer.pages.components.chart import chart
@@ -258,6 +259,7 @@ def _layers_and_domains(
             alt=f"Heatmap of {single['router'].nunique()} routers by "
             f"{single['layer'].nunique()} layers: change in loss when one layer is swapped.",
             table=single[["router", "seed", "layer", "loss_change", "loss_se", "agreement"]],
+            on_click=lambda data: _open_card(means_by(single, "layer"), data),
         )
     if not domains.empty:
         st.subheader("Domain by domain", anchor=False)
@@ -267,7 +269,13 @@ def _layers_and_domains(
             alt=f"Heatmap of {domains['router'].nunique()} routers by "
             f"{domains['domain'].nunique()} domains: change in loss.",
             table=domains,
+            on_click=lambda data: _open_card(means_by(domains, "domain"), data),
         )
+
+
+def _open_card(means: pd.DataFrame, data: list[float]) -> None:
+    """Show the router of the row that was clicked."""
+    address.write("router", str(means.index[int(data[0])]))
 
 
 def _learning(comparison: Comparison) -> None:

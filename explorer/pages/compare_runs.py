@@ -15,7 +15,7 @@ from explorer.figures.two_runs import (
     divergence_over_layers,
     over_layers,
 )
-from explorer.pages import address, state
+from explorer.pages import address, jump, state
 from explorer.pages.components.chart import chart
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
 from explorer.pages.components.visible import one_line
@@ -45,6 +45,7 @@ _QUANTITIES = {
 def render() -> None:
     """Draw the page."""
     view = current_view()
+    jump.follow()
     st.markdown(
         "**A** is the run at the side; choose **B** here. Two recordings of one model (other "
         "prompts, a later checkpoint, another precision) are compared expert by expert; two "
@@ -129,11 +130,16 @@ def _same_model(view: View, other: View) -> None:
     counts = {name: side.scope().n_tokens for name, side in sides.items()}
     caption = f"A: n = {counts['a']:,} tokens; B: n = {counts['b']:,} tokens; padding excluded"
     chart(
-        change_heatmap(change, caption=f"{caption}; 1× = unchanged", dark=is_dark()),
+        change_heatmap(
+            change,
+            caption=f"{caption}; 1× = unchanged; click a cell for the expert in A",
+            dark=is_dark(),
+        ),
         key="load change",
         alt=f"Heatmap: share of each of {len(change)} experts in B over its share in A; "
         f"{int((change['change'].abs() >= 1).sum())} at least doubled or halved.",
         table=change,
+        on_click=lambda data: jump.aim(view, data),
     )
     for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
         figure = load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark())
