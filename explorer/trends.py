@@ -11,8 +11,9 @@ from explorer.balance import balance_table
 from explorer.errors import RunError
 from explorer.metrics import agreement
 from explorer.metrics.specialization import information
-from explorer.queries.load import expert_load, expert_load_by_domain
+from explorer.queries.load import expert_load
 from explorer.queries.overview import token_count
+from explorer.queries.specialization import loads_by_domain
 from explorer.queries.two_runs import chosen, common_prompts, common_tokens
 from explorer.run import Run
 
@@ -95,6 +96,7 @@ def trend_table(
         n_tokens = token_count(one.run, domain=domain, phase=phase)
         balance = balance_table(expert_load(one.run, domain=domain, phase=phase), n_tokens=n_tokens)
         kept = _saturation(one.run, last, domain)
+        about = _domain_information(one.run, domain, phase)
         for site, row in zip(one.run.sites, balance.itertuples(), strict=True):
             rows.append(
                 {
@@ -108,9 +110,7 @@ def trend_table(
                     "chance": site.top_k / site.n_experts,
                     "max_violation": row.max_violation,
                     "normalized_entropy": row.normalized_entropy,
-                    "domain_information": _domain_information(
-                        one.run, site.layer, site.site, domain, phase
-                    ),
+                    "domain_information": about.get((site.layer, site.site), float("nan")),
                 }
             )
     return pd.DataFrame(rows).astype({"step": "Int64"})
@@ -133,10 +133,17 @@ def _saturation(run: Run, last: Run, domain: str | None) -> dict[tuple[int, int]
 
 
 def _domain_information(
-    run: Run, layer: int, site: int, domain: str | None, phase: str | None
-) -> float:
+    run: Run, domain: str | None, phase: str | None
+) -> dict[tuple[int, int], float]:
     if domain is not None or len(run.domains) < 2:
-        return float("nan")
-    load = expert_load_by_domain(run, layer, site=site, phase=phase)
-    counts = load.pivot_table(index="domain", columns="expert_id", values="assignments")
-    return information(counts.to_numpy())
+        return {}
+    load = loads_by_domain(run, phase=phase)
+    names = sorted(set(load["domain"]))
+    found = {}
+    for site in run.sites:
+        here = load[(load["layer"] == site.layer) & (load["site"] == site.site)]
+        counts = np.zeros((len(names), site.n_experts))
+        rows = np.searchsorted(names, here["domain"].to_numpy(dtype=str))
+        counts[rows, here["expert_id"].to_numpy(dtype=np.int64)] = here["assignments"]
+        found[site.layer, site.site] = information(counts)
+    return found

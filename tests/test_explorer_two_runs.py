@@ -14,6 +14,8 @@ from explorer.errors import MetricError, RunError
 from explorer.figures import two_runs as figures
 from explorer.figures.trends import trend_lines
 from explorer.metrics import alignment
+from explorer.metrics.specialization import information
+from explorer.queries.load import expert_load_by_domain
 from explorer.queries.two_runs import chosen, common_prompts, common_tokens
 
 
@@ -170,6 +172,10 @@ def test_checkpoints_are_ordered_by_step_and_the_last_is_settled(pair):
     assert (last["saturation"] == 1).all()
     first = table[table["name"] == "step_10"]
     assert (first["saturation"] < 1).all() and (first["domain_information"] > 0).all()
+    for row in first.itertuples():
+        load = expert_load_by_domain(a, row.layer, site=row.site)
+        counts = load.pivot(index="domain", columns="expert_id", values="assignments").to_numpy()
+        assert row.domain_information == pytest.approx(information(counts))
     figure = trend_lines(table, "saturation", caption="")
     assert list(figure.layout.xaxis.ticktext) == ["10", "200"]
 

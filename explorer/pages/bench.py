@@ -8,6 +8,7 @@ up to the first figure in a browser. A large run: ``python -m capture.bench stor
 """
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -45,10 +46,9 @@ class Timed(NamedTuple):
 
 def measure(path: Path) -> list[Timed]:
     """Time every page of a run."""
-    from streamlit.logger import set_log_level
     from streamlit.testing.v1 import AppTest
 
-    set_log_level("error")  # else it says many times that no server runs
+    logging.disable(logging.WARNING)  # Streamlit says many times that no server runs
     with open_run(path) as run:
         domain = next((name for name in run.domains if name), None)
     sys.argv = [str(_APP), "--read-only", "--runs", str(path.parent)]

@@ -25,7 +25,7 @@ from explorer.queries.load import (
 from explorer.run import Run
 
 # tokens that the capacity figure reads; more would make the page wait
-MAX_CAPACITY_TOKENS = 150_000
+MAX_CAPACITY_TOKENS = 60_000
 FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
 _TILES = {
     "max_violation": "MaxVio",
