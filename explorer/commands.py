@@ -61,6 +61,11 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=10_000, metavar="N", help="to report on (default: 10000)")
     add("--fit-tokens", type=int, default=20_000, metavar="N", help="to fit on (default: 20000)")
     add("--skip", choices=("block", "layer"), default="block", help="what layer rules skip")
+    add(
+        "--oracle",
+        action="store_true",
+        help="also let the loss choose among all sets of experts in the last layer: a bound",
+    )
     add("--no-controls", action="store_true", help="leave out the random controls")
     add("--against", metavar="ROUTER", help="also set every router beside this one, by text")
     add("--no-latency", action="store_true", help="leave out the timings")
@@ -95,11 +100,13 @@ def run_compare(options: argparse.Namespace) -> Output:
         skip=options.skip,
         controls=not options.no_controls,
         latency=not options.no_latency,
+        oracle=options.oracle,
         model=options.model,
         progress=not options.quiet,
     ) as comparison:
         table = _asked(comparison.table, names)
         pairs = _paired(comparison, table, options.against)
+        bound = comparison.rows("oracle") if options.oracle else None
         failed = _failed(comparison, names)
         path = str(comparison.path)
         info = comparison.info
@@ -108,11 +115,19 @@ def run_compare(options: argparse.Namespace) -> Output:
         rows = json.loads(table.to_json(orient="records"))
         paired = json.loads(pairs.to_json(orient="records"))
         found = {"file": path, "info": info, "rows": rows, "paired": paired}
+        if bound is not None:
+            found["oracle"] = json.loads(bound.to_json(orient="records"))
         return Output(json.dumps(found, indent=1, default=str), notes)
     parts = [as_text(table)]
     if len(pairs):
         parts.append("Loss of each router minus that of another, paired by text, nats a token:")
         parts.append(_plain(pairs))
+    if bound is not None:
+        parts.append(
+            f"Last layer, {bound['sets'][0]:,} sets of experts: a bound that sees the next token; "
+            f"the model's own set is the best for {bound['native_best'][0]:.1%} of the tokens."
+        )
+        parts.append(_plain(bound[["kind", "n", "loss", "loss_change", "loss_se"]]))
     return Output("\n\n".join([*parts, path]), notes)
 
 

@@ -120,6 +120,15 @@ def write_results(folder):
         for router, by_token in (("native", [[0, 1]] * 3), (ours, [[0, 1], [2], [3]]))
         for n, ids in enumerate(by_token)
     ]  # fmt: skip
+    about = {"layer": 3, "site": 0, "sets": 120, "enumerated": True, "tokens": 100,
+             "sequences": 3, "native_best": 0.25, "native_rank": 20.0}  # fmt: skip
+    rows["oracle"] = [
+        {"kind": kind, "n": n, **about, "loss": loss, "loss_change": loss - 3, "loss_se": 0.1}
+        for kind, n, loss in (
+            ("model", None, 3.0), ("best", None, 2.0), ("random", None, 3.5),
+            ("best of n", 2, 2.75), ("worst", None, 5.0),
+        )
+    ]  # fmt: skip
     path = folder / f"known.12345678{SUFFIX}"
     write_comparison(path, rows)
     return path
@@ -172,6 +181,9 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     said = " ".join(markdown.value for markdown in app.markdown)
     assert "better than chance by more than two standard errors" in said
     assert "12.5% of the recorded tokens lie between clusters" in said
+    assert "gives 2.0000 nats a token in place of 3.0000" in said
+    assert "best for 25.0% of the tokens (chance: 0.8%)" in said
+    assert any("A bound: experts of layer 3" in spec for spec in specs)
     assert "**First divergence** at token 1, in layer 0" in said
     # one of two, then none of three experts in common
     assert f"Mean Jaccard **{(1 + 0 + 0) / 3:.3f}**" in said

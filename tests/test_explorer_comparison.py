@@ -180,6 +180,7 @@ def test_a_file_of_the_first_format_is_read(tmp_path):
     write_comparison(path, some_rows())
     with duckdb.connect(str(path)) as connection:
         connection.execute("ALTER TABLE results DROP spanning_rate")
+        connection.execute("DROP TABLE oracle")
     with pytest.raises(ComparisonError, match="another format"):
         open_comparison(path)
     with duckdb.connect(str(path)) as connection:
@@ -188,6 +189,7 @@ def test_a_file_of_the_first_format_is_read(tmp_path):
         table = comparison.table
         assert list(table.columns) == list(TABLES["results"])
         assert table["spanning_rate"].isna().all() and table["loss_change"][0] == 0.5
+        assert comparison.rows("oracle").empty
 
 
 def test_what_is_no_comparison_is_refused(tmp_path):

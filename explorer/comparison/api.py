@@ -33,6 +33,7 @@ def compare(
     skip: Literal["block", "layer"] = "block",
     controls: bool = True,
     latency: bool = True,
+    oracle: bool = False,
     model: "str | Path | PreTrainedModel | None" = None,
     folder: str | Path | None = None,
     progress: bool | Callable[[Progress], None] = True,
@@ -68,6 +69,9 @@ def compare(
         average, and as much layer by layer.
     latency : bool
         Measure forward passes with and without each router, 20 times in turns.
+    oracle : bool
+        Also try every set of experts in the last layer and let the loss choose, see
+        :mod:`explorer.comparison.oracle`: a bound, in table ``oracle``. One forward pass a set.
     model : str, Path or PreTrainedModel, optional
         Default: the model that the run was recorded from.
     folder : str or Path, optional
@@ -113,6 +117,8 @@ def compare(
         missing = session.missing(units)
         if missing:
             session.compute(missing)
+        if oracle:
+            session.oracle()
     return open_comparison(session.path)
 
 

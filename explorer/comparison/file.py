@@ -16,7 +16,14 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
-from explorer.comparison.tables import FORMAT_VERSION, SINCE_2, TABLES, Rows, empty_rows
+from explorer.comparison.tables import (
+    COLUMNS_SINCE_2,
+    FORMAT_VERSION,
+    TABLES,
+    TABLES_SINCE_2,
+    Rows,
+    empty_rows,
+)
 from explorer.errors import ComparisonError
 from explorer.run import frame
 
@@ -134,10 +141,11 @@ def open_comparison(path: str | Path) -> Comparison:
             spelled = [v for v in versions if _expected(v).items() <= found.items()]
             if not spelled:
                 raise ComparisonError(f"{path.name} has other tables than this code. {_MAKE}")
-            tables = {n: connection.sql(f"FROM {n}").to_arrow_table() for n in TABLES}
+            there = [name for name in TABLES if name in found]
+            tables = {n: connection.sql(f"FROM {n}").to_arrow_table() for n in there}
             if tables["comparison"]["format_version"].to_pylist() != spelled:
                 raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
-            return Comparison(path, {n: _completed(n, table) for n, table in tables.items()})
+            return Comparison(path, {n: _completed(n, tables.get(n)) for n in TABLES})
     except (duckdb.Error, json.JSONDecodeError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ComparisonError(f"{path.name} is no comparison file ({reason}). {_MAKE}") from error
@@ -152,23 +160,30 @@ def _expected(version: int) -> dict[str, str]:
         return dict(connection.sql(_SPELLED).fetchall())
 
 
-def _completed(name: str, table: pa.Table) -> pa.Table:
-    """Add columns of NULL that a file of an older format lacks."""
-    for column in TABLES[name]:
-        if column not in table.column_names:
-            table = table.append_column(column, pa.nulls(len(table), pa.float64()))
-    return table
+def _completed(name: str, table: pa.Table | None) -> pa.Table:
+    """Return a table with what a file of an older format lacks: columns of NULL, or no row."""
+    if table is not None and table.column_names == list(TABLES[name]):
+        return table
+    spelled = ", ".join(f'NULL::{kind} AS "{column}"' for column, kind in TABLES[name].items())
+    with duckdb.connect() as connection:
+        whole = connection.sql(f"SELECT {spelled} LIMIT 0").to_arrow_table()
+        if table is None:
+            return whole
+        connection.register("incoming", table).register("whole", whole)
+        query = "SELECT * FROM whole UNION ALL BY NAME SELECT * FROM incoming"
+        return connection.sql(query).to_arrow_table()
 
 
 def _statements(version: int = FORMAT_VERSION) -> list[str]:
-    later = SINCE_2 if version < 2 else {}
+    later = COLUMNS_SINCE_2 if version < 2 else {}
+    tables = [name for name in TABLES if version >= 2 or name not in TABLES_SINCE_2]
     spelled = {
         name: ", ".join(
             f'"{column}" {kind}'
-            for column, kind in columns.items()
+            for column, kind in TABLES[name].items()
             if column not in later.get(name, ())
         )
-        for name, columns in TABLES.items()
+        for name in tables
     }
     return [f"CREATE TABLE {name} ({columns})" for name, columns in spelled.items()]
 

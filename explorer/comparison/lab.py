@@ -139,6 +139,13 @@ class Lab:
                              attention=fitted.attention)  # fmt: skip
         return self._gated(fitted, None if only is None else [layer for layer, _ in only])
 
+    def losses(
+        self, rules: Mapping[Key, Rule], *, only: Sequence[Key]
+    ) -> list[npt.NDArray[np.float32]]:
+        """Run the model with rules at some sites and return the loss of every scored token."""
+        kept = Kept(lambda: swap(self.model, self.sites, rules, only=only))
+        return self._losses(kept, lambda numbers: None)
+
     @cached_property
     def conventions(self) -> dict[Key, Convention]:
         """How the model weighs its experts at each site, seen on a few texts."""
@@ -197,7 +204,9 @@ class Lab:
             seconds=time.perf_counter() - begun,
         )
 
-    def _losses(self, context: Kept[Any], before: Callable[[Any], None]) -> Any:
+    def _losses(
+        self, context: Kept[Any], before: Callable[[Any], None]
+    ) -> list[npt.NDArray[np.float32]]:
         """Run the report texts in a context, unless the caller wants to stop."""
 
         def before_batch(numbers: npt.NDArray[np.int64]) -> None:

@@ -118,6 +118,21 @@ class Session:
                 done = {(u["router"], u["seed"], u["mode"]) for u in self.rows["units"]}
                 self._write(complete=all(unit.name in done for unit in units))
 
+    def oracle(self) -> None:
+        """Measure the oracle of the last layer, unless the file has it."""
+        if self.rows["oracle"]:
+            return
+        from explorer.comparison.oracle import last_layer_oracle
+
+        def told(done: int, total: int) -> None:
+            self.reporter.at(f"oracle of the last layer: set {done} of {total}")
+
+        try:
+            self.rows["oracle"] = last_layer_oracle(self.lab, seed=self.settings.seed, told=told)
+        except (ComparisonCancelled, TrainingCancelled):
+            raise self._stopped() from None
+        self._write(complete=True)
+
     def _compute_one(self, unit: Unit) -> None:
         if self.cancelled():
             raise self._stopped()
@@ -262,7 +277,7 @@ class Session:
         own = {label, *(row["router"] for row in found["routers"])}
         own |= {r["router"] for r in self.rows["routers"] if r["control_of"] == label}
         for table, rows in self.rows.items():
-            if table in ("comparison", "texts", *CONDITION_TABLES):
+            if table in ("comparison", "texts", "oracle", *CONDITION_TABLES):
                 continue
             if table == "routers":
                 fresh = {row["router"] for row in found["routers"]}

@@ -5,8 +5,9 @@ from typing import Any
 Rows = dict[str, list[dict[str, Any]]]
 
 FORMAT_VERSION = 2
-# columns that files of format 1 lack; they read as NULL
-SINCE_2: dict[str, tuple[str, ...]] = {"results": ("spanning_rate",)}
+# what files of format 1 lack: columns, which read as NULL, and tables, which read as empty
+COLUMNS_SINCE_2: dict[str, tuple[str, ...]] = {"results": ("spanning_rate",)}
+TABLES_SINCE_2 = ("oracle",)
 
 # of one router, seed and mode; a result is computed again when its fingerprint changes
 UNIT = {"router": "VARCHAR", "seed": "INTEGER", "mode": "VARCHAR"}
@@ -213,6 +214,21 @@ TABLES: dict[str, dict[str, str]] = {
         "layer": "INTEGER",
         "site": "INTEGER",
         **_LIKENESS,
+    },
+    "oracle": {
+        "kind": "VARCHAR",
+        "n": "INTEGER",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "sets": "INTEGER",
+        "enumerated": "BOOLEAN",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
+        "native_best": "DOUBLE",
+        "native_rank": "DOUBLE",
+        "loss": "DOUBLE",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
     },
     "units": {**UNIT, "fingerprint": "VARCHAR", "error": "VARCHAR"},
 }

@@ -24,6 +24,7 @@ from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.components.compare_card import router_card
 from explorer.pages.components.compare_conditions import conditions_section
+from explorer.pages.components.compare_oracle import oracle_section
 from explorer.pages.components.compare_start import start_comparison
 from explorer.pages.components.compare_text import two_routers
 from explorer.pages.shell import current_view
@@ -120,6 +121,7 @@ def _show(view: View, comparison: Comparison) -> None:
         _layers_and_domains(comparison, table, set(shown["router"]), info)
         two_routers(comparison)
         _learning(comparison)
+    oracle_section(comparison)
     conditions_section(comparison)
     _replay(table)
 

@@ -138,6 +138,7 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
             fit_tokens=request.fit_tokens,
             controls=request.controls,
             latency=request.latency,
+            oracle=request.oracle,
             progress=on_progress,
             cancelled=cancelled,
         ) as comparison:

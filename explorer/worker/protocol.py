@@ -137,6 +137,8 @@ class CompareRequest:
         At most so many tokens to report on, and to fit on.
     controls, latency : bool
         Random controls at the same compute; timings.
+    oracle : bool
+        Also the bound of the last layer, one forward pass for each set of experts.
     conditions : list of str
         Measured after the routers, into the same file: ``quantised(bits=4)``.
     capture : CaptureRequest, optional
@@ -153,6 +155,7 @@ class CompareRequest:
     fit_tokens: int = 20_000
     controls: bool = True
     latency: bool = True
+    oracle: bool = False
     conditions: list[str] = field(default_factory=list)
     capture: CaptureRequest | None = None
 

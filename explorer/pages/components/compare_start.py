@@ -137,12 +137,19 @@ def _form() -> _Wanted:
     with right:
         layers = st.checkbox("Also one layer at a time", key="compare layers")
         latency = st.checkbox("Measure time", value=True, key="compare latency")
+        oracle = st.checkbox(
+            "Bound of the last layer",
+            help="Every set of experts is tried in the last layer, and the next token chooses: "
+            "what no router can reach. One forward pass a set.",
+            key="compare oracle",
+        )
     options = {
         "tokens": tokens,
         "fit_tokens": 2 * tokens,
         "seeds": list(range(seeds)),
         "layers": layers,
         "latency": latency,
+        "oracle": oracle,
         "conditions": conditions,
     }
     return _Wanted(routers, options, prompts, problem or wrong)
