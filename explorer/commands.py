@@ -88,6 +88,8 @@ def run_compare(options: argparse.Namespace) -> Output:
     except ValueError:
         raise ComparisonError(f"Expected --seeds such as 0,1,2, got {options.seeds!r}.") from None
     names = None if options.routers is None else split_routers(options.routers)
+    if options.against is not None and names is not None:
+        names.append(options.against)
     with compare(
         options.run,
         names,

@@ -120,6 +120,9 @@ def test_the_command_keeps_it_in_the_file_and_prints_it(tmp_path, capsys):
     assert found[1]["loss"] < found[0]["loss"] < found[-1]["loss"]
     assert main(asked) == 0
     assert "a bound that sees the next token" in capsys.readouterr().out
+    assert main([*asked, "--against", "top_k(k=1)", "--json"]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)["paired"]
+    assert (pair["router"], pair["other"]) == ("native", "top_k(k=1)")
 
 
 @pytest.mark.parametrize("dark", [False, True])
