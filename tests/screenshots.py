@@ -81,7 +81,10 @@ def _fewer_colours(folder):
 
     for path in folder.glob("*.png"):
         with Image.open(path) as picture:
-            small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            # colours of a few pixels count too: a mark, an end of a scale
+            small = picture.convert("RGB").quantize(
+                256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE
+            )
         small.save(path, optimize=True)
 
 

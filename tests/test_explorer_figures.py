@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plotly.colors import sample_colorscale, unlabel_rgb
 from synthetic import NASTY, write_run
 
 from explorer import balance
@@ -19,6 +20,7 @@ from explorer.figures import load as load_figures
 from explorer.figures import tokens as token_figures
 from explorer.figures.caption import Scope
 from explorer.figures.text import domain_label, label, visible
+from explorer.figures.trends import trend_lines
 from explorer.metrics import capacity
 from explorer.metrics import load as load_metrics
 from explorer.queries import load, tokens
@@ -278,8 +280,42 @@ def test_a_layer_without_load_is_missing_and_not_zero(run):
     frame = load.expert_load(run, domain="text", phase="generated")
     figure = load_figures.load_heatmap(frame, scope=Scope(0))
     assert np.isnan(np.asarray(heat(figure).z, dtype=float)).all()
-    assert figure.layout.plot_bgcolor == theme.missing(False)
+    assert figure.layout.plot_bgcolor == theme.missing(False) != theme.missing(True)
     assert "no assignment" in trace(figure, "cells without a value").hovertemplate
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_missing_cells_have_no_colour_of_the_scale(dark):
+    scales = {
+        True: [unlabel_rgb(c) for c in sample_colorscale(theme.SEQUENTIAL, np.linspace(0, 1, 99))],
+        False: [theme.color_at(part, dark) for part in np.linspace(0, 1, 99)],
+    }
+    for sequential, colors in scales.items():
+        grey = theme.missing(dark, sequential=sequential)
+        far = np.abs(np.array(colors) - [int(grey[at : at + 2], 16) for at in (1, 3, 5)]).sum(1)
+        # the least that is told apart beside each other: about 6 of 255 in each channel
+        assert far.min() >= 18, (grey, far.min())
+
+
+def luminance(color):
+    parts = np.array(color) / 255
+    linear = np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_lines_of_checkpoints_are_seen_on_their_ground(dark):
+    rows = [
+        {"name": name, "step": step, "stage": 1, "layer": layer, "site": 0, "saturation": 0.5,
+         "chance": 0.1}
+        for layer in range(12)
+        for step, name in ((1, "a"), (2, "b"))
+    ]  # fmt: skip
+    figure = trend_lines(pd.DataFrame(rows), "saturation", caption="", dark=dark)
+    ground = luminance([int(theme.ground(dark)[at : at + 2], 16) for at in (1, 3, 5)])
+    for line in figure.data:
+        low, high = sorted([ground, luminance(unlabel_rgb(line.line.color))])
+        assert (high + 0.05) / (low + 0.05) >= 2.9  # WCAG asks for 3 of what is not text
 
 
 def test_domain_heatmap_holds_the_load(run):

@@ -172,7 +172,12 @@ def front(
         title="What routers cost and what they save",
         caption=f"n = {tokens:,} held-out tokens; bars: ± 2 standard errors of the paired "
         f"difference; the model's own loss is {native_loss:.3f}"
-        + (f"; {above} points lie above: double-click to see all" if above else ""),
+        + (
+            f"; {above} {'point lies' if above == 1 else 'points lie'} above: double-click to see "
+            "all"
+            if above
+            else ""
+        ),
         dark=dark,
         height=480,
         legend=True,

@@ -16,6 +16,7 @@ _CELLS = {
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _LINES = 8
 _CAPTION = 60
+_HEIGHT = 460  # pixels, names under the plot included
 
 
 def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Figure:
@@ -73,14 +74,16 @@ def flips_over_layers(flips: pd.DataFrame, *, dark: bool = False) -> go.Figure:
     )
     figure.update_xaxes(title="decoder layer", dtick=1 if rows["layer"].nunique() < 25 else None)
     figure.update_yaxes(title="tokens with another set (share)", tickformat=".1%")
-    return theme.finish(
+    theme.finish(
         figure,
         title="Routing flips by layer (share of tokens)",
-        caption=f"n = {int(rows['tokens'].max()):,} tokens; set of experts against the base's",
+        caption=f"n = {int(rows['tokens'].max()):,} tokens; set of experts against the base's; "
+        "grey: conditions with fewer flips",
         dark=dark,
-        legend=True,
+        height=_HEIGHT,
         caption_width=_CAPTION,
     )
+    return _legend_below(figure)
 
 
 def flip_margins(margins: pd.DataFrame, flips: pd.DataFrame, *, dark: bool = False) -> go.Figure:
@@ -107,14 +110,24 @@ def flip_margins(margins: pd.DataFrame, flips: pd.DataFrame, *, dark: bool = Fal
     auc = (whole if len(whole) else layers)["margin_auc"]
     figure.update_xaxes(title="margin of the base model's choice (upper end of the bin)")
     figure.update_yaxes(title="tokens with another set (share)", tickformat=".0%")
-    return theme.finish(
+    theme.finish(
         figure,
         title="Flips are of unsure tokens",
         caption="all layers together"
         + ("" if auc.empty else f"; margin tells flips from the rest with AUC {auc.median():.3f}"),
         dark=dark,
-        legend=True,
+        height=_HEIGHT,
         caption_width=_CAPTION,
+    )
+    return _legend_below(figure)
+
+
+def _legend_below(figure: go.Figure) -> go.Figure:
+    """Put the names under the plot: on half a page they need several lines."""
+    lines = -(-sum(trace.showlegend for trace in figure.data) // 2)
+    return figure.update_layout(
+        legend={"yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        margin={"b": 64 + 20 * lines},
     )
 
 

@@ -117,7 +117,7 @@ def pair_heatmap(
         height=int(np.clip(190 + 20 * len(rows), 420, 760)),
         caption_width=75,
     )
-    return ground(figure, dark)
+    return ground(figure, dark, diverging=True)
 
 
 def _words(pairs: Pairs) -> tuple[str, str, str, str]:

@@ -150,7 +150,8 @@ def _click_layers(
             x=_centres(z.shape[1], cell)[cells % z.shape[1]],
             y=_centres(z.shape[0], cell)[cells // z.shape[1]],
             mode="markers",
-            marker={"symbol": "square", "size": 10, **faint},
+            # the nearest one takes the click, however small; large ones take seconds without a GPU
+            marker={"size": 1, **faint},
             selected={"marker": faint},
             unselected={"marker": faint},
             customdata=flat[cells],
@@ -161,9 +162,9 @@ def _click_layers(
         )
 
 
-def ground(figure: go.Figure, dark: bool) -> go.Figure:
+def ground(figure: go.Figure, dark: bool, *, diverging: bool = False) -> go.Figure:
     """Paint the ground of missing cells; call after ``theme.finish``."""
-    figure.update_layout(plot_bgcolor=theme.missing(dark))
+    figure.update_layout(plot_bgcolor=theme.missing(dark, sequential=not diverging))
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
     return figure

@@ -99,7 +99,7 @@ def load_heatmap(
         height=int(np.clip(150 + 26 * len(sites), 300, 900)),
         legend=bool(colors),
     )
-    return ground(figure, dark)
+    return ground(figure, dark, diverging=True)
 
 
 def log_ratio(ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -266,7 +266,7 @@ def domain_heatmap(
         dark=dark,
         height=int(np.clip(150 + 26 * len(parts), 300, 900)),
     )
-    return ground(figure, dark)
+    return ground(figure, dark, diverging=True)
 
 
 def floor_note(floor: Floor) -> str:

@@ -184,7 +184,7 @@ def coverage(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
                 hovertemplate="%{x:,} tokens: %{y:.1%}<extra>%{fullData.name}</extra>",
             )
         )
-    figure.update_xaxes(title="tokens, in the order of the forward passes", type="log")
+    figure.update_xaxes(title="tokens, in the order of the forward passes", type="log", dtick=1)
     figure.update_yaxes(title="experts touched (share)", tickformat=".0%", range=[0, 1.04])
     return theme.finish(
         figure,

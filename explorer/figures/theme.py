@@ -14,7 +14,7 @@ SEQUENTIAL = "cividis"
 # cells that stand out are the ones far from neutral on either ground
 _DIVERGING = {
     False: ["#2d004b", "#8073ac", "#d8daeb", "#f7f7f7", "#fee0b6", "#e08214", "#7f3b08"],
-    True: ["#d8daeb", "#8073ac", "#4a3a75", "#2a2a32", "#7f3b08", "#e08214", "#fee0b6"],
+    True: ["#c5b9f5", "#8073ac", "#4a3a75", "#2a2a32", "#7f3b08", "#e08214", "#ffc870"],
 }
 # Okabe and Ito 2008; black gives way to grey, which is seen on both grounds
 OKABE_ITO = (
@@ -28,6 +28,8 @@ OKABE_ITO = (
     "#999999",
 )
 _MISSING = {False: "#d9d9d9", True: "#4d4d4d"}
+# the middle of a sequential scale is such a grey, too
+_MISSING_SEQUENTIAL = {False: "#e3e3e6", True: "#2b2e36"}
 _TEXT = {False: "#262730", True: "#fafafa"}
 _GROUND = {False: "#ffffff", True: "#0e1117"}
 _GRID = {False: "#e6e6ea", True: "#31333f"}
@@ -61,9 +63,9 @@ def _channels(color: str) -> list[int]:
     return [int(color[at : at + 2], 16) for at in (1, 3, 5)]
 
 
-def missing(dark: bool) -> str:
-    """Return the ground of heatmaps, seen where there is no value."""
-    return _MISSING[dark]
+def missing(dark: bool, *, sequential: bool = False) -> str:
+    """Return the ground of heatmaps with a diverging or sequential scale, seen without a value."""
+    return (_MISSING_SEQUENTIAL if sequential else _MISSING)[dark]
 
 
 def ground(dark: bool) -> str:

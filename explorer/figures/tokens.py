@@ -184,7 +184,8 @@ def score_bars(
     figure.update_layout(barmode="overlay")
     return theme.finish(
         figure,
-        title=f"Scores of all {len(rows)} experts in layer {layer} ({unit})",
+        # the panel is narrow, and the axis says the unit in full
+        title=f"Scores in layer {layer} ({unit.partition(' (')[0]})",
         caption=f"n = 1 token: {label(token_text, spaces=True)}; {int(chosen.sum())} chosen",
         dark=dark,
         caption_width=_NARROW,
@@ -229,6 +230,8 @@ def token_routes(
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
+                # by itself, plotly writes dark grey on the bright colours of dark ground
+                insidetextfont={"color": "#000000"} if dark else None,
                 customdata=part[["layer", "site", "expert_id", "weight"]].to_numpy(dtype=float),
                 marker={
                     "color": [colors.get(key, theme.accent(dark)) for key in keys],

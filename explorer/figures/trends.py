@@ -59,8 +59,9 @@ def trend_lines(
     several = bool((table["site"] > 0).any())
     order = list(dict.fromkeys(table["name"]))
     places = list(dict.fromkeys(zip(table["layer"], table["site"], strict=True)))
-    # early layers dark, late ones bright; the ends of the scale are hard to see on some ground
-    shades = sample_colorscale(theme.SEQUENTIAL, np.linspace(0.15, 0.85, len(places)))
+    # early layers dark, late ones bright; one end of the scale is hard to see on either ground
+    ends = (0.36, 1.0) if dark else (0.0, 0.64)
+    shades = sample_colorscale(theme.SEQUENTIAL, np.linspace(*ends, len(places)))
     figure = go.Figure()
     for place, color in zip(places, shades, strict=True):
         rows = table[(table["layer"] == place[0]) & (table["site"] == place[1])]

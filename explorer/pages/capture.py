@@ -295,7 +295,11 @@ def _cost(plan: Plan) -> Any:
 
 def _jobs() -> None:
     st.subheader("Captures", anchor=False)
-    jobs = {str(job.job_id): job for job in shared_worker().jobs()}
+    # a map or a comparison is no capture
+    kinds = (CaptureRequest, RecoverRequest)
+    jobs = {
+        str(job.job_id): job for job in shared_worker().jobs() if isinstance(job.request, kinds)
+    }
     chosen = address.read("job")
     if chosen and chosen not in jobs:
         st.info("The capture of this link is not known any more: the app was restarted since.")
@@ -309,7 +313,8 @@ def _jobs() -> None:
             _open_button(ended, primary=True)
     others = [job for job in jobs.values() if first is None or job.job_id != first.job_id]
     if others:
-        with st.expander(f"{len(others)} more since the app was started"):
+        more = "" if first is None else " more"
+        with st.expander(f"{len(others)}{more} since the app was started", expanded=first is None):
             for job in others:
                 _one_line(job)
 

@@ -228,13 +228,14 @@ def _table(shown: pd.DataFrame) -> None:
         column_config=columns,
         alt="Routers with their change in loss, compute, agreement and balance; click a title to "
         "sort",
-        placeholder="not measured",
+        placeholder="–",
     )
     said = [badge for badge in _BADGE_TEXTS if frame["badges"].str.contains(badge).any()]
     for badge in said:
         st.caption(f":material/warning: **{badge}**: {_BADGE_TEXTS[badge]}.")
     st.caption(
-        "Bytes and energy are estimates from published costs per operation, to be read relative "
+        ("– = not measured. " if frame.drop(columns="seed").isna().any(axis=None) else "")
+        + "Bytes and energy are estimates from published costs per operation, to be read relative "
         "to the model's own router only."
     )
 

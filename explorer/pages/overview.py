@@ -172,7 +172,7 @@ _LEVELS = {
     "stats": "totals per expert",
     "ids": "experts and weights of every token",
     "scores": "every expert's score for every token",
-    "attention": "every expert's score, and where attention heads look in some prompts",
+    "attention": "scores, and attention maps of some prompts",
 }
 
 

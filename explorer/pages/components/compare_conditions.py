@@ -70,8 +70,9 @@ def _said(cells: pd.DataFrame) -> None:
             f":material/warning: **simulated**: {', '.join(map(str, masked))} are computed and "
             "masked, not skipped."
         )
-    for method, rows in cells.dropna(subset=["method"]).groupby("method"):
-        st.caption(f"{method}: {', '.join(dict.fromkeys(rows['condition']))}")
+    chosen = cells[cells["method"].fillna("") != ""]
+    for method, rows in chosen.groupby("method", sort=False):
+        st.caption(f"{', '.join(dict.fromkeys(rows['condition']))}; how chosen: {method}")
 
 
 def _students(students: pd.DataFrame) -> None:

@@ -41,14 +41,16 @@ def _hot_and_cold(load: pd.DataFrame) -> None:
         with column:
             st.markdown(f"**{title}**")
             st.dataframe(
-                rows[["layer", "site", "expert_id", "assignments", "share", "ratio"]],
+                rows[["layer", "site", "expert_id", "assignments", "share", "ratio"]].assign(
+                    share=100 * rows["share"]
+                ),
                 hide_index=True,
                 column_config={
                     "layer": "Layer",
                     "site": None if not (load["site"] > 0).any() else "Router",
                     "expert_id": "Expert",
                     "assignments": st.column_config.NumberColumn("Assignments", format="localized"),
-                    "share": st.column_config.NumberColumn("Share", format="percent"),
+                    "share": st.column_config.NumberColumn("Share", format="%.2f%%"),
                     "ratio": st.column_config.NumberColumn("× fair share", format="%.2f"),
                 },
                 alt=f"{title} of the layers that are shown",
