@@ -7,12 +7,14 @@ import pytest
 import torch
 from checks import assert_close
 
+from capture.live import summed, token_losses
 from capture.parts import gate_parts
 from capture.swap import swap
 from explorer.routers import ROUTERS, PartMask
 from explorer.routers.gate_training import open_probability, weighed
 from explorer.routers.live import LiveRule
 from explorer.routers.probe import toy_session
+from explorer.routers.static_layers import _Closed
 
 GATES = ("layer_gate_trained", "head_gate_trained", "expert_gate_trained", "gtrxl_gate_trained")
 WHERE = {"layer": "block", "head": "head"}
@@ -140,8 +142,8 @@ def test_the_share_that_runs_is_as_asked_for(name):
     assert share == pytest.approx(0.5, abs=0.12)
 
 
-def test_gates_learn_which_block_matters():
-    """Two of three blocks add nothing: their gates close first, the other's stay open."""
+def one_block_matters():
+    """Make a session whose model has three blocks, of which all but that of layer 1 add nothing."""
     own = toy_session(n_sequences=12)
     for site in own.sites:
         for name, weight in site.experts.named_parameters():
@@ -155,6 +157,12 @@ def test_gates_learn_which_block_matters():
         for _ in range(20):  # until the texts are what the model itself would write
             ids[:, 1:] = own.model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
     own.sequences[:] = list(ids.numpy())
+    return own, ids
+
+
+def test_gates_learn_which_block_matters():
+    """Gates of blocks that add nothing close first, the other's stay open."""
+    own, ids = one_block_matters()
     router = ROUTERS["layer_gate_trained"](keep=0.34, steps=100, batch_tokens=96).train(own)
     with (
         torch.no_grad(),
@@ -163,6 +171,29 @@ def test_gates_learn_which_block_matters():
         own.model(input_ids=ids, use_cache=False)
     share = {layer: count.share for layer, count in gates.counts.items()}
     assert share[1] > max(share[0], share[2]) + 0.1, share
+
+
+def test_the_best_static_drop_keeps_the_block_that_matters():
+    own, _ = one_block_matters()
+    router = ROUTERS["static_layers"](keep=1 / 3).train(own)
+    assert router.dropped_ == {0, 2}
+    losses = {
+        dropped: summed(
+            token_losses(
+                own.model,
+                own.sequences,
+                swapped=lambda dropped=dropped: gate_parts(
+                    own.model, own.sites, _Closed(frozenset(dropped)), part="block"
+                ),
+            )
+        ).mean
+        for dropped in ((0, 1), (0, 2), (1, 2))
+    }
+    assert min(losses, key=losses.get) == (0, 2)
+    assert max(row["reward"] for row in router.curves_) == pytest.approx(-losses[0, 2])
+    # a share between is rounded up to whole blocks, and 1 keeps all
+    assert len(ROUTERS["static_layers"](keep=0.5).train(own).dropped_) == 1
+    assert ROUTERS["static_layers"](keep=1.0).train(own).dropped_ == set()
 
 
 def test_hard_concrete_gates_open_with_their_published_probability():

@@ -20,6 +20,7 @@ students    linear and cosine gates, distilled
 attention   expert keys, attention among experts
 parts       heads and layers chosen by attention
 part_controls  chance and constants for heads and layers
+static_layers  the same blocks dropped for all tokens, found by trying
 gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
 lookahead   a layer's experts from what the layer before saw
@@ -51,6 +52,7 @@ from explorer.routers import (
     recurrent,
     rl,
     rl_online,
+    static_layers,
     students,
     thresholds,
     trained_gates,
@@ -113,6 +115,7 @@ __all__ = [
     "rl",
     "rl_online",
     "route_layers",
+    "static_layers",
     "students",
     "thresholds",
     "trained_gates",
