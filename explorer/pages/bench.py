@@ -2,8 +2,8 @@
 
 Each page is run as the server runs it (queries, metrics, figures and what is sent to the
 browser): with empty caches, again, and with a domain chosen and empty caches, as if no page had
-been open before. What the browser takes to draw is not in it; ``--cold`` times a start of the app
-up to the first figure in a browser. A large run: ``python -m capture.bench store --rows 10000000
+been open before. What the browser takes to draw is not in it; ``--browser`` times a start of the
+app and switches of page in one. A large run: ``python -m capture.bench store --rows 10000000
 --repeats 1 --folder FOLDER --keep``.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from explorer.metrics import load
+from explorer.pages import bench_browser
 from explorer.run import open_run
 
 if TYPE_CHECKING:
@@ -98,10 +99,16 @@ def main() -> None:
         prog="python -m explorer.pages.bench", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("run", type=Path, help="a run file")
-    path = parser.parse_args().run.resolve()
+    parser.add_argument("--browser", action="store_true", help="time what a browser shows instead")
+    options = parser.parse_args()
+    path: Path = options.run.resolve()
     with open_run(path) as run:
         rows = int(run.info["n_tokens"]) * len(run.sites)
     sys.stdout.write(f"{path.name}: {rows:,} (token, layer) rows; seconds (CPU seconds)\n")
+    if options.browser:
+        for what, seconds in bench_browser.measure(path):
+            sys.stdout.write(f"{what:28}{seconds:8.2f}\n")
+        return
     sys.stdout.write(f"{'page':14}{'first':>14}{'again':>14}{'domain':>14}\n")
     for timed in measure(path):
         cells = map(_cell, (timed.first, timed.again, timed.filtered))
