@@ -123,6 +123,21 @@ def test_a_view_is_saved_listed_and_deleted(monkeypatch, tmp_path):
     assert views.list_views(tmp_path) == ([], [])
 
 
+def test_a_report_that_fails_says_why_on_the_page(monkeypatch, tmp_path):
+    write_run(tmp_path / "known.duckdb")
+    bad = tmp_path / "bad.duckdb"
+    bad.write_bytes(b"no run" * 1000)
+    view = views.save_view(
+        tmp_path, "Bad", page="overview", params={"run": "bad"}, runs={"bad": bad}, note=""
+    )
+    app = opened(monkeypatch, tmp_path, page="share", run="known")
+    assert not app.error
+    app.button(key=f"report of {view.view_id}").click().run()
+    assert not app.exception
+    assert "bad.duckdb" in said(app.error)
+    assert not app.get("download_button")
+
+
 # --- team mode ---------------------------------------------------------------------------------
 
 
@@ -306,8 +321,10 @@ def test_a_report_from_the_share_page_works_from_disk_without_a_network(
 ):
     page = new_page()
     visit(page, f"{address}/share?run=known")
-    with page.expect_download(timeout=120_000) as download:
-        page.get_by_role("button", name="Report of this run").click()
+    page.get_by_role("button", name="Report of this run").click()
+    page.get_by_text("Making the report").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name=re.compile("^.*Download · ")).click(timeout=120_000)
     path = tmp_path / "report.html"
     download.value.save_as(path)
     for theme in ("light", "dark"):

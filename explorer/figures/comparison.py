@@ -382,7 +382,7 @@ def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figur
     return theme.finish(
         figure,
         title=f"While learning: {CURVES[quantity]}",
-        caption="faint lines: further seeds; means over layers",
+        caption="faint lines: further seeds; means over layers; click a name to hide its line",
         dark=dark,
     )
 

@@ -100,7 +100,8 @@ def over_layers(
         tickvals=np.arange(len(labels))[::step],
         ticktext=labels[::step],
     )
-    figure.update_yaxes(title=title, rangemode="tozero")
+    # the figure's title has the name; both are too long for the height
+    figure.update_yaxes(title=title.partition(" (")[2].rstrip(")") or title, rangemode="tozero")
     return theme.finish(
         figure, title=title, caption=caption, dark=dark, legend=True, caption_width=60
     )

@@ -101,7 +101,7 @@ def _controls(view: View) -> Asked | None:
             list(hues),
             default=next(iter(hues)),
             show=hues.__getitem__,
-            width=170,
+            width=150,
         )
         method = address.choose(
             st.selectbox,

@@ -1,8 +1,6 @@
 """Share: saved views, reports, runs without their text, and runs from somebody else."""
 
 import re
-from functools import partial
-from pathlib import Path
 
 import streamlit as st
 
@@ -18,6 +16,8 @@ from explorer.views import SavedView
 # a longer list makes the page slow to draw
 MAX_LISTED = 50
 _SAID = "said on the share page"
+# the newest report of the session: of which button, why it failed, its bytes
+_REPORT = "report of the share page"
 
 
 def render() -> None:
@@ -100,21 +100,37 @@ def _delete(view_id: str) -> None:
 
 
 def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
-    path = runs_folder() / f"{run}{SUFFIX}"
+    """Draw the button that makes a report; then what came of it: a download, or why there is none.
+
+    A download button that makes its file when it is pressed says nothing while it works, and
+    writes its problems to the server's console only.
+    """
+    key = f"report of {view.view_id if view else run}"
+    if st.button(label, icon=":material/description:", key=key):
+        st.session_state[_REPORT] = (key, "", b"")
+        try:
+            with st.spinner("Making the report…"):
+                report = build_report(runs_folder() / f"{run}{SUFFIX}", view).encode()
+            st.session_state[_REPORT] = (key, "", report)
+        except (CaptureError, ExplorerError, OSError) as error:
+            st.session_state[_REPORT] = (key, str(error), b"")
+    made, problem, report = st.session_state.get(_REPORT, ("", "", b""))
+    if made != key:
+        return
+    if problem:
+        st.error(address.plain(problem), icon=":material/error:")
+        return
     name = re.sub(r"[^\w.-]+", "-", f"{run} {view.name if view else ''}").strip("-.")
     st.download_button(
-        label,
-        partial(_report, path, view),
+        f"Download · {len(report) / 1e6:.1f} MB",
+        report,
         file_name=f"{name[:80] or 'report'}.html",
         mime="text/html",
-        icon=":material/description:",
+        type="primary",
+        icon=":material/download:",
         on_click="ignore",
-        key=f"report of {view.view_id if view else run}",
+        key=f"download {key}",
     )
-
-
-def _report(path: Path, view: SavedView | None) -> bytes:
-    return build_report(path, view).encode()
 
 
 def _run_report(view: View) -> None:

@@ -71,8 +71,12 @@ def _said(cells: pd.DataFrame) -> None:
             "masked, not skipped."
         )
     chosen = cells[cells["method"].fillna("") != ""]
-    for method, rows in chosen.groupby("method", sort=False):
-        st.caption(f"{', '.join(dict.fromkeys(rows['condition']))}; how chosen: {method}")
+    if len(chosen):
+        how = [
+            f"{', '.join(dict.fromkeys(rows['condition']))}: {method}"
+            for method, rows in chosen.groupby("method", sort=False)
+        ]
+        st.caption(f"How the parts were chosen: {'; '.join(how)}.")
 
 
 def _students(students: pd.DataFrame) -> None:
