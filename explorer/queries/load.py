@@ -215,24 +215,20 @@ def routing(
         params | {"last": last},
     )
     token_id = order["token_id"].to_numpy().astype(np.int64)
-    ends = (int(token_id.min()), int(token_id.max())) if len(token_id) else (0, -1)
+    # tokens of a batch may lie anywhere in the run, so that a range of ids would be most of it
     rows = run.table(
-        "SELECT token_id, slot, expert_id, weight FROM assignments "
-        "WHERE layer = $layer AND site = $site AND token_id BETWEEN $low AND $high",
-        {"layer": layer, "site": site, "low": ends[0], "high": ends[1]},
+        "SELECT token_id, slot, expert_id, weight FROM assignments SEMI JOIN (SELECT token_id "
+        f"FROM token_batches JOIN batches USING (batch_id) WHERE {where} AND batch_id <= $last) "
+        "USING (token_id) WHERE layer = $layer AND site = $site",
+        params | {"layer": layer, "site": site, "last": last},
     )
     ids = np.full((len(token_id), info.top_k), -1, dtype=np.int32)
     weights = np.zeros((len(token_id), info.top_k), dtype=np.float32)
     if len(token_id):
-        row_of = np.full(ends[1] - ends[0] + 1, -1, dtype=np.int32)
-        row_of[token_id - ends[0]] = np.arange(len(token_id))
-        row = row_of[rows["token_id"].to_numpy() - ends[0]]
-        slot, expert = rows["slot"].to_numpy(), rows["expert_id"].to_numpy()
-        weight = rows["weight"].to_numpy()
-        inside = row >= 0
-        if not inside.all():
-            row, slot, expert, weight = (values[inside] for values in (row, slot, expert, weight))
-        ids[row, slot] = expert
-        weights[row, slot] = weight
+        row_of = np.full(int(token_id.max()) + 1, -1, dtype=np.int32)
+        row_of[token_id] = np.arange(len(token_id))
+        row, slot = row_of[rows["token_id"].to_numpy()], rows["slot"].to_numpy()
+        ids[row, slot] = rows["expert_id"].to_numpy()
+        weights[row, slot] = rows["weight"].to_numpy()
     batch = order["batch_id"].to_numpy().astype(np.int64)
     return Routing(token_id, batch, ids, weights, int(sizes["tokens"].sum()))
