@@ -85,12 +85,15 @@ def load_of(run: Run, part: Part | None) -> tuple[str, Params]:
             "--level ids."
         )
     where, params = conditions(part=part)
+    # tokens are chosen before the join: then DuckDB leaves out rows before it unpacks their slots
     return (
         f"""(
             SELECT layer, site, expert_id, domain, phase, 1 AS assignments, weight AS weight_sum,
                 NULL::DOUBLE AS prob_sum
-            FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
-            WHERE {where}
+            FROM assignments JOIN (
+                SELECT token_id, domain, phase FROM tokens JOIN prompts USING (prompt_id)
+                WHERE {where}
+            ) USING (token_id)
         ) AS counted""",
         params,
     )

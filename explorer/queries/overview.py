@@ -101,9 +101,9 @@ def _means(where: str, statistics: Sequence[str], *, of_part: bool) -> str:
     if of_part:
         means = ", ".join(f"avg({name}) AS {name}" for name in statistics)
         return (
-            f"SELECT layer, site, count(entropy) AS n, {means} FROM gates "
-            f"JOIN tokens USING (token_id) JOIN prompts USING (prompt_id) WHERE {where} "
-            "GROUP BY layer, site"
+            f"SELECT layer, site, count(entropy) AS n, {means} FROM gates SEMI JOIN "
+            f"(SELECT token_id FROM tokens JOIN prompts USING (prompt_id) WHERE {where}) "
+            "USING (token_id) GROUP BY layer, site"
         )
     # names are GATE_STATISTICS; written out, so that of an older run only their columns are read
     names = ", ".join(f"'{name}'" for name in statistics)

@@ -158,10 +158,10 @@ def _count_pairs(
             WHERE {where} AND token_id % $step = 0
         ), one AS (
             SELECT token_id, expert_id AS a FROM assignments SEMI JOIN counted USING (token_id)
-            WHERE layer = $a_layer AND site = $a_site AND token_id % $step = 0
+            WHERE layer = $a_layer AND site = $a_site
         ), other AS (
-            SELECT token_id, expert_id AS b FROM assignments
-            WHERE layer = $b_layer AND site = $b_site AND token_id % $step = 0
+            SELECT token_id, expert_id AS b FROM assignments SEMI JOIN counted USING (token_id)
+            WHERE layer = $b_layer AND site = $b_site
         )
         SELECT a, b, count(*) AS tokens FROM one JOIN other USING (token_id) GROUP BY a, b
         """,

@@ -229,7 +229,7 @@ def route_sample(
     table = run.table(
         f"""
         SELECT layer, site, token_id, expert_id FROM assignments
-        WHERE token_id % $step = 0 AND token_id IN (SELECT token_id {source})
+        SEMI JOIN (SELECT token_id {source} AND token_id % $step = 0) USING (token_id)
         ORDER BY layer, site
         """,
         params,
