@@ -24,7 +24,7 @@ PAGES = {
     "flow": "/flow?run=RUN&layer=LAYER",
     "clusters": "/clusters?run=RUN&layer=LAYER",
     "compare": "/compare?run=RUN",
-    "compare-runs": "/compare-runs?run=RUN",
+    "compare-runs": "/compare-runs?run=RUN&ids=same",
     "trends": "/trends?run=RUN",
     "share": "/share?run=RUN",
     "capture": "/capture?run=RUN",
