@@ -49,7 +49,6 @@ def measure(path: Path) -> list[Timed]:
     """Time every page of a run."""
     from streamlit.testing.v1 import AppTest
 
-    logging.disable(logging.WARNING)  # Streamlit says many times that no server runs
     with open_run(path) as run:
         domain = next((name for name in run.domains if name), None)
     sys.argv = [str(_APP), "--read-only", "--runs", str(path.parent)]
@@ -109,6 +108,7 @@ def main() -> None:
         for what, seconds in bench_browser.measure(path):
             sys.stdout.write(f"{what:28}{seconds:8.2f}\n")
         return
+    logging.disable(logging.WARNING)  # Streamlit says many times that no server runs
     sys.stdout.write(f"{'page':14}{'first':>14}{'again':>14}{'domain':>14}\n")
     for timed in measure(path):
         cells = map(_cell, (timed.first, timed.again, timed.filtered))
