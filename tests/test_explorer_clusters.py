@@ -237,6 +237,16 @@ def test_a_prompt_is_described_by_how_its_tokens_are_spread(run, known):
                 assert points.values[row, column] == pytest.approx(share**0.5, abs=1e-6)
 
 
+def test_of_a_large_run_every_nth_prompt_is_counted_whole(run, monkeypatch):
+    every = queries.signatures(run)
+    # 33 tokens choose 5 experts each
+    monkeypatch.setattr(queries, "MAX_ASSIGNMENTS", 100)
+    some = queries.signatures(run)
+    assert some.prompt_ids.tolist() == [0, 2, 4] and some.n_all == every.n_all == 6
+    kept = np.isin(every.prompt_ids, some.prompt_ids)
+    assert (some.counts == every.counts[kept]).all() and some.counts.sum() > 0
+
+
 def test_an_expert_is_described_by_where_its_tokens_come_from(run):
     points = read_points(run, Source("experts"))
     assert np.allclose((points.values**2).sum(axis=1), 1, atol=1e-5)

@@ -18,6 +18,8 @@ Feature = Literal["hidden", "scores"]
 
 # numbers of a table of prompts by experts; a larger one would not fit beside everything else
 MAX_NUMBERS = 100_000_000
+# assignments that are counted for it; more would take minutes
+MAX_ASSIGNMENTS = 100_000_000
 
 
 class Vectors(NamedTuple):
@@ -102,6 +104,8 @@ def token_vectors(run: Run, feature: Feature, layer: int, *, site: int = 0) -> V
 def signatures(run: Run) -> Signatures:
     """Count the assignments of every prompt to every (layer, expert).
 
+    Of a large run every n-th prompt is counted, with all of its tokens.
+
     Raises
     ------
     RunError
@@ -115,11 +119,13 @@ def signatures(run: Run) -> Signatures:
     widths = [site.n_experts for site in run.sites]
     first = np.cumsum([0, *widths])
     n_all = int(run.query("SELECT count(*) AS n FROM prompts")["n"].iloc[0])
-    step = -(-n_all * int(first[-1]) // MAX_NUMBERS) or 1
+    n_assignments = int(run.info["n_tokens"]) * sum(site.top_k for site in run.sites)
+    step = max(-(-n_all * int(first[-1]) // MAX_NUMBERS), -(-n_assignments // MAX_ASSIGNMENTS), 1)
     rows = run.table(
         """
         SELECT prompt_id, layer, site, expert_id, count(*) AS n
-        FROM assignments JOIN tokens USING (token_id) WHERE prompt_id % $step = 0
+        FROM assignments
+        JOIN (SELECT token_id, prompt_id FROM tokens WHERE prompt_id % $step = 0) USING (token_id)
         GROUP BY ALL ORDER BY prompt_id
         """,
         {"step": step},
