@@ -11,6 +11,7 @@ from test_app_pages import charts, notes, opened, query, runs, worker  # noqa: F
 from explorer import likeness, service
 from explorer.clusters import cache
 from explorer.run import open_run
+from explorer.slices import load_slice
 from explorer.worker import CosinesRequest
 
 
@@ -119,6 +120,32 @@ def test_weights_are_compared_in_the_background_and_then_shown(known, worker):  
     assert "cannot be compared" in notes(app)
 
 
+def save(app, name):
+    next(box for box in app.text_input if box.label == "Save as slice").set_value(name)
+    next(button for button in app.button if button.label == "Save slice").click()
+    app.run()
+    assert not app.exception
+    return " ".join(box.value for box in (*app.success, *app.error))
+
+
+def test_the_tokens_of_an_expert_and_of_a_text_are_saved_as_slices(known):
+    hits = [r[0]["token_id"] for r in known.assignments(3, 0, domain="code") if r[2] == 2]
+    for page, where in (("experts", {"id": "2"}), ("tokens", {"expert": "2"})):
+        app = opened(page, layer="3.0", domain="code", **where)
+        assert f"{page} of 2" in save(app, f"{page} of 2")
+        assert "is a slice" in save(app, f"{page} of 2")
+        with open_run(known.path) as run:
+            assert load_slice(run, f"{page} of 2").token_ids.tolist() == sorted(hits)
+    app = opened("experts", about="text", find="court")
+    save(app, "courts")
+    with open_run(known.path) as run:
+        (token,) = load_slice(run, "courts").token_ids
+    assert [one["text"] for one in known.tokens if one["token_id"] == token] == [" court"]
+    # it is offered at the side at once, and limits the page
+    app = opened("experts", layer="3.0", id="2", slice="experts of 2")
+    assert tile(app, "Share of the tokens").value == "100.00%"
+
+
 def test_viewers_do_not_load_models(known, monkeypatch):
     from explorer.pages import access
 
@@ -126,7 +153,8 @@ def test_viewers_do_not_load_models(known, monkeypatch):
     try:
         app = opened("experts", layer="1.0")
         assert "Not available: a run holds no weights" in notes(app)
-        assert not [b for b in app.button if b.label == "Compare the weights"]
+        writing = ("Compare the weights", "Save slice")
+        assert not [b for b in app.button if b.label in writing]
     finally:
         service.configure(service.Policy())
 

@@ -146,7 +146,7 @@ def _select_slice(run: Run) -> slices.Slice | None:
 
 
 @st.cache_data(max_entries=32, show_spinner=False, hash_funcs={Run: lambda run: run.fingerprint})
-def _listed(run: Run, _version: int) -> list[slices.SliceInfo]:
+def _listed(run: Run, version: int) -> list[slices.SliceInfo]:
     return slices.list_slices(run)
 
 

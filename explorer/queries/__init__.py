@@ -14,7 +14,7 @@ tokens      tokens(run, prompt_id)                      token(run, token_id)
             token_experts(run, token_id)                token_gates(run, token_id)
             token_scores(run, token_id, layer, *, site)             QUANTITIES
 experts     expert_tokens(run, layer, expert_id, *, site, domain, phase, limit, context)
-            expert_token_count(run, layer, expert_id, ...)
+            expert_token_count(run, layer, expert_id, ...)          expert_token_ids(...)
             expert_vocabulary(run, layer, expert_id, ..., min_count, limit)
 specialization
             expert_hits(run, layer, expert_id, ...)     tokens_of_text(run, text, ...)

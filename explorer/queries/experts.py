@@ -1,5 +1,7 @@
 """The tokens that went to one expert of one site."""
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from explorer.queries._where import Params, Part, conditions
@@ -80,6 +82,26 @@ def expert_token_count(
         params | more,
     )
     return int(rows["n"].iloc[0])
+
+
+def expert_token_ids(
+    run: Run,
+    layer: int,
+    expert_id: int,
+    *,
+    site: int = 0,
+    domain: str | None = None,
+    phase: str | None = None,
+    part: Part | None = None,
+) -> npt.NDArray[np.int64]:
+    """Return the ids of all tokens that went to an expert, ascending; none at level ``stats``."""
+    where, params = _of_expert(layer, expert_id, site, domain, phase, part)
+    rows = run.query(
+        "SELECT token_id FROM assignments JOIN tokens USING (token_id) JOIN prompts "
+        f"USING (prompt_id) WHERE {where} ORDER BY token_id",
+        params,
+    )
+    return np.asarray(rows["token_id"], dtype=np.int64)
 
 
 def expert_vocabulary(

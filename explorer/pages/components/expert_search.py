@@ -6,6 +6,7 @@ from explorer.figures.experts import Axis, interval_dots
 from explorer.figures.text import visible
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
+from explorer.pages.components.save_slice import save_slice
 from explorer.pages.state import View, ask, is_dark, several_sites
 from explorer.pages.wording import expert_label
 from explorer.specialization import MIN_HITS, experts_of_text
@@ -47,6 +48,7 @@ def text_section(view: View) -> None:
     )
     if found.n_prompts < found.n_all:
         st.caption(f"Looked for in the first {found.n_prompts:,} of {found.n_all:,} prompts.")
+    save_slice(view, lambda: found.token_ids, key="of a text", fold=True)
     shown = view.of_layers(table).head(_SHOWN)
     if shown.empty:
         st.info(f"No expert of these layers took {MIN_HITS} of these tokens: too few to compare.")

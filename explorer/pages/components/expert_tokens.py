@@ -8,9 +8,15 @@ from explorer.figures.text import visible as visible_name
 from explorer.pages import address
 from explorer.pages.components import token_strip
 from explorer.pages.components.concordance import Line, concordance
+from explorer.pages.components.save_slice import save_slice
 from explorer.pages.state import View, ask
 from explorer.pages.wording import expert_label
-from explorer.queries.experts import expert_token_count, expert_tokens, expert_vocabulary
+from explorer.queries.experts import (
+    expert_token_count,
+    expert_token_ids,
+    expert_tokens,
+    expert_vocabulary,
+)
 from explorer.queries.load import expert_load
 
 SHOWN = 60
@@ -117,6 +123,12 @@ def expert_lines(
     st.caption(
         f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
         "excluded. Click a line to go to it in its prompt."
+    )
+    save_slice(
+        view,
+        lambda: expert_token_ids(view.run, expert_id=expert, **where),
+        key="of an expert",
+        fold=True,
     )
 
 

@@ -5,16 +5,15 @@ import numpy.typing as npt
 import pandas as pd
 import streamlit as st
 
-from explorer import service, slices
 from explorer.clusters.features import Source
 from explorer.clusters.regions import Region
-from explorer.errors import ExplorerError
 from explorer.figures.clusters import lift_bars
 from explorer.figures.text import domain_label, visible
 from explorer.metrics.lift import MIN_COUNT, Lift, lift
-from explorer.pages import access, address, jump
+from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
 from explorer.pages.components.map_points import id_names
+from explorer.pages.components.save_slice import save_slice
 from explorer.pages.state import View, ask, is_dark
 from explorer.pages.wording import expert_label
 from explorer.queries.clusters import expert_counts, expert_domains
@@ -27,7 +26,6 @@ _COLUMNS = {
     "prompts": "text, domain, tokens, expert, entropy, prompt_id",
     "experts": "layer, site, expert_id, ratio, assignments, domain, lift",
 }
-_SAVED = "slice saved"
 
 
 def selection_section(view: View, source: Source, table: PointTable, region: Region | None) -> None:
@@ -56,7 +54,8 @@ def selection_section(view: View, source: Source, table: PointTable, region: Reg
             _list(view, source, table, rows)
         with right:
             _over_represented(view, source, table, rows)
-        _save(view, source, table, rows)
+        if source.unit != "experts":
+            save_slice(view, lambda: _tokens(view, source, table, rows), key="of the map")
 
 
 def _list(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.int64]) -> None:
@@ -220,31 +219,11 @@ def _dense(rows: pd.DataFrame, unit: str, column: str, width: int) -> npt.NDArra
     return counts
 
 
-def _save(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.int64]) -> None:
-    """Offer to keep the tokens as a slice, which all pages can be limited to."""
-    saved = st.session_state.pop(_SAVED, None)
-    if saved:
-        st.success(
-            f"Slice **{address.plain(saved)}** is saved: choose it at the side to limit every "
-            "page to it.",
-            icon=":material/check_circle:",
-        )
-    if source.unit == "experts" or not service.may_write():
-        return
-    with st.form("save slice", border=False):
-        name, note, button = st.columns([2, 3, 1], vertical_alignment="bottom")
-        named = name.text_input("Save as slice", placeholder="Name", max_chars=slices.MAX_NAME)
-        noted = note.text_input("Note", placeholder="What is it?", max_chars=slices.MAX_NOTE)
-        if not button.form_submit_button("Save slice", width="stretch"):
-            return
-    ids = table.rows(id_names(source), rows).to_numpy(dtype=np.int64)[:, 0]
-    try:
-        if source.unit == "prompts":
-            ids = prompt_tokens(view.run, ids.tolist())
-        slices.save_slice(view.run, named, ids, note=noted, author=access.who().name)
-    except ExplorerError as error:
-        st.error(address.plain(str(error)), icon=":material/error:")
-        return
-    st.session_state[_SAVED] = named.strip()
-    # the list of slices at the side is drawn before the page
-    st.rerun()
+def _tokens(
+    view: View, source: Source, table: PointTable, rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return the ids of the tokens of some points: themselves, or those of prompts."""
+    ids = np.asarray(table.rows(id_names(source), rows).iloc[:, 0], dtype=np.int64)
+    if source.unit == "prompts":
+        return prompt_tokens(view.run, ids.tolist())
+    return ids
