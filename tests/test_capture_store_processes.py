@@ -92,6 +92,9 @@ def test_a_killed_capture_keeps_every_whole_forward_pass(tmp_path):
         assert run.info["complete"] is False
         assert run.info["seconds"] > 0
         check_whole(run, tokens)
+        sums = run.query("SELECT sum(tokens)::BIGINT AS n FROM gate_sums").to_pylist()
+        rows = "count(entropy) + count(margin) + count(logsumexp) + count(topk_mass)"
+        assert sums == run.query(f"SELECT {rows} AS n FROM gates").to_pylist()
 
 
 def check_whole(run, tokens):

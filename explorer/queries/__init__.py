@@ -36,7 +36,7 @@ routes      prompt_experts(run, prompt_id, layer, *, site)
 part        Part: tokens of prompts that contain a text, or of a slice; most questions take one
 
 ``domain=None`` and ``phase=None`` mean all; ``domain=""`` means prompts without a domain. Missing
-values stay missing (None, NaN or NA) and are never 0; a count of nothing is 0. ``overview`` (save
-``gate_means``) and ``load`` (save ``routing``) read totals only, so their time does not grow with
-the number of (token, layer) rows, unless they are asked of a part.
+values stay missing (None, NaN or NA) and are never 0; a count of nothing is 0. ``overview`` and
+``load`` (save ``routing``) read totals only, so their time does not grow with the number of (token,
+layer) rows, unless they are asked of a part; a run of schema 2 has no totals for ``gate_means``.
 """
