@@ -195,6 +195,25 @@ for _name, _term in {
         "experts, never by number.",
         ("router",),
     ),
+    "agreement": Term(
+        "Agreement",
+        "How many experts of a token are the same under two routers, or in two runs: 1 = the same "
+        "set, 0 = none in common. **Jaccard** is the share of all experts that either of them "
+        "chose. Agreement says little about the loss.",
+        ("by_chance", "loss"),
+    ),
+    "saturation": Term(
+        "Saturation",
+        "How many of the experts that the last checkpoint of a training chooses for a token an "
+        "earlier one chose already: 1 = the routing is settled.",
+        ("agreement",),
+    ),
+    "condition": Term(
+        "Condition",
+        "A change of the model's weights, such as fewer bits or fewer experts. A **flip** is a "
+        "token whose set of experts it changes, mostly one with a small margin.",
+        ("margin", "loss"),
+    ),
     "loss": Term(
         "Loss",
         "How surprised the model was by the next token, in nats: 0 = it knew.",
@@ -208,6 +227,8 @@ FIGURES = {
     "load bars": "load",
     "load by": "specialisation",
     "load change": "load",
+    "load a": "load",
+    "load b": "load",
     "lorenz": "load_entropy",
     "over layers": "max_violation",
     "gpu": "expert_parallel",
@@ -242,6 +263,13 @@ FIGURES = {
     "families": "comparison",
     "curves": "comparison",
     "compare": "comparison",
+    "divergence": "agreement",
+    "trend saturation": "saturation",
+    "trend max_violation": "max_violation",
+    "trend normalized_entropy": "load_entropy",
+    "trend domain_information": "specialisation",
+    "conditions": "condition",
+    "flip": "condition",
 }
 _DEFAULT = "by_chance"
 

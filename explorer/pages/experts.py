@@ -8,6 +8,7 @@ import streamlit as st
 from explorer.errors import RunError
 from explorer.figures.experts import Axis, interval_dots
 from explorer.figures.text import domain_label, label
+from explorer.glossary import help_text
 from explorer.metrics.pairs import pair_uplift
 from explorer.metrics.specialization import MIN_COUNT, MIN_PROMPTS, wilson
 from explorer.pages import address, jump
@@ -138,7 +139,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
         delta=f"rank {int((load['assignments'] > hits).sum()) + 1} of {len(load)}",
         delta_color="off",
         delta_arrow="off",
-        help="Its share of the layer's assignments over the uniform share; rank 1 = busiest.",
+        help=help_text("load") + "  \nRank 1 = busiest.",
     )
     tiles[3].metric(
         "Mean combine weight",
@@ -147,7 +148,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
         delta=f"of {top_k} chosen" if top_k > 1 else "the only one chosen",
         delta_color="off",
         delta_arrow="off",
-        help="How much the expert's output counts where it is chosen, mean over its tokens.",
+        help=help_text("combine_weight") + "  \nHere the mean over its tokens.",
     )
 
 

@@ -7,6 +7,7 @@ from explorer import service, slices
 from explorer.errors import ExplorerError
 from explorer.figures.caption import site_name
 from explorer.figures.text import visible
+from explorer.glossary import help_text
 from explorer.pages import address, state
 from explorer.pages.state import NO_DOMAIN, PHASES, Problem, View, several_sites
 from explorer.queries.part import Part
@@ -34,7 +35,7 @@ def select_view() -> View | Problem | None:
             default=names[0],
             show=lambda name: name,
             on_write=address.write_run,
-            help="A run is one recording of one model on one set of prompts.",
+            help=help_text("run"),
         )
         address.write("run", name)
         # the bar stays, to choose another run
@@ -60,7 +61,7 @@ def _select_phase(run: Run) -> str | None:
         ["", *run.phases],
         default="",
         show=PHASES.__getitem__,
-        help="Prompt: tokens that the model read. Generated: tokens that it wrote.",
+        help=help_text("phase"),
     )
     return phase or None
 
@@ -76,7 +77,7 @@ def _select_domain(run: Run) -> str | None:
         ["", *keys],
         default="",
         show=lambda domain: visible(domain) if domain else "All domains",
-        help="What the prompts are about, as labelled when they were recorded.",
+        help=help_text("domain"),
     )
     return {"": None, NO_DOMAIN: ""}.get(value, value)
 
@@ -131,7 +132,7 @@ def _select_slice(run: Run) -> slices.Slice | None:
         ["", *(info.name for info in usable)],
         default="",
         show=lambda name: visible(name) if name else "All tokens",
-        help="A set of tokens that somebody saved, such as a region of a map on the Clusters page.",
+        help=help_text("slice"),
     )
     if not name:
         return None

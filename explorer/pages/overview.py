@@ -5,6 +5,7 @@ import streamlit as st
 
 from explorer.figures.load import load_heatmap
 from explorer.figures.text import visible
+from explorer.glossary import help_text
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
 from explorer.pages.shell import current_view
@@ -77,7 +78,7 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
             delta=f"layer {int(row['layer'])}; by chance {1 + row['max_violation_floor']:.2f}×",
             delta_color="off",
             delta_arrow="off",
-            help="The largest load of any expert over the mean load of its layer.",
+            help=help_text("load", "by_chance"),
         )
         even = worst["normalized_entropy"].mean()
         tiles[2].metric(
@@ -87,9 +88,8 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
             delta=f"by chance {worst['normalized_entropy_floor'].mean():.1%}",
             delta_color="off",
             delta_arrow="off",
-            help="How evenly the experts of a layer share the work, mean over layers: the entropy "
-            "of their shares over its largest value. 100 % = all do the same amount, 0 % = one "
-            "does everything.",
+            help=help_text("load_entropy")
+            + "  \nHere the mean over layers of the entropy of the shares, over its largest value.",
         )
     routed = balance.dropna(subset=["dead_experts"])
     tiles[3].metric(
@@ -99,7 +99,7 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         delta=f"by chance {routed['dead_experts_floor'].sum():.1f}",
         delta_color="off",
         delta_arrow="off",
-        help="Experts that none of these tokens visited, over all layers.",
+        help=help_text("dead_expert") + "  \nHere of all layers together.",
     )
     entropy = gates["normalized_entropy"].mean()
     tiles[4].metric(
@@ -109,9 +109,8 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         delta="0 % = sure",
         delta_color="off",
         delta_arrow="off",
-        help="How undecided the routers were, mean over tokens and layers: the entropy of the "
-        "router's probabilities over its largest value, ln(number of experts). 0 % = sure, "
-        "100 % = all experts alike.",
+        help=help_text("gate_entropy")
+        + "  \nHere the mean over tokens and layers, over its largest value, ln(experts).",
     )
 
 

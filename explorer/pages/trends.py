@@ -80,7 +80,7 @@ def _figure(table: pd.DataFrame, names: list[str]) -> None:
     tokens = f"n = {int(table['tokens'].min()):,} tokens of each checkpoint; padding excluded"
     chart(
         trend_lines(table, quantity, caption=f"{tokens}; one line a layer", dark=is_dark()),
-        key="trend",
+        key=f"trend {quantity}",
         alt=f"{TRENDS[quantity].title} over {len(names)} checkpoints, one line for each of "
         f"{table['layer'].nunique()} layers; at the last one "
         f"{table[table['name'] == names[-1]][quantity].mean():.3f} on average.",
