@@ -99,6 +99,8 @@ def template(dark: bool) -> go.layout.Template:
         "zeroline": False,
         "automargin": True,
         "title": {"standoff": 8},
+        # the first labels of both axes meet in the corner
+        "ticklabelstandoff": 4,
     }
     return go.layout.Template(
         layout={
