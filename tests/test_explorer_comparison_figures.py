@@ -43,7 +43,7 @@ def test_chance_does_not_stretch_the_axis_and_is_counted():
     )
     figure = comparison.front(table, cost="flops_ratio", native_loss=3.0, tokens=10)
     assert figure.layout.yaxis.range[1] < 0.5
-    assert "1 points lie above" in figure.layout.title.subtitle.text
+    assert "1 point lies above" in figure.layout.title.subtitle.text
     trace = next(trace for trace in figure.data if trace.name == "literature")
     assert trace.error_y.array[0] == pytest.approx(0.02) and trace.customdata[0][0] == 0
 
