@@ -15,6 +15,7 @@ from capture.buffer import Arrays, Parcel
 from capture.forward import next_in_prompt
 from capture.observe import SiteGroup
 from capture.pair_counts import Stretch, by_site
+from capture.store.gate_sums import STATISTICS
 from capture.store.records import (
     LEVELS,
     AttentionRows,
@@ -24,7 +25,6 @@ from capture.store.records import (
     SiteBlock,
     TokenRows,
 )
-from capture.store.gate_sums import STATISTICS
 from capture.tokens import TokenizedPrompt, decode_pieces
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from capture.store import (
     SiteRows,
     TokenRows,
 )
+from capture.store.pairs import count_pairs
 
 PROMPT_TOKENS = 512
 
@@ -207,10 +208,19 @@ def write_run(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: 
     info = RunInfo("bench", None, "none", "float32", "cpu", "ids", 50_000, 0)
     n_prompts = n_forwards * -(-shape.tokens // PROMPT_TOKENS)
     prompts = [PromptInfo(None, "bench", None, PROMPT_TOKENS, 0)] * n_prompts
+    # a capture counts pairs while the model runs, by kernels.coactivation
+    pairs = [
+        count_pairs(
+            {layer: np.asarray(s.expert_ids, np.int32) for layer, s in enumerate(forward.sites)},
+            sites,
+        )
+        for forward in pool
+    ]
     started, busy = time.perf_counter(), time.process_time()
     writer = RunWriter.create(out, info, sites, prompts)
     for index in range(n_forwards):
         writer.append(_forward(pool, index, n_forwards))
+        writer.append_pairs(pairs[index % len(pool)])
     writer.finish(seconds=time.perf_counter() - started)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
     return Result(n_forwards * shape.layers * shape.tokens, seconds, busy, out.stat().st_size)

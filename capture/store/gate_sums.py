@@ -33,5 +33,21 @@ def _counted(statistic: str) -> str:
 
 # one branch per statistic: who asks for one reads the column of that one only
 SELECT = " UNION ALL ".join(_counted(name) for name in STATISTICS)
+# all of them in one pass over the rows
+_ALL = ", ".join(
+    f"count({name}) AS tokens_{name}, sum({sql_half(name)})::DOUBLE AS total_{name}"
+    for name in STATISTICS
+)
+_APART = " UNION ALL ".join(
+    f"SELECT layer, site, domain, phase, '{name}', tokens_{name}, total_{name} FROM sums"
+    f" WHERE tokens_{name} > 0"
+    for name in STATISTICS
+)
 # a sum that was there before is of fewer rows
-STORE = f"DELETE FROM packed.{TABLE_NAME}; INSERT INTO packed.{TABLE_NAME} {SELECT}"
+STORE = (
+    f"DELETE FROM packed.{TABLE_NAME};"
+    f" INSERT INTO packed.{TABLE_NAME} WITH sums AS MATERIALIZED ("
+    f"SELECT layer, site, domain, phase, {_ALL} FROM packed.route"
+    " JOIN packed.token USING (token_id) JOIN packed.prompt USING (prompt_id)"
+    f" GROUP BY layer, site, domain, phase) {_APART}"
+)

@@ -122,10 +122,17 @@ def _add(sums: dict[int, Counts], index: int, counts: Counts) -> None:
 
 
 def _as_rows(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> pa.Table:
-    by_column = zip(*rows, strict=True) if rows else ([] for _ in columns)
-    return as_table(
-        columns, [pa.array(v, c.arrow) for v, c in zip(by_column, columns, strict=True)]
-    )
+    by_column = zip(*rows, strict=True) if rows else (() for _ in columns)
+    return as_table(columns, [_as_array(v, c) for v, c in zip(by_column, columns, strict=True)])
+
+
+def _as_array(values: Sequence[object], column: Column) -> pa.Array:
+    if not values or not isinstance(values[0], np.ndarray):
+        return pa.array(values, column.arrow)
+    matrices = [np.asarray(value) for value in values]
+    ends = np.cumsum([0, *(len(matrix) for matrix in matrices)])
+    flat = pa.array(np.concatenate(matrices))
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat).cast(column.arrow)
 
 
 def pairs_of_rows(
