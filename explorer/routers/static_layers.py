@@ -22,7 +22,7 @@ from explorer.routers.training import CURVE_POINTS, TrainedRouter, TrainingSessi
 
 TOKENS = 8192  # of the fit split that subsets are judged on
 MOST_SUBSETS = 256
-_WHOLE = 1e-9  # keep times layers is a whole number but for rounding
+_WHOLE = 0.01  # blocks: keep=0.667 of 6 layers means 4
 
 
 @ROUTERS.add("static_layers")
