@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from explorer.figures import theme
 
-_RANDOM, _BOUND = "#0072B2", "#D55E00"
+_RANDOM, _RANDOM_DARK, _BOUND = "#0072B2", "#56B4E9", "#D55E00"
 
 
 def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
@@ -22,6 +22,7 @@ def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
     drawn = rows[rows["kind"].isin(("random", "best of n", "best"))]
     drawn = drawn.assign(n=drawn["n"].fillna(drawn["kind"].map({"random": 1, "best": sets})))
     drawn = drawn.sort_values("n")
+    blue = _RANDOM_DARK if dark else _RANDOM
     figure = go.Figure(
         go.Scatter(
             x=drawn["n"].to_numpy(dtype=np.float64),
@@ -29,10 +30,10 @@ def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
             mode="lines+markers",
             marker={
                 "size": 9,
-                "color": [_BOUND if kind == "best" else _RANDOM for kind in drawn["kind"]],
+                "color": [_BOUND if kind == "best" else blue for kind in drawn["kind"]],
                 "symbol": ["diamond" if k == "best" else "circle" for k in drawn["kind"]],
             },
-            line={"color": _RANDOM, "width": 1},
+            line={"color": blue, "width": 1},
             hovertemplate="best of %{x:,} sets: %{y:.4f} nats<extra></extra>",
             showlegend=False,
         )

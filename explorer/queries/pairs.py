@@ -16,7 +16,7 @@ Place = tuple[int, int, int]  # layer, site, expert
 Filters = tuple[str | None, str | None, Part | None]  # domain, phase, part
 
 # tokens that are counted anew where the totals cannot answer; more would make the page wait
-MAX_TOKENS = 25_000
+MAX_TOKENS = 16_000
 
 
 class PairCounts(NamedTuple):
