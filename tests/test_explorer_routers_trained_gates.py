@@ -191,6 +191,14 @@ def test_the_best_static_drop_keeps_the_block_that_matters():
     }
     assert min(losses, key=losses.get) == (0, 2)
     assert max(row["reward"] for row in router.curves_) == pytest.approx(-losses[0, 2])
+    # what it does in the model is what was tried
+    ran = token_losses(
+        own.model,
+        own.sequences,
+        swapped=lambda: gate_parts(own.model, own.sites, LiveRule(router), part="block"),
+    )
+    assert summed(ran).mean == pytest.approx(losses[0, 2], abs=1e-6)
+    assert losses[0, 2] < losses[0, 1] - 1e-3
     # a share between is rounded up to whole blocks, and 1 keeps all
     assert len(ROUTERS["static_layers"](keep=0.5).train(own).dropped_) == 1
     assert ROUTERS["static_layers"](keep=1.0).train(own).dropped_ == set()
