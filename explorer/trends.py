@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from explorer.balance import balance_table
+from capture.store import SiteInfo
 from explorer.errors import RunError
 from explorer.metrics import agreement
+from explorer.metrics.load import max_violation, normalized_entropy
 from explorer.metrics.specialization import information
-from explorer.queries.load import expert_load
 from explorer.queries.overview import token_count
 from explorer.queries.specialization import loads_by_domain
-from explorer.queries.two_runs import chosen, common_prompts, common_tokens
+from explorer.queries.two_runs import Chosen, chosen, common_prompts, common_tokens
 from explorer.run import Run
 
 # tokens of two runs whose experts are compared one by one
@@ -90,14 +91,15 @@ def trend_table(
     ----------
     Muennighoff et al. 2024, arXiv:2409.02060, section 5.1 (router saturation).
     """
-    last = checkpoints[-1].run
+    last = _Experts(checkpoints[-1].run)
     rows = []
     for one in checkpoints:
         n_tokens = token_count(one.run, domain=domain, phase=phase)
-        balance = balance_table(expert_load(one.run, domain=domain, phase=phase), n_tokens=n_tokens)
-        kept = _saturation(one.run, last, domain)
-        about = _domain_information(one.run, domain, phase)
-        for site, row in zip(one.run.sites, balance.itertuples(), strict=True):
+        saturation = _saturation(one.run, last, domain)
+        load = loads_by_domain(one.run, domain=domain, phase=phase)
+        for site in one.run.sites:
+            counts = _counts(load, site)
+            total = counts.sum(axis=0)
             rows.append(
                 {
                     "name": one.name,
@@ -106,44 +108,52 @@ def trend_table(
                     "layer": site.layer,
                     "site": site.site,
                     "tokens": n_tokens,
-                    "saturation": kept.get((site.layer, site.site), float("nan")),
+                    "saturation": saturation.get((site.layer, site.site), float("nan")),
                     "chance": site.top_k / site.n_experts,
-                    "max_violation": row.max_violation,
-                    "normalized_entropy": row.normalized_entropy,
-                    "domain_information": about.get((site.layer, site.site), float("nan")),
+                    "max_violation": max_violation(total),
+                    "normalized_entropy": normalized_entropy(total),
+                    "domain_information": information(counts) if len(counts) > 1 else float("nan"),
                 }
             )
     return pd.DataFrame(rows).astype({"step": "Int64"})
 
 
-def _saturation(run: Run, last: Run, domain: str | None) -> dict[tuple[int, int], float]:
-    if not (run.records_ids and last.records_ids):
+def _counts(load: pd.DataFrame, site: SiteInfo) -> npt.NDArray[np.float64]:
+    """Return the assignments of every domain and expert of a site, [D, E]."""
+    here = load[(load["layer"] == site.layer) & (load["site"] == site.site)]
+    names, row = np.unique(here["domain"].to_numpy(dtype=str), return_inverse=True)
+    counts = np.zeros((len(names), site.n_experts))
+    counts[row, here["expert_id"].to_numpy(dtype=np.int64)] = here["assignments"]
+    return counts
+
+
+class _Experts:
+    """The experts of a run's tokens, read once for as long as the tokens stay the same."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._token_ids: npt.NDArray[np.int64] | None = None
+        self._chosen: list[Chosen] = []
+
+    def of(self, token_ids: npt.NDArray[np.int64]) -> list[Chosen]:
+        if self._token_ids is None or not np.array_equal(token_ids, self._token_ids):
+            self._chosen, self._token_ids = chosen(self.run, token_ids), token_ids
+        return self._chosen
+
+
+def _saturation(run: Run, last: _Experts, domain: str | None) -> dict[tuple[int, int], float]:
+    if not (run.records_ids and last.run.records_ids):
         return {}
-    prompts = common_prompts(run, last)
+    prompts = common_prompts(run, last.run)
     if domain is not None:
         prompts = prompts[prompts["domain"].fillna("") == domain]
-    both = common_tokens(run, last, prompts, max_tokens=MAX_TOKENS)
-    found = {}
-    for site in run.sites if len(both) else []:
-        a = chosen(run, both["token_a"], site.layer, site=site.site)
-        b = chosen(last, both["token_b"], site.layer, site=site.site)
-        overlap = agreement.overlap_at_k(b.expert_ids, a.expert_ids)
-        found[site.layer, site.site] = float(np.nanmean(overlap))
-    return found
-
-
-def _domain_information(
-    run: Run, domain: str | None, phase: str | None
-) -> dict[tuple[int, int], float]:
-    if domain is not None or len(run.domains) < 2:
+    both = common_tokens(run, last.run, prompts, max_tokens=MAX_TOKENS)
+    if both.empty:
         return {}
-    load = loads_by_domain(run, phase=phase)
-    names = sorted(set(load["domain"]))
-    found = {}
-    for site in run.sites:
-        here = load[(load["layer"] == site.layer) & (load["site"] == site.site)]
-        counts = np.zeros((len(names), site.n_experts))
-        rows = np.searchsorted(names, here["domain"].to_numpy(dtype=str))
-        counts[rows, here["expert_id"].to_numpy(dtype=np.int64)] = here["assignments"]
-        found[site.layer, site.site] = information(counts)
-    return found
+    sides = chosen(run, both["token_a"]), last.of(both["token_b"].to_numpy())
+    return {
+        (site.layer, site.site): float(
+            np.nanmean(agreement.overlap_at_k(end.expert_ids, now.expert_ids))
+        )
+        for site, now, end in zip(run.sites, *sides, strict=True)
+    }

@@ -98,10 +98,11 @@ def token_divergence(first: Run, second: Run, *, max_tokens: int = MAX_TOKENS) -
         without common tokens.
     """
     both = common_tokens(first, second, common_prompts(first, second), max_tokens=max_tokens)
+    if both.empty:
+        return pd.DataFrame()
     rows = []
-    for site in first.sites if len(both) else []:
-        a = chosen(first, both["token_a"], site.layer, site=site.site)
-        b = chosen(second, both["token_b"], site.layer, site=site.site)
+    sides = chosen(first, both["token_a"]), chosen(second, both["token_b"])
+    for site, a, b in zip(first.sites, *sides, strict=True):
         dense = [_dense(side.expert_ids, side.weights, site.n_experts) for side in (a, b)]
         rows.append(
             {
@@ -144,12 +145,10 @@ def prompt_divergence(first: Run, second: Run, prompt_a: int, prompt_b: int) -> 
     both = both.merge(texts, on="token_a").sort_values("position").reset_index(drop=True)
     if both.empty:
         return both.assign(jaccard=[], first_layer=[])
-    found = []
-    for site in first.sites:
-        a = chosen(first, both["token_a"], site.layer, site=site.site)
-        b = chosen(second, both["token_b"], site.layer, site=site.site)
-        found.append(agreement.jaccard(a.expert_ids, b.expert_ids))
-    table = np.array(found)
+    sides = chosen(first, both["token_a"]), chosen(second, both["token_b"])
+    table = np.array(
+        [agreement.jaccard(a.expert_ids, b.expert_ids) for a, b in zip(*sides, strict=True)]
+    )
     layers = np.array([site.layer for site in first.sites], dtype=np.float64)
     other = np.where(table < 1, layers[:, None], np.inf).min(axis=0)
     return both.assign(
@@ -225,7 +224,7 @@ def _last_choices(
     """Return the experts [L, S, K] of the last token of each of the first segments."""
     last = pd.Series(side["token_id"].to_numpy()).groupby(segment).last()
     token_ids = last[last.index >= 0].iloc[:kept].to_numpy()
-    parts = [chosen(run, token_ids, s.layer, site=s.site).expert_ids for s in run.sites]
+    parts = [at_site.expert_ids for at_site in chosen(run, token_ids)]
     width = max(part.shape[1] for part in parts)
     wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts]
     return np.stack(wide)

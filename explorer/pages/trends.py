@@ -1,5 +1,6 @@
 """Trends: how routing changed over the checkpoints of a training."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -89,7 +90,8 @@ def _figure(table: pd.DataFrame, names: list[str]) -> None:
 
 
 def _demo_runs() -> list[tuple[str, Run]]:
-    return [(path.stem, _opened(str(path))) for path in sorted(DEMO_TRENDS.glob("*.duckdb"))]
+    paths = sorted(DEMO_TRENDS.glob("*.duckdb"))
+    return list(zip([path.stem for path in paths], _opened(tuple(paths)), strict=True))
 
 
 def _folder_runs() -> list[tuple[str, Run]]:
@@ -105,9 +107,15 @@ def _folder_runs() -> list[tuple[str, Run]]:
     return found
 
 
-@st.cache_resource(max_entries=24, show_spinner=False, on_release=lambda run: run.close())
-def _opened(path: str) -> Run:
-    return open_run(Path(path))
+def _close(runs: list[Run]) -> None:
+    for run in runs:
+        run.close()
+
+
+@st.cache_resource(show_spinner=False, on_release=_close)
+def _opened(paths: tuple[Path, ...]) -> list[Run]:
+    with ThreadPoolExecutor() as pool:  # DuckDB opens files side by side
+        return list(pool.map(open_run, paths))
 
 
 @st.cache_data(max_entries=10, show_spinner=False)

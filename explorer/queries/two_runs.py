@@ -76,27 +76,29 @@ def common_tokens(
     return both.sort_values("token_a").head(max_tokens).reset_index(drop=True)
 
 
-def chosen(run: Run, token_ids: npt.ArrayLike, layer: int, *, site: int = 0) -> Chosen:
-    """Return the experts of tokens at one site, in the order of ``token_ids``."""
+def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
+    """Return the experts of tokens, in the order of ``token_ids``, at every site in order."""
     wanted = np.asarray(token_ids, dtype=np.int64)
-    top_k = run.site_info(layer, site).top_k
-    ids = np.full((len(wanted), top_k), -1, dtype=np.int64)
-    weights = np.zeros((len(wanted), top_k))
+    found = [
+        Chosen(np.full((len(wanted), s.top_k), -1, np.int64), np.zeros((len(wanted), s.top_k)))
+        for s in run.sites
+    ]
     if not len(wanted):
-        return Chosen(ids, weights)
+        return found
     rows = run.table(
-        "SELECT token_id, slot, expert_id, weight FROM assignments WHERE layer = $layer "
-        "AND site = $site AND token_id BETWEEN $low AND $high",
-        {"layer": layer, "site": site, "low": int(wanted.min()), "high": int(wanted.max())},
+        "SELECT token_id, layer, site, slot, expert_id, weight FROM assignments "
+        "WHERE list_contains($tokens, token_id)",
+        {"tokens": wanted.tolist()},
     )
-    place = np.full(int(wanted.max()) + 1, -1, dtype=np.int64)
+    columns = {name: rows[name].to_numpy() for name in rows.column_names}
+    place = np.empty(int(wanted.max()) + 1, dtype=np.int64)
     place[wanted] = np.arange(len(wanted))
-    row = place[rows["token_id"].to_numpy().astype(np.int64)]
-    known = row >= 0
-    slot = rows["slot"].to_numpy()[known].astype(np.int64)
-    ids[row[known], slot] = rows["expert_id"].to_numpy()[known]
-    weights[row[known], slot] = rows["weight"].to_numpy()[known]
-    return Chosen(ids, weights)
+    token, slot = place[columns["token_id"]], columns["slot"].astype(np.int64)
+    for site, into in zip(run.sites, found, strict=True):
+        here = (columns["layer"] == site.layer) & (columns["site"] == site.site)
+        into.expert_ids[token[here], slot[here]] = columns["expert_id"][here]
+        into.weights[token[here], slot[here]] = columns["weight"][here]
+    return found
 
 
 def prompt_gates(run: Run, prompt_id: int) -> pd.DataFrame:
