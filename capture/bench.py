@@ -7,6 +7,7 @@ entry of ``COMMANDS``.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -35,6 +36,8 @@ from capture.store import (
 from capture.store.pairs import count_pairs
 
 PROMPT_TOKENS = 512
+# forward passes that differ; each is a domain of its own
+DOMAINS = 4
 
 
 class Shape(NamedTuple):
@@ -97,7 +100,7 @@ def store(options: argparse.Namespace) -> None:
     n_forwards = max(1, round(options.rows / (shape.layers * shape.tokens)))
     say(f"{shape.layers} layers x {shape.experts} experts, top-{shape.slots}; {n_forwards} forward")
     say(f"passes of {shape.tokens} tokens; zipf tokens, seed {options.seed}; same rows for both")
-    pool = make_forwards(shape, count=min(n_forwards, 4), seed=options.seed)
+    pool = make_forwards(shape, count=min(n_forwards, DOMAINS), seed=options.seed)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         results: dict[str, list[Result]] = {"packed (RunWriter)": [], "lists (baseline)": []}
@@ -124,16 +127,19 @@ def store(options: argparse.Namespace) -> None:
 
 
 def make_forwards(shape: Shape, *, count: int, seed: int) -> list[ForwardRows]:
-    """Make forward passes whose experts depend on the token, with token ids from 0 in each."""
-    random = np.random.default_rng(seed)
+    """Make forward passes whose experts depend on the token, with token ids from 0 in each.
+
+    The tokens are the same for every ``seed``; what the routers make of them is not.
+    """
+    random, reader = np.random.default_rng(seed), np.random.default_rng(0)
     taste = random.standard_normal((512, shape.experts), np.float32)
     forwards = []
-    for _ in range(count):
-        token = (random.zipf(1.2, shape.tokens) - 1) % 50_000
+    for domain in range(count):
+        token = (reader.zipf(1.2, shape.tokens) - 1 + 100 * domain) % 50_000
         sites = [_make_site(layer, token, taste, shape, random) for layer in range(shape.layers)]
         n_tokens = np.arange(shape.tokens, dtype=np.uint32)
         loss = np.ma.MaskedArray(
-            random.random(shape.tokens, np.float32), mask=n_tokens % PROMPT_TOKENS == 0
+            reader.random(shape.tokens, np.float32), mask=n_tokens % PROMPT_TOKENS == 0
         )
         rows = TokenRows(
             token_id=n_tokens,
@@ -144,7 +150,7 @@ def make_forwards(shape: Shape, *, count: int, seed: int) -> list[ForwardRows]:
             loss=loss,
             phase="prompt",
         )
-        forwards.append(ForwardRows(rows, ["bench"], sites))
+        forwards.append(ForwardRows(rows, [f"domain {domain}"], sites))
     return forwards
 
 
@@ -179,7 +185,7 @@ def _make_site(
 
 
 def _forward(pool: Sequence[ForwardRows], index: int, n_forwards: int) -> ForwardRows:
-    """Return forward pass ``index``: one of the pool, with token ids of its own.
+    """Return forward pass ``index``: one of the pool, with token ids and prompts of its own.
 
     The prompts are dealt to the forward passes in turn, as batching by length does, so that a
     forward pass does not hold neighbouring token ids.
@@ -187,16 +193,31 @@ def _forward(pool: Sequence[ForwardRows], index: int, n_forwards: int) -> Forwar
     forward = pool[index % len(pool)]
     tokens = forward.tokens
     prompt_id = tokens.prompt_id * np.uint32(n_forwards) + np.uint32(index)
+    text = list(tokens.text or [])
+    for first in np.flatnonzero(tokens.position == 0):
+        text[first] = f"{prompt_id[first]}:"  # no two prompts have one text
     moved = TokenRows(
         token_id=prompt_id * np.uint32(PROMPT_TOKENS) + tokens.position,
         prompt_id=prompt_id,
         position=tokens.position,
         token=tokens.token,
-        text=tokens.text,
+        text=text,
         loss=tokens.loss,
         phase="prompt",
     )
     return ForwardRows(moved, forward.domains, forward.sites)
+
+
+def _prompts(pool: Sequence[ForwardRows], n_forwards: int) -> list[PromptInfo]:
+    found: dict[int, PromptInfo] = {}
+    for forward in (_forward(pool, index, n_forwards) for index in range(n_forwards)):
+        pieces = list(forward.tokens.text or [])
+        starts = np.append(np.flatnonzero(forward.tokens.position == 0), len(pieces))
+        for start, end in itertools.pairwise(starts):
+            number = int(forward.tokens.prompt_id[start])
+            text = "".join(pieces[start:end])
+            found[number] = PromptInfo(text, forward.domains[0], None, int(end - start), 0)
+    return [found[number] for number in range(len(found))]
 
 
 def write_run(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: int) -> Result:
@@ -206,8 +227,7 @@ def write_run(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: 
         for layer in range(shape.layers)
     ]
     info = RunInfo("bench", None, "none", "float32", "cpu", "ids", 50_000, 0)
-    n_prompts = n_forwards * -(-shape.tokens // PROMPT_TOKENS)
-    prompts = [PromptInfo(None, "bench", None, PROMPT_TOKENS, 0)] * n_prompts
+    prompts = _prompts(pool, n_forwards)
     # a capture counts pairs while the model runs, by kernels.coactivation
     pairs = [
         count_pairs(

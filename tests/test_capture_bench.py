@@ -3,6 +3,7 @@ import re
 import pytest
 
 from capture import bench, bench_levels
+from capture.store import RunReader, writer
 
 
 def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
@@ -23,6 +24,41 @@ def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
         assert rows == 1500
         assert speed >= 0 and per_cpu >= 0 and size > 0
     assert [path.name for path in tmp_path.iterdir()] == ["bench.duckdb"]
+
+
+def test_a_slow_capture_does_not_grow_with_its_commits(monkeypatch, tmp_path):
+    shape = bench.Shape(layers=12, experts=128, slots=8, tokens=512)
+    pool = bench.make_forwards(shape, count=2, seed=0)
+    once = bench.write_run(tmp_path / "once", shape, pool, 12)
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
+    often = bench.write_run(tmp_path / "often", shape, pool, 12)
+    # with a copy of the pairs for each commit it would be 2.4 times as large
+    assert often.size < 1.4 * once.size
+
+
+def test_prompts_of_the_bench_are_texts_that_its_tokens_join_to(tmp_path):
+    shape = bench.Shape(layers=2, experts=8, slots=2, tokens=700)
+    for seed in (0, 1):
+        pool = bench.make_forwards(shape, count=2, seed=seed)
+        bench.write_run(tmp_path / f"{seed}", shape, pool, 3)
+    with RunReader.open(tmp_path / "0") as first, RunReader.open(tmp_path / "1") as second:
+        prompts, joined, other = (
+            run.query(sql).to_pylist()
+            for run, sql in (
+                (first, "SELECT text, domain FROM prompts ORDER BY prompt_id"),
+                (
+                    first,
+                    "SELECT string_agg(text, '' ORDER BY position) AS text FROM tokens "
+                    "GROUP BY prompt_id ORDER BY prompt_id",
+                ),
+                (second, "SELECT text, domain FROM prompts ORDER BY prompt_id"),
+            )
+        )
+        routes = [run.query("SELECT * FROM assignments").to_pylist() for run in (first, second)]
+    assert [row["text"] for row in prompts] == [row["text"] for row in joined]
+    assert len({row["text"] for row in prompts}) == len(prompts) == 6
+    assert {row["domain"] for row in prompts} == {"domain 0", "domain 1"}
+    assert other == prompts and routes[0] != routes[1]
 
 
 def test_an_unknown_measurement_lists_the_known_ones(capsys):

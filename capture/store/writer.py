@@ -87,12 +87,14 @@ class RunWriter:
         self.partial = partial_of(out)
         self._connection: duckdb.DuckDBPyConnection | None = connection
         self._sites = sites
-        self._level = info.level
         layout = layout_for(max(s.n_experts for s in sites), max(s.top_k for s in sites))
         self._layout = layout
         self._tables = schema.tables(layout)
         self._builder = RowBuilder(info.level, sites, layout, self._tables)
         self._rollup = Rollup(sites)
+        # with ids in the rows, pairs can be counted again: stored once, or each copy would stay in
+        # the file
+        self._routed = LEVELS.index(info.level) >= LEVELS.index("ids")
         self._pairs, self._new_pairs = PairTotals(sites), False
         self._attention = AttentionBuilder(attention_layers, self._tables)
         self._attention_counts = dict.fromkeys(schema.ATTENTION_TABLES, 0)
@@ -218,7 +220,10 @@ class RunWriter:
         self._hold(tables)
 
     def append_pairs(self, pairs: Sequence[PairSums]) -> None:
-        """Add the experts that met since the last call; stored with the next forward pass.
+        """Add the experts that met since the last call.
+
+        They are stored with the next forward pass at level stats; at deeper levels at the end, and
+        counted from the rows when a capture is killed before.
 
         Raises
         ------
@@ -227,7 +232,7 @@ class RunWriter:
         """
         self._open()
         self._pairs.add(pairs)
-        self._new_pairs = True
+        self._new_pairs = not self._routed
 
     def _hold(self, tables: dict[str, pa.Table]) -> None:
         """Keep rows for the next transaction."""
@@ -249,7 +254,7 @@ class RunWriter:
                 self._insert(schema.insert("rollup"), self._rollup.table(self._tables["rollup"]))
                 if self._new_pairs:
                     store_pairs(self._open(), self._pairs, self._tables)
-            self._new_pairs = False
+                    self._new_pairs = False
             self._pending.clear()
             self._pending_rows = self._pending_bytes = 0
         self._committed = time.monotonic()
@@ -311,24 +316,24 @@ class RunWriter:
         """
         self.flush()
         connection = self._open()
-        routed = LEVELS.index(self._level) >= LEVELS.index("ids")
         check_counts(
             connection,
             layout=self._layout,
             sites=self._sites,
-            routed=routed,
+            routed=self._routed,
             n_tokens=self._n_tokens,
             assignments=self._rollup.assignments(),
             vectors=self._vectors,
             attention=self._attention_counts,
         )
-        # where a capture was cut short, the last forward pass may have come without its pairs
+        if self._routed:
+            # where a capture was cut short, the last forward pass may have come without its pairs
+            if not (complete and self._pairs):
+                self._pairs = pairs_of_rows(connection, self._layout, self._sites)
+            with self._transaction():
+                store_pairs(connection, self._pairs, self._tables)
         if complete and self._pairs:
             check_diagonal(connection, self._sites)
-        elif routed:
-            with self._transaction():
-                found = pairs_of_rows(connection, self._layout, self._sites)
-                store_pairs(connection, found, self._tables)
         with self._transaction():
             connection.execute(gate_sums.STORE)
             connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
