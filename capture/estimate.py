@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from capture.errors import ConfigError
 from capture.store.records import Level, SiteInfo
+from capture.store.writer import CHECKPOINT_MB
 
 # measured on finished runs of the demo model, with the database's own compression
 FILE_BYTES = 350_000  # an empty run file: tables, views, free blocks
@@ -21,7 +22,9 @@ MAP_CELL_BYTES = 2.4  # 19 bits, of the lower triangle
 KEY_BYTES = 3.3  # a distance and a weight
 KEY_ROW_BYTES = 5  # token_id and layer of one row of keys
 QUERY_BLOCK, TOP_QUERIES = 64, 512  # as kernels.attention and capture.attention have them
-HEADROOM = 1.3  # a database file grows in blocks and holds the last transaction twice
+HEADROOM = 1.3  # a database file grows in blocks
+# up to here what is written stands in the log too, until it is moved into the file
+LOG_BYTES = CHECKPOINT_MB * 1e6
 
 
 class AttentionSize(NamedTuple):
@@ -173,7 +176,7 @@ def check_space(cost: Estimate, out: Path) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    needed = int(cost.total_bytes * HEADROOM)
+    needed = int(cost.total_bytes * HEADROOM + min(2 * cost.total_bytes, LOG_BYTES))
     if needed > free:
         raise ConfigError(
             f"The capture needs about {human_bytes(needed)}, but {folder} has "

@@ -37,8 +37,9 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
     ----------
     source : str, Path or iterable
         ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; or a .txt, .csv, .jsonl or .parquet file,
-        the first three possibly compressed (.xz, .gz); or an iterable of strings, token-id lists
-        and records with ``text`` (or ``ids``) and optionally ``domain`` and ``source``.
+        the first three possibly compressed (.xz, .gz), or a folder of them; or an iterable of
+        strings, token-id lists and records with ``text`` (or ``ids``) and optionally ``domain``
+        and ``source``.
 
     Raises
     ------
@@ -148,6 +149,14 @@ def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
+def _read_folder(folder: Path) -> list[Prompt]:
+    """Read all files of prompts in a folder, in the order of their names."""
+    files = [p for p in sorted(folder.iterdir()) if set(map(str.lower, p.suffixes)) & set(FORMATS)]
+    if not files:
+        raise PromptError(f"{folder} is a folder without a {_listed(FORMATS)} file.")
+    return [prompt for path in files for prompt in _read_named(path)]
+
+
 def _read_named(source: str | Path) -> list[Prompt]:
     path = Path(source)
     if isinstance(source, str) and source in DEMO_SETS:
@@ -163,7 +172,7 @@ def _read_named(source: str | Path) -> list[Prompt]:
     except OSError:  # a whole text is too long for the name of a file
         is_folder = is_file = False
     if is_folder:
-        raise PromptError(f"{path} is a folder; expected a {_listed(FORMATS)} file.")
+        return _read_folder(path)
     if not is_file:
         shown = f"{str(source)!r:.200}"
         raise PromptError(

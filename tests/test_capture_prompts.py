@@ -171,12 +171,22 @@ def test_parquet_errors(tmp_path, columns, message):
             "What is routing?",
             r"There is no prompt file 'What is routing\?'.*\['What is routing\?'\]",
         ),
-        (".", r"is a folder"),
+        ("capture/store", r"is a folder without a .*\.txt"),
     ],
 )
 def test_what_is_not_a_prompt_is_refused(source, message):
     with pytest.raises(PromptError, match=message):
         read_prompts(source)
+
+
+def test_a_folder_is_read_file_by_file(tmp_path):
+    (tmp_path / "b.txt").write_text("one\ntwo\n", encoding="utf-8")
+    packed = gzip.compress(b'{"text": "zero", "domain": "law"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    (tmp_path / "notes.md").write_text("no prompt", encoding="utf-8")
+    found = read_prompts(tmp_path)
+    assert texts(found) == ["zero", "one", "two"]
+    assert [prompt.domain for prompt in found] == ["law", None, None]
 
 
 @given(st.lists(st.text(min_size=1).filter(lambda s: s.isprintable()), min_size=1, max_size=5))

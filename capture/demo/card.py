@@ -53,10 +53,21 @@ the global batch, plus 0.001 of the z-loss. Every domain in turn (JSON at a weig
 {stages}
 
 All on two shared CPU cores that other work kept busy, two single-thread processes. The CUDA path
-of the trainer has not been run. `python -m capture.demo.train` rebuilds the model; a clock-driven
-schedule takes as many steps as the machine allows, so a rebuilt model is alike, not identical.
-`trends/` holds the routing of the demo prompts through a random start, at 1, 5, 20, 60 and 100 %
-of the first stage, and at the end of the last one.
+of the trainer has not been run. These commands go the same way again, from weights of an earlier
+run:
+
+```bash
+python -m capture.demo.train --work FIRST --init EARLIER --minutes 80 --rate 2e-3
+python -m capture.demo.train --work LAST --init FIRST/result/weights --minutes 24 --rate 4e-4 \\
+    --cluster-router 1
+```
+
+The result is alike, not identical: a clock-driven schedule takes as many steps as the machine
+allows, and today's first stage has long windows as well. `python -m capture.demo.train` alone
+trains from random weights in one stage; each part of it was run, the whole never to the end.
+`trends/` holds the routing of the demo prompts through a random start, at 1, 5, 20, 60 and 100 % of
+the time of the first stage (the step is in the name of each file), and at the end of the last one.
+They were recorded from snapshots after the training; the trainer now records them itself.
 """
 
 _FIRST_START = (

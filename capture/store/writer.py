@@ -46,12 +46,13 @@ COMMIT_SECONDS = 2.0
 BLOCK_SIZE = 32_768
 # the model needs the memory more than the cache of a file that is only written
 MEMORY = "2GiB"
+# a checkpoint rewrites the last row group of every table and leaves its old blocks behind: at
+# DuckDB's 16 MB a slow capture with a sample ends up half as large again
+CHECKPOINT_MB = 256
 _CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "default_block_size": BLOCK_SIZE,
     "memory_limit": MEMORY,
-    # a checkpoint rewrites the last row group of every table and leaves its old blocks behind: at
-    # DuckDB's 16 MB a slow capture with a sample ends up half as large again
-    "checkpoint_threshold": "256MB",
+    "checkpoint_threshold": f"{CHECKPOINT_MB}MB",
 }
 
 

@@ -26,7 +26,7 @@ from explorer.routers.live import LiveRule
 from explorer.routers.native import GateRouter, choose
 from explorer.routers.scores import host_scores, slots, weigh
 
-CALIBRATION_TOKENS = 4096
+CALIBRATION_TOKENS = 16_384
 RECONSTRUCTION_TOKENS = 1024
 RANDOM_SEEDS = 5
 
