@@ -10,7 +10,8 @@ from explorer.metrics import agreement, alignment
 from explorer.queries.two_runs import chosen, common_prompts, common_tokens, prompt_gates
 from explorer.run import Run
 
-# tokens of both runs whose experts are compared one by one
+# (token, router) rows of both runs that are compared one by one; tokens of one prompt
+MAX_ROWS = 60_000
 MAX_TOKENS = 20_000
 # texts of two models whose pairs of stretches are compared
 MAX_PROMPTS = 40
@@ -87,8 +88,13 @@ def load_change(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return both.assign(change=np.log2(smooth[1] / smooth[0]))
 
 
-def token_divergence(first: Run, second: Run, *, max_tokens: int = MAX_TOKENS) -> pd.DataFrame:
+def token_divergence(first: Run, second: Run, *, max_rows: int = MAX_ROWS) -> pd.DataFrame:
     """Compare the experts of the same tokens in two runs of one model.
+
+    Parameters
+    ----------
+    max_rows : int
+        Tokens times routers that are compared; the tokens are spread over all that are common.
 
     Returns
     -------
@@ -97,34 +103,28 @@ def token_divergence(first: Run, second: Run, *, max_tokens: int = MAX_TOKENS) -
         divergence of the combine weights, nats), ``chance`` (Jaccard of random sets). Empty
         without common tokens.
     """
-    both = common_tokens(first, second, common_prompts(first, second), max_tokens=max_tokens)
+    prompts, n_tokens = common_prompts(first, second), max(1, max_rows // len(first.sites))
+    both = common_tokens(first, second, prompts, max_tokens=n_tokens)
     if both.empty:
         return pd.DataFrame()
     rows = []
     sides = chosen(first, both["token_a"]), chosen(second, both["token_b"])
     for site, a, b in zip(first.sites, *sides, strict=True):
-        dense = [_dense(side.expert_ids, side.weights, site.n_experts) for side in (a, b)]
+        means = agreement.agreement(a.expert_ids, a.weights, b.expert_ids, b.weights)
+        divergence = agreement.weight_divergence(a.expert_ids, a.weights, b.expert_ids, b.weights)
         rows.append(
             {
                 "layer": site.layer,
                 "site": site.site,
                 "tokens": len(both),
-                "jaccard": np.nanmean(agreement.jaccard(a.expert_ids, b.expert_ids)),
-                "exact_set": np.nanmean(agreement.exact_set(a.expert_ids, b.expert_ids)),
-                "top_1": np.nanmean(agreement.top_1(a.expert_ids, b.expert_ids)),
-                "js": np.nanmean(agreement.jensen_shannon(*dense)),
+                "jaccard": means.jaccard,
+                "exact_set": means.exact_set,
+                "top_1": means.top_1,
+                "js": np.nanmean(divergence),
                 "chance": agreement.chance_jaccard(site.n_experts, site.top_k),
             }
         )
     return pd.DataFrame(rows)
-
-
-def _dense(
-    ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], n_experts: int
-) -> npt.NDArray[np.float64]:
-    table = np.zeros((len(ids), n_experts + 1))
-    np.put_along_axis(table, np.where(ids >= 0, ids, n_experts), weights, axis=1)
-    return table[:, :n_experts]
 
 
 def prompt_divergence(first: Run, second: Run, prompt_a: int, prompt_b: int) -> pd.DataFrame:

@@ -209,7 +209,13 @@ def test_two_runs_of_one_model(runs):
     app = opened("compare_runs", run="known", against="other", ids="same")
     titles = [chart.spec for chart in charts(app)]
     assert "Where the load went" in titles[0]
-    assert any("The same tokens in both runs" in title for title in titles)
+    assert not any("The same tokens in both runs" in title for title in titles)
+    app = opened("compare_runs", run="known", against="other", ids="same", by="tokens")
+    (chart,) = charts(app)
+    assert "The same tokens in both runs" in chart.spec
+    # a link to a token leads to the tokens
+    app = opened("compare_runs", run="known", against="other", ids="same", shared="4")
+    assert len(charts(app)) == 1
 
 
 def test_models_that_are_unrelated_are_never_compared_by_ids(runs):

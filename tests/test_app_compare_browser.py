@@ -186,6 +186,13 @@ def test_a_click_on_a_cell_of_two_runs_leads_to_that_expert(address, page):  # n
     page.get_by_role("heading", name="Tokens of L3.0.E2").wait_for()
 
 
+def test_a_click_on_the_load_of_b_leads_to_the_expert_in_b(address, page):  # noqa: F811
+    visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
+    click_cell(page, 1, 0, which=2)
+    page.wait_for_url(re.compile("/experts.*run=other"))
+    page.get_by_role("heading", name="Tokens of L1.0.E1").wait_for()
+
+
 def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):  # noqa: F811
     visit(page, f"{address}/compare-runs?run=known&against=other&ids=same&shared=4")
     token(page, NASTY).click()
@@ -198,6 +205,8 @@ def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):  
 
 def test_runs_are_never_compared_by_ids_that_mean_nothing(address, page):  # noqa: F811
     visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    choose(page, "Token by token")
     page.get_by_text("The same tokens in both runs", exact=True).first.wait_for()
     choose(page, "Unrelated")
     page.get_by_text("Do the models route the same stretches").wait_for()

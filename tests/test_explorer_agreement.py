@@ -56,6 +56,10 @@ def test_divergences_on_paper():
     expected = sum(0.5 * np.sum(d * np.log(d / middle)) for d in ([0.5, 0.5], [0.75, 0.25]))
     assert js[2] == pytest.approx(expected)
     assert np.isnan(metrics.jensen_shannon(np.zeros((1, 2)), q[:1]))[0]
+    ids, none = np.array([[0, -1]]), np.array([[-1, -1]])
+    apart = metrics.weight_divergence(ids, ids + 1.0, np.array([[3]]), np.array([[2.0]]))
+    assert apart[0] == pytest.approx(log(2))
+    assert np.isnan(metrics.weight_divergence(ids, ids + 1.0, none, none * 0.0))[0]
 
 
 @settings(deadline=None, max_examples=40)
@@ -76,6 +80,11 @@ def test_identities(n_experts, seed, data):
     total_variation = np.abs(dense[0] - dense[1]).sum(1) / 2
     found = metrics.weighted_overlap(first, weights[0], second, weights[1])
     np.testing.assert_allclose(found, 1 - total_variation, atol=1e-12)
+    np.testing.assert_allclose(
+        metrics.weight_divergence(first, weights[0], second, weights[1]),
+        metrics.jensen_shannon(dense[0], dense[1]),
+        atol=1e-12,
+    )
     js = metrics.jensen_shannon(dense[0] + 0.1, dense[1] + 0.1)
     assert (js >= 0).all() and (js <= log(2)).all()
     np.testing.assert_allclose(js, metrics.jensen_shannon(dense[1] + 0.1, dense[0] + 0.1))

@@ -125,8 +125,11 @@ def test_chosen_experts_are_those_of_the_view(pair):
     prompts = common_prompts(a, b)
     both = common_tokens(a, b, prompts, max_tokens=10_000)
     assert len(both) and (both["position"] >= 0).all()
+    same = common_tokens(a, a, common_prompts(a, a), max_tokens=10_000)["token_a"]
+    few = common_tokens(a, a, common_prompts(a, a), max_tokens=3)["token_a"]
+    assert list(few) == list(same.iloc[[0, (len(same) - 1) // 2, -1]])
     # neither all tokens nor in their order
-    tokens = both["token_a"].to_numpy()[::-2]
+    tokens = same.to_numpy()[::-2]
     rows = a.query("SELECT * FROM assignments")
     expected = {
         (r.layer, r.site, r.token_id, r.slot): (r.expert_id, r.weight) for r in rows.itertuples()

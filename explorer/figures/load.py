@@ -53,21 +53,14 @@ def load_heatmap(
     sites = list(dict.fromkeys(zip(load["layer"], load["site"], strict=True)))
     several = len({layer for layer, _ in sites}) < len(sites)
     width = int(load["n_experts"].max()) if len(load) else 0
-    z = np.full((len(sites), width), np.nan)
+    of_site = load.groupby(["layer", "site"], sort=False)
+    rank = of_site["assignments"].rank(method="first", ascending=False)
+    row = of_site.ngroup().to_numpy()
+    column = rank.to_numpy(dtype=np.int64) - 1 if order == "load" else of_site.cumcount().to_numpy()
+    listed = load[["layer", "site", "expert_id", "share", "assignments", "ratio"]].assign(rank=rank)
     ids = np.full((len(sites), width, 7), np.nan)
-    place: dict[theme.PinKey, tuple[float, float]] = {}
-    for row, (key, experts) in enumerate(load.groupby(["layer", "site"], sort=False)):
-        layer, site = key
-        ranks = experts["assignments"].rank(method="first", ascending=False)
-        listed = experts.assign(rank=ranks)
-        if order == "load":
-            listed = listed.sort_values("rank")
-        n = len(listed)
-        z[row, :n] = log_ratio(listed["ratio"].to_numpy(dtype=np.float64))
-        columns = ["layer", "site", "expert_id", "share", "assignments", "ratio", "rank"]
-        ids[row, :n] = listed[columns].to_numpy(dtype=np.float64)
-        for column, expert in enumerate(listed["expert_id"]):
-            place[layer, site, int(expert)] = (column, row)
+    ids[row, column] = listed.to_numpy(dtype=np.float64)
+    z = log_ratio(ids[:, :, 5])
     here = site_hover(several=several)
     figure = clickable_heatmap(
         z,
@@ -84,9 +77,13 @@ def load_heatmap(
         scale=RATIO_SCALE,
         dark=dark,
     )
-    colors = {pin: color for pin, color in theme.pin_colors(pins).items() if pin in place}
-    for pin, color in colors.items():
-        outline(figure, [place[pin]], color, pin_name(pin))
+    drawn = 0
+    for pin, color in theme.pin_colors(pins).items():
+        # axes are in cells: x = column, y = row
+        places = [(x, y) for y, x in np.argwhere((ids[:, :, :3] == pin).all(axis=2)).tolist()]
+        if places:
+            outline(figure, places, color, pin_name(pin))
+            drawn += 1
     uniform = _uniform_text(load)
     absent = ["grey: no such expert"] if np.isnan(ids[:, :, 0]).any() else []
     theme.finish(
@@ -97,7 +94,7 @@ def load_heatmap(
         ),
         dark=dark,
         height=int(np.clip(150 + 26 * len(sites), 300, 900)),
-        legend=bool(colors),
+        legend=drawn > 0,
     )
     return ground(figure, dark, diverging=True)
 

@@ -36,13 +36,12 @@ def change_heatmap(change: pd.DataFrame, *, caption: str, dark: bool = False) ->
     places = list(dict.fromkeys(zip(change["layer"], change["site"], strict=True)))
     several = any(site > 0 for _, site in places)
     width = int(change["n_experts"].max())
+    row = change.groupby(["layer", "site"], sort=False).ngroup().to_numpy()
+    cells = row, change["expert_id"].to_numpy(dtype=np.int64)
     z = np.full((len(places), width), np.nan)
+    z[cells] = change["change"]
     ids = np.full((len(places), width, 5), np.nan)
-    for row, (_, experts) in enumerate(change.groupby(["layer", "site"], sort=False)):
-        column = experts["expert_id"].to_numpy(dtype=np.int64)
-        z[row, column] = experts["change"]
-        names = ["layer", "site", "expert_id", "share_a", "share_b"]
-        ids[row, column] = experts[names].to_numpy(dtype=np.float64)
+    ids[cells] = change[["layer", "site", "expert_id", "share_a", "share_b"]].to_numpy(np.float64)
     figure = clickable_heatmap(
         z,
         ids=ids,

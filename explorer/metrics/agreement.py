@@ -143,6 +143,31 @@ def jensen_shannon(expected: npt.ArrayLike, found: npt.ArrayLike) -> Floats:
     return np.asarray(np.clip((_entropy_terms(p, middle) + _entropy_terms(q, middle)) / 2, 0, None))
 
 
+def weight_divergence(
+    expected: Ids, expected_weights: npt.ArrayLike, found: Ids, found_weights: npt.ArrayLike
+) -> Floats:
+    """Return the Jensen-Shannon divergence of two routings' combine weights, nats.
+
+    Parameters
+    ----------
+    expected, found : array [T, K], [T, K2]
+        Distinct expert ids, -1 in empty slots.
+    expected_weights, found_weights : array, of the same shapes
+        Divided by their sum here; an expert that is not in the set has weight 0.
+
+    Returns
+    -------
+    array [T], 0..ln 2
+        nan where a routing has no weight. As :func:`jensen_shannon` of all experts' weights.
+    """
+    _check(expected, found)
+    same = _same(expected, found)
+    p, q = _shares(expected, expected_weights), _shares(found, found_weights)
+    one = _entropy_terms(p, (p + np.einsum("tij,tj->ti", same, q)) / 2)
+    two = _entropy_terms(q, (q + np.einsum("tij,ti->tj", same, p)) / 2)
+    return np.asarray(np.clip((one + two) / 2, 0, None))
+
+
 def kl_divergence(expected: npt.ArrayLike, found: npt.ArrayLike) -> Floats:
     r"""Return the divergence of the found scores from the expected ones, nats.
 

@@ -34,7 +34,7 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
         ),
         "job",
     ),
-    "compare-runs": ("against", "ids", "shared", "spot", "quantity"),
+    "compare-runs": ("against", "ids", "by", "shared", "spot", "quantity"),
     "trends": ("source", "trend"),
     "capture": ("job",),
     "share": (),

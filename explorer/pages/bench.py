@@ -1,10 +1,11 @@
 """How long pages of a run take to make: ``python -m explorer.pages.bench RUN``.
 
 Each page is run as the server runs it (queries, metrics, figures and what is sent to the
-browser): with empty caches, again, and with a domain chosen and empty caches, as if no page had
-been open before. What the browser takes to draw is not in it; ``--browser`` times a start of the
-app and switches of page in one. A large run: ``python -m capture.bench store --rows 10000000
---repeats 1 --folder FOLDER --keep``.
+browser): with empty caches, again, with a domain chosen and empty caches, and with a text that
+prompts must contain, as if no page had been open before. Compare runs takes the next run of the
+folder as B. What the browser takes to draw is not in it; ``--browser`` times a start of the app and
+switches of page in one. A large run: ``python -m capture.bench store --rows 10000000 --repeats 1
+--folder FOLDER --keep``, and with ``--seed 1`` the same texts in another model of its shape.
 """
 
 import argparse
@@ -37,16 +38,17 @@ class Seconds(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """One page: made with empty caches, again, and with empty caches for a domain."""
+    """One page: made with empty caches, again, and with empty caches for each filter."""
 
     page: str
     first: Seconds
     again: Seconds
-    filtered: Seconds | None
+    domain: Seconds | None
+    search: Seconds | None
 
 
-def measure(path: Path) -> list[Timed]:
-    """Time every page of a run."""
+def measure(path: Path, search: str) -> list[Timed]:
+    """Time every page of a run, with ``search`` as the text that prompts must contain."""
     from streamlit.testing.v1 import AppTest
 
     with open_run(path) as run:
@@ -54,19 +56,27 @@ def measure(path: Path) -> list[Timed]:
     sys.argv = [str(_APP), "--read-only", "--runs", str(path.parent)]
     # what is imported once is part of a start, not of a page
     for page in PAGES:
-        _show(AppTest.from_file(str(_APP), default_timeout=_TIMEOUT), path.stem, page, "")
+        _show(AppTest.from_file(str(_APP), default_timeout=_TIMEOUT), path.stem, page)
     rows = []
     for page in PAGES:
         app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
-        _show(app, path.stem, "overview", "")
-        found = []
-        for chosen, empty in (("", True), ("", False), (domain, True)):
-            if chosen is not None:
-                if empty:
-                    _forget()
-                found.append(_show(app, path.stem, page, chosen))
-        rows.append(Timed(page, found[0], found[1], found[2] if len(found) > 2 else None))
+        _show(app, path.stem, "overview")
+        _forget()
+        first = _show(app, path.stem, page)
+        again = _show(app, path.stem, page)
+        filtered = [
+            _filtered(app, path.stem, page, name, value)
+            for name, value in (("domain", domain), ("search", search))
+        ]
+        rows.append(Timed(page, first, again, *filtered))
     return rows
+
+
+def _filtered(app: "AppTest", run: str, page: str, name: str, value: str | None) -> Seconds | None:
+    if not value:
+        return None
+    _forget()
+    return _show(app, run, page, **{name: value})
 
 
 def _forget() -> None:
@@ -77,10 +87,9 @@ def _forget() -> None:
     load.forget_floors()
 
 
-def _show(app: "AppTest", run: str, page: str, domain: str) -> Seconds:
-    app.query_params["run"] = run
-    if domain:
-        app.query_params["domain"] = domain
+def _show(app: "AppTest", run: str, page: str, **filters: str) -> Seconds:
+    app.query_params.clear()
+    app.query_params.update({"run": run, **filters})
     # pages are known to Streamlit after a first run only, which shows the overview
     if page != "overview":
         app.switch_page(f"explorer/pages/{page}.py")
@@ -99,6 +108,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="a run file")
     parser.add_argument("--browser", action="store_true", help="time what a browser shows instead")
+    parser.add_argument("--search", default="", metavar="TEXT", help="that prompts must contain")
     options = parser.parse_args()
     path: Path = options.run.resolve()
     with open_run(path) as run:
@@ -109,9 +119,9 @@ def main() -> None:
             sys.stdout.write(f"{what:28}{seconds:8.2f}\n")
         return
     logging.disable(logging.WARNING)  # Streamlit says many times that no server runs
-    sys.stdout.write(f"{'page':14}{'first':>14}{'again':>14}{'domain':>14}\n")
-    for timed in measure(path):
-        cells = map(_cell, (timed.first, timed.again, timed.filtered))
+    sys.stdout.write(f"{'page':14}{'first':>14}{'again':>14}{'domain':>14}{'search':>14}\n")
+    for timed in measure(path, options.search):
+        cells = map(_cell, timed[1:])
         sys.stdout.write(f"{timed.page:14}{''.join(cells)}\n")
 
 

@@ -1,5 +1,6 @@
 """Compare runs: the same model twice, or two models on the same text."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from explorer.figures.two_runs import (
     divergence_over_layers,
     over_layers,
 )
+from explorer.metrics.load import max_violation
 from explorer.pages import address, jump, state
 from explorer.pages.components.chart import chart
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
 from explorer.pages.components.visible import one_line
 from explorer.pages.shell import current_view
-from explorer.pages.state import View, ask, balance_of, is_dark
+from explorer.pages.state import View, ask, is_dark
 from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
 from explorer.queries.two_runs import common_prompts
@@ -119,6 +121,22 @@ def _same_experts(same_shape: bool, same_model: bool) -> bool:
 
 
 def _same_model(view: View, other: View) -> None:
+    # each takes a while in large runs; a link to a token shows its tokens
+    by = address.choose(
+        st.segmented_control,
+        "by",
+        "Compare",
+        ["experts", "tokens"],
+        default="tokens" if address.read("spot") or address.read("shared") else "experts",
+        show={"experts": "Expert by expert", "tokens": "Token by token"}.__getitem__,
+    )
+    if by == "tokens":
+        _same_tokens(view, other)
+    else:
+        _expert_by_expert(view, other)
+
+
+def _expert_by_expert(view: View, other: View) -> None:
     sides = {"a": view.sampled(), "b": other}
     loads = {
         name: side.of_layers(ask(side, expert_load, **side.filters)) for name, side in sides.items()
@@ -139,11 +157,11 @@ def _same_model(view: View, other: View) -> None:
         alt=f"Heatmap: share of each of {len(change)} experts in B over its share in A; "
         f"{int((change['change'].abs() >= 1).sum())} at least doubled or halved.",
         table=change,
-        on_click=lambda data: jump.aim(view, data),
+        on_click=functools.partial(jump.aim, view),
     )
     for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
         figure = load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark())
-        n_tokens = f"n = {sides[name].scope().n_tokens:,} tokens; padding excluded"
+        n_tokens = f"n = {counts[name]:,} tokens; padding excluded; click a cell for the expert"
         figure.update_layout(
             title={"text": f"{name.upper()}: load (× uniform share)", "subtitle.text": n_tokens}
         )
@@ -153,13 +171,18 @@ def _same_model(view: View, other: View) -> None:
                 key=f"load {name}",
                 alt=f"Load of every expert in {name.upper()}, on the scale of the other.",
                 table=load,
+                on_click=functools.partial(jump.aim, sides[name]),
             )
     _lines(sides, loads, caption)
-    _same_tokens(view, other)
 
 
 def _lines(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
-    balance = {name: balance_of(side, loads[name]) for name, side in sides.items()}
+    balance = {
+        name: load.groupby(["layer", "site"], as_index=False)["assignments"]
+        .agg(max_violation)
+        .rename(columns={"assignments": "max_violation"})
+        for name, load in loads.items()
+    }
     gates = {
         name: side.of_layers(ask(side, gate_means, statistics=("entropy",), **side.filters))
         for name, side in sides.items()

@@ -17,7 +17,7 @@ def aim(view: View, data: list[float]) -> None:
     """
     layer, site, expert = (int(value) for value in data[:3])
     name = f"{layer}.{site}" if several_sites(view.run) else str(layer)
-    there = {"layer": name, "id": str(expert), "about": "expert"}
+    there = {"run": view.name, "layer": name, "id": str(expert), "about": "expert"}
     st.session_state[_TARGET] = (_EXPERTS, there)
 
 

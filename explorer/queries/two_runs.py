@@ -54,7 +54,7 @@ def common_tokens(
     prompts : DataFrame
         From :func:`common_prompts`.
     max_tokens : int
-        The first ones, up to so many.
+        Where there are more, so many, evenly spread over all of them.
 
     Returns
     -------
@@ -73,7 +73,10 @@ def common_tokens(
         sides.append(rows.rename(columns=names))
     a = sides[0].merge(prompts[["prompt_a", "prompt_b"]], on="prompt_a")
     both = a.merge(sides[1], on=["prompt_b", "position", "token"])
-    return both.sort_values("token_a").head(max_tokens).reset_index(drop=True)
+    both = both.sort_values("token_a")
+    if len(both) > max_tokens:
+        both = both.iloc[np.linspace(0, len(both) - 1, max_tokens).astype(np.int64)]
+    return both.reset_index(drop=True)
 
 
 def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
@@ -87,8 +90,8 @@ def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
         return found
     rows = run.table(
         "SELECT token_id, layer, site, slot, expert_id, weight FROM assignments "
-        "WHERE list_contains($tokens, token_id)",
-        {"tokens": wanted.tolist()},
+        "WHERE token_id BETWEEN $low AND $high AND list_contains($tokens, token_id)",
+        {"tokens": wanted.tolist(), "low": int(wanted.min()), "high": int(wanted.max())},
     )
     columns = {name: rows[name].to_numpy() for name in rows.column_names}
     place = np.empty(int(wanted.max()) + 1, dtype=np.int64)

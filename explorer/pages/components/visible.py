@@ -23,6 +23,8 @@ def visible(text: str) -> str:
     """
     if not text:
         return CONTINUATION
+    if text.isprintable():
+        return text
     return "".join(map(_mark, text))
 
 
@@ -38,5 +40,7 @@ def _mark(character: str) -> str:
 
 def one_line(text: str, length: int) -> str:
     """Return the beginning of a text on one line, with an ellipsis where it was cut."""
-    flat = " ".join(visible(text).replace("↵\n", " ").split()) if text else ""
-    return flat if len(flat) <= length else flat[: length - 1].rstrip() + "…"
+    head = text[: 2 * length]  # of a long text, the rest would not be seen
+    flat = " ".join(visible(head).replace("↵\n", " ").split()) if head else ""
+    whole = len(flat) <= length and len(head) == len(text)
+    return flat if whole else flat[: length - 1].rstrip() + "…"
