@@ -4,6 +4,7 @@ import gzip
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 
 import duckdb
 import pytest
@@ -225,6 +226,24 @@ def test_filters_narrow_the_figures_and_are_in_the_link(written):
     law = sum(token["domain"] == "law" for token in written.tokens)
     tile = next(m for m in app.metric if m.label == "Tokens")
     assert (tile.value, tile.delta) == (str(law), "of 2 prompts")
+
+
+def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(written):
+    app = opened("load_balance")
+    assert "Serving" not in [one.value for one in app.subheader]
+    for more in ({"topic": "serving"}, {"gpus": "2"}):
+        app = opened("load_balance", **more)
+        assert [one.value for one in app.subheader] == ["Serving"]
+    busiest = app.dataframe[0].value.iloc[0]
+    loads = Counter(
+        (layer, site, expert)
+        for (_, layer, site), route in written.routes.items()
+        for expert, _ in route["experts"]
+    )
+    place = (busiest["layer"], busiest["site"], busiest["expert_id"])
+    assert busiest["assignments"] == loads[place]
+    total = sum(n for at, n in loads.items() if at[:2] == place[:2])
+    assert busiest["share"] == pytest.approx(100 * loads[place] / total)
 
 
 def test_a_link_reopens_the_same_view(written):

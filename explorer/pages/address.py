@@ -14,7 +14,7 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
     "experts": ("id", "about", "find"),
     "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
-    "load-balance": ("metric", "factor", "gpus", "nodes", "groups", "replicas"),
+    "load-balance": ("topic", "metric", "factor", "gpus", "nodes", "groups", "replicas"),
     "attention": ("measure", "head", "prompt", "token", "window", "show"),
     "flow": ("steps", "flows", "pair"),
     "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "other", "value", "region"),

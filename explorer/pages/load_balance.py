@@ -27,6 +27,7 @@ from explorer.run import Run
 # tokens that the capacity figure reads; more would make the page wait
 MAX_CAPACITY_TOKENS = 60_000
 FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
+_PLACEMENT = ("gpus", "nodes", "groups", "replicas")
 _TILES = {
     "max_violation": "MaxVio",
     "coefficient_of_variation": "Coefficient of variation",
@@ -41,13 +42,32 @@ def render() -> None:
     view = current_view().sampled()
     jump.follow()
     load = view.of_layers(ask(view, expert_load, **view.filters))
-    here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
-    balance = balance_of(view, load)
     st.markdown(
         "When every expert of a layer gets the same share of the tokens, no expert waits for "
         "another and none is wasted. A finite number of tokens is never perfectly even: "
         "**by chance** is what uniform random routing of as many tokens would show."
     )
+    # a link to a placement shows it
+    serves = any(address.read(name) for name in _PLACEMENT)
+    topic = address.choose(
+        st.segmented_control,
+        "topic",
+        "Topic",
+        ["layers", "serving"],
+        default="serving" if serves else "layers",
+        show={"layers": "Layers and capacity", "serving": "Serving: GPUs and batches"}.__getitem__,
+    )
+    if topic == "serving" and not load["assignments"].sum():
+        st.info("These tokens have no assignment in any layer. Change the filters at the side.")
+    elif topic == "serving":
+        serving_section(view, load)
+    else:
+        _layers(view, load)
+
+
+def _layers(view: View, load: pd.DataFrame) -> None:
+    here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
+    balance = balance_of(view, load)
     st.subheader(f"Layer {view.site_name}", anchor=False)
     _tiles(view, balance)
     if not here["assignments"].sum():
@@ -63,7 +83,6 @@ def render() -> None:
     _over_layers(view, balance)
     st.subheader(f"Capacity limit in layer {view.site_name}", anchor=False)
     _capacity(view)
-    serving_section(view, load)
 
 
 def _tiles(view: View, balance: pd.DataFrame) -> None:
