@@ -7,6 +7,8 @@ import pytest
 from browser import browser, chromium_path, serve, settle
 from synthetic import NASTY, write_run
 
+from capture import bench
+
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.slow,
@@ -31,6 +33,8 @@ CELL = """([x, y, which]) => {
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "known.duckdb", level="attention")
+    shape = bench.Shape(layers=40, experts=64, slots=2, tokens=600)
+    bench.write_run(folder / "large.duckdb", shape, bench.make_forwards(shape, count=1, seed=0), 2)
     return folder
 
 
@@ -125,6 +129,16 @@ def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert(address, page):
     settle(page)
     page.wait_for_timeout(1000)
     assert "/experts" not in page.url
+
+
+def test_a_click_on_a_cell_of_many_leads_to_that_expert(address, page):
+    visit(page, f"{address}/?run=large")
+    kinds = page.evaluate("document.querySelector('.js-plotly-plot').data.map(d => d.type)")
+    assert "scattergl" in kinds
+    click_cell(page, 41, 17)
+    page.wait_for_url(re.compile("/experts.*id=41"))
+    settle(page)
+    page.get_by_role("heading", name="Tokens of L17.E41").wait_for()
 
 
 def test_a_line_on_the_page_of_an_expert_leads_to_its_prompt(address, page):

@@ -190,9 +190,24 @@ def click_points(figure):
     return {
         (int(x), int(y)): list(ids)
         for part in figure.data
-        if isinstance(part, go.Scattergl)
+        if part.name is not None and part.name.startswith("cells")
         for x, y, ids in zip(part.x, part.y, part.customdata, strict=True)
     }
+
+
+@pytest.mark.parametrize(
+    ("experts", "drawn"), [(4, go.Scatter), (heatmap.MAX_SVG_CELLS // 20 + 1, go.Scattergl)]
+)
+def test_many_cells_are_clicked_with_webgl_and_few_without(experts, drawn):
+    rows = [
+        {"layer": layer, "site": 0, "expert_id": expert, "n_experts": experts, "top_k": 1,
+         "assignments": expert + 1, "share": 0.1, "ratio": 1.0}
+        for layer in range(20) for expert in range(experts)
+    ]  # fmt: skip
+    figure = load_figures.load_heatmap(pd.DataFrame(rows), scope=SCOPE, order="load")
+    assert [type(part) for part in figure.data] == [go.Heatmap, drawn]
+    # by falling load: the last expert comes first
+    assert click_points(figure)[0, 3][:3] == [3, 0, experts - 1]
 
 
 def test_load_heatmap_holds_the_load(run):
@@ -232,7 +247,7 @@ def test_load_heatmap_by_falling_load_keeps_the_experts(run):
 def test_pins_are_outlined_at_their_cell_in_their_colour(run):
     pins = [(9, 0, 0), (3, 1, 2), (1, 0, 4)]
     figure = load_figures.load_heatmap(load.expert_load(run), scope=SCOPE, pins=pins)
-    marks = [part for part in figure.data if isinstance(part, go.Scatter)]
+    marks = [part for part in figure.data if (part.name or "").startswith("layer ")]
     # a pin of another run keeps its colour, so the others keep theirs
     assert [(m.x[0], m.y[0], m.marker.color) for m in marks] == [
         (2, 2, theme.OKABE_ITO[1]),
