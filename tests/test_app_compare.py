@@ -193,6 +193,29 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     assert app.query_params["beside"] == "native"
 
 
+def test_learning_is_shown_for_one_router_at_its_prices_those_with_a_reward_first(runs):
+    path = write_results(runs)
+    with open_comparison(path) as found:
+        rows = found.records()
+    rows["routers"] += [
+        rows["routers"][0] | {"router": name, "family": family}
+        for name, family in (("gate", "gating"), ("pays(price=1)", "rl"), ("pays(price=2)", "rl"))
+    ]
+    rows["curves"] = [
+        {"router": name, "seed": 0, "lambda": 0.1, "step": step, "layer": 1, "reward": reward}
+        for name, reward in (("gate", 9.0), ("pays(price=1)", 1.0), ("pays(price=2)", 2.0))
+        for step in (0, 1)
+    ]
+    write_comparison(path, rows)
+    app = opened("compare", run="known")
+    (drawn,) = [chart.spec for chart in charts(app) if "While learning" in chart.spec]
+    assert "pays(price=1)" in drawn and "pays(price=2)" in drawn and '"name":"gate' not in drawn
+    app.selectbox(key="address:learner").select("gate").run()
+    (drawn,) = [chart.spec for chart in charts(app) if "While learning" in chart.spec]
+    assert "pays" not in drawn and '"name":"gate' in drawn
+    assert "".join(app.query_params["learner"]) == "gate"
+
+
 def test_a_file_that_is_no_comparison_is_refused_in_words(runs):
     (runs / f"known.12345678{SUFFIX}").write_bytes(b"nothing")
     app = opened("compare", run="known")

@@ -115,6 +115,18 @@ def test_a_click_on_a_cell_of_the_layers_shows_the_card_of_its_row(address, page
     page.get_by_text("Title of peeks<script>").wait_for()
 
 
+def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, page):  # noqa: F811
+    visit(page, f"{address}/compare?run=known&controls=hidden")
+    page.get_by_text(f"Title of {OURS}").wait_for()
+    table = page.get_by_test_id("stDataFrame").first
+    table.scroll_into_view_if_needed()
+    # the first column holds the boxes, 35 pixels a row; the first row is the own router
+    table.click(position={"x": 18, "y": 35 + 35 / 2})
+    page.wait_for_url(re.compile("router=native"))
+    settle(page)
+    assert not page.get_by_text(f"Title of {OURS}").count()
+
+
 def test_the_axis_of_the_front_can_be_switched(address, page):  # noqa: F811
     visit(page, f"{address}/compare?run=known")
     page.wait_for_selector(".js-plotly-plot .plot-container")

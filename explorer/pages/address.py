@@ -26,6 +26,7 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
             "router",
             "beside",
             "curve",
+            "learner",
             "a",
             "b",
             "text",
@@ -61,6 +62,7 @@ OF_A_RUN = (
     "at",
     "shared",
     "spot",
+    "learner",
 )
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
 

@@ -222,13 +222,22 @@ def _table(shown: pd.DataFrame) -> None:
         if name not in ("router", "family", "badges", "seed")
     }
     columns |= {name: _COLUMNS[name] for name in ("router", "family", "badges", "seed")}
+
+    def go_to() -> None:
+        rows = st.session_state["routers"]["selection"]["rows"]
+        if rows:
+            address.write("router", str(frame["router"].iloc[rows[0]]))
+
     st.dataframe(
         frame,
         hide_index=True,
         column_config=columns,
         alt="Routers with their change in loss, compute, agreement and balance; click a title to "
-        "sort",
+        "sort, and the box of a row for its card",
         placeholder="–",
+        key="routers",
+        on_select=go_to,
+        selection_mode="single-row",
     )
     said = [badge for badge in _BADGE_TEXTS if frame["badges"].str.contains(badge).any()]
     for badge in said:
@@ -285,6 +294,11 @@ def _learning(comparison: Comparison) -> None:
     rows = comparison.curves
     if rows.empty:
         return
+    # a router and its prices: rewards of different ones are on different scales
+    rule = rows["router"].str.partition("(")[0]
+    families = comparison.rows("routers").set_index("router")["family"]
+    rewarded = rule[rows["router"].map(families.groupby(level=0).first()) == "rl"]
+    rules = list(dict.fromkeys([*rewarded, *rule]))
     st.subheader("How the routers learned", anchor=False)
     st.markdown(
         "Exploration and stability are the difficulty of reinforcement learning. A policy whose "
@@ -298,6 +312,10 @@ def _learning(comparison: Comparison) -> None:
         default="reward",
         show=lambda name: name.replace("_", " ").capitalize(),
     )
+    chosen = address.choose(
+        st.selectbox, "learner", "Router", rules, default=rules[0], show=lambda name: name
+    )
+    rows = rows[rule == chosen]
     chart(
         curves(rows, quantity, dark=is_dark()),
         key="curves",
