@@ -108,6 +108,8 @@ def run_compare(options: argparse.Namespace) -> Output:
     ) as comparison:
         table = _asked(comparison.table, names)
         pairs = _paired(comparison, table, options.against)
+        between = comparison.rows("spanning")
+        between = between[between["router"].isin(table["router"])]
         bound = comparison.rows("oracle") if options.oracle else None
         failed = _failed(comparison, names)
         path = str(comparison.path)
@@ -116,7 +118,8 @@ def run_compare(options: argparse.Namespace) -> Output:
     if options.json:
         rows = json.loads(table.to_json(orient="records"))
         paired = json.loads(pairs.to_json(orient="records"))
-        found = {"file": path, "info": info, "rows": rows, "paired": paired}
+        spanning = json.loads(between.to_json(orient="records"))
+        found = {"file": path, "info": info, "rows": rows, "paired": paired, "spanning": spanning}
         if bound is not None:
             found["oracle"] = json.loads(bound.to_json(orient="records"))
         return Output(json.dumps(found, indent=1, default=str), notes)
@@ -124,6 +127,9 @@ def run_compare(options: argparse.Namespace) -> Output:
     if len(pairs):
         parts.append("Loss of each router minus that of another, paired by text, nats a token:")
         parts.append(_plain(pairs))
+    if len(between):
+        parts.append("One layer swapped: tokens that lie between clusters (spanning), the others:")
+        parts.append(_plain(between.drop(columns=["mode", "site", "sequences"])))
     if bound is not None:
         parts.append(
             f"Last layer, {bound['sets'][0]:,} sets of experts: a bound that sees the next token; "

@@ -175,9 +175,19 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
         assert plain.sql("SELECT count(*) FROM results").fetchall() == [(2,)]
 
 
-def test_a_file_of_the_first_format_is_read(tmp_path):
+def test_files_of_older_formats_are_read(tmp_path):
     path = tmp_path / "r.0123abcd.comparison"
     write_comparison(path, some_rows())
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("DROP TABLE spanning")
+    with pytest.raises(ComparisonError, match="another format"):
+        open_comparison(path)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("UPDATE comparison SET format_version = 2")
+        # not ours in this format, so not read
+        connection.execute("CREATE TABLE spanning AS SELECT 1 AS strange")
+    with open_comparison(path) as comparison:
+        assert comparison.rows("spanning").empty and comparison.table["loss_change"][0] == 0.5
     with duckdb.connect(str(path)) as connection:
         connection.execute("ALTER TABLE results DROP spanning_rate")
         connection.execute("DROP TABLE oracle")

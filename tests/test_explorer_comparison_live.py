@@ -15,13 +15,14 @@ from explorer import compare, open_comparison, open_run
 from explorer.comparison import lab as lab_module
 from explorer.comparison.badges import badges
 from explorer.comparison.controls import controls_of
-from explorer.comparison.fitting import Fitted
+from explorer.comparison.fitting import FitData, Fitted
 from explorer.comparison.lab import Lab
 from explorer.comparison.names import parse_router
 from explorer.comparison.texts import Split, Texts, split_texts
 from explorer.errors import ComparisonCancelled, RouterError
 from explorer.routers import PartMask, RouterInfo
 from explorer.routers.base import PartRouter
+from explorer.routers.live import LiveRule
 from explorer.routers.native import TopKRouter
 
 NAMES = ["native", "top_k(k=1)", "top_p(p=0.4)", "expert_choice", "cluster_linear"]
@@ -376,3 +377,35 @@ def test_gates_that_learned_to_close_blocks_close_blocks(model, lab):
         for name in ("layer_gate", "layer_gate_trained")
     }
     assert parts == {"layer_gate": "layer", "layer_gate_trained": "block"}
+
+
+def test_the_loss_of_tokens_between_clusters_is_told_apart(run_path, model, tmp_path):
+    name = "kmeans(n_clusters=3)"
+    options = dict(live=True, layers=True, model=model, latency=False, progress=False)
+    found = compare(run_path, [name], controls=False, folder=tmp_path, **options)
+    rows = found.rows("spanning")
+    loaded, sites = load_model(model), attach(model)
+    with open_run(run_path) as run:
+        split = split_texts(run, loaded, fit_tokens=20_000, tokens=10_000)
+    lab = Lab(loaded, sites, split)
+    fitted = lab.data.fit(parse_router(name), 0)
+    texts = [split.report.take([n]) for n in range(len(split.report.sequences))]
+    alone = [FitData(loaded.model, sites, text).inputs() for text in texts]
+    whole = found.table.query("mode == 'live-layer'").set_index("layer")["loss_change"]
+    for place, router in fitted.routers.items():
+        here = rows[rows["layer"] == place[0]].set_index("spanning")
+        between = np.concatenate([router.spanning(one[place])[:-1].numpy() for one in alone])
+        swapped = lab.losses({place: LiveRule(router, lab.conventions[place])}, only=[place])
+        change = np.concatenate(swapped) - np.concatenate(lab.native.losses)
+        assert 0 < between.sum() < len(between)
+        for side in (True, False):
+            assert here.loc[side, "tokens"] == (between == side).sum()
+            assert here.loc[side, "loss_change"] == pytest.approx(
+                change[between == side].mean(), abs=1e-6
+            )
+            assert here.loc[side, "loss_se"] > 0
+        shares = here["tokens"] / here["tokens"].sum()
+        mean = (here["loss_change"].astype(float) * shares).sum()
+        assert mean == pytest.approx(whole[place[0]], abs=1e-6)
+    # routers without clusters have no such rows
+    assert set(rows["router"]) == {name}

@@ -17,10 +17,10 @@ import pandas as pd
 import pyarrow as pa
 
 from explorer.comparison.tables import (
-    COLUMNS_SINCE_2,
+    COLUMNS_SINCE,
     FORMAT_VERSION,
     TABLES,
-    TABLES_SINCE_2,
+    TABLES_SINCE,
     Rows,
     empty_rows,
 )
@@ -138,13 +138,15 @@ def open_comparison(path: str | Path) -> Comparison:
             # a view would be a program of a stranger's; tables are held against ours to the letter
             found = dict(connection.sql(_SPELLED).fetchall())
             versions = range(1, FORMAT_VERSION + 1)
-            spelled = [v for v in versions if _expected(v).items() <= found.items()]
+            spelled = [[v] for v in versions if _expected(v).items() <= found.items()]
             if not spelled:
                 raise ComparisonError(f"{path.name} has other tables than this code. {_MAKE}")
-            there = [name for name in TABLES if name in found]
-            tables = {n: connection.sql(f"FROM {n}").to_arrow_table() for n in there}
-            if tables["comparison"]["format_version"].to_pylist() != spelled:
+            rows = connection.sql("SELECT format_version FROM comparison").fetchall()
+            version = [row[0] for row in rows]
+            if version not in spelled:
                 raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
+            there = _expected(*version)
+            tables = {n: connection.sql(f"FROM {n}").to_arrow_table() for n in there}
             return Comparison(path, {n: _completed(n, tables.get(n)) for n in TABLES})
     except (duckdb.Error, json.JSONDecodeError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
@@ -175,15 +177,14 @@ def _completed(name: str, table: pa.Table | None) -> pa.Table:
 
 
 def _statements(version: int = FORMAT_VERSION) -> list[str]:
-    later = COLUMNS_SINCE_2 if version < 2 else {}
-    tables = [name for name in TABLES if version >= 2 or name not in TABLES_SINCE_2]
     spelled = {
         name: ", ".join(
             f'"{column}" {kind}'
-            for column, kind in TABLES[name].items()
-            if column not in later.get(name, ())
+            for column, kind in columns.items()
+            if COLUMNS_SINCE.get((name, column), 1) <= version
         )
-        for name in tables
+        for name, columns in TABLES.items()
+        if TABLES_SINCE.get(name, 1) <= version
     }
     return [f"CREATE TABLE {name} ({columns})" for name, columns in spelled.items()]
 

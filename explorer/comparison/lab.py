@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -55,6 +55,9 @@ class Outcome:
         Share of the gated part that ran.
     gates : dict of layer to Tensor [T, P]
     seconds : float
+    between : dict of (layer, site) to list of array [S], bool
+        Tokens of each text that lie between clusters, where one site alone was swapped for a
+        router that has clusters.
     """
 
     losses: list[npt.NDArray[np.float32]]
@@ -66,6 +69,7 @@ class Outcome:
     shares: dict[int, float]
     gates: dict[int, torch.Tensor]
     seconds: float
+    between: dict[Key, list[npt.NDArray[np.bool_]]] = field(default_factory=dict)
 
     @cached_property
     def per_sequence(self) -> SequenceLosses:
@@ -175,7 +179,8 @@ class Lab:
         begun = time.perf_counter()
         native = None if everything else self.native.chosen
         keep = None if everything else self.shared
-        watcher = Watcher(len(self.report.sequences), native, keep=keep)
+        n_texts = len(self.report.sequences)
+        watcher = Watcher(n_texts, native, keep=keep, spanning=only is not None)
         spied = {key: watcher.spy(key, rule) for key, rule in rules.items()}
         if everything:
             spied = {}
@@ -202,6 +207,10 @@ class Lab:
             shares={},
             gates={},
             seconds=time.perf_counter() - begun,
+            between={
+                key: [flags[number] for number in range(n_texts)]
+                for key, flags in watcher.between.items()
+            },
         )
 
     def _losses(

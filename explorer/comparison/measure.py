@@ -71,6 +71,8 @@ class Watcher:
         The unchanged model's choices in the same batches, to agree with.
     keep : collection of int
         Sequences whose choices are kept; None = all.
+    spanning : bool
+        Also note which tokens lie between the clusters of a rule that has clusters.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Watcher:
         native: Mapping[Key, Sequence[Chosen]] | None = None,
         *,
         keep: Sequence[int] | None = None,
+        spanning: bool = False,
     ) -> None:
         self.n_sequences = n_sequences
         self.native = native
@@ -86,6 +89,8 @@ class Watcher:
         self.sums: dict[Key, SiteSums] = {}
         self.chosen: dict[Key, list[Chosen]] = {}
         self.spies: dict[Key, Spy] = {}
+        self.between: dict[Key, dict[int, npt.NDArray[np.bool_]]] = {}
+        self._spanning = spanning
         self._batch: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._passes: dict[Key, int] = {}
 
@@ -95,7 +100,7 @@ class Watcher:
 
     def spy(self, key: Key, rule: Rule) -> "Spy":
         """Return the rule, so that its scores can be read too."""
-        self.spies[key] = Spy(rule)
+        self.spies[key] = Spy(rule, spanning=self._spanning)
         return self.spies[key]
 
     def on_choice(self, inputs: RouteInputs, choice: Choice) -> None:
@@ -108,7 +113,16 @@ class Watcher:
         self._add(sums, found, None if self.native is None else self.native[key][number])
         if key in self.spies and self.spies[key].entropy is not None:
             self._sum(sums, "entropy", found.sequences, self.spies[key].entropy)
+        if key in self.spies and self.spies[key].between is not None:
+            self._note_between(key, found, self.spies[key].between)
         self.chosen.setdefault(key, []).append(self._kept(found))
+
+    def _note_between(self, key: Key, found: Chosen, between: Any) -> None:
+        """Keep the flags of each sequence, in the order of its tokens."""
+        for number in np.unique(found.sequences).tolist():
+            rows = np.flatnonzero(found.sequences == number)
+            rows = rows[found.positions[rows].argsort(kind="stable")]
+            self.between.setdefault(key, {})[number] = between[rows]
 
     def _empty(self) -> SiteSums:
         zeros = np.zeros(self.n_sequences)
@@ -161,11 +175,15 @@ class Spy:
     ----------
     entropy : array [T] or None, nats
         Of the scores of the last pass, as shares of their sum.
+    between : array [T] or None, bool
+        Tokens of the last pass that lie between clusters, where that is asked.
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, *, spanning: bool = False) -> None:
         self.rule = rule
         self.entropy: Floats | None = None
+        self.between: npt.NDArray[np.bool_] | None = None
+        self._spanning = getattr(rule, "spanning", None) if spanning else None
         self.gates: list[torch.Tensor] = []
 
     def route(self, inputs: RouteInputs, /) -> Any:
@@ -173,6 +191,8 @@ class Spy:
         answer = self.rule.route(inputs)
         scores = getattr(answer, "scores", None)
         self.entropy = None if scores is None else entropy_of(scores)
+        found = None if self._spanning is None else self._spanning(inputs)
+        self.between = None if found is None else found.cpu().numpy()
         if getattr(answer, "gate", None) is not None:
             self.gates.append(answer.gate.detach().float().cpu())
         return answer

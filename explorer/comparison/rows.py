@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from capture.live import Latency
 from capture.losses import SequenceLosses, loss_change
@@ -110,6 +111,8 @@ def layer_rows(rows: Rows, lab: Lab, subject: Subject, outcome: Outcome, key: Ke
     if key in outcome.sums:
         row |= _site(outcome.sums[key], outcome, key)
     rows["results"].append(row)
+    if key in outcome.between:
+        rows["spanning"] += _spanning(lab, subject, outcome, key)
     rows["sequences"] += _sequences(lab, subject, outcome, "live-layer", key[0])
 
 
@@ -240,6 +243,43 @@ def _sequences(
         }
         for number, domain in enumerate(lab.report.domains)
     ]
+
+
+def _spanning(lab: Lab, subject: Subject, outcome: Outcome, key: Key) -> list[dict[str, Any]]:
+    """Return the loss of the tokens that lie between clusters, and of the others."""
+    rows = []
+    for between in (True, False):
+        # a token's route shows in the loss of the next one
+        chosen = [flags[:-1] == between for flags in outcome.between[key]]
+        native, found = (_some(losses, chosen) for losses in (lab.native.losses, outcome.losses))
+        if not len(native.tokens):
+            continue
+        change = loss_change(native, found)
+        rows.append(
+            {
+                **subject.unit,
+                "mode": "live-layer",
+                "layer": key[0],
+                "site": key[1],
+                "spanning": between,
+                "loss_change": change.change,
+                "loss_se": change.standard_error,
+                "tokens": int(native.tokens.sum()),
+                "sequences": len(native.tokens),
+            }
+        )
+    return rows
+
+
+def _some(
+    losses: Sequence[npt.NDArray[np.float32]], chosen: Sequence[npt.NDArray[np.bool_]]
+) -> SequenceLosses:
+    """Sum the chosen tokens' losses over each text that has some."""
+    pairs = zip(losses, chosen, strict=True)
+    parts = [one[some].astype(np.float64) for one, some in pairs if some.any()]
+    return SequenceLosses(
+        np.array([part.sum() for part in parts]), np.array([len(part) for part in parts], np.int64)
+    )
 
 
 def text_rows(lab: Lab) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ from typing import Any
 
 Rows = dict[str, list[dict[str, Any]]]
 
-FORMAT_VERSION = 2
-# what files of format 1 lack: columns, which read as NULL, and tables, which read as empty
-COLUMNS_SINCE_2: dict[str, tuple[str, ...]] = {"results": ("spanning_rate",)}
-TABLES_SINCE_2 = ("oracle",)
+FORMAT_VERSION = 3
+# what older files lack, by the first format that has it: columns, which read as NULL, and tables,
+# which read as empty
+COLUMNS_SINCE: dict[tuple[str, str], int] = {("results", "spanning_rate"): 2}
+TABLES_SINCE = {"oracle": 2, "spanning": 3}
 
 # of one router, seed and mode; a result is computed again when its fingerprint changes
 UNIT = {"router": "VARCHAR", "seed": "INTEGER", "mode": "VARCHAR"}
@@ -229,6 +230,16 @@ TABLES: dict[str, dict[str, str]] = {
         "loss": "DOUBLE",
         "loss_change": "DOUBLE",
         "loss_se": "DOUBLE",
+    },
+    "spanning": {
+        **UNIT,
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "spanning": "BOOLEAN",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
     },
     "units": {**UNIT, "fingerprint": "VARCHAR", "error": "VARCHAR"},
 }

@@ -161,3 +161,8 @@ class LiveRule:
     def route(self, inputs: RouteInputs, /) -> Decision:
         """Decide for the tokens of one layer in one forward pass."""
         return self.router.route(from_live(inputs, self.convention))
+
+    def spanning(self, inputs: RouteInputs, /) -> torch.Tensor | None:
+        """Return which tokens lie between the router's clusters [T], None if it has none."""
+        between = getattr(self.router, "spanning", None)
+        return None if between is None else between(from_live(inputs, self.convention))

@@ -58,6 +58,13 @@ def _spanning(comparison: Comparison, name: str) -> None:
             f"{rows['spanning_rate'].mean():.1%} of the recorded tokens lie between clusters: no "
             "cluster's share in them reaches 0.7."
         )
+    means = comparison.rows("spanning").query("router == @name").groupby("spanning")["loss_change"]
+    if means.ngroups == 2:
+        change = means.mean()
+        st.markdown(
+            "With one layer swapped, mean of the layers, the loss of tokens between clusters "
+            f"changes by {change[True]:+.4f} nats, that of the others by {change[False]:+.4f}."
+        )
 
 
 def _against_controls(comparison: Comparison, name: str) -> None:
