@@ -27,7 +27,8 @@ from explorer.routers.native import GateRouter, choose
 from explorer.routers.scores import host_scores, slots, weigh
 
 CALIBRATION_TOKENS = 16_384
-RECONSTRUCTION_TOKENS = 1024
+CHUNK_TOKENS = 1024  # whose outputs of all experts are computed at a time
+MOST_OUTPUTS = 2**28  # numbers of all experts' outputs that are kept at a time
 RANDOM_SEEDS = 5
 
 
@@ -191,7 +192,7 @@ class ReapPruning(_Scored):
         """Measure every expert on the tokens that chose it; an unused expert is worth 0."""
         routing, total = seen.inputs.decision(), torch.zeros(seen.inputs.n_experts).double()
         hidden = seen.inputs.tensor("hidden")
-        for rows in torch.split(torch.arange(len(hidden)), RECONSTRUCTION_TOKENS):
+        for rows in torch.split(torch.arange(len(hidden)), CHUNK_TOKENS):
             norms = expert_outputs(seen, hidden[rows]).norm(dim=-1).double()  # [T, E]
             total += reap_sums(norms, Routing(*(part[rows] for part in routing[:3])))
         return total / load_of(routing, len(total)).clamp_min(1)
@@ -228,7 +229,8 @@ class ReconstructionPruning(ExpertPruning):
     most : int
         Subsets up to which all are tried in each layer; above, the search is greedy.
     tokens : int
-        Of the fit split, on which the output is compared.
+        Of the fit split, on which the output is compared; fewer where the outputs of all experts
+        would not fit in 1 GiB. With 1,024 the demo model's loss rose more than twice as much.
     """
 
     info = ConditionInfo(
@@ -252,7 +254,7 @@ class ReconstructionPruning(ExpertPruning):
         *,
         seed: int = 0,
         most: int = MOST_SUBSETS,
-        tokens: int = RECONSTRUCTION_TOKENS,
+        tokens: int = 4096,
     ) -> None:
         super().__init__(keep, seed=seed)
         self.most = most
@@ -261,9 +263,12 @@ class ReconstructionPruning(ExpertPruning):
     def choose(self, subject: Subject, applied: Applied) -> dict[Key, tuple[int, ...]]:
         """Search every layer on its own, on the inputs it has in the whole model."""
         texts = subject.calibration_tokens()
+        site = subject.sites[0]
+        width = subject.model.config.get_text_config().hidden_size
+        tokens = min(self.tokens, max(1, MOST_OUTPUTS // (site.info.n_experts * width)))
         found = {}
         methods: dict[str, None] = {}
-        for key, seen in collect(subject, texts, tokens=self.tokens, seed=self.seed).items():
+        for key, seen in collect(subject, texts, tokens=tokens, seed=self.seed).items():
             n = self.n_pruned(seen.inputs.n_experts, seen.inputs.top_k)
             dropped = self.search(seen, n)
             found[key] = dropped.members
