@@ -263,9 +263,9 @@ class ReconstructionPruning(ExpertPruning):
     def choose(self, subject: Subject, applied: Applied) -> dict[Key, tuple[int, ...]]:
         """Search every layer on its own, on the inputs it has in the whole model."""
         texts = subject.calibration_tokens()
-        site = subject.sites[0]
-        width = subject.model.config.get_text_config().hidden_size
-        tokens = min(self.tokens, max(1, MOST_OUTPUTS // (site.info.n_experts * width)))
+        config: Any = subject.model.config
+        numbers = subject.sites[0].info.n_experts * config.get_text_config().hidden_size
+        tokens = min(self.tokens, max(1, MOST_OUTPUTS // numbers))
         found = {}
         methods: dict[str, None] = {}
         for key, seen in collect(subject, texts, tokens=tokens, seed=self.seed).items():
