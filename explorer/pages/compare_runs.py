@@ -178,9 +178,9 @@ def _expert_by_expert(view: View, other: View) -> None:
 
 def _lines(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
     balance = {
-        name: load.groupby(["layer", "site"], as_index=False)["assignments"]
-        .agg(max_violation)
-        .rename(columns={"assignments": "max_violation"})
+        name: load.groupby(["layer", "site"], as_index=False).agg(
+            max_violation=("assignments", max_violation)
+        )
         for name, load in loads.items()
     }
     gates = {
