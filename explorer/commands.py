@@ -39,7 +39,8 @@ class Output(NamedTuple):
 
 SHOWN = (
     *("router", "family", "mode", "layer", "loss_change", "loss_se", "experts_per_token"),
-    *("flops_ratio", "latency_ratio", "agreement", "max_violation", "badges"),
+    *("flops_ratio", "latency_ratio", "agreement", "max_violation", "max_violation_floor"),
+    "badges",
 )
 
 
@@ -181,8 +182,9 @@ def as_text(table: "pd.DataFrame") -> str:
     whole = table[table["layer"].isna() | (table["mode"] == "live-layer")].copy()
     whole["badges"] = [_badges(row) for row in whole.to_dict("records")]
     whole["layer"] = whole["layer"].astype("string").fillna("all")
-    shown = whole[[*SHOWN[:4], *(["seed"] if whole["seed"].notna().any() else []), *SHOWN[4:]]]
-    return _plain(shown)
+    # seeds and shares of heads or blocks only where there are some
+    seed, parts = ([n] if whole[n].notna().any() else [] for n in ("seed", "parts_share"))
+    return _plain(whole[[*SHOWN[:4], *seed, *SHOWN[4:7], *parts, *SHOWN[7:]]])
 
 
 def _plain(table: "pd.DataFrame") -> str:
@@ -215,13 +217,14 @@ def run_routers(options: argparse.Namespace) -> Output:
     if options.json:
         return Output(json.dumps(found, indent=1))
     fits = {None: "no", "statistics": "counts", "distilled": "imitation", "trained": "model's loss"}
-    columns = ("name", "family", "part", "causal", "needs fitting", "paper")
+    columns = ("name", "family", "part", "causal", "batch matters", "needs fitting", "paper")
     rows = [
         [
             card["name"],
             card["family"],
             card["part"],
             "yes" if card["causal_declared"] else "no",
+            "yes" if card["batch_dependent_declared"] else "no",
             fits[card["fits"]],
             card["paper"] or "-",
         ]

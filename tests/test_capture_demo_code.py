@@ -236,6 +236,18 @@ class TestModel:
         first, second = (m.get_input_embeddings().weight for m in (model, again))
         assert torch.equal(first.to(torch.bfloat16), second)
 
+    def test_published_values_of_the_routers_losses(self):
+        # not bounded below by 1: two tokens choose expert 0 by a hair, one expert 1 for certain
+        shares = torch.tensor([[[0.51, 0.49], [0.51, 0.49], [1e-12, 1.0]]])
+        assert balance_loss(shares.log(), top_k=1)[0].item() == pytest.approx(0.8933, abs=5e-5)
+        for experts, squared in ((8, 4.3241), (64, 17.2963)):
+            _, z, _ = balance_loss(torch.zeros(2, 5, experts), top_k=2)
+            assert z.item() == pytest.approx(squared, abs=5e-5)
+        # all to one of E experts, with certainty
+        collapsed = torch.full((1, 4, 8), -50.0)
+        collapsed[..., 3] = 50
+        assert balance_loss(collapsed, top_k=1)[0].item() == pytest.approx(8)
+
     def test_balance_loss(self):
         even = torch.eye(4).repeat(2, 8, 1) * 1e-6
         balanced, z, share = balance_loss(even, top_k=1)

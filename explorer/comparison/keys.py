@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # code that decides about the numbers in a comparison
-SOURCES = ("explorer/routers", "explorer/comparison", "explorer/metrics", "capture")
+SOURCES = (
+    *("explorer/routers", "explorer/comparison", "explorer/conditions", "explorer/metrics"),
+    *("capture", "kernels"),
+)
 BLOCK, BLOCKS = 2**16, 1024  # of a file of weights: bytes at a time, and how often
 SAMPLED = 256  # values of each weight that are looked at
 
@@ -61,7 +64,7 @@ def code_fingerprint() -> str:
     """Return a short name for the code that a comparison comes from."""
     found = hashlib.sha256()
     for source in SOURCES:
-        for path in sorted((ROOT / source).glob("*.py")):
+        for path in sorted((ROOT / source).rglob("*.py")):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
