@@ -105,6 +105,54 @@ def deep(runs):  # noqa: F811
     return write_run(runs / "deep.duckdb", level="attention", sites=sites)
 
 
+SERVING = {"topic": "serving", "layer": "1.0"}
+
+
+def read_captions(app):
+    """Return the captions of what decode batches read, and of coverage."""
+    titles = [json.loads(chart.spec)["layout"]["title"]["text"] for chart in charts(app)]
+    named = dict(zip(titles, captions(app), strict=True))
+    return [
+        next(text for title, text in named.items() if title.startswith(start))
+        for start in ("Experts that a decode batch reads", "Coverage")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("filters", "mine"),
+    [
+        ({}, lambda t: t["phase"] == "generated"),
+        ({"phase": "prompt"}, lambda t: t["phase"] == "prompt"),
+        ({"domain": "law"}, lambda t: t["domain"] == "law" and t["phase"] == "generated"),
+        # of the only prompt of this domain nothing was generated
+        ({"domain": "text"}, lambda t: t["domain"] == "text"),
+        ({"search": "COURT", "phase": "prompt"}, lambda t: t["token_id"] < 6),
+        ({"slice": NAME, "phase": "prompt"}, lambda t: t["token_id"] in IDS),
+    ],
+    ids=str,
+)
+def test_decode_batches_are_of_the_tokens_that_the_caption_names(known, filters, mine):
+    wanted = [t for t in known.tokens if mine(t)]
+    phase = wanted[0]["phase"]
+    for caption in read_captions(opened("load_balance", **SERVING, **filters)):
+        assert f"n = {len(wanted)} tokens of" in caption
+        assert f"phase {phase}" in caption
+        for name, value in filters.items():
+            said = {"search": "“COURT”", "slice": "slice “&lt;b&gt;rare"}.get(name, value)
+            assert said in caption
+        assert " of 6" not in caption  # none was left out
+
+
+def test_serving_says_how_many_tokens_it_reads(known, monkeypatch):
+    from explorer.pages.components import serving
+
+    monkeypatch.setattr(serving, "MAX_TOKENS", 9)
+    n = sum(t["phase"] == "prompt" for t in known.tokens)
+    for caption in read_captions(opened("load_balance", phase="prompt", **SERVING)):
+        assert "n = 21 tokens of phase prompt" in caption
+        assert f"the first 21 of {n}" in caption
+
+
 def drawn_layers(app):
     """Return the layers on the axes of a page's figures over layers."""
     axes = [json.loads(chart.spec)["layout"] for chart in charts(app)]

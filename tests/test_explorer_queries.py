@@ -10,6 +10,7 @@ from synthetic import BATCHES, IDLE, NASTY, PROMPTS, SITES, write_run
 
 from explorer.errors import RunError, UnknownNameError
 from explorer.queries import experts, load, overview, prompts, tokens
+from explorer.queries.part import Part
 from explorer.run import open_run
 
 FILTERS = [
@@ -196,6 +197,27 @@ def test_routing_of_a_part_keeps_batches_whole(run):
     assert sorted(set(chosen.batch.tolist())) == [0, 1]
     assert len(chosen.token_id) == 8 + 13 and chosen.n_tokens == 33
     assert len(load.routing(run, 1, max_tokens=1).token_id) == 8
+
+
+def test_routing_of_filters_is_the_rows_of_their_tokens(run, known):
+    part = Part(search="COURT")
+    whole = load.routing(run, 1)
+    for filters in ({"domain": "law"}, {"part": part}, {"domain": "law", "part": part}):
+        prompts = {0} if "part" in filters else {0, 3}
+        mine = {t["token_id"] for t in known.tokens if t["prompt_id"] in prompts}
+        kept = np.isin(whole.token_id, list(mine))
+        found = load.routing(run, 1, **filters)
+        assert found.token_id.tolist() == whole.token_id[kept].tolist()
+        assert found.batch.tolist() == whole.batch[kept].tolist()
+        assert (found.expert_ids == whole.expert_ids[kept]).all()
+        assert found.n_tokens == len(mine)
+        # one batch at least, and all of its tokens that the filters leave
+        few = load.routing(run, 1, max_tokens=1, **filters)
+        assert few.token_id.tolist() == found.token_id[found.batch == found.batch[0]].tolist()
+        assert few.n_tokens == len(mine)
+    some = np.array([1, 9])
+    found = load.routing(run, 1, part=Part(slice="x", token_ids=some), phase="prompt")
+    assert sorted(found.token_id.tolist()) == some.tolist()
 
 
 def test_routing_needs_ids_and_a_router(run, counted):

@@ -101,7 +101,13 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
 
 
 def decode_reads(
-    table: pd.DataFrame, *, n_experts: int, layer: str, scope: Scope, note: str, dark: bool = False
+    table: pd.DataFrame,
+    *,
+    n_experts: int,
+    layer: str,
+    scope: Scope,
+    notes: tuple[str, ...],
+    dark: bool = False,
 ) -> go.Figure:
     """Draw how many different experts a decode batch reads.
 
@@ -109,8 +115,8 @@ def decode_reads(
     ----------
     table : DataFrame
         From ``explorer.serving.decode_reads``.
-    note : str
-        How the batches were put together.
+    notes : tuple of str
+        What else the caption says of the tokens: how the batches were put together.
     """
     x = table["batch"].to_numpy()
     figure = go.Figure()
@@ -154,20 +160,29 @@ def decode_reads(
     return theme.finish(
         figure,
         title=f"Experts that a decode batch reads in layer {layer} (count)",
-        caption=scope.caption(note),
+        caption=scope.caption(*notes),
         dark=dark,
         legend=True,
         caption_width=_CAPTION,
     )
 
 
-def coverage(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = False) -> go.Figure:
+def coverage(
+    table: pd.DataFrame,
+    *,
+    layer: str,
+    scope: Scope,
+    notes: tuple[str, ...] = (),
+    dark: bool = False,
+) -> go.Figure:
     """Draw which share of a layer's experts the first tokens touched.
 
     Parameters
     ----------
     table : DataFrame
         From ``explorer.serving.coverage_curve``.
+    notes : tuple of str
+        What else the caption says of the tokens.
     """
     figure = go.Figure()
     for name, column, dash, color in (
@@ -189,7 +204,9 @@ def coverage(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
     return theme.finish(
         figure,
         title=f"Coverage: experts touched so far in layer {layer} (share)",
-        caption=scope.caption("what is soon touched by all traffic cannot be left out of memory"),
+        caption=scope.caption(
+            *notes, "what is soon touched by all traffic cannot be left out of memory"
+        ),
         dark=dark,
         legend=True,
         caption_width=_CAPTION,

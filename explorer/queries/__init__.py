@@ -5,7 +5,7 @@ overview    token_count(run, *, domain, phase)          domain_counts(run)
 load        expert_load(run, *, layer, site, domain, phase)
             expert_load_by_domain(run, layer, *, site, phase)
             expert_load_by_phase(run, layer, *, site, domain)
-            routing(run, layer, *, site, phase, max_tokens)     arrays, for capacity per batch
+            routing(run, layer, *, site, domain, phase, part, max_tokens)    arrays, batch by batch
 prompts     prompts(run, *, domain, search, limit, offset)      prompt(run, prompt_id)
             prompt_count(run, *, domain, search)        prompt_tokens(run, prompt_ids)
 tokens      tokens(run, prompt_id)                      token(run, token_id)

@@ -167,7 +167,8 @@ class Routing(NamedTuple):
         -1 = empty slot.
     weights : array [T, K], float32
     n_tokens : int
-        Tokens that the run has at this site and phase; more than T when ``max_tokens`` cut.
+        Tokens that the run has at this site under the filters; more than T when ``max_tokens``
+        cut.
     """
 
     token_id: npt.NDArray[np.int64]
@@ -182,17 +183,23 @@ def routing(
     layer: int,
     *,
     site: int = 0,
+    domain: str | None = None,
     phase: str | None = None,
+    part: Part | None = None,
     max_tokens: int | None = None,
 ) -> Routing:
-    """Return a site's choices batch by batch, for limits that act within a batch.
+    """Return a site's choices batch by batch, for what acts within a batch.
 
     Parameters
     ----------
+    domain : str, optional
+        As a part, it leaves some tokens of a batch only: not for a limit on whole batches.
     phase : str, optional
-        A forward pass is of one phase, so this keeps batches whole; a domain would not.
+        A forward pass is of one phase, so that this keeps batches whole.
+    part : Part, optional
     max_tokens : int, optional
-        Take the first batches up to about this many tokens, whole batches only, at least one.
+        Take the first batches up to about this many tokens, all that the filters leave of each,
+        at least one batch.
 
     Raises
     ------
@@ -206,14 +213,23 @@ def routing(
             "Record it again with --level ids."
         )
     where, params = conditions(phase=phase)
+    passes, sizes_of = "token_batches JOIN batches USING (batch_id)", "batches"
+    if domain is not None or part is not None:
+        of_tokens, more = conditions(domain=domain, part=part)
+        params |= more
+        passes += (
+            " SEMI JOIN (SELECT token_id FROM tokens JOIN prompts USING (prompt_id) "
+            f"WHERE {of_tokens}) USING (token_id)"
+        )
+        sizes_of = f"(SELECT batch_id, phase, count(*) AS tokens FROM {passes} GROUP BY ALL)"
     sizes = run.query(
-        f"SELECT batch_id, tokens FROM batches WHERE {where} ORDER BY batch_id", params
+        f"SELECT batch_id, tokens FROM {sizes_of} WHERE {where} ORDER BY batch_id", params
     )
     before = sizes["tokens"].cumsum() - sizes["tokens"]
     kept = sizes["batch_id"] if max_tokens is None else sizes["batch_id"][before < max_tokens]
     last = -1 if kept.empty else int(kept.max())
     order = run.table(
-        "SELECT token_id, batch_id FROM token_batches JOIN batches USING (batch_id) "
+        f"SELECT token_id, batch_id FROM {passes} "
         f"WHERE {where} AND batch_id <= $last ORDER BY batch_id, row_in_batch",
         params | {"last": last},
     )
@@ -221,7 +237,7 @@ def routing(
     # tokens of a batch may lie anywhere in the run, so that a range of ids would be most of it
     rows = run.table(
         "SELECT token_id, slot, expert_id, weight FROM assignments SEMI JOIN (SELECT token_id "
-        f"FROM token_batches JOIN batches USING (batch_id) WHERE {where} AND batch_id <= $last) "
+        f"FROM {passes} WHERE {where} AND batch_id <= $last) "
         "USING (token_id) WHERE layer = $layer AND site = $site",
         params | {"layer": layer, "site": site, "last": last},
     )

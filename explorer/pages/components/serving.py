@@ -108,7 +108,16 @@ def _controls(experts: int) -> tuple[int, int, int, int]:
     columns = st.columns([2, 2, 2, 4])
     powers = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n <= experts] or [1]
 
-    def pick(place: int, name: str, title: str, choices: list[int], default: int) -> int:
+    def pick(
+        place: int, name: str, title: str, choices: list[int], default: int, *limits: str
+    ) -> int:
+        """Draw one choice; those that it ``limits`` go back to their defaults when it changes."""
+
+        def write(value: str) -> None:
+            for other in limits:
+                address.write(other, "")
+            address.write(name, "" if value == str(default) else value)
+
         with columns[place]:
             return int(
                 address.choose(
@@ -118,14 +127,17 @@ def _controls(experts: int) -> tuple[int, int, int, int]:
                     [str(n) for n in choices],
                     default=str(default),
                     show=lambda n: n,
+                    on_write=write,
                 )
             )
 
-    gpus = pick(0, "gpus", "GPUs", powers, min(8, powers[-1]))
-    nodes = pick(1, "nodes", "Nodes", [n for n in (1, 2, 4, 8) if gpus % n == 0], 1)
+    gpus = pick(0, "gpus", "GPUs", powers, min(8, powers[-1]), "nodes", "replicas")
+    few = [n for n in (1, 2, 4, 8) if gpus % n == 0]
+    nodes = pick(1, "nodes", "Nodes", few, 1, "expert_groups")
     divisors = [n for n in range(1, experts + 1) if experts % n == 0 and n <= 64]
     fitting = [n for n in divisors if n % nodes == 0] or [1]
-    groups = pick(2, "groups", "Expert groups", fitting, fitting[min(1, len(fitting) - 1)])
+    usual = fitting[min(1, len(fitting) - 1)]
+    groups = pick(2, "expert_groups", "Expert groups", fitting, usual)
     least = -(-experts // gpus) * gpus
     steps = [least + i * gpus for i in range(1 + max(1, experts // gpus))]
     with columns[3]:
@@ -148,21 +160,16 @@ def _batches(view: View) -> None:
             icon=":material/info:",
         )
         return
-    decoded = "generated" in view.run.phases
-    chosen = ask(
-        view,
-        routing,
-        layer=view.layer,
-        site=view.site,
-        phase="generated" if decoded else "prompt",
-        max_tokens=MAX_TOKENS,
-    )
-    n_experts = view.run.site_info(view.layer, view.site).n_experts
-    ids, note = _together(chosen, decoded=decoded)
-    table = serving.decode_reads(ids, n_experts)
-    if table.empty:
+    phase, chosen = _tokens(view)
+    if not len(chosen.token_id):
+        st.info("None of these tokens is in a batch. Change the filters at the side.")
         return
-    scope = view.scope(len(ids)).without_filters()
+    n_experts = view.run.site_info(view.layer, view.site).n_experts
+    ids, note = _together(chosen, phase, decoded="generated" in view.run.phases)
+    table = serving.decode_reads(ids, n_experts)
+    # what was read, which the view's phase and sample need not be
+    scope = view.scope(len(ids))._replace(phase=phase, step=1)
+    cut = (f"the first {len(ids):,} of {chosen.n_tokens:,}",) if len(ids) < chosen.n_tokens else ()
     left, right = st.columns(2, gap="medium")
     with left:
         chart(
@@ -171,7 +178,7 @@ def _batches(view: View) -> None:
                 n_experts=n_experts,
                 layer=view.site_name,
                 scope=scope,
-                note=note,
+                notes=(*cut, note),
                 dark=is_dark(),
             ),
             key="decode reads",
@@ -186,7 +193,8 @@ def _batches(view: View) -> None:
             coverage(
                 curve,
                 layer=view.site_name,
-                scope=view.scope(len(chosen.expert_ids)).without_filters(),
+                scope=scope,
+                notes=cut,
                 dark=is_dark(),
             ),
             key="coverage",
@@ -196,9 +204,31 @@ def _batches(view: View) -> None:
         )
 
 
-def _together(chosen: Routing, *, decoded: bool) -> tuple[np.ndarray, str]:
+def _tokens(view: View) -> tuple[str, Routing]:
+    """Return the phase and the choices of the view's tokens: decoded ones where there are any."""
+    known = [phase for phase in ("generated", "prompt") if phase in view.run.phases]
+    phases = [view.phase] if view.phase is not None else known or ["prompt"]
+    part = view.part and view.part.whole()  # the first tokens are read, not every n-th one
+    for phase in phases:
+        chosen = ask(
+            view,
+            routing,
+            layer=view.layer,
+            site=view.site,
+            domain=view.domain,
+            phase=phase,
+            part=part,
+            max_tokens=MAX_TOKENS,
+        )
+        if len(chosen.token_id):
+            break
+    return phase, chosen
+
+
+def _together(chosen: Routing, phase: str, *, decoded: bool) -> tuple[np.ndarray, str]:
     """Return the experts of tokens in an order in which neighbours are of different requests."""
-    if decoded:
+    if phase == "generated":
         return chosen.expert_ids, "batches of neighbours in the recorded decode steps"
     order = np.random.default_rng(_SEED).permutation(len(chosen.expert_ids))
-    return chosen.expert_ids[order], "no decoding was recorded: batches of random prompt tokens"
+    note = "batches of random prompt tokens"
+    return chosen.expert_ids[order], note if decoded else f"no decoding was recorded: {note}"
