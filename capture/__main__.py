@@ -35,7 +35,7 @@ examples:
       write a run of an older version as a new file
 
 prompts: .txt (one a line, or blocks between blank lines), .csv, .jsonl, .parquet,
-or one of the names demo, demo-fit, demo-heldout
+a folder of them, or one of the names demo, demo-fit, demo-heldout
 """
 
 
@@ -103,7 +103,12 @@ def _capture_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="demo, a Hugging Face id, or a local folder")
-    add("--prompts", default="demo", metavar="FILE", help="a file or a name (default: demo)")
+    add(
+        "--prompts",
+        default="demo",
+        metavar="FILE",
+        help="a file, a folder or a name (default: demo)",
+    )
     add(
         "--out",
         type=Path,

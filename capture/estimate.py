@@ -23,7 +23,8 @@ KEY_BYTES = 3.3  # a distance and a weight
 KEY_ROW_BYTES = 5  # token_id and layer of one row of keys
 QUERY_BLOCK, TOP_QUERIES = 64, 512  # as kernels.attention and capture.attention have them
 HEADROOM = 1.3  # a database file grows in blocks
-# up to here what is written stands in the log too, until it is moved into the file
+# up to here what is written stands in the log as well, uncompressed and so about twice as large,
+# until it is moved into the file
 LOG_BYTES = CHECKPOINT_MB * 1e6
 
 

@@ -151,7 +151,10 @@ def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
 
 def _read_folder(folder: Path) -> list[Prompt]:
     """Read all files of prompts in a folder, in the order of their names."""
-    files = [p for p in sorted(folder.iterdir()) if set(map(str.lower, p.suffixes)) & set(FORMATS)]
+    try:
+        files = [p for p in sorted(folder.iterdir()) if p.is_file() and _suffixes(p)[0] in FORMATS]
+    except OSError as error:
+        raise PromptError(f"{folder} cannot be read: {error.strerror}.") from None
     if not files:
         raise PromptError(f"{folder} is a folder without a {_listed(FORMATS)} file.")
     return [prompt for path in files for prompt in _read_named(path)]
@@ -177,20 +180,28 @@ def _read_named(source: str | Path) -> list[Prompt]:
         shown = f"{str(source)!r:.200}"
         raise PromptError(
             f"There is no prompt file {shown}. Expected {_listed(DEMO_SETS)}, or a "
-            f"{_listed(FORMATS)} file; put a prompt of your own into a list: [{shown}]."
+            f"{_listed(FORMATS)} file, or a folder of them; put a prompt of your own into a list: "
+            f"[{shown}]."
         )
     try:
         data = path.read_bytes()
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}.") from None
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        unpack = COMPRESSIONS[suffixes.pop()]
+    ending, compression = _suffixes(path)
+    if compression:
+        unpack = COMPRESSIONS[compression]
         try:
             data = unpack(data)
         except (lzma.LZMAError, OSError, EOFError) as error:
             raise PromptError(f"{path} cannot be unpacked: {error}.") from None
-    return _parse(path.name, suffixes[-1] if suffixes else "", data)
+    return _parse(path.name, ending, data)
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """Return the ending that says the format, and that of the compression around it."""
+    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
+    compression = suffixes.pop() if suffixes[-1] in COMPRESSIONS else ""
+    return suffixes[-1], compression
 
 
 def _parse(name: str, suffix: str, data: bytes) -> list[Prompt]:

@@ -130,7 +130,8 @@ def run_compare(options: argparse.Namespace) -> Output:
         parts.append(_plain(pairs))
     if len(between):
         parts.append("One layer swapped: tokens that lie between clusters (spanning), the others:")
-        parts.append(_plain(between.drop(columns=["mode", "site", "sequences"])))
+        alone = [] if (between["site"] > 0).any() else ["site"]
+        parts.append(_plain(between.drop(columns=["mode", "sequences", *alone])))
     if bound is not None:
         parts.append(
             f"Last layer, {bound['sets'][0]:,} sets of experts: a bound that sees the next token; "

@@ -9,7 +9,7 @@ from explorer.pages import bench
 
 def test_every_page_is_timed_with_and_without_filters(tmp_path, monkeypatch):
     path = write_run(tmp_path / "run.duckdb").path
-    monkeypatch.setattr(bench, "PAGES", ("overview", "flow"))
+    monkeypatch.setattr(bench, "PAGES", (("overview", {}), ("flow", {"steps": "2"})))
     monkeypatch.setattr(sys, "argv", ["bench"])
     shown = []
     show = bench._show
@@ -23,7 +23,7 @@ def test_every_page_is_timed_with_and_without_filters(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "_show", watched)
     rows = bench.measure(path, "court")
-    assert [row.page for row in rows] == ["overview", "flow"]
+    assert [row.page for row in rows] == ["overview", "flow 2"]
     assert all(s.clock > 0 and s.busy > 0 for row in rows for s in row[1:])
     assert shown[-4:] == [
         ("Flow", "", ""), ("Flow", "", ""), ("Flow", "code", ""), ("Flow", "", "court")

@@ -246,6 +246,35 @@ def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(writt
     assert busiest["share"] == pytest.approx(100 * loads[place] / total)
 
 
+def test_a_number_of_clusters_is_no_choice_of_a_placement(written):
+    app = opened("clusters", groups="6")
+    app.switch_page("explorer/pages/load_balance.py").run()
+    assert "Serving" not in [one.value for one in app.subheader]
+
+
+def test_other_gpus_put_what_depends_on_them_back(written):
+    app = opened("load_balance", topic="serving", layer="1.0")
+    slider = app.select_slider(key="address:replicas")
+    slider.set_value(slider.options[0].split(" ")[0]).run()
+    assert query(app, "replicas")
+    app.selectbox(key="address:gpus").select("2").run()
+    assert query(app, "gpus") == "2" and "replicas" not in app.query_params
+    assert "The link names" not in notes(app)
+
+
+def test_a_jump_to_another_run_leaves_the_choices_of_the_first(written, runs):
+    write_run(runs / "other.duckdb", seed=5)
+    app = opened("tokens", run="known", prompt="1", domain="law")
+    app.switch_page("explorer/pages/compare_runs.py").run()
+    there = {"run": "other", "layer": "1.0", "id": "2", "about": "expert"}
+    app.session_state["jump to"] = ("explorer/pages/experts.py", there)
+    app.run()
+    assert query(app, "run") == "other" and query(app, "id") == "2"
+    assert "domain" not in app.query_params
+    app.switch_page("explorer/pages/tokens.py").run()
+    assert query(app, "run") == "other" and "prompt" not in app.query_params
+
+
 def test_a_link_reopens_the_same_view(written):
     first = opened("tokens", run="known", layer="3.1", prompt="4", color="margin")
     again = opened("tokens", **{name: query(first, name) for name in first.query_params})
@@ -533,6 +562,8 @@ def test_tokens_are_shown_with_marks_for_what_is_invisible(text, shown):
 def test_prompts_in_a_list_are_one_line():
     assert one_line("a\nb   c", 10) == "a b c"
     assert one_line("x" * 50, 10) == "x" * 9 + "…"
+    assert one_line("\n" * 500 + "  hello", 10) == "hello"
+    assert one_line("a" + " " * 500 + "b", 10) == "a…"
 
 
 def test_plain_text_has_no_markdown_left():

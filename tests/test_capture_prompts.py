@@ -183,7 +183,9 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     (tmp_path / "b.txt").write_text("one\ntwo\n", encoding="utf-8")
     packed = gzip.compress(b'{"text": "zero", "domain": "law"}\n')
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
-    (tmp_path / "notes.md").write_text("no prompt", encoding="utf-8")
+    for other in ("notes.md", "b.txt.bak", "c.jsonl.zst"):
+        (tmp_path / other).write_text("no prompt", encoding="utf-8")
+    (tmp_path / "folder.txt").mkdir()
     found = read_prompts(tmp_path)
     assert texts(found) == ["zero", "one", "two"]
     assert [prompt.domain for prompt in found] == ["law", None, None]

@@ -5,6 +5,9 @@ import functools
 import gc
 import signal
 import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from capture.errors import (
     SiteError,
     StoreError,
 )
+from capture.estimate import check_space
 from capture.models import load_model
 from capture.store import LEVELS, RunReader, RunWriter, recover
 
@@ -360,6 +364,15 @@ def test_a_full_disk_is_seen_before_the_start(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"needs about .* has .* free. Choose another place"):
         record(tiny("olmoe"), [[3, 4]], tmp_path / "a.duckdb")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_needs_room_on_the_disk_too(monkeypatch):
+    cost = SimpleNamespace(total_bytes=1e6)
+    for free, enough in ((3.2e6, False), (3.4e6, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        context = nullcontext() if enough else pytest.raises(ConfigError, match=r"about 3\.3 MB")
+        with context:
+            check_space(cost, Path("a.duckdb"))
 
 
 def stop_after(n_calls):

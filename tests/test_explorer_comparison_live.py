@@ -382,7 +382,8 @@ def test_gates_that_learned_to_close_blocks_close_blocks(model, lab):
 def test_the_loss_of_tokens_between_clusters_is_told_apart(run_path, model, tmp_path):
     name = "kmeans(n_clusters=3)"
     options = dict(live=True, layers=True, model=model, latency=False, progress=False)
-    found = compare(run_path, [name], controls=False, folder=tmp_path, **options)
+    names = [name, "top_k(k=1)"]
+    found = compare(run_path, names, controls=False, folder=tmp_path, **options)
     rows = found.rows("spanning")
     loaded, sites = load_model(model), attach(model)
     with open_run(run_path) as run:
@@ -391,7 +392,8 @@ def test_the_loss_of_tokens_between_clusters_is_told_apart(run_path, model, tmp_
     fitted = lab.data.fit(parse_router(name), 0)
     texts = [split.report.take([n]) for n in range(len(split.report.sequences))]
     alone = [FitData(loaded.model, sites, text).inputs() for text in texts]
-    whole = found.table.query("mode == 'live-layer'").set_index("layer")["loss_change"]
+    whole = found.table.query("mode == 'live-layer' and router == @name")
+    whole = whole.set_index("layer")["loss_change"]
     for place, router in fitted.routers.items():
         here = rows[rows["layer"] == place[0]].set_index("spanning")
         between = np.concatenate([router.spanning(one[place])[:-1].numpy() for one in alone])

@@ -11,6 +11,7 @@ import torch
 from capture.live import Kept, sequence_losses
 from capture.parts import gate_parts
 from capture.swap import swap
+from explorer.conditions import pruning
 from explorer.conditions.base import Subject
 from explorer.conditions.calibration import collect, expert_outputs
 from explorer.conditions.catalogue import CONDITIONS, USUAL, make_condition, make_conditions
@@ -229,6 +230,14 @@ def test_masked_rows_are_deleted_rows():
 def layer_of(subject, number=1, tokens=40):
     seen = collect(subject, subject.calibration, tokens=tokens)
     return seen[sorted(seen)[number]]
+
+
+def test_reconstruction_reads_as_many_tokens_as_fit_in_memory(monkeypatch):
+    subject = subject_of(norm_topk_prob=True)
+    experts, width = 8, subject.model.config.hidden_size
+    monkeypatch.setattr(pruning, "MOST_OUTPUTS", 20 * experts * width + 1)
+    with ReconstructionPruning(keep=0.75).open(subject) as applied:
+        assert applied.method == "enumeration, 28 subsets, 20 tokens"
 
 
 def test_reconstruction_finds_the_least_error_of_all_subsets():

@@ -113,6 +113,11 @@ def test_a_report_says_where_it_is_from(report, runs, view):
     assert "Changed since" not in words
 
 
+def test_a_report_of_a_run_has_both_topics_of_load_balance(runs):
+    words = Reader(build_report(runs / "known.duckdb")).words
+    assert "Capacity limit" in words and "Balancedness over all layers" in words
+
+
 def test_a_report_of_a_changed_run_says_so(runs, view, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")
     (tmp_path / "runs" / "known.duckdb").unlink()
@@ -195,8 +200,33 @@ def test_a_view_comes_back_as_it_was_saved(runs, view):
     assert views.load_view(runs, view.view_id) == view
     found, damaged = views.list_views(runs)
     assert found == [view] and not damaged
-    assert not views.changed_runs(view, {"known": runs / "known.duckdb"})
-    assert views.changed_runs(view, {}) == ["known"]
+    assert not views.changed(view, runs)
+    assert views.changed(view, runs / "views") == ["known (gone)"]
+
+
+def test_a_view_saved_before_contents_were_kept_still_opens(tmp_path, runs, view):
+    known = json.loads((runs / "views" / f"{view.view_id}.json").read_text(encoding="utf-8"))
+    del known["contents"]
+    known["params"] |= {"slice": "gone", "comparison": "gone.1.comparison"}
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views" / "0123456789.json").write_text(json.dumps(known))
+    read = views.load_view(tmp_path, "0123456789")
+    assert read.contents == {} and views.changed(read, runs) == []
+
+
+def test_a_view_that_could_not_be_read_again_is_not_saved(tmp_path):
+    for params in ({"run": "../known"}, {"run": "known", "runs": "x" * 20_000}):
+        with pytest.raises(ExplorerError, match=r"cannot be kept|leads out"):
+            views.save_view(tmp_path, "x", page="trends", params=params, runs={})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["a"], ["a, b", "50%", "50%2C", "Größe <b>", ""]], ids=["none", "one", "odd"]
+)
+def test_names_come_back_from_one_value_of_an_address(names):
+    value = views.join(names)
+    assert value and views.split(value) == [name for name in names if name]
 
 
 def test_a_fingerprint_sees_a_change_anywhere(tmp_path):
@@ -224,6 +254,13 @@ def test_a_view_that_is_not_there_is_named(tmp_path, view_id):
         {"params": {"run": 3}},
         {"params": ["run"]},
         {"fingerprints": {"../up": "0"}},
+        {"params": {"run": "../secret/private"}},
+        {"params": {"run": "known", "against": "/etc/private"}},
+        {"params": {"run": "known", "runs": "known,..%2Fprivate"}},
+        {"params": {"run": "known", "comparison": "../known.1.comparison"}},
+        {"page": "../app"},
+        {"contents": {"slice": 3}},
+        {"contents": None},
         {"schema_version": 2},
         {"note": None},
         None,

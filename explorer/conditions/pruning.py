@@ -230,7 +230,12 @@ class ReconstructionPruning(ExpertPruning):
         Subsets up to which all are tried in each layer; above, the search is greedy.
     tokens : int
         Of the fit split, on which the output is compared; fewer where the outputs of all experts
-        would not fit in 1 GiB. With 1,024 the demo model's loss rose more than twice as much.
+        would not fit in 1 GiB.
+
+    Notes
+    -----
+    Few tokens choose badly: dropping 4 of 16 experts of the demo model cost 1.22 nats with 1,024
+    tokens, 0.53 with 4,096 and 0.45 with 8,192, drawn from 130,000.
     """
 
     info = ConditionInfo(
@@ -264,8 +269,9 @@ class ReconstructionPruning(ExpertPruning):
         """Search every layer on its own, on the inputs it has in the whole model."""
         texts = subject.calibration_tokens()
         config: Any = subject.model.config
-        numbers = subject.sites[0].info.n_experts * config.get_text_config().hidden_size
-        tokens = min(self.tokens, max(1, MOST_OUTPUTS // numbers))
+        experts = max(site.info.n_experts for site in subject.sites)
+        outputs = experts * config.get_text_config().hidden_size  # numbers a token
+        tokens = min(self.tokens, max(1, MOST_OUTPUTS // outputs))
         found = {}
         methods: dict[str, None] = {}
         for key, seen in collect(subject, texts, tokens=tokens, seed=self.seed).items():
@@ -273,7 +279,7 @@ class ReconstructionPruning(ExpertPruning):
             dropped = self.search(seen, n)
             found[key] = dropped.members
             methods[dropped.method] = None
-        applied.method = "; ".join(methods)
+        applied.method = f"{'; '.join(methods)}, {tokens:,} tokens"
         return found
 
     def search(self, seen: Seen, n: int) -> Dropped:

@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from streamlit.testing.v1 import AppTest
 
 _APP = Path(__file__).resolve().parent.parent.parent / "app.py"
-PAGES = (
-    *("overview", "tokens", "experts", "load_balance", "attention", "flow", "clusters", "compare"),
-    *("compare_runs", "trends", "share", "learn"),
+# pages, with the choice in their address where a page has several topics
+PAGES: tuple[tuple[str, dict[str, str]], ...] = (
+    *((page, {}) for page in ("overview", "tokens", "experts", "load_balance")),
+    ("load_balance", {"topic": "serving"}),
+    *((page, {}) for page in ("attention", "flow", "clusters", "compare", "compare_runs")),
+    ("compare_runs", {"by": "tokens"}),
+    *((page, {}) for page in ("trends", "share", "learn")),
 )
 _TIMEOUT = 600.0
 
@@ -55,28 +59,22 @@ def measure(path: Path, search: str) -> list[Timed]:
         domain = next((name for name in run.domains if name), None)
     sys.argv = [str(_APP), "--read-only", "--runs", str(path.parent)]
     # what is imported once is part of a start, not of a page
-    for page in PAGES:
-        _show(AppTest.from_file(str(_APP), default_timeout=_TIMEOUT), path.stem, page)
+    for page, topic in PAGES:
+        _show(AppTest.from_file(str(_APP), default_timeout=_TIMEOUT), path.stem, page, **topic)
     rows = []
-    for page in PAGES:
+    for page, topic in PAGES:
         app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
         _show(app, path.stem, "overview")
         _forget()
-        first = _show(app, path.stem, page)
-        again = _show(app, path.stem, page)
-        filtered = [
-            _filtered(app, path.stem, page, name, value)
-            for name, value in (("domain", domain), ("search", search))
-        ]
-        rows.append(Timed(page, first, again, *filtered))
+        first = _show(app, path.stem, page, **topic)
+        again = _show(app, path.stem, page, **topic)
+        filtered: list[Seconds | None] = []
+        for name, value in (("domain", domain), ("search", search)):
+            _forget()
+            chosen = topic | {name: value or ""}
+            filtered.append(_show(app, path.stem, page, **chosen) if value else None)
+        rows.append(Timed(" ".join([page, *topic.values()]), first, again, *filtered))
     return rows
-
-
-def _filtered(app: "AppTest", run: str, page: str, name: str, value: str | None) -> Seconds | None:
-    if not value:
-        return None
-    _forget()
-    return _show(app, run, page, **{name: value})
 
 
 def _forget() -> None:
@@ -119,10 +117,10 @@ def main() -> None:
             sys.stdout.write(f"{what:28}{seconds:8.2f}\n")
         return
     logging.disable(logging.WARNING)  # Streamlit says many times that no server runs
-    sys.stdout.write(f"{'page':14}{'first':>14}{'again':>14}{'domain':>14}{'search':>14}\n")
+    sys.stdout.write(f"{'page':22}{'first':>14}{'again':>14}{'domain':>14}{'search':>14}\n")
     for timed in measure(path, options.search):
         cells = map(_cell, timed[1:])
-        sys.stdout.write(f"{timed.page:14}{''.join(cells)}\n")
+        sys.stdout.write(f"{timed.page:22}{''.join(cells)}\n")
 
 
 def _cell(seconds: Seconds | None) -> str:

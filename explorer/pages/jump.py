@@ -32,6 +32,9 @@ def follow() -> None:
     if target is None:
         return
     page, there = target
+    if there.get("run", address.read("run")) != address.read("run"):
+        # filters and choices of the run before mean nothing there
+        address.write_run(there["run"])
     if page == _TOKENS:
         token_strip.reveal()
     st.switch_page(page, query_params=address.kept() | there)

@@ -13,12 +13,20 @@ from explorer import service
 from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section
 from explorer.run import Run, open_run
-from explorer.views import SavedView, changed_runs
+from explorer.views import SavedView, changed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
-# what a report of a whole run shows, as the pages are called in addresses
-RUN_PAGES = ("overview", "load-balance", "experts", "tokens", "attention", "flow")
+# what a report of a whole run shows: pages as they are called in addresses, with their choices
+RUN_PAGES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("overview", {}),
+    ("load-balance", {}),
+    ("load-balance", {"topic": "serving"}),
+    ("experts", {}),
+    ("tokens", {}),
+    ("attention", {}),
+    ("flow", {}),
+)
 _PRINT = (sys.executable, "-m", "explorer.pages.printing")
 # a page takes a core for a second or two: reports wait for each other
 _one_at_a_time = threading.Lock()
@@ -47,7 +55,7 @@ def build_report(path: str | Path, view: SavedView | None = None) -> str:
     with open_run(path) as run:
         facts = _facts(run, view)
         title = f"Run {path.stem}"
-    pages = [(page, {"run": path.stem}) for page in RUN_PAGES]
+    pages = [(page, {"run": path.stem} | choices) for page, choices in RUN_PAGES]
     if view is not None:
         title = view.name
         pages = [(view.page, view.params)]
@@ -95,9 +103,8 @@ def _facts(run: Run, view: SavedView | None) -> dict[str, str]:
         saved = f"{view.name} ({view.created[:10]}{', ' + view.author if view.author else ''})"
         facts |= {"Saved view": saved, "Note": view.note}
         facts["Address"] = ", ".join(f"{name} = {value}" for name, value in view.params.items())
-        runs = {name: run.path.with_name(f"{name}{SUFFIX}") for name in view.fingerprints}
-        if changed := changed_runs(view, runs):
-            facts["Warning"] = f"Changed since the view was saved: {', '.join(changed)}"
+        if names := changed(view, run.path.parent):
+            facts["Warning"] = f"Changed since the view was saved: {', '.join(names)}"
     facts |= {
         "Run file": f"{run.path.name}, {run.path.stat().st_size:,} bytes",
         "Fingerprint": run.fingerprint,

@@ -58,9 +58,12 @@ def _spanning(comparison: Comparison, name: str) -> None:
             f"{rows['spanning_rate'].mean():.1%} of the recorded tokens lie between clusters: no "
             "cluster's share in them reaches 0.7."
         )
-    means = comparison.rows("spanning").query("router == @name").groupby("spanning")["loss_change"]
-    if means.ngroups == 2:
-        change = means.mean()
+    rows = comparison.rows("spanning").query("router == @name").fillna({"seed": -1})
+    # layers where some tokens lie between clusters, and some do not
+    both = rows.pivot(index=["layer", "site", "seed"], columns="spanning", values="loss_change")
+    both = both.dropna()
+    if len(both) and len(both.columns) == 2:
+        change = both.mean()
         st.markdown(
             "With one layer swapped, mean of the layers, the loss of tokens between clusters "
             f"changes by {change[True]:+.4f} nats, that of the others by {change[False]:+.4f}."

@@ -40,7 +40,8 @@ def _mark(character: str) -> str:
 
 def one_line(text: str, length: int) -> str:
     """Return the beginning of a text on one line, with an ellipsis where it was cut."""
-    head = text[: 2 * length]  # of a long text, the rest would not be seen
+    text = text.strip()
+    head = text[: 8 * length]  # room for white space, which is shown as one space
     flat = " ".join(visible(head).replace("↵\n", " ").split()) if head else ""
     whole = len(flat) <= length and len(head) == len(text)
     return flat if whole else flat[: length - 1].rstrip() + "…"
