@@ -9,18 +9,21 @@ from typing import Any
 
 import streamlit as st
 
+from explorer import views
+
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
     "experts": ("id", "about", "find"),
     "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
-    "load-balance": ("topic", "metric", "factor", "gpus", "nodes", "groups", "replicas"),
+    "load-balance": ("topic", "metric", "factor", "gpus", "nodes", "expert_groups", "replicas"),
     "attention": ("measure", "head", "prompt", "token", "window", "show"),
     "flow": ("steps", "flows", "pair"),
     "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "other", "value", "region"),
     "compare": (
         *(
             "comparison",
+            "families",
             "controls",
             "axis",
             "router",
@@ -36,7 +39,7 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
         "job",
     ),
     "compare-runs": ("against", "ids", "by", "shared", "spot", "quantity"),
-    "trends": ("source", "trend"),
+    "trends": ("source", "runs", "trend"),
     "capture": ("job",),
     "share": (),
     "learn": ("step", "term"),
@@ -54,6 +57,7 @@ OF_A_RUN = (
     "value",
     "region",
     "comparison",
+    "families",
     "router",
     "beside",
     "a",
@@ -183,6 +187,54 @@ def choose(
             write(name, "" if new == default else new)
 
     widget(label, choices, key=key, format_func=show, on_change=changed, **options)
+    return value
+
+
+def several(name: str, choices: Sequence[str], *, default: Sequence[str], what: str) -> list[str]:
+    """Return names of the address that are among the choices, with a note about the others."""
+    value = read(name)
+    if not value:
+        return list(default)
+    asked = views.split(value)
+    found = [one for one in asked if one in choices]
+    for one in asked:
+        if one not in choices:
+            note(f"The link names the {what} “{one[:60]}”, which is not here; it was left out.")
+    if asked and not found:
+        found = list(default)
+    if found != asked:
+        write(name, views.join(found))
+    return found
+
+
+def choose_several(
+    widget: Callable[..., Any],
+    name: str,
+    label: str,
+    choices: Sequence[str],
+    *,
+    default: Sequence[str],
+    what: str,
+    **options: Any,
+) -> list[str]:
+    """Draw a widget of several choices that reads from the address and writes to it.
+
+    Parameters
+    ----------
+    widget : callable
+        ``st.multiselect``, ``st.pills`` or the like.
+    what : str
+        One choice, as notes call it.
+    """
+    value = several(name, choices, default=default, what=what)
+    key = f"address:{name}"
+    st.session_state[key] = value
+
+    def changed() -> None:
+        new = list(st.session_state[key])
+        write(name, "" if set(new) == set(default) else views.join(new))
+
+    widget(label, choices, key=key, on_change=changed, **options)
     return value
 
 

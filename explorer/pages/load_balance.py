@@ -27,7 +27,7 @@ from explorer.run import Run
 # tokens that the capacity figure reads; more would make the page wait
 MAX_CAPACITY_TOKENS = 60_000
 FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
-_PLACEMENT = ("gpus", "nodes", "groups", "replicas")
+_PLACEMENT = ("gpus", "nodes", "expert_groups", "replicas")
 _TILES = {
     "max_violation": "MaxVio",
     "coefficient_of_variation": "Coefficient of variation",
