@@ -23,6 +23,7 @@ from explorer.worker.protocol import Request
 Role = Literal["viewer", "editor"]
 MAX_UPLOAD = 1_024  # MB; the server holds an upload in memory
 _RUN_NAME = re.compile(r"\w[\w.-]{0,59}")
+_FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\0]{1,255}")
 _CHUNK = 2**20
 
 
@@ -204,6 +205,39 @@ def run_path(folder: Path, name: str) -> Path:
             f"There is a run named {name} already; runs are never overwritten. Choose another name."
         )
     return out
+
+
+def in_folder(folder: Path, name: str) -> Path:
+    """Return where the file of a name is in a folder, whether it exists or not.
+
+    Names come from links and from files of strangers, so that they may try to lead elsewhere.
+
+    Raises
+    ------
+    ExplorerError
+        If the name leaves the folder.
+    """
+    path = folder / name if _FILE_NAME.fullmatch(name) else None
+    if path is None or path.parent != folder:
+        raise ExplorerError(
+            f"Expected the name of a file in {folder.name or folder}, got {name[:80]!r}, which "
+            "leads out of it. Choose one that is listed."
+        )
+    return path
+
+
+def run_file(folder: Path, name: str) -> Path:
+    """Return the file of a run that is in the runs folder.
+
+    Raises
+    ------
+    ExplorerError
+        If the name leaves the folder, or there is no such run.
+    """
+    path = in_folder(folder, f"{name}.duckdb")
+    if not path.is_file():
+        raise ExplorerError(f"The run {name[:80]!r} was removed; choose another one.")
+    return path
 
 
 def _copy(data: IO[bytes], file: IO[bytes]) -> None:

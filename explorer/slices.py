@@ -116,7 +116,7 @@ def save_slice(
 
 def list_slices(run: Run) -> list[SliceInfo]:
     """Return the slices of a run, newest first; those that cannot be used say why."""
-    infos = [_info(run, path) for path in _folder(run).glob("*.parquet")]
+    infos = [_info(run, path) for path in _folder(run.path).glob("*.parquet")]
     return sorted(infos, key=lambda info: (info.created, info.name), reverse=True)
 
 
@@ -135,8 +135,7 @@ def load_slice(run: Run, name: str) -> Slice:
     if info.problem:
         raise ExplorerError(info.problem)
     try:
-        column = pq.read_table(path, columns=["token_id"])["token_id"]
-        ids = np.unique(column.to_numpy().astype(np.int64))
+        ids = _read(path)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise ExplorerError(f"The slice {name!r} is damaged ({error}). Delete it.") from error
     return Slice(info, ids)
@@ -147,23 +146,52 @@ def delete_slice(run: Run, name: str) -> None:
     service.remove(_path(run, name), what="Deleting a slice")
 
 
+def content(path: Path) -> str:
+    """Return a digest of the tokens of a slice file; name, note and time do not count.
+
+    Raises
+    ------
+    ExplorerError
+        If the file cannot be read, or is too large for a slice.
+    """
+    try:
+        n_tokens = pq.read_metadata(path).num_rows
+        if n_tokens > MAX_TOKENS:
+            raise ValueError(f"it has {n_tokens:,} tokens")
+        ids = _read(path)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise ExplorerError(f"The slice file {path.name} is damaged ({error}).") from error
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+
+
 def version(run: Run) -> int:
     """Return a number that changes when slices of the run are saved or deleted."""
     try:
-        return _folder(run).stat().st_mtime_ns
+        return _folder(run.path).stat().st_mtime_ns
     except OSError:
         return 0
 
 
-def _folder(run: Run) -> Path:
-    return run.path.with_suffix(".slices")
-
-
-def _path(run: Run, name: str) -> Path:
+def slice_path(run_path: Path, name: str) -> Path:
+    """Return where the slice of a name is, given the run's file."""
     # the name is free text: the file's name is what is harmless of it, and a digest of all of it
     harmless = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()
-    return _folder(run) / f"{harmless or 'slice'}-{digest}.parquet"
+    return _folder(run_path) / f"{harmless or 'slice'}-{digest}.parquet"
+
+
+def _folder(run_path: Path) -> Path:
+    return run_path.with_suffix(".slices")
+
+
+def _path(run: Run, name: str) -> Path:
+    return slice_path(run.path, name)
+
+
+def _read(path: Path) -> Ids:
+    """Return the token ids of a slice file, sorted, each once."""
+    column = pq.read_table(path, columns=["token_id"])["token_id"]
+    return np.unique(column.to_numpy().astype(np.int64))
 
 
 def _checked(run: Run, ids: Ids) -> Ids:

@@ -1,30 +1,35 @@
 """Saved views: a page as somebody saw it, with a name and a note, kept beside the runs.
 
 A view is one JSON file in ``views/`` of the runs folder, and is opened by a link that names it. It
-remembers what the run files were, so that whoever opens it is told when they changed since. View
-files may come from a stranger, as runs may, so nothing in them is believed.
+remembers what the files behind it were (runs, slice, comparison), so that whoever opens it is told
+when they changed since. View files may come from a stranger, as runs may, so nothing in them is
+believed.
 """
 
 import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from explorer import service
+from explorer import service, slices
 from explorer.errors import ExplorerError
 
 SCHEMA_VERSION = 1
 FOLDER = "views"
 MAX_NAME, MAX_NOTE, MAX_AUTHOR = 80, 2_000, 120
 _MAX_FILE = 200_000  # bytes; a longer file is no view
-_MAX_VALUE = 4_000  # characters of one value of an address
+_MAX_VALUE = 16_000  # characters of one value of an address
+_MAX_PAIRS = 1_000
+_PAGE = re.compile(r"[a-z0-9-]{1,40}")
 _ID = re.compile(r"[0-9a-f]{10}")
-_RUN = re.compile(r"[^/\\\0]{1,200}")
+# of a run, or of a comparison file: names never lead out of the runs folder
+_FILE = re.compile(r"[^/\\\0]{1,200}")
 # parts of a run file that its fingerprint reads: a run is written once, and DuckDB's first block
 # changes with every change of the file
 _PARTS, _PART_BYTES = 64, 2**16
@@ -48,6 +53,9 @@ class SavedView:
         Name of each run of the view -> what its file was.
     created : str
         Time in UTC, ISO 8601.
+    contents : dict
+        Of ``slice`` and ``comparison``, those that the address names -> what was in their files.
+        Views that were saved before this was kept have none.
     """
 
     view_id: str
@@ -58,6 +66,7 @@ class SavedView:
     params: dict[str, str]
     fingerprints: dict[str, str]
     created: str
+    contents: dict[str, str] = field(default_factory=dict)
     schema_version: int = field(default=SCHEMA_VERSION)
 
 
@@ -85,7 +94,7 @@ def save_view(
     NotAllowedError
         Where the caller may not write.
     ExplorerError
-        If the name is empty, or a text is too long.
+        If the name is empty, a text is too long, or the address names what cannot be a file.
     """
     service.refuse_if_read_only("Saving a view")
     name, note, author = name.strip(), note.strip(), author.strip()
@@ -104,7 +113,14 @@ def save_view(
         params=dict(params),
         fingerprints={run: fingerprint(path) for run, path in runs.items()},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        contents={name: digest(path) for name, path in _beside(folder, params) if path.is_file()},
     )
+    try:
+        _checked(view.view_id, asdict(view))
+    except ValueError as error:
+        raise ExplorerError(
+            f"This view cannot be kept: {error}. Choose less on the page."
+        ) from None
     service.write_json(_path(folder, view.view_id), asdict(view), what="Saving a view")
     return view
 
@@ -153,19 +169,56 @@ def delete_view(folder: Path, view_id: str) -> None:
     service.remove(_path(folder, view_id), what="Deleting a view")
 
 
-def changed_runs(view: SavedView, runs: Mapping[str, Path]) -> list[str]:
-    """Return the runs of a view whose files are not what they were when it was saved.
+def digest(path: Path) -> str:
+    """Return what a file behind a view is: of a slice its tokens, else its fingerprint."""
+    return slices.content(path) if path.suffix == ".parquet" else fingerprint(path)
+
+
+def changed(view: SavedView, folder: Path, *, digest: Callable[[Path], str] = digest) -> list[str]:
+    """Return the runs, the slice and the comparison of a view that are not what they were.
 
     Parameters
     ----------
-    runs : mapping
-        Name of each run there is -> its file; a run that is missing has changed.
+    folder : Path
+        The runs folder.
+    digest : callable
+        As :func:`digest`, which it may remember.
+
+    Returns
+    -------
+    list of str
+        Their names, such as ``demo``, ``the slice rare`` or ``step_10 (gone)``.
     """
-    return [
-        run
-        for run, known in view.fingerprints.items()
-        if run not in runs or not runs[run].is_file() or fingerprint(runs[run]) != known
-    ]
+    known = [(run, folder / f"{run}.duckdb", was) for run, was in view.fingerprints.items()]
+    for name, path in _beside(folder, view.params):
+        if name in view.contents:
+            known.append((f"the {name} {view.params[name]}", path, view.contents[name]))
+    found = []
+    for title, path, was in known:
+        try:
+            if not path.is_file():
+                found.append(f"{title} (gone)")
+            elif digest(path) != was:
+                found.append(title)
+        except ExplorerError:
+            found.append(title)
+    return found
+
+
+def runs_named(params: Mapping[str, str]) -> list[str]:
+    """Return the runs whose names an address holds, each once."""
+    names = [params.get("run", ""), params.get("against", ""), *split(params.get("runs", ""))]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def join(names: Iterable[str]) -> str:
+    """Write names as one value of an address; a comma alone means none."""
+    return ",".join(n.replace("%", "%25").replace(",", "%2C") for n in names) or ","
+
+
+def split(value: str) -> list[str]:
+    """Return the names of a value of an address, each once; the inverse of :func:`join`."""
+    return list(dict.fromkeys(unquote(name) for name in value.split(",") if name))
 
 
 def fingerprint(path: Path) -> str:
@@ -195,6 +248,15 @@ def _path(folder: Path, view_id: str) -> Path:
     return folder / FOLDER / f"{view_id}.json"
 
 
+def _beside(folder: Path, params: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
+    """Yield the slice and the comparison that an address names, with their files."""
+    if params.get("slice") and params.get("run"):
+        run = service.in_folder(folder, f"{params['run']}.duckdb")
+        yield "slice", slices.slice_path(run, params["slice"])
+    if params.get("comparison"):
+        yield "comparison", service.in_folder(folder, params["comparison"])
+
+
 def _checked(view_id: str, values: Any) -> SavedView:
     """Return the view that a file holds, or raise ValueError."""
     if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
@@ -203,13 +265,18 @@ def _checked(view_id: str, values: Any) -> SavedView:
     for name, limit in texts.items():
         if not isinstance(values[name], str) or len(values[name]) > limit:
             raise ValueError(f"its {name} is no text of at most {limit} characters")
-    for name in ("params", "fingerprints"):
+    if not _PAGE.fullmatch(values["page"]):
+        raise ValueError("its page cannot be one")
+    values = {"contents": {}} | values
+    for name in ("params", "fingerprints", "contents"):
         pairs = values[name]
-        if not isinstance(pairs, dict) or len(pairs) > 100:
+        if not isinstance(pairs, dict) or len(pairs) > _MAX_PAIRS:
             raise ValueError(f"its {name} are no list of names and values")
         if any(not isinstance(v, str) or len(v) > _MAX_VALUE for v in pairs.values()):
             raise ValueError(f"its {name} hold something else than short texts")
-    if not all(_RUN.fullmatch(run) for run in values["fingerprints"]):
-        raise ValueError("it names a run that cannot be one")
-    given = {name: values[name] for name in (*texts, "params", "fingerprints")}
+    params = values["params"]
+    files = [*values["fingerprints"], *runs_named(params), params.get("comparison") or "none"]
+    if not all(_FILE.fullmatch(name) for name in files):
+        raise ValueError("it names a run or a comparison that cannot be one")
+    given = {name: values[name] for name in (*texts, "params", "fingerprints", "contents")}
     return SavedView(view_id=view_id, **given)

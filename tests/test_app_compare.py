@@ -1,12 +1,14 @@
 """The pages that compare: routers on a run, two runs, and checkpoints."""
 
+import os
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import streamlit as st
 from synthetic import write_run
-from test_app_pages import FakeWorker, charts, notes, opened
+from test_app_pages import FakeWorker, charts, notes, opened, query
 
 from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
 from explorer.comparison.tables import FORMAT_VERSION, empty_rows
@@ -241,6 +243,17 @@ def test_two_runs_of_one_model(runs):
     assert len(charts(app)) == 1
 
 
+def test_the_second_run_is_in_the_address_and_may_become_the_first(runs):
+    write_run(runs / "other.duckdb", seed=5)
+    app = opened("compare_runs", run="known")
+    assert query(app, "against") == "other"
+    app.selectbox(key="address:run").set_value("other").run()
+    assert query(app, "against") == "known" and "not here" not in notes(app)
+    app = opened("compare_runs", run="known", against="gone")
+    assert "“gone”, which is not here" in notes(app)
+    assert query(app, "against") == "other"
+
+
 def test_models_that_are_unrelated_are_never_compared_by_ids(runs):
     write_run(runs / "other.duckdb", seed=5)
     app = opened("compare_runs", run="known", against="other", ids="unrelated")
@@ -255,6 +268,20 @@ def test_trends_of_a_folder(runs):
         write_run(runs / f"step_{step}.duckdb", seed=step)
     app = opened("trends", source="folder")
     assert "router saturation" in charts(app)[0].spec.lower()
+
+
+def test_the_runs_of_trends_are_in_the_address(runs):
+    for step in (10, 200):
+        write_run(runs / f"step_{step}.duckdb", seed=step)
+    app = opened("trends", source="folder")
+    assert query(app, "runs") == "step_10,step_200"
+    app = opened("trends", source="folder", runs="known,step_10,gone")
+    assert app.multiselect(key="address:runs").value == ["known", "step_10"]
+    assert "run “gone”, which is not here" in notes(app)
+    assert query(app, "runs") == "known,step_10"
+    app.multiselect(key="address:runs").set_value([]).run()
+    assert app.multiselect(key="address:runs").value == []
+    assert "at least two runs" in notes(app)
 
 
 def test_trends_of_the_demo_models_training(runs):
@@ -274,6 +301,41 @@ def test_the_form_offers_the_usual_conditions():
     from explorer.conditions.catalogue import USUAL
 
     assert compare_start.CONDITION_CHOICES == USUAL
+
+
+def test_the_families_chosen_are_in_the_address(runs):
+    path = write_results(runs)
+    app = opened("compare", run="known")
+    assert "families" not in app.query_params
+    assert query(app, "comparison") == path.name
+    app.button_group(key="address:families").set_value(["control"]).run()
+    assert query(app, "families") == "control"
+    app = opened("compare", run="known", families="control,<b>")
+    assert app.dataframe[0].value["family"].tolist() == ["control"]
+    assert "family “<b>”, which is not here" in notes(app)
+    assert query(app, "families") == "control"
+    app.button_group(key="address:families").set_value(["control", "literature"]).run()
+    assert "families" not in app.query_params
+
+
+def test_a_comparison_that_ended_is_shown_and_one_of_somebody_else_is_not(runs, worker):
+    first = write_results(runs)
+    app = opened("compare", run="known")
+    next(button for button in app.button if button.label == "Compare").click().run()
+    assert query(app, "comparison") == first.name
+    second = first.with_name(f"known.00000000{SUFFIX}")
+    shutil.copyfile(first, second)
+    os.utime(second, ns=(first.stat().st_mtime_ns + 10**10,) * 2)
+    app.run()
+    assert query(app, "comparison") == first.name
+    worker._jobs[worker.jobs()[0].job_id] = replace(
+        worker.jobs()[0], state="done", path=str(second)
+    )
+    app.run()
+    assert query(app, "comparison") == second.name
+    # once only: what is chosen after that stays
+    app.selectbox(key="address:comparison").select(first.name).run()
+    assert query(app, "comparison") == first.name
 
 
 def test_conditions_are_asked_for_and_shown(runs, worker):

@@ -1,9 +1,11 @@
 """Sharing, in a real headless Chromium and through AppTest: views, reports, read-only, logins."""
 
+import json
 import os
 import re
 import shutil
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +13,12 @@ import pytest
 import streamlit as st
 from browser import browser, chromium_path, serve, settle
 from synthetic import NASTY, PROMPTS, write_run
+from test_app_compare import write_results
 
-from explorer import service, views
+from explorer import service, slices, views
 from explorer.pages import access
 from explorer.pages.components.chart import parquet
+from explorer.run import open_run
 
 ROOT = Path(__file__).parent.parent
 APP = str(ROOT / "app.py")
@@ -97,6 +101,109 @@ def test_a_saved_view_opens_by_its_link_and_warns_when_the_data_changed(monkeypa
     write_run(path, seed=1)
     app = opened(monkeypatch, folder, view=view.view_id)
     assert "The data changed since this view was saved: known" in said(app.warning)
+
+
+def saved_on(app, name):
+    """Save what a page shows, with its form."""
+    app.text_input(key="view name").set_value(name)
+    next(button for button in app.button if button.label == "Save").click().run()
+    assert not app.exception and not app.error
+    folder = Path(sys.argv[sys.argv.index("--runs") + 1])
+    (view,) = [view for view in views.list_views(folder)[0] if view.name == name]
+    return view
+
+
+def test_a_view_warns_when_its_slice_holds_other_tokens_or_is_gone(monkeypatch, tmp_path):
+    path = write_run(tmp_path / "known.duckdb").path
+    with open_run(path) as run:
+        slices.save_slice(run, "s *x*", [0, 1, 2])
+    view = saved_on(opened(monkeypatch, tmp_path, run="known", slice="s *x*"), "Sliced")
+    # saved again with the same tokens, it is the same
+    for token_ids, said_of in (
+        ([0, 1, 2], None),
+        ([5, 6, 7], "the slice s *x*."),
+        ([], "the slice s *x* (gone)"),
+    ):
+        with open_run(path) as run:
+            slices.delete_slice(run, "s *x*")
+            if token_ids:
+                slices.save_slice(run, "s *x*", token_ids, note="again")
+        app = opened(monkeypatch, tmp_path, view=view.view_id)
+        warned = said(app.warning)
+        assert (f"since this view was saved: {said_of}" in warned) if said_of else not warned
+
+
+def test_a_view_of_a_comparison_warns_when_its_file_changed(monkeypatch, tmp_path):
+    write_run(tmp_path / "known.duckdb")
+    path = write_results(tmp_path)
+    app = opened(monkeypatch, tmp_path, page="compare", run="known")
+    assert query(app, "comparison") == path.name
+    view = saved_on(app, "Compared")
+    assert view.params["comparison"] == path.name
+    assert not opened(monkeypatch, tmp_path, view=view.view_id).warning
+    newer = path.with_name("known.00000000.comparison")
+    shutil.copyfile(path, newer)
+    os.utime(newer, ns=(path.stat().st_mtime_ns + 10**10,) * 2)
+    app = opened(monkeypatch, tmp_path, view=view.view_id)
+    assert app.selectbox(key="address:comparison").value == path.name
+    assert not app.warning
+    with path.open("ab") as file:
+        file.write(b"more")
+    app = opened(monkeypatch, tmp_path, view=view.view_id)
+    assert f"saved: the comparison {path.name}." in said(app.warning)
+    path.unlink()
+    app = opened(monkeypatch, tmp_path, view=view.view_id)
+    assert f"the comparison {path.name} (gone)" in said(app.warning)
+
+
+def test_a_view_of_trends_keeps_its_runs_and_warns_of_each(monkeypatch, tmp_path):
+    names = ("step_10", "odd, step_20%", "step_30")
+    for seed, name in enumerate(names):
+        write_run(tmp_path / f"{name}.duckdb", seed=seed)
+    app = opened(monkeypatch, tmp_path, page="trends", run="step_30")
+    app.button_group(key="address:source").set_value("folder").run()
+    app.multiselect(key="address:runs").set_value(list(names[:2])).run()
+    view = saved_on(app, "Trend")
+    assert sorted(view.fingerprints) == sorted(names)
+    path = tmp_path / "odd, step_20%.duckdb"
+    path.unlink()
+    write_run(path, seed=9)
+    write_run(tmp_path / "step_40.duckdb", seed=4)
+    app = opened(monkeypatch, tmp_path, view=view.view_id)
+    assert sorted(app.multiselect(key="address:runs").value) == sorted(names[:2])
+    assert "saved: odd, step_20%." in said(app.warning)
+
+
+def test_a_view_of_two_runs_opens_the_same_two_when_another_appears(monkeypatch, tmp_path):
+    for seed, name in enumerate(("known", "other")):
+        write_run(tmp_path / f"{name}.duckdb", seed=seed)
+    app = opened(monkeypatch, tmp_path, page="compare_runs", run="known")
+    view = saved_on(app, "Two")
+    assert view.params["against"] == "other" and sorted(view.fingerprints) == ["known", "other"]
+    write_run(tmp_path / "new.duckdb", seed=5)
+    app = opened(monkeypatch, tmp_path, view=view.view_id)
+    assert app.selectbox(key="address:against").options[0] == "new"
+    assert app.selectbox(key="address:against").value == "other"
+    assert not app.warning
+
+
+def test_a_foreign_view_never_leads_out_of_the_runs_folder(monkeypatch, tmp_path):
+    folder, secret = tmp_path / "runs", tmp_path / "secret"
+    for made, name in ((folder, "known"), (secret, "private")):
+        made.mkdir()
+        write_run(made / f"{name}.duckdb")
+    view = views.save_view(folder, "x", page="overview", params={"run": "known"}, runs={})
+    evil = asdict(view) | {"params": {"run": "../secret/private"}}
+    (folder / "views" / "0123456789.json").write_text(json.dumps(evil))
+    app = opened(monkeypatch, folder, page="share", run="known")
+    assert "The saved view 0123456789 cannot be read" in said(app.warning)
+    keys = {button.key for button in app.button}
+    assert f"report of {view.view_id}" in keys and "report of 0123456789" not in keys
+    # even if the check of the file were passed by, the page makes no path of such a name
+    outside = replace(view, view_id="0123456789", params={"run": "../secret/private"})
+    monkeypatch.setattr(views, "list_views", lambda folder: ([outside], []))
+    app = opened(monkeypatch, folder, page="share", run="known")
+    assert "report of 0123456789" not in {button.key for button in app.button}
 
 
 @pytest.mark.parametrize("view_id", ["0123456789", "../../x", "<b>"])

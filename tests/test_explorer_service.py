@@ -210,6 +210,30 @@ def test_an_upload_that_is_no_sound_run_is_not_kept(tmp_path, statement, said):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    "name", ["../secret/private", "/etc/private", "sub/run", "..", ".", "", "a\0b", "x" * 300]
+)
+def test_a_name_never_leads_out_of_the_runs_folder(tmp_path, name):
+    folder = tmp_path / "runs"
+    for other in (folder / "sub", tmp_path / "secret"):
+        other.mkdir(parents=True)
+        (other / "private.duckdb").write_bytes(b"x")
+    (folder / "sub" / "run.duckdb").write_bytes(b"x")
+    with pytest.raises(ExplorerError, match="leads out of it"):
+        service.in_folder(folder, name)
+    with pytest.raises(ExplorerError, match=r"leads out of it|was removed"):
+        service.run_file(folder, name)
+
+
+def test_a_run_of_the_folder_is_found_whatever_its_name(tmp_path):
+    for name in ("known", "a, b % c", "..more", "Größe\nמילה"):
+        path = tmp_path / f"{name}.duckdb"
+        path.write_bytes(b"x")
+        assert service.run_file(tmp_path, name) == path
+    with pytest.raises(ExplorerError, match="was removed"):
+        service.run_file(tmp_path, "gone")
+
+
 def test_an_upload_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(service, "MAX_UPLOAD", 0.01)
     with pytest.raises(ExplorerError, match=r"more than 0\.01 MB"):

@@ -120,6 +120,21 @@ def test_damaged_and_foreign_files_are_named_and_not_used(run):
         slices.load_slice(run, "good")
 
 
+def test_the_content_of_a_slice_is_its_tokens_and_nothing_else(run):
+    slices.save_slice(run, "s", [1, 2], note="n")
+    path = slices.slice_path(run.path, "s")
+    before = slices.content(path)
+    slices.delete_slice(run, "s")
+    slices.save_slice(run, "s", [2, 1, 1], note="another note", author="me")
+    assert slices.content(path) == before
+    slices.delete_slice(run, "s")
+    slices.save_slice(run, "s", [1, 3], note="n")
+    assert slices.content(path) != before
+    path.write_bytes(b"no parquet")
+    with pytest.raises(ExplorerError, match="damaged"):
+        slices.content(path)
+
+
 def test_read_only_servers_save_and_delete_nothing(run):
     slices.save_slice(run, "kept", np.array([1]))
     service.configure(service.Policy(read_only=True))

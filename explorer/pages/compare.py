@@ -76,17 +76,19 @@ def render() -> None:
         if not service.may_write():
             st.info("No comparison was made on this run yet.", icon=":material/info:")
         return
-    name = next(iter(files))
+    name = address.pick("comparison", list(files), default=next(iter(files)), what="comparison")
     if len(files) > 1:
         name = address.choose(
             st.selectbox,
             "comparison",
             "Comparison",
             list(files),
-            default=name,
+            default=next(iter(files)),
             show=lambda name: name,
             help="One file for each model, code and settings; newest first.",
         )
+    # written even if it is the default, which changes when another comparison is made
+    address.write("comparison", name)
     try:
         comparison = _opened(str(files[name]), files[name].stat().st_mtime_ns)
     except (ComparisonError, OSError) as error:
@@ -154,13 +156,15 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
     """Leave out what the reader does not want to see."""
     families = list(dict.fromkeys(live["family"]))
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        chosen = st.pills(
+        chosen = address.choose_several(
+            st.pills,
+            "families",
             "Families",
             families,
-            selection_mode="multi",
             default=families,
+            what="family",
+            selection_mode="multi",
             format_func=family_name,
-            key="families",
         )
         controls = address.choose(
             st.segmented_control,

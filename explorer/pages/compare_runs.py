@@ -1,6 +1,7 @@
 """Compare runs: the same model twice, or two models on the same text."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, is_dark
 from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
+from explorer.queries.part import Part
 from explorer.queries.two_runs import common_prompts
 from explorer.run import Run
 from explorer.two_runs import (
+    MAX_SEGMENTS,
     TwoModels,
     differences,
     load_change,
@@ -73,23 +76,43 @@ def _other(view: View) -> View | None:
             icon=":material/info:",
         )
         return None
+    if address.read("against") == view.name:
+        address.write("against", "")  # B became A at the side
     name = address.choose(
         st.selectbox, "against", "B", names, default=names[0], show=lambda name: name
     )
+    # written even if it is the default, which changes with the runs of the folder
+    address.write("against", name)
     try:
         run, key = state.opened(name)
     except (CaptureError, ExplorerError) as error:
         st.error(address.plain(str(error)), icon=":material/error:")
         return None
-    # a slice holds tokens of one run, so that it says nothing of the other
-    part = view.part if view.part is not None and view.part.slice is None else None
-    if view.part is not None and part is None:
-        st.caption("The slice at the side is of A alone; B is shown whole.")
     layer, site = run.sites[0].layer, run.sites[0].site
-    domain = view.domain if view.domain in run.domains else None
-    if domain != view.domain:
-        st.caption("B has no prompts of the chosen domain; all of them are shown.")
-    return View(run, name, key, domain, view.phase, layer, site, part, view.layers).sampled()
+    there = View(run, name, key, view.domain, view.phase, layer, site, view.part, view.layers)
+    return _applicable(there).sampled()
+
+
+def _applicable(other: View) -> View:
+    """Take off the filters of A that cannot act on the loads of B, and say so."""
+    run, said = other.run, []
+    if other.domain is not None and other.domain not in run.domains:
+        said.append("B has no prompts of the chosen domain: its loads are of all its prompts.")
+        other = replace(other, domain=None)
+    part = other.part
+    if part is not None and part.slice is not None:
+        # a slice holds tokens of one run, so that it says nothing of the other
+        said.append("The slice at the side is of A alone: loads of B are counted without it.")
+        part = Part(search=part.search) if part.search else None
+    if part is not None and not run.records_ids:
+        said.append("B was recorded at level stats: its loads are counted without the search.")
+        part = None
+    if other.layers is not None and not any(other.shows(site.layer) for site in run.sites):
+        said.append("B has no router in the range of layers: all of its layers are shown.")
+        other = replace(other, layers=None)
+    if said:
+        st.caption(" ".join(said))
+    return replace(other, part=part)
 
 
 def _differences(view: View, other: View) -> None:
@@ -145,8 +168,7 @@ def _expert_by_expert(view: View, other: View) -> None:
         st.info("No token of this selection is in both runs. Change the filters at the side.")
         return
     change = load_change(loads["a"], loads["b"])
-    counts = {name: side.scope().n_tokens for name, side in sides.items()}
-    caption = f"A: n = {counts['a']:,} tokens; B: n = {counts['b']:,} tokens; padding excluded"
+    caption = _caption(sides)
     chart(
         change_heatmap(
             change,
@@ -161,10 +183,7 @@ def _expert_by_expert(view: View, other: View) -> None:
     )
     for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
         figure = load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark())
-        n_tokens = f"n = {counts[name]:,} tokens; padding excluded; click a cell for the expert"
-        figure.update_layout(
-            title={"text": f"{name.upper()}: load (× uniform share)", "subtitle.text": n_tokens}
-        )
+        figure.update_layout(title={"text": f"{name.upper()}: load (× uniform share)"})
         with column:
             chart(
                 figure,
@@ -174,6 +193,12 @@ def _expert_by_expert(view: View, other: View) -> None:
                 on_click=functools.partial(jump.aim, sides[name]),
             )
     _lines(sides, loads, caption)
+
+
+def _caption(sides: dict[str, View]) -> str:
+    """Return which tokens of each run are behind a figure over layers."""
+    scopes = {name: side.scope(over_layers=True) for name, side in sides.items()}
+    return "; ".join(f"{name.upper()}: {scope.caption()}" for name, scope in scopes.items())
 
 
 def _lines(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
@@ -211,7 +236,10 @@ def _lines(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str)
 
 def _same_tokens(view: View, other: View) -> None:
     st.subheader("The same tokens in both runs", anchor=False)
-    prompts = _of_two(view, other, "prompts")
+    _phase_note(view)
+    prompts = _of_two(view, other, "prompts", **view.prompt_filters)
+    if _none_matches(view, prompts):
+        return
     if prompts.empty or not (view.run.records_ids and other.run.records_ids):
         st.info(
             "The runs have no prompt in common whose tokens were recorded, so that their tokens "
@@ -219,12 +247,18 @@ def _same_tokens(view: View, other: View) -> None:
             icon=":material/info:",
         )
         return
-    table = _of_two(view, other, "divergence")
+    table = _of_two(view, other, "divergence", **view.prompt_filters)
     if table.empty:
-        st.info("The common prompts were split into other tokens: these are not the same model.")
+        st.info(
+            "The common prompts were split into other tokens: these are not the same model."
+            if view.part is None or view.part.slice is None
+            else "No prompt token of the slice is in both runs."
+        )
         return
+    table = view.of_layers(table)
+    scope = view.scope(int(table["tokens"].max()), over_layers=True)._replace(phase="prompt")
     chart(
-        divergence_over_layers(view.of_layers(table), dark=is_dark()),
+        divergence_over_layers(table, scope=scope, dark=is_dark()),
         key="divergence",
         alt=f"Agreement of the experts of {int(table['tokens'].max()):,} common tokens over "
         f"layers: mean Jaccard {table['jaccard'].mean():.3f}.",
@@ -239,13 +273,38 @@ def _same_tokens(view: View, other: View) -> None:
         default=next(iter(rows)),
         show=lambda key: f"{rows[key]['domain'] or ''} · {one_line(rows[key]['text'], 90)}",
     )
+    if view.part is not None and view.part.slice is not None:
+        st.caption("The prompt is shown whole, with tokens that are not of the slice.")
     _strip(view, other, rows[key])
+
+
+def _phase_note(view: View) -> None:
+    if view.phase == "generated":
+        st.caption(
+            "Only tokens of prompts are compared with each other, as what was generated need not "
+            "be the same text: the phase at the side does not act on them."
+        )
+
+
+def _none_matches(view: View, prompts: pd.DataFrame) -> bool:
+    """Say that no prompt of both runs is of the view, if there are some that are not."""
+    if len(prompts) or (view.domain is None and view.part is None):
+        return False
+    st.info("No prompt that both runs hold matches the filters at the side.")
+    return True
 
 
 def _strip(view: View, other: View, prompt: "pd.Series[Any]") -> None:
     tokens = _divergence_of(
-        view.key, other.key, view.run, other.run, int(prompt["prompt_a"]), int(prompt["prompt_b"])
+        view.key,
+        other.key,
+        view.run,
+        other.run,
+        int(prompt["prompt_a"]),
+        int(prompt["prompt_b"]),
+        view.layers,
     )
+    of_range = "" if view.layers is None else f" from {view.layers[0]} to {view.layers[1]}"
     if tokens.empty:
         st.info("No token of this prompt is in both runs.")
         return
@@ -265,14 +324,14 @@ def _strip(view: View, other: View, prompt: "pd.Series[Any]") -> None:
             for row in tokens.itertuples()
         ],
         selected=here,
-        legend=Legend("1 - Jaccard, mean of layers", "same experts", "none shared"),
+        legend=Legend(f"1 - Jaccard, mean of layers{of_range}", "same experts", "none shared"),
         label="The prompt, tinted by how far the experts of its tokens differ",
         key="two runs strip",
         on_pick=lambda position: address.write("spot", str(position)),
     )
     row = tokens[tokens["position"] == here].iloc[0]
     where = (
-        "its experts are the same in every layer"
+        f"its experts are the same in all layers{of_range}"
         if np.isnan(row["first_layer"])
         else f"its experts differ from layer {int(row['first_layer'])} on"
     )
@@ -289,8 +348,12 @@ def _strip(view: View, other: View, prompt: "pd.Series[Any]") -> None:
 
 
 def _two_models(view: View, other: View) -> None:
+    _phase_note(view)
     with st.spinner("Aligning the texts by their characters…"):
-        found: TwoModels = _of_two(view, other, "models")
+        layers = (view.layers, other.layers)
+        found: TwoModels = _of_two(view, other, "models", layers=layers, **view.prompt_filters)
+    if found.stretches.empty and _none_matches(view, found.stretches):
+        return
     if found.stretches.empty:
         st.info(
             "The runs have no prompt in common whose text was recorded, so that the models cannot "
@@ -298,17 +361,22 @@ def _two_models(view: View, other: View) -> None:
             icon=":material/info:",
         )
         return
-    routed = found.co_routing
+    routed, longest = found.co_routing, found.stretches.groupby("prompt").size().max()
+    first = f" (the first {MAX_SEGMENTS} of each prompt)" if longest > MAX_SEGMENTS else ""
+    prompts = f"{found.prompts:,} prompts"
+    if found.prompts < found.common:
+        prompts = f"{found.prompts:,} of {found.common:,} prompts in common"
     if np.isfinite(routed.correlation):
         st.markdown(
             f"**Do the models route the same stretches of text together?** Over {routed.pairs:,} "
-            f"pairs of stretches, how many experts a pair shares in A and in B has a correlation "
+            f"pairs of stretches{first}, how many experts a pair shares in A and in B has a correlation "
             f"of **{routed.correlation:.3f}**; by chance it would be {routed.low:.3f} to "
             f"{routed.high:.3f}."
         )
     st.caption(
-        f"{len(found.stretches):,} stretches of {found.prompts:,} prompts: the shortest pieces of "
-        "text that end at a token of both models."
+        f"{len(found.stretches):,} stretches of {prompts}: the shortest pieces of text that end "
+        "at a token of both models."
+        + (f" {found.cut:,} more were cut short in one of the runs." if found.cut else "")
     )
     quantity = address.choose(
         st.segmented_control,
@@ -320,35 +388,65 @@ def _two_models(view: View, other: View) -> None:
     )
     if quantity == "margin":
         st.caption("Margins are on each router's own scale of scores; compare their order only.")
+    _stretches(view, found, quantity, prompts)
+    sides = {"a": view.sampled(), "b": other}
+    loads = {
+        name: side.of_layers(ask(side, expert_load, **side.filters)) for name, side in sides.items()
+    }
+    _lines(sides, loads, _caption(sides))
+
+
+def _stretches(view: View, found: TwoModels, quantity: str, prompts: str) -> None:
     title = _QUANTITIES[quantity]
+    if found.stretches[[f"{quantity}_a", f"{quantity}_b"]].isna().any(axis=1).all():
+        st.info(f"{title.capitalize()}: not recorded for any stretch in both runs.")
+        return
+    # prompts are aligned as a whole; a loss is of no layer
+    scope = view.scope(0, over_layers=quantity != "loss")
     chart(
-        against(found.stretches, quantity, title=title, prompts=found.prompts, dark=is_dark()),
+        against(
+            found.stretches,
+            quantity,
+            title=title,
+            scope=scope._replace(phase="prompt", whole_prompts=True),
+            prompts=prompts,
+            dark=is_dark(),
+        ),
         key="against",
         alt=f"Scatter: {title} of model B over that of model A for the same stretches of text.",
         table=found.stretches,
     )
-    sides = {"a": view.sampled(), "b": other}
-    loads = {name: ask(side, expert_load, **side.filters) for name, side in sides.items()}
-    counts = "; ".join(f"{name.upper()}: n = {sides[name].scope().n_tokens:,}" for name in sides)
-    _lines(sides, loads, counts)
 
 
-def _of_two(view: View, other: View, question: str) -> Any:
+def _of_two(view: View, other: View, question: str, **arguments: Any) -> Any:
     """Return an answer about two runs, remembered until one of the files changes."""
-    return _answer(view.key, other.key, question, view.run, other.run)
+    return _answer(view.key, other.key, question, arguments, view.run, other.run)
 
 
-@st.cache_data(max_entries=20, show_spinner=False)
-def _answer(key_a: state.Key, key_b: state.Key, question: str, _a: Run, _b: Run) -> Any:
+@st.cache_data(max_entries=20, show_spinner=False, hash_funcs={Part: lambda part: part.key})
+def _answer(
+    key_a: state.Key,
+    key_b: state.Key,
+    question: str,
+    arguments: dict[str, Any],
+    _a: Run,
+    _b: Run,
+) -> Any:
     asked = {"prompts": common_prompts, "divergence": token_divergence, "models": two_models}
-    return asked[question](_a, _b)
+    return asked[question](_a, _b, **arguments)
 
 
 @st.cache_data(max_entries=50, show_spinner=False)
 def _divergence_of(
-    key_a: state.Key, key_b: state.Key, _a: Run, _b: Run, prompt_a: int, prompt_b: int
+    key_a: state.Key,
+    key_b: state.Key,
+    _a: Run,
+    _b: Run,
+    prompt_a: int,
+    prompt_b: int,
+    layers: tuple[int, int] | None,
 ) -> pd.DataFrame:
-    return prompt_divergence(_a, _b, prompt_a, prompt_b)
+    return prompt_divergence(_a, _b, prompt_a, prompt_b, layers=layers)
 
 
 render()

@@ -13,8 +13,6 @@ from explorer.views import SavedView
 
 _ADDRESS = "view"  # its name in the address
 _PROBLEM, _MADE = "problem of the saved view", "saved just now"
-# parts of an address that name a run file
-RUN_PARAMS = ("run", "against")
 # pages that show no view of a run
 NOT_SAVED = ("capture", "share", "learn")
 
@@ -42,7 +40,7 @@ def follow(pages: Sequence[StreamlitPage]) -> None:
 
 
 def banner() -> None:
-    """Say which saved view this is, and whether its runs changed since it was saved."""
+    """Say which saved view this is, and whether what it shows changed since it was saved."""
     problem = st.session_state.pop(_PROBLEM, "")
     if problem:
         address.note(problem)
@@ -65,8 +63,8 @@ def banner() -> None:
 
 
 def warn_of_changes(view: SavedView) -> None:
-    """Warn when a run of a view is not the file that it was."""
-    changed = changed_runs(view)
+    """Warn when a run, the slice or the comparison of a view is not what it was."""
+    changed = views.changed(view, state.runs_folder(), digest=_digest)
     if changed:
         names = ", ".join(address.plain(name) for name in changed)
         st.warning(
@@ -82,23 +80,19 @@ def by_line(view: SavedView) -> str:
     return f"{by} on {view.created[:10]}"
 
 
-def changed_runs(view: SavedView) -> list[str]:
-    """Return the runs of a view that changed; a file is read again only when it did."""
-    changed = []
-    for name, known in view.fingerprints.items():
-        path = state.runs_folder() / f"{name}{state.SUFFIX}"
-        try:
-            status = path.stat()
-            if _fingerprint(str(path), status.st_mtime_ns, status.st_size) != known:
-                changed.append(name)
-        except (OSError, ExplorerError):
-            changed.append(name)
-    return changed
+def _digest(path: Path) -> str:
+    """Return what a file is, which is read again only when it changed."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ExplorerError(f"{path.name} cannot be read: {error.strerror}.") from None
+    return _known_digest(str(path), status.st_mtime_ns, status.st_size)
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def _fingerprint(path: str, changed_at: int, size: int) -> str:
-    return views.fingerprint(Path(path))
+# as many as the runs that one view may name
+@st.cache_data(max_entries=1_000, show_spinner=False)
+def _known_digest(path: str, changed_at: int, size: int) -> str:
+    return views.digest(Path(path))
 
 
 def save_form(page: str) -> None:
@@ -139,8 +133,9 @@ def _save(page: str) -> None:
 
 def runs_of(params: Mapping[str, str]) -> dict[str, Path]:
     """Return the files of the runs that an address names."""
-    names = [params[name] for name in RUN_PARAMS if params.get(name)]
-    return {n: state.runs_folder() / f"{n}{state.SUFFIX}" for n in names if n in state.run_names()}
+    there = set(state.run_names())
+    folder = state.runs_folder()
+    return {n: service.run_file(folder, n) for n in views.runs_named(params) if n in there}
 
 
 def link_to(view: SavedView) -> str:

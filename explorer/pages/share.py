@@ -9,7 +9,7 @@ from explorer import service, views
 from explorer.errors import ExplorerError
 from explorer.pages import access, address, saved
 from explorer.pages.shell import current_view
-from explorer.pages.state import SUFFIX, View, new_name, runs_folder
+from explorer.pages.state import SUFFIX, View, new_name, run_names, runs_folder
 from explorer.report import build_report
 from explorer.views import SavedView
 
@@ -53,8 +53,9 @@ def _views() -> None:
             else "Those who may write here can save what a page shows under a name."
         )
         st.info(f"No view is saved yet. {how}", icon=":material/bookmark:")
+    runs = run_names()
     for view in found[:MAX_LISTED]:
-        _one_view(view)
+        _one_view(view, runs)
     if len(found) > MAX_LISTED:
         st.caption(f"The newest {MAX_LISTED} of {len(found):,} are shown; older ones open by link.")
     for view_id in damaged:
@@ -64,7 +65,7 @@ def _views() -> None:
             right.button("Delete", key=f"delete {view_id}", on_click=_delete, args=(view_id,))
 
 
-def _one_view(view: SavedView) -> None:
+def _one_view(view: SavedView, runs: list[str]) -> None:
     with st.container(border=True, key=f"view {view.view_id}"):
         run = view.params.get("run", "")
         where = address.plain(f"{view.page.replace('-', ' ')} of {run}")
@@ -81,7 +82,7 @@ def _one_view(view: SavedView) -> None:
                 icon=":material/open_in_new:",
                 query_params={"view": view.view_id},
             )
-            if (runs_folder() / f"{run}{SUFFIX}").is_file():
+            if run in runs:
                 _report_button("Report", run, view)
             if service.may_write():
                 with st.popover("Delete", icon=":material/delete:"):
@@ -110,7 +111,7 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
         st.session_state[_REPORT] = (key, "", b"")
         try:
             with st.spinner("Making the report…"):
-                report = build_report(runs_folder() / f"{run}{SUFFIX}", view).encode()
+                report = build_report(service.run_file(runs_folder(), run), view).encode()
             st.session_state[_REPORT] = (key, "", report)
         except (CaptureError, ExplorerError, OSError) as error:
             st.session_state[_REPORT] = (key, str(error), b"")

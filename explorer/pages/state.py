@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 import streamlit as st
 
+from explorer import service
 from explorer.balance import balance_table
 from explorer.errors import ExplorerError
 from explorer.figures.caption import Scope, site_name
@@ -154,7 +155,7 @@ def opened(name: str) -> tuple[Run, Key]:
     ExplorerError, CaptureError
         If there is no such run, or its file is none.
     """
-    path = runs_folder() / f"{name}{SUFFIX}"
+    path = service.in_folder(runs_folder(), f"{name}{SUFFIX}")
     try:
         status = path.stat()
     except OSError:

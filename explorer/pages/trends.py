@@ -16,6 +16,7 @@ from explorer.pages.shell import current_view
 from explorer.pages.state import is_dark
 from explorer.run import Run, open_run
 from explorer.trends import in_order, trend_table
+from explorer.views import join
 
 _DEMO, _FOLDER = "demo", "folder"
 _SOURCES = {_DEMO: "The demo model's training", _FOLDER: "Runs of this folder"}
@@ -37,6 +38,8 @@ def render() -> None:
         default=_DEMO,
         show=_SOURCES.__getitem__,
     )
+    if source == _DEMO:
+        address.write("runs", "")  # of the folder, which is not shown
     named = _demo_runs() if source == _DEMO else _folder_runs()
     if len(named) < 2:
         st.info(
@@ -97,7 +100,11 @@ def _demo_runs() -> list[tuple[str, Run]]:
 def _folder_runs() -> list[tuple[str, Run]]:
     names = state.run_names()
     stepped = sorted(name for name in names if "step" in name)
-    chosen = st.multiselect("Runs", names, default=stepped or [], key="trend runs")
+    chosen = address.choose_several(
+        st.multiselect, "runs", "Runs", names, default=stepped, what="run"
+    )
+    # written even if it is the default, which changes with the runs of the folder
+    address.write("runs", join(chosen))
     found = []
     for name in chosen:
         try:

@@ -1,6 +1,7 @@
 """What to compare: routers, settings, and the button that starts it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -40,6 +41,7 @@ CONDITION_CHOICES = (
     "low_rank(share=0.125)",
     "merge(keep=0.75)",
 )
+_WATCHED = "comparison in progress"
 _RUN, _TYPED, _FILE = "run", "typed", "file"
 _SOURCES = {_RUN: "This run", _TYPED: "Typed prompts", _FILE: "Uploaded prompts"}
 
@@ -64,6 +66,8 @@ def start_comparison(view: View, *, first: bool) -> None:
     """
     job = _job()
     if job is not None:
+        if job.active:
+            st.session_state[_WATCHED] = job.job_id
         ended = follow(job.job_id, key="compare")
         if ended is None:
             return
@@ -71,6 +75,8 @@ def start_comparison(view: View, *, first: bool) -> None:
             run = getattr(ended.request, "run", "")
             if run and run != str(view.run.path):
                 _open(ended)
+            elif st.session_state.pop(_WATCHED, None) == ended.job_id:
+                address.write("comparison", Path(ended.path).name)
     if not service.may_write():
         return
     with st.expander("New comparison", expanded=first, icon=":material/add:"):
@@ -94,8 +100,6 @@ def _job() -> Job | None:
 
 
 def _open(job: Job) -> None:
-    from pathlib import Path
-
     name = Path(job.request.run).stem if isinstance(job.request, CompareRequest) else ""
     if name and st.button(f"Open {address.plain(name)}", icon=":material/open_in_new:"):
         address.write_run(name)
