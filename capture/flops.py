@@ -22,6 +22,9 @@ Key = tuple[int, int]  # layer, site
 # the parts of a decoder layer that attend to other tokens
 ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+# projections within attention whose rows or columns are single heads'
+HEAD_PROJECTIONS = ("q_proj", "q_b_proj", "wq", "o_proj", "out_proj", "dense", "wo")
+FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "Wqkv")
 MATRIX, STACK = 2, 3
 
 
@@ -34,6 +37,9 @@ class LayerFlops:
     layer : int
     attention : float, a token
         Projections to queries, keys, values and back.
+    attention_heads : float, a token
+        The part of ``attention`` that a token saves whose heads are all closed: from the query
+        and back. Keys and values stay, as later tokens attend to them.
     attention_key : float or None, a token and key
         Scores and weighted sum over all heads; None for a mixer that is no softmax attention.
     router : dict of (layer, site) to float, a token
@@ -48,6 +54,7 @@ class LayerFlops:
 
     layer: int
     attention: float
+    attention_heads: float
     attention_key: float | None
     router: Mapping[Key, float]
     expert: Mapping[Key, float]
@@ -158,14 +165,28 @@ def _layer_flops(
             for module in (site.router, site.experts, *_parallel(site)):
                 counted.update(module.parameters())
     sums = {"attention": 0.0, "shared": 0.0, "dense": 0.0}
+    heads = 0.0
     for name, parameter in layer.named_parameters():
         elsewhere = parameter in counted or set(name.split(".")) & set(OTHER_STACKS)
         if _is_matrix(name, parameter) and not elsewhere:
-            sums[_part_of(name)] += 2.0 * parameter.numel()
+            part = _part_of(name)
+            sums[part] += 2.0 * parameter.numel()
+            if part == "attention":
+                heads += 2.0 * parameter.numel() * _share_of_heads(name, parameter, config)
     return LayerFlops(
-        number, sums["attention"], _attention_key(layer, config), router, expert,
+        number, sums["attention"], heads, _attention_key(layer, config), router, expert,
         sums["shared"], sums["dense"],
     )  # fmt: skip
+
+
+def _share_of_heads(name: str, parameter: nn.Parameter, config: object) -> float:
+    """Return the share of an attention matrix that makes queries or leads heads back, 0..1."""
+    projection = name.split(".")[-2] if "." in name else ""
+    if projection not in FUSED_PROJECTIONS:
+        return float(projection in HEAD_PROJECTIONS)
+    heads = _own_or_common(None, config, HEAD_COUNTS) or 0
+    width = _own_or_common(None, config, ("head_dim",)) or parameter.shape[1] // max(1, heads)
+    return min(1.0, heads * width / parameter.shape[0])
 
 
 def _part_of(name: str) -> str:

@@ -94,6 +94,36 @@ def test_the_formulas_on_paper():
     )
 
 
+def test_what_heads_save_is_what_a_model_with_fewer_heads_saves():
+    """Keys and values are those of one shared head, and stay."""
+    totals = {}
+    for heads in (3, 4):
+        model = tiny_models.build(
+            "qwen3_moe", num_attention_heads=heads, num_key_value_heads=1, head_dim=8
+        )
+        paper = model_flops(model, attach(model))
+        with counted_flops(model) as counted:
+            logits_of(model)
+        totals[heads] = counted.total
+    saved = sum(layer.attention_heads + layer.attention_key * LENGTH for layer in paper.layers) / 4
+    assert totals[4] - totals[3] == TOKENS * saved
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("mixtral", 4 / 6),  # two key heads for four
+        ("dbrx", 4 / 6),  # one matrix for queries, keys and values
+        # the narrow matrices before queries, keys and values are common to all heads
+        ("deepseek_v3", (64 * 16 + 32 * 32) / (64 * 16 + 32 * 32 + 40 * 32 + 64 * 16)),
+    ],
+)
+def test_heads_share_of_attention(name, share):
+    model = tiny_models.build(name)
+    for layer in model_flops(model, find_sites(model)).layers:
+        assert layer.attention_heads / layer.attention == pytest.approx(share)
+
+
 def test_shared_and_dense_blocks_are_told_apart():
     model = tiny_models.build("deepseek_v3")
     first, second, _ = model_flops(model, find_sites(model)).layers

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pytest
 import router_checks
 import tiny_models
 
 import capture
+from capture.flops import model_flops
+from capture.sites import find_sites
 from explorer import open_comparison, open_run
 from explorer.__main__ import main
+from explorer.comparison.cost import Usage, cost_of
 from explorer.comparison.file import SUFFIX, comparisons_of, write_comparison
 from explorer.comparison.names import (
     arguments_of,
@@ -300,6 +304,25 @@ def test_a_difference_beyond_two_standard_errors_is_told(tmp_path, sign, verdict
     write_comparison(path, rows_of_texts(losses))
     with open_comparison(path) as comparison:
         assert paired(comparison, "a", "b").verdict == verdict
+
+
+def test_closed_heads_save_what_a_model_without_them_saves():
+    """One in four of those that share their keys and values."""
+    costs = {}
+    for heads, open_share in ((4, 0.75), (3, 1.0)):
+        model = tiny_models.build(
+            "qwen3_moe", num_attention_heads=heads, num_key_value_heads=1, head_dim=8
+        )
+        sites = find_sites(model)
+        keys = [(site.info.layer, site.info.site) for site in sites]
+        used = Usage(
+            keys=20.0,
+            experts=dict.fromkeys(keys, 2.0),
+            load=dict.fromkeys(keys, np.full(sites[0].info.n_experts, 0.25)),
+            heads=dict.fromkeys(range(3), open_share),
+        )
+        costs[heads] = cost_of(model_flops(model, sites), used, itemsize=4)
+    assert tuple(costs[4]) == pytest.approx(tuple(costs[3]))
 
 
 def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):

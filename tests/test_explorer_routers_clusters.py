@@ -201,10 +201,12 @@ def test_reduced_rank_regression_against_its_definition():
     hidden = torch.randn(300, 6, generator=generator).double()
     logits = hidden @ torch.randn(6, 5, generator=generator).double() + 3
     nothing = torch.zeros(6, 5).double()
-    full, bias = regress(hidden, logits, nothing, 1e-9, None)
+    (full,), bias = regress(hidden, logits, nothing, 1e-9, None)
     assert_close("full", hidden @ full + bias, logits, atol=1e-5)
     for rank in (1, 2, 3):
-        weight, bias = regress(hidden, logits, nothing, 1e-9, rank)
+        (left, right), bias = regress(hidden, logits, nothing, 1e-9, rank)
+        assert (left.shape, right.shape) == ((6, rank), (rank, 5))
+        weight = left @ right
         assert int(torch.linalg.matrix_rank(weight, atol=1e-6)) == rank
         centred = logits - logits.mean(0)
         singular = torch.linalg.svdvals(centred)

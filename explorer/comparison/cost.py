@@ -91,8 +91,9 @@ def cost_of(model: ModelFlops, used: Usage, *, itemsize: int) -> Cost:
     Notes
     -----
     A weight takes part in one multiplication and one addition a token, so half the operations are
-    the weights; of experts, those that at least one of ``DECODED`` tokens uses are read. Heads are
-    masked, not skipped: their row says that the saving is simulated.
+    the weights; of experts, those that at least one of ``DECODED`` tokens uses are read. A closed
+    head saves its query, its mixing of values and its way back, not its keys and values, which
+    later tokens meet. Heads are masked, not skipped: their row says that the saving is simulated.
     """
     flops, weights = model.head, model.head / 2
     experts_flops = router_flops = keys_read = 0.0
@@ -101,7 +102,8 @@ def cost_of(model: ModelFlops, used: Usage, *, itemsize: int) -> Cost:
         heads = used.heads.get(layer.layer, 1.0)
         own = sum(used.rule.get(key, cost) for key, cost in layer.router.items())
         routers = share * block * own + used.beside.get(layer.layer, 0.0)
-        fixed = share * (heads * layer.attention + block * layer.shared + layer.dense)
+        attention = layer.attention - (1 - heads) * layer.attention_heads
+        fixed = share * (attention + block * layer.shared + layer.dense)
         # tokens that use a layer see only each other there
         meeting = (layer.attention_key or 0.0) * used.keys * share**2 * heads
         running = sum(cost * used.experts[key] for key, cost in layer.expert.items())

@@ -44,7 +44,7 @@ class ShortlistRouter(TableRouter):
         title="Cluster shortlist and gate",
         summary=(
             "A token's cluster gives a short list of experts, and the model's own gate chooses "
-            "among them. Only the listed rows of the gate are computed."
+            "among them. The whole gate is computed: the weights need all its scores."
         ),
         formula="L = TopK(T_c, m);  S = TopK(p_e : e in L, k)",
         paper="2509.10513",
@@ -88,9 +88,9 @@ class ShortlistRouter(TableRouter):
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
-        """Return the operations of the distances and of the listed rows of the gate."""
-        listed = 2 * top_k if self.shortlist is None else self.shortlist
-        return 2.0 * d * (self.n_clusters + min(listed, n_experts))
+        """Return the operations of the distances and of the model's own gate."""
+        n_clusters = self.clusters_.count if self.fitted else self.n_clusters
+        return 2.0 * d * (n_clusters + n_experts)
 
 
 @ROUTERS.add("cluster_linear")
@@ -152,35 +152,37 @@ class ClusterLinearRouter(RoutingRouter):
         cluster = self.clusters_.distances(hidden.float()).argmin(dim=-1)
         nothing = torch.zeros(hidden.shape[1], logits.shape[1], dtype=torch.float64)
         overall = regress(hidden, logits, nothing, self.ridge, self.rank)
-        prior = overall[0] if self.rank is None else nothing
-        weights, biases = [], []
-        for number in range(len(self.clusters_.centroids)):
+        prior = overall[0][0] if self.rank is None else nothing
+        self.gates_ = []
+        for number in range(self.clusters_.count):
             mine = cluster == number
             if not bool(mine.any()):
-                weight, bias = overall
+                factors, bias = overall
             else:
-                weight, bias = regress(hidden[mine], logits[mine], prior, self.ridge, self.rank)
-            weights.append(weight.float())
-            biases.append(bias.float())
-        self.weights_, self.biases_ = torch.stack(weights), torch.stack(biases)
+                factors, bias = regress(hidden[mine], logits[mine], prior, self.ridge, self.rank)
+            self.gates_.append(([each.float() for each in factors], bias.float()))
 
     def _route(self, inputs: RouterInputs) -> Routing:
         hidden = inputs.tensor("hidden").float()
         cluster = self.clusters_.distances(hidden).argmin(dim=-1)
-        logits = torch.zeros(len(hidden), self.biases_.shape[-1], device=hidden.device)
-        for number in range(len(self.weights_)):
+        logits = torch.zeros(len(hidden), inputs.n_experts, device=hidden.device)
+        for number, (factors, bias) in enumerate(self.gates_):
             mine = cluster == number
-            logits[mine] = hidden[mine] @ self.weights_[number] + self.biases_[number]
+            values = hidden[mine]
+            for factor in factors:
+                values = values @ factor
+            logits[mine] = values + bias
         scores = student_scores(logits, inputs)
         ids = choose(scores, inputs)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
         """Return the operations of the distances and of one cluster's router."""
+        n_clusters = self.clusters_.count if self.fitted else self.n_clusters
         router = 2.0 * d * n_experts
-        if self.rank is not None:
+        if self.rank is not None and self.rank < min(d, n_experts):
             router = 2.0 * self.rank * (d + n_experts)
-        return 2.0 * d * self.n_clusters + router
+        return 2.0 * d * n_clusters + router
 
 
 def regress(
@@ -189,7 +191,7 @@ def regress(
     prior: torch.Tensor,
     ridge: float,
     rank: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Fit logits linearly to hidden states, near a prior, at most of some rank.
 
     Parameters
@@ -205,7 +207,8 @@ def regress(
 
     Returns
     -------
-    weight : Tensor [D, E]
+    factors : list of Tensor
+        Whose product is the weight [D, E]: itself, or [D, rank] and [rank, E].
     bias : Tensor [E]
     """
     centre, level = hidden.mean(dim=0), logits.mean(dim=0)
@@ -214,11 +217,13 @@ def regress(
     size = float(gram.diagonal().mean())
     gram.diagonal().add_(ridge * size + 1e-9)
     weight = prior + torch.linalg.solve(gram, x.T @ (logits - level - x @ prior))
+    factors = [weight]
     if rank is not None and rank < min(weight.shape):
         fitted = x @ weight
         directions = torch.linalg.eigh(fitted.T @ fitted).eigenvectors[:, -rank:]
-        weight = weight @ directions @ directions.T
-    return weight, level - centre @ weight
+        factors = [weight @ directions, directions.T]
+        weight = factors[0] @ factors[1]
+    return factors, level - centre @ weight
 
 
 @ROUTERS.add("cluster_low_rank")

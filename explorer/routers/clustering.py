@@ -67,9 +67,12 @@ class TableRouter(RoutingRouter):
         """Return the shares that the table is mixed by."""
         return shares
 
+    def _scores(self, shares: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the table, mixed by the shares [T, C]: scores [T, E]."""
+        return self._mixed(shares) @ self.table_
+
     def _route(self, inputs: RouterInputs) -> Routing:
-        shares = self._mixed(self._shares(points_of(inputs, self.level)))
-        scores = shares @ self.table_
+        scores = self._scores(self._shares(points_of(inputs, self.level)))
         ids = choose(scores, inputs, selector=self.selector)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
@@ -150,10 +153,14 @@ class KMeansRouter(TableRouter):
             return shares
         return torch.zeros_like(shares).scatter(-1, shares.argmax(-1, keepdim=True), 1.0)
 
+    def _scores(self, shares: torch.Tensor) -> torch.Tensor:
+        # one row of the table needs no product
+        return super()._scores(shares) if self.soft else self.table_[shares.argmax(-1)]
+
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
         """Return the operations of the distances, and of mixing the rows where it is soft."""
-        mixing = 2.0 * self.n_clusters * n_experts if self.soft else 0.0
-        return 2.0 * d * self.n_clusters + mixing
+        n_clusters = self.clusters_.count if self.fitted else self.n_clusters
+        return 2.0 * n_clusters * (d + (n_experts if self.soft else 0))
 
 
 @ROUTERS.add("kmeans_soft")
@@ -285,5 +292,6 @@ class MixtureRouter(TableRouter):
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
         """Return the operations of the densities and of mixing the rows."""
+        n_components = self.mixture_.count if self.fitted else self.n_components
         density = 4.0 * d if self.covariance == "diag" else 2.0 * d * d
-        return self.n_components * (density + 2.0 * n_experts)
+        return n_components * (density + 2.0 * n_experts)

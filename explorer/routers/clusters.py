@@ -74,6 +74,11 @@ class KMeansClusters:
         self.inertia = float(model.inertia_)
         self.spread = self.inertia / len(seen)
 
+    @property
+    def count(self) -> int:
+        """Clusters that were found, at most ``n_clusters``."""
+        return len(self.centroids)
+
     def distances(self, points: torch.Tensor) -> torch.Tensor:
         """Return squared distances to the centroids, [T, C]."""
         centroids = self.centroids.to(points.device)
@@ -136,6 +141,13 @@ class GaussianClusters:
         self.means = torch.from_numpy(model.means_)
         # Cholesky factors of the precisions: [C, D] diagonals, or [C, D, D]
         self.factors = torch.from_numpy(model.precisions_cholesky_)
+        if self.covariance == "full":
+            self.at_means = torch.einsum("cd,cde->ce", self.means, self.factors)
+
+    @property
+    def count(self) -> int:
+        """Components that were fitted, at most ``n_components``."""
+        return len(self.means)
 
     def posterior(self, points: torch.Tensor) -> torch.Tensor:
         """Return the probability of each component given the point, [T, C] float32."""
@@ -146,10 +158,9 @@ class GaussianClusters:
             square = square + (self.means.square() * precision).sum(-1)
             log_det = self.factors.log().sum(-1)
         else:
-            at_means = torch.einsum("cd,cde->ce", self.means, self.factors)
             parts = [
                 (x @ factor - mean).square().sum(-1)
-                for factor, mean in zip(self.factors, at_means, strict=True)
+                for factor, mean in zip(self.factors, self.at_means, strict=True)
             ]
             square = torch.stack(parts, dim=-1)
             log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(-1)

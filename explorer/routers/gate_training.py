@@ -4,6 +4,7 @@ In training every part is computed and multiplied by its gate, so that a closed 
 what it keeps away. Afterwards closed parts do not run (heads do; they are masked).
 """
 
+import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -192,8 +193,15 @@ class TrainedGate(TrainedRouter, PartRouter):
         return PartMask(self.part, (logits >= self.cut_).float(), state)
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
-        """Return the operations of one logit per part; heads are taken as four."""
-        return 2.0 * d * {"layer": 1, "head": 4, "expert": n_experts}[self.part]
+        """Return the operations of one logit per part, in the mean layer.
+
+        Heads are taken as four before the training.
+        """
+        parts = float({"layer": 1, "head": 4, "expert": n_experts}[self.part])
+        if self.fitted:
+            readout = cast(Any, self.network_).readout
+            parts = statistics.fmean(each.out_features for each in readout)
+        return 2.0 * d * parts
 
 
 class _Learning:

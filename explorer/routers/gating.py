@@ -165,8 +165,9 @@ class _PartGate(PartRouter):
         return PartMask(self.part, gate)
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
-        """Return the operations of one logit per part; heads are taken as four."""
-        return 2.0 * d * {"layer": 1, "head": 4, "expert": n_experts}[self.part]
+        """Return the operations of one logit per part; heads are taken as four before the fit."""
+        parts = {"layer": 1, "head": 4, "expert": n_experts}[self.part]
+        return 2.0 * d * (self.network_.out_features if self.fitted else parts)
 
 
 _INFO = RouterInfo(

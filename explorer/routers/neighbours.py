@@ -65,4 +65,5 @@ class NeighbourRouter(RoutingRouter):
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
         """Return the operations of the distances to all kept inputs, and of the mean."""
-        return 2.0 * d * self.max_points + float(self.neighbours * n_experts)
+        n_points = len(self.points_) if self.fitted else self.max_points
+        return 2.0 * d * n_points + float(min(self.neighbours, n_points) * n_experts)

@@ -123,8 +123,9 @@ class HeadAttentionRouter(PartRouter):
         return PartMask(self.part, selector.mask(attention).float())
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
-        """Return the operations of the query; those of a few heads' keys are left out."""
-        return 2.0 * d * self.rank
+        """Return the operations of the query and of the heads' keys; four heads before the fit."""
+        n_heads = len(self.network_.keys) if self.fitted else 4
+        return 2.0 * self.rank * (d + n_heads)
 
 
 class LayerKeys(nn.Module):

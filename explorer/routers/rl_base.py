@@ -76,10 +76,14 @@ class ActionRouter(TrainedRouter, RoutingRouter):
             self.info = replace(self.info, needs=frozenset({"logits"}))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
-        """Return the operations of the model's own gate and of the network."""
-        n_states = len(STATISTICS) + (d if self.state == "full" else 0)
-        n_actions = 2 if self.actions == "skip" else (self.most or top_k) + 1
-        return 2.0 * (d * n_experts + self.width * (n_states + n_actions))
+        """Return the operations of the model's own gate and of the network.
+
+        The network is linear in the hidden state; only the gate's statistics pass its width.
+        """
+        n_actions = len(make_actions(self.actions, top_k, most=self.most, least=self.least).used)
+        linear = d * n_actions if self.state == "full" else 0
+        network = linear + self.width * (len(STATISTICS) + n_actions)
+        return 2.0 * (d * n_experts + network)
 
     def _prepare(self, session: TrainingSession) -> None:
         """Make the actions of all sites and find out what they cost."""
