@@ -1,5 +1,6 @@
 """Two runs against each other: the same model twice, or two models on the same text."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,7 +8,16 @@ import numpy.typing as npt
 import pandas as pd
 
 from explorer.metrics import agreement, alignment
-from explorer.queries.two_runs import chosen, common_prompts, common_tokens, prompt_gates
+from explorer.queries.part import Part
+from explorer.queries.two_runs import (
+    Chosen,
+    Layers,
+    chosen,
+    common_prompts,
+    common_tokens,
+    prompt_gates,
+    spread,
+)
 from explorer.run import Run
 
 # (token, router) rows of both runs that are compared one by one; tokens of one prompt
@@ -88,25 +98,36 @@ def load_change(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return both.assign(change=np.log2(smooth[1] / smooth[0]))
 
 
-def token_divergence(first: Run, second: Run, *, max_rows: int = MAX_ROWS) -> pd.DataFrame:
-    """Compare the experts of the same tokens in two runs of one model.
+def token_divergence(
+    first: Run,
+    second: Run,
+    *,
+    domain: str | None = None,
+    part: Part | None = None,
+    max_rows: int = MAX_ROWS,
+) -> pd.DataFrame:
+    """Compare the experts of the same prompt tokens in two runs of one model.
 
     Parameters
     ----------
+    domain, part : optional
+        Of the first run's tokens.
     max_rows : int
         Tokens times routers that are compared; the tokens are spread over all that are common.
 
     Returns
     -------
     DataFrame
-        One row per site: ``layer, site, tokens, jaccard, exact_set, top_1, js`` (Jensen-Shannon
+        One row per site: ``layer, site, tokens``, ``common`` (tokens that could have been
+        compared), ``jaccard, exact_set, top_1, js`` (Jensen-Shannon
         divergence of the combine weights, nats), ``chance`` (Jaccard of random sets). Empty
         without common tokens.
     """
-    prompts, n_tokens = common_prompts(first, second), max(1, max_rows // len(first.sites))
-    both = common_tokens(first, second, prompts, max_tokens=n_tokens)
-    if both.empty:
+    prompts = common_prompts(first, second, domain=domain, part=part)
+    every = common_tokens(first, second, prompts, part=part)
+    if every.empty:
         return pd.DataFrame()
+    both = spread(every, max(1, max_rows // len(first.sites)))
     rows = []
     sides = chosen(first, both["token_a"]), chosen(second, both["token_b"])
     for site, a, b in zip(first.sites, *sides, strict=True):
@@ -117,6 +138,7 @@ def token_divergence(first: Run, second: Run, *, max_rows: int = MAX_ROWS) -> pd
                 "layer": site.layer,
                 "site": site.site,
                 "tokens": len(both),
+                "common": len(every),
                 "jaccard": means.jaccard,
                 "exact_set": means.exact_set,
                 "top_1": means.top_1,
@@ -127,8 +149,10 @@ def token_divergence(first: Run, second: Run, *, max_rows: int = MAX_ROWS) -> pd
     return pd.DataFrame(rows)
 
 
-def prompt_divergence(first: Run, second: Run, prompt_a: int, prompt_b: int) -> pd.DataFrame:
-    """Compare the tokens of one prompt in two runs of one model.
+def prompt_divergence(
+    first: Run, second: Run, prompt_a: int, prompt_b: int, *, layers: Layers | None = None
+) -> pd.DataFrame:
+    """Compare the tokens of one prompt in two runs of one model, in the layers of a range.
 
     Returns
     -------
@@ -145,16 +169,28 @@ def prompt_divergence(first: Run, second: Run, prompt_a: int, prompt_b: int) -> 
     both = both.merge(texts, on="token_a").sort_values("position").reset_index(drop=True)
     if both.empty:
         return both.assign(jaccard=[], first_layer=[])
-    sides = chosen(first, both["token_a"]), chosen(second, both["token_b"])
+    sides = (
+        _of_range(first, chosen(first, both["token_a"]), layers),
+        _of_range(second, chosen(second, both["token_b"]), layers),
+    )
     table = np.array(
         [agreement.jaccard(a.expert_ids, b.expert_ids) for a, b in zip(*sides, strict=True)]
     )
-    layers = np.array([site.layer for site in first.sites], dtype=np.float64)
-    other = np.where(table < 1, layers[:, None], np.inf).min(axis=0)
+    places = np.array([site.layer for site in first.sites if _within(layers, site.layer)])
+    other = np.where(table < 1, places[:, None], np.inf).min(axis=0)
     return both.assign(
         jaccard=np.nanmean(table, axis=0),
         first_layer=np.where(np.isfinite(other), other, np.nan),
     )
+
+
+def _within(layers: Layers | None, layer: int) -> bool:
+    return layers is None or layers[0] <= layer <= layers[1]
+
+
+def _of_range(run: Run, found: list[Chosen], layers: Layers | None) -> list[Chosen]:
+    """Return what was chosen at the sites of a range of layers."""
+    return [one for site, one in zip(run.sites, found, strict=True) if _within(layers, site.layer)]
 
 
 class TwoModels(NamedTuple):
@@ -163,28 +199,55 @@ class TwoModels(NamedTuple):
     Attributes
     ----------
     stretches : DataFrame
-        ``prompt, text, entropy_a, entropy_b`` (normalised gate entropy), ``margin_a, margin_b``,
-        ``loss_a, loss_b`` (sums over the stretch, nats).
+        ``prompt, text, tokens_a, tokens_b, entropy_a, entropy_b`` (normalised gate entropy),
+        ``margin_a, margin_b``, ``loss_a, loss_b`` (of predicting the stretch, nats; missing where
+        the loss of one of its tokens is).
     co_routing : CoRouting
-    prompts : int
+    prompts, common : int
+        Prompts that were compared, and all that both runs hold.
+    cut : int
+        Prompts that were left out, since one run has more of their text than the other.
     """
 
     stretches: pd.DataFrame
     co_routing: alignment.CoRouting
     prompts: int
+    common: int
+    cut: int
 
 
-def two_models(first: Run, second: Run, *, max_prompts: int = MAX_PROMPTS) -> TwoModels:
+def two_models(
+    first: Run,
+    second: Run,
+    *,
+    domain: str | None = None,
+    part: Part | None = None,
+    layers: Sequence[Layers | None] = (None, None),
+    max_prompts: int = MAX_PROMPTS,
+) -> TwoModels:
     """Compare two models on the texts that both runs hold, aligned by characters.
 
     Expert ids of different models have nothing to do with each other, so that none are compared:
     only how sure the routers are, and whether the same stretches are routed together.
+
+    Parameters
+    ----------
+    domain, part : optional
+        Of the first run's prompts; they are compared as a whole.
+    layers : sequence of two
+        The range of layers of each run; None = all.
+    max_prompts : int
+        Where more are common, so many, evenly spread over all of them and so over domains.
     """
-    prompts = common_prompts(first, second).head(max_prompts)
+    common = common_prompts(first, second, domain=domain, part=part)
+    prompts = spread(common, max_prompts)
     tables: list[pd.DataFrame] = []
     pairs: tuple[list[Any], list[Any]] = ([], [])
     for row in prompts.itertuples():
-        sides = [prompt_gates(first, row.prompt_a), prompt_gates(second, row.prompt_b)]
+        sides = [
+            prompt_gates(first, row.prompt_a, layers=layers[0]),
+            prompt_gates(second, row.prompt_b, layers=layers[1]),
+        ]
         texts = [side["text"].fillna("").tolist() for side in sides]
         # a prompt may have been truncated in one of the runs
         if "".join(texts[0]) != "".join(texts[1]) or not "".join(texts[0]):
@@ -192,13 +255,20 @@ def two_models(first: Run, second: Run, *, max_prompts: int = MAX_PROMPTS) -> Tw
         found = alignment.align(*texts)
         tables.append(_stretches(found, sides, str(row.text), int(row.prompt_a)))
         kept = min(len(found.end), MAX_SEGMENTS)
-        for run, side, segment, into in zip(
-            (first, second), sides, (found.first, found.second), pairs, strict=True
+        for run, side, segment, into, of_range in zip(
+            (first, second), sides, (found.first, found.second), pairs, layers, strict=True
         ):
-            into.append(alignment.co_routing(_last_choices(run, side, segment, kept)))
-    empty = ["prompt", "text", *(f"{n}_{s}" for n in ("entropy", "margin", "loss") for s in "ab")]
+            into.append(alignment.co_routing(_last_choices(run, side, segment, kept, of_range)))
+    names = ("tokens", "entropy", "margin", "loss")
+    empty = ["prompt", "text", *(f"{name}_{side}" for name in names for side in "ab")]
     stretches = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=empty)
-    return TwoModels(stretches, alignment.co_routing_agreement(*pairs), len(tables))
+    return TwoModels(
+        stretches,
+        alignment.co_routing_agreement(*pairs),
+        prompts=len(tables),
+        common=len(common),
+        cut=len(prompts) - len(tables),
+    )
 
 
 def _stretches(
@@ -212,19 +282,42 @@ def _stretches(
     for name, side, segment in zip("ab", sides, (found.first, found.second), strict=True):
         for quantity, column in (("entropy", "normalized_entropy"), ("margin", "margin")):
             columns[f"{quantity}_{name}"] = alignment.segment_means(side[column], segment, n)
-        count = np.bincount(segment[segment >= 0], minlength=n)
-        mean = alignment.segment_means(side["loss"], segment, n)
-        columns[f"loss_{name}"] = mean * count
+        columns[f"tokens_{name}"] = np.bincount(segment[segment >= 0], minlength=n)
+        columns[f"loss_{name}"] = _stretch_losses(side["loss"], segment, n)
     return pd.DataFrame(columns)
 
 
+def _stretch_losses(
+    losses: "pd.Series[float]", segment: npt.NDArray[np.int64], n: int
+) -> npt.NDArray[np.float64]:
+    """Return what predicting each of ``n`` stretches cost, nats [n]; nan where it is not known.
+
+    A token's recorded loss is that of the token after it, so that each belongs to the next one.
+    """
+    of_token = losses.astype(np.float64).shift(1).to_numpy()
+    place = segment.copy()
+    # a character of several tokens is the text of the first; the others cost as well
+    for token in range(1, len(place)):
+        if place[token] < 0:
+            place[token] = place[token - 1]
+    if len(segment) and segment[-1] < 0:
+        # these end either a character or the whole prompt, which is no text
+        of_token[-1] = np.nan
+    known = place >= 0
+    return np.asarray(np.bincount(place[known], of_token[known], minlength=n), dtype=np.float64)
+
+
 def _last_choices(
-    run: Run, side: pd.DataFrame, segment: npt.NDArray[np.int64], kept: int
+    run: Run,
+    side: pd.DataFrame,
+    segment: npt.NDArray[np.int64],
+    kept: int,
+    layers: Layers | None,
 ) -> npt.NDArray[np.int64]:
     """Return the experts [L, S, K] of the last token of each of the first segments."""
     last = pd.Series(side["token_id"].to_numpy()).groupby(segment).last()
     token_ids = last[last.index >= 0].iloc[:kept].to_numpy()
-    parts = [at_site.expert_ids for at_site in chosen(run, token_ids)]
+    parts = [one.expert_ids for one in _of_range(run, chosen(run, token_ids), layers)]
     width = max(part.shape[1] for part in parts)
     wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts]
     return np.stack(wide)

@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.figures import theme
-from explorer.figures.caption import site_name
+from explorer.figures.caption import Scope, site_name
 from explorer.figures.heatmap import Scale, clickable_heatmap
 from explorer.figures.text import label
 
@@ -106,14 +106,18 @@ def over_layers(
     )
 
 
-def divergence_over_layers(table: pd.DataFrame, *, dark: bool = False) -> go.Figure:
+def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
     """Draw how often the same tokens keep their experts, layer by layer.
 
     Parameters
     ----------
     table : DataFrame
         From ``explorer.two_runs.token_divergence``.
+    scope : Scope
+        Of the first run's tokens.
     """
+    tokens, common = int(table["tokens"].max()), int(table["common"].max())
+    spread = f"{tokens:,} of {common:,} common tokens, evenly spread"
     several = bool((table["site"] > 0).any())
     names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
     figure = go.Figure()
@@ -143,14 +147,22 @@ def divergence_over_layers(table: pd.DataFrame, *, dark: bool = False) -> go.Fig
     return theme.finish(
         figure,
         title="The same tokens in both runs: how far their experts agree (0 to 1)",
-        caption=f"n = {int(table['tokens'].max()):,} tokens at the same place of the same prompts",
+        caption=scope.caption(
+            "at the same place of the same prompts", *([spread] if tokens < common else [])
+        ),
         dark=dark,
         legend=True,
     )
 
 
 def against(
-    stretches: pd.DataFrame, quantity: str, *, title: str, prompts: int, dark: bool = False
+    stretches: pd.DataFrame,
+    quantity: str,
+    *,
+    title: str,
+    scope: Scope,
+    prompts: str,
+    dark: bool = False,
 ) -> go.Figure:
     """Draw a quantity of model B over that of model A, one point a stretch of text.
 
@@ -159,8 +171,13 @@ def against(
     stretches : DataFrame
         From ``explorer.two_runs.two_models``.
     quantity : {"entropy", "margin", "loss"}
+    scope : Scope
+        Of the first run's tokens.
+    prompts : str
+        How many there are.
     """
     known = stretches.dropna(subset=[f"{quantity}_a", f"{quantity}_b"])
+    tokens = known[["tokens_a", "tokens_b"]].sum()
     shown = known.iloc[:: max(1, -(-len(known) // 4000))]
     figure = go.Figure(
         go.Scattergl(
@@ -174,11 +191,21 @@ def against(
     )
     figure.update_xaxes(title=f"{title} in A")
     figure.update_yaxes(title=f"{title} in B")
-    drawn = "" if len(shown) == len(known) else f"; {len(shown):,} of {len(known):,} are drawn"
+    notes = [
+        f"{int(tokens['tokens_b']):,} in B",
+        f"{len(known):,} stretches of {prompts}",
+        *([f"{len(shown):,} of them are drawn"] if len(shown) < len(known) else []),
+        *(
+            [f"{len(stretches) - len(known):,} without a value"]
+            if len(known) < len(stretches)
+            else []
+        ),
+        "sums over the tokens of a stretch" if quantity == "loss" else "means over layers",
+    ]
     return theme.finish(
         figure,
         title=f"{title[:1].upper()}{title[1:]}: both models on the same stretches",
-        caption=f"n = {len(known):,} stretches of {prompts:,} prompts{drawn}; means over layers",
+        caption=scope._replace(n_tokens=int(tokens["tokens_a"])).caption(*notes),
         dark=dark,
         caption_width=60,
     )

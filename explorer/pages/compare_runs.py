@@ -12,7 +12,6 @@ from capture.errors import CaptureError
 from explorer.errors import ExplorerError
 from explorer.figures.load import load_heatmap
 from explorer.figures.two_runs import (
-    against,
     change_heatmap,
     divergence_over_layers,
     over_layers,
@@ -20,6 +19,7 @@ from explorer.figures.two_runs import (
 from explorer.metrics.load import max_violation
 from explorer.pages import address, jump, state
 from explorer.pages.components.chart import chart
+from explorer.pages.components.stretches import stretches_section
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
 from explorer.pages.components.visible import one_line
 from explorer.pages.shell import current_view
@@ -30,7 +30,6 @@ from explorer.queries.part import Part
 from explorer.queries.two_runs import common_prompts
 from explorer.run import Run
 from explorer.two_runs import (
-    MAX_SEGMENTS,
     TwoModels,
     differences,
     load_change,
@@ -39,12 +38,6 @@ from explorer.two_runs import (
     token_divergence,
     two_models,
 )
-
-_QUANTITIES = {
-    "entropy": "normalised gate entropy",
-    "margin": "margin",
-    "loss": "loss of the stretch (nats)",
-}
 
 
 def render() -> None:
@@ -183,7 +176,7 @@ def _expert_by_expert(view: View, other: View) -> None:
     )
     for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
         figure = load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark())
-        figure.update_layout(title={"text": f"{name.upper()}: load (× uniform share)"})
+        figure.update_layout(title_text=f"{name.upper()}: load (× uniform share)")
         with column:
             chart(
                 figure,
@@ -238,7 +231,7 @@ def _same_tokens(view: View, other: View) -> None:
     st.subheader("The same tokens in both runs", anchor=False)
     _phase_note(view)
     prompts = _of_two(view, other, "prompts", **view.prompt_filters)
-    if _none_matches(view, prompts):
+    if _none_matches(view, len(prompts)):
         return
     if prompts.empty or not (view.run.records_ids and other.run.records_ids):
         st.info(
@@ -286,9 +279,9 @@ def _phase_note(view: View) -> None:
         )
 
 
-def _none_matches(view: View, prompts: pd.DataFrame) -> bool:
+def _none_matches(view: View, n_prompts: int) -> bool:
     """Say that no prompt of both runs is of the view, if there are some that are not."""
-    if len(prompts) or (view.domain is None and view.part is None):
+    if n_prompts or (view.domain is None and view.part is None):
         return False
     st.info("No prompt that both runs hold matches the filters at the side.")
     return True
@@ -336,7 +329,7 @@ def _strip(view: View, other: View, prompt: "pd.Series[Any]") -> None:
         else f"its experts differ from layer {int(row['first_layer'])} on"
     )
     losses = ", ".join(
-        f"loss {value:.3f} nats in {name}"
+        f"loss of the next token {value:.3f} nats in {name}"
         for name, value in (("A", row["loss_a"]), ("B", row["loss_b"]))
         if not pd.isna(value)
     )
@@ -352,7 +345,7 @@ def _two_models(view: View, other: View) -> None:
     with st.spinner("Aligning the texts by their characters…"):
         layers = (view.layers, other.layers)
         found: TwoModels = _of_two(view, other, "models", layers=layers, **view.prompt_filters)
-    if found.stretches.empty and _none_matches(view, found.stretches):
+    if found.stretches.empty and _none_matches(view, found.common):
         return
     if found.stretches.empty:
         st.info(
@@ -361,61 +354,12 @@ def _two_models(view: View, other: View) -> None:
             icon=":material/info:",
         )
         return
-    routed, longest = found.co_routing, found.stretches.groupby("prompt").size().max()
-    first = f" (the first {MAX_SEGMENTS} of each prompt)" if longest > MAX_SEGMENTS else ""
-    prompts = f"{found.prompts:,} prompts"
-    if found.prompts < found.common:
-        prompts = f"{found.prompts:,} of {found.common:,} prompts in common"
-    if np.isfinite(routed.correlation):
-        st.markdown(
-            f"**Do the models route the same stretches of text together?** Over {routed.pairs:,} "
-            f"pairs of stretches{first}, how many experts a pair shares in A and in B has a correlation "
-            f"of **{routed.correlation:.3f}**; by chance it would be {routed.low:.3f} to "
-            f"{routed.high:.3f}."
-        )
-    st.caption(
-        f"{len(found.stretches):,} stretches of {prompts}: the shortest pieces of text that end "
-        "at a token of both models."
-        + (f" {found.cut:,} more were cut short in one of the runs." if found.cut else "")
-    )
-    quantity = address.choose(
-        st.segmented_control,
-        "quantity",
-        "Quantity",
-        list(_QUANTITIES),
-        default="entropy",
-        show=lambda name: name.capitalize(),
-    )
-    if quantity == "margin":
-        st.caption("Margins are on each router's own scale of scores; compare their order only.")
-    _stretches(view, found, quantity, prompts)
+    stretches_section(view, found)
     sides = {"a": view.sampled(), "b": other}
     loads = {
         name: side.of_layers(ask(side, expert_load, **side.filters)) for name, side in sides.items()
     }
     _lines(sides, loads, _caption(sides))
-
-
-def _stretches(view: View, found: TwoModels, quantity: str, prompts: str) -> None:
-    title = _QUANTITIES[quantity]
-    if found.stretches[[f"{quantity}_a", f"{quantity}_b"]].isna().any(axis=1).all():
-        st.info(f"{title.capitalize()}: not recorded for any stretch in both runs.")
-        return
-    # prompts are aligned as a whole; a loss is of no layer
-    scope = view.scope(0, over_layers=quantity != "loss")
-    chart(
-        against(
-            found.stretches,
-            quantity,
-            title=title,
-            scope=scope._replace(phase="prompt", whole_prompts=True),
-            prompts=prompts,
-            dark=is_dark(),
-        ),
-        key="against",
-        alt=f"Scatter: {title} of model B over that of model A for the same stretches of text.",
-        table=found.stretches,
-    )
 
 
 def _of_two(view: View, other: View, question: str, **arguments: Any) -> Any:

@@ -6,7 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from explorer.queries._where import Part, conditions, prompt_conditions
 from explorer.run import Run
+
+Layers = tuple[int, int]  # the first and the last of a range
 
 
 class Chosen(NamedTuple):
@@ -23,15 +26,25 @@ class Chosen(NamedTuple):
     weights: npt.NDArray[np.float64]
 
 
-def prompt_texts(run: Run) -> pd.DataFrame:
+def prompt_texts(run: Run, *, domain: str | None = None, part: Part | None = None) -> pd.DataFrame:
     """Return ``prompt_id, text, domain`` of the prompts whose text was recorded."""
+    where, params = prompt_conditions(domain=domain, part=part)
     return run.query(
-        "SELECT prompt_id, text, domain FROM prompts WHERE text IS NOT NULL ORDER BY prompt_id"
+        "SELECT prompt_id, text, domain FROM prompts "
+        f"WHERE text IS NOT NULL AND {where} ORDER BY prompt_id",
+        params,
     )
 
 
-def common_prompts(first: Run, second: Run) -> pd.DataFrame:
+def common_prompts(
+    first: Run, second: Run, *, domain: str | None = None, part: Part | None = None
+) -> pd.DataFrame:
     """Return prompts of the same text in both runs.
+
+    Parameters
+    ----------
+    domain, part : optional
+        Of the first run's prompts: the second one's may be named otherwise.
 
     Returns
     -------
@@ -39,13 +52,19 @@ def common_prompts(first: Run, second: Run) -> pd.DataFrame:
         ``text, domain, prompt_a, prompt_b``, in the order of the first run; a text that a run
         holds twice counts once.
     """
-    a = prompt_texts(first).drop_duplicates("text").rename(columns={"prompt_id": "prompt_a"})
+    a = prompt_texts(first, domain=domain, part=part)
+    a = a.drop_duplicates("text").rename(columns={"prompt_id": "prompt_a"})
     b = prompt_texts(second).drop_duplicates("text").rename(columns={"prompt_id": "prompt_b"})
     return a.merge(b[["text", "prompt_b"]], on="text")[["text", "domain", "prompt_a", "prompt_b"]]
 
 
 def common_tokens(
-    first: Run, second: Run, prompts: pd.DataFrame, *, max_tokens: int
+    first: Run,
+    second: Run,
+    prompts: pd.DataFrame,
+    *,
+    part: Part | None = None,
+    max_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Return the prompt tokens that both runs hold at the same place of the same prompt.
 
@@ -53,7 +72,9 @@ def common_tokens(
     ----------
     prompts : DataFrame
         From :func:`common_prompts`.
-    max_tokens : int
+    part : Part, optional
+        Of the first run's tokens.
+    max_tokens : int, optional
         Where there are more, so many, evenly spread over all of them.
 
     Returns
@@ -63,20 +84,27 @@ def common_tokens(
         loss_b``.
     """
     sides = []
-    for run, name in ((first, "a"), (second, "b")):
+    for run, name, of_run in ((first, "a", part), (second, "b", None)):
+        where, params = conditions(phase="prompt", part=of_run)
         rows = run.query(
             "SELECT prompt_id, position, token, token_id, loss FROM tokens "
-            "WHERE phase = 'prompt' AND list_contains($prompts, prompt_id) ORDER BY token_id",
-            {"prompts": prompts[f"prompt_{name}"].tolist()},
+            f"WHERE {where} AND list_contains($prompts, prompt_id) ORDER BY token_id",
+            params | {"prompts": prompts[f"prompt_{name}"].tolist()},
         )
         names = {"prompt_id": f"prompt_{name}", "token_id": f"token_{name}", "loss": f"loss_{name}"}
         sides.append(rows.rename(columns=names))
     a = sides[0].merge(prompts[["prompt_a", "prompt_b"]], on="prompt_a")
     both = a.merge(sides[1], on=["prompt_b", "position", "token"])
-    both = both.sort_values("token_a")
-    if len(both) > max_tokens:
-        both = both.iloc[np.linspace(0, len(both) - 1, max_tokens).astype(np.int64)]
-    return both.reset_index(drop=True)
+    both = both.sort_values("token_a").reset_index(drop=True)
+    return both if max_tokens is None else spread(both, max_tokens)
+
+
+def spread(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
+    """Return at most so many rows, evenly spread over all of them, numbered anew."""
+    if len(rows) <= limit:
+        return rows
+    places = np.linspace(0, len(rows) - 1, limit).astype(np.int64)
+    return rows.iloc[places].reset_index(drop=True)
 
 
 def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
@@ -104,8 +132,8 @@ def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
     return found
 
 
-def prompt_gates(run: Run, prompt_id: int) -> pd.DataFrame:
-    """Return what is known of each prompt token, as means over layers.
+def prompt_gates(run: Run, prompt_id: int, *, layers: Layers | None = None) -> pd.DataFrame:
+    """Return what is known of each prompt token, as means over the layers (of a range).
 
     Returns
     -------
@@ -113,8 +141,10 @@ def prompt_gates(run: Run, prompt_id: int) -> pd.DataFrame:
         ``token_id, position, text, loss, normalized_entropy`` (gate entropy / ln E),
         ``margin``; ordered by position.
     """
+    of_range = "" if layers is None else "AND layer BETWEEN $first AND $last"
+    params = {} if layers is None else {"first": layers[0], "last": layers[1]}
     return run.query(
-        """
+        f"""
         WITH places AS (
             SELECT token_id, position, text, loss FROM tokens
             WHERE prompt_id = $prompt_id AND phase = 'prompt'
@@ -123,9 +153,9 @@ def prompt_gates(run: Run, prompt_id: int) -> pd.DataFrame:
             avg(entropy / nullif(ln(n_experts), 0)) AS normalized_entropy, avg(margin) AS margin
         FROM places LEFT JOIN (
             SELECT * FROM gates JOIN sites USING (layer, site)
-            WHERE token_id BETWEEN (SELECT low FROM ends) AND (SELECT high FROM ends)
+            WHERE token_id BETWEEN (SELECT low FROM ends) AND (SELECT high FROM ends) {of_range}
         ) USING (token_id)
         GROUP BY token_id, position, text ORDER BY position
         """,
-        {"prompt_id": int(prompt_id)},
+        params | {"prompt_id": int(prompt_id)},
     )
