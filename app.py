@@ -21,7 +21,7 @@ PAGES = {
     "learn": ("Learn", ":material/school:"),
 }
 
-st.set_page_config(page_title="RouteScope", page_icon=":material/route:", layout="wide")
+st.set_page_config(page_title="RouteScope", page_icon=str(shell.LOGO), layout="wide")
 access.begin()
 pages = [
     shell.page(name, title, icon)

@@ -268,6 +268,7 @@ FIGURES = {
     "trend max_violation": "max_violation",
     "trend normalized_entropy": "load_entropy",
     "trend domain_information": "specialisation",
+    "oracle": "comparison",
     "conditions": "condition",
     "flip": "condition",
 }

@@ -2,6 +2,7 @@
 
 import os
 import re
+from urllib.parse import urlsplit
 
 import pytest
 from browser import browser, chromium_path, serve, settle
@@ -100,7 +101,8 @@ def token(page, text):
 
 
 @pytest.mark.parametrize(
-    "path", ["", "tokens", "experts", "load-balance", "attention", "flow", "capture"]
+    "path",
+    ["", "tokens", "experts", "load-balance", "attention", "flow", "capture", "learn", "share"],
 )
 def test_every_page_draws_in_both_themes(address, new_page, theme, path):
     page = new_page(theme)
@@ -115,7 +117,45 @@ def test_every_page_draws_in_both_themes(address, new_page, theme, path):
         "[...document.querySelectorAll('.js-plotly-plot')].map(p => p._fullLayout.paper_bgcolor)"
     )
     assert all((paper.lower() == "#ffffff") == (theme == "light") for paper in papers)
-    assert bool(papers) == (path != "capture")
+    assert bool(papers) == (path not in ("capture", "share"))
+
+
+def test_no_page_asks_another_server_for_anything(address, page):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    for path in ("", "learn", "load-balance"):
+        visit(page, f"{address}/{path}?run=known")
+        page.wait_for_timeout(500)
+    hosts = {urlsplit(url).netloc for url in asked if not url.startswith(("data:", "blob:"))}
+    assert len(asked) > 20 and hosts == {urlsplit(address).netloc}
+
+
+def test_the_question_mark_of_a_figure_leads_to_its_term_and_the_tour_goes_on(address, page):
+    visit(page, f"{address}/?run=known")
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    page.get_by_role("link", name="?", exact=True).first.click()
+    page.wait_for_url(re.compile("/learn.*term=load"))
+    settle(page)
+    page.get_by_text("Load", exact=True).first.wait_for()
+    page.get_by_role("button", name="Next").click()
+    page.wait_for_url(re.compile("step="))
+    settle(page)
+    assert not page.locator("[data-testid=stException]").count() and not page.errors
+
+
+def test_a_placement_on_more_gpus_is_drawn_and_linked(address, page):
+    visit(page, f"{address}/load-balance?run=large&layer=3")
+    page.get_by_role("radio", name="Serving: GPUs and batches").click()
+    page.wait_for_url(re.compile("topic=serving"))
+    settle(page)
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    bars = "document.querySelector('.js-plotly-plot')._fullData[0].x.length"
+    assert page.evaluate(bars) == 8
+    page.get_by_test_id("stSelectbox").filter(has_text="GPUs").locator("input").click()
+    page.get_by_role("option", name="16", exact=True).click()
+    page.wait_for_url(re.compile("gpus=16"))
+    settle(page)
+    page.wait_for_function(f"{bars} === 16")
 
 
 def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert(address, page):

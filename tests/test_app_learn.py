@@ -1,5 +1,6 @@
 """The Learn page: every step with a live figure, the glossary, and the "?" of every figure."""
 
+import ast
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from test_app_pages import charts, notes, opened, runs, worker  # noqa: F401
 
 from explorer.glossary import FIGURES, TERMS, help_text, term_of
 from explorer.pages import address
+from explorer.worker.client import ROOT
 
 STEPS = ("router", "load", "specialisation", "path")
 FIGURED = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
@@ -105,3 +107,20 @@ def test_the_longest_beginning_counts():
 
 def test_the_page_has_an_address():
     assert address.PAGE_NAMES["learn"] == ("step", "term")
+
+
+def keys_of_charts():
+    """Return how the key of every chart of the app begins, from the code that draws it."""
+    for path in sorted((ROOT / "explorer" / "pages").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "chart":
+                (key,) = [word.value for word in call.keywords if word.arg == "key"]
+                parts = key.values if isinstance(key, ast.JoinedStr) else [key]
+                if isinstance(parts[0], ast.Constant):
+                    yield parts[0].value
+
+
+def test_every_figure_has_a_term_of_its_own():
+    keys = list(keys_of_charts())
+    assert len(keys) > 30
+    assert not [key for key in keys if not any(map(key.startswith, FIGURES))]

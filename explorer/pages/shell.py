@@ -12,7 +12,7 @@ _VIEW = "current view"
 _DEMO = "demo"
 # per prompt, so that what the pages say of the phases has something to show
 _DEMO_GENERATE = 8
-_LOGO = state.ROOT / "explorer" / "assets" / "logo.svg"
+LOGO = state.ROOT / "explorer" / "assets" / "logo.svg"
 # Streamlit leaves a hand's width free above a page and at its sides
 _STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding: 2.6rem 3rem 3rem; }
@@ -35,7 +35,7 @@ def page(name: str, title: str, icon: str) -> StreamlitPage:
 
 def frame(title: str) -> None:
     """Draw the page's title and the bar at the side; remember the view for the page."""
-    st.logo(str(_LOGO), size="large")
+    st.logo(str(LOGO), size="large")
     st.html(_STYLE)
     st.title(title, anchor=False)
     address.place_notes()
