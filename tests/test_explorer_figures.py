@@ -2,6 +2,7 @@
 
 import html
 import re
+import tomllib
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from explorer.metrics import capacity
 from explorer.metrics import load as load_metrics
 from explorer.queries import load, tokens
 from explorer.run import open_run
+from explorer.worker.client import ROOT
 
 SCOPE = Scope(33)
 
@@ -318,6 +320,29 @@ def luminance(color):
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
+def contrast(*colors):
+    low, high = sorted(map(luminance, colors))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme_name", ["light", "dark"])
+def test_tokens_are_read_on_every_tint(theme_name):
+    """WCAG asks for 4.5 between text and its ground."""
+    colors = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text())["theme"][theme_name]
+    style = (ROOT / "explorer/pages/components/token_strip.css").read_text()
+    (tint,) = re.findall(r"calc\(var\(--level\) \* ([0-9]+)%\)", style)
+    text, ground, level = (
+        np.array([int(colors[name][at : at + 2], 16) for at in (1, 3, 5)])
+        for name in ("textColor", "backgroundColor", "primaryColor")
+    )
+    hues = [
+        np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) for color in theme.OKABE_ITO
+    ]
+    for hue in (level, *hues):
+        full = ground + (hue - ground) * int(tint) / 100
+        assert contrast(text, full) >= 4.5
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_lines_of_checkpoints_are_seen_on_their_ground(dark):
     rows = [
@@ -327,10 +352,10 @@ def test_lines_of_checkpoints_are_seen_on_their_ground(dark):
         for step, name in ((1, "a"), (2, "b"))
     ]  # fmt: skip
     figure = trend_lines(pd.DataFrame(rows), "saturation", caption="", dark=dark)
-    ground = luminance([int(theme.ground(dark)[at : at + 2], 16) for at in (1, 3, 5)])
+    ground = [int(theme.ground(dark)[at : at + 2], 16) for at in (1, 3, 5)]
     for line in figure.data:
-        low, high = sorted([ground, luminance(unlabel_rgb(line.line.color))])
-        assert (high + 0.05) / (low + 0.05) >= 2.9  # WCAG asks for 3 of what is not text
+        # WCAG asks for 3 of what is not text
+        assert contrast(ground, unlabel_rgb(line.line.color)) >= 2.9
 
 
 def test_domain_heatmap_holds_the_load(run):
