@@ -63,7 +63,8 @@ CALLS = {
     "export_counts": lambda folder: service.export_counts(RUN, folder / "counts.duckdb"),
     "remove": lambda folder: service.remove(folder / "kept", what="Removing"),
 }
-ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only", "run_path"}
+PATHS = {"run_path", "in_folder", "run_file"}
+ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only"} | PATHS
 
 
 def test_every_service_that_writes_is_tried_below():
