@@ -180,6 +180,8 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     table = app.dataframe[0].value
     badges = dict(zip(table["router"], table["badges"], strict=True))
     assert badges["peeks<script>"] == "not causal" and badges["native"] == ""
+    drawn = [one for one in specs if "Change in loss by domain" in one]
+    assert drawn and not any("top_k(k=1) †" in one for one in drawn)
     said = " ".join(markdown.value for markdown in app.markdown)
     assert "better than chance by more than two standard errors" in said
     assert "12.5% of the recorded tokens lie between clusters" in said

@@ -111,6 +111,12 @@ def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):  # noq
 def test_a_click_on_a_cell_of_the_layers_shows_the_card_of_its_row(address, page):  # noqa: F811
     visit(page, f"{address}/compare?run=known")
     page.get_by_text(f"Title of {OURS}").wait_for()
+    # what wears a badge is marked where there is no room for badges
+    rows = page.evaluate(
+        "document.querySelectorAll('.js-plotly-plot')[1]._fullLayout.yaxis.ticktext"
+    )
+    assert rows[2].endswith("†") and not rows[0].endswith("†")
+    page.get_by_text("† not causal").wait_for()
     click_cell(page, 0, 2, which=1)
     page.get_by_text("Title of peeks<script>").wait_for()
 

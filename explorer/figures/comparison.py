@@ -90,6 +90,12 @@ def badges(row: "pd.Series[object]") -> list[str]:
     return found + (["simulated"] if known["simulated"] else [])
 
 
+def marked(results: pd.DataFrame) -> dict[str, str]:
+    """Return how routers are called where there is no room for badges: with a † for any badge."""
+    wearing = {str(row["router"]) for _, row in results.iterrows() if badges(row)}
+    return {str(name): f"{name} †" if name in wearing else str(name) for name in results["router"]}
+
+
 def front(
     results: pd.DataFrame, *, cost: str, native_loss: float, tokens: int, dark: bool = False
 ) -> go.Figure:

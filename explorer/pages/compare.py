@@ -18,6 +18,7 @@ from explorer.figures.comparison import (
     curves,
     family_name,
     front,
+    marked,
     means_by,
 )
 from explorer.pages import address
@@ -36,6 +37,7 @@ _COLUMNS = {
     "loss_change": "Δ loss (nats)",
     "loss_se": "± SE",
     "experts_per_token": "Experts a token",
+    "parts_share": "Heads or blocks ×",
     "flops_ratio": "FLOPs ×",
     "expert_flops_ratio": "Expert FLOPs ×",
     "latency_ratio": "Time ×",
@@ -43,6 +45,7 @@ _COLUMNS = {
     "energy_ratio": "Energy proxy ×",
     "agreement": "Agreement",
     "max_violation": "MaxVio",
+    "max_violation_floor": "MaxVio by chance",
     "badges": "Badges",
     "seed": "Seed",
 }
@@ -59,6 +62,9 @@ _BADGE_TEXTS = {
     "depends on the batch": "other sequences in the batch change its choices",
     "simulated": "what it leaves out was computed and masked, not skipped: no time is saved",
 }
+
+
+_MARKED = "not causal, depends on the batch, or simulated: its card says which."
 
 
 def render() -> None:
@@ -265,6 +271,11 @@ def _layers_and_domains(
         rows[rows["router"].isin(names) & ~rows["router"].str.startswith("random")]
         for rows in (table, comparison.domains)
     )
+    called = marked(comparison.table)
+    table, domains = (
+        rows.assign(router=rows["router"].map(lambda name: called.get(name, name)))
+        for rows in (table, domains)
+    )
     single = table[(table["mode"] == "live-layer") & table["layer"].notna()]
     tokens = int(info["report_tokens"])
     if not single.empty:
@@ -287,11 +298,13 @@ def _layers_and_domains(
             table=domains,
             on_click=lambda data: _open_card(means_by(domains, "domain"), data),
         )
+    if any(name.endswith("†") for name in {*single["router"], *domains["router"]}):
+        st.caption(f"† {_MARKED}")
 
 
 def _open_card(means: pd.DataFrame, data: list[float]) -> None:
     """Show the router of the row that was clicked."""
-    address.write("router", str(means.index[int(data[0])]))
+    address.write("router", str(means.index[int(data[0])]).removesuffix(" †"))
 
 
 def _learning(comparison: Comparison) -> None:
@@ -337,6 +350,7 @@ def _replay(table: pd.DataFrame) -> None:
         "Without the model: each router decides on the inputs that this run recorded. Errors do "
         "not add up from layer to layer here, and agreement is a poor predictor of loss."
     )
+    rows = rows.assign(badges=[", ".join(badges(row)) for _, row in rows.iterrows()])
     names = {
         "router": "Router",
         "agreement": "Agreement",
@@ -349,12 +363,15 @@ def _replay(table: pd.DataFrame) -> None:
         "max_violation_floor": "MaxVio by chance",
         "gini": "Gini",
         "dead_experts": "Dead",
+        "badges": "Badges",
     }
     st.dataframe(
         rows[list(names)],
         hide_index=True,
         column_config={
-            name: title if name == "router" else st.column_config.NumberColumn(title, format="%.3f")
+            name: title
+            if name in ("router", "badges")
+            else st.column_config.NumberColumn(title, format="%.3f")
             for name, title in names.items()
         },
         alt="Routers by replay: agreement with the model's own choice, balance and compute",

@@ -4,6 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.comparison.file import Comparison
+from explorer.figures.comparison import marked
 from explorer.pages import address
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
 
@@ -56,16 +57,17 @@ def _controls(
     comparison: Comparison, names: list[str], choices: pd.DataFrame, texts: pd.DataFrame
 ) -> tuple[str, str, int, str]:
     a, b, c, d = st.columns([3, 3, 3, 2])
+    called = marked(comparison.table)
     others = [name for name in names if name != NATIVE]
     with a:
         first = address.choose(
-            st.selectbox, "a", "Router A", names, default=names[0], show=lambda name: name
+            st.selectbox, "a", "Router A", names, default=names[0], show=called.__getitem__
         )
     with b:
         wanted = address.read("router")
         default = wanted if wanted in others else others[0]
         second = address.choose(
-            st.selectbox, "b", "Router B", names, default=default, show=lambda name: name
+            st.selectbox, "b", "Router B", names, default=default, show=called.__getitem__
         )
     heads = texts.sort_values("position").groupby("text_id").first()
     starts = {
