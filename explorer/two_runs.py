@@ -294,7 +294,7 @@ def _stretch_losses(
 
     A token's recorded loss is that of the token after it, so that each belongs to the next one.
     """
-    of_token = losses.astype(np.float64).shift(1).to_numpy()
+    of_token = losses.astype(np.float64).shift(1).to_numpy(copy=True)
     place = segment.copy()
     # a character of several tokens is the text of the first; the others cost as well
     for token in range(1, len(place)):

@@ -15,6 +15,7 @@ from explorer.run import open_run
 PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
 NAME = "<b>rare</b> % words"
 IDS = [0, 2, 5, 20, 24]
+DEEP = tuple(SITES[1]._replace(layer=layer) for layer in (1, 2, 3, 5))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,8 +102,7 @@ def test_the_tokens_page_lists_the_prompts_of_the_part(known):
 
 @pytest.fixture
 def deep(runs):  # noqa: F811
-    sites = tuple(SITES[1]._replace(layer=layer) for layer in (1, 2, 3, 5))
-    return write_run(runs / "deep.duckdb", level="attention", sites=sites)
+    return write_run(runs / "deep.duckdb", level="attention", sites=DEEP)
 
 
 SERVING = {"topic": "serving", "layer": "1.0"}
@@ -153,6 +153,108 @@ def test_serving_says_how_many_tokens_it_reads(known, monkeypatch):
         assert f"the first 21 of {n}" in caption
 
 
+WAYS = {
+    "experts": {"ids": "same", "by": "experts"},
+    "tokens": {"ids": "same", "by": "tokens"},
+    "models": {"ids": "unrelated"},
+}
+
+
+def compared(way, **filters):
+    """Open the run and its copy beside each other."""
+    return opened("compare_runs", run="known", against="other", **WAYS[way], **filters)
+
+
+@pytest.fixture
+def copied(known, runs):  # noqa: F811
+    write_run(runs / "other.duckdb", level="attention")
+    return known
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_runs_are_compared_on_what_the_filters_leave(copied, way):
+    app = compared(way)
+    for name, value, mine, words in (
+        ("domain", "law", lambda t: t["domain"] == "law", "domain law"),
+        ("search", "COURT", lambda t: t["prompt_id"] == 0, "prompts with “COURT”"),
+        ("slice", NAME, lambda t: t["token_id"] in IDS, "slice “&lt;b&gt;rare"),
+    ):
+        # answers are remembered, and that to other filters must not be given again
+        assert words not in captions(app)[0]
+        app.query_params[name] = value
+        caption = captions(app.run())[0]
+        wanted = [t for t in copied.tokens if mine(t)]
+        prompts = {t["prompt_id"] for t in wanted}
+        if way == "models":  # whole prompts, as far as they have text
+            wanted = [t for t in copied.tokens if t["prompt_id"] in prompts and t["text"]]
+        if way != "experts":
+            wanted = [t for t in wanted if t["phase"] == "prompt"]
+            assert "phase prompt" in caption
+        if way == "tokens":
+            assert len(app.selectbox(key="address:shared").options) == len(prompts)
+        assert f"n = {len(wanted)} tokens of" in caption and words in caption
+        del app.query_params[name]
+
+
+def test_a_slice_is_of_one_run_and_a_search_of_both(copied):
+    app = compared("experts", slice=NAME, search="court")
+    assert any("counted without it" in caption.value for caption in app.caption)
+    n = sum(t["prompt_id"] == 0 for t in copied.tokens)
+    assert f"B: n = {n} tokens of prompts with “court”" in captions(app)[0]
+
+
+def test_a_search_in_a_run_of_totals_is_said_not_to_act(known, runs):  # noqa: F811
+    write_run(runs / "other.duckdb", level="stats")
+    app = compared("experts", search="court")
+    assert any("counted without the search" in caption.value for caption in app.caption)
+    assert f"B: n = {len(known.tokens)} tokens; padding" in captions(app)[0]
+
+
+@pytest.mark.parametrize("way", ["tokens", "models"])
+def test_only_prompts_are_compared_token_by_token_and_the_page_says_so(copied, way):
+    app = compared(way, phase="generated")
+    assert any("does not act" in caption.value for caption in app.caption)
+    assert "phase prompt" in captions(app)[0] and "phase generated" not in captions(app)[0]
+
+
+@pytest.mark.parametrize("way", ["tokens", "models"])
+def test_two_runs_without_a_prompt_of_the_filters_say_so(known, runs, monkeypatch, way):  # noqa: F811
+    import synthetic
+
+    monkeypatch.setattr(synthetic, "PROMPTS", (("law", ["Other"] * 6), *synthetic.PROMPTS[1:]))
+    write_run(runs / "other.duckdb", level="attention")
+    app = compared(way, search="court")
+    assert "No prompt that both runs hold" in notes(app)
+    assert not any("same stretches" in c.spec or "same tokens" in c.spec for c in charts(app))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_runs_are_compared_in_the_range_of_layers(deep, runs, way):  # noqa: F811
+    write_run(runs / "other.duckdb", level="attention", sites=DEEP)
+    app = opened(
+        "compare_runs", run="deep", against="other", **WAYS[way], **{"from": "2", "to": "3"}
+    )
+    layers = drawn_layers(app)
+    assert layers and all(set(some) == {"2", "3"} for some in layers)
+    assert all("layers 2 to 3" in caption for caption in captions(app))
+
+
+def test_pages_say_how_many_prompts_and_tokens_they_compare(copied, monkeypatch):
+    from explorer import two_runs
+
+    for question, limit in (
+        (two_runs.token_divergence, {"max_rows": 15}),
+        (two_runs.two_models, {"max_prompts": 2}),
+    ):
+        limits = question.__kwdefaults__ | limit
+        monkeypatch.setattr(question, "__kwdefaults__", limits)
+    n = sum(t["phase"] == "prompt" for t in copied.tokens)
+    assert f"5 of {n} common tokens" in captions(compared("tokens"))[0]
+    app = compared("models")
+    assert "of 2 of 6 prompts in common" in captions(app)[0]
+    assert any("of 2 of 6 prompts in common" in caption.value for caption in app.caption)
+
+
 def drawn_layers(app):
     """Return the layers on the axes of a page's figures over layers."""
     axes = [json.loads(chart.spec)["layout"] for chart in charts(app)]
@@ -160,7 +262,7 @@ def drawn_layers(app):
         axis["ticktext"]
         for layout in axes
         for axis in (layout.get("xaxis", {}), layout.get("yaxis", {}))
-        if axis.get("title", {}).get("text") == "decoder layer" and "ticktext" in axis
+        if axis.get("title", {}).get("text", "").startswith("decoder layer") and "ticktext" in axis
     ]
     return layers
 

@@ -13,10 +13,11 @@ from explorer import open_run, trends, two_runs
 from explorer.errors import MetricError, RunError
 from explorer.figures import two_runs as figures
 from explorer.figures.trends import trend_lines
-from explorer.metrics import alignment
+from explorer.metrics import agreement, alignment
 from explorer.metrics.specialization import information
 from explorer.queries.load import expert_load_by_domain
-from explorer.queries.two_runs import chosen, common_prompts, common_tokens
+from explorer.queries.part import Part
+from explorer.queries.two_runs import chosen, common_prompts, common_tokens, prompt_gates
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,48 @@ def test_stretches_cover_the_text_and_no_token_crosses_one(case):
             start, end = end, end + len(token)
             if token:
                 assert found.start[number] <= start and end <= found.end[number]
+
+
+def tokens_with(text, losses):
+    """Return tokens as a run stores them: with each, the loss of the one after it."""
+    return pd.DataFrame(
+        {"text": text, "loss": [*losses[1:], None], "normalized_entropy": 0.5, "margin": 0.25}
+    )
+
+
+def stretches_of(text, first, second):
+    found = alignment.align(first["text"], second["text"])
+    return two_runs._stretches(found, [first, second], text, 0)
+
+
+def test_the_loss_of_a_stretch_is_what_predicting_its_characters_cost():
+    # every character costs as much in both models, however they are cut
+    costs = dict(zip("abcdefg", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0), strict=True))
+
+    def cut(pieces):
+        return tokens_with(pieces, [sum(costs[c] for c in piece) for piece in pieces])
+
+    table = stretches_of("abcdefg", cut(["", "ab", "c", "de", "fg"]), cut(["abc", "d", "e", "fg"]))
+    assert table["text"].tolist() == ["abc", "de", "fg"]
+    assert table["loss_a"].tolist() == [7, 24, 96]
+    # nothing came before the first token of B, so that nobody predicted it
+    assert math.isnan(table["loss_b"][0]) and table["loss_b"].tolist()[1:] == [24, 96]
+    assert table["tokens_a"].tolist() == [2, 1, 1] and table["tokens_b"].tolist() == [1, 2, 1]
+
+
+def test_the_loss_of_a_stretch_is_not_guessed():
+    known = tokens_with(["x", "a", "b", "c"], [0.0, 1.0, 2.0, 4.0])
+    partly = tokens_with(["x", "a", "b", "c"], [0.0, 1.0, None, 4.0])
+    whole = tokens_with(["x", "ab", "c"], [0.0, 3.0, 4.0])
+    assert stretches_of("xabc", known, whole)["loss_a"].tolist()[1:] == [3, 4]
+    losses = stretches_of("xabc", partly, whole)["loss_a"]
+    assert math.isnan(losses[1]) and losses[2] == 4
+    # a character of two tokens costs both; what ends the prompt may be no character
+    several = tokens_with(["x", "a", "", "bc"], [0.0, 1.0, 2.0, 4.0])
+    ended = tokens_with(["x", "a", "bc", ""], [0.0, 3.0, 4.0, 8.0])
+    table = stretches_of("xabc", several, ended)
+    assert table["loss_a"].tolist()[1:] == [3, 4]
+    assert table["loss_b"][1] == 3 and math.isnan(table["loss_b"][2])
 
 
 def test_means_of_stretches_leave_out_what_is_not_known():
@@ -162,6 +205,59 @@ def test_divergence_of_two_runs_is_that_of_their_sets(pair):
     differing = tokens["jaccard"] < 1
     assert differing.any()
     assert tokens["first_layer"].notna().equals(differing)
+
+
+def test_what_is_compared_is_of_the_filters(pair):
+    a, _ = pair
+    some = np.array([1, 9])
+    table = two_runs.token_divergence(a, a, part=Part(slice="x", token_ids=some))
+    assert set(table["tokens"]) == set(table["common"]) == {2}
+    n = {domain: len(common_prompts(a, a, domain=domain)) for domain in ("law", "code", "", None)}
+    assert n == {"law": 2, "code": 2, "": 1, None: 6}
+    for filters, prompts in (
+        ({"domain": "law"}, {0, 3}),
+        ({"part": Part(search="COURT")}, {0}),
+        ({"part": Part(slice="x", token_ids=some)}, {0, 1}),
+    ):
+        found = two_runs.two_models(a, a, **filters)
+        assert set(found.stretches["prompt"]) == prompts
+        assert found.prompts == found.common == len(prompts)
+    nothing = two_runs.two_models(a, a, part=Part(search="nowhere"))
+    assert nothing.stretches.empty and nothing.prompts == nothing.common == 0
+
+
+def test_what_is_compared_is_spread_and_counted(pair):
+    a, _ = pair
+    found = two_runs.two_models(a, a, max_prompts=3)
+    assert list(dict.fromkeys(found.stretches["prompt"])) == [0, 2, 5]
+    assert (found.prompts, found.common, found.cut) == (3, 6, 0)
+    table = two_runs.token_divergence(a, a, max_rows=4 * len(a.sites))
+    assert set(table["tokens"]) == {4} and set(table["common"]) == {30}
+
+
+def test_what_is_compared_is_of_the_range_of_layers(pair):
+    a, b = pair
+    rows = a.query("SELECT token_id, avg(entropy) / ln(6) AS mean FROM gates "
+                   "WHERE layer = 1 AND token_id < 6 GROUP BY 1 ORDER BY 1")  # fmt: skip
+    found = prompt_gates(a, 0, layers=(1, 2))
+    np.testing.assert_allclose(found["normalized_entropy"], rows["mean"])
+    assert not np.allclose(found["normalized_entropy"], prompt_gates(a, 0)["normalized_entropy"])
+    whole = two_runs.two_models(a, b)
+    upper = two_runs.two_models(a, b, layers=((1, 1), (1, 1)))
+    assert whole.co_routing.correlation != upper.co_routing.correlation
+    tokens = two_runs.prompt_divergence(a, a, 0, 0, layers=(1, 1))
+    assert (tokens["jaccard"] == 1).all()
+    prompt = common_tokens(a, b, common_prompts(a, b)).iloc[0]
+    for layers, sites in (((1, 1), [0]), ((3, 3), [1, 2])):
+        place = prompt["prompt_a"], prompt["prompt_b"]
+        table = two_runs.prompt_divergence(a, b, *place, layers=layers)
+        sides = chosen(a, table["token_a"]), chosen(b, table["token_b"])
+        expected = np.nanmean(
+            [agreement.jaccard(sides[0][s].expert_ids, sides[1][s].expert_ids) for s in sites],
+            axis=0,
+        )
+        np.testing.assert_allclose(table["jaccard"], expected)
+        assert set(table["first_layer"].dropna()) <= {layers[0]}
 
 
 def test_checkpoints_are_ordered_by_step_and_the_last_is_settled(pair):
