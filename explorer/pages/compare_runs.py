@@ -329,11 +329,12 @@ def _strip(view: View, other: View, prompt: "pd.Series[Any]") -> None:
         else f"its experts differ from layer {int(row['first_layer'])} on"
     )
     losses = ", ".join(
-        f"loss of the next token {value:.3f} nats in {name}"
+        f"{value:.3f} nats in {name}"
         for name, value in (("A", row["loss_a"]), ("B", row["loss_b"]))
         if not pd.isna(value)
     )
-    st.markdown(f"Token {here}: Jaccard {row['jaccard']:.2f}; {where}. {losses}")
+    known = f" Loss of the next token: {losses}." if losses else ""
+    st.markdown(f"Token {here}: Jaccard {row['jaccard']:.2f}; {where}." + known)
     if len(differing) and st.button("Go to the first divergence", icon=":material/first_page:"):
         address.write("spot", str(first))
         reveal()
