@@ -92,14 +92,14 @@ def test_assignment_is_balanced_and_repeats_no_expert(n_tokens, k):
 
 
 def test_assignment_costs_score():
-    """Equal loads cost 9-16% of the greedy score on skewed random scores."""
+    """Equal loads cost about 9% of the greedy score on these skewed random scores."""
     costs = []
     for seed in range(5):
         random = np.random.default_rng(seed)
         profit = random.random((256, 8)) + np.linspace(0, 0.6, 8)
         chosen = balanced_assignment(profit, 1)[:, 0]
         costs.append(1 - profit[np.arange(256), chosen].sum() / profit.max(1).sum())
-    assert min(costs) > 0.05 and max(costs) < 0.2
+    assert min(costs) > 0.08 and max(costs) < 0.1
 
 
 def test_a_window_has_a_limit():
