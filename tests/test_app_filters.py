@@ -129,7 +129,7 @@ def read_captions(app):
         ({"search": "COURT", "phase": "prompt"}, lambda t: t["token_id"] < 6),
         ({"slice": NAME, "phase": "prompt"}, lambda t: t["token_id"] in IDS),
     ],
-    ids=str,
+    ids=["all", "phase", "domain", "nothing generated", "search", "slice"],
 )
 def test_decode_batches_are_of_the_tokens_that_the_caption_names(known, filters, mine):
     wanted = [t for t in known.tokens if mine(t)]
