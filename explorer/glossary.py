@@ -269,6 +269,7 @@ FIGURES = {
     "trend normalized_entropy": "load_entropy",
     "trend domain_information": "specialisation",
     "oracle": "comparison",
+    "gates": "comparison",
     "conditions": "condition",
     "flip": "condition",
 }

@@ -242,12 +242,12 @@ def two_models(
     common = common_prompts(first, second, domain=domain, part=part)
     prompts = spread(common, max_prompts)
     tables: list[pd.DataFrame] = []
-    pairs: tuple[list[Any], list[Any]] = ([], [])
-    for row in prompts.itertuples():
-        sides = [
-            prompt_gates(first, row.prompt_a, layers=layers[0]),
-            prompt_gates(second, row.prompt_b, layers=layers[1]),
-        ]
+    last: tuple[list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]]] = ([], [])
+    gates = (
+        prompt_gates(first, prompts["prompt_a"], layers=layers[0]),
+        prompt_gates(second, prompts["prompt_b"], layers=layers[1]),
+    )
+    for row, *sides in zip(prompts.itertuples(), *gates, strict=True):
         texts = [side["text"].fillna("").tolist() for side in sides]
         # a prompt may have been truncated in one of the runs
         if "".join(texts[0]) != "".join(texts[1]) or not "".join(texts[0]):
@@ -255,10 +255,12 @@ def two_models(
         found = alignment.align(*texts)
         tables.append(_stretches(found, sides, str(row.text), int(row.prompt_a)))
         kept = min(len(found.end), MAX_SEGMENTS)
-        for run, side, segment, into, of_range in zip(
-            (first, second), sides, (found.first, found.second), pairs, layers, strict=True
-        ):
-            into.append(alignment.co_routing(_last_choices(run, side, segment, kept, of_range)))
+        for side, segment, into in zip(sides, (found.first, found.second), last, strict=True):
+            into.append(_last_tokens(side, segment)[:kept])
+    pairs = [
+        [alignment.co_routing(experts) for experts in _experts_of(run, token_ids, of_range)]
+        for run, token_ids, of_range in zip((first, second), last, layers, strict=True)
+    ]
     names = ("tokens", "entropy", "margin", "loss")
     empty = ["prompt", "text", *(f"{name}_{side}" for name in names for side in "ab")]
     stretches = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=empty)
@@ -307,17 +309,21 @@ def _stretch_losses(
     return np.asarray(np.bincount(place[known], of_token[known], minlength=n), dtype=np.float64)
 
 
-def _last_choices(
-    run: Run,
-    side: pd.DataFrame,
-    segment: npt.NDArray[np.int64],
-    kept: int,
-    layers: Layers | None,
-) -> npt.NDArray[np.int64]:
-    """Return the experts [L, S, K] of the last token of each of the first segments."""
+def _last_tokens(side: pd.DataFrame, segment: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the last token of each segment [S]."""
     last = pd.Series(side["token_id"].to_numpy()).groupby(segment).last()
-    token_ids = last[last.index >= 0].iloc[:kept].to_numpy()
-    parts = [one.expert_ids for one in _of_range(run, chosen(run, token_ids), layers)]
+    return np.asarray(last[last.index >= 0].to_numpy(), dtype=np.int64)
+
+
+def _experts_of(
+    run: Run, token_ids: Sequence[npt.NDArray[np.int64]], layers: Layers | None
+) -> list[npt.NDArray[np.int64]]:
+    """Return the experts [L, S, K] of several lists of tokens [S], asked for together."""
+    if not token_ids:
+        return []
+    found = chosen(run, np.concatenate(token_ids))
+    parts = [one.expert_ids for one in _of_range(run, found, layers)]
     width = max(part.shape[1] for part in parts)
     wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts]
-    return np.stack(wide)
+    ends = np.cumsum([len(one) for one in token_ids])
+    return np.split(np.stack(wide), ends[:-1], axis=1)

@@ -411,3 +411,25 @@ def test_the_loss_of_tokens_between_clusters_is_told_apart(run_path, model, tmp_
         assert mean == pytest.approx(whole[place[0]], abs=1e-6)
     # routers without clusters have no such rows
     assert set(rows["router"]) == {name}
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("layer_gate(mode='modulate')", 1), ("expert_gate", 8)]
+)
+def test_the_gates_of_every_layer_are_counted_by_value(run_path, model, tmp_path, name, columns):
+    options = dict(live=True, model=model, latency=False, progress=False, controls=False)
+    with compare(run_path, [name, "top_k(k=1)"], folder=tmp_path, **options) as found:
+        rows, info = found.rows("gate_values"), found.info
+    loaded, sites = load_model(model), attach(model)
+    with open_run(run_path) as run:
+        split = split_texts(run, loaded, fit_tokens=20_000, tokens=10_000)
+    fitted = Lab(loaded, sites, split).data.fit(parse_router(name), 0)
+    seen = FitData(loaded.model, sites, split.report).inputs()
+    assert set(rows["router"]) == {parse_router(name).label}
+    counts = rows.groupby("layer")["gates"].sum()
+    assert (counts == info["report_tokens"] * columns).all() and len(counts) == len(sites)
+    # the first layer of the swapped model sees what the unchanged model's does
+    first = min(fitted.routers)
+    gate = fitted.routers[first].route(seen[first]).gate.numpy()
+    expected, _ = np.histogram(gate, bins=20, range=(0, 1))
+    assert rows[rows["layer"] == first[0]]["gates"].tolist() == expected.tolist()

@@ -239,9 +239,11 @@ def test_what_is_compared_is_of_the_range_of_layers(pair):
     a, b = pair
     rows = a.query("SELECT token_id, avg(entropy) / ln(6) AS mean FROM gates "
                    "WHERE layer = 1 AND token_id < 6 GROUP BY 1 ORDER BY 1")  # fmt: skip
-    found = prompt_gates(a, 0, layers=(1, 2))
+    (found,) = prompt_gates(a, [0], layers=(1, 2))
     np.testing.assert_allclose(found["normalized_entropy"], rows["mean"])
-    assert not np.allclose(found["normalized_entropy"], prompt_gates(a, 0)["normalized_entropy"])
+    assert not np.allclose(
+        found["normalized_entropy"], prompt_gates(a, [0])[0]["normalized_entropy"]
+    )
     whole = two_runs.two_models(a, b)
     upper = two_runs.two_models(a, b, layers=((1, 1), (1, 1)))
     assert whole.co_routing.correlation != upper.co_routing.correlation

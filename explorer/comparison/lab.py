@@ -54,6 +54,7 @@ class Outcome:
     shares : dict of layer to float, 0..1
         Share of the gated part that ran.
     gates : dict of layer to Tensor [T, P]
+        Of a router that has gates, as they were applied.
     seconds : float
     between : dict of (layer, site) to list of array [S], bool
         Tokens of each text that lie between clusters, where one site alone was swapped for a
@@ -205,7 +206,7 @@ class Lab:
             experts={key: count.experts_per_token for key, count in counts.items()},
             distinct={key: count.distinct_experts for key, count in counts.items()},
             shares={},
-            gates={},
+            gates={k[0]: torch.cat(spy.gates) for k, spy in watcher.spies.items() if spy.gates},
             seconds=time.perf_counter() - begun,
             between={
                 key: [flags[number] for number in range(n_texts)]

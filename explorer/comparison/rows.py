@@ -24,6 +24,7 @@ from explorer.metrics.load import (
 from explorer.routers import Router
 
 Key = tuple[int, int]  # layer, site
+GATE_BINS = 20
 _MEANS = (
     *("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy"),
     *("max_violation", "max_violation_floor", "cv", "gini", "dead_experts", "load_entropy"),
@@ -101,6 +102,7 @@ def live_rows(
     rows["results"] += [whole, *layers]
     rows["domains"] += _domains(lab, subject, outcome)
     rows["sequences"] += _sequences(lab, subject, outcome, "live", None)
+    rows["gate_values"] += _gate_values(subject, outcome)
     rows["choices"] += choices(lab, subject.unit | {"mode": "live"}, outcome)
     rows["token_losses"] += token_losses(lab, subject.unit | {"mode": "live"}, outcome)
 
@@ -243,6 +245,20 @@ def _sequences(
         }
         for number, domain in enumerate(lab.report.domains)
     ]
+
+
+def _gate_values(subject: Subject, outcome: Outcome) -> list[dict[str, Any]]:
+    """Count the gates of each layer by their value, in bins of which the last holds 1."""
+    rows = []
+    for layer, gates in sorted(outcome.gates.items()):
+        counts, edges = np.histogram(gates.numpy(), bins=GATE_BINS, range=(0.0, 1.0))
+        rows += [
+            {**subject.unit, "mode": "live", "layer": layer, "low": low, "high": high, "gates": n}
+            for low, high, n in zip(
+                edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True
+            )
+        ]
+    return rows
 
 
 def _spanning(lab: Lab, subject: Subject, outcome: Outcome, key: Key) -> list[dict[str, Any]]:

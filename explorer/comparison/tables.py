@@ -8,7 +8,7 @@ FORMAT_VERSION = 3
 # what older files lack, by the first format that has it: columns, which read as NULL, and tables,
 # which read as empty
 COLUMNS_SINCE: dict[tuple[str, str], int] = {("results", "spanning_rate"): 2}
-TABLES_SINCE = {"oracle": 2, "spanning": 3}
+TABLES_SINCE = {"oracle": 2, "spanning": 3, "gate_values": 3}
 
 # of one router, seed and mode; a result is computed again when its fingerprint changes
 UNIT = {"router": "VARCHAR", "seed": "INTEGER", "mode": "VARCHAR"}
@@ -240,6 +240,13 @@ TABLES: dict[str, dict[str, str]] = {
         "loss_se": "DOUBLE",
         "tokens": "BIGINT",
         "sequences": "BIGINT",
+    },
+    "gate_values": {
+        **UNIT,
+        "layer": "INTEGER",
+        "low": "DOUBLE",
+        "high": "DOUBLE",
+        "gates": "BIGINT",
     },
     "units": {**UNIT, "fingerprint": "VARCHAR", "error": "VARCHAR"},
 }

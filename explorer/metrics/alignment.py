@@ -93,7 +93,7 @@ def co_routing(expert_ids: npt.ArrayLike) -> Floats:
     total = np.zeros((items, items))
     for layer in ids:
         width = int(layer.max(initial=-1)) + 1
-        chosen = np.zeros((items, width + 1))
+        chosen = np.zeros((items, width + 1), np.float32)  # counts of at most K are exact
         np.put_along_axis(chosen, np.where(layer >= 0, layer, width), 1.0, axis=1)
         chosen = chosen[:, :width]
         size = chosen.sum(1)
@@ -135,17 +135,18 @@ def co_routing_agreement(
         From :func:`co_routing`, one a text and model, of the same stretches.
     """
     random = np.random.default_rng(seed)
+    pairs = [np.triu_indices(len(np.asarray(one)), 1) for one in first]
 
     def joined(shuffled: bool) -> tuple[Floats, Floats]:
         sides: tuple[list[Floats], list[Floats]] = ([], [])
-        for one, other in zip(first, second, strict=True):
+        for one, other, upper in zip(first, second, pairs, strict=True):
             a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
             if shuffled:
                 order = random.permutation(len(b))
-                b = b[np.ix_(order, order)]
-            upper = np.triu_indices(len(a), 1)
+                sides[1].append(b[order[upper[0]], order[upper[1]]])
+            else:
+                sides[1].append(b[upper])
             sides[0].append(a[upper])
-            sides[1].append(b[upper])
         empty = [np.empty(0)]
         return np.concatenate(sides[0] or empty), np.concatenate(sides[1] or empty)
 

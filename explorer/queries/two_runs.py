@@ -1,5 +1,6 @@
 """What two runs, or several, have in common: prompts, tokens, and their experts."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -132,30 +133,35 @@ def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
     return found
 
 
-def prompt_gates(run: Run, prompt_id: int, *, layers: Layers | None = None) -> pd.DataFrame:
+def prompt_gates(
+    run: Run, prompt_ids: Sequence[int], *, layers: Layers | None = None
+) -> list[pd.DataFrame]:
     """Return what is known of each prompt token, as means over the layers (of a range).
 
     Returns
     -------
-    DataFrame
-        ``token_id, position, text, loss, normalized_entropy`` (gate entropy / ln E),
-        ``margin``; ordered by position.
+    list of DataFrame
+        For each prompt ``token_id, position, text, loss, normalized_entropy`` (gate entropy /
+        ln E), ``margin``; ordered by position.
     """
     of_range = "" if layers is None else "AND layer BETWEEN $first AND $last"
     params = {} if layers is None else {"first": layers[0], "last": layers[1]}
-    return run.query(
+    rows = run.query(
         f"""
         WITH places AS (
-            SELECT token_id, position, text, loss FROM tokens
-            WHERE prompt_id = $prompt_id AND phase = 'prompt'
+            SELECT prompt_id, token_id, position, text, loss FROM tokens
+            WHERE list_contains($prompts::INTEGER[], prompt_id) AND phase = 'prompt'
         ), ends AS (SELECT min(token_id) AS low, max(token_id) AS high FROM places)
-        SELECT token_id, position, text, any_value(loss) AS loss,
+        SELECT prompt_id, token_id, position, text, any_value(loss) AS loss,
             avg(entropy / nullif(ln(n_experts), 0)) AS normalized_entropy, avg(margin) AS margin
         FROM places LEFT JOIN (
             SELECT * FROM gates JOIN sites USING (layer, site)
             WHERE token_id BETWEEN (SELECT low FROM ends) AND (SELECT high FROM ends) {of_range}
         ) USING (token_id)
-        GROUP BY token_id, position, text ORDER BY position
+        GROUP BY prompt_id, token_id, position, text ORDER BY prompt_id, position
         """,
-        params | {"prompt_id": int(prompt_id)},
+        params | {"prompts": [int(prompt_id) for prompt_id in prompt_ids]},
     )
+    of_prompt = dict(iter(rows.groupby("prompt_id")))
+    none = rows.iloc[:0]
+    return [of_prompt.get(n, none).reset_index(drop=True) for n in prompt_ids]

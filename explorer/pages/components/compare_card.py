@@ -6,8 +6,11 @@ import streamlit as st
 from explorer.comparison.file import Comparison
 from explorer.comparison.paired import against_controls, paired
 from explorer.figures.comparison import badges, family_name
+from explorer.figures.gates import gate_histogram
 from explorer.pages import address
+from explorer.pages.components.chart import chart
 from explorer.pages.components.compare_text import NATIVE
+from explorer.pages.state import is_dark
 
 
 def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
@@ -42,6 +45,7 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
             + (f"It is fitted: {fits}." if isinstance(fits, str) else "Nothing is fitted.")
         )
         _spanning(comparison, name)
+        _gates(comparison, name)
         _against_controls(comparison, name)
         _beside_another(comparison, name, names)
 
@@ -68,6 +72,20 @@ def _spanning(comparison: Comparison, name: str) -> None:
             "With one layer swapped, mean of the layers, the loss of tokens between clusters "
             f"changes by {change[True]:+.4f} nats, that of the others by {change[False]:+.4f}."
         )
+
+
+def _gates(comparison: Comparison, name: str) -> None:
+    rows = comparison.rows("gate_values").query("router == @name")
+    if rows.empty:
+        return
+    between = rows[(rows["low"] > 0) & (rows["high"] < 1)]["gates"].sum() / rows["gates"].sum()
+    chart(
+        gate_histogram(rows, dark=is_dark()),
+        key="gates",
+        alt=f"Heatmap: how often the gates of each of {rows['layer'].nunique()} layers had which "
+        f"value; {between:.0%} of them lie between 0.05 and 0.95.",
+        table=rows,
+    )
 
 
 def _against_controls(comparison: Comparison, name: str) -> None:
