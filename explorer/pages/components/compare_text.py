@@ -57,18 +57,19 @@ def _controls(
     comparison: Comparison, names: list[str], choices: pd.DataFrame, texts: pd.DataFrame
 ) -> tuple[str, str, int, str]:
     a, b, c, d = st.columns([3, 3, 3, 2])
-    called = marked(comparison.table)
+    marks = marked(comparison.table)
+
+    def called(name: str) -> str:
+        # the model's own choices are there though nobody asked for a row of it
+        return marks.get(name, name)
+
     others = [name for name in names if name != NATIVE]
     with a:
-        first = address.choose(
-            st.selectbox, "a", "Router A", names, default=names[0], show=called.__getitem__
-        )
+        first = address.choose(st.selectbox, "a", "Router A", names, default=names[0], show=called)
     with b:
         wanted = address.read("router")
         default = wanted if wanted in others else others[0]
-        second = address.choose(
-            st.selectbox, "b", "Router B", names, default=default, show=called.__getitem__
-        )
+        second = address.choose(st.selectbox, "b", "Router B", names, default=default, show=called)
     heads = texts.sort_values("position").groupby("text_id").first()
     starts = {
         str(number): f"{heads.loc[number, 'domain'] or 'text'} {number}" for number in heads.index
