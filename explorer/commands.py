@@ -109,6 +109,8 @@ def run_compare(options: argparse.Namespace) -> Output:
     ) as comparison:
         table = _asked(comparison.table, names)
         pairs = _paired(comparison, table, options.against)
+        domains = comparison.domains
+        domains = domains[domains["router"].isin(table["router"])]
         between = comparison.rows("spanning")
         between = between[between["router"].isin(table["router"])]
         bound = comparison.rows("oracle") if options.oracle else None
@@ -121,6 +123,7 @@ def run_compare(options: argparse.Namespace) -> Output:
         paired = json.loads(pairs.to_json(orient="records"))
         spanning = json.loads(between.to_json(orient="records"))
         found = {"file": path, "info": info, "rows": rows, "paired": paired, "spanning": spanning}
+        found["domains"] = json.loads(domains.to_json(orient="records"))
         if bound is not None:
             found["oracle"] = json.loads(bound.to_json(orient="records"))
         return Output(json.dumps(found, indent=1, default=str), notes)

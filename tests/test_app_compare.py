@@ -110,6 +110,10 @@ def write_results(folder):
         for n in range(3)
     ]  # fmt: skip
     rows["domains"] = [
+        {"router": ours, "mode": "replay", "domain": name, "agreement": share, "tokens": 9}
+        for name, share in (("law", 0.25), ("code", 0.5))
+    ]
+    rows["domains"] += [
         {"router": ours, "mode": "live", "domain": "<i>law</i>", "loss_change": 0.1, "loss_se": 0.1}
     ]
     rows["texts"] = [
@@ -182,6 +186,8 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     assert badges["peeks<script>"] == "not causal" and badges["native"] == ""
     drawn = [one for one in specs if "Change in loss by domain" in one]
     assert drawn and not any("top_k(k=1) †" in one for one in drawn)
+    (replayed,) = [one.value for one in app.dataframe if "law" in one.value.columns]
+    assert replayed["router"].tolist() == ["top_k(k=1)"] and replayed["law"].tolist() == [0.25]
     said = " ".join(markdown.value for markdown in app.markdown)
     assert "better than chance by more than two standard errors" in said
     assert "12.5% of the recorded tokens lie between clusters" in said

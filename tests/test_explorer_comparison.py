@@ -329,7 +329,10 @@ def test_closed_heads_save_what_a_model_without_them_saves():
 def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):
     model = tiny_models.build("mixtral")
     run = tmp_path / "tiny.duckdb"
-    prompts = [[*range(3, 20)], [*range(20, 44)], [*range(5, 40)], [*range(8, 30)]]
+    prompts = [
+        {"ids": [*range(start, end)], "domain": domain}
+        for start, end, domain in ((3, 20, "a"), (20, 44, "a"), (5, 40, "b"), (8, 30, "b"))
+    ]
     capture.record(model, prompts, run, sample_tokens=500, progress=False)
     asked = [
         "compare",
@@ -349,6 +352,19 @@ def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):
         split = recorded_split(opened, seed=0)
         fitted = fit_layers(router, split.fit)
         spanning = [fitted[at].spanning_rate(inputs) for at, inputs in split.held_out.items()]
+        routed = {
+            at: (inputs.decision().expert_ids.numpy(), fitted[at].route(inputs).expert_ids.numpy())
+            for at, inputs in split.held_out.items()
+        }
+    by_domain = {r["domain"]: r for r in found["domains"] if r["router"] == "kmeans(n_clusters=2)"}
+    assert set(by_domain) == {"a", "b"} and by_domain["a"]["mode"] == "replay"
+    for domain, row in by_domain.items():
+        shares = []
+        for at, sides in routed.items():
+            of_domain = zip(split.domains[at], *sides, strict=True)
+            shares.append([len({*x} & {*y}) / len(x) for one, x, y in of_domain if one == domain])
+        assert row["agreement"] == pytest.approx(sum(map(sum, shares)) / sum(map(len, shares)))
+        assert row["tokens"] == len(shares[0]) and row["loss_change"] is None
     clusters = [row for row in found["rows"] if row["router"] == "kmeans(n_clusters=2)"]
     assert [row["spanning_rate"] for row in clusters[:-1]] == pytest.approx(spanning)
     assert clusters[-1]["spanning_rate"] == pytest.approx(sum(spanning) / len(spanning))

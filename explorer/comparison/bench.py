@@ -8,9 +8,10 @@ import os
 import sys
 import time
 
+import numpy as np
 import torch
 
-from explorer.comparison.replay import RecordedSplit, replay_rows
+from explorer.comparison.replay import RecordedSplit, replay_router
 from explorer.routers import ROUTERS, Router, RouterInputs
 from explorer.routers.native import TopKRouter
 
@@ -24,12 +25,13 @@ LINEAR = (
 
 def synthetic(rows: int, layers: int, width: int, n_experts: int, top_k: int) -> RecordedSplit:
     """Make router inputs of ``layers`` layers, ``rows`` of them together, and a small fit split."""
-    split = RecordedSplit({}, {})
+    split = RecordedSplit({}, {}, {})
     for layer in range(layers):
         generator = torch.Generator().manual_seed(10_000 + layer)
         gate = torch.randn(n_experts, width, generator=generator) / width**0.5
         for part, n in ((split.fit, 2048), (split.held_out, rows // layers)):
             part[layer, 0] = _inputs(layer, gate, n, top_k, generator)
+        split.domains[layer, 0] = np.array([f"domain {n % 8}" for n in range(rows // layers)])
     return split
 
 
@@ -71,7 +73,7 @@ def main() -> None:
     begun, used = time.perf_counter(), time.process_time()
     for label, router in routers.items():
         start = time.perf_counter()
-        rows = replay_rows(label, router, split)
+        rows = replay_router(label, router, split).rows
         took = time.perf_counter() - start
         _say(f"{label}: {took:.2f} s, agreement {rows[-1]['agreement']:.3f}")
     wall, cpu = time.perf_counter() - begun, time.process_time() - used

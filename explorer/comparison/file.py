@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def domains(self) -> pd.DataFrame:
-        """Loss, compute and agreement of each router by domain, all layers swapped."""
+        """Loss, compute and agreement of each router by domain, all layers swapped or replayed."""
         return self.rows("domains")
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -91,7 +92,7 @@ def replay(
     named = _named(routers)
     split = recorded_split(run, layers=layers, fit_share=fit_share, seed=seed)
     table = pd.DataFrame(
-        [row for label in named for row in replay_rows(label, named[label], split)]
+        [row for label in named for row in replay_router(label, named[label], split).rows]
     )
     return table.astype({"layer": "Int64", "site": "Int64"})
 
@@ -104,10 +105,28 @@ class RecordedSplit(NamedTuple):
     fit : dict of (layer, site) to RouterInputs
         Empty where there are too few prompts to divide; then all are reported on.
     held_out : dict of (layer, site) to RouterInputs
+    domains : dict of (layer, site) to array [T] of str
+        Of the held-out tokens; ``""`` = none.
     """
 
     fit: dict[Site, RouterInputs]
     held_out: dict[Site, RouterInputs]
+    domains: dict[Site, npt.NDArray[np.str_]]
+
+
+class Replayed(NamedTuple):
+    """What one router chose for the held-out inputs.
+
+    Attributes
+    ----------
+    rows : list of dict
+        One per site, then one of all sites.
+    domains : list of dict
+        ``router, mode, domain, agreement, experts_per_token, tokens``, means over sites.
+    """
+
+    rows: list[dict[str, Any]]
+    domains: list[dict[str, Any]]
 
 
 def recorded_split(
@@ -125,20 +144,22 @@ def recorded_split(
         raise RouterError(
             f"The run has no layer among {layers}. Choose from {', '.join(map(str, run.layers))}."
         )
-    split = RecordedSplit({}, {})
+    split = RecordedSplit({}, {}, {})
     for place in places:
         inputs, tokens = recorded_inputs(run, *place)
+        domains = tokens["domain"].to_numpy(dtype=str)
         try:
             chosen = torch.from_numpy(fit_split(tokens, share=fit_share, seed=seed))
         except RouterError:
-            split.held_out[place] = inputs
+            split.held_out[place], split.domains[place] = inputs, domains
             continue
         split.fit[place], split.held_out[place] = inputs.take(chosen), inputs.take(~chosen)
+        split.domains[place] = domains[~chosen.numpy()]
     return split
 
 
-def replay_rows(label: str, router: Router, split: RecordedSplit) -> list[dict[str, Any]]:
-    """Fit one router and route the held-out inputs by it; a row per site, then one of all."""
+def replay_router(label: str, router: Router, split: RecordedSplit) -> Replayed:
+    """Fit one router and route the held-out inputs by it."""
     _check_experts(label, router)
     fitted: Mapping[Site, Router] = dict.fromkeys(split.held_out, router)
     if router.info.fits is not None:
@@ -156,7 +177,29 @@ def replay_rows(label: str, router: Router, split: RecordedSplit) -> list[dict[s
         if isinstance(found, TableRouter):
             row["spanning_rate"] = found.spanning_rate(inputs)
         own.append(row)
-    return [*own, _over_layers(own)]
+    return Replayed([*own, _over_layers(own)], _by_domain(label, split, decisions))
+
+
+def _by_domain(
+    label: str, split: RecordedSplit, decisions: Mapping[Site, Decision]
+) -> list[dict[str, Any]]:
+    """Return agreement and experts a token in each domain, means over sites."""
+    parts = []
+    for at, inputs in split.held_out.items():
+        found = decisions[at]
+        assert isinstance(found, Routing)  # checked when the rows were made
+        expected, ids = inputs.decision().expert_ids.numpy(), found.expert_ids.numpy()
+        columns = {
+            "domain": split.domains[at],
+            "agreement": agree.overlap_at_k(expected, ids),
+            "experts_per_token": np.count_nonzero(ids >= 0, axis=1),
+        }
+        of_domain = pd.DataFrame(columns).groupby("domain")
+        parts.append(of_domain.mean().assign(tokens=of_domain.size()))
+    means = pd.concat(parts).groupby(level="domain").mean().reset_index()
+    means["tokens"] = means["tokens"].astype(int)
+    own = {"router": label, "mode": "replay"}
+    return [{**own, **{str(k): v for k, v in row.items()}} for row in means.to_dict("records")]
 
 
 def _named(routers: Iterable[str] | Mapping[str, Router]) -> dict[str, Router]:

@@ -18,7 +18,7 @@ from explorer.comparison.lab import Lab
 from explorer.comparison.names import RouterSpec, content_of, make_router
 from explorer.comparison.plan import Settings, Unit
 from explorer.comparison.progress import Reporter
-from explorer.comparison.replay import RecordedSplit, recorded_split, replay_rows
+from explorer.comparison.replay import RecordedSplit, recorded_split, replay_router
 from explorer.comparison.rows import (
     Subject,
     card,
@@ -184,9 +184,10 @@ class Session:
         found["routers"].append(card(unit.spec.label, router))
         if self._recorded is None:
             self._recorded = recorded_split(self.run, seed=self.settings.seed)
-        rows = replay_rows(unit.spec.label, router, self._recorded)
+        replayed = replay_router(unit.spec.label, router, self._recorded)
         own = {"seed": unit.seed, "condition": "base", "part": "expert"}
-        found["results"] += [{**row, **own} for row in rows]
+        found["results"] += [{**row, **own} for row in replayed.rows]
+        found["domains"] += [{**row, "seed": unit.seed} for row in replayed.domains]
 
     def _live(self, unit: Unit, fitted: Fitted, lab: Lab, found: Rows) -> None:
         label, seed = unit.spec.label, unit.seed

@@ -131,7 +131,7 @@ def _show(view: View, comparison: Comparison) -> None:
         _learning(comparison)
     oracle_section(comparison)
     conditions_section(comparison)
-    _replay(table)
+    _replay(comparison)
 
 
 def _provenance(info: dict[str, Any]) -> str:
@@ -269,7 +269,7 @@ def _layers_and_domains(
     # random rules would leave the others without colour
     table, domains = (
         rows[rows["router"].isin(names) & ~rows["router"].str.startswith("random")]
-        for rows in (table, comparison.domains)
+        for rows in (table, comparison.domains.query("mode == 'live'"))
     )
     called = marked(comparison.table)
     table, domains = (
@@ -341,7 +341,8 @@ def _learning(comparison: Comparison) -> None:
     )
 
 
-def _replay(table: pd.DataFrame) -> None:
+def _replay(comparison: Comparison) -> None:
+    table = comparison.table
     rows = table[(table["mode"] == "replay") & table["layer"].isna()]
     if rows.empty:
         return
@@ -377,6 +378,14 @@ def _replay(table: pd.DataFrame) -> None:
         alt="Routers by replay: agreement with the model's own choice, balance and compute",
         placeholder="not measured",
     )
+    domains = comparison.domains.query("mode == 'replay'")
+    if domains["domain"].nunique() > 1:
+        st.dataframe(
+            domains.pivot_table("agreement", "router", "domain", sort=False).reset_index(),
+            hide_index=True,
+            column_config={"router": "Agreement by domain"},
+            alt="Agreement of routers with the model's own choice in each domain, by replay",
+        )
 
 
 render()
