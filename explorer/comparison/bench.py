@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-import numpy as np
+import pandas as pd
 import torch
 
 from explorer.comparison.replay import RecordedSplit, replay_router
@@ -31,7 +31,8 @@ def synthetic(rows: int, layers: int, width: int, n_experts: int, top_k: int) ->
         gate = torch.randn(n_experts, width, generator=generator) / width**0.5
         for part, n in ((split.fit, 2048), (split.held_out, rows // layers)):
             part[layer, 0] = _inputs(layer, gate, n, top_k, generator)
-        split.domains[layer, 0] = np.array([f"domain {n % 8}" for n in range(rows // layers)])
+        names = [f"domain {n % 8}" for n in range(rows // layers)]
+        split.domains[layer, 0] = pd.Categorical(names)
     return split
 
 

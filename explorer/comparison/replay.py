@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -105,13 +104,13 @@ class RecordedSplit(NamedTuple):
     fit : dict of (layer, site) to RouterInputs
         Empty where there are too few prompts to divide; then all are reported on.
     held_out : dict of (layer, site) to RouterInputs
-    domains : dict of (layer, site) to array [T] of str
+    domains : dict of (layer, site) to Categorical [T] of str
         Of the held-out tokens; ``""`` = none.
     """
 
     fit: dict[Site, RouterInputs]
     held_out: dict[Site, RouterInputs]
-    domains: dict[Site, npt.NDArray[np.str_]]
+    domains: dict[Site, pd.Categorical]
 
 
 class Replayed(NamedTuple):
@@ -147,7 +146,7 @@ def recorded_split(
     split = RecordedSplit({}, {}, {})
     for place in places:
         inputs, tokens = recorded_inputs(run, *place)
-        domains = tokens["domain"].to_numpy(dtype=str)
+        domains = pd.Categorical(tokens["domain"])
         try:
             chosen = torch.from_numpy(fit_split(tokens, share=fit_share, seed=seed))
         except RouterError:
@@ -189,12 +188,13 @@ def _by_domain(
         found = decisions[at]
         assert isinstance(found, Routing)  # checked when the rows were made
         expected, ids = inputs.decision().expert_ids.numpy(), found.expert_ids.numpy()
+        few = [slice(start, start + _ROWS) for start in range(0, len(ids), _ROWS)]
         columns = {
             "domain": split.domains[at],
-            "agreement": agree.overlap_at_k(expected, ids),
+            "agreement": np.concatenate([agree.overlap_at_k(expected[s], ids[s]) for s in few]),
             "experts_per_token": np.count_nonzero(ids >= 0, axis=1),
         }
-        of_domain = pd.DataFrame(columns).groupby("domain")
+        of_domain = pd.DataFrame(columns).groupby("domain", observed=True)
         parts.append(of_domain.mean().assign(tokens=of_domain.size()))
     means = pd.concat(parts).groupby(level="domain").mean().reset_index()
     means["tokens"] = means["tokens"].astype(int)
