@@ -113,6 +113,13 @@ def test_experts_have_colours_of_their_own(known, hue):
     check_colour("experts", hue)
 
 
+def test_a_change_of_what_is_mapped_puts_the_colour_back(known):
+    app = opened("clusters", map="experts", hue="ratio")
+    app.button_group(key="address:map").set_value("tokens").run()
+    assert not app.exception and "hue" not in app.query_params
+    assert "The link names" not in notes(app)
+
+
 def check_colour(unit, hue):
     app = opened("clusters", map=unit, hue=hue)
     assert not app.error and len(charts(app)) == 1

@@ -85,7 +85,7 @@ def render() -> None:
 
 def _controls(view: View) -> Asked | None:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        unit = _choose("map", "Map of", _UNITS, "tokens")
+        unit = _choose("map", "Map of", _UNITS, "tokens", "hue")
         feature = "hidden"
         if unit == "tokens":
             counts = ask(view, vector_counts, layer=view.layer, site=view.site)
@@ -155,9 +155,22 @@ def _router() -> str:
     )
 
 
-def _choose(name: str, text: str, choices: dict[str, str], default: str) -> str:
+def _choose(name: str, text: str, choices: dict[str, str], default: str, *limits: str) -> str:
+    """Draw one choice; those that it ``limits`` go back to their defaults when it changes."""
+
+    def write(value: str) -> None:
+        for other in limits:
+            address.write(other, "")
+        address.write(name, "" if value == default else value)
+
     return address.choose(
-        st.segmented_control, name, text, list(choices), default=default, show=choices.__getitem__
+        st.segmented_control,
+        name,
+        text,
+        list(choices),
+        default=default,
+        show=choices.__getitem__,
+        on_write=write,
     )
 
 
