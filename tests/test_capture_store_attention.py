@@ -123,6 +123,16 @@ def test_pairs_that_do_not_cover_the_load_end_the_capture(out, random):
     check_pairs(out)
 
 
+def test_a_capture_cut_short_counts_the_pairs_that_did_not_come(out, random):
+    writer = start(out, SITES)
+    first, second = (make_forward(n * BATCH, BATCH, SITES, random) for n in range(2))
+    writer.append(first)
+    writer.append_pairs(pairs_of(first))
+    writer.append(second)
+    writer.finish(seconds=1, complete=False)
+    check_pairs(out)
+
+
 def bad_pairs():
     good = np.eye(5, dtype=np.int64)
     one_sided = good.copy()

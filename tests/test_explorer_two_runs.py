@@ -200,6 +200,14 @@ def test_divergence_of_two_runs_is_that_of_their_sets(pair):
         if one | two:
             by_hand.append(len(one & two) / len(one | two))
     assert table.loc[(site.layer, site.site), "jaccard"] == pytest.approx(np.mean(by_hand))
+    for number, site in enumerate(a.sites):
+        dense = np.zeros((2, len(both), site.n_experts + 1))
+        for side, run, name in ((0, a, "token_a"), (1, b, "token_b")):
+            found = chosen(run, both[name])[number]
+            places = np.where(found.expert_ids >= 0, found.expert_ids, site.n_experts)
+            np.put_along_axis(dense[side], places, found.weights, axis=1)
+        js = np.nanmean(agreement.jensen_shannon(*dense[:, :, :-1]))
+        assert js > 0 and table.loc[(site.layer, site.site), "js"] == pytest.approx(js)
     prompt = both.iloc[0]
     tokens = two_runs.prompt_divergence(a, b, prompt["prompt_a"], prompt["prompt_b"])
     differing = tokens["jaccard"] < 1
