@@ -221,7 +221,16 @@ def run_routers(options: argparse.Namespace) -> Output:
     if options.json:
         return Output(json.dumps(found, indent=1))
     fits = {None: "no", "statistics": "counts", "distilled": "imitation", "trained": "model's loss"}
-    columns = ("name", "family", "part", "causal", "batch matters", "needs fitting", "paper")
+    columns = (
+        "name",
+        "family",
+        "part",
+        "causal",
+        "batch matters",
+        "needs fitting",
+        "selector",
+        "paper",
+    )
     rows = [
         [
             card["name"],
@@ -230,6 +239,7 @@ def run_routers(options: argparse.Namespace) -> Output:
             "yes" if card["causal_declared"] else "no",
             "yes" if card["batch_dependent_declared"] else "no",
             fits[card["fits"]],
+            "yes" if "selector=" in card["arguments"] else "no",
             card["paper"] or "-",
         ]
         for card in found

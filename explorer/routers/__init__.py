@@ -19,6 +19,7 @@ distill     the fit loop of routers that learn by imitation
 students    linear and cosine gates, distilled
 attention   expert keys, attention among experts
 parts       heads and layers chosen by attention
+tokens      which tokens run a layer: selectors over the tokens of a sequence
 part_controls  chance and constants for heads and layers
 static_layers  the same blocks dropped for all tokens, found by trying
 gating      gates before layers, heads and experts

@@ -22,7 +22,7 @@ from explorer.routers.distill import BATCH_TOKENS, LEARNING_RATE, STEPS, distill
 from explorer.routers.layers import AcrossLayers
 from explorer.routers.scores import target_importance
 from explorer.routers.selectors import Selector, TopK
-from explorer.routers.sequences import row_starts
+from explorer.routers.tokens import choose_tokens, sequence_rows, with_selector
 
 
 def check_keep(keep: float) -> float:
@@ -157,6 +157,9 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
     ----------
     keep : float
         Share of (token, layer) pairs that run, over all layers together: the layers compete.
+    selector : Selector, optional
+        Another way to choose, on ``a_l``, 0..1; replaces ``keep``. See
+        :func:`explorer.routers.tokens.choose_tokens`.
     rank : int
         Width of query and keys.
     steps, seed : int
@@ -164,8 +167,8 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
 
     Notes
     -----
-    A token decides alone, by a threshold from the fit split. Choosing a sequence's best tokens
-    instead, as mixture-of-depths does in training, would look at later ones.
+    With ``keep`` a token decides alone, by a threshold from the fit split. A selector that takes a
+    sequence's best tokens instead, as mixture-of-depths does in training, looks at later ones.
     """
 
     part: Part = "layer"
@@ -174,8 +177,8 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
         family="attention",
         title="Layers chosen by attention over layer keys",
         summary=(
-            "Each layer has a learned key, and runs for the tokens whose query scores it above a "
-            "threshold common to all layers."
+            "Each layer has a learned key, and runs for the tokens whose query scores it high "
+            "enough: above a threshold common to all layers, or by a selector."
         ),
         formula="a_l = sigmoid((Q h_l) . k_l / sqrt(r) + b_l);  run l if a_l >= tau",
         paper="",
@@ -185,9 +188,17 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
     )
 
     def __init__(
-        self, *, keep: float = 0.75, rank: int = 16, steps: int = STEPS, seed: int = 0
+        self,
+        *,
+        keep: float = 0.75,
+        selector: Selector | None = None,
+        rank: int = 16,
+        steps: int = STEPS,
+        seed: int = 0,
     ) -> None:
         self.keep = check_keep(keep)
+        self.selector = selector
+        self.info = with_selector(self.info, selector)
         self.rank = rank
         self.steps = steps
         self.seed = seed
@@ -228,6 +239,8 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
             )
         at = self.places_.index(inputs.place)
         logits = self.network_(inputs.tensor("hidden").float(), at)
+        if self.selector is not None:
+            return PartMask(self.part, choose_tokens(logits.sigmoid(), self.selector, inputs))
         return PartMask(self.part, (logits >= self.threshold_).float().unsqueeze(-1))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
@@ -243,6 +256,10 @@ class AttentionReceivedRouter(PartRouter):
     ----------
     keep : float
         Share of each sequence's tokens, rounded up.
+    selector : Selector, optional
+        Another way to choose, on what a token receives; replaces ``keep``. Every query of a
+        sequence gives 1 in all, so that the mean token receives 1: ``Threshold(1.0)`` keeps those
+        above the mean. See :func:`explorer.routers.tokens.choose_tokens`.
 
     Notes
     -----
@@ -265,15 +282,17 @@ class AttentionReceivedRouter(PartRouter):
         causal=False,
     )
 
-    def __init__(self, *, keep: float = 0.75) -> None:
+    def __init__(self, *, keep: float = 0.75, selector: Selector | None = None) -> None:
         self.keep = check_keep(keep)
+        self.selector = selector
+        self.info = with_selector(self.info, selector)
 
     def _route(self, inputs: RouterInputs) -> PartMask:
-        received, starts = inputs.tensor("received").float(), row_starts(inputs)
+        received = inputs.tensor("received").float()
+        if self.selector is not None:
+            return PartMask(self.part, choose_tokens(received, self.selector, inputs))
         gate = torch.zeros(len(received), 1, device=received.device)
-        for rows in torch.split(
-            torch.arange(len(received)), torch.unique(starts, return_counts=True)[1].tolist()
-        ):
+        for rows in sequence_rows(inputs):
             best = received[rows].sort(descending=True, stable=True).indices
             gate[rows[best[: ceil(self.keep * len(rows) - 1e-9)]]] = 1.0
         return PartMask(self.part, gate)
@@ -291,6 +310,10 @@ class AttentionGivenRouter(PartRouter):
     ----------
     keep : float
         Share of the fit split's tokens.
+    selector : Selector, optional
+        Another way to choose, on the share of the fit split's tokens that score lower, 0..1;
+        replaces ``keep``. ``Threshold(0.25)`` keeps about 75 % of the tokens. See
+        :func:`explorer.routers.tokens.choose_tokens`.
     statistic : str
         Which statistic of a token's own row of attention decides.
     highest : bool
@@ -313,9 +336,16 @@ class AttentionGivenRouter(PartRouter):
     )
 
     def __init__(
-        self, *, keep: float = 0.75, statistic: str = "entropy", highest: bool = True
+        self,
+        *,
+        keep: float = 0.75,
+        selector: Selector | None = None,
+        statistic: str = "entropy",
+        highest: bool = True,
     ) -> None:
         self.keep = check_keep(keep)
+        self.selector = selector
+        self.info = with_selector(self.info, selector)
         self.statistic = statistic
         self.highest = highest
 
@@ -324,10 +354,17 @@ class AttentionGivenRouter(PartRouter):
         return values if self.highest else -values
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
-        self.threshold_ = quantile_threshold(self._scores(inputs), self.keep)
+        scores = self._scores(inputs)
+        self.threshold_ = quantile_threshold(scores, self.keep)
+        self.recorded_ = scores.sort().values
 
     def _route(self, inputs: RouterInputs) -> PartMask:
-        chosen = self._scores(inputs) >= self.threshold_
+        scores = self._scores(inputs)
+        if self.selector is not None:
+            lower = torch.searchsorted(self.recorded_.to(scores.device), scores.contiguous())
+            share = lower.float() / max(1, len(self.recorded_))
+            return PartMask(self.part, choose_tokens(share, self.selector, inputs))
+        chosen = scores >= self.threshold_
         return PartMask(self.part, chosen.float().unsqueeze(-1))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:

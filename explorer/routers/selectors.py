@@ -1,7 +1,8 @@
 """How parts are chosen once they have scores: the best k, all above a threshold, or the top p."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -29,9 +30,22 @@ def top_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class Selector(ABC):
-    """Choose among scored parts, token by token."""
+    """Choose among scored parts, token by token.
+
+    Attributes
+    ----------
+    variable : bool
+        Whether the number of kept parts depends on the scores.
+    alone : bool
+        Whether a part is kept by its own score, whatever the others have.
+    """
 
     variable: bool
+    alone: bool = False
+
+    def within(self, n_parts: int) -> Self:
+        """Return the selector for so few parts: it never asks for more than there are."""
+        return self
 
     @abstractmethod
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
@@ -48,6 +62,10 @@ class TopK(Selector):
 
     k: int
     variable = False
+
+    def within(self, n_parts: int) -> Self:
+        """Return the selector of at most ``n_parts`` parts."""
+        return replace(self, k=min(self.k, n_parts))
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which parts are kept, [T, P] bool."""
@@ -73,6 +91,15 @@ class Threshold(Selector):
     threshold: float
     at_least: int = 0
     variable = True
+
+    @property
+    def alone(self) -> bool:  # type: ignore[override]
+        """Whether no part is kept for being among the best."""
+        return not self.at_least
+
+    def within(self, n_parts: int) -> Self:
+        """Return the selector that keeps at most ``n_parts`` parts for being among the best."""
+        return replace(self, at_least=min(self.at_least, n_parts))
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which parts are kept, [T, P] bool."""
