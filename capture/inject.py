@@ -38,6 +38,11 @@ class Decider(Protocol):
         ...
 
 
+def can_inject(site: Site) -> bool:
+    """Whether this kind of block has a seam where a choice can be put in."""
+    return type(site.adapter) in _INJECTIONS
+
+
 @contextmanager
 def injected(site: Site, decider: Decider) -> Iterator[None]:
     """Route everything the site executes through ``decider``, until the block is left.

@@ -7,7 +7,7 @@ over heads is *simulated* and says so, and so is every gate that is masked for t
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,62 +17,13 @@ from capture.context import Passes, PassTokens
 from capture.errors import SwapError
 from capture.flops import attention_modules, decoder_layers, head_count
 from capture.inject import Forward, forward_replaced
+from capture.part_counts import Gated, Part, PartCount, Reached, count_experts
 from capture.rows import Kept, kept_rows, on_kept_rows
 from capture.rules import RouteInputs, Rule, as_rows, gate_of, with_attention
 from capture.selftest import attach, probe_tokens
 from capture.sites import Site
 
-Part = Literal["head", "layer", "block"]
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
-
-
-@dataclass
-class PartCount:
-    """What one layer executed since its gate was put in.
-
-    Attributes
-    ----------
-    passes : int
-    tokens : int
-        Real tokens that came by.
-    kept : float
-        Tokens that used the part; for heads, the mean over heads.
-    rows : int
-        Rows that were computed, padding between sequences of different length included.
-    """
-
-    passes: int = 0
-    tokens: int = 0
-    kept: float = 0.0
-    rows: int = 0
-
-    @property
-    def share(self) -> float:
-        """Share of the real tokens that used the part."""
-        return self.kept / max(self.tokens, 1)
-
-
-@dataclass
-class Gated:
-    """Open gates.
-
-    Attributes
-    ----------
-    part : {"head", "layer", "block"}
-    simulated : bool
-        Whether gated parts were computed all the same, as heads are.
-    counts : dict of int to PartCount
-        By decoder layer.
-    """
-
-    part: Part
-    simulated: bool
-    counts: dict[int, PartCount] = field(default_factory=dict)
-
-    @property
-    def per_token(self) -> float:
-        """Parts that a token used, summed over layers; a layer's heads count as one."""
-        return sum(count.share for count in self.counts.values())
 
 
 @contextmanager
@@ -136,7 +87,8 @@ def gate_parts(
     gated = Gated(part, simulated=masked or part == "head")
     with ExitStack() as stack:
         shapes = {} if part == "head" else _outputs(model, {n: modules[n] for n in wanted})
-        run = _Run(stack.enter_context(Passes().follow(model)), back=0 if part == "block" else 1)
+        passes = stack.enter_context(Passes().follow(model))
+        run = _Run(passes, back=0 if part == "block" else 1, reached=Reached(passes))
         if attention:
             layers = {layer - run.back for layer in wanted}
             live = LiveAttention(model, sites, layers)
@@ -151,6 +103,8 @@ def gate_parts(
                 skip = _Skip(gate, shapes[layer], adds=part == "block")
                 wrap = skip.mask if masked else skip.wrap
                 stack.enter_context(forward_replaced(modules[layer], wrap))
+        if not masked:
+            count_experts(gated, sites, run.reached, stack)
         yield gated
 
 
@@ -160,6 +114,7 @@ class _Run:
 
     passes: Passes
     back: int  # layers back whose attention is known: a layer's own has not run yet
+    reached: Reached
     attention: LiveAttention | None = None
     number: int = 0
     state: torch.Tensor | None = None
@@ -252,7 +207,8 @@ class _Skip:
             self.gate.count.rows += kept.n_rows
             first = torch.zeros_like(hidden) if self.adds else hidden
             if kept.n_rows:
-                output = on_kept_rows(stock, kept, args, kwargs, place=self.gate.name)
+                with self.gate.run.reached.only(kept):
+                    output = on_kept_rows(stock, kept, args, kwargs, place=self.gate.name)
                 first = self._put_back(output, first, kept)
             return self._scaled(self._like_probe(first, hidden), hidden, asked)
 

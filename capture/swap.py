@@ -61,15 +61,21 @@ class SiteCount:
         """Different experts with weights that ran, a pass: what had to be read from memory."""
         return int(self.calls[: self.computing].sum()) / max(self.passes, 1)
 
-    def add(self, choice: Choice, tokens: PassTokens) -> None:
-        """Count the choice [R, K] of one pass."""
+    @classmethod
+    def of(cls, site: Site) -> "SiteCount":
+        """Return the count of a site that executed nothing yet."""
+        zeros = torch.zeros(site.info.n_experts, dtype=torch.int64, device=_device(site))
+        return cls(n_computing(site), zeros, zeros.clone(), zeros.clone())
+
+    def add(self, choice: Choice, real: torch.Tensor | None) -> None:
+        """Count the choice [R, K] of one pass; ``real`` picks the tokens among the rows."""
         rows = _bincount(choice.expert_ids, len(self.rows))
-        real = choice.expert_ids if tokens.real is None else choice.expert_ids[tokens.real]
+        ids = choice.expert_ids if real is None else choice.expert_ids[real]
         self.rows += rows
-        self.load += rows if tokens.real is None else _bincount(real, len(self.rows))
+        self.load += rows if real is None else _bincount(ids, len(self.rows))
         self.calls += rows > 0
         self.passes += 1
-        self.tokens += len(real)
+        self.tokens += len(ids)
 
 
 @dataclass
@@ -215,8 +221,7 @@ class _Place:
     ) -> None:
         self.site, self.run, self.rule, self.watched = site, run, rule, watched
         self.replays = rule is None or isinstance(rule, RoutingTape)
-        zeros = torch.zeros(site.info.n_experts, dtype=torch.int64, device=_device(site))
-        self.count = SiteCount(n_computing(site), zeros, zeros.clone(), zeros.clone())
+        self.count = SiteCount.of(site)
         self._hidden: torch.Tensor | None = None
         self._scores: torch.Tensor | None = None
 
@@ -235,7 +240,7 @@ class _Place:
             )
         choice, real = self._decided(native, tokens)
         self.run.previous = real
-        self.count.add(choice, tokens)
+        self.count.add(choice, tokens.real)
         self._hidden = self._scores = None
         return choice
 

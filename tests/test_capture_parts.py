@@ -9,9 +9,12 @@ from test_capture_swap import Counting, logits_of
 from capture.errors import SwapError
 from capture.flops import counted_flops, model_flops
 from capture.parts import gate_parts
+from capture.rules import NativeRule
 from capture.selftest import attach
+from capture.swap import swap
 
 ATOL = 2e-5
+PARTS = ["layer", "block", "head"]
 PLAIN = ["olmoe", "deepseek_v3", "gpt_oss", "llama4_text", "granitemoe", "dbrx"]
 
 
@@ -199,7 +202,7 @@ def test_a_gate_over_heads_is_zero_columns_of_the_output_layer(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("part", ["layer", "block", "head"])
+@pytest.mark.parametrize("part", PARTS)
 def test_padding_is_not_gated_and_changes_nothing(part, side):
     model = tiny_models.build("olmoe")
     sites = attach(model)
@@ -217,6 +220,54 @@ def test_padding_is_not_gated_and_changes_nothing(part, side):
         alone = logits_of(model, ids[1][real][None])
     assert_close("real tokens", padded[1][real], alone[0], atol=ATOL)
     assert all(c.tokens == 15 for c in gated.counts.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        *((name, part) for name in ("olmoe", "deepseek_v3", "llama4_text") for part in PARTS),
+        *(("jetmoe", part) for part in ("layer", "block")),
+        ("zaya", "head"),
+    ],
+)
+def test_experts_are_counted_for_the_tokens_that_reach_them(name, part):
+    """Against each text alone, where every row that an expert runs on is a token."""
+    model = tiny_models.build(name)
+    sites = attach(model)
+    ids, mask = tiny_models.tokens(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    gate = Gate("head", columns=[1.0, 0.0, 1.0, 1.0]) if part == "head" else Gate("layer", odd)
+    with gate_parts(model, sites, gate, part=part) as together:
+        padded = logits_of(model, ids, attention_mask=mask)
+    with gate_parts(model, sites, gate, part=part) as apart:
+        first, second = logits_of(model, ids[:1]), logits_of(model, ids[1:, :4])
+    assert_close("first", padded[0], first[0], atol=ATOL)
+    assert_close("second", padded[1, :4], second[0], atol=ATOL)
+    assert (together.passes, together.tokens) == (1, 11) and (apart.passes, apart.tokens) == (2, 11)
+    assert together.sites.keys() == {(s.info.layer, s.info.site) for s in sites}
+    reached = {"head": 11, "layer": 5, "block": 5}[part]
+    for site in sites:
+        key = site.info.layer, site.info.site
+        here, alone = together.sites[key], apart.sites[key]
+        # what a block skips is its own experts, not those of JetMoE's attention
+        tokens = 11 if part == "block" and site.info.site == 1 else reached
+        assert here.tokens == alone.tokens == tokens
+        assert torch.equal(here.load, alone.load) and torch.equal(alone.load, alone.rows)
+        filled = int(here.load[: here.computing].sum())
+        assert here.experts_per_token == filled / tokens
+
+
+def test_counting_experts_changes_nothing():
+    model = tiny_models.build("olmoe")
+    sites = attach(model)
+    own = logits_of(model)
+    with gate_parts(model, sites, Gate("head", columns=[1.0] * 4), part="head") as gated:
+        assert torch.equal(logits_of(model), own)
+    with swap(model, sites, NativeRule()) as swapped:
+        logits_of(model)
+    for key, count in swapped.counts.items():
+        assert torch.equal(gated.sites[key].load, count.load)
+        assert gated.sites[key].distinct_experts == count.distinct_experts
 
 
 def test_state_is_handed_from_layer_to_layer():
