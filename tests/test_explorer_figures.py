@@ -252,15 +252,15 @@ def test_pins_are_outlined_at_their_cell_in_their_colour(run):
     marks = [part for part in figure.data if (part.name or "").startswith("layer ")]
     # a pin of another run keeps its colour, so the others keep theirs
     assert [(m.x[0], m.y[0], m.marker.color) for m in marks] == [
-        (2, 2, theme.OKABE_ITO[1]),
-        (4, 0, theme.OKABE_ITO[2]),
+        (2, 2, theme.hues(False)[1]),
+        (4, 0, theme.hues(False)[2]),
     ]
     assert marks[0].name == "layer 3.1, expert 2"
 
 
 def test_at_most_eight_pins_have_a_colour():
     pins = [(0, 0, expert) for expert in range(10)]
-    colors = theme.pin_colors([*pins, pins[0]])
+    colors = theme.pin_colors([*pins, pins[0]], False)
     assert list(colors) == pins[:8] and len(set(colors.values())) == 8
 
 
@@ -336,7 +336,8 @@ def test_tokens_are_read_on_every_tint(theme_name):
         for name in ("textColor", "backgroundColor", "primaryColor")
     )
     hues = [
-        np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) for color in theme.OKABE_ITO
+        np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)])
+        for color in theme.hues(theme_name == "dark")
     ]
     for hue in (level, *hues):
         full = ground + (hue - ground) * int(tint) / 100
@@ -388,7 +389,7 @@ def test_load_bars_fall_and_hold_the_load(run):
     shares = dict(zip(frame["expert_id"], frame["share"], strict=True))
     assert list(bars.y) == pytest.approx([shares[expert] for expert in experts])
     assert [int(text) for text in figure.layout.xaxis.ticktext] == experts
-    assert bars.marker.color[experts.index(0)] == theme.OKABE_ITO[0]
+    assert bars.marker.color[experts.index(0)] == theme.hues(False)[0]
     assert figure.layout.shapes[0].y0 == pytest.approx(1 / 6)
 
 
@@ -584,4 +585,4 @@ def test_token_routes_hold_the_weights(run):
         share, weight, color, text = got[key]
         assert (share, weight) == pytest.approx((row["weight_share"], row["weight"]))
         assert text == str(row["expert_id"])
-        assert (color == theme.OKABE_ITO[0]) == (key == (1, 0, 2))
+        assert (color == theme.hues(False)[0]) == (key == (1, 0, 2))

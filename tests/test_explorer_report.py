@@ -15,6 +15,7 @@ from synthetic import NASTY, write_run
 from explorer import service, views
 from explorer.__main__ import main
 from explorer.errors import ExplorerError, NotAllowedError
+from explorer.figures import theme
 from explorer.report import build_report, write_report
 from explorer.report.document import rich, section
 from explorer.run import open_run
@@ -35,7 +36,8 @@ def view(runs):
         runs,
         f"{NASTY} view",
         page="tokens",
-        params={"run": "known", "prompt": "4", "layer": "1.0"},
+        params={"run": "known", "prompt": "4", "layer": "1.0", "color": "pinned_weight"}
+        | {"pins": ",".join(f"1.0.{expert}" for expert in range(6))},
         runs={"known": runs / "known.duckdb"},
         note=f"A note with {NASTY}",
         author="Ann <ann@example.org>",
@@ -102,6 +104,14 @@ def test_figures_are_there_in_both_themes_with_their_numbers(report):
         grounds = [figure[t]["layout"]["template"]["layout"]["paper_bgcolor"] for t in figure]
         assert grounds == ["#ffffff", "#0e1117"]
     assert "<summary>Table</summary>" in report
+
+
+def test_coloured_tokens_are_there_in_both_themes(report):
+    pairs = set(re.findall(r"--light:(#\w{6});--dark:(#\w{6})", report))
+    hues = list(zip(theme.hues(False), theme.hues(True), strict=True))
+    # one for each of the pinned experts
+    assert pairs == set(hues[:6])
+    assert re.search(r'class="token hued" style="--level:[^;]*;--light', report)
 
 
 def test_a_report_says_where_it_is_from(report, runs, view):

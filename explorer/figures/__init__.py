@@ -21,7 +21,7 @@ clusters    map_points(x, y, shown, *, texts, color, ...)   map_density(density,
             lift_bars(found, names, ids, *, title, caption, dark)
 caption     Scope(n_tokens, domain, phase, complete), the tokens behind a figure
 text        visible(text), label(text), domain_label(domain)
-theme       template(dark), pin_colors(pins), SEQUENTIAL, diverging(dark)
+theme       template(dark), hues(dark), pin_colors(pins, dark), SEQUENTIAL, diverging(dark)
 
 A click returns ``customdata`` that starts with [layer, site, expert], or [layer, site, token_id]
 in ``token_layer_heatmap``; figures of attention and flow say their own; numbers may arrive as

@@ -202,7 +202,7 @@ def _change_strip(
             y=change[known],
             width=0.9,
             yaxis="y2",
-            marker={"color": theme.OKABE_ITO[5]},
+            marker={"color": theme.hue("vermillion", dark)},
             customdata=(position[known] + window.start)[:, None].astype(np.float64),
             text=[names[at] for at in position[known].tolist()],
             textposition="none",

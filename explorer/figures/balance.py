@@ -156,13 +156,13 @@ def capacity_curve(
     n_batches : int
     """
     figure = go.Figure()
-    color = theme.OKABE_ITO
+    position, probs = theme.hue("vermillion", dark), theme.hue("green", dark)
     lines = (
         ("assignments", "assignments dropped (both policies)", theme.accent(dark), "solid"),
-        ("weight_position", "combine weight dropped, policy position", color[5], "dash"),
-        ("weight_probs", "combine weight dropped, policy probs", color[2], "dash"),
-        ("tokens_position", "tokens without any expert, policy position", color[5], "dot"),
-        ("tokens_probs", "tokens without any expert, policy probs", color[2], "dot"),
+        ("weight_position", "combine weight dropped, policy position", position, "dash"),
+        ("weight_probs", "combine weight dropped, policy probs", probs, "dash"),
+        ("tokens_position", "tokens without any expert, policy position", position, "dot"),
+        ("tokens_probs", "tokens without any expert, policy probs", probs, "dot"),
     )
     for column, name, paint, dash in lines:
         figure.add_trace(

@@ -103,7 +103,7 @@ def map_points(
                     mode="markers",
                     marker={
                         "size": size,
-                        "color": theme.OKABE_ITO[COLORED if rest else place],
+                        "color": theme.hues(dark)[-1 if rest else place],
                         "symbol": "circle" if rest else _SYMBOLS[place],
                         "opacity": 0.35 if rest else 0.8,
                     },

@@ -13,12 +13,12 @@ from explorer.registry import Registry
 
 # colour and form of a family: told apart without colour as well
 FAMILIES = {
-    "attention": ("#0072B2", "circle"),
-    "clustering": ("#E69F00", "square"),
-    "gating": ("#009E73", "diamond"),
-    "rl": ("#CC79A7", "star"),
-    "literature": ("#56B4E9", "triangle-up"),
-    "control": ("#999999", "x-thin-open"),
+    "attention": ("blue", "circle"),
+    "clustering": ("orange", "square"),
+    "gating": ("green", "diamond"),
+    "rl": ("purple", "star"),
+    "literature": ("sky", "triangle-up"),
+    "control": ("grey", "x-thin-open"),
 }
 FAMILY_NAMES = {"rl": "reinforcement learning"}
 _FLAGS = ("causal", "batch_dependent", "simulated")
@@ -120,7 +120,8 @@ def front(
     figure = go.Figure()
     ours = results[results["family"] != "control"]
     named = len(ours) <= _LABELLED
-    for family, (color, symbol) in FAMILIES.items():
+    for family, (name, symbol) in FAMILIES.items():
+        color = theme.hue(name, dark)
         rows = results[results["family"] == family]
         if rows.empty:
             continue
@@ -370,7 +371,7 @@ def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figur
                     mode="lines",
                     opacity=1.0 if shade == 0 else 0.55,
                     line={
-                        "color": theme.OKABE_ITO[number % len(theme.OKABE_ITO)],
+                        "color": theme.hues(dark)[number % theme.N_HUES],
                         "dash": dashes[_place(group, means, router) % len(dashes)],
                         "width": 1.8,
                     },

@@ -7,11 +7,11 @@ import plotly.graph_objects as go
 from explorer.figures import theme
 from explorer.figures.text import label
 
-# (weights, routing) -> name, colour, form
+# (weights, routing) -> name, hue, form
 _CELLS = {
-    ("condition", "condition"): ("own weights, own routing", "#0072B2", "circle"),
-    ("condition", "base"): ("own weights, base routing", "#E69F00", "square"),
-    ("base", "condition"): ("base weights, own routing", "#009E73", "diamond"),
+    ("condition", "condition"): ("own weights, own routing", "blue", "circle"),
+    ("condition", "base"): ("own weights, base routing", "orange", "square"),
+    ("base", "condition"): ("base weights, own routing", "green", "diamond"),
 }
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _LINES = 8
@@ -37,7 +37,7 @@ def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> 
                 y=[names.index(one) for one in rows["condition"]],
                 error_x={"array": 2 * rows["loss_se"].to_numpy(dtype=np.float64), "width": 3},
                 mode="markers",
-                marker={"color": color, "symbol": symbol, "size": 9},
+                marker={"color": theme.hue(color, dark), "symbol": symbol, "size": 9},
                 name=name,
                 hovertemplate="%{x:+.4f} nats<extra>%{fullData.name}</extra>",
             )
@@ -145,7 +145,7 @@ def _lines(rows: pd.DataFrame, x: str, y: str, dark: bool, hover: str) -> go.Fig
                 mode="lines+markers",
                 marker={"size": 5},
                 line={
-                    "color": theme.OKABE_ITO[place] if colored else theme.OKABE_ITO[-1],
+                    "color": theme.hues(dark)[place if colored else -1],
                     "dash": _DASHES[place % len(_DASHES)],
                     "width": 1.8,
                 },

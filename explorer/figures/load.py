@@ -78,7 +78,7 @@ def load_heatmap(
         dark=dark,
     )
     drawn = 0
-    for pin, color in theme.pin_colors(pins).items():
+    for pin, color in theme.pin_colors(pins, dark).items():
         # axes are in cells: x = column, y = row
         places = [(x, y) for y, x in np.argwhere((ids[:, :, :3] == pin).all(axis=2)).tolist()]
         if places:
@@ -135,8 +135,8 @@ def load_bars(
     """
     rows = load.sort_values(["assignments", "expert_id"], ascending=[False, True])
     columns = ["layer", "site", "expert_id", "share", "assignments", "ratio"]
-    colors = theme.pin_colors(pins)
-    keys = zip(rows["layer"], rows["site"], rows["expert_id"], strict=True)
+    colors = theme.pin_colors(pins, dark)
+    keys = list(zip(rows["layer"], rows["site"], rows["expert_id"], strict=True))
     fair = 1 / len(rows) if len(rows) else float("nan")
     position = np.arange(len(rows))
     figure = go.Figure(
@@ -144,7 +144,14 @@ def load_bars(
             x=position,
             y=rows["share"].to_numpy(dtype=np.float64),
             customdata=rows[columns].to_numpy(dtype=np.float64),
-            marker={"color": [colors.get(key, theme.accent(dark)) for key in keys]},
+            marker={
+                "color": [colors.get(key, theme.accent(dark)) for key in keys],
+                # one of the colours of pins is the colour of all bars
+                "line": {
+                    "color": theme.foreground(dark),
+                    "width": [2 if key in colors else 0 for key in keys],
+                },
+            },
             hovertemplate="expert %{customdata[2]}<br>" + _CELL_HOVER + "<extra></extra>",
             name="share of assignments",
         )

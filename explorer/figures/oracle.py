@@ -6,8 +6,6 @@ import plotly.graph_objects as go
 
 from explorer.figures import theme
 
-_RANDOM, _RANDOM_DARK, _BOUND = "#0072B2", "#56B4E9", "#D55E00"
-
 
 def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
     """Draw the loss of the best of n random sets of experts beside the model's own.
@@ -22,7 +20,7 @@ def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
     drawn = rows[rows["kind"].isin(("random", "best of n", "best"))]
     drawn = drawn.assign(n=drawn["n"].fillna(drawn["kind"].map({"random": 1, "best": sets})))
     drawn = drawn.sort_values("n")
-    blue = _RANDOM_DARK if dark else _RANDOM
+    blue, bound = theme.accent(dark), theme.hue("vermillion", dark)
     figure = go.Figure(
         go.Scatter(
             x=drawn["n"].to_numpy(dtype=np.float64),
@@ -30,7 +28,7 @@ def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
             mode="lines+markers",
             marker={
                 "size": 9,
-                "color": [_BOUND if kind == "best" else blue for kind in drawn["kind"]],
+                "color": [bound if kind == "best" else blue for kind in drawn["kind"]],
                 "symbol": ["diamond" if k == "best" else "circle" for k in drawn["kind"]],
             },
             line={"color": blue, "width": 1},

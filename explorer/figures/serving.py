@@ -11,7 +11,7 @@ from explorer.figures.caption import Scope, site_name
 _CAPTION = 60
 _DASHES = {"in order": "dot", "EPLB, by node": "dash", "EPLB, global": "solid"}
 _PATTERNS = {"in order": "/", "EPLB, by node": ".", "EPLB, global": ""}
-_COLORS = {"in order": "#999999", "EPLB, by node": "#E69F00", "EPLB, global": "#0072B2"}
+_HUES = {"in order": "grey", "EPLB, by node": "orange", "EPLB, global": "blue"}
 
 
 def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = False) -> go.Figure:
@@ -30,7 +30,7 @@ def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
                 y=rows["ratio"].to_numpy(dtype=np.float64),
                 customdata=rows["load"].to_numpy(dtype=np.float64),
                 marker={
-                    "color": _COLORS[str(policy)],
+                    "color": theme.hue(_HUES[str(policy)], dark),
                     "pattern": {"shape": _PATTERNS[str(policy)], "solidity": 0.25},
                 },
                 name=str(policy),
@@ -75,7 +75,11 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
                 y=rows["balancedness"].to_numpy(dtype=np.float64),
                 customdata=np.column_stack([rows[["layer", "site"]], rows["straggler"]]),
                 mode="lines+markers",
-                line={"color": _COLORS[str(policy)], "dash": _DASHES[str(policy)], "width": 2},
+                line={
+                    "color": theme.hue(_HUES[str(policy)], dark),
+                    "dash": _DASHES[str(policy)],
+                    "width": 2,
+                },
                 name=str(policy),
                 hovertemplate="layer %{customdata[0]}: %{y:.3f}, straggler × %{customdata[2]:.2f}"
                 "<extra>%{fullData.name}</extra>",

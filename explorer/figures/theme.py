@@ -1,8 +1,8 @@
 """Colours and templates of all figures, for light and dark ground.
 
 Sequential scales are cividis; scales with a neutral middle run from purple (less) over the ground
-to orange (more); named things are Okabe-Ito colours, at most eight at a time. All of them can be
-told apart with the common colour vision deficiencies.
+to orange (more); named things have a hue, at most eight at a time. All of them can be told apart
+with the common colour vision deficiencies, and hues are seen on their ground (3:1 at least).
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,26 @@ _DIVERGING = {
     False: ["#2d004b", "#8073ac", "#d8daeb", "#f7f7f7", "#fee0b6", "#e08214", "#7f3b08"],
     True: ["#c5b9f5", "#8073ac", "#4a3a75", "#2a2a32", "#7f3b08", "#e08214", "#ffc870"],
 }
-# Okabe and Ito 2008; black gives way to grey, which is seen on both grounds
-OKABE_ITO = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-    "#999999",
-)
+# On dark ground the colours of Okabe and Ito 2008, with light grey for black. Most of them are too
+# light for white: there, hues near theirs that are dark enough, searched for the greatest CIEDE2000
+# distance of the nearest pair under simulated deuteranopia, protanopia and tritanopia.
+_HUES = {
+    "orange": ("#985B00", "#E69F00"),
+    "sky": ("#0394BA", "#56B4E9"),
+    "green": ("#28834D", "#009E73"),
+    "yellow": ("#9E8C00", "#F0E442"),
+    "blue": ("#0764CD", "#0072B2"),
+    "vermillion": ("#872817", "#D55E00"),
+    "purple": ("#EF3D77", "#CC79A7"),
+    "grey": ("#8A8A8A", "#C8C8C8"),
+}
+N_HUES = len(_HUES)
 _MISSING = {False: "#d9d9d9", True: "#4d4d4d"}
 # the middle of a sequential scale is such a grey, too
 _MISSING_SEQUENTIAL = {False: "#e3e3e6", True: "#2b2e36"}
 _TEXT = {False: "#262730", True: "#fafafa"}
 _GROUND = {False: "#ffffff", True: "#0e1117"}
 _GRID = {False: "#e6e6ea", True: "#31333f"}
-_ACCENT = {False: "#0072B2", True: "#56B4E9"}
 
 # pixels above the plot: title and one line of caption, each further line, a legend
 _TOP, _LINE, _LEGEND = 64, 16, 26
@@ -75,7 +77,29 @@ def ground(dark: bool) -> str:
 
 def accent(dark: bool) -> str:
     """Return the colour of a single series."""
-    return _ACCENT[dark]
+    return hue("sky" if dark else "blue", dark)
+
+
+def hue(name: str, dark: bool) -> str:
+    """Return a hue by its name."""
+    return _HUES[name][dark]
+
+
+def hues(dark: bool) -> tuple[str, ...]:
+    """Return the hues of named things; the last, grey, is for what stays unnamed."""
+    return tuple(color[dark] for color in _HUES.values())
+
+
+def text_on(color: str, opacity: float, dark: bool) -> str:
+    """Return black or white: which of them is read on a colour that the ground shines through."""
+    mixed = [
+        opacity * upper + (1 - opacity) * lower
+        for upper, lower in zip(_channels(color), _channels(_GROUND[dark]), strict=True)
+    ]
+    # WCAG: beyond this luminance, black has more contrast than white
+    linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in mixed]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def foreground(dark: bool) -> str:
@@ -83,12 +107,12 @@ def foreground(dark: bool) -> str:
     return _TEXT[dark]
 
 
-def pin_colors(pins: Sequence[PinKey]) -> dict[PinKey, str]:
+def pin_colors(pins: Sequence[PinKey], dark: bool) -> dict[PinKey, str]:
     """Return a colour for each pinned (layer, site, expert), in the order of pinning.
 
     From the ninth pin on there is no colour left; such pins are not in the result.
     """
-    return dict(zip(dict.fromkeys(pins), OKABE_ITO, strict=False))
+    return dict(zip(dict.fromkeys(pins), hues(dark), strict=False))
 
 
 def template(dark: bool) -> go.layout.Template:
@@ -116,7 +140,7 @@ def template(dark: bool) -> go.layout.Template:
             },
             "paper_bgcolor": _GROUND[dark],
             "plot_bgcolor": _GROUND[dark],
-            "colorway": list(OKABE_ITO),
+            "colorway": list(hues(dark)),
             "margin": {"l": 60, "r": 20, "t": _TOP, "b": 48},
             "xaxis": axis,
             "yaxis": axis,

@@ -61,7 +61,12 @@ def together_figure(
                 )
                 for part, name, color, symbol in (
                     (~mine, "attended keys", theme.accent(dark), "circle"),
-                    (mine, f"attended keys, head {chosen}", theme.OKABE_ITO[5], "square"),
+                    (
+                        mine,
+                        f"attended keys, head {chosen}",
+                        theme.hue("vermillion", dark),
+                        "square",
+                    ),
                 )
             ),
         ]

@@ -147,7 +147,7 @@ def score_bars(
     figure = go.Figure()
     chosen = rows["slot"].notna().to_numpy()
     for mask, name, color in (
-        (chosen, "chosen", theme.OKABE_ITO[0]),
+        (chosen, "chosen", theme.hue("orange", dark)),
         (~chosen, "not chosen", theme.accent(dark)),
     ):
         part = rows[mask]
@@ -216,11 +216,13 @@ def token_routes(
     sites = list(dict.fromkeys(zip(experts["layer"], experts["site"], strict=True)))
     several = any(site > 0 for _, site in sites)
     row_of = {place: row for row, place in enumerate(sites)}
-    colors = theme.pin_colors(pins)
+    colors = theme.pin_colors(pins, dark)
     figure = go.Figure()
     for slot, part in experts.groupby("slot"):
         places = list(zip(part["layer"], part["site"], strict=True))
-        keys = zip(part["layer"], part["site"], part["expert_id"], strict=True)
+        keys = list(zip(part["layer"], part["site"], part["expert_id"], strict=True))
+        paint = [colors.get(key, theme.accent(dark)) for key in keys]
+        opacity = max(0.35, 0.95 - 0.12 * int(slot))
         figure.add_trace(
             go.Bar(
                 y=[row_of[place] for place in places],
@@ -230,13 +232,15 @@ def token_routes(
                 textposition="inside",
                 insidetextanchor="middle",
                 textangle=0,
-                # by itself, plotly writes dark grey on the bright colours of dark ground
-                insidetextfont={"color": "#000000"} if dark else None,
+                insidetextfont={"color": [theme.text_on(color, opacity, dark) for color in paint]},
                 customdata=part[["layer", "site", "expert_id", "weight"]].to_numpy(dtype=float),
                 marker={
-                    "color": [colors.get(key, theme.accent(dark)) for key in keys],
-                    "opacity": max(0.35, 0.95 - 0.12 * int(slot)),
-                    "line": {"width": 1, "color": theme.foreground(dark)},
+                    "color": paint,
+                    "opacity": opacity,
+                    "line": {
+                        "width": [3 if key in colors else 1 for key in keys],
+                        "color": theme.foreground(dark),
+                    },
                 },
                 name=f"choice {int(slot) + 1}",
                 hovertemplate=site_hover(several=several) + ", expert %{customdata[2]}<br>"

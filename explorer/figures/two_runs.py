@@ -17,7 +17,7 @@ _CHANGE = Scale(
     neutral=0.0,
     ticks={-3: "≤ 1/8×", -2: "1/4×", -1: "1/2×", 0: "1×", 1: "2×", 2: "4×", 3: "≥ 8×"},
 )
-SIDES = {"a": ("A", "#0072B2", "circle"), "b": ("B", "#D55E00", "square")}
+SIDES = {"a": ("A", "blue", "circle"), "b": ("B", "vermillion", "square")}
 
 
 def change_heatmap(change: pd.DataFrame, *, caption: str, dark: bool = False) -> go.Figure:
@@ -86,7 +86,7 @@ def over_layers(
                 customdata=names,
                 mode="lines+markers",
                 marker={"symbol": symbol, "size": 8},
-                line={"color": color, "dash": "solid" if side == "a" else "dash"},
+                line={"color": theme.hue(color, dark), "dash": "solid" if side == "a" else "dash"},
                 name=name,
                 hovertemplate="layer %{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>",
             )
@@ -122,9 +122,9 @@ def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = Fa
     names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
     figure = go.Figure()
     lines = {
-        "jaccard": ("Jaccard of the sets", "#0072B2", "solid", "circle"),
-        "exact_set": ("same set", "#E69F00", "dash", "square"),
-        "top_1": ("same first expert", "#009E73", "dot", "diamond"),
+        "jaccard": ("Jaccard of the sets", theme.hue("blue", dark), "solid", "circle"),
+        "exact_set": ("same set", theme.hue("orange", dark), "dash", "square"),
+        "top_1": ("same first expert", theme.hue("green", dark), "dot", "diamond"),
         "chance": ("Jaccard of random sets", theme.foreground(dark), "dot", "line-ew"),
     }
     for column, (name, color, dash, symbol) in lines.items():

@@ -8,8 +8,8 @@ page is run by Streamlit's ``AppTest``, which takes the place of the server in i
 The request is ``{"runs": FOLDER, "pages": [[NAME, ADDRESS], ...]}``, where an address is the
 values after the ``?``. The answer is one list of blocks for each page; a block is an object with a
 ``kind``: ``heading``, ``text``, ``caption``, ``note``, ``tile``, ``figure`` (plotly JSON, for light
-and dark ground), ``table``, ``strip`` (coloured tokens), ``lines`` (tokens in context) or ``row``
-with lists of blocks that stand beside each other.
+and dark ground), ``table``, ``strip`` (coloured tokens, for both), ``lines`` (tokens in context) or
+``row`` with lists of blocks that stand beside each other.
 """
 
 import json
@@ -89,18 +89,20 @@ def _is_row(child: Any) -> bool:
 
 
 def _merge(light: list[Block], dark: list[Block]) -> None:
-    """Give every figure its dark form."""
-    of_dark = list(_figures(dark))
-    for block, other in zip(_figures(light), of_dark, strict=True):
-        block["dark"] = other["light"]
-
-
-def _figures(blocks: list[Block]) -> Iterator[Block]:
-    for block in blocks:
+    """Give figures and coloured tokens their dark forms."""
+    for block, other in zip(_painted(light), _painted(dark), strict=True):
         if block["kind"] == "figure":
+            block["dark"] = other["light"]
+        else:
+            block["dark_hues"], block["dark_legend"] = other.get("hues"), other.get("legend")
+
+
+def _painted(blocks: list[Block]) -> Iterator[Block]:
+    for block in blocks:
+        if block["kind"] in ("figure", "strip"):
             yield block
         for column in block.get("blocks", []):
-            yield from _figures(column)
+            yield from _painted(column)
 
 
 def _nothing(element: Any) -> None:

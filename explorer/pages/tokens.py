@@ -6,8 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
+from explorer.figures import theme
 from explorer.figures.caption import Scope
-from explorer.figures.theme import OKABE_ITO, foreground
 from explorer.figures.tokens import quantity_scale, token_layer_heatmap, tokens_shown
 from explorer.pages import address
 from explorer.pages.components.chart import chart
@@ -25,7 +25,7 @@ from explorer.queries.tokens import QUANTITIES, Pin, token_quantity, tokens
 MAX_LISTED = 1000
 # longer prompts are shown in part, around the chosen token
 MAX_STRIP = 4096
-MAX_PINS = len(OKABE_ITO)
+MAX_PINS = theme.N_HUES
 _COLORS = {
     "entropy": "Gate entropy",
     "margin": "Margin",
@@ -247,7 +247,7 @@ def _strip(
         several = several_sites(view.run)
         swatches = tuple(
             (color, expert_label(f"{a}.{b}" if several else str(a), c))
-            for (a, b, c), color in zip(pins, OKABE_ITO, strict=False)
+            for (a, b, c), color in zip(pins, theme.hues(is_dark()), strict=False)
         )
         legend = Legend("Went to a pinned expert:", swatches=swatches)
     token_strip(
@@ -281,7 +281,7 @@ def _pin_hues(view: View, listed: pd.DataFrame, pins: list[Pin], scope: str) -> 
     """Return the colour of the pinned expert that each token gave most weight to."""
     prompt_id = int(listed.attrs["prompt_id"])
     best: dict[int, tuple[float, str]] = {}
-    for pin, color in zip(pins, OKABE_ITO, strict=False):
+    for pin, color in zip(pins, theme.hues(is_dark()), strict=False):
         if scope == "layer" and pin[:2] != (view.layer, view.site):
             continue
         found = ask(view, prompt_experts, prompt_id=prompt_id, layer=pin[0], site=pin[1])
@@ -348,7 +348,7 @@ def _mark(figure: go.Figure, view: View, values: pd.DataFrame, n_tokens: int, pl
     sites = list(dict.fromkeys(zip(values["layer"], values["site"], strict=True)))
     shown = tokens_shown(n_tokens, len(sites), start=max(0, place - 60))
     x, y = place - shown.start, sites.index((view.layer, view.site))
-    line = {"color": foreground(is_dark()), "width": 1}
+    line = {"color": theme.foreground(is_dark()), "width": 1}
     figure.add_vrect(x0=x - 0.5, x1=x + 0.5, line=line)
     figure.add_shape(
         type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line=line | {"width": 3}

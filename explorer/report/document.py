@@ -157,14 +157,13 @@ def _cell(value: Any) -> str:
 def _strip(block: Block) -> str:
     """Write coloured tokens."""
     spans = []
-    columns = ("texts", "hints", "levels", "hues", "muted", "generated")
+    columns = ("texts", "hints", "levels", "hues", "dark_hues", "muted", "generated")
     lists = [block.get(name) or [None] * len(block["texts"]) for name in columns]
-    for text, hint, level, hue, muted, generated in zip(*lists, strict=True):
-        flags = {"unknown": level is None, "muted": muted, "generated": generated}
+    for text, hint, level, hue, dark, muted, generated in zip(*lists, strict=True):
+        paint = _paint(hue, dark)
+        flags = {"unknown": level is None, "muted": muted, "generated": generated, "hued": paint}
         names = " ".join(["token", *(name for name, holds in flags.items() if holds)])
-        style = f"--level:{float(level or 0):.3f}"
-        if hue and re.fullmatch(r"#[0-9A-Fa-f]{6}", hue):
-            style += f";--hue:{hue}"
+        style = f"--level:{float(level or 0):.3f}{paint}"
         spans.append(
             f'<span class="{names}" style="{style}" title="{html.escape(str(hint or ""))}">'
             f"{html.escape(text)}</span>"
@@ -172,16 +171,27 @@ def _strip(block: Block) -> str:
     legend = block.get("legend") or {}
     words = [legend.get("title", ""), legend.get("low", ""), legend.get("high", "")]
     ramp = '<span class="ramp"></span>' if legend.get("high") else ""
+    swatches = legend.get("swatches", ())
+    of_dark = (block.get("dark_legend") or legend).get("swatches", ())
     named = "".join(
-        f'<span class="swatch" style="--hue:{color}"></span>{html.escape(name)} '
-        for color, name in legend.get("swatches", ())
-        if re.fullmatch(r"#[0-9A-Fa-f]{6}", color)
+        f'<span class="swatch hued" style="{_paint(color, dark)}"></span>{html.escape(name)} '
+        for (color, name), (dark, _) in zip(swatches, of_dark, strict=True)
+        if _paint(color, dark)
     )
     title, low, high = (html.escape(str(word)) for word in words)
     return (
         f'<p class="legend">{title} {low} {ramp} {high} {named}</p>'
         f'<div class="strip" dir="auto">{"".join(spans)}</div>'
     )
+
+
+def _paint(light: str | None, dark: str | None) -> str:
+    """Return the style of a hue on both grounds; nothing if there is none."""
+    if not light or not re.fullmatch(r"#[0-9A-Fa-f]{6}", light):
+        return ""
+    if not dark or not re.fullmatch(r"#[0-9A-Fa-f]{6}", dark):
+        dark = light
+    return f";--light:{light};--dark:{dark}"
 
 
 def _lines(block: Block) -> str:

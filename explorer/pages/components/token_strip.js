@@ -10,7 +10,8 @@ function buildLegend(element, { legend, generated }) {
       const item = document.createElement("span");
       const swatch = document.createElement("span");
       swatch.className = "swatch";
-      swatch.style.background = `color-mix(in srgb, ${colour} 60%, transparent)`;
+      swatch.style.borderColor = colour;
+      swatch.style.background = `color-mix(in srgb, ${colour} 42%, transparent)`;
       item.append(swatch, document.createTextNode(label));
       parts.push(item);
     }
