@@ -34,6 +34,7 @@ from explorer.routers import (
     fit_layers,
     probe,
 )
+from explorer.routers.native import TopKRouter
 from explorer.routers.probe import (
     EXPERTS,
     HIDDEN,
@@ -150,6 +151,46 @@ def check_weights_are_finite_and_not_negative(make):
         assert bool((decision.weights >= 0).all())
         assert bool((decision.weights[decision.expert_ids == -1] == 0).all())
         assert bool((decision.weights.diff(dim=-1) <= 0).all())
+
+
+def unnormalised(inputs, scaling=0.7):
+    """Return the inputs as of a model that does not divide its weights by their sum."""
+    inputs = dataclasses.replace(inputs, renormalize=False, scaling=scaling)
+    return dataclasses.replace(inputs, native=TopKRouter().route(inputs))
+
+
+def off_by(routing, inputs):
+    """Return how far weights, or their sums, lie above or below (< 0) the host's convention."""
+    if inputs.renormalize:
+        used = (routing.expert_ids >= 0).any(dim=-1)
+        return (routing.weights.sum(dim=-1) - inputs.scaling)[used]
+    scores = routing.scores.gather(-1, routing.expert_ids.clamp_min(0)) * inputs.scaling
+    return (routing.weights - scores)[routing.expert_ids >= 0]
+
+
+def check_weights_are_on_the_scale_that_it_declares(make):
+    """Weights sum as the host's do, or are as the card's ``weighing`` says.
+
+    Looked at on models that renormalise their weights, with a factor of 1 and of 2.5, and on some
+    that do not. What declares ``at_most`` or ``own`` without cause is told to declare ``host``.
+    """
+    low = high = 0.0
+    for host in HOSTS:
+        router, inputs = fitted(make, host), inputs_of(host, HELD_OUT_SEED)[PLACE]
+        for each in (inputs, unnormalised(inputs)):
+            routing = router.route(each)
+            if isinstance(routing, PartMask):
+                return
+            off = torch.cat([off_by(routing, each), torch.zeros(1)])  # no token may have an expert
+            low, high = min(low, float(off.min())), max(high, float(off.max()))
+    found = "own" if high > 1e-4 else "at_most" if low < -1e-4 else "host"
+    # a scale of its own may happen to lie below the host's
+    right = {"host": ("host",), "at_most": ("at_most", "own"), "own": ("own",)}[found]
+    assert router.info.weighing in right, (
+        f"declared {router.info.weighing=}, but weights lie up to {-low:.3g} below and {high:.3g} "
+        f"above the host's convention: that is {found!r}. Weigh experts with "
+        "explorer.routers.scores.weigh, or declare it; see RouterInfo.weighing."
+    )
 
 
 def check_gates_lie_between_0_and_1(make):

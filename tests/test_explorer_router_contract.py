@@ -74,6 +74,23 @@ def test_operations_on_paper_are_those_that_run(name, options):
     assert paper == pytest.approx(router_checks.counted(make) + ASIDE.get(name, 0))
 
 
+WEIGHED = [
+    *((name, options) for name, options in VARIANTS if options),
+    ("switch", {"renormalize": True}),
+    ("relu_threshold", {"weights": "relu"}),
+    ("capacity_probs", {"capacity_factor": 1.0}),
+    ("expert_choice", {"experts_per_token": 1.5, "window": 16}),
+    ("random", {"experts_per_token": 1.5}),
+    ("top_k", {"k": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), WEIGHED, ids=str)
+def test_weights_are_on_the_declared_scale_whatever_the_options(name, options):
+    make = functools.partial(quick(name), **options)
+    router_checks.check_weights_are_on_the_scale_that_it_declares(make)
+
+
 class Broken(RoutingRouter):
     """A router that breaks one rule, given by name."""
 
@@ -94,6 +111,8 @@ class Broken(RoutingRouter):
             self.info = dataclasses.replace(self.info, fits="statistics")
         if fault == "card":
             self.info = dataclasses.replace(self.info, summary="One. Two. Three.")
+        if fault in ("excuse", "own"):
+            self.info = dataclasses.replace(self.info, weighing="own")
         if fault == "pickle":
             self.function = lambda: None
 
@@ -116,6 +135,12 @@ class Broken(RoutingRouter):
             weights[0, 1] = -1
         elif self.fault == "dropped" and len(weights):
             ids[0, 1], weights[0, 1] = -1, 0
+        elif self.fault in ("triple", "own"):
+            weights = weights * 3
+        elif self.fault == "lost":
+            weights = weights * 0.9
+        elif self.fault == "renormalised":  # also where the model does not
+            weights = weights / weights.sum(-1, keepdim=True) * inputs.scaling
         elif self.fault == "global":
             weights = weights * torch.rand(1)
         elif self.fault == "needs":
@@ -154,6 +179,10 @@ class WideGate(PartRouter):
         ("dtype", "shapes_and_types"),
         ("twice", "experts_are_distinct_and_in_range"),
         ("negative", "weights_are_finite_and_not_negative"),
+        ("triple", "weights_are_on_the_scale_that_it_declares"),
+        ("lost", "weights_are_on_the_scale_that_it_declares"),
+        ("renormalised", "weights_are_on_the_scale_that_it_declares"),
+        ("excuse", "weights_are_on_the_scale_that_it_declares"),
         ("dropped", "the_number_of_experts_is_as_declared"),
         ("global", "the_same_seed_gives_the_same_decision"),
         ("one", "no_token_and_one_token"),
@@ -170,6 +199,12 @@ class WideGate(PartRouter):
 def test_a_broken_router_is_caught(fault, check):
     with pytest.raises((Exception, pytest.fail.Exception)):
         getattr(router_checks, f"check_{check}")(lambda: Broken(fault))
+
+
+def test_a_scale_of_its_own_is_free_once_it_is_declared():
+    router_checks.check_weights_are_on_the_scale_that_it_declares(lambda: Broken("own"))
+    with pytest.raises(AssertionError, match=r"'own'.*RouterInfo\.weighing"):
+        router_checks.check_weights_are_on_the_scale_that_it_declares(lambda: Broken("triple"))
 
 
 def test_a_gate_above_1_is_caught():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import router_checks
@@ -81,7 +82,7 @@ def test_fewer_tokens_run_as_a_selector_narrows(name):
         kept = [gate(name, selector) for selector in sweep]
         shares = [float(each.mean()) for each in kept]
         assert shares == sorted(shares, reverse=True) and shares[0] == 1 and shares[-1] < 0.1
-        for wide, narrow in zip(kept, kept[1:], strict=False):
+        for wide, narrow in itertools.pairwise(kept):
             assert bool((wide >= narrow).all()), "a narrower selector keeps a token of its own"
 
 

@@ -19,7 +19,7 @@ def cards() -> list[dict[str, Any]]:
     -------
     list of dict
         What table ``routers`` of a comparison holds, ``needs`` (names of fields of
-        ``RouterInputs``) and ``arguments`` with their defaults.
+        ``RouterInputs``), ``weighing`` and ``arguments`` with their defaults.
     """
     from explorer.comparison.names import arguments_of
     from explorer.comparison.rows import card
@@ -32,8 +32,8 @@ def cards() -> list[dict[str, Any]]:
         arguments = ", ".join(
             f"{one}={default!r}" for one, default in arguments_of(factory).items()
         )
-        needs = sorted(router.info.needs)
-        found.append({**card(name, router), "needs": needs, "arguments": arguments})
+        known = {"needs": sorted(router.info.needs), "weighing": router.info.weighing}
+        found.append({**card(name, router), **known, "arguments": arguments})
     return found
 
 

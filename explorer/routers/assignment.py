@@ -301,6 +301,7 @@ class CapacityRouter(GateRouter):
         causal=False,
         batch_dependent=True,
         variable_k=True,
+        weighing="at_most",
     )
 
     def __init__(self, *, capacity_factor: float = 1.25, window: int | None = None) -> None:

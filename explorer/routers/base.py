@@ -13,6 +13,7 @@ from explorer.registry import Registry
 Family = Literal["attention", "clustering", "gating", "rl", "literature", "control"]
 Fits = Literal["statistics", "distilled", "trained"]
 Part = Literal["head", "layer", "expert"]
+Weighing = Literal["host", "at_most", "own"]
 Site = tuple[int, int]  # decoder layer, router within it
 
 FAMILIES: tuple[Family, ...] = ("attention", "clustering", "gating", "rl", "literature", "control")
@@ -45,7 +46,8 @@ class Routing(NamedTuple):
         Chosen experts, heaviest first; -1 fills the slots of tokens with fewer than ``K``, the
         number of experts of the widest token.
     weights : Tensor [T, K], float32
-        Combine weights; 0 where ``expert_ids`` is -1.
+        Combine weights; 0 where ``expert_ids`` is -1. What they sum to is the host model's
+        convention, see ``weighing`` of :class:`RouterInfo`.
     state : Tensor [T, P], float32, or None
         What a recurrent router hands to the next layer.
     """
@@ -242,6 +244,22 @@ class RouterInfo:
         Whether tokens differ in their number of experts.
     across_layers : bool
         Whether one router serves all layers and is fitted on them together.
+    weighing : {"host", "at_most", "own"}
+        On which scale its combine weights are. Experts were trained with the model's, and another
+        one changes what the layer adds, whoever is chosen.
+
+        - ``"host"``: by the model's convention, as :func:`explorer.routers.scores.weigh` does it.
+          Where the model renormalises (``RouterInputs.renormalize``), the weights of a token with
+          any expert sum to ``scaling``; elsewhere a weight is the router's own score of the expert
+          times ``scaling``.
+        - ``"at_most"``: as in ``"host"``, but never more: some of it is missing for some tokens,
+          because assignments were dropped or a raw score stands for a sum (Switch). On a model
+          that renormalises, sums are at most ``scaling``; elsewhere a weight is at most the score
+          times ``scaling``.
+        - ``"own"``: on a scale of the rule's own, at least on models that do not renormalise; its
+          summary or formula gives it.
+
+        Rules about parts weigh nothing: their gates, 0..1, multiply what the model's weights are.
     """
 
     name: str
@@ -256,6 +274,7 @@ class RouterInfo:
     batch_dependent: bool = False
     variable_k: bool = False
     across_layers: bool = False
+    weighing: Weighing = "host"
 
 
 class Router(ABC):

@@ -46,6 +46,7 @@ class HashRouter(RoutingRouter):
         formula="S = table[token id];  w = 1 / k",
         paper="2106.04426",
         needs=frozenset({"token_ids"}),
+        weighing="own",  # there is no score to weigh by
     )
 
     def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
@@ -91,6 +92,7 @@ class FittedHashRouter(RoutingRouter):
         ),
         formula="T[id] = mean of p_t over tokens with this id;  S = TopK(T[id], k)",
         fits="statistics",
+        weighing="host",
     )
 
     def __init__(self, *, k: int | None = None) -> None:

@@ -80,10 +80,13 @@ class SwitchRouter(GateRouter):
         formula="e = argmax p;  w = p_e",
         paper="2101.03961, eq. 1-2",
         needs=frozenset({"logits"}),
+        weighing="at_most",
     )
 
     def __init__(self, *, renormalize: bool = False) -> None:
         self.renormalize = renormalize
+        if renormalize:
+            self.info = replace(self.info, formula="e = argmax p;  w = 1", weighing="own")
 
     def _route(self, inputs: RouterInputs) -> Routing:
         scores = host_scores(inputs.tensor("logits"), inputs)

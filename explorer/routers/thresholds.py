@@ -142,6 +142,8 @@ class ReluRouter(GateRouter):
         self.experts_per_token = experts_per_token
         self.per_expert = per_expert
         self.weights = weights
+        if weights == "relu":
+            self.info = replace(self.info, weighing="own")
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         logits = host_logits(inputs)
