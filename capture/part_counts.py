@@ -74,11 +74,6 @@ class Gated:
         """Forward passes of the model."""
         return max((count.passes for count in self.counts.values()), default=0)
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens that the model read."""
-        return max((count.tokens for count in self.counts.values()), default=0)
-
 
 class Reached:
     """Which rows that come to a layer now are tokens.

@@ -94,6 +94,11 @@ class Swapped:
     counts: dict[Key, SiteCount] = field(default_factory=dict)
 
     @property
+    def passes(self) -> int:
+        """Forward passes of the model."""
+        return max((count.passes for count in self.counts.values()), default=0)
+
+    @property
     def experts(self) -> dict[Key, float]:
         """Experts that ran, a real token, at each (layer, site)."""
         return {key: count.experts_per_token for key, count in self.counts.items()}

@@ -243,7 +243,7 @@ def test_experts_are_counted_for_the_tokens_that_reach_them(name, part):
         first, second = logits_of(model, ids[:1]), logits_of(model, ids[1:, :4])
     assert_close("first", padded[0], first[0], atol=ATOL)
     assert_close("second", padded[1, :4], second[0], atol=ATOL)
-    assert (together.passes, together.tokens) == (1, 11) and (apart.passes, apart.tokens) == (2, 11)
+    assert (together.passes, apart.passes) == (1, 2)
     assert together.sites.keys() == {(s.info.layer, s.info.site) for s in sites}
     reached = {"head": 11, "layer": 5, "block": 5}[part]
     for site in sites:

@@ -13,13 +13,16 @@ from capture.selftest import attach
 from capture.swap import swap
 from explorer import compare, open_comparison, open_run
 from explorer.comparison import lab as lab_module
-from explorer.comparison.badges import badges
+from explorer.comparison.badges import Badges, badges
 from explorer.comparison.controls import controls_of
 from explorer.comparison.fitting import FitData, Fitted
 from explorer.comparison.lab import Lab
 from explorer.comparison.names import parse_router
+from explorer.comparison.rows import Subject, live_rows
+from explorer.comparison.tables import empty_rows
 from explorer.comparison.texts import Split, Texts, split_texts
 from explorer.errors import ComparisonCancelled, RouterError
+from explorer.metrics.load import max_violation
 from explorer.routers import PartMask, RouterInfo
 from explorer.routers.base import PartRouter
 from explorer.routers.live import LiveRule
@@ -131,6 +134,29 @@ def test_layers_are_swapped_one_at_a_time(comparison):
     assert rows["experts_per_token"].tolist() == [1, 1, 1]  # of the layer in question
     for flops in rows["expert_flops_ratio"]:
         assert flops == pytest.approx((1 + 2 * TOP_K) / (3 * TOP_K))
+    assert (rows["counted_flops_ratio"] < 1).all()
+
+
+def test_one_layer_has_its_own_control(comparison):
+    table = comparison.table.query("mode == 'live-layer'")
+    for name, control, kind in (
+        ("top_k(k=1)", "random for top_k(k=1)", "equal_compute"),
+        ("top_p(p=0.4)", "random matched per layer for top_p(p=0.4)", "matched_per_layer"),
+    ):
+        beside = table[table["control_of"] == name]
+        assert set(beside["router"]) == {control} and set(beside["control"]) == {kind}
+        own = table[table["router"] == name]
+        assert beside["layer"].tolist() == own["layer"].tolist() == [0, 1, 2]
+        gap = own["experts_per_token"].to_numpy(float) - beside["experts_per_token"].to_numpy(float)
+        assert np.abs(gap).max() < 0.15
+        assert not set(beside["loss_change"]) & set(own["loss_change"])
+    cards = comparison.rows("routers")
+    assert cards["router"].is_unique and set(table["router"]) <= set(cards["router"])
+
+
+def test_what_is_not_causal_is_not_in_one_layer_either(comparison):
+    layers = comparison.table.query("mode == 'live-layer'").groupby("router")["causal"].agg(set)
+    assert layers["expert_choice"] == {False} and layers["top_k(k=1)"] == {True}
 
 
 def test_controls_compute_as_much(comparison):
@@ -179,13 +205,14 @@ def test_badges_are_found_out(comparison, lab):
     assert not badges(lab.model, lab.sites, lying, lab.rules(lying)).causal
 
 
+@pytest.mark.parametrize("only", [None, [(1, 0)]])
 @pytest.mark.parametrize("name", ["native", "top_k(k=1)", "top_p(p=0.4)"])
-def test_operations_on_paper_are_those_that_torch_runs(lab, name):
+def test_operations_on_paper_are_those_that_torch_runs(lab, name, only):
     fitted = lab.data.fit(parse_router(name), None)
-    outcome = lab.run(fitted)
+    outcome = lab.run(fitted, only=only)
     tokens = lab.report.n_tokens
-    assert lab.cost(outcome, fitted).flops * tokens == pytest.approx(
-        lab.count(fitted) * lab.native_count, rel=1e-6
+    assert lab.cost(outcome, fitted, only).flops * tokens == pytest.approx(
+        lab.count(fitted, only) * lab.native_count, rel=1e-6
     )
     assert lab.cost(lab.native, None).flops * tokens == pytest.approx(lab.native_count, rel=1e-6)
 
@@ -215,10 +242,49 @@ def test_skipped_parts_do_not_run(lab, part):
     assert cost.flops * lab.report.n_tokens == pytest.approx(counted, rel=1e-6)
     worn = badges(lab.model, lab.sites, fitted, {})
     assert worn == (True, False)
+    one = lab.run(fitted, only=[(1, 0)])
+    assert lab.cost(one, fitted, [(1, 0)]).flops * lab.report.n_tokens == pytest.approx(
+        lab.count(fitted, [(1, 0)]) * lab.native_count, rel=1e-6
+    )
+    assert lab.time(fitted, [(1, 0)]).ratio > 0
+    (control,) = controls_of("x", fitted, one, lab, seed=0, only=(1, 0))
+    assert control.kind == "matched_per_layer" and set(control.fitted.routers) == {(1, 0)}
     controls = controls_of("x", fitted, outcome, lab, seed=0)
     assert [control.kind for control in controls] == ["equal_compute", "matched_per_layer"]
     for control in controls:
         assert 0.2 < lab.run(control.fitted).shares[1] < 0.8
+
+
+@pytest.mark.parametrize(("part", "reached"), [("block", 16), ("head", 32)])
+def test_balance_behind_gates_is_counted(lab, model, part, reached):
+    """Against what the experts were told in the one pass with the gates in."""
+    told, rows = [], empty_rows()
+
+    class Half(EveryOther):
+        """Skips blocks as above, or closes half of the heads."""
+
+        def _route(self, inputs):
+            gate = (inputs.positions % 2 == 0).float()[:, None]
+            return PartMask(self.part, gate if part == "block" else gate.expand(-1, 4))
+
+    Half.part = "head" if part == "head" else "layer"
+    fitted = Fitted(dict.fromkeys(lab.data.places, Half()), part, False, 0, 0.0, [])
+    _ = lab.native
+    experts = lab.sites[1].experts
+    handle = experts.register_forward_pre_hook(lambda _, args: told.append(args[1]))
+    outcome = lab.run(fitted)
+    handle.remove()
+    expected = told[-1].flatten().bincount(minlength=lab.sites[1].info.n_experts)
+    assert outcome.reached == dict.fromkeys(lab.native.load, reached)
+    live_rows(rows, lab, Subject("half", None, fitted, Badges(True, False)), outcome)
+    row = next(row for row in rows["results"] if row["layer"] == 1)
+    assert row["max_violation"] == max_violation(outcome.load[1, 0])
+    assert outcome.load[1, 0].tolist() == expected.tolist()
+    assert row["experts_per_token"] == TOP_K * reached / lab.report.n_tokens
+    whole = next(row for row in rows["results"] if row["layer"] is None)
+    assert whole["gini"] == pytest.approx(
+        np.mean([row["gini"] for row in rows["results"] if row["layer"] is not None])
+    )
 
 
 def test_experts_that_are_not_chosen_do_not_run(lab, model):

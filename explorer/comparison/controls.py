@@ -1,5 +1,6 @@
 """The two random controls that stand beside every router that changes how much is computed."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,7 +35,15 @@ class Control(NamedTuple):
     fitted: Fitted
 
 
-def controls_of(label: str, fitted: Fitted, outcome: Outcome, lab: Lab, seed: int) -> list[Control]:
+def controls_of(
+    label: str,
+    fitted: Fitted,
+    outcome: Outcome,
+    lab: Lab,
+    seed: int,
+    *,
+    only: Key | None = None,
+) -> list[Control]:
     """Return the controls of a router, none where it computes as much as the model itself.
 
     Parameters
@@ -43,13 +52,21 @@ def controls_of(label: str, fitted: Fitted, outcome: Outcome, lab: Lab, seed: in
         Of the router.
     fitted : Fitted
     outcome : Outcome
-        Its run with all layers swapped: controls copy the compute that was measured there.
+        Its run: controls copy the compute that was measured there.
     lab : Lab
     seed : int
+    only : (layer, site), optional
+        The one that was swapped. Both kinds are the same there, so that one of them is enough.
     """
     if fitted.router.info.family == "control":
         return []
-    made = _of_experts(outcome, lab, seed) if fitted.part == "expert" else _of_parts(outcome, seed)
+    if fitted.part == "expert":
+        native = lab.native.experts
+        made = _of_experts(outcome, native if only is None else {only: native[only]}, seed)
+    else:
+        made = _of_parts(outcome, seed)
+    if only is not None and len(made) > 1:
+        del made["equal_compute"]
     return [
         Control(kind, f"{_TITLES[kind]} for {label}", fitted._replace(
             routers=routers, attention=False, fit_tokens=0, seconds=0.0, curves=[]))
@@ -63,17 +80,19 @@ _TITLES: dict[ControlKind, str] = {
 }
 
 
-def _of_experts(outcome: Outcome, lab: Lab, seed: int) -> dict[ControlKind, dict[Key, Router]]:
-    """Return controls that run as many experts.
+def _of_experts(
+    outcome: Outcome, native: Mapping[Key, float], seed: int
+) -> dict[ControlKind, dict[Key, Router]]:
+    """Return controls that run as many experts at the sites of ``native``.
 
     Where a rule decides how many experts a token gets, chance decides that, and takes the model's
     best. Where it gives all tokens the same number, chance decides which; layer by layer that is
     the same control once more.
     """
-    native, sums = lab.native.experts, outcome.sums
+    sums = outcome.sums
     if all(abs(outcome.experts[key] - native[key]) < SAME for key in native):
         return {}
-    mean = sum(outcome.experts.values()) / len(outcome.experts)
+    mean = sum(outcome.experts[key] for key in native) / len(native)
     constant = {tuple(np.flatnonzero(one.counts).tolist()) for one in sums.values()}
     fixed = len(constant) == 1 and len(next(iter(constant))) == 1
     equal: Any = {

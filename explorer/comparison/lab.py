@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from capture.models import LoadedModel
 from capture.parts import gate_parts
 from capture.rules import NativeRule, Rule
 from capture.sites import Site
-from capture.swap import swap
+from capture.swap import SiteCount, swap
 from explorer.comparison.cost import Cost, Usage, cost_of
 from explorer.comparison.fitting import FitData, Fitted
 from explorer.comparison.importance import LivePart
@@ -49,8 +49,10 @@ class Outcome:
         What the swapped sites chose for the shared texts, for all texts in the native run.
     load : dict of (layer, site) to array [E]
         Assignments of real tokens, at all sites.
+    reached : dict of (layer, site) to int
+        Tokens that came to the site: fewer than there are where some skip it.
     experts, distinct : dict of (layer, site) to float
-        Experts that ran, a token; different ones that ran, a pass.
+        Experts with weights that ran, a token of the texts; different ones that ran, a pass.
     shares : dict of layer to float, 0..1
         Share of the gated part that ran.
     gates : dict of layer to Tensor [T, P]
@@ -65,6 +67,7 @@ class Outcome:
     sums: dict[Key, SiteSums]
     chosen: dict[Key, list[Chosen]]
     load: dict[Key, npt.NDArray[np.int64]]
+    reached: dict[Key, int]
     experts: dict[Key, float]
     distinct: dict[Key, float]
     shares: dict[int, float]
@@ -202,9 +205,7 @@ class Lab:
             losses=losses,
             sums=watcher.sums,
             chosen=watcher.chosen,
-            load={key: count.load.cpu().numpy() for key, count in counts.items()},
-            experts={key: count.experts_per_token for key, count in counts.items()},
-            distinct={key: count.distinct_experts for key, count in counts.items()},
+            **_executed(counts, self.report.n_tokens, kept.values[0].passes),
             shares={},
             gates={k[0]: torch.cat(spy.gates) for k, spy in watcher.spies.items() if spy.gates},
             seconds=time.perf_counter() - begun,
@@ -235,19 +236,11 @@ class Lab:
         losses = self._losses(kept, lambda numbers: None)
         gated = kept.values[0]
         shares = {layer: count.share for layer, count in gated.counts.items()}
-        # experts run for the tokens that use the layer; heads change nothing about them
-        rate = shares if fitted.part in ("block", "layer") else {}
-        native = self.native
         return Outcome(
             losses=losses,
             sums={},
             chosen={},
-            load={
-                key: (load * rate.get(key[0], 1.0)).round().astype(np.int64)
-                for key, load in native.load.items()
-            },
-            experts={key: n * rate.get(key[0], 1.0) for key, n in native.experts.items()},
-            distinct=native.distinct,
+            **_executed(gated.sites, self.report.n_tokens, gated.passes),
             shares=shares,
             gates={n: torch.cat(spies[n].gates) for n in shares if spies[n].gates},
             seconds=time.perf_counter() - begun,
@@ -311,33 +304,41 @@ class Lab:
         ids = ids[: len(ids) // rows * rows].reshape(rows, -1).astype(np.int64)
         return torch.from_numpy(ids).to(self._embedding.device)
 
-    def _context(self, fitted: Fitted) -> AbstractContextManager[Any]:
+    def _context(self, fitted: Fitted, only: Sequence[Key] | None) -> AbstractContextManager[Any]:
         if fitted.part == "expert":
-            return swap(self.model, self.sites, self.rules(fitted), checked=False,
-                        attention=fitted.attention)  # fmt: skip
-        rules = {place[0]: LiveRule(router) for place, router in fitted.routers.items()}
-        return self._gates(fitted, rules, None)
+            rules = self.rules(fitted)
+            across = fitted.router.info.across_layers and only is not None
+            return swap(self.model, self.sites, rules, only=only, watch=rules if across else None,
+                        checked=False, attention=fitted.attention)  # fmt: skip
+        gates = {place[0]: LiveRule(router) for place, router in fitted.routers.items()}
+        return self._gates(fitted, gates, None if only is None else [layer for layer, _ in only])
 
-    def time(self, fitted: Fitted) -> Latency:
+    def time(self, fitted: Fitted, only: Sequence[Key] | None = None) -> Latency:
         """Time forward passes with and without a router, in turns."""
-        return latency(self.model, self.timed_ids, lambda: self._context(fitted))
+        return latency(self.model, self.timed_ids, lambda: self._context(fitted, only))
 
     @cached_property
     def native_count(self) -> int:
         """Operations that torch runs in the unchanged model, on the timed batch."""
-        return self._count(None)
+        return self._count(nullcontext())
 
-    def count(self, fitted: Fitted) -> float:
+    def count(self, fitted: Fitted, only: Sequence[Key] | None = None) -> float:
         """Return the ratio of operations that torch really runs, with a router and without."""
-        return self._count(fitted) / self.native_count
+        return self._count(self._context(fitted, only)) / self.native_count
 
-    def _count(self, fitted: Fitted | None) -> int:
+    def _count(self, context: AbstractContextManager[Any]) -> int:
         # not inference_mode, in which linear layers are not taken apart into products
-        with torch.no_grad():
-            if fitted is None:
-                with counted_flops(self.model) as counted:
-                    self.model(input_ids=self.timed_ids, use_cache=False)
-            else:
-                with self._context(fitted), counted_flops(self.model) as counted:
-                    self.model(input_ids=self.timed_ids, use_cache=False)
+        with torch.no_grad(), context, counted_flops(self.model) as counted:
+            self.model(input_ids=self.timed_ids, use_cache=False)
         return counted.total
+
+
+def _executed(counts: Mapping[Key, SiteCount], tokens: int, passes: int) -> dict[str, Any]:
+    """Return what of an outcome is counted where experts run; ``tokens`` and ``passes`` of all."""
+    computing = {key: int(c.load[: c.computing].sum()) for key, c in counts.items()}
+    return {
+        "load": {key: count.load.cpu().numpy() for key, count in counts.items()},
+        "reached": {key: count.tokens for key, count in counts.items()},
+        "experts": {key: filled / tokens for key, filled in computing.items()},
+        "distinct": {key: int(c.calls[: c.computing].sum()) / passes for key, c in counts.items()},
+    }

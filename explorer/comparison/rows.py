@@ -11,7 +11,7 @@ from capture.losses import SequenceLosses, loss_change
 from explorer.comparison.badges import Badges
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.lab import SHARED_TOKENS, Lab, Outcome
-from explorer.comparison.measure import Chosen, SiteSums
+from explorer.comparison.measure import Chosen
 from explorer.comparison.tables import Rows
 from explorer.metrics.load import (
     coefficient_of_variation,
@@ -88,17 +88,10 @@ def live_rows(
 ) -> None:
     """Add what was measured with all layers swapped."""
     whole = _row(lab, subject, outcome, "live", None)
-    layers = [_layer_row(whole, key, outcome.sums[key], outcome) for key in sorted(outcome.sums)]
+    layers = [_layer_row(whole, key, outcome) for key in sorted(outcome.sums or outcome.load)]
     for name in _MEANS:
         whole[name] = _mean([row.get(name) for row in layers])
-    whole["counted_flops_ratio"] = counted
-    if timed is not None:
-        whole |= {
-            "latency_ms": timed.swapped_ms,
-            "latency_ratio": timed.ratio,
-            "latency_low": timed.low,
-            "latency_high": timed.high,
-        }
+    whole |= _measured(timed, counted)
     rows["results"] += [whole, *layers]
     rows["domains"] += _domains(lab, subject, outcome)
     rows["sequences"] += _sequences(lab, subject, outcome, "live", None)
@@ -107,15 +100,36 @@ def live_rows(
     rows["token_losses"] += token_losses(lab, subject.unit | {"mode": "live"}, outcome)
 
 
-def layer_rows(rows: Rows, lab: Lab, subject: Subject, outcome: Outcome, key: Key) -> None:
+def layer_rows(
+    rows: Rows,
+    lab: Lab,
+    subject: Subject,
+    outcome: Outcome,
+    key: Key,
+    *,
+    timed: Latency | None = None,
+    counted: float | None = None,
+) -> None:
     """Add what was measured with one layer swapped."""
     row = _row(lab, subject, outcome, "live-layer", key)
-    if key in outcome.sums:
-        row |= _site(outcome.sums[key], outcome, key)
+    row |= _site(outcome, key) | _measured(timed, counted)
     rows["results"].append(row)
     if key in outcome.between:
         rows["spanning"] += _spanning(lab, subject, outcome, key)
     rows["sequences"] += _sequences(lab, subject, outcome, "live-layer", key[0])
+
+
+def _measured(timed: Latency | None, counted: float | None) -> dict[str, Any]:
+    """Return times and operations that were measured."""
+    if timed is None:
+        return {"counted_flops_ratio": counted}
+    return {
+        "counted_flops_ratio": counted,
+        "latency_ms": timed.swapped_ms,
+        "latency_ratio": timed.ratio,
+        "latency_low": timed.low,
+        "latency_high": timed.high,
+    }
 
 
 def _row(
@@ -164,25 +178,30 @@ def _row(
     }
 
 
-def _layer_row(whole: dict[str, Any], key: Key, sums: SiteSums, outcome: Outcome) -> dict[str, Any]:
+def _layer_row(whole: dict[str, Any], key: Key, outcome: Outcome) -> dict[str, Any]:
     """Return the row of one layer in a run with all layers swapped; its loss is not its own."""
     same = ("router", "seed", "mode", "family", "condition", "control", "control_of", "part")
     flags = ("causal", "batch_dependent", "simulated", "fit_tokens", "tokens", "sequences")
     shared = {name: whole[name] for name in (*same, *flags)}
-    return {**shared, "layer": key[0], "site": key[1], **_site(sums, outcome, key)}
+    share = {"parts_share": outcome.shares[key[0]]} if key[0] in outcome.shares else {}
+    return {**shared, "layer": key[0], "site": key[1], **share, **_site(outcome, key)}
 
 
-def _site(sums: SiteSums, outcome: Outcome, key: Key) -> dict[str, Any]:
-    """Return agreement and balance at one site."""
-    load, tokens = outcome.load[key], int(sums.tokens.sum())
-    mean = outcome.experts[key]
+def _site(outcome: Outcome, key: Key) -> dict[str, Any]:
+    """Return balance at one site, and agreement where its choices were another rule's."""
+    load, tokens = outcome.load[key], outcome.reached[key]
     floor = sampling_floor(
-        "max_violation", n_tokens=tokens, n_experts=len(load), top_k=mean, n_draws=50
+        "max_violation",
+        n_tokens=tokens,
+        n_experts=len(load),
+        top_k=float(load.sum()) / max(tokens, 1),
+        n_draws=50,
     )
-    found = {name: sums.mean(name) for name in sums.measures}
+    sums = outcome.sums.get(key)
+    found = {} if sums is None else {name: sums.mean(name) for name in sums.measures}
     return {
         **found,
-        "experts_per_token": mean,
+        "experts_per_token": outcome.experts[key],
         "distinct_experts": outcome.distinct[key],
         "max_violation": max_violation(load),
         "max_violation_floor": floor.mean,
@@ -194,7 +213,8 @@ def _site(sums: SiteSums, outcome: Outcome, key: Key) -> dict[str, Any]:
 
 
 def _mean(values: Sequence[Any]) -> float | None:
-    known = [value for value in values if value is not None]
+    """Return the mean of what is known: a layer without a choice has no balance."""
+    known = [value for value in values if value is not None and value == value]
     return float(np.mean(known)) if known else None
 
 

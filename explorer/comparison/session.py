@@ -14,7 +14,7 @@ from explorer.comparison.badges import Badges, badges
 from explorer.comparison.controls import controls_of
 from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
 from explorer.comparison.fitting import Fitted
-from explorer.comparison.lab import Lab
+from explorer.comparison.lab import Key, Lab, Outcome
 from explorer.comparison.names import RouterSpec, content_of, make_router
 from explorer.comparison.plan import Settings, Unit
 from explorer.comparison.progress import Reporter
@@ -91,6 +91,7 @@ class Session:
         self._lab: Lab | None = None
         self._recorded: RecordedSplit | None = None
         self._fitted: tuple[RouterSpec, int | None, Fitted] | None = None
+        self._worn: tuple[RouterSpec, int | None, Badges] | None = None
 
     def missing(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units whose rows are not in the file yet."""
@@ -161,7 +162,7 @@ class Session:
 
     def _fingerprint(self, unit: Unit) -> str:
         code = content_of([unit.spec.name])
-        live = (self.controls, self.timed) if unit.mode == "live" else ()
+        live = () if unit.mode == "replay" else (self.controls, self.timed)
         return keys.fingerprint((unit.spec.label, code, *live))
 
     def _compute(self, unit: Unit, found: Rows) -> None:
@@ -171,13 +172,13 @@ class Session:
         lab = self.lab
         fitted = self._fit(unit.spec, unit.seed)
         found["routers"].append(card(unit.spec.label, fitted.router))
+        worn = self._badges(fitted, unit)
+        subject = Subject(unit.spec.label, unit.seed, fitted, worn)
         if unit.mode == "live":
-            self._live(unit, fitted, lab, found)
+            self._live(subject, lab, found)
         else:
-            worn = Badges(fitted.router.info.causal, fitted.router.info.batch_dependent)
-            subject = Subject(unit.spec.label, unit.seed, fitted, worn)
             for key in sorted(fitted.routers):
-                layer_rows(found, lab, subject, lab.run(fitted, only=[key]), key)
+                self._live_layer(subject, lab, found, key)
 
     def _replay(self, unit: Unit, found: Rows) -> None:
         router = make_router(unit.spec, seed=unit.seed)
@@ -189,23 +190,48 @@ class Session:
         found["results"] += [{**row, **own} for row in replayed.rows]
         found["domains"] += [{**row, "seed": unit.seed} for row in replayed.domains]
 
-    def _live(self, unit: Unit, fitted: Fitted, lab: Lab, found: Rows) -> None:
-        label, seed = unit.spec.label, unit.seed
+    def _live(self, subject: Subject, lab: Lab, found: Rows) -> None:
+        fitted = subject.fitted
         outcome = lab.run(fitted)
-        worn = badges(lab.model, lab.sites, fitted, lab.rules(fitted))
-        subject = Subject(label, seed, fitted, worn)
         timed = lab.time(fitted) if self.timed else None
         live_rows(found, lab, subject, outcome, timed=timed, counted=lab.count(fitted))
-        found["curves"] += [{**row, "router": label, "seed": seed} for row in fitted.curves]
+        found["curves"] += [{**row, **subject.unit} for row in fitted.curves]
+        for beside in self._controls(subject, lab, outcome, found):
+            live_rows(found, lab, beside, lab.run(beside.fitted))
+
+    def _live_layer(self, subject: Subject, lab: Lab, found: Rows, key: Key) -> None:
+        fitted, only = subject.fitted, [key]
+        outcome = lab.run(fitted, only=only)
+        timed = lab.time(fitted, only) if self.timed else None
+        counted = lab.count(fitted, only)
+        layer_rows(found, lab, subject, outcome, key, timed=timed, counted=counted)
+        for beside in self._controls(subject, lab, outcome, found, only=key):
+            layer_rows(found, lab, beside, lab.run(beside.fitted, only=only), key)
+
+    def _controls(
+        self, subject: Subject, lab: Lab, outcome: Outcome, found: Rows, *, only: Key | None = None
+    ) -> list[Subject]:
+        """Return the random controls of a router's run, whose cards are added."""
         if not self.controls:
-            return
-        for control in controls_of(label, fitted, outcome, lab, seed or 0):
-            named = {"control": control.kind, "of": label}
-            found["routers"].append(card(control.label, control.fitted.router, **named))
-            beside = Subject(
-                control.label, seed, control.fitted, Badges(True, False), control.kind, label
-            )
-            live_rows(found, lab, beside, lab.run(control.fitted))
+            return []
+        label, seed = subject.label, subject.seed
+        beside = controls_of(label, subject.fitted, outcome, lab, seed or 0, only=only)
+        cards = {row["router"]: row for row in found["routers"]}
+        for one in beside:
+            cards[one.label] = card(one.label, one.fitted.router, control=one.kind, of=label)
+        found["routers"] = list(cards.values())
+        return [
+            Subject(one.label, seed, one.fitted, Badges(True, False), one.kind, label)
+            for one in beside
+        ]
+
+    def _badges(self, fitted: Fitted, unit: Unit) -> Badges:
+        """Find out what a router looks at, once where the unit before was the same one."""
+        known = (unit.spec, unit.seed)
+        if self._worn is None or self._worn[:2] != known:
+            found = badges(self.lab.model, self.lab.sites, fitted, self.lab.rules(fitted))
+            self._worn = (*known, found)
+        return self._worn[2]
 
     def _fit(self, spec: RouterSpec, seed: int | None) -> Fitted:
         """Fit a router, or take it again where the unit before was the same in another mode."""
