@@ -183,6 +183,12 @@ def test_files_of_older_formats_are_read(tmp_path):
     path = tmp_path / "r.0123abcd.comparison"
     write_comparison(path, some_rows())
     with duckdb.connect(str(path)) as connection:
+        connection.execute("ALTER TABLE texts DROP mode")
+        connection.execute("UPDATE comparison SET format_version = 3")
+    with open_comparison(path) as comparison:
+        assert list(comparison.rows("texts").columns) == list(TABLES["texts"])
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("UPDATE comparison SET format_version = 4")
         connection.execute("DROP TABLE spanning")
         connection.execute("DROP TABLE gate_values")
     with pytest.raises(ComparisonError, match="another format"):
@@ -361,7 +367,7 @@ def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):
     for domain, row in by_domain.items():
         shares = []
         for at, sides in routed.items():
-            of_domain = zip(split.domains[at], *sides, strict=True)
+            of_domain = zip(split.tokens[at]["domain"], *sides, strict=True)
             shares.append([len({*x} & {*y}) / len(x) for one, x, y in of_domain if one == domain])
         assert row["agreement"] == pytest.approx(sum(map(sum, shares)) / sum(map(len, shares)))
         assert row["tokens"] == len(shares[0]) and row["loss_change"] is None
@@ -369,6 +375,25 @@ def test_the_command_line_replays_and_prints_rows(tmp_path, capsys):
     assert [row["spanning_rate"] for row in clusters[:-1]] == pytest.approx(spanning)
     assert clusters[-1]["spanning_rate"] == pytest.approx(sum(spanning) / len(spanning))
     assert 0 < sum(spanning) < len(spanning) and whole["native"]["spanning_rate"] is None
+    with open_comparison(found["file"]) as comparison:
+        texts = comparison.rows("texts")
+        assert set(texts["mode"]) == {"replay"} and set(texts["domain"]) == {"a", "b"}
+        stored = comparison.rows("choices").query("router == 'kmeans(n_clusters=2)'")
+        assert set(comparison.rows("choices")["router"]) == {*whole}
+    assert len(stored) == sum(len(tokens) for tokens in split.tokens.values())
+    prompt_of = {}
+    with open_run(run) as opened:
+        prompts = opened.query("SELECT prompt_id, list(token ORDER BY position) AS ids FROM tokens "
+                               "GROUP BY prompt_id")  # fmt: skip
+    for text_id, one in texts.groupby("text_id"):
+        same = [ids.tolist() == one["token"].tolist() for ids in prompts["ids"]]
+        prompt_of[text_id] = int(prompts["prompt_id"][same.index(True)])
+    for (layer, site), rows in stored.groupby(["layer", "site"]):
+        tokens, (_, chosen) = split.tokens[layer, site], routed[layer, site]
+        at = tokens.reset_index().set_index(["prompt_id", "position"])["index"]
+        for row in rows.itertuples():
+            here = chosen[at[prompt_of[row.text_id], row.position]]
+            assert row.expert_ids.tolist() == here[here >= 0].tolist()
     needed = "router family mode layer loss_change loss_se experts_per_token flops_ratio"
     needed += " latency_ratio agreement max_violation causal simulated"
     assert set(needed.split()) <= set(found["rows"][0])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+import torch
 
 import capture
 from explorer import open_run
@@ -70,6 +71,57 @@ def test_layers_and_labels_can_be_chosen(run):
     assert per_layer.loc["k=1", "agreement"] == pytest.approx(1 / 3)
     assert per_layer.loc["all", ["agreement", "jaccard"]].tolist() == [1, pytest.approx(3 / 8)]
     assert per_layer["experts_per_token"].tolist() == [1, 8]
+
+
+def test_tokens_and_domains_add_up_to_layers(run, table):
+    tokens = replay(run, ["top_k", "cluster_linear"], by="token")
+    measures = ["agreement", "jaccard", "exact_set", "top_1", "weighted_overlap"]
+    for layer, rows in tokens[tokens["router"] == "cluster_linear"].groupby("layer"):
+        own = table[(table["router"] == "cluster_linear") & (table["layer"] == layer)].iloc[0]
+        assert len(rows) == own["tokens"] and rows["token_id"].is_unique
+        for name in (*measures, "experts_per_token"):
+            assert rows[name].mean() == pytest.approx(own[name])
+    itself = tokens[tokens["router"] == "top_k"]
+    assert (itself[measures].round(2) == 1).all(axis=None)
+    # the tokens are those of the run, in the prompts that nothing was fitted on
+    known = run.query("SELECT token_id, prompt_id, position FROM tokens").set_index("token_id")
+    found = itself.drop_duplicates("token_id").set_index("token_id")
+    assert found[["prompt_id", "position"]].equals(
+        known.loc[found.index].astype(found[["prompt_id", "position"]].dtypes.to_dict())
+    )
+    assert 0 < found["prompt_id"].nunique() < 20
+    domains = replay(run, ["cluster_linear"], by="domain")
+    clusters = tokens[tokens["router"] == "cluster_linear"]
+    assert domains["agreement"].tolist() == [pytest.approx(clusters["agreement"].mean())]
+    assert domains["tokens"].tolist() == [len(found)]
+
+
+class Ahead(ROUTERS["top_k"]):
+    """Claims to be causal, and gives one expert to the tokens that have another behind them."""
+
+    alone = False
+
+    def _route(self, inputs):
+        routing = super()._route(inputs)
+        last = torch.ones(inputs.n_tokens, dtype=torch.bool)
+        last[:-1] = inputs.positions[1:] <= inputs.positions[:-1]
+        if self.alone:  # looks at other sequences, not ahead
+            last = (inputs.positions <= inputs.positions.roll(1)).sum() > 1
+        ids = routing.expert_ids.masked_fill(~last.reshape(-1, 1) & (torch.arange(3) > 0), -1)
+        return routing._replace(expert_ids=ids, weights=routing.weights.masked_fill(ids < 0, 0.0))
+
+
+class Crowd(Ahead):
+    alone = True
+
+
+def test_what_a_router_looks_at_is_found_out_on_recorded_inputs(run):
+    routers = {"honest": ROUTERS["top_k"](), "ahead": Ahead(), "crowd": Crowd()}
+    table = replay(run, routers).dropna(subset="layer").set_index("router")
+    found = table[["causal", "batch_dependent"]].groupby(level=0).agg(lambda s: bool(s.iloc[0]))
+    assert found.loc["honest"].tolist() == [True, False]
+    assert found.loc["ahead", "causal"] == False  # noqa: E712  a numpy bool
+    assert found.loc["crowd"].tolist() == [True, True]
 
 
 def test_what_replay_refuses(run):

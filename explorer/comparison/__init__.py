@@ -5,6 +5,7 @@ session     one comparison: what is there, what is missing, where it goes
 plan        which routers, with which seeds, in which modes
 names       routers by name, with arguments; routers of a user's own file
 replay      route recorded router inputs again and report agreement, balance and compute
+replay_rows  what that came to: by layer, by domain, token by token
 texts       the fit split and the report split
 fitting     fit routers on what the model does on the fit split
 importance  how much heads, blocks and layers add, which rules about parts are fitted on

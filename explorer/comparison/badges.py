@@ -1,6 +1,7 @@
 """Find out on the model itself whether a fitted router looks ahead or at other sequences."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,10 +14,14 @@ from capture.selftest import probe_tokens
 from capture.sites import Site
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.measure import Spy
+from explorer.routers import Router, RouterInputs, route_layers
 from explorer.routers.live import LiveRule
+from explorer.routers.probe import dense
 
 Key = tuple[int, int]  # layer, site
 MAX_LAYERS = 4
+PROBED = 512  # recorded tokens
+TIES = 2  # rows that products over another number of rows may decide otherwise
 
 
 class Badges(NamedTuple):
@@ -91,6 +96,48 @@ def _gates_depend(
         later |= _differ(first[:, :half], gates(other_end)[:, :half])
         other |= _differ(first[:1], gates(ids[:1])) or _differ(first[:1], gates(changed)[:1])
     return later, other
+
+
+def recorded_badges(routers: Mapping[Key, Router], inputs: Mapping[Key, RouterInputs]) -> Badges:
+    """Leave out later tokens and other sequences of recorded inputs; see whether choices change.
+
+    Parameters
+    ----------
+    routers : mapping of (layer, site) to Router
+        Fitted.
+    inputs : mapping of (layer, site) to RouterInputs
+        The first ``PROBED`` tokens are tried.
+    """
+    info = next(iter(routers.values())).info
+    ahead, others = not info.causal, info.batch_dependent
+    if ahead and others:
+        return Badges(not ahead, others)
+    few = {at: one.take(torch.arange(min(PROBED, one.n_tokens))) for at, one in inputs.items()}
+    positions = next(iter(few.values())).tensor("positions")
+    # a sequence begins where positions stop rising: a sampled one may lack its first tokens
+    begins = [0, *((positions.diff() <= 0).nonzero().flatten() + 1).tolist(), len(positions)]
+    whole = _weights(routers, few, slice(None))
+    later = other = 0
+    for begin, end in pairwise(begins):
+        alone = _weights(routers, few, slice(begin, end))
+        other += _changed(whole[begin:end], alone)
+        half = begin + (end - begin) // 2
+        if half > begin:
+            later += _changed(alone[: half - begin], _weights(routers, few, slice(begin, half)))
+    return Badges(not ahead and later <= TIES, others or other > TIES)
+
+
+def _weights(
+    routers: Mapping[Key, Router], inputs: Mapping[Key, RouterInputs], rows: slice
+) -> torch.Tensor:
+    """Return what all layers apply to some of the tokens [T, L * E]."""
+    taken = {at: one.take(torch.arange(one.n_tokens)[rows]) for at, one in inputs.items()}
+    return torch.cat([dense(each) for each in route_layers(routers, taken).values()], dim=-1)
+
+
+def _changed(first: torch.Tensor, second: torch.Tensor) -> int:
+    """Return in how many rows two decisions differ."""
+    return int(((first - second).abs() > ROUNDING).any(dim=-1).sum())
 
 
 def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:

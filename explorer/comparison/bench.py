@@ -31,8 +31,8 @@ def synthetic(rows: int, layers: int, width: int, n_experts: int, top_k: int) ->
         gate = torch.randn(n_experts, width, generator=generator) / width**0.5
         for part, n in ((split.fit, 2048), (split.held_out, rows // layers)):
             part[layer, 0] = _inputs(layer, gate, n, top_k, generator)
-        names = [f"domain {n % 8}" for n in range(rows // layers)]
-        split.domains[layer, 0] = pd.Categorical(names)
+        names = pd.Categorical([f"domain {n % 8}" for n in range(rows // layers)])
+        split.tokens[layer, 0] = pd.DataFrame({"domain": names})
     return split
 
 

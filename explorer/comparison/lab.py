@@ -23,15 +23,13 @@ from explorer.comparison.cost import Cost, Usage, cost_of
 from explorer.comparison.fitting import FitData, Fitted
 from explorer.comparison.importance import LivePart
 from explorer.comparison.measure import Chosen, SiteSums, Spy, Watcher
-from explorer.comparison.texts import Split, Texts
+from explorer.comparison.texts import Split, Texts, shared_texts
 from explorer.errors import ComparisonCancelled
 from explorer.routers import Router, TrainingSession
 from explorer.routers.live import Convention, LiveRule
 from explorer.routers.native import NativeRouter
 
 Key = tuple[int, int]  # layer, site
-SHARED_TEXTS = 4  # texts whose choices and losses are kept token by token
-SHARED_TOKENS = 160  # at most of each
 TIMED_TOKENS = 256  # of the batch for timings, in rows of at most half of it
 
 
@@ -122,17 +120,9 @@ class Lab:
             )
         self.data = FitData(loaded.model, sites, split.fit, skip=skip, session=session)
         self.flops = model_flops(loaded.model, sites)
-        self.shared = self._shared_texts()
+        self.shared = shared_texts(self.report.domains)
         lengths = np.array([len(one) for one in self.report.sequences], dtype=np.float64)
         self.keys = float((lengths**2).sum() / lengths.sum())
-
-    def _shared_texts(self) -> list[int]:
-        """Return texts for looking at tokens one by one, of different domains where there are."""
-        firsts: dict[str, int] = {}
-        for number, domain in enumerate(self.report.domains):
-            firsts.setdefault(domain, number)
-        others = [n for n in range(len(self.report.domains)) if n not in firsts.values()]
-        return [*firsts.values(), *others][:SHARED_TEXTS]
 
     @cached_property
     def native(self) -> Outcome:

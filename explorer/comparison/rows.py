@@ -10,9 +10,10 @@ from capture.live import Latency
 from capture.losses import SequenceLosses, loss_change
 from explorer.comparison.badges import Badges
 from explorer.comparison.fitting import Fitted
-from explorer.comparison.lab import SHARED_TOKENS, Lab, Outcome
+from explorer.comparison.lab import Lab, Outcome
 from explorer.comparison.measure import Chosen
 from explorer.comparison.tables import Rows
+from explorer.comparison.texts import SHARED_TOKENS
 from explorer.metrics.load import (
     coefficient_of_variation,
     dead_experts,
@@ -327,6 +328,7 @@ def text_rows(lab: Lab) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "text_id": text_id,
+                    "mode": "live",
                     "domain": lab.report.domains[number],
                     "position": position,
                     "token": token,

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from explorer.comparison.names import RouterSpec, content_of, make_router
 from explorer.comparison.plan import Settings, Unit
 from explorer.comparison.progress import Reporter
 from explorer.comparison.replay import RecordedSplit, recorded_split, replay_router
+from explorer.comparison.replay_rows import choice_rows
 from explorer.comparison.rows import (
     Subject,
     card,
@@ -29,7 +31,7 @@ from explorer.comparison.rows import (
     token_losses,
 )
 from explorer.comparison.tables import CONDITION_TABLES, FORMAT_VERSION, Rows, empty_rows
-from explorer.comparison.texts import split_texts
+from explorer.comparison.texts import recorded_texts, split_texts
 from explorer.errors import ComparisonCancelled, ExplorerError
 from explorer.routers import PartRouter, TrainedRouter
 from explorer.routers.training import TrainingCancelled
@@ -89,7 +91,6 @@ class Session:
             with open_comparison(self.path) as known:
                 self.rows = known.records()
         self._lab: Lab | None = None
-        self._recorded: RecordedSplit | None = None
         self._fitted: tuple[RouterSpec, int | None, Fitted] | None = None
         self._worn: tuple[RouterSpec, int | None, Badges] | None = None
 
@@ -183,12 +184,24 @@ class Session:
     def _replay(self, unit: Unit, found: Rows) -> None:
         router = make_router(unit.spec, seed=unit.seed)
         found["routers"].append(card(unit.spec.label, router))
-        if self._recorded is None:
-            self._recorded = recorded_split(self.run, seed=self.settings.seed)
-        replayed = replay_router(unit.spec.label, router, self._recorded)
+        split, text_ids = self._recorded
+        replayed = replay_router(unit.spec.label, router, split)
         own = {"seed": unit.seed, "condition": "base", "part": "expert"}
         found["results"] += [{**row, **own} for row in replayed.rows]
         found["domains"] += [{**row, "seed": unit.seed} for row in replayed.domains]
+        named = {"router": unit.spec.label, "seed": unit.seed}
+        found["choices"] += choice_rows(named, split, replayed.decisions, text_ids)
+
+    @cached_property
+    def _recorded(self) -> tuple[RecordedSplit, dict[int, int]]:
+        """What the run recorded, and the text_id of the prompts that are looked at one by one."""
+        split = recorded_split(self.run, seed=self.settings.seed)
+        text_ids, texts = recorded_texts(self.run, next(iter(split.tokens.values())))
+        if not any(row["mode"] == "replay" for row in self.rows["texts"]):
+            own = {at: inputs.decision() for at, inputs in split.held_out.items()}
+            self.rows["texts"] += texts
+            self.rows["choices"] += choice_rows({**NATIVE, "mode": "replay"}, split, own, text_ids)
+        return split, text_ids
 
     def _live(self, subject: Subject, lab: Lab, found: Rows) -> None:
         fitted = subject.fitted
@@ -293,8 +306,8 @@ class Session:
             "report_tokens": lab.report.n_tokens,
             "native_loss": lab.native.per_sequence.mean,
         }
-        if not self.rows["texts"]:
-            self.rows["texts"] = text_rows(lab)
+        if not any(row["mode"] == "live" for row in self.rows["texts"]):
+            self.rows["texts"] += text_rows(lab)
             self.rows["choices"] += choices(lab, NATIVE, lab.native)
             self.rows["token_losses"] += token_losses(lab, NATIVE, lab.native)
 

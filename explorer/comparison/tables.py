@@ -4,10 +4,10 @@ from typing import Any
 
 Rows = dict[str, list[dict[str, Any]]]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # what older files lack, by the first format that has it: columns, which read as NULL, and tables,
 # which read as empty
-COLUMNS_SINCE: dict[tuple[str, str], int] = {("results", "spanning_rate"): 2}
+COLUMNS_SINCE: dict[tuple[str, str], int] = {("results", "spanning_rate"): 2, ("texts", "mode"): 4}
 TABLES_SINCE = {"oracle": 2, "spanning": 3, "gate_values": 3}
 
 # of one router, seed and mode; a result is computed again when its fingerprint changes
@@ -131,6 +131,7 @@ TABLES: dict[str, dict[str, str]] = {
         "position": "INTEGER",
         "token": "INTEGER",
         "text": "VARCHAR",
+        "mode": "VARCHAR",
     },
     "choices": {
         **UNIT,

@@ -1,7 +1,7 @@
 """Which texts routers are fitted on, and which they are reported on; the two never meet."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 LONGEST = 512  # tokens of a sequence; attention that rules ask for grows with the square
+SHARED_TEXTS = 4  # texts whose choices and losses are kept token by token
+SHARED_TOKENS = 160  # at most of each
 
 
 class Texts(NamedTuple):
@@ -60,6 +62,47 @@ class Split(NamedTuple):
 
     fit: Texts
     report: Texts
+
+
+def shared_texts(domains: Sequence[str]) -> list[int]:
+    """Choose texts for looking at tokens one by one, of different domains where there are."""
+    firsts: dict[str, int] = {}
+    for number, domain in enumerate(domains):
+        firsts.setdefault(domain, number)
+    others = [n for n in range(len(domains)) if n not in firsts.values()]
+    return [*firsts.values(), *others][:SHARED_TEXTS]
+
+
+def recorded_texts(run: Run, tokens: pd.DataFrame) -> tuple[dict[int, int], list[dict[str, Any]]]:
+    """Choose recorded prompts for looking at tokens one by one.
+
+    Parameters
+    ----------
+    tokens : DataFrame
+        ``prompt_id, domain`` of the tokens to choose from.
+
+    Returns
+    -------
+    dict of prompt_id to text_id
+        Numbered after the texts of a live comparison.
+    list of dict
+        Rows of table ``texts``.
+    """
+    prompts = tokens.drop_duplicates("prompt_id").reset_index(drop=True)
+    chosen = prompts.iloc[shared_texts(prompts["domain"].astype(str).tolist())]
+    text_ids, rows = {}, []
+    for number, (prompt, domain) in enumerate(
+        zip(chosen["prompt_id"], chosen["domain"], strict=True)
+    ):
+        text_ids[int(prompt)] = SHARED_TEXTS + number
+        found = run.query(
+            "SELECT position, token, text FROM tokens WHERE prompt_id = ? AND phase = 'prompt' "
+            "AND position < ? ORDER BY position",
+            [int(prompt), SHARED_TOKENS],
+        )
+        shared = {"text_id": SHARED_TEXTS + number, "mode": "replay", "domain": str(domain)}
+        rows += [{**shared, **row} for row in found.to_dict("records")]
+    return text_ids, rows
 
 
 def split_texts(

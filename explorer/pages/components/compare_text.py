@@ -1,5 +1,7 @@
 """The same text under two routers: where they agree, where they part, and what that costs."""
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import streamlit as st
 
@@ -10,16 +12,31 @@ from explorer.pages.components.token_strip import Legend, Token, reveal, token_s
 
 NATIVE = "native"
 _ALL = "all"
+_MODES = ("live", "replay")
 
 
 def two_routers(comparison: Comparison) -> None:
     """Draw a text of the comparison, tinted by how far two routers disagree about its tokens."""
-    choices = comparison.rows("choices")
-    texts = comparison.rows("texts")
-    names = list(dict.fromkeys(choices["router"]))
-    if len(names) < 2 or texts.empty:
+    choices, texts = comparison.rows("choices"), comparison.rows("texts")
+    texts["mode"] = texts["mode"].fillna("live")  # of files from before replay had texts
+    modes = [mode for mode in _MODES if _routers_of(choices, mode).size > 1]
+    if not modes or texts.empty:
         return
     st.subheader("The same text under two routers", anchor=False)
+    mode = modes[0]
+    if len(modes) > 1:
+        mode = address.choose(
+            st.segmented_control,
+            "told",
+            "Routed",
+            modes,
+            default=mode,
+            show=str.capitalize,
+            help="live: each router runs in the model, which goes its own way from the first "
+            "other choice on; replay: each decides about the inputs that this run recorded",
+        )
+    choices, texts = (rows[rows["mode"] == mode] for rows in (choices, texts))
+    names = _routers_of(choices, mode).tolist()
     first, second, text_id, layer = _controls(comparison, names, choices, texts)
     if first == second:
         st.info("Choose two different routers.")
@@ -51,6 +68,11 @@ def two_routers(comparison: Comparison) -> None:
     )
     _say(per_token, pairs)
     _token(comparison, pairs, text, text_id, chosen, first, second)
+
+
+def _routers_of(choices: pd.DataFrame, mode: str) -> "npt.NDArray[np.object_]":
+    found: npt.NDArray[np.object_] = choices[choices["mode"] == mode]["router"].unique()
+    return found
 
 
 def _controls(
@@ -167,14 +189,12 @@ def _token(
     here = pairs[pairs["position"] == position].sort_values(["layer", "site"])
     losses = comparison.rows("token_losses")
     losses = losses[(losses["text_id"] == text_id) & (losses["position"] == position)]
-    said = []
-    for name in (first, second):
-        found = losses[losses["router"] == name]["loss"]
-        said.append("–" if found.empty else f"{found.mean():.3f}")
-    st.markdown(
-        f"Token {position}: loss {said[0]} nats under A, {said[1]} under B."
-        + (" The first token has no loss." if position == 0 else "")
-    )
+    known = [losses[losses["router"] == name]["loss"] for name in (first, second)]
+    a, b = ("–" if found.empty else f"{found.mean():.3f}" for found in known)
+    said = f"loss {a} nats under A, {b} under B."
+    if losses.empty:
+        said = "replay knows no loss." if position else "the first token has no loss."
+    st.markdown(f"Token {position}: {said}")
     st.dataframe(
         pd.DataFrame(
             {
