@@ -203,6 +203,57 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     assert app.query_params["beside"] == "native"
 
 
+def test_a_layer_stands_beside_chance_in_the_same_layer(runs):
+    path = write_results(runs)
+    with open_comparison(path) as found:
+        rows = found.records()
+    ours, chance = "top_k(k=1)", "random for top_k(k=1)"
+    for layer in (0, 1):
+        one = {"mode": "live-layer", "layer": layer, "site": 0, "counted_flops_ratio": 0.9}
+        control = {"control": "equal_compute", "control_of": ours}
+        rows["results"] += [
+            result(ours, "literature", 0.1 + layer, 0.9, latency_ratio=1.5) | one,
+            result(chance, "control", 0.3 + layer, 0.9) | one | control,
+        ]
+    write_comparison(path, rows)
+    app = opened("compare", run="known")
+    (drawn,) = [one.spec for one in charts(app) if "when one layer is swapped" in one.spec]
+    assert "+0.1000 nats (chance +0.3000)" in drawn and "+1.1000 nats (chance +1.3000)" in drawn
+    assert drawn.count("nats (chance") == 2 and chance not in drawn
+
+
+def test_tokens_of_a_replay_are_told_apart_from_those_of_the_model(runs):
+    path = write_results(runs)
+    with open_comparison(path) as found:
+        rows = found.records()
+    rows["texts"] += [
+        {"text_id": 4, "mode": "replay", "domain": "code", "position": n, "token": n, "text": "x"}
+        for n in range(2)
+    ]
+    rows["choices"] += [
+        {"router": router, "mode": "replay", "text_id": 4, "position": n, "layer": 0, "site": 0,
+         "expert_ids": ids, "weights": [0.5] * len(ids)}
+        for router, ids in (("native", [0, 1]), ("other", [0]))
+        for n in range(2)
+    ]  # fmt: skip
+    write_comparison(path, rows)
+    app = opened("compare", run="known")
+    assert app.selectbox(key="address:a").options == ["native", "top_k(k=1)"]
+    assert app.selectbox(key="address:text").options == ["law 0"]
+    app.button_group(key="address:told").set_value("replay").run()
+    assert not app.exception
+    assert app.selectbox(key="address:b").options == ["native", "other"]
+    assert app.selectbox(key="address:text").options == ["code 4"]
+    said = " ".join(markdown.value for markdown in app.markdown)
+    assert "Mean Jaccard **0.500**" in said and "Token 0: the first token has no loss." in said
+    # without a live part there is nothing to choose from
+    rows["results"] = [row for row in rows["results"] if row["mode"] == "replay"]
+    rows["choices"] = [row for row in rows["choices"] if row["mode"] == "replay"]
+    write_comparison(path, rows)
+    app = opened("compare", run="known", at="1")
+    assert "Token 1: replay knows no loss." in " ".join(m.value for m in app.markdown)
+
+
 def test_learning_is_shown_for_one_router_at_its_prices_those_with_a_reward_first(runs):
     path = write_results(runs)
     with open_comparison(path) as found:

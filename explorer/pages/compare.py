@@ -13,19 +13,17 @@ from explorer.figures.comparison import (
     AXES,
     CURVES,
     badges,
-    by_domain,
-    by_layer,
     curves,
     family_name,
     front,
-    marked,
-    means_by,
 )
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.compare_breakdown import layers_and_domains
 from explorer.pages.components.compare_card import router_card
 from explorer.pages.components.compare_conditions import conditions_section
 from explorer.pages.components.compare_oracle import oracle_section
+from explorer.pages.components.compare_replay import replay_section
 from explorer.pages.components.compare_start import start_comparison
 from explorer.pages.components.compare_text import two_routers
 from explorer.pages.shell import current_view
@@ -62,9 +60,6 @@ _BADGE_TEXTS = {
     "depends on the batch": "other sequences in the batch change its choices",
     "simulated": "what it leaves out was computed and masked, not skipped: no time is saved",
 }
-
-
-_MARKED = "not causal, depends on the batch, or simulated: its card says which."
 
 
 def render() -> None:
@@ -126,12 +121,12 @@ def _show(view: View, comparison: Comparison) -> None:
         _front(shown, info)
         _table(shown)
         router_card(comparison, live)
-        _layers_and_domains(comparison, table, set(shown["router"]), info)
-        two_routers(comparison)
+        layers_and_domains(comparison, table, set(shown["router"]), info)
         _learning(comparison)
+    two_routers(comparison)
     oracle_section(comparison)
     conditions_section(comparison)
-    _replay(comparison)
+    replay_section(comparison)
 
 
 def _provenance(info: dict[str, Any]) -> str:
@@ -263,50 +258,6 @@ def _format(name: str) -> str:
     return "%+.4f" if name == "loss_change" else "%.4f" if name == "loss_se" else "%.3f"
 
 
-def _layers_and_domains(
-    comparison: Comparison, table: pd.DataFrame, names: set[str], info: dict[str, Any]
-) -> None:
-    # random rules would leave the others without colour
-    table, domains = (
-        rows[rows["router"].isin(names) & ~rows["router"].str.startswith("random")]
-        for rows in (table, comparison.domains.query("mode == 'live'"))
-    )
-    called = marked(comparison.table)
-    table, domains = (
-        rows.assign(router=rows["router"].map(lambda name: called.get(name, name)))
-        for rows in (table, domains)
-    )
-    single = table[(table["mode"] == "live-layer") & table["layer"].notna()]
-    tokens = int(info["report_tokens"])
-    if not single.empty:
-        st.subheader("Layer by layer", anchor=False)
-        chart(
-            by_layer(single, tokens=tokens, dark=is_dark()),
-            key="by layer",
-            alt=f"Heatmap of {single['router'].nunique()} routers by "
-            f"{single['layer'].nunique()} layers: change in loss when one layer is swapped.",
-            table=single[["router", "seed", "layer", "loss_change", "loss_se", "agreement"]],
-            on_click=lambda data: _open_card(means_by(single, "layer"), data),
-        )
-    if not domains.empty:
-        st.subheader("Domain by domain", anchor=False)
-        chart(
-            by_domain(domains, tokens=tokens, dark=is_dark()),
-            key="by domain",
-            alt=f"Heatmap of {domains['router'].nunique()} routers by "
-            f"{domains['domain'].nunique()} domains: change in loss.",
-            table=domains,
-            on_click=lambda data: _open_card(means_by(domains, "domain"), data),
-        )
-    if any(name.endswith("†") for name in {*single["router"], *domains["router"]}):
-        st.caption(f"† {_MARKED}")
-
-
-def _open_card(means: pd.DataFrame, data: list[float]) -> None:
-    """Show the router of the row that was clicked."""
-    address.write("router", str(means.index[int(data[0])]).removesuffix(" †"))
-
-
 def _learning(comparison: Comparison) -> None:
     rows = comparison.curves
     if rows.empty:
@@ -339,53 +290,6 @@ def _learning(comparison: Comparison) -> None:
         alt=f"{CURVES[quantity]} over training steps of {rows['router'].nunique()} routers.",
         table=rows,
     )
-
-
-def _replay(comparison: Comparison) -> None:
-    table = comparison.table
-    rows = table[(table["mode"] == "replay") & table["layer"].isna()]
-    if rows.empty:
-        return
-    st.subheader("Replay: recorded inputs routed again", anchor=False)
-    st.markdown(
-        "Without the model: each router decides on the inputs that this run recorded. Errors do "
-        "not add up from layer to layer here, and agreement is a poor predictor of loss."
-    )
-    rows = rows.assign(badges=[", ".join(badges(row)) for _, row in rows.iterrows()])
-    names = {
-        "router": "Router",
-        "agreement": "Agreement",
-        "jaccard": "Jaccard",
-        "exact_set": "Exact set",
-        "weighted_overlap": "Weighted overlap",
-        "js": "JS (nats)",
-        "experts_per_token": "Experts a token",
-        "max_violation": "MaxVio",
-        "max_violation_floor": "MaxVio by chance",
-        "gini": "Gini",
-        "dead_experts": "Dead",
-        "badges": "Badges",
-    }
-    st.dataframe(
-        rows[list(names)],
-        hide_index=True,
-        column_config={
-            name: title
-            if name in ("router", "badges")
-            else st.column_config.NumberColumn(title, format="%.3f")
-            for name, title in names.items()
-        },
-        alt="Routers by replay: agreement with the model's own choice, balance and compute",
-        placeholder="not measured",
-    )
-    domains = comparison.domains.query("mode == 'replay'")
-    if domains["domain"].nunique() > 1:
-        st.dataframe(
-            domains.pivot_table("agreement", "router", "domain", sort=False).reset_index(),
-            hide_index=True,
-            column_config={"router": "Agreement by domain"},
-            alt="Agreement of routers with the model's own choice in each domain, by replay",
-        )
 
 
 render()
