@@ -7,6 +7,7 @@ import tomllib
 import numpy as np
 import pandas as pd
 import pytest
+from plotly.colors import unlabel_rgb
 from synthetic import NASTY
 
 from explorer.figures import load as load_figures
@@ -123,6 +124,18 @@ def test_hues_are_seen_on_every_ground(dark):
     """WCAG 2, 1.4.11, asks for 3 of what is not text."""
     for hue, ground in itertools.product([*theme.hues(dark), theme.accent(dark)], grounds(dark)):
         assert contrast(hue, ground) >= 3, (hue, ground)
+
+
+@pytest.mark.parametrize("dark", GROUNDS)
+def test_marks_of_an_amount_are_seen_on_their_figure(dark):
+    colors = [
+        "#" + "".join(f"{round(v):02x}" for v in unlabel_rgb(c)) for c in theme.marks(9, dark)
+    ]
+    assert [color for _, color in theme.marks_scale(dark)] == theme.marks(9, dark)
+    assert min(contrast(color, theme.ground(dark)) for color in colors) >= 3
+    # more is brighter, step by step
+    levels = [float(XYZ[1] @ linear(color)) for color in colors]
+    assert levels == sorted(levels)
 
 
 @pytest.mark.parametrize("vision", VISION)

@@ -356,7 +356,7 @@ def test_lines_of_checkpoints_are_seen_on_their_ground(dark):
     ground = [int(theme.ground(dark)[at : at + 2], 16) for at in (1, 3, 5)]
     for line in figure.data:
         # WCAG asks for 3 of what is not text
-        assert contrast(ground, unlabel_rgb(line.line.color)) >= 2.9
+        assert contrast(ground, unlabel_rgb(line.line.color)) >= 3
 
 
 def test_domain_heatmap_holds_the_load(run):

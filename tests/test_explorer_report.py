@@ -1,7 +1,9 @@
 """Reports: whole, self-contained, escaped, in both themes; and saved views."""
 
+import ast
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,12 +13,16 @@ from pathlib import Path
 
 import pytest
 from synthetic import NASTY, write_run
+from test_app_clusters import keep
 
 from explorer import service, views
 from explorer.__main__ import main
+from explorer.clusters.features import Source
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.figures import theme
-from explorer.report import build_report, write_report
+from explorer.report import build, build_report, write_report
+from explorer.report.build import RUN_PAGES
+from explorer.report.command import run_file
 from explorer.report.document import rich, section
 from explorer.run import open_run
 
@@ -94,16 +100,39 @@ def test_texts_are_escaped_and_there(report):
     assert html.escape(NASTY) in strip and 'dir="auto"' in strip
 
 
+def drawn(text):
+    """Return the figures of a report as (light, dark)."""
+    pairs = []
+    for figure in (json.loads(text) for kind, text in Reader(text).scripts if kind):
+        dark = json.loads(json.dumps(figure["light"]))
+        for path, value in figure["changes"]:
+            place = dark
+            for name in path[:-1]:
+                place = place[name]
+            place[path[-1]] = value
+        pairs.append((figure["light"], dark))
+    return pairs
+
+
 def test_figures_are_there_in_both_themes_with_their_numbers(report):
-    figures = [json.loads(text) for kind, text in Reader(report).scripts if kind]
+    figures = drawn(report)
     assert figures
-    for figure in figures:
-        assert figure["light"]["data"] and len(figure["light"]["data"]) == len(
-            figure["dark"]["data"]
-        )
-        grounds = [figure[t]["layout"]["template"]["layout"]["paper_bgcolor"] for t in figure]
+    for pair in figures:
+        assert [len(figure["data"]) for figure in pair] == [len(pair[0]["data"])] * 2
+        grounds = [figure["layout"]["template"]["layout"]["paper_bgcolor"] for figure in pair]
         assert grounds == ["#ffffff", "#0e1117"]
     assert "<summary>Table</summary>" in report
+
+
+def test_a_figure_on_dark_ground_is_the_one_that_was_printed_there():
+    light = {"data": [{"x": [1, 2], "marker": {"color": "a"}}, {"y": 1}], "layout": {"p": [1]}}
+    dark = {"data": [{"x": [1, 2], "marker": {"color": "b"}}, {"y": 2, "z": 3}]}
+    dark["layout"] = {"p": [1, 2]}
+    block = {"kind": "figure", "alt": "", "light": json.dumps(light), "dark": json.dumps(dark)}
+    text = section([block])
+    assert drawn(text) == [(light, dark)]
+    # numbers that are the same on both grounds are there once
+    assert text.count("[1,2]") == 2
 
 
 def test_coloured_tokens_are_there_in_both_themes(report):
@@ -123,9 +152,43 @@ def test_a_report_says_where_it_is_from(report, runs, view):
     assert "Changed since" not in words
 
 
-def test_a_report_of_a_run_has_both_topics_of_load_balance(runs):
-    words = Reader(build_report(runs / "known.duckdb")).words
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        # no map is kept in a cache that is empty
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return build_report(runs / "known.duckdb")
+
+
+def test_a_report_of_a_run_has_both_topics_of_load_balance(whole):
+    words = Reader(whole).words
     assert "Capacity limit" in words and "Balancedness over all layers" in words
+
+
+def test_a_report_of_a_run_has_its_maps_and_says_which(whole):
+    words = Reader(whole).words
+    titles = [light["layout"]["title"]["text"] for light, _ in drawn(whole)]
+    for unit in ("tokens", "prompts", "experts"):
+        assert f"Clusters: {unit}" in words
+        assert any(title.startswith(f"PCA of {unit}") for title in titles)
+    assert (
+        "Not worked out when this was printed: UMAP and clusters. The picture is the PCA" in words
+    )
+    assert not any(title.startswith("UMAP") for title in titles)
+
+
+def test_a_report_has_the_map_that_somebody_had_made(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "RUN_PAGES", [page for page in RUN_PAGES if page[2] == "tokens"])
+    path = runs / "known.duckdb"
+    with open_run(path) as run:
+        source = Source("tokens", "scores", run.sites[0].layer, run.sites[0].site)
+    _, places = keep(path, source)
+    text = build_report(path)
+    ((light, _),) = drawn(text)
+    assert light["layout"]["title"]["text"].startswith("UMAP of tokens")
+    assert "Not worked out" not in Reader(text).words
+    assert sum(len(trace["text"]) for trace in light["data"]) == len(places)
 
 
 def test_a_report_of_a_changed_run_says_so(runs, view, tmp_path):
@@ -145,7 +208,7 @@ def test_the_command_writes_a_whole_run_and_nothing_twice(runs, tmp_path, capsys
     assert main(given) == 2
     assert "not overwritten" in capsys.readouterr().err
     assert out.read_text(encoding="utf-8") == text
-    assert sorted(p.name for p in runs.iterdir()) == ["known.duckdb", "views"]
+    assert {p.name for p in runs.iterdir()} <= {"known.duckdb", "views"}
 
 
 def test_the_command_exports_counts(runs, tmp_path, capsys):
@@ -155,6 +218,16 @@ def test_the_command_exports_counts(runs, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}\n"
     with open_run(out) as run:
         assert run.counts_only
+
+
+def test_a_run_is_meant_by_its_name_where_runs_lie(runs, tmp_path, monkeypatch):
+    (tmp_path / "runs").symlink_to(runs)
+    monkeypatch.chdir(tmp_path)
+    assert run_file(Path("known")) == Path("runs/known.duckdb")
+    for other in ("gone", "known.duckdb", "runs/known.duckdb", "../known"):
+        assert run_file(Path(other)) == Path(other)
+    Path("known").touch()
+    assert run_file(Path("known")) == Path("known")
 
 
 def test_a_report_is_refused_read_only(runs, tmp_path):
@@ -193,6 +266,45 @@ def test_what_is_missing_is_said_and_never_0():
     text = section([table])
     assert text.count("not recorded") == 2 and ">0</td>" in text
     assert "&lt;a&gt;" in text and "&lt;b&gt;" in text and "first 4 of 9 rows" in text
+
+
+def test_numbers_of_a_table_are_written_as_on_the_page(tmp_path):
+    # in a process of its own, as AppTest takes the place of a server
+    script = """if True:
+        import pandas as pd
+        from streamlit.testing.v1 import AppTest
+        from explorer.pages import printing
+
+        def page():
+            import pandas as pd
+            import streamlit as st
+            number = st.column_config.NumberColumn
+            st.dataframe(
+                pd.DataFrame({"a": [12.345, None], "b": [1234, 5], "c": [0.5, 0.25], "d": [7, 8]}),
+                column_config={
+                    "a": number("Share", format="%.1f%%"),
+                    "b": number("Count", format="localized"),
+                    "c": None,
+                },
+            )
+
+        (block,) = printing._blocks(AppTest.from_function(page).run().main)
+        print({name: block[name] for name in ("columns", "numbers", "rows")})
+    """
+    path = tmp_path / "page.py"
+    path.write_text(script)
+    command = [sys.executable, str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    block = ast.literal_eval(done.stdout)
+    assert block == {
+        "columns": ["Share", "Count", "d"],
+        "numbers": [True, True, False],
+        "rows": [["12.3%", "1,234", 7], [None, "5", 8]],
+    }
+    text = section([{"kind": "table", "total": 2, "alt": "", "folded": False, **block}])
+    assert text.count('<th scope="col" class="number">') == 3
+    assert '<td dir="auto" class="number">12.3%</td>' in text and "not recorded" in text
 
 
 def test_a_colour_that_is_none_stays_out():

@@ -149,7 +149,7 @@ def _key_window(keys: pd.DataFrame, window: range, names: Sequence[str], dark: b
         "symbol": "square",
         "size": float(np.clip(600 / max(1, len(window)), 3, 12)),
         "color": log_weight(weight),
-        "colorscale": theme.SEQUENTIAL,
+        "colorscale": theme.marks_scale(dark),
         "cmin": WEIGHT_SCALE.low,
         "cmax": WEIGHT_SCALE.high,
         "colorbar": {

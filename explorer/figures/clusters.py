@@ -138,7 +138,7 @@ def _add_amount(
             marker={
                 "size": size,
                 "color": color.values[here].astype(np.float32),
-                "colorscale": theme.SEQUENTIAL,
+                "colorscale": theme.marks_scale(dark),
                 "cmin": color.low,
                 "cmax": color.high,
                 "colorbar": {"title": {"text": color.title, "side": "right"}, "thickness": 14},
@@ -234,11 +234,8 @@ def map_density(
 
 
 def _with_ground(dark: bool) -> list[tuple[float, str]]:
-    """Return cividis with the ground's colour for 0."""
-    from plotly.colors import get_colorscale
-
-    ground = theme.ground(dark)
-    scale = get_colorscale(theme.SEQUENTIAL)
+    """Return the scale of marks with the ground's colour for 0."""
+    ground, scale = theme.ground(dark), theme.marks_scale(dark)
     first = 0.5 / _LEVELS
     return [
         (0.0, ground),

@@ -8,6 +8,7 @@ with the common colour vision deficiencies, and hues are seen on their ground (3
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 SEQUENTIAL = "cividis"
 # ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the
@@ -48,6 +49,23 @@ PinKey = tuple[int, int, int]  # layer, site, expert
 def diverging(dark: bool) -> list[tuple[float, str]]:
     """Return the colour scale for values around a neutral one."""
     colors = _DIVERGING[dark]
+    return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
+
+
+def marks(n: int, dark: bool) -> list[str]:
+    """Return n colours of the sequential scale that marks and lines are seen in on the ground.
+
+    One end of the whole scale is hard to see on either ground; cells of a heatmap, which touch,
+    have the whole.
+    """
+    ends = (0.38, 1.0) if dark else (0.0, 0.6)
+    places = [ends[0] + (ends[1] - ends[0]) * i / max(1, n - 1) for i in range(n)]
+    return [str(color) for color in sample_colorscale(SEQUENTIAL, places)]
+
+
+def marks_scale(dark: bool) -> list[tuple[float, str]]:
+    """Return ``marks`` as the colour scale of marks that do not touch."""
+    colors = marks(9, dark)
     return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
 
 

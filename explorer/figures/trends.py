@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 
 from explorer.figures import theme
 from explorer.figures.caption import site_name
@@ -59,9 +58,8 @@ def trend_lines(
     several = bool((table["site"] > 0).any())
     order = list(dict.fromkeys(table["name"]))
     places = list(dict.fromkeys(zip(table["layer"], table["site"], strict=True)))
-    # early layers dark, late ones bright; one end of the scale is hard to see on either ground
-    ends = (0.36, 1.0) if dark else (0.0, 0.64)
-    shades = sample_colorscale(theme.SEQUENTIAL, np.linspace(*ends, len(places)))
+    # early layers dark, late ones bright
+    shades = theme.marks(len(places), dark)
     figure = go.Figure()
     for place, color in zip(places, shades, strict=True):
         rows = table[(table["layer"] == place[0]) & (table["site"] == place[1])]

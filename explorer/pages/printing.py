@@ -60,7 +60,9 @@ def _run(pages: list[tuple[str, dict[str, str]]], ground: str) -> list[list[Bloc
         app.run()
         if app.exception:
             error = app.exception[0]
-            raise RuntimeError(f"the page {name} failed: {error.message}\n{error.stack_trace}")
+            why = " ".join(str(error.message).split())
+            # the last line is what a reader is told
+            raise RuntimeError(f"{error.stack_trace}\nthe page {name} failed: {why}")
         if name:
             shown.append(list(_blocks(app.main)))
     return shown
@@ -139,16 +141,24 @@ def _table(element: Any) -> Block:
     from explorer.figures.text import visible
 
     frame = element.value
-    titles = json.loads(element.proto.columns or "{}")
-    names = [str((titles.get(str(c)) or {}).get("label") or c) for c in frame.columns]
-    shown = frame.head(MAX_ROWS).astype(object)
+    known = json.loads(element.proto.columns or "{}")
+    about = {str(column): known.get(str(column)) or {} for column in frame.columns}
+    kept = [column for column in frame.columns if not about[str(column)].get("hidden")]
+    names = [str(about[str(column)].get("label") or column) for column in kept]
+    formats = [(about[str(column)].get("type_config") or {}).get("format") for column in kept]
+    shown = frame[kept].head(MAX_ROWS).astype(object)
     rows = [
-        [None if _missing(value) else _plain(value, visible) for value in row]
+        [
+            None if _missing(value) else _written(_plain(value, visible), form)
+            for value, form in zip(row, formats, strict=True)
+        ]
         for row in shown.itertuples(index=False, name=None)
     ]
     return {
         "kind": "table",
         "columns": names,
+        # a number that is written as its page has it is text, and still stands to the right
+        "numbers": [form is not None for form in formats],
         "rows": rows,
         "total": len(frame),
         "alt": element.proto.alt,
@@ -167,6 +177,18 @@ def _plain(value: Any, visible: Callable[[str], str]) -> str | int | float:
     if hasattr(value, "item"):
         return _plain(value.item(), visible)
     return visible(str(value))
+
+
+def _written(value: str | int | float, form: str | None) -> str | int | float:
+    """Return a number as the table of its page has it."""
+    if form is None or isinstance(value, bool | str):
+        return value
+    if form in ("localized", "percent"):
+        return f"{value:,}" if form == "localized" else f"{value:.2%}"
+    try:
+        return form % value
+    except (TypeError, ValueError):
+        return value
 
 
 def _component(element: Any) -> Block | None:

@@ -17,15 +17,19 @@ from explorer.views import SavedView, changed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
-# what a report of a whole run shows: pages as they are called in addresses, with their choices
-RUN_PAGES: tuple[tuple[str, dict[str, str]], ...] = (
-    ("overview", {}),
-    ("load-balance", {}),
-    ("load-balance", {"topic": "serving"}),
-    ("experts", {}),
-    ("tokens", {}),
-    ("attention", {}),
-    ("flow", {}),
+# what a report of a whole run shows: pages as they are called in addresses, with their choices,
+# and what tells two of one page apart
+RUN_PAGES: tuple[tuple[str, dict[str, str], str], ...] = (
+    ("overview", {}, ""),
+    ("load-balance", {}, ""),
+    ("load-balance", {"topic": "serving"}, "serving"),
+    ("experts", {}, ""),
+    ("tokens", {}, ""),
+    ("attention", {}, ""),
+    ("flow", {}, ""),
+    ("clusters", {}, "tokens"),
+    ("clusters", {"map": "prompts"}, "prompts"),
+    ("clusters", {"map": "experts"}, "experts"),
 )
 _PRINT = (sys.executable, "-m", "explorer.pages.printing")
 # a page takes a core for a second or two: reports wait for each other
@@ -55,13 +59,14 @@ def build_report(path: str | Path, view: SavedView | None = None) -> str:
     with open_run(path) as run:
         facts = _facts(run, view)
         title = f"Run {path.stem}"
-    pages = [(page, {"run": path.stem} | choices) for page, choices in RUN_PAGES]
+    pages = [(page, {"run": path.stem} | choices, part) for page, choices, part in RUN_PAGES]
     if view is not None:
         title = view.name
-        pages = [(view.page, view.params)]
-    printed = _print(path.absolute().parent, pages)
+        pages = [(view.page, dict(view.params), "")]
+    printed = _print(path.absolute().parent, [(page, address) for page, address, _ in pages])
     sections = [
-        (_title(page), section(blocks)) for (page, _), blocks in zip(pages, printed, strict=True)
+        (_title(page, part), section(blocks))
+        for (page, _, part), blocks in zip(pages, printed, strict=True)
     ]
     return document(f"{title} · RouteScope", facts, sections)
 
@@ -75,8 +80,9 @@ def write_report(path: Path, out: Path, view: SavedView | None = None) -> Path:
     return service.write_new(out, report.encode(), what="Writing a report")
 
 
-def _title(page: str) -> str:
-    return page.replace("-", " ").capitalize()
+def _title(page: str, part: str) -> str:
+    name = page.replace("-", " ").capitalize()
+    return f"{name}: {part}" if part else name
 
 
 def _print(

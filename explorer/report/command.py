@@ -7,10 +7,18 @@ from explorer import service
 from explorer.commands import Output
 from explorer.errors import ExplorerError
 
+_RUN = "a run file, or the name of one in runs/"
+
+
+def run_file(given: Path) -> Path:
+    """Return the run file that is meant: as given, or of this name in ``runs/``."""
+    named = Path("runs", f"{given}.duckdb")
+    return named if not given.suffix and not given.exists() and named.is_file() else given
+
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``report``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run file")
+    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="never overwritten")
     parser.add_argument("--view", metavar="ID", help="a saved view, as in its link: ?view=ID")
 
@@ -20,13 +28,14 @@ def run_report(options: argparse.Namespace) -> Output:
     from explorer.report.build import write_report
     from explorer.views import load_view
 
-    view = load_view(options.run.absolute().parent, options.view) if options.view else None
-    return Output(str(write_report(options.run, options.out, view)))
+    run = run_file(options.run)
+    view = load_view(run.absolute().parent, options.view) if options.view else None
+    return Output(str(write_report(run, options.out, view)))
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``export``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run file")
+    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="never overwritten")
     parser.add_argument(
         "--counts-only",
@@ -42,4 +51,4 @@ def run_export(options: argparse.Namespace) -> Output:
             "Say what to export: --counts-only leaves the text out. A run as it is needs no "
             "export; copy the file."
         )
-    return Output(str(service.export_counts(options.run, options.out)))
+    return Output(str(service.export_counts(run_file(options.run), options.out)))

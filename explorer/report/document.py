@@ -10,7 +10,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ _MARKDOWN = MarkdownIt("commonmark", {"html": False}).disable(["link", "image", 
 _ICON = re.compile(r":material/\w+:\s*")
 _COPY = (
     "A copy of what the pages of RouteScope showed. Figures can be zoomed, hovered and saved; what "
-    "a page says of clicking works in the app only."
+    "a page says of clicking and of drawing works in the app only."
 )
-_CLICK = re.compile(r"\s*Click: [^.]*\.")
+_CLICK = re.compile(r"\s*(?:Click:|Draw a box) [^.]*\.")
 
 
 def document(title: str, facts: Mapping[str, str], sections: Sequence[tuple[str, str]]) -> str:
@@ -118,22 +118,38 @@ def _tile(block: Block) -> str:
 
 
 def _figure(block: Block) -> str:
-    figures = {"light": json.loads(block["light"]), "dark": json.loads(block["dark"])}
+    light, dark = json.loads(block["light"]), json.loads(block["dark"])
+    figures = {"light": light, "changes": list(_changes(light, dark))}
     alt = html.escape(_CLICK.sub("", block["alt"]))
     # a script of data is not run, but would end at the first "</script"
     data = json.dumps(figures, separators=(",", ":")).replace("<", "\\u003c")
-    height = int(figures["light"].get("layout", {}).get("height") or 380)
+    height = int(light.get("layout", {}).get("height") or 380)
     return (
         f'<figure><div class="plot" role="img" aria-label="{alt}" style="height:{height}px"></div>'
         f'<script type="application/json">{data}</script></figure>'
     )
 
 
+def _changes(light: Any, dark: Any, path: tuple[str | int, ...] = ()) -> Iterator[list[Any]]:
+    """Yield [path, value] of what is different on dark ground: colours, but not the numbers."""
+    if isinstance(light, dict) and isinstance(dark, dict) and light.keys() == dark.keys():
+        for name in light:
+            yield from _changes(light[name], dark[name], (*path, name))
+    elif isinstance(light, list) and isinstance(dark, list) and len(light) == len(dark) < 100:
+        for place, (one, other) in enumerate(zip(light, dark, strict=True)):
+            yield from _changes(one, other, (*path, place))
+    elif light != dark:
+        yield [list(path), dark]
+
+
 def _table(block: Block) -> str:
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in block["columns"])
-    body = "".join(
-        "<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in block["rows"]
+    numbers = block.get("numbers") or [False] * len(block["columns"])
+    first = block["rows"][0] if block["rows"] else [None] * len(numbers)
+    head = "".join(
+        f'<th scope="col"{_side(number or type(value) in (int, float))}>{html.escape(name)}</th>'
+        for name, number, value in zip(block["columns"], numbers, first, strict=True)
     )
+    body = "".join("<tr>" + "".join(map(_cell, row, numbers)) + "</tr>" for row in block["rows"])
     shown, total = len(block["rows"]), int(block["total"])
     more = f"<caption>The first {shown:,} of {total:,} rows.</caption>" if shown < total else ""
     alt = html.escape(_CLICK.sub("", block["alt"]))
@@ -144,14 +160,19 @@ def _table(block: Block) -> str:
     return f"<details><summary>Table</summary>{table}</details>" if block["folded"] else table
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, number: bool = False) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return '<td class="absent">not recorded</td>'
     if isinstance(value, float):
         return f'<td class="number">{value:.6g}</td>'
     if isinstance(value, int) and not isinstance(value, bool):
         return f'<td class="number">{value}</td>'
-    return f'<td dir="auto">{html.escape(str(value))}</td>'
+    return f'<td dir="auto"{_side(number)}>{html.escape(str(value))}</td>'
+
+
+def _side(number: bool) -> str:
+    """Return what puts numbers and their titles to the right."""
+    return ' class="number"' if number else ""
 
 
 def _strip(block: Block) -> str:
@@ -209,9 +230,11 @@ def _lines(block: Block) -> str:
 
 
 def _row(block: Block) -> str:
+    weights = [float(weight) for weight in block["weights"]]
     columns = "".join(
-        f'<div style="flex-grow:{float(weight):.3f}">{section(inner)}</div>'
-        for inner, weight in zip(block["blocks"], block["weights"], strict=True)
+        f'<div style="--weight:{weight:.3f};--part:{weight / max(weights):.3f}">{section(inner)}'
+        "</div>"
+        for inner, weight in zip(block["blocks"], weights, strict=True)
         if inner
     )
     tiles = all(inner and inner[0]["kind"] == "tile" for inner in block["blocks"])

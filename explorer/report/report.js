@@ -5,7 +5,18 @@
   const button = document.getElementById("theme");
   const wishes = matchMedia("(prefers-color-scheme: dark)");
 
+  function onDark(light, changes) {
+    const figure = structuredClone(light);
+    for (const [path, value] of changes) {
+      const last = path.at(-1);
+      path.slice(0, -1).reduce((part, name) => part[name], figure)[last] = value;
+    }
+    return figure;
+  }
+
   function lighten(figure) {
+    // a box that is drawn here leads nowhere
+    if (figure.layout.dragmode === "select") figure.layout.dragmode = "zoom";
     for (const trace of figure.data) {
       const x = trace.x ?? [];
       const size = x.bdata ? x.bdata.length : x.length * 8;
@@ -15,8 +26,8 @@
   }
 
   const plots = [...document.querySelectorAll("figure")].map((figure) => {
-    const { light, dark } = JSON.parse(figure.querySelector("script").textContent);
-    const figures = { light: lighten(light), dark: lighten(dark) };
+    const { light, changes } = JSON.parse(figure.querySelector("script").textContent);
+    const figures = { light: lighten(light), dark: lighten(onDark(light, changes)) };
     const heavy = light.data.some((trace) => trace.type.endsWith("gl"));
     return { place: figure.querySelector(".plot"), figures, heavy, near: false };
   });

@@ -34,7 +34,7 @@ def quality_panel(
         border=True,
     )
     if laid_out is None:
-        st.caption("Measured when the UMAP is done.")
+        st.caption("Measured on the UMAP, which is not there yet.")
     else:
         other = "PCA" if layout == "UMAP" else "UMAP"
         st.caption(f"of this {layout}; of the {other}: {_number(facts.get(names[other]))}")

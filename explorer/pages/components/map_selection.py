@@ -10,7 +10,7 @@ from explorer.clusters.regions import Region
 from explorer.figures.clusters import lift_bars
 from explorer.figures.text import domain_label, visible
 from explorer.metrics.lift import MIN_COUNT, Lift, lift
-from explorer.pages import address, jump
+from explorer.pages import address, jump, printing
 from explorer.pages.components.chart import chart
 from explorer.pages.components.map_points import id_names
 from explorer.pages.components.save_slice import save_slice
@@ -31,10 +31,12 @@ _COLUMNS = {
 def selection_section(view: View, source: Source, table: PointTable, region: Region | None) -> None:
     """Draw the section; without a region, say how to draw one."""
     if region is None:
-        st.caption(
-            ":material/select: Draw a box on the map to see what is inside, or a free line with "
-            "the lasso above it. Double-click takes the selection away."
-        )
+        # on paper there is nothing to draw on
+        if not printing.theme():
+            st.caption(
+                ":material/select: Draw a box on the map to see what is inside, or a free line "
+                "with the lasso above it. Double-click takes the selection away."
+            )
         return
     rows = table.select(region)
     with st.container(border=True, key="selection"):

@@ -10,7 +10,7 @@ from explorer.clusters import cache
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import Prepared
 from explorer.clusters.projection import FEWEST, MapOptions
-from explorer.pages import address
+from explorer.pages import address, printing
 from explorer.pages.components.job import follow
 from explorer.pages.components.map_quality import SEED
 from explorer.pages.state import View
@@ -60,20 +60,25 @@ def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
         "choices": ("", wanted.router),
     }
     found: dict[str, cache.Kept | None] = dict.fromkeys(paths)
-    waiting = False
+    waiting, missing = False, []
     for what, path in paths.items():
         if (what == "UMAP" and len(prepared.ids) < FEWEST) or (
             what == "choices" and not wanted.router
         ):
             continue
         found[what] = cache.read(path, len(prepared.ids))
-        if found[what] is None:
+        if found[what] is None and printing.theme():
+            missing.append(what)
+        elif found[what] is None:
             method, router = how[what]
             request = ProjectRequest(
                 str(path), run, *place, method, wanted.n_clusters, SEED, router
             )
             # one box for all: when its job ends, the page runs again and shows the next one's
             waiting = _have_made(request, what, show=not waiting) or waiting
+    if missing:
+        shown = " The picture is the PCA." if "UMAP" in missing else ""
+        st.info(f"Not worked out when this was printed: {' and '.join(missing)}.{shown}")
     return Made(found["UMAP"], found["clusters"], found["choices"])
 
 
