@@ -238,8 +238,8 @@ def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, 
     if not n:
         return pd.DataFrame(columns=names), found
     part = Part(token_ids=found.token_ids)
-    here = expert_load(run, part=part)
-    every = expert_load(run, **filters)
+    here = expert_load(run, part=part, weights=False)
+    every = expert_load(run, weights=False, **filters)
     n_all = token_count(run, **filters)
     table = here[["layer", "site", "expert_id"]].assign(
         hits=here["assignments"],

@@ -1,6 +1,7 @@
 """Two runs against each other: the same model twice, or two models on the same text."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +105,7 @@ def token_divergence(
     *,
     domain: str | None = None,
     part: Part | None = None,
+    prompts: pd.DataFrame | None = None,
     max_rows: int = MAX_ROWS,
 ) -> pd.DataFrame:
     """Compare the experts of the same prompt tokens in two runs of one model.
@@ -112,6 +114,8 @@ def token_divergence(
     ----------
     domain, part : optional
         Of the first run's tokens.
+    prompts : DataFrame, optional
+        Their ``common_prompts``, where these are known already.
     max_rows : int
         Tokens times routers that are compared; the tokens are spread over all that are common.
 
@@ -123,14 +127,14 @@ def token_divergence(
         divergence of the combine weights, nats), ``chance`` (Jaccard of random sets). Empty
         without common tokens.
     """
-    prompts = common_prompts(first, second, domain=domain, part=part)
+    if prompts is None:
+        prompts = common_prompts(first, second, domain=domain, part=part)
     every = common_tokens(first, second, prompts, part=part)
     if every.empty:
         return pd.DataFrame()
     both = spread(every, max(1, max_rows // len(first.sites)))
     rows = []
-    sides = chosen(first, both["token_a"]), chosen(second, both["token_b"])
-    for site, a, b in zip(first.sites, *sides, strict=True):
+    for site, a, b in zip(first.sites, *_of_both(first, second, both), strict=True):
         means = agreement.agreement(a.expert_ids, a.weights, b.expert_ids, b.weights)
         divergence = agreement.weight_divergence(a.expert_ids, a.weights, b.expert_ids, b.weights)
         rows.append(
@@ -147,6 +151,13 @@ def token_divergence(
             }
         )
     return pd.DataFrame(rows)
+
+
+def _of_both(first: Run, second: Run, tokens: pd.DataFrame) -> tuple[list[Chosen], list[Chosen]]:
+    """Return the experts of common tokens; rows of one run are unpacked while the other is read."""
+    with ThreadPoolExecutor(2) as pool:
+        a, b = pool.map(chosen, (first, second), (tokens["token_a"], tokens["token_b"]))
+    return a, b
 
 
 def prompt_divergence(
@@ -169,10 +180,8 @@ def prompt_divergence(
     both = both.merge(texts, on="token_a").sort_values("position").reset_index(drop=True)
     if both.empty:
         return both.assign(jaccard=[], first_layer=[])
-    sides = (
-        _of_range(first, chosen(first, both["token_a"]), layers),
-        _of_range(second, chosen(second, both["token_b"]), layers),
-    )
+    a, b = _of_both(first, second, both)
+    sides = _of_range(first, a, layers), _of_range(second, b, layers)
     table = np.array(
         [agreement.jaccard(a.expert_ids, b.expert_ids) for a, b in zip(*sides, strict=True)]
     )

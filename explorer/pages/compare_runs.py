@@ -1,6 +1,7 @@
 """Compare runs: the same model twice, or two models on the same text."""
 
 import functools
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -154,9 +155,7 @@ def _same_model(view: View, other: View) -> None:
 
 def _expert_by_expert(view: View, other: View) -> None:
     sides = {"a": view.sampled(), "b": other}
-    loads = {
-        name: side.of_layers(ask(side, expert_load, **side.filters)) for name, side in sides.items()
-    }
+    loads = _loads(sides)
     if not all(load["assignments"].sum() for load in loads.values()):
         st.info("No token of this selection is in both runs. Change the filters at the side.")
         return
@@ -186,6 +185,13 @@ def _expert_by_expert(view: View, other: View) -> None:
                 on_click=functools.partial(jump.aim, sides[name]),
             )
     _lines(sides, loads, caption)
+
+
+def _loads(sides: dict[str, View]) -> dict[str, pd.DataFrame]:
+    return {
+        name: side.of_layers(ask(side, expert_load, weights=False, **side.filters))
+        for name, side in sides.items()
+    }
 
 
 def _caption(sides: dict[str, View]) -> str:
@@ -240,7 +246,7 @@ def _same_tokens(view: View, other: View) -> None:
             icon=":material/info:",
         )
         return
-    table = _of_two(view, other, "divergence", **view.prompt_filters)
+    table = _of_two(view, other, "divergence", prompts, **view.prompt_filters)
     if table.empty:
         st.info(
             "The common prompts were split into other tokens: these are not the same model."
@@ -257,7 +263,7 @@ def _same_tokens(view: View, other: View) -> None:
         f"layers: mean Jaccard {table['jaccard'].mean():.3f}.",
         table=table,
     )
-    rows = {str(row["prompt_a"]): row for _, row in prompts.iterrows()}
+    rows = {str(row["prompt_a"]): row for row in prompts.to_dict("records")}
     key = address.choose(
         st.selectbox,
         "shared",
@@ -287,16 +293,9 @@ def _none_matches(view: View, n_prompts: int) -> bool:
     return True
 
 
-def _strip(view: View, other: View, prompt: "pd.Series[Any]") -> None:
-    tokens = _divergence_of(
-        view.key,
-        other.key,
-        view.run,
-        other.run,
-        int(prompt["prompt_a"]),
-        int(prompt["prompt_b"]),
-        view.layers,
-    )
+def _strip(view: View, other: View, prompt: dict[Hashable, Any]) -> None:
+    prompts = int(prompt["prompt_a"]), int(prompt["prompt_b"])
+    tokens = _divergence_of(view.key, other.key, view.run, other.run, *prompts, view.layers)
     of_range = "" if view.layers is None else f" from {view.layers[0]} to {view.layers[1]}"
     if tokens.empty:
         st.info("No token of this prompt is in both runs.")
@@ -357,15 +356,15 @@ def _two_models(view: View, other: View) -> None:
         return
     stretches_section(view, found)
     sides = {"a": view.sampled(), "b": other}
-    loads = {
-        name: side.of_layers(ask(side, expert_load, **side.filters)) for name, side in sides.items()
-    }
+    loads = _loads(sides)
     _lines(sides, loads, _caption(sides))
 
 
-def _of_two(view: View, other: View, question: str, **arguments: Any) -> Any:
-    """Return an answer about two runs, remembered until one of the files changes."""
-    return _answer(view.key, other.key, question, arguments, view.run, other.run)
+def _of_two(
+    view: View, other: View, question: str, prompts: pd.DataFrame | None = None, **arguments: Any
+) -> Any:
+    """Return an answer, remembered until one of the files changes."""
+    return _answer(view.key, other.key, question, arguments, view.run, other.run, prompts)
 
 
 @st.cache_data(max_entries=20, show_spinner=False, hash_funcs={Part: lambda part: part.key})
@@ -376,9 +375,11 @@ def _answer(
     arguments: dict[str, Any],
     _a: Run,
     _b: Run,
+    _prompts: pd.DataFrame | None,
 ) -> Any:
-    asked = {"prompts": common_prompts, "divergence": token_divergence, "models": two_models}
-    return asked[question](_a, _b, **arguments)
+    if question == "divergence":
+        return token_divergence(_a, _b, prompts=_prompts, **arguments)
+    return {"prompts": common_prompts, "models": two_models}[question](_a, _b, **arguments)
 
 
 @st.cache_data(max_entries=50, show_spinner=False)

@@ -176,7 +176,7 @@ def _router(view: View) -> None:
 
 def _load(view: View) -> None:
     sampled = view.sampled()
-    load = ask(sampled, expert_load, **sampled.filters)
+    load = ask(sampled, expert_load, weights=False, **sampled.filters)
     here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
     balance = balance_of(sampled, sampled.of_layers(load))
     row = balance[(balance["layer"] == view.layer) & (balance["site"] == view.site)].iloc[0]

@@ -25,7 +25,7 @@ from explorer.queries.load import (
 from explorer.run import Run
 
 # tokens that the capacity figure reads; more would make the page wait
-MAX_CAPACITY_TOKENS = 60_000
+MAX_CAPACITY_TOKENS = 30_000
 FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
 _PLACEMENT = ("gpus", "nodes", "expert_groups", "replicas")
 _TILES = {
@@ -41,7 +41,7 @@ def render() -> None:
     """Draw the page."""
     view = current_view().sampled()
     jump.follow()
-    load = view.of_layers(ask(view, expert_load, **view.filters))
+    load = view.of_layers(ask(view, expert_load, weights=False, **view.filters))
     st.markdown(
         "When every expert of a layer gets the same share of the tokens, no expert waits for "
         "another and none is wasted. A finite number of tokens is never perfectly even: "

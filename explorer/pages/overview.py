@@ -22,7 +22,7 @@ def render() -> None:
     view = current_view().sampled()
     jump.follow()
     st.markdown(_introduction(view))
-    load = view.of_layers(ask(view, expert_load, **view.filters))
+    load = view.of_layers(ask(view, expert_load, weights=False, **view.filters))
     _key_figures(view, load)
     _load_map(view, load)
     details, domains = st.columns([3, 2], gap="large")

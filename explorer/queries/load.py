@@ -19,6 +19,7 @@ def expert_load(
     domain: str | None = None,
     phase: str | None = None,
     part: Part | None = None,
+    weights: bool = True,
 ) -> pd.DataFrame:
     """Return the load of every expert, idle experts included.
 
@@ -26,6 +27,8 @@ def expert_load(
     ----------
     part : Part, optional
         The run has no totals of it, so that its tokens are counted anew.
+    weights : bool
+        False leaves ``weight_sum`` missing of a part, where it costs half as much again.
 
     Returns
     -------
@@ -44,6 +47,7 @@ def expert_load(
     place, place_params = conditions(layer=layer, site=site)
     where, params = conditions(domain=domain, phase=phase)
     source, source_params = load_of(run, part)
+    known = weights or part is None
     if part is None and where == "true":
         source = "expert_load"
     return run.query(
@@ -53,14 +57,14 @@ def expert_load(
             FROM sites WHERE {place}
         ), load AS (
             SELECT layer, site, expert_id, sum(assignments)::BIGINT AS assignments,
-                sum(weight_sum) AS weight_sum,
+                {"sum(weight_sum)" if known else "NULL::DOUBLE"} AS weight_sum,
                 CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum
             FROM {source}
             WHERE {where} AND {place} GROUP BY layer, site, expert_id
         )
         SELECT layer, site, expert_id, n_experts, top_k,
-            coalesce(assignments, 0) AS assignments, coalesce(weight_sum, 0) AS weight_sum,
-            prob_sum,
+            coalesce(assignments, 0) AS assignments,
+            {"coalesce(weight_sum, 0)" if known else "weight_sum"} AS weight_sum, prob_sum,
             coalesce(assignments, 0) / nullif(sum(assignments) OVER of_site, 0)::DOUBLE AS share,
             n_experts * share AS ratio
         FROM experts LEFT JOIN load USING (layer, site, expert_id)

@@ -111,26 +111,27 @@ def spread(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
 def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
     """Return the experts of tokens, in the order of ``token_ids``, at every site in order."""
     wanted = np.asarray(token_ids, dtype=np.int64)
-    found = [
-        Chosen(np.full((len(wanted), s.top_k), -1, np.int64), np.zeros((len(wanted), s.top_k)))
-        for s in run.sites
+    # all sites at once: one by one would go through the rows as often as there are sites
+    width = max((site.top_k for site in run.sites), default=0)
+    shape = (len(run.sites), len(wanted), width)
+    expert_ids, weights = np.full(shape, -1, np.int64), np.zeros(shape)
+    if len(wanted):
+        rows = run.table(
+            "SELECT token_id, place, slot, expert_id, weight FROM assignments JOIN ("
+            "SELECT layer, site, row_number() OVER (ORDER BY layer, site) - 1 AS place FROM sites"
+            ") USING (layer, site) "
+            "WHERE token_id BETWEEN $low AND $high AND list_contains($tokens, token_id)",
+            {"tokens": wanted.tolist(), "low": int(wanted.min()), "high": int(wanted.max())},
+        )
+        columns = {name: rows[name].to_numpy() for name in rows.column_names}
+        place = np.empty(int(wanted.max()) + 1, dtype=np.int64)
+        place[wanted] = np.arange(len(wanted))
+        cells = columns["place"], place[columns["token_id"]], columns["slot"]
+        expert_ids[cells], weights[cells] = columns["expert_id"], columns["weight"]
+    return [
+        Chosen(expert_ids[at, :, : site.top_k], weights[at, :, : site.top_k])
+        for at, site in enumerate(run.sites)
     ]
-    if not len(wanted):
-        return found
-    rows = run.table(
-        "SELECT token_id, layer, site, slot, expert_id, weight FROM assignments "
-        "WHERE token_id BETWEEN $low AND $high AND list_contains($tokens, token_id)",
-        {"tokens": wanted.tolist(), "low": int(wanted.min()), "high": int(wanted.max())},
-    )
-    columns = {name: rows[name].to_numpy() for name in rows.column_names}
-    place = np.empty(int(wanted.max()) + 1, dtype=np.int64)
-    place[wanted] = np.arange(len(wanted))
-    token, slot = place[columns["token_id"]], columns["slot"].astype(np.int64)
-    for site, into in zip(run.sites, found, strict=True):
-        here = (columns["layer"] == site.layer) & (columns["site"] == site.site)
-        into.expert_ids[token[here], slot[here]] = columns["expert_id"][here]
-        into.weights[token[here], slot[here]] = columns["weight"][here]
-    return found
 
 
 def prompt_gates(
