@@ -1,5 +1,6 @@
 """The pages that compare: routers on a run, two runs, and checkpoints."""
 
+import json
 import os
 import shutil
 import sys
@@ -7,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import streamlit as st
-from synthetic import write_run
+from synthetic import SITES, write_run
 from test_app_pages import FakeWorker, charts, notes, opened, query
 
 from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
@@ -319,6 +320,41 @@ def test_models_that_are_unrelated_are_never_compared_by_ids(runs):
     specs = [chart.spec for chart in charts(app)]
     assert not any("Where the load went" in spec for spec in specs)
     assert any("both models on the same stretches" in spec for spec in specs)
+    assert any("Do the models route the same stretches" in m.value for m in app.markdown)
+
+
+# more layers, more experts and another top-k than the known run, and no second router in a layer
+OTHER_SHAPE = tuple(
+    SITES[0]._replace(layer=layer, n_experts=12, top_k=3) for layer in (0, 1, 2, 3, 4)
+)
+
+
+@pytest.mark.parametrize("topic", ["experts", "tokens"])
+@pytest.mark.parametrize("turned", [False, True], ids=["wider B", "wider A"])
+def test_models_of_different_shape_are_compared_by_their_text_only(runs, topic, turned):
+    write_run(runs / "wide.duckdb", seed=5, sites=OTHER_SHAPE)
+    first, second = ("wide", "known") if turned else ("known", "wide")
+    # a link may ask for what needs ids: another pair of runs may have been open in it
+    app = opened("compare_runs", run=first, against=second, ids="same", by=topic)
+    assert not app.error
+    assert "expert 3 of one has nothing to do with expert 3 of the other" in notes(app)
+    asked = {box.label for box in app.get("button_group")}
+    assert "Quantity" in asked and not asked & {"Expert ids", "Compare"}
+    specs = [json.loads(chart.spec) for chart in charts(app)]
+    titles = [spec["layout"]["title"]["text"] for spec in specs]
+    # one dot a stretch, and two figures of lines that need no ids
+    assert ["both models on the same stretches" in title for title in titles] == [
+        True,
+        False,
+        False,
+    ]
+    assert titles[1].startswith("MaxVio") and titles[2].startswith("Gate entropy")
+    for spec in specs[1:]:
+        lines = {line["name"]: line["customdata"] for line in spec["data"]}
+        wide, known = ("A", "B") if turned else ("B", "A")
+        assert lines[wide] == ["0.0", "1.0", "2.0", "3.0", "4.0"]
+        assert lines[known] == ["1.0", "3.0", "3.1"]
+    assert any("pieces of text that end at a token of both" in c.value for c in app.caption)
     assert any("Do the models route the same stretches" in m.value for m in app.markdown)
 
 
