@@ -137,7 +137,7 @@ class _Experts:
 
     def of(self, token_ids: npt.NDArray[np.int64]) -> list[Chosen]:
         if self._token_ids is None or not np.array_equal(token_ids, self._token_ids):
-            self._chosen, self._token_ids = chosen(self.run, token_ids), token_ids
+            self._chosen, self._token_ids = chosen(self.run, token_ids, weights=False), token_ids
         return self._chosen
 
 
@@ -150,7 +150,7 @@ def _saturation(run: Run, last: _Experts, domain: str | None) -> dict[tuple[int,
     both = common_tokens(run, last.run, prompts, max_tokens=MAX_TOKENS)
     if both.empty:
         return {}
-    sides = chosen(run, both["token_a"]), last.of(both["token_b"].to_numpy())
+    sides = chosen(run, both["token_a"], weights=False), last.of(both["token_b"].to_numpy())
     return {
         (site.layer, site.site): float(
             np.nanmean(agreement.overlap_at_k(end.expert_ids, now.expert_ids))

@@ -1,5 +1,6 @@
 """Two runs against each other: the same model twice, or two models on the same text."""
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -106,6 +107,7 @@ def token_divergence(
     domain: str | None = None,
     part: Part | None = None,
     prompts: pd.DataFrame | None = None,
+    weights: bool = True,
     max_rows: int = MAX_ROWS,
 ) -> pd.DataFrame:
     """Compare the experts of the same prompt tokens in two runs of one model.
@@ -116,6 +118,8 @@ def token_divergence(
         Of the first run's tokens.
     prompts : DataFrame, optional
         Their ``common_prompts``, where these are known already.
+    weights : bool
+        Whether combine weights are read too, which takes as long again.
     max_rows : int
         Tokens times routers that are compared; the tokens are spread over all that are common.
 
@@ -123,9 +127,9 @@ def token_divergence(
     -------
     DataFrame
         One row per site: ``layer, site, tokens``, ``common`` (tokens that could have been
-        compared), ``jaccard, exact_set, top_1, js`` (Jensen-Shannon
-        divergence of the combine weights, nats), ``chance`` (Jaccard of random sets). Empty
-        without common tokens.
+        compared), ``jaccard, exact_set, top_1``, ``chance`` (Jaccard of random sets), with
+        weights ``js`` (Jensen-Shannon divergence of the combine weights, nats). Empty without
+        common tokens.
     """
     if prompts is None:
         prompts = common_prompts(first, second, domain=domain, part=part)
@@ -134,29 +138,39 @@ def token_divergence(
         return pd.DataFrame()
     both = spread(every, max(1, max_rows // len(first.sites)))
     rows = []
-    for site, a, b in zip(first.sites, *_of_both(first, second, both), strict=True):
-        means = agreement.agreement(a.expert_ids, a.weights, b.expert_ids, b.weights)
-        divergence = agreement.weight_divergence(a.expert_ids, a.weights, b.expert_ids, b.weights)
-        rows.append(
-            {
-                "layer": site.layer,
-                "site": site.site,
-                "tokens": len(both),
-                "common": len(every),
-                "jaccard": means.jaccard,
-                "exact_set": means.exact_set,
-                "top_1": means.top_1,
-                "js": np.nanmean(divergence),
-                "chance": agreement.chance_jaccard(site.n_experts, site.top_k),
-            }
-        )
+    sides = _of_both(first, second, both, weights=weights)
+    for site, a, b in zip(first.sites, *sides, strict=True):
+        row = {
+            "layer": site.layer,
+            "site": site.site,
+            "tokens": len(both),
+            "common": len(every),
+            "jaccard": agreement.jaccard(a.expert_ids, b.expert_ids).mean(),
+            "exact_set": agreement.exact_set(a.expert_ids, b.expert_ids).mean(),
+            "top_1": _mean(agreement.top_1(a.expert_ids, b.expert_ids)),
+            "chance": agreement.chance_jaccard(site.n_experts, site.top_k),
+        }
+        if weights:
+            row["js"] = _mean(
+                agreement.weight_divergence(a.expert_ids, a.weights, b.expert_ids, b.weights)
+            )
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _of_both(first: Run, second: Run, tokens: pd.DataFrame) -> tuple[list[Chosen], list[Chosen]]:
+def _mean(values: npt.NDArray[np.float64]) -> float:
+    """Return the mean of what is defined; nan if that is nothing."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _of_both(
+    first: Run, second: Run, tokens: pd.DataFrame, *, weights: bool
+) -> tuple[list[Chosen], list[Chosen]]:
     """Return the experts of common tokens; rows of one run are unpacked while the other is read."""
+    read = functools.partial(chosen, weights=weights)
     with ThreadPoolExecutor(2) as pool:
-        a, b = pool.map(chosen, (first, second), (tokens["token_a"], tokens["token_b"]))
+        a, b = pool.map(read, (first, second), (tokens["token_a"], tokens["token_b"]))
     return a, b
 
 
@@ -180,7 +194,7 @@ def prompt_divergence(
     both = both.merge(texts, on="token_a").sort_values("position").reset_index(drop=True)
     if both.empty:
         return both.assign(jaccard=[], first_layer=[])
-    a, b = _of_both(first, second, both)
+    a, b = _of_both(first, second, both, weights=False)
     sides = _of_range(first, a, layers), _of_range(second, b, layers)
     table = np.array(
         [agreement.jaccard(a.expert_ids, b.expert_ids) for a, b in zip(*sides, strict=True)]
@@ -330,7 +344,7 @@ def _experts_of(
     """Return the experts [L, S, K] of several lists of tokens [S], asked for together."""
     if not token_ids:
         return []
-    found = chosen(run, np.concatenate(token_ids))
+    found = chosen(run, np.concatenate(token_ids), weights=False)
     parts = [one.expert_ids for one in _of_range(run, found, layers)]
     width = max(part.shape[1] for part in parts)
     wide = [np.pad(p, ((0, 0), (0, width - p.shape[1])), constant_values=-1) for p in parts]

@@ -127,6 +127,9 @@ def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = Fa
         "top_1": ("same first expert", theme.hue("green", dark), "dot", "diamond"),
         "chance": ("Jaccard of random sets", theme.foreground(dark), "dot", "line-ew"),
     }
+    if "js" in table:
+        name = "divergence of the weights (Jensen-Shannon, nats)"
+        lines["js"] = (name, theme.hue("purple", dark), "dashdot", "triangle-up")
     for column, (name, color, dash, symbol) in lines.items():
         figure.add_trace(
             go.Scatter(

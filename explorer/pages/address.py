@@ -38,7 +38,7 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
         ),
         "job",
     ),
-    "compare-runs": ("against", "ids", "by", "shared", "spot", "quantity"),
+    "compare-runs": ("against", "ids", "by", "read", "shared", "spot", "quantity"),
     "trends": ("source", "runs", "trend"),
     "capture": ("job",),
     "share": (),

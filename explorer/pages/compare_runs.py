@@ -15,18 +15,15 @@ from explorer.figures.load import load_heatmap
 from explorer.figures.two_runs import (
     change_heatmap,
     divergence_over_layers,
-    over_layers,
 )
-from explorer.metrics.load import max_violation
 from explorer.pages import address, jump, state
+from explorer.pages.components.both_loads import caption_of, lines_section, loads_of
 from explorer.pages.components.chart import chart
 from explorer.pages.components.stretches import stretches_section
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
 from explorer.pages.components.visible import one_line
 from explorer.pages.shell import current_view
-from explorer.pages.state import View, ask, is_dark
-from explorer.queries.load import expert_load
-from explorer.queries.overview import gate_means
+from explorer.pages.state import View, is_dark
 from explorer.queries.part import Part
 from explorer.queries.two_runs import common_prompts
 from explorer.run import Run
@@ -155,12 +152,12 @@ def _same_model(view: View, other: View) -> None:
 
 def _expert_by_expert(view: View, other: View) -> None:
     sides = {"a": view.sampled(), "b": other}
-    loads = _loads(sides)
+    loads = loads_of(sides)
     if not all(load["assignments"].sum() for load in loads.values()):
         st.info("No token of this selection is in both runs. Change the filters at the side.")
         return
     change = load_change(loads["a"], loads["b"])
-    caption = _caption(sides)
+    caption = caption_of(sides)
     chart(
         change_heatmap(
             change,
@@ -184,53 +181,7 @@ def _expert_by_expert(view: View, other: View) -> None:
                 table=load,
                 on_click=functools.partial(jump.aim, sides[name]),
             )
-    _lines(sides, loads, caption)
-
-
-def _loads(sides: dict[str, View]) -> dict[str, pd.DataFrame]:
-    return {
-        name: side.of_layers(ask(side, expert_load, weights=False, **side.filters))
-        for name, side in sides.items()
-    }
-
-
-def _caption(sides: dict[str, View]) -> str:
-    """Return which tokens of each run are behind a figure over layers."""
-    scopes = {name: side.scope(over_layers=True) for name, side in sides.items()}
-    return "; ".join(f"{name.upper()}: {scope.caption()}" for name, scope in scopes.items())
-
-
-def _lines(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
-    balance = {
-        name: load.groupby(["layer", "site"], as_index=False).agg(
-            max_violation=("assignments", max_violation)
-        )
-        for name, load in loads.items()
-    }
-    gates = {
-        name: side.of_layers(ask(side, gate_means, statistics=("entropy",), **side.filters))
-        for name, side in sides.items()
-    }
-    left, right = st.columns(2, gap="medium")
-    for column, tables, quantity, title in (
-        (left, balance, "max_violation", "MaxVio (busiest expert's excess, fair shares)"),
-        (right, gates, "normalized_entropy", "Gate entropy (share of ln E)"),
-    ):
-        with column:
-            if all(table[quantity].isna().all() for table in tables.values()):
-                st.info(f"{title}: not recorded in these runs.")
-                continue
-            chart(
-                over_layers(tables, quantity, title=title, caption=caption, dark=is_dark()),
-                key=f"both {quantity}",
-                alt=f"{title} over the layers of A and B.",
-                table=pd.concat(
-                    [
-                        table[["layer", "site", quantity]].assign(run=name.upper())
-                        for name, table in tables.items()
-                    ]
-                ),
-            )
+    lines_section(sides, loads, caption)
 
 
 def _same_tokens(view: View, other: View) -> None:
@@ -246,7 +197,17 @@ def _same_tokens(view: View, other: View) -> None:
             icon=":material/info:",
         )
         return
-    table = _of_two(view, other, "divergence", prompts, **view.prompt_filters)
+    read = address.choose(
+        st.segmented_control,
+        "read",
+        "What of a token is compared",
+        ["experts", "weights"],
+        default="experts",
+        show={"experts": "Experts", "weights": "Experts and weights"}.__getitem__,
+        help="Combine weights are half of what a run holds: with them it takes longer.",
+    )
+    reading = {"weights": read == "weights", **view.prompt_filters}
+    table = _of_two(view, other, "divergence", prompts, **reading)
     if table.empty:
         st.info(
             "The common prompts were split into other tokens: these are not the same model."
@@ -356,8 +317,8 @@ def _two_models(view: View, other: View) -> None:
         return
     stretches_section(view, found)
     sides = {"a": view.sampled(), "b": other}
-    loads = _loads(sides)
-    _lines(sides, loads, _caption(sides))
+    loads = loads_of(sides)
+    lines_section(sides, loads, caption_of(sides))
 
 
 def _of_two(

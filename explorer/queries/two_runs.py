@@ -21,6 +21,7 @@ class Chosen(NamedTuple):
     expert_ids : array [T, K], int64
         Heaviest first, -1 in empty slots.
     weights : array [T, K], float64
+        0 in empty slots; nan if they were not asked for.
     """
 
     expert_ids: npt.NDArray[np.int64]
@@ -108,16 +109,21 @@ def spread(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
     return rows.iloc[places].reset_index(drop=True)
 
 
-def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
-    """Return the experts of tokens, in the order of ``token_ids``, at every site in order."""
+def chosen(run: Run, token_ids: npt.ArrayLike, *, weights: bool = True) -> list[Chosen]:
+    """Return the experts of tokens, in the order of ``token_ids``, at every site in order.
+
+    Without ``weights``, which are half of what a run holds, it takes half as long.
+    """
     wanted = np.asarray(token_ids, dtype=np.int64)
     # all sites at once: one by one would go through the rows as often as there are sites
     width = max((site.top_k for site in run.sites), default=0)
     shape = (len(run.sites), len(wanted), width)
-    expert_ids, weights = np.full(shape, -1, np.int64), np.zeros(shape)
+    expert_ids = np.full(shape, -1, np.int64)
+    values = np.full(shape, 0.0 if weights else np.nan)
     if len(wanted):
         rows = run.table(
-            "SELECT token_id, place, slot, expert_id, weight FROM assignments JOIN ("
+            f"SELECT token_id, place, slot, expert_id{', weight' if weights else ''} "
+            "FROM assignments JOIN ("
             "SELECT layer, site, row_number() OVER (ORDER BY layer, site) - 1 AS place FROM sites"
             ") USING (layer, site) "
             "WHERE token_id BETWEEN $low AND $high AND list_contains($tokens, token_id)",
@@ -127,9 +133,11 @@ def chosen(run: Run, token_ids: npt.ArrayLike) -> list[Chosen]:
         place = np.empty(int(wanted.max()) + 1, dtype=np.int64)
         place[wanted] = np.arange(len(wanted))
         cells = columns["place"], place[columns["token_id"]], columns["slot"]
-        expert_ids[cells], weights[cells] = columns["expert_id"], columns["weight"]
+        expert_ids[cells] = columns["expert_id"]
+        if weights:
+            values[cells] = columns["weight"]
     return [
-        Chosen(expert_ids[at, :, : site.top_k], weights[at, :, : site.top_k])
+        Chosen(expert_ids[at, :, : site.top_k], values[at, :, : site.top_k])
         for at, site in enumerate(run.sites)
     ]
 

@@ -1,0 +1,59 @@
+"""Loads of two runs, A and B, and what both have in every layer."""
+
+import pandas as pd
+import streamlit as st
+
+from explorer.figures.two_runs import over_layers
+from explorer.metrics.load import max_violation
+from explorer.pages.components.chart import chart
+from explorer.pages.state import View, ask, is_dark
+from explorer.queries.load import expert_load
+from explorer.queries.overview import gate_means
+
+
+def loads_of(sides: dict[str, View]) -> dict[str, pd.DataFrame]:
+    """Return the load of every expert of the layers shown, for each run."""
+    return {
+        name: side.of_layers(ask(side, expert_load, weights=False, **side.filters))
+        for name, side in sides.items()
+    }
+
+
+def caption_of(sides: dict[str, View]) -> str:
+    """Return which tokens of each run are behind a figure over layers."""
+    scopes = {name: side.scope(over_layers=True) for name, side in sides.items()}
+    return "; ".join(f"{name.upper()}: {scope.caption()}" for name, scope in scopes.items())
+
+
+def lines_section(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
+    """Draw the balance and the gate entropy of both runs over their layers."""
+    balance = {
+        name: load.groupby(["layer", "site"], as_index=False).agg(
+            max_violation=("assignments", max_violation)
+        )
+        for name, load in loads.items()
+    }
+    gates = {
+        name: side.of_layers(ask(side, gate_means, statistics=("entropy",), **side.filters))
+        for name, side in sides.items()
+    }
+    left, right = st.columns(2, gap="medium")
+    for column, tables, quantity, title in (
+        (left, balance, "max_violation", "MaxVio (busiest expert's excess, fair shares)"),
+        (right, gates, "normalized_entropy", "Gate entropy (share of ln E)"),
+    ):
+        with column:
+            if all(table[quantity].isna().all() for table in tables.values()):
+                st.info(f"{title}: not recorded in these runs.")
+                continue
+            chart(
+                over_layers(tables, quantity, title=title, caption=caption, dark=is_dark()),
+                key=f"both {quantity}",
+                alt=f"{title} over the layers of A and B.",
+                table=pd.concat(
+                    [
+                        table[["layer", "site", quantity]].assign(run=name.upper())
+                        for name, table in tables.items()
+                    ]
+                ),
+            )
