@@ -217,6 +217,15 @@ def test_only_prompts_are_compared_token_by_token_and_the_page_says_so(copied, w
     assert "phase prompt" in captions(app)[0] and "phase generated" not in captions(app)[0]
 
 
+def test_weights_of_tokens_are_compared_when_asked_for(copied):
+    names = [
+        [trace["name"] for trace in json.loads(charts(app)[0].spec)["data"]]
+        for app in (compared("tokens"), compared("tokens", read="weights"))
+    ]
+    assert [len(name) for name in names] == [4, 5]
+    assert names[1][4].startswith("divergence of the weights")
+
+
 @pytest.mark.parametrize("way", ["tokens", "models"])
 def test_two_runs_without_a_prompt_of_the_filters_say_so(known, runs, monkeypatch, way):  # noqa: F811
     import synthetic

@@ -136,6 +136,16 @@ def test_expert_load_is_dense_and_counts_the_assignments(run, known, filters):
             assert part["prob_sum"].tolist() == [counts[e] / 2 for e in range(site.n_experts)]
 
 
+def test_weights_of_a_part_are_missing_where_they_are_not_asked_for(run):
+    for filters in ({"domain": "law"}, {"part": Part(search="COURT")}):
+        whole = load.expert_load(run, **filters)
+        found = load.expert_load(run, weights=False, **filters)
+        assert found["weight_sum"].isna().all() == ("part" in filters)
+        pd.testing.assert_frame_equal(
+            found.drop(columns="weight_sum"), whole.drop(columns="weight_sum")
+        )
+
+
 def test_an_idle_expert_has_no_load_but_a_row(run):
     layer, site, expert = IDLE
     frame = load.expert_load(run, layer=layer, site=site)

@@ -184,6 +184,9 @@ def test_chosen_experts_are_those_of_the_view(pair):
                 expert, weight = expected.get(place, (-1, 0.0))
                 assert found.expert_ids[row, slot] == expert
                 assert found.weights[row, slot] == pytest.approx(weight)
+    for whole, found in zip(chosen(a, tokens), chosen(a, tokens, weights=False), strict=True):
+        assert (found.expert_ids == whole.expert_ids).all() and np.isnan(found.weights).all()
+    assert all(len(found.expert_ids) == 0 for found in chosen(a, []))
 
 
 def test_divergence_of_two_runs_is_that_of_their_sets(pair):
@@ -208,6 +211,10 @@ def test_divergence_of_two_runs_is_that_of_their_sets(pair):
             np.put_along_axis(dense[side], places, found.weights, axis=1)
         js = np.nanmean(agreement.jensen_shannon(*dense[:, :, :-1]))
         assert js > 0 and table.loc[(site.layer, site.site), "js"] == pytest.approx(js)
+    few = two_runs.token_divergence(a, b, weights=False, prompts=common_prompts(a, b))
+    pd.testing.assert_frame_equal(
+        few, table.drop(columns="js").reset_index()[list(few)], check_like=False
+    )
     prompt = both.iloc[0]
     tokens = two_runs.prompt_divergence(a, b, prompt["prompt_a"], prompt["prompt_b"])
     differing = tokens["jaccard"] < 1
