@@ -1,8 +1,8 @@
 """How long pages of a run take to make: ``python -m explorer.pages.bench RUN``.
 
 Each page is run as the server runs it (queries, metrics, figures and what is sent to the
-browser): with empty caches, again, with a domain chosen and empty caches, and with a text that
-prompts must contain, as if no page had been open before. Compare runs takes the next run of the
+browser): of a run that was opened just now, with empty caches; again; with a domain chosen and
+empty caches; and with a text that prompts must contain, as if no page had been open before. Compare runs takes the next run of the
 folder as B. What the browser takes to draw is not in it; ``--browser`` times a start of the app and
 switches of page in one. A large run: ``python -m capture.bench store --rows 10000000 --repeats 1
 --folder FOLDER --keep``, and with ``--seed 1`` the same texts in another model of its shape.
@@ -55,15 +55,19 @@ def measure(path: Path, search: str) -> list[Timed]:
     """Time every page of a run, with ``search`` as the text that prompts must contain."""
     from streamlit.testing.v1 import AppTest
 
+    from explorer.pages import state
+
     with open_run(path) as run:
         domain = next((name for name in run.domains if name), None)
     sys.argv = [str(_APP), "--read-only", "--runs", str(path.parent)]
     # what is imported once is part of a start, not of a page
-    for page, topic in PAGES:
-        _show(AppTest.from_file(str(_APP), default_timeout=_TIMEOUT), path.stem, page, **topic)
+    app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
+    for page, topic in (("overview", {}), *PAGES):
+        _show(app, path.stem, page, **topic)
     rows = []
     for page, topic in PAGES:
         app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
+        state.close_runs()
         _show(app, path.stem, "overview")
         _forget()
         first = _show(app, path.stem, page, **topic)

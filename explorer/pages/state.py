@@ -169,6 +169,11 @@ def _open(key: Key) -> Run:
     return open_run(key[0])
 
 
+def close_runs() -> None:
+    """Close all run files; pages open them anew."""
+    _open.clear()
+
+
 def several_sites(run: Run) -> bool:
     """Return whether some layer of the run has more than one router."""
     return len(run.layers) < len(run.sites)
