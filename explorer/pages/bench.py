@@ -2,10 +2,11 @@
 
 Each page is run as the server runs it (queries, metrics, figures and what is sent to the
 browser): of a run that was opened just now, with empty caches; again; with a domain chosen and
-empty caches; and with a text that prompts must contain, as if no page had been open before. Compare runs takes the next run of the
-folder as B. What the browser takes to draw is not in it; ``--browser`` times a start of the app and
-switches of page in one. A large run: ``python -m capture.bench store --rows 10000000 --repeats 1
---folder FOLDER --keep``, and with ``--seed 1`` the same texts in another model of its shape.
+empty caches; and with a text that prompts must contain, as if no page had been open before.
+Compare runs takes the next run of the folder as B. What the browser takes to draw is not in it;
+``--browser`` times a start of the app and switches of page in one. A large run: ``python -m
+capture.bench store --rows 10000000 --repeats 1 --folder FOLDER --keep``, and with ``--seed 1`` the
+same texts in another model of its shape.
 """
 
 import argparse
