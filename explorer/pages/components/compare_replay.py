@@ -46,9 +46,11 @@ def replay_section(comparison: Comparison) -> None:
     )
     domains = comparison.domains.query("mode == 'replay'")
     if domains["domain"].nunique() > 1:
+        means = domains.pivot_table("agreement", "router", "domain", sort=False)
+        share = st.column_config.NumberColumn(format="%.3f")
         st.dataframe(
-            domains.pivot_table("agreement", "router", "domain", sort=False).reset_index(),
+            means.reset_index(),
             hide_index=True,
-            column_config={"router": "Agreement by domain"},
+            column_config={"router": "Agreement by domain", **dict.fromkeys(means.columns, share)},
             alt="Agreement of routers with the model's own choice in each domain, by replay",
         )
