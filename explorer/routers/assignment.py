@@ -309,7 +309,7 @@ class CapacityRouter(GateRouter):
         self.window = window
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        native = TopKRouter().route(inputs)
+        native = TopKRouter()._route(inputs)  # with gradients, where a model learns with it
         chosen, weights = native.expert_ids >= 0, native.weights
         dense = torch.full_like(native.scores, -1.0)
         dense.scatter_(-1, native.expert_ids.clamp_min(0), weights.where(chosen, -1.0))
