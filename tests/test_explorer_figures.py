@@ -197,17 +197,17 @@ def click_points(figure):
     }
 
 
-@pytest.mark.parametrize(
-    ("experts", "drawn"), [(4, go.Scatter), (heatmap.MAX_SVG_CELLS // 20 + 1, go.Scattergl)]
-)
-def test_many_cells_are_clicked_with_webgl_and_few_without(experts, drawn):
+@pytest.mark.parametrize("experts", [4, 101])
+def test_every_cell_is_clicked_though_one_marker_is_drawn(experts):
     rows = [
         {"layer": layer, "site": 0, "expert_id": expert, "n_experts": experts, "top_k": 1,
          "assignments": expert + 1, "share": 0.1, "ratio": 1.0}
         for layer in range(20) for expert in range(experts)
     ]  # fmt: skip
     figure = load_figures.load_heatmap(pd.DataFrame(rows), scope=SCOPE, order="load")
-    assert [type(part) for part in figure.data] == [go.Heatmap, drawn]
+    assert [type(part) for part in figure.data] == [go.Heatmap, go.Scatter]
+    assert figure.data[1].marker.maxdisplayed == 1
+    assert len(click_points(figure)) == 20 * experts
     # by falling load: the last expert comes first
     assert click_points(figure)[0, 3][:3] == [3, 0, experts - 1]
 

@@ -12,9 +12,6 @@ from explorer.figures import theme
 
 # a browser takes seconds to draw more, and every cell is also a point of the click layer
 MAX_CELLS = 60_000
-# up to so many markers, drawing without WebGL is quicker than starting it; browsers allow few of
-# its contexts
-MAX_SVG_CELLS = 2_000
 # above this many, labels overlap
 MAX_LABELS = 60
 _LABELS_SHOWN = 16
@@ -132,7 +129,7 @@ def _click_layers(
     missing_hover: str,
     hover_text: Sequence[str] | None,
     cell: int,
-) -> Iterator[go.Scatter | go.Scattergl]:
+) -> Iterator[go.Scatter]:
     """Yield the markers of the cells with a value, and of those without one."""
     flat = ids.reshape(z.size, ids.shape[-1]).astype(np.float64)
     # half the bytes, where every whole number stays what it is
@@ -149,13 +146,13 @@ def _click_layers(
             continue
         # fully transparent markers get no clicks; by default a selection fades all others
         faint = {"opacity": 0.001}
-        marks = go.Scatter if z.size <= MAX_SVG_CELLS else go.Scattergl
-        yield marks(
+        yield go.Scatter(
             x=_centres(z.shape[1], cell)[cells % z.shape[1]],
             y=_centres(z.shape[0], cell)[cells // z.shape[1]],
             mode="markers",
-            # the nearest one takes the click, however small; large ones take seconds without a GPU
-            marker={"size": 1, **faint},
+            # the nearest one takes the click, however small, and whether or not it is drawn; to
+            # draw thousands takes a second, and WebGL, which browsers allow few times, as long
+            marker={"size": 1, "maxdisplayed": 1, **faint},
             selected={"marker": faint},
             unselected={"marker": faint},
             customdata=flat[cells],
