@@ -8,5 +8,6 @@ model learns.
 arms    which router each model has, and what the papers found
 model   a transformer whose experts a rule chooses
 train   texts, training, held-out loss
+ensemble  one model for each cluster of texts, mixed by nearness (c-BTM)
 verdict  whether models come in the published order, told from the spread of the seeds
 """

@@ -39,8 +39,8 @@ class Setting:
     """
 
     steps: int = 450
-    windows: int = 8
-    held_out: int = 512
+    windows: int = 16
+    held_out: int = 1024
     shape: Shape = SHAPE
 
     @property
@@ -63,9 +63,15 @@ class Corpus(NamedTuple):
 
 def load_corpus(vocabulary: int) -> Corpus:
     """Read the shipped texts, with a small tokenizer learned on those that models train on."""
-    texts = [
+    fit, held_out = (
         [str(prompt.text) for prompt in read_prompts(name)] for name in ("demo-fit", "demo-heldout")
-    ]
+    )
+    tokenizer = learn_tokenizer(fit, vocabulary)
+    return Corpus(*(encode_texts(tokenizer, each).astype(np.int64) for each in (fit, held_out)))
+
+
+def learn_tokenizer(texts: list[str], vocabulary: int) -> Tokenizer:
+    """Learn a byte-level BPE tokenizer of ``vocabulary`` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -80,8 +86,8 @@ def load_corpus(vocabulary: int) -> Corpus:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts[0], trainer)
-    return Corpus(*(encode_texts(tokenizer, each).astype(np.int64) for each in texts))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def facts_of(windows: torch.Tensor, key: Key, vocabulary: int) -> Facts:
