@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     layers: int = 3
     heads: int = 4
     expert_width: int = 128
-    context: int = 128
+    context: int = 64
 
 
 class Facts(NamedTuple):
@@ -188,7 +188,10 @@ class Block(nn.Module):
 
 
 class ScratchModel(nn.Module):
-    """A language model with tied embeddings and learned positions.
+    """A language model with learned positions.
+
+    Its head is not tied to the embeddings: a token that no expert serves would otherwise be
+    predicted to follow itself, which punishes rules that leave tokens out.
 
     Parameters
     ----------
@@ -212,6 +215,7 @@ class ScratchModel(nn.Module):
             torch.manual_seed(seed * 1009 + 999)
             self.embedding = nn.Embedding(shape.vocabulary, shape.width)
             nn.init.normal_(self.embedding.weight, std=shape.width**-0.5)
+            self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
             self.position = nn.Parameter(torch.randn(shape.context, shape.width) * 0.02)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(shape.width)
@@ -226,5 +230,5 @@ class ScratchModel(nn.Module):
         stream = self.embedding(ids) + self.position[: ids.shape[1]]
         for block in self.blocks:
             stream = block(stream, facts)
-        logits: torch.Tensor = functional.linear(self.norm(stream), self.embedding.weight)
+        logits: torch.Tensor = self.head(self.norm(stream))
         return logits
