@@ -207,7 +207,7 @@ def test_a_search_in_a_run_of_totals_is_said_not_to_act(known, runs):  # noqa: F
     write_run(runs / "other.duckdb", level="stats")
     app = compared("experts", search="court")
     assert any("counted without the search" in caption.value for caption in app.caption)
-    assert f"B: n = {len(known.tokens)} tokens; padding" in captions(app)[0]
+    assert f"B: n = {len(known.tokens)} tokens, padding" in captions(app)[0]
 
 
 @pytest.mark.parametrize("way", ["tokens", "models"])

@@ -14,6 +14,8 @@ from explorer.figures import load as load_figures
 from explorer.figures import theme
 from explorer.figures import tokens as token_figures
 from explorer.figures.caption import Scope
+from explorer.figures.clusters import Group, map_points
+from explorer.pages import shell
 from explorer.pages.state import ROOT
 from explorer.report.document import section
 
@@ -204,3 +206,29 @@ def test_coloured_tokens_of_a_report_change_with_the_theme():
     plain = strip | {"legend": {}, "dark_legend": {}}
     assert "--dark" not in section([plain | {"hues": ["red", None]}])
     assert f"--dark:{light}" in section([plain | {"dark_hues": ["red", None]}])
+
+
+@pytest.mark.parametrize("dark", GROUNDS)
+def test_small_print_and_words_on_buttons_are_read(dark):
+    """WCAG 2, 1.4.3, asks for 4.5 of text; the app mends what Streamlit's theme lacks of it."""
+    name = "dark" if dark else "light"
+    app = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text())["theme"][name]
+    for ground in grounds(dark):
+        assert contrast(shell._SOFT[dark], ground) >= 4.5
+        assert contrast(app["textColor"], ground) >= 4.5
+    assert contrast(shell._ON_PRIMARY[dark], app["primaryColor"]) >= 4.5
+    assert contrast(app["primaryColor"], app["backgroundColor"]) >= 4.5
+    assert theme.foreground(dark) == app["textColor"]
+
+
+def test_what_has_no_name_lies_under_the_named_points():
+    x = np.arange(9.0)
+    names = [*"abcdefgh", "others"]
+    groups = [Group(name, x == i, rest=name == "others") for i, name in enumerate(names)]
+    figure = map_points(
+        x, x, x >= 0, texts=names, color=groups, title="", caption="", extent=(0, 9, 0, 9)
+    )
+    drawn = [trace.name for trace in figure.data]
+    assert drawn == ["h (1)", "others (1)", *(f"{name} (1)" for name in "abcdefg")]
+    listed = sorted(figure.data, key=lambda trace: trace.legendrank)
+    assert [trace.name for trace in listed] == [f"{name} (1)" for name in names]

@@ -93,9 +93,10 @@ def map_points(
     if isinstance(color, Amount):
         _add_amount(figure, x, y, shown, texts, color, size, dark)
     else:
-        for place, group in enumerate(color):
+        drawn = [(group.rest or i >= COLORED, i, group) for i, group in enumerate(color)]
+        # what has a colour of its own lies over what has none
+        for rest, place, group in sorted(drawn, key=lambda one: not one[0]):
             here = np.flatnonzero(group.mask & shown)
-            rest = group.rest or place >= COLORED
             figure.add_trace(
                 go.Scattergl(
                     x=x[here],
@@ -110,6 +111,7 @@ def map_points(
                     text=[texts[i] for i in here.tolist()],
                     hovertemplate=f"%{{text}}<br>{group.name}<extra></extra>",
                     name=f"{group.name} ({len(here):,})",
+                    legendrank=1000 + place,
                 )
             )
     return _finish(figure, extent, region, title, caption, dark, legend=True)

@@ -16,7 +16,7 @@ from explorer.metrics.load import Floor, lorenz_curve
 # log2 of share / uniform; a fixed range, so that figures compare
 _OCTAVES = 3
 RATIO_SCALE = Scale(
-    title="share / uniform share",
+    title="× uniform share",
     low=-_OCTAVES,
     high=_OCTAVES,
     neutral=0.0,
@@ -33,6 +33,7 @@ def load_heatmap(
     scope: Scope,
     order: str = "expert",
     pins: Sequence[theme.PinKey] = (),
+    caption_width: int = theme.CAPTION_WIDTH,
     dark: bool = False,
 ) -> go.Figure:
     """Draw how much work every expert of every layer got, against a fair share.
@@ -44,6 +45,8 @@ def load_heatmap(
     order : {"expert", "load"}
         Experts by id, or each layer's experts by falling load.
     pins : sequence of (layer, site, expert)
+    caption_width : int, characters
+        Of a line; less on half a page.
 
     Returns
     -------
@@ -95,6 +98,7 @@ def load_heatmap(
         dark=dark,
         height=int(np.clip(150 + 26 * len(sites), 300, 900)),
         legend=drawn > 0,
+        caption_width=caption_width,
     )
     return ground(figure, dark, diverging=True)
 

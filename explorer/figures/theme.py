@@ -34,14 +34,17 @@ N_HUES = len(_HUES)
 _MISSING = {False: "#d9d9d9", True: "#4d4d4d"}
 # the middle of a sequential scale is such a grey, too
 _MISSING_SEQUENTIAL = {False: "#e3e3e6", True: "#2b2e36"}
-_TEXT = {False: "#262730", True: "#fafafa"}
+_TEXT = {False: "#1b2430", True: "#e6ebf2"}
 _GROUND = {False: "#ffffff", True: "#0e1117"}
 _GRID = {False: "#e6e6ea", True: "#31333f"}
+
+# as the app's; of these, the app brings Source Sans along
+_FONT = "Inter, 'Source Sans', 'Segoe UI', system-ui, sans-serif"
 
 # pixels above the plot: title and one line of caption, each further line, a legend
 _TOP, _LINE, _LEGEND = 64, 16, 26
 # characters that fit beside each other on half a page
-_CAPTION_WIDTH = 95
+CAPTION_WIDTH = 95
 
 PinKey = tuple[int, int, int]  # layer, site, expert
 
@@ -146,7 +149,7 @@ def template(dark: bool) -> go.layout.Template:
     }
     return go.layout.Template(
         layout={
-            "font": {"family": "Source Sans Pro, Arial, sans-serif", "color": _TEXT[dark]},
+            "font": {"family": _FONT, "color": _TEXT[dark]},
             "title": {
                 "x": 0,
                 "xanchor": "left",
@@ -176,7 +179,7 @@ def finish(
     dark: bool,
     height: int = 380,
     legend: bool = False,
-    caption_width: int = _CAPTION_WIDTH,
+    caption_width: int = CAPTION_WIDTH,
 ) -> go.Figure:
     """Set what every figure has: title with unit, caption, template, and a steady zoom.
 
@@ -204,7 +207,7 @@ def finish(
     return figure
 
 
-def wrapped(caption: str, width: int = _CAPTION_WIDTH) -> list[str]:
+def wrapped(caption: str, width: int = CAPTION_WIDTH) -> list[str]:
     """Break a caption between its parts, since plotly does not."""
     lines = [""]
     for part in caption.split("; "):

@@ -195,7 +195,7 @@ def against(
     figure.update_xaxes(title=f"{title} in A")
     figure.update_yaxes(title=f"{title} in B")
     notes = [
-        f"A's tokens, {int(tokens['tokens_b']):,} in B",
+        f"n is of A, and {int(tokens['tokens_b']):,} in B",
         f"{len(known):,} stretches of {prompts}",
         *([f"{len(shown):,} of them are drawn"] if len(shown) < len(known) else []),
         *(

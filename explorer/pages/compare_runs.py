@@ -171,7 +171,9 @@ def _expert_by_expert(view: View, other: View) -> None:
         on_click=functools.partial(jump.aim, view),
     )
     for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
-        figure = load_heatmap(load, scope=sides[name].scope(over_layers=True), dark=is_dark())
+        figure = load_heatmap(
+            load, scope=sides[name].scope(over_layers=True), caption_width=60, dark=is_dark()
+        )
         figure.update_layout(title_text=f"{name.upper()}: load (× uniform share)")
         with column:
             chart(

@@ -19,7 +19,23 @@ _STYLE = """<style>
 [data-testid="stMetric"] { height: 100%; }
 [data-testid="stSidebarNavLink"] { min-height: 1.7rem; padding-block: 0; }
 [data-testid="stSidebarNavItems"] { row-gap: 0; }
+/* a figure with its title needs this much; on a narrow screen it is moved aside by hand */
+@media (max-width: 640px) {
+  [data-testid="stMainBlockContainer"] { padding-inline: 1.2rem; }
+  [data-testid="stElementContainer"]:has(> * > [data-testid="stPlotlyChart"]) { overflow-x: auto; }
+  [data-testid="stFullScreenFrame"]:has(> [data-testid="stPlotlyChart"]) { min-width: 600px; }
+}
 </style>"""
+# Streamlit's small print is too faint to read, and white text on the colour of buttons, too, where
+# that colour is light (WCAG: 4.5)
+_CONTRAST = """<style>
+[data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] code {
+  color: SOFT; opacity: 1;
+}
+[data-testid="stBaseButton-primary"]:not(:disabled), [data-tag] { color: ON_PRIMARY; }
+</style>"""
+_SOFT = {False: "#4d5a69", True: "#a9b4c2"}
+_ON_PRIMARY = {False: "#ffffff", True: "#0e1117"}
 
 
 def page(name: str, title: str, icon: str) -> StreamlitPage:
@@ -36,7 +52,9 @@ def page(name: str, title: str, icon: str) -> StreamlitPage:
 def frame(title: str) -> None:
     """Draw the page's title and the bar at the side; remember the view for the page."""
     st.logo(str(LOGO), size="large")
+    dark = state.is_dark()
     st.html(_STYLE)
+    st.html(_CONTRAST.replace("SOFT", _SOFT[dark]).replace("ON_PRIMARY", _ON_PRIMARY[dark]))
     st.title(title, anchor=False)
     address.place_notes()
     saved.banner()

@@ -69,7 +69,7 @@ def render() -> None:
         _strip(view, listed, values, quantity, pins, token_id)
         _heatmap(view, chosen, values, quantity, token_id, listed)
     with right, st.container(key="token panel"):
-        token_panel(view, listed[listed["token_id"] == token_id].iloc[0])
+        token_panel(view, listed[listed["token_id"] == token_id].iloc[0], pins)
 
 
 def _text_left_out() -> None:

@@ -71,7 +71,7 @@ def _figure(table: pd.DataFrame, names: list[str]) -> None:
         "Quantity",
         list(TRENDS),
         default="saturation",
-        show=lambda name: name.replace("_", " ").capitalize(),
+        show=_short,
     )
     st.caption(TRENDS[quantity].meaning)
     if table[quantity].isna().all():
@@ -90,6 +90,12 @@ def _figure(table: pd.DataFrame, names: list[str]) -> None:
         f"{table[table['name'] == names[-1]][quantity].mean():.3f} on average.",
         table=table,
     )
+
+
+def _short(quantity: str) -> str:
+    """Return a quantity's title without its unit."""
+    title = TRENDS[quantity].title.partition(" (")[0]
+    return title[:1].upper() + title[1:]
 
 
 def _demo_runs() -> list[tuple[str, Run]]:

@@ -22,7 +22,9 @@ def loads_of(sides: dict[str, View]) -> dict[str, pd.DataFrame]:
 def caption_of(sides: dict[str, View]) -> str:
     """Return which tokens of each run are behind a figure over layers."""
     scopes = {name: side.scope(over_layers=True) for name, side in sides.items()}
-    return "; ".join(f"{name.upper()}: {scope.caption()}" for name, scope in scopes.items())
+    # a line for each run: captions are broken at their semicolons
+    said = {name: scope.caption().replace("; ", ", ") for name, scope in scopes.items()}
+    return "; ".join(f"{name.upper()}: {text}" for name, text in said.items())
 
 
 def lines_section(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:

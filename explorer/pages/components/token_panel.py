@@ -1,9 +1,12 @@
 """What every layer did with one token: sentences, the score vector, and the route."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import streamlit as st
 
+from explorer.figures.theme import PinKey
 from explorer.figures.tokens import score_bars, token_routes
 from explorer.pages import address
 from explorer.pages.components.chart import chart
@@ -18,13 +21,15 @@ from explorer.pages.wording import (
 from explorer.queries.tokens import token_experts, token_gates, token_scores
 
 
-def token_panel(view: View, token: pd.Series) -> None:
+def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> None:
     """Draw the panel of one token.
 
     Parameters
     ----------
     token : Series
         A row of ``queries.tokens.tokens``.
+    pins : sequence of (layer, site, expert)
+        Shown in their colours.
     """
     token_id = int(token["token_id"])
     text = token["text"]
@@ -46,7 +51,7 @@ def token_panel(view: View, token: pd.Series) -> None:
         + _beside(token, experts)
     )
     _scores(view, token_id, text, str(gate["score_function"]))
-    route = token_routes(experts, token_text=text, dark=is_dark())
+    route = token_routes(experts, token_text=text, pins=pins, dark=is_dark())
     # the panel is narrow
     route.update_layout(title={"text": "Experts by layer (share of combine weight)"})
     chart(
