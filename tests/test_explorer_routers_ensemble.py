@@ -7,7 +7,9 @@ import pytest
 import torch
 from test_explorer_routers_from_scratch import model_of
 
+from capture.demo.tokenizer import encode_texts
 from explorer.routers.from_scratch import ensemble
+from explorer.routers.from_scratch.arms import ARMS
 from explorer.routers.from_scratch.ensemble import (
     PREFIX,
     Clusters,
@@ -20,7 +22,7 @@ from explorer.routers.from_scratch.ensemble import (
     table,
 )
 from explorer.routers.from_scratch.model import Shape
-from explorer.routers.from_scratch.train import Corpus, Setting, learn_tokenizer
+from explorer.routers.from_scratch.train import Corpus, Setting, learn_tokenizer, train
 
 NAMES = ["one model", "clusters, T = 0.1", "clusters, nearest", "clusters, all alike"]
 NAMES.append("by chance, all alike")
@@ -72,7 +74,7 @@ def test_only_tokens_after_the_prefix_are_scored(texts):
 
 def test_one_cluster_after_another_is_learned_and_compared(texts, tmp_path, monkeypatch, capsys):
     shape = Shape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
-    plan = Plan(2, Setting(steps=60, windows=4, shape=shape))
+    plan = Plan(2, Setting(steps=80, windows=4, shape=shape))
     results = compared(plan, texts, texts[:6], seed=0)
     assert [row["model"] for row in results] == NAMES
     loss = {row["model"]: row["loss"] for row in results}
@@ -93,6 +95,22 @@ def test_one_cluster_after_another_is_learned_and_compared(texts, tmp_path, monk
     assert ensemble.main(asked) == 0 and "by chance, all alike" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         ensemble.main(["--clusters", "1", "--out", str(tmp_path)])
+
+
+def test_a_copy_learns_on_from_where_its_model_was(texts):
+    shape = Shape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
+    tokenizer = learn_tokenizer(texts, 280)
+    stream = encode_texts(tokenizer, texts).astype(np.int64)
+    corpus, arm = Corpus(stream, stream), ARMS["dense"]
+    first = train(arm, Setting(steps=20, windows=4, shape=shape), corpus, 0)
+    before = {name: value.clone() for name, value in first.state_dict().items()}
+    again = train(arm, Setting(steps=0, windows=4, shape=shape), corpus, 0, start=first)
+    further = train(arm, Setting(steps=20, windows=4, shape=shape), corpus, 0, start=first)
+    for name, value in before.items():
+        assert torch.equal(again.state_dict()[name], value)
+        assert torch.equal(first.state_dict()[name], value), "the model itself is left alone"
+    windows = held_out_texts(tokenizer, texts, 48).windows
+    assert log_probabilities(further, windows).mean() > log_probabilities(first, windows).mean()
 
 
 def test_a_model_gives_each_token_its_probability(texts):

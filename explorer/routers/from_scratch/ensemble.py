@@ -3,10 +3,11 @@
 python -m explorer.routers.from_scratch.ensemble --out runs/ensemble
 
 c-BTM (Gururangan et al. 2023, "Scaling Expert Language Models with Unsupervised Domain Discovery",
-arXiv:2303.14177): texts are clustered without labels, one model learns on each cluster, and
-``p(token) = sum_c w_c p_c(token)`` with ``w = softmax(-d^2 / T)``, d the distance of the text so
-far from the centre of cluster c. Beside it stand a single model that takes as many training steps
-as all of them together, and an ensemble of texts divided by chance.
+arXiv:2303.14177): texts are clustered without labels, copies of one model that learned on all of
+them learn on one cluster each, and ``p(token) = sum_c w_c p_c(token)`` with
+``w = softmax(-d^2 / T)``, d the distance of the text so far from the centre of cluster c. Beside it
+stand a single model that takes as many training steps as all of them together, and an ensemble of
+texts divided by chance.
 """
 
 import argparse
@@ -41,6 +42,7 @@ DIMENSIONS = 100
 ROUNDS = 2  # k-means has found the places; these make the sizes equal
 PREFIX = 32  # tokens that the weights of a text are read from; the loss is of those after them
 BATCH = 32
+STEPS = 800
 
 
 class Clusters:
@@ -172,8 +174,9 @@ class Plan:
     Attributes
     ----------
     clusters : int
-        Models of an ensemble; each takes its share of the steps.
+        Models of an ensemble.
     setting : Setting
+        Half of its steps go to the model that is copied, the rest in equal shares to the copies.
     """
 
     clusters: int = 4
@@ -194,24 +197,23 @@ def compared(plan: Plan, fit: list[str], held_out: list[str], seed: int) -> list
     clusters = Clusters(plan.clusters, seed=seed).fit(fit)
     by_chance = np.random.default_rng(seed).permutation(clusters.labels_)
 
-    def trained(chosen: list[str], steps: int) -> torch.Tensor:
+    def trained(chosen: list[str], steps: int, start: ScratchModel | None = None) -> ScratchModel:
         stream = encode_texts(tokenizer, chosen).astype(np.int64)
         setting = Setting(steps=steps, windows=plan.setting.windows, shape=shape)
-        model = train(ARMS["dense"], setting, Corpus(stream, stream), seed)
-        return log_probabilities(model, texts.windows)
+        return train(ARMS["dense"], setting, Corpus(stream, stream), seed, start=start)
 
     def ensemble(labels: Ints) -> torch.Tensor:
-        groups = [[t for t, one in zip(fit, labels, strict=True) if one == c]
-                  for c in range(plan.clusters)]  # fmt: skip
-        return torch.stack(
-            [trained(group, plan.setting.steps // plan.clusters) for group in groups]
-        )
+        parts = []
+        for cluster in range(plan.clusters):
+            chosen = [text for text, label in zip(fit, labels, strict=True) if label == cluster]
+            copy = trained(chosen, (plan.setting.steps - half) // plan.clusters, common)
+            parts.append(log_probabilities(copy, texts.windows))
+        return torch.stack(parts)
 
-    alone, near, mixed = (
-        trained(fit, plan.setting.steps),
-        ensemble(clusters.labels_),
-        ensemble(by_chance),
-    )
+    half = plan.setting.steps // 2
+    common = trained(fit, half)
+    alone = log_probabilities(trained(fit, plan.setting.steps), texts.windows)
+    near, mixed = ensemble(clusters.labels_), ensemble(by_chance)
     squared = clusters.squared_distances(texts.prefixes)
     uses = {
         "one model": (alone[None], torch.ones(len(squared), 1, dtype=torch.float64)),
@@ -251,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--clusters", type=int, default=4, help="default: 4")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1", help="default: 0,1,2")
-    parser.add_argument("--steps", type=int, default=Setting.steps, help="of all models together")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"in all; default: {STEPS}")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="keeps figures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # models this small are slower on several

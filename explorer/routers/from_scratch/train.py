@@ -115,10 +115,17 @@ def make_rules(arm: Arm, setting: Setting, corpus: Corpus, seed: int) -> list[Ro
     return [TableRouter(table) for table in tables]
 
 
-def train(arm: Arm, setting: Setting, corpus: Corpus, seed: int) -> ScratchModel:
-    """Train a model; all arms of a seed see the same windows in the same order."""
+def train(
+    arm: Arm, setting: Setting, corpus: Corpus, seed: int, *, start: ScratchModel | None = None
+) -> ScratchModel:
+    """Train a model, or a copy of ``start`` further.
+
+    All arms of a seed see the same windows in the same order.
+    """
     rules = make_rules(arm, setting, corpus, seed)
     model = ScratchModel(arm, rules, setting.shape, seed=seed)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and "emb" not in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim > 1 and "emb" not in name)]
     optimizer = torch.optim.AdamW(
