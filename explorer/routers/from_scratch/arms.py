@@ -163,6 +163,7 @@ _HASH = Arm("hash", partial(HashRouter, k=1), gate="none")
 _TOP_1 = Arm("top_1", aux=AUX)
 _TOP_2 = Arm("top_2", top_k=2, renormalize=True, aux=AUX)
 _SIGMOID = Arm("sigmoid_aux", top_k=2, score_function="sigmoid", aux=1e-3)
+_SOFTMAX = replace(_SIGMOID, name="softmax_aux", score_function="softmax")
 
 ARMS: dict[str, Arm] = {
     arm.name: arm
@@ -191,6 +192,8 @@ ARMS: dict[str, Arm] = {
         Arm("expert_choice_2", partial(ExpertChoiceRouter, experts_per_token=2), top_k=2),
         _SIGMOID,
         replace(_SIGMOID, name="loss_free", aux=0.0, bias_rate=1e-3),
+        _SOFTMAX,
+        replace(_SOFTMAX, name="softmax_loss_free", aux=0.0, bias_rate=1e-3),
     )
 }
 
@@ -218,6 +221,7 @@ class Claim(NamedTuple):
 
 _SWITCH = "Switch, table 1 (negative log perplexity)"
 _BIAS = "loss-free balancing, table 2"
+_BIAS_SOFTMAX = "loss-free balancing, table 6"
 _REMOE = "ReMoE, table 2 (accuracy %)"
 _HASHES = "Hash layers (validation perplexity)"
 
@@ -230,6 +234,15 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(_SWITCH, "switch_1.0", "dense", "-1.561, -1.731"),
     Claim(_BIAS + " (perplexity)", "loss_free", "sigmoid_aux", "9.50, 9.56"),
     Claim(_BIAS + " (MaxVio)", "loss_free", "sigmoid_aux", "0.04, 0.72", "max_violation"),
+    Claim(_BIAS_SOFTMAX + " (perplexity)", "softmax_loss_free", "softmax_aux", "9.599, 9.604"),
+    Claim(
+        _BIAS_SOFTMAX + " (MaxVio)",
+        "softmax_loss_free",
+        "softmax_aux",
+        "0.027, 0.937",
+        "max_violation",
+    ),
+    Claim(_BIAS_SOFTMAX + " (perplexity)", "loss_free", "softmax_loss_free", "9.50, 9.599"),
     Claim(_REMOE, "remoe", "top_1", "40.03, 39.67"),
     Claim(_REMOE, "top_1", "hash", "39.67, 38.79"),
     Claim(_REMOE, "hash", "expert_choice_1", "38.79, 38.53"),
