@@ -19,7 +19,7 @@ from explorer.queries.two_runs import Chosen, chosen, common_prompts, common_tok
 from explorer.run import Run
 
 # tokens of two runs whose experts are compared one by one
-MAX_TOKENS = 5_000
+MAX_TOKENS = 3_000
 _STEP = re.compile(r"step[-_]?(\d+)")
 _STAGE = re.compile(r"stage[-_]?(\d+)")
 

@@ -15,7 +15,7 @@ from explorer.pages.components.chart import chart
 from explorer.pages.shell import current_view
 from explorer.pages.state import is_dark
 from explorer.run import Run, open_run
-from explorer.trends import in_order, trend_table
+from explorer.trends import MAX_TOKENS, in_order, trend_table
 from explorer.views import join
 
 _DEMO, _FOLDER = "demo", "folder"
@@ -82,6 +82,8 @@ def _figure(table: pd.DataFrame, names: list[str]) -> None:
         )
         return
     tokens = f"n = {int(table['tokens'].min()):,} tokens of each checkpoint; padding excluded"
+    if quantity == "saturation" and int(table["tokens"].max()) > MAX_TOKENS:
+        tokens += f"; compared on up to {MAX_TOKENS:,} prompt tokens, evenly spread"
     chart(
         trend_lines(table, quantity, caption=f"{tokens}; one line a layer", dark=is_dark()),
         key=f"trend {quantity}",

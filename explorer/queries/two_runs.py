@@ -90,7 +90,7 @@ def common_tokens(
         where, params = conditions(phase="prompt", part=of_run)
         rows = run.query(
             "SELECT prompt_id, position, token, token_id, loss FROM tokens "
-            f"WHERE {where} AND list_contains($prompts, prompt_id) ORDER BY token_id",
+            f"WHERE {where} AND list_contains($prompts, prompt_id)",
             params | {"prompts": prompts[f"prompt_{name}"].tolist()},
         )
         names = {"prompt_id": f"prompt_{name}", "token_id": f"token_{name}", "loss": f"loss_{name}"}

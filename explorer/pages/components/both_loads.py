@@ -1,7 +1,12 @@
 """Loads of two runs, A and B, and what both have in every layer."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pandas as pd
 import streamlit as st
+from streamlit.runtime.scriptrunner import add_script_run_ctx, get_script_run_ctx
 
 from explorer.figures.two_runs import over_layers
 from explorer.metrics.load import max_violation
@@ -13,10 +18,21 @@ from explorer.queries.overview import gate_means
 
 def loads_of(sides: dict[str, View]) -> dict[str, pd.DataFrame]:
     """Return the load of every expert of the layers shown, for each run."""
-    return {
-        name: side.of_layers(ask(side, expert_load, weights=False, **side.filters))
-        for name, side in sides.items()
-    }
+    return _of_both(sides, expert_load, weights=False)
+
+
+def _of_both(
+    sides: dict[str, View], question: Callable[..., pd.DataFrame], **arguments: Any
+) -> dict[str, pd.DataFrame]:
+    """Ask both runs at the same time."""
+
+    def of_side(side: View) -> pd.DataFrame:
+        return side.of_layers(ask(side, question, **arguments, **side.filters))
+
+    # the cache of answers asks which page run a thread belongs to
+    context = (None, get_script_run_ctx())
+    with ThreadPoolExecutor(2, initializer=add_script_run_ctx, initargs=context) as pool:
+        return dict(zip(sides, pool.map(of_side, sides.values()), strict=True))
 
 
 def caption_of(sides: dict[str, View]) -> str:
@@ -35,10 +51,7 @@ def lines_section(sides: dict[str, View], loads: dict[str, pd.DataFrame], captio
         )
         for name, load in loads.items()
     }
-    gates = {
-        name: side.of_layers(ask(side, gate_means, statistics=("entropy",), **side.filters))
-        for name, side in sides.items()
-    }
+    gates = _of_both(sides, gate_means, statistics=("entropy",))
     left, right = st.columns(2, gap="medium")
     for column, tables, quantity, title in (
         (left, balance, "max_violation", "MaxVio (busiest expert's excess, fair shares)"),
