@@ -17,6 +17,7 @@ LOGO = state.ROOT / "explorer" / "assets" / "logo.svg"
 _STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding: 2.6rem 3rem 3rem; }
 [data-testid="stMetric"] { height: 100%; }
+[data-testid="stMetric"] * { white-space: normal !important; }
 [data-testid="stSidebarNavLink"] { min-height: 1.7rem; padding-block: 0; }
 [data-testid="stSidebarNavItems"] { row-gap: 0; }
 /* a figure with its title needs this much; on a narrow screen it is moved aside by hand */

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 import streamlit as st
 
+from capture.errors import CaptureError
 from explorer import service
 from explorer.balance import balance_table
 from explorer.errors import ExplorerError
@@ -161,7 +162,14 @@ def opened(name: str) -> tuple[Run, Key]:
     except OSError:
         raise ExplorerError(f"The run {name!r} was removed; choose another one.") from None
     key = (str(path), status.st_mtime_ns, status.st_size)
-    return _open(key), key
+    try:
+        return _open(key), key
+    except (CaptureError, ExplorerError) as error:
+        # whoever looks need not know where on the server the runs lie
+        said = str(error)
+        for folder in (path.absolute().parent, path.parent):
+            said = said.replace(f"{folder}/", "")
+        raise ExplorerError(said) from None
 
 
 @st.cache_resource(max_entries=8, show_spinner=False, on_release=lambda run: run.close())
