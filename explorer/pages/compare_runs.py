@@ -17,7 +17,11 @@ from explorer.figures.two_runs import (
     divergence_over_layers,
 )
 from explorer.pages import address, jump, state
-from explorer.pages.components.both_loads import caption_of, lines_section, loads_of
+from explorer.pages.components.both_loads import (
+    caption_of,
+    lines_section,
+    loads_and_gates,
+)
 from explorer.pages.components.chart import chart
 from explorer.pages.components.stretches import stretches_section
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
@@ -152,7 +156,8 @@ def _same_model(view: View, other: View) -> None:
 
 def _expert_by_expert(view: View, other: View) -> None:
     sides = {"a": view.sampled(), "b": other}
-    loads = loads_of(sides)
+    both = loads_and_gates(sides)
+    loads = both.loads
     if not all(load["assignments"].sum() for load in loads.values()):
         st.info("No token of this selection is in both runs. Change the filters at the side.")
         return
@@ -183,7 +188,7 @@ def _expert_by_expert(view: View, other: View) -> None:
                 table=load,
                 on_click=functools.partial(jump.aim, sides[name]),
             )
-    lines_section(sides, loads, caption)
+    lines_section(both, caption)
 
 
 def _same_tokens(view: View, other: View) -> None:
@@ -319,8 +324,7 @@ def _two_models(view: View, other: View) -> None:
         return
     stretches_section(view, found)
     sides = {"a": view.sampled(), "b": other}
-    loads = loads_of(sides)
-    lines_section(sides, loads, caption_of(sides))
+    lines_section(loads_and_gates(sides), caption_of(sides))
 
 
 def _of_two(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
@@ -15,24 +15,33 @@ from explorer.pages.state import View, ask, is_dark
 from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
 
-
-def loads_of(sides: dict[str, View]) -> dict[str, pd.DataFrame]:
-    """Return the load of every expert of the layers shown, for each run."""
-    return _of_both(sides, expert_load, weights=False)
+Options = dict[str, Any]
 
 
-def _of_both(
-    sides: dict[str, View], question: Callable[..., pd.DataFrame], **arguments: Any
-) -> dict[str, pd.DataFrame]:
-    """Ask both runs at the same time."""
+class Both(NamedTuple):
+    """Answers about both runs, of the layers shown, by the name of the side."""
 
-    def of_side(side: View) -> pd.DataFrame:
-        return side.of_layers(ask(side, question, **arguments, **side.filters))
+    loads: dict[str, pd.DataFrame]
+    gates: dict[str, pd.DataFrame]
+
+
+def loads_and_gates(sides: dict[str, View]) -> Both:
+    """Return the load of every expert and the mean gate entropy, asked for at the same time."""
+
+    def answer(side: View, question: Callable[..., pd.DataFrame], options: Options) -> pd.DataFrame:
+        return side.of_layers(ask(side, question, **options, **side.filters))
 
     # the cache of answers asks which page run a thread belongs to
     context = (None, get_script_run_ctx())
-    with ThreadPoolExecutor(2, initializer=add_script_run_ctx, initargs=context) as pool:
-        return dict(zip(sides, pool.map(of_side, sides.values()), strict=True))
+    with ThreadPoolExecutor(4, initializer=add_script_run_ctx, initargs=context) as pool:
+        loads, gates = (
+            {name: pool.submit(answer, side, question, options) for name, side in sides.items()}
+            for question, options in (
+                (expert_load, {"weights": False}),
+                (gate_means, {"statistics": ("entropy",)}),
+            )
+        )
+    return Both(*({name: one.result() for name, one in some.items()} for some in (loads, gates)))
 
 
 def caption_of(sides: dict[str, View]) -> str:
@@ -43,19 +52,18 @@ def caption_of(sides: dict[str, View]) -> str:
     return "; ".join(f"{name.upper()}: {text}" for name, text in said.items())
 
 
-def lines_section(sides: dict[str, View], loads: dict[str, pd.DataFrame], caption: str) -> None:
+def lines_section(both: Both, caption: str) -> None:
     """Draw the balance and the gate entropy of both runs over their layers."""
     balance = {
         name: load.groupby(["layer", "site"], as_index=False).agg(
             max_violation=("assignments", max_violation)
         )
-        for name, load in loads.items()
+        for name, load in both.loads.items()
     }
-    gates = _of_both(sides, gate_means, statistics=("entropy",))
     left, right = st.columns(2, gap="medium")
     for column, tables, quantity, title in (
         (left, balance, "max_violation", "MaxVio (busiest expert's excess, fair shares)"),
-        (right, gates, "normalized_entropy", "Gate entropy (share of ln E)"),
+        (right, both.gates, "normalized_entropy", "Gate entropy (share of ln E)"),
     ):
         with column:
             if all(table[quantity].isna().all() for table in tables.values()):
