@@ -307,6 +307,15 @@ def test_numbers_of_a_table_are_written_as_on_the_page(tmp_path):
     assert '<td dir="auto" class="number">12.3%</td>' in text and "not recorded" in text
 
 
+def test_columns_keep_their_widths_and_fill_a_line_alone():
+    blocks = [[{"kind": "text", "text": "a"}], [], [{"kind": "text", "text": "b"}]]
+    text = section([{"kind": "row", "blocks": blocks, "weights": [0.8, 0.1, 0.2]}])
+    assert re.findall(r"--weight:([\d.]+);--part:([\d.]+)", text) == [
+        ("8.000", "1.000"),
+        ("2.000", "0.250"),
+    ]
+
+
 def test_a_colour_that_is_none_stays_out():
     strip = {
         "kind": "strip",

@@ -232,7 +232,9 @@ def _lines(block: Block) -> str:
 def _row(block: Block) -> str:
     weights = [float(weight) for weight in block["weights"]]
     columns = "".join(
-        f'<div style="--weight:{weight:.3f};--part:{weight / max(weights):.3f}">{section(inner)}'
+        # at least 1, so that one that is alone on its line fills it
+        f'<div style="--weight:{weight / min(weights):.3f};'
+        f'--part:{weight / max(weights):.3f}">{section(inner)}'
         "</div>"
         for inner, weight in zip(block["blocks"], weights, strict=True)
         if inner
