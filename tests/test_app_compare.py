@@ -11,8 +11,11 @@ import streamlit as st
 from synthetic import SITES, write_run
 from test_app_pages import FakeWorker, charts, notes, opened, query
 
+from capture.store import counts_only
+from explorer import compare
 from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
 from explorer.comparison.tables import FORMAT_VERSION, empty_rows
+from explorer.errors import ComparisonError
 from explorer.pages.components import compare_start
 from explorer.worker import CompareRequest
 
@@ -165,6 +168,15 @@ def test_typed_prompts_are_recorded_first(runs, worker):
     (job,) = worker.jobs()
     assert job.request.capture.out == job.request.run == str(runs / "compared.duckdb")
     assert job.request.capture.prompts[0]["text"] == "one"
+
+
+def test_an_export_without_text_offers_other_prompts_only(runs):
+    counts_only(runs / "known.duckdb", runs / "counts.duckdb")
+    assert opened("compare", run="known").button_group(key="compare source").value == "run"
+    source = opened("compare", run="counts").button_group(key="compare source")
+    assert source.value == "typed" and len(source.options) == 2
+    with pytest.raises(ComparisonError, match="leaves text and tokens out"):
+        compare(runs / "counts.duckdb", ["native"], progress=False)
 
 
 def test_a_wrong_router_is_said_and_cannot_be_started(runs):

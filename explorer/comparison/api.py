@@ -10,6 +10,7 @@ from explorer.comparison.names import RouterSpec
 from explorer.comparison.plan import Mode, Settings, Unit, read_specs, units_of
 from explorer.comparison.progress import Progress, Reporter
 from explorer.comparison.session import Session, can_replay
+from explorer.comparison.texts import check_text
 from explorer.errors import ComparisonError
 from explorer.run import Run, open_run
 
@@ -98,6 +99,7 @@ def compare(
     with ExitStack() as stack:
         if not isinstance(run, Run):
             run = stack.enter_context(open_run(demo_run() if str(run) == "demo" else run))
+        check_text(run)
         modes: list[Mode] = ["replay"] if replay else []
         modes += ["live"] if live or layers or (live is None and routers is None) else []
         modes += ["live-layer"] if layers else []

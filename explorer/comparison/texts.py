@@ -64,6 +64,21 @@ class Split(NamedTuple):
     report: Texts
 
 
+def check_text(run: Run) -> None:
+    """Refuse a run that holds nothing to route or to predict.
+
+    Raises
+    ------
+    ComparisonError
+        If it is a counts-only export.
+    """
+    if run.counts_only:
+        raise ComparisonError(
+            f"{run.path.name} is an export that leaves text and tokens out, so there is nothing to "
+            "compare routers on. Use the run that it was made from."
+        )
+
+
 def shared_texts(domains: Sequence[str]) -> list[int]:
     """Choose texts for looking at tokens one by one, of different domains where there are."""
     firsts: dict[str, int] = {}
@@ -128,6 +143,7 @@ def split_texts(
     ComparisonError
         If the run has no prompt of two tokens.
     """
+    check_text(run)
     own = _of_run(run)
     if loaded.name == DEMO:
         fit = _of_set("demo-fit", loaded)

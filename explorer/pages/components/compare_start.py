@@ -16,6 +16,7 @@ from explorer.figures.comparison import family_name
 from explorer.pages import address
 from explorer.pages.components.job import follow
 from explorer.pages.state import SUFFIX, View, new_name, runs_folder
+from explorer.run import Run
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
 
 _TOKENS = (2_000, 5_000, 10_000, 30_000, 100_000)
@@ -80,7 +81,7 @@ def start_comparison(view: View, *, first: bool) -> None:
     if not service.may_write():
         return
     with st.expander("New comparison", expanded=first, icon=":material/add:"):
-        wanted = _form()
+        wanted = _form(view.run)
         if st.button("Compare", type="primary", disabled=bool(wanted.problem)):
             _start(view, wanted)
         if wanted.problem:
@@ -106,17 +107,19 @@ def _open(job: Job) -> None:
         st.rerun()
 
 
-def _form() -> _Wanted:
+def _form(run: Run) -> _Wanted:
+    # an export without text has nothing to route or to predict
+    sources = [source for source in _SOURCES if source != _RUN or not run.counts_only]
     source = st.segmented_control(
         "Text to compare on",
-        list(_SOURCES),
-        default=_RUN,
+        sources,
+        default=sources[0],
         required=True,
         format_func=_SOURCES.__getitem__,
         help="Prompts of your own are recorded with the demo model first, then compared on.",
         key="compare source",
     )
-    prompts, problem = _prompts(source or _RUN)
+    prompts, problem = _prompts(source or sources[0])
     routers, wrong = _routers()
     conditions = st.multiselect(
         "Conditions",
