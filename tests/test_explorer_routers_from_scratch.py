@@ -237,6 +237,10 @@ def test_claims_are_judged_by_the_spread_of_the_seeds():
     assert (mean, verdict) == (pytest.approx(0.0), "not told apart")
     assert error == pytest.approx(0.1 / math.sqrt(3))
     assert judge([1.0, 1.0, 1.05], [1.01, 1.02, 1.04])[2] == "not told apart"  # a seed dissents
+    # three and five standard errors: the limit of three seeds is 4.30
+    for distance, expected in ((3.0, "not told apart"), (5.0, "met")):
+        apart = distance * 0.1 / math.sqrt(3)
+        assert judge([0.9, 1.0, 1.1], [1 + apart] * 3)[2] == expected
     assert judge([1.0], [2.0])[2] == "not told apart"
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student_t
 
 from explorer.routers.from_scratch.arms import ARMS, Claim
 
 MET, NOT_MET, UNCLEAR = "met", "not met", "not told apart"
-CERTAIN = 2.0  # standard errors
+CERTAIN = 0.95  # of Student's t, two-sided: three seeds are few, and need 4.3 standard errors
 
 
 def judge(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float, str]:
@@ -27,15 +28,15 @@ def judge(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float
     standard_error : float
         Of that mean, from the spread of the seeds; nan for a single one.
     verdict : str
-        "met" or "not met" if the difference is more than two standard errors and all seeds have
-        its sign, else "not told apart".
+        "met" or "not met" if the 95 % interval of the difference leaves out 0, else "not told
+        apart".
     """
     paired = np.asarray(better, np.float64) - np.asarray(worse, np.float64)
     mean = float(paired.mean())
     if len(paired) < 2:
         return mean, float("nan"), UNCLEAR
     error = float(paired.std(ddof=1) / np.sqrt(len(paired)))
-    sure = abs(mean) > CERTAIN * error and len(set(np.sign(paired))) == 1
+    sure = abs(mean) > error * float(student_t.ppf((1 + CERTAIN) / 2, len(paired) - 1))
     return mean, error, UNCLEAR if not sure else MET if mean < 0 else NOT_MET
 
 
