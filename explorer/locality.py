@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from capture.errors import CaptureError
 from explorer.errors import ExplorerError
 from explorer.metrics.agreement import chance_any_repeat
 from explorer.metrics.locality import repetition
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with open_run(options.run) as run:
             table = locality(run)
-    except ExplorerError as error:
+    except (CaptureError, ExplorerError) as error:
         sys.stderr.write(f"{error}\n")
         return ERROR
     table["domain"] = table["domain"].replace("", "all")

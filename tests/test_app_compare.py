@@ -16,6 +16,7 @@ from explorer import compare
 from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
 from explorer.comparison.tables import FORMAT_VERSION, empty_rows
 from explorer.errors import ComparisonError
+from explorer.pages import address
 from explorer.pages.components import compare_start
 from explorer.worker import CompareRequest
 
@@ -255,6 +256,9 @@ def test_tokens_of_a_replay_are_told_apart_from_those_of_the_model(runs):
     assert app.selectbox(key="address:text").options == ["law 0"]
     app.button_group(key="address:told").set_value("replay").run()
     assert not app.exception
+    # a saved view and a change of page keep what the address of the page may hold
+    assert "told" in app.query_params
+    assert set(app.query_params) <= set(address.names_of("compare"))
     assert app.selectbox(key="address:b").options == ["native", "other"]
     assert app.selectbox(key="address:text").options == ["code 4"]
     said = " ".join(markdown.value for markdown in app.markdown)

@@ -86,3 +86,6 @@ def test_the_table_of_a_run_is_what_its_rows_say(tmp_path, capsys):
     assert "first_chance" in capsys.readouterr().out
     assert main([str(tmp_path / "none.duckdb")]) == 2
     assert "none.duckdb" in capsys.readouterr().err
+    (tmp_path / "broken.duckdb").write_bytes(b"this is not a database" * 100)
+    assert main([str(tmp_path / "broken.duckdb")]) == 2
+    assert "broken.duckdb" in capsys.readouterr().err
