@@ -1,5 +1,6 @@
 """Clustering-based routers: what region of the hidden space a token lies in decides."""
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Literal
 
@@ -76,11 +77,13 @@ class TableRouter(RoutingRouter):
         ids = choose(scores, inputs, selector=self.selector)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
+    @abstractmethod
     def _fit_clusters(self, points: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Find the clusters of points [N, D]."""
 
+    @abstractmethod
     def _shares(self, points: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """Return how much each cluster has of points, [N, C], rows sum to 1."""
 
 
 @ROUTERS.add("kmeans")

@@ -1,5 +1,6 @@
 """One fit loop for every router that learns by imitation: small, seeded, on the CPU."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -136,9 +137,9 @@ class Student(RoutingRouter):
         if selector is not None:
             self.info = replace(self.info, variable_k=selector.variable)
 
+    @abstractmethod
     def make(self, d: int, n_experts: int) -> nn.Module:
         """Make the network: [T, D] float32 to logits [T, E]."""
-        raise NotImplementedError
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         hidden = inputs.tensor("hidden").float()

@@ -1,5 +1,6 @@
 """Recurrent gating across layers: a state that each layer reads and hands to the next."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -126,8 +127,9 @@ class _RecurrentRouter(AcrossLayers):
         self.steps = steps
         self.seed = seed
 
+    @abstractmethod
     def _cell(self) -> nn.GRUCell | GTrXLGate:
-        raise NotImplementedError
+        """Make the cell that hands the state on."""
 
     def _learn(
         self,
