@@ -12,6 +12,7 @@ import pandas as pd
 
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
+from explorer.figures.text import visible
 from explorer.metrics.agreement import chance_any_repeat
 from explorer.metrics.locality import repetition
 from explorer.queries.load import routing
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CaptureError, ExplorerError) as error:
         sys.stderr.write(f"{error}\n")
         return ERROR
-    table["domain"] = table["domain"].replace("", "all")
+    table["domain"] = table["domain"].replace("", "all").map(visible)
     sys.stdout.write(table.to_string(index=False, float_format=lambda v: f"{v:.3f}") + "\n")
     return 0
 

@@ -269,6 +269,14 @@ def test_tokens_of_a_replay_are_told_apart_from_those_of_the_model(runs):
     write_comparison(path, rows)
     app = opened("compare", run="known", at="1")
     assert "Token 1: replay knows no loss." in " ".join(m.value for m in app.markdown)
+    # two routers whose tokens are not the same ones do not agree
+    for row in rows["choices"]:
+        row["position"] += 2 * (row["router"] == "other")
+    write_comparison(path, rows)
+    app = opened("compare", run="known")
+    assert not app.exception
+    said = " ".join(markdown.value for markdown in app.markdown)
+    assert "No token of this text was routed by both." in said and "same experts" not in said
 
 
 def test_learning_is_shown_for_one_router_at_its_prices_those_with_a_reward_first(runs):

@@ -146,6 +146,14 @@ def test_the_layers_of_layer_attention_compete_for_a_threshold():
     assert shares[0] < 0.1 and shares[-1] > 0.9
 
 
+def test_the_card_says_the_selector_in_place_of_the_best():
+    for name in (*RULES, *LAYER_RULES):
+        own = ROUTERS[name]().info.formula
+        formula = made(name, Threshold(0.2)).info.formula
+        assert formula.startswith(own.split(";  ")[0]) and "threshold=0.2" in formula
+        assert "TopK" not in formula, name
+
+
 def test_selectors_are_written_like_other_arguments():
     router = make_router(parse_router("attention_given(selector=TopP(p=0.7))"))
     assert router.selector == TopP(0.7) and not router.info.causal

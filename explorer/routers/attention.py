@@ -10,7 +10,7 @@ from explorer.routers.base import ROUTERS, RouterInfo, RouterInputs, Routing, Ro
 from explorer.routers.distill import Student
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, weigh
-from explorer.routers.selectors import Selector
+from explorer.routers.selectors import Selector, chosen_formula
 
 
 @ROUTERS.add("gate_row_attention")
@@ -44,7 +44,8 @@ class GateRowRouter(RoutingRouter):
     def __init__(self, *, selector: Selector | None = None) -> None:
         self.selector = selector
         if selector is not None:
-            self.info = replace(self.info, variable_k=selector.variable)
+            formula = chosen_formula(self.info.formula, selector)
+            self.info = replace(self.info, variable_k=selector.variable, formula=formula)
 
     def _route(self, inputs: RouterInputs) -> Routing:
         hidden, keys = inputs.tensor("hidden").float(), inputs.tensor("gate_weight").float()

@@ -12,7 +12,7 @@ from explorer.errors import RouterError
 from explorer.routers.base import Decision, RouterInfo, RouterInputs, Routing, RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, target_scores, weigh
-from explorer.routers.selectors import Selector
+from explorer.routers.selectors import Selector, chosen_formula
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -135,7 +135,8 @@ class Student(RoutingRouter):
         self.seed = seed
         self.selector = selector
         if selector is not None:
-            self.info = replace(self.info, variable_k=selector.variable)
+            formula = chosen_formula(self.info.formula, selector)
+            self.info = replace(self.info, variable_k=selector.variable, formula=formula)
 
     @abstractmethod
     def make(self, d: int, n_experts: int) -> nn.Module:

@@ -1,6 +1,7 @@
 """Attention-based rules for heads and layers: keys of parts, and attention that tokens receive."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -21,7 +22,7 @@ from explorer.routers.base import (
 from explorer.routers.distill import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
 from explorer.routers.layers import AcrossLayers
 from explorer.routers.scores import target_importance
-from explorer.routers.selectors import Selector, TopK
+from explorer.routers.selectors import Selector, TopK, chosen_formula
 from explorer.routers.tokens import choose_tokens, sequence_rows, with_selector
 
 
@@ -85,6 +86,9 @@ class HeadAttentionRouter(PartRouter):
     ) -> None:
         self.keep = check_keep(keep)
         self.selector = selector
+        if selector is not None:
+            formula = chosen_formula(self.info.formula, selector)
+            self.info = replace(self.info, formula=formula)
         self.rank = rank
         self.steps = steps
         self.seed = seed

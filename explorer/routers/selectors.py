@@ -56,6 +56,12 @@ class Selector(ABC):
         return masked_ids(self.mask(scores))
 
 
+def chosen_formula(formula: str, selector: Selector) -> str:
+    """Return the formula of a rule with a selector in place of its own choice of the best."""
+    scores = [step for step in formula.split(";  ") if "TopK(" not in step]
+    return ";  ".join([*scores, f"S = {selector}"])
+
+
 @dataclass(frozen=True)
 class TopK(Selector):
     """Keep the ``k`` best parts of every token; ties go to the lower part."""

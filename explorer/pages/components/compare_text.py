@@ -160,9 +160,15 @@ def _chosen(text: pd.DataFrame, per_token: "pd.Series[float]") -> int:
 
 
 def _say(per_token: "pd.Series[float]", pairs: pd.DataFrame) -> None:
+    if per_token.empty:
+        st.markdown("No token of this text was routed by both.")
+        return
     differing = per_token[per_token < 1]
     if differing.empty:
-        st.markdown("The two routers choose the same experts for every token of this text.")
+        st.markdown(
+            "The two routers choose the same experts for all "
+            f"{len(per_token):,} tokens of this text that were routed by both."
+        )
         return
     first = int(differing.index[0])
     layers = pairs[(pairs["position"] == first) & (pairs["jaccard"] < 1)]["layer"]
