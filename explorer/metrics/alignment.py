@@ -134,30 +134,33 @@ def co_routing_agreement(
     first, second : sequences of array [S, S]
         From :func:`co_routing`, one a text and model, of the same stretches.
     """
+    a, b = _pairs_of(first), _pairs_of(second)
+    spread = float(np.std(a) * np.std(b)) if len(a) >= 3 else 0.0
+    if not spread:
+        return CoRouting(float("nan"), float("nan"), float("nan"), len(a))
+    # shuffling moves the pairs about: means and spreads stay, only the sum of products changes
+    sides = [(_centred(x, a.mean()), _centred(y, b.mean()))
+             for x, y in zip(first, second, strict=True)]  # fmt: skip
     random = np.random.default_rng(seed)
-    pairs = [np.triu_indices(len(np.asarray(one)), 1) for one in first]
-
-    def joined(shuffled: bool) -> tuple[Floats, Floats]:
-        sides: tuple[list[Floats], list[Floats]] = ([], [])
-        for one, other, upper in zip(first, second, pairs, strict=True):
-            a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
-            if shuffled:
-                order = random.permutation(len(b))
-                sides[1].append(b[order[upper[0]], order[upper[1]]])
-            else:
-                sides[1].append(b[upper])
-            sides[0].append(a[upper])
-        empty = [np.empty(0)]
-        return np.concatenate(sides[0] or empty), np.concatenate(sides[1] or empty)
-
-    a, b = joined(False)
-    value = _correlation(a, b)
-    chance = [_correlation(*joined(True)) for _ in range(draws)] if np.isfinite(value) else [np.nan]
+    chance = []
+    for _ in range(draws):
+        total = 0.0
+        for one, other in sides:
+            order = random.permutation(len(other))
+            total += float(np.vdot(one, other[order[:, None], order]))
+        chance.append(total / 2 / len(a) / spread)
     low, high = np.quantile(chance, [0.05, 0.95])
-    return CoRouting(value, float(low), float(high), len(a))
+    return CoRouting(float(np.corrcoef(a, b)[0, 1]), float(low), float(high), len(a))
 
 
-def _correlation(a: Floats, b: Floats) -> float:
-    if len(a) < 3 or not a.std() or not b.std():
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
+def _pairs_of(tables: Sequence[npt.ArrayLike]) -> Floats:
+    """Return the values of all pairs of stretches of each text, one text after the other."""
+    square = [np.asarray(table, dtype=np.float64) for table in tables]
+    return np.concatenate([np.empty(0), *(one[np.triu_indices(len(one), 1)] for one in square)])
+
+
+def _centred(table: npt.ArrayLike, mean: float) -> Floats:
+    """Return a table less its mean, and 0 for a stretch with itself."""
+    centred: Floats = np.asarray(table, dtype=np.float64) - mean
+    np.fill_diagonal(centred, 0.0)
+    return centred
