@@ -15,6 +15,7 @@ from capture.swap import site_key, swap
 ROUNDING = 1e-3
 # every site costs four forward passes over short text
 MAX_SITES = 4
+MIDDLE = 1  # a sequence that has others before and after it
 
 
 class Dependence(NamedTuple):
@@ -52,20 +53,22 @@ def dependence(model: nn.Module, sites: Sequence[Site], rule: Rule) -> Dependenc
     """
     ids = probe_tokens(model)
     half = ids.shape[1] // 2
+    # one sequence between others is looked at; what these do to it is the second question
+    one, others = ids[MIDDLE : MIDDLE + 1], torch.arange(len(ids)) != MIDDLE
     other_end = ids.clone()
-    other_end[:, half:] = ids.roll(1, dims=0)[:, half:].flip(-1)
+    other_end[MIDDLE, half:] = ids[-1, half:].flip(-1)
     changed = ids.clone()
-    changed[1:] = ids[1:].flip(-1)
+    changed[others] = ids[others].flip(-1)
     step = max(1, -(-len(sites) // MAX_SITES))
     later = other = unsteady = False
     for site in sites[::step]:
         first, again = (_choices(model, sites, site, rule, ids) for _ in range(2))
         unsteady |= _differ(first, again)
         early = _choices(model, sites, site, rule, other_end)
-        later |= _differ(first[:, :half], early[:, :half])
-        alone = _choices(model, sites, site, rule, ids[:1])
+        later |= _differ(first[MIDDLE, :half], early[MIDDLE, :half])
+        alone = _choices(model, sites, site, rule, one)
         mixed = _choices(model, sites, site, rule, changed)
-        other |= _differ(first[:1], alone) or _differ(first[:1], mixed[:1])
+        other |= _differ(first[MIDDLE], alone[0]) or _differ(first[MIDDLE], mixed[MIDDLE])
     return Dependence(later, other, not unsteady)
 
 

@@ -199,9 +199,19 @@ class Noisy:
         return Choice(ids, weights)
 
 
+class AfterAnother(Top):
+    """One expert for texts that come after another one, so that the first text tells nothing."""
+
+    def route(self, inputs):
+        ids, weights = super().route(inputs)
+        few = (inputs.sequences > 0)[:, None] & (torch.arange(self.top_k) > 0)
+        return Choice(ids.masked_fill(few, -1), weights.masked_fill(few, 0.0))
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
+        (AfterAnother(2), Dependence(False, True, True)),
         (NativeRule(), Dependence(False, False, True)),
         (Emptied(), Dependence(False, False, True)),
         (Nothing(), Dependence(False, False, True)),

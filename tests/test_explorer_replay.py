@@ -97,17 +97,18 @@ def test_tokens_and_domains_add_up_to_layers(run, table):
 
 
 class Ahead(ROUTERS["top_k"]):
-    """Claims to be causal, and gives one expert to the tokens that have another behind them."""
+    """Claims to be causal, and gives one expert to tokens before an even one, or in a crowd."""
 
     alone = False
 
     def _route(self, inputs):
         routing = super()._route(inputs)
-        last = torch.ones(inputs.n_tokens, dtype=torch.bool)
-        last[:-1] = inputs.positions[1:] <= inputs.positions[:-1]
+        even = inputs.token_ids.roll(-1) % 2 == 0
+        last = inputs.positions.roll(-1) <= inputs.positions  # the next one is another text's
+        few = even & ~last
         if self.alone:  # looks at other sequences, not ahead
-            last = (inputs.positions <= inputs.positions.roll(1)).sum() > 1
-        ids = routing.expert_ids.masked_fill(~last.reshape(-1, 1) & (torch.arange(3) > 0), -1)
+            few = torch.full_like(few, int(last.sum()) > 1)
+        ids = routing.expert_ids.masked_fill(few.reshape(-1, 1) & (torch.arange(3) > 0), -1)
         return routing._replace(expert_ids=ids, weights=routing.weights.masked_fill(ids < 0, 0.0))
 
 
@@ -117,11 +118,12 @@ class Crowd(Ahead):
 
 def test_what_a_router_looks_at_is_found_out_on_recorded_inputs(run):
     routers = {"honest": ROUTERS["top_k"](), "ahead": Ahead(), "crowd": Crowd()}
+    routers["full"] = ROUTERS["capacity_position"](capacity_factor=0.5)
     table = replay(run, routers).dropna(subset="layer").set_index("router")
     found = table[["causal", "batch_dependent"]].groupby(level=0).agg(lambda s: bool(s.iloc[0]))
     assert found.loc["honest"].tolist() == [True, False]
     assert found.loc["ahead", "causal"] == False  # noqa: E712  a numpy bool
-    assert found.loc["crowd"].tolist() == [True, True]
+    assert found.loc["crowd"].tolist() == found.loc["full"].tolist() == [True, True]
 
 
 def test_what_replay_refuses(run):

@@ -1,13 +1,14 @@
 """Find out on the model itself whether a fitted router looks ahead or at other sequences."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from capture.dependence import ROUNDING, dependence
+from capture.dependence import MIDDLE, ROUNDING, dependence
 from capture.parts import gate_parts
 from capture.rules import RouteInputs, Rule
 from capture.selftest import probe_tokens
@@ -77,10 +78,11 @@ def _gates_depend(
     """Whether gates depend on later tokens, and on other sequences."""
     ids = probe_tokens(model)
     half = ids.shape[1] // 2
+    one, others = ids[MIDDLE : MIDDLE + 1], torch.arange(len(ids)) != MIDDLE
     other_end = ids.clone()
-    other_end[:, half:] = ids.roll(1, dims=0)[:, half:].flip(-1)
+    other_end[MIDDLE, half:] = ids[-1, half:].flip(-1)
     changed = ids.clone()
-    changed[1:] = ids[1:].flip(-1)
+    changed[others] = ids[others].flip(-1)
     layers = sorted(layer for layer, _ in fitted.routers)
     later = other = False
     for layer in layers[:: max(1, -(-len(layers) // MAX_LAYERS))]:
@@ -93,13 +95,14 @@ def _gates_depend(
             return spy.gates[-1].reshape(*tokens.shape, -1)
 
         first = gates(ids)
-        later |= _differ(first[:, :half], gates(other_end)[:, :half])
-        other |= _differ(first[:1], gates(ids[:1])) or _differ(first[:1], gates(changed)[:1])
+        later |= _differ(first[MIDDLE, :half], gates(other_end)[MIDDLE, :half])
+        alone, mixed = gates(one)[0], gates(changed)[MIDDLE]
+        other |= _differ(first[MIDDLE], alone) or _differ(first[MIDDLE], mixed)
     return later, other
 
 
 def recorded_badges(routers: Mapping[Key, Router], inputs: Mapping[Key, RouterInputs]) -> Badges:
-    """Leave out later tokens and other sequences of recorded inputs; see whether choices change.
+    """Change later tokens of recorded inputs, leave others out, and see whether choices change.
 
     Parameters
     ----------
@@ -116,22 +119,35 @@ def recorded_badges(routers: Mapping[Key, Router], inputs: Mapping[Key, RouterIn
     positions = next(iter(few.values())).tensor("positions")
     # a sequence begins where positions stop rising: a sampled one may lack its first tokens
     begins = [0, *((positions.diff() <= 0).nonzero().flatten() + 1).tolist(), len(positions)]
-    whole = _weights(routers, few, slice(None))
+    every = torch.arange(len(positions))
+    whole = _weights(routers, few, every)
     later = other = 0
     for begin, end in pairwise(begins):
-        alone = _weights(routers, few, slice(begin, end))
+        alone = _weights(routers, few, every[begin:end])
         other += _changed(whole[begin:end], alone)
-        half = begin + (end - begin) // 2
-        if half > begin:
-            later += _changed(alone[: half - begin], _weights(routers, few, slice(begin, half)))
+        for cut in {begin + (end - begin) * n // 4 for n in (1, 2, 3)} - {begin}:
+            # as many tokens in the same places, so that what depends on their number stays
+            strange = (every[cut:end] + len(every) // 2) % len(every)
+            rows = torch.cat([every[begin:cut], strange])
+            changed = _weights(routers, few, rows, every[begin:end])
+            later += _changed(alone[: cut - begin], changed[: cut - begin])
     return Badges(not ahead and later <= TIES, others or other > TIES)
 
 
 def _weights(
-    routers: Mapping[Key, Router], inputs: Mapping[Key, RouterInputs], rows: slice
+    routers: Mapping[Key, Router],
+    inputs: Mapping[Key, RouterInputs],
+    rows: torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what all layers apply to some of the tokens [T, L * E]."""
-    taken = {at: one.take(torch.arange(one.n_tokens)[rows]) for at, one in inputs.items()}
+    """Return what all layers apply to some tokens [T, L * E], put in the places of others."""
+    taken = {at: one.take(rows) for at, one in inputs.items()}
+    if places is not None:
+        there = {at: one.take(places) for at, one in inputs.items()}
+        taken = {
+            at: replace(one, positions=there[at].positions, starts=there[at].starts)
+            for at, one in taken.items()
+        }
     return torch.cat([dense(each) for each in route_layers(routers, taken).values()], dim=-1)
 
 
