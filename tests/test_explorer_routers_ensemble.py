@@ -95,6 +95,9 @@ def test_one_cluster_after_another_is_learned_and_compared(texts, tmp_path, monk
     assert ensemble.main(asked) == 0 and "by chance, all alike" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         ensemble.main(["--clusters", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        ensemble.main(["--seeds", "0,", "--out", str(tmp_path)])
+    assert "Expected --seeds such as 0,1,2, got 0,." in capsys.readouterr().err
 
 
 def test_a_copy_learns_on_from_where_its_model_was(texts):

@@ -14,7 +14,7 @@ import torch
 
 from explorer.errors import ExplorerError, RouterError
 from explorer.routers.from_scratch.arms import ARMS, CLAIMS
-from explorer.routers.from_scratch.train import Setting, load_corpus, trained
+from explorer.routers.from_scratch.train import Setting, load_corpus, seeds_of, trained
 from explorer.routers.from_scratch.verdict import arms_table, claims_table
 
 SETTING = Setting()
@@ -51,15 +51,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the figures of all models, seed by seed, training those that are not in the folder."""
     names = options.arms.split(",") if options.arms else list(ARMS)
     unknown = [name for name in names if name not in ARMS]
-    if unknown or not options.seeds.replace(",", "").isdigit():
-        raise RouterError(
-            f"Expected --arms among {', '.join(ARMS)} and --seeds such as 0,1,2, "
-            f"got {options.arms or 'all'} and {options.seeds}."
-        )
+    if unknown:
+        raise RouterError(f"Expected --arms among {', '.join(ARMS)}, got {options.arms}.")
     setting = Setting(steps=options.steps)
     corpus = load_corpus(setting.shape.vocabulary)
     results = []
-    for seed in map(int, options.seeds.split(",")):
+    for seed in seeds_of(options.seeds):
         for name in names:
             found = trained(name, setting, corpus, seed, options.out)
             print(f"{name}, seed {seed}: loss {found['loss']:.4f}", file=sys.stderr)

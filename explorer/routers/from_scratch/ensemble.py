@@ -11,7 +11,7 @@ texts divided by chance.
 """
 
 import argparse
-import json
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,10 +31,19 @@ from tokenizers import Tokenizer
 
 from capture.demo.tokenizer import BOS, encode_texts
 from capture.prompts import read_prompts
+from explorer.errors import RouterError
 from explorer.routers.assignment import balanced_assignment
 from explorer.routers.from_scratch.arms import ARMS, Ints
 from explorer.routers.from_scratch.model import ScratchModel
-from explorer.routers.from_scratch.train import Corpus, Setting, facts_of, learn_tokenizer, train
+from explorer.routers.from_scratch.train import (
+    Corpus,
+    Setting,
+    facts_of,
+    kept,
+    learn_tokenizer,
+    seeds_of,
+    train,
+)
 
 Floats = npt.NDArray[np.float64]
 TEMPERATURE = 0.1  # the paper's default
@@ -257,22 +266,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="keeps figures")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # models this small are slower on several
-    if options.clusters < 2 or not options.seeds.replace(",", "").isdigit():
-        parser.error(
-            "expected at least 2 clusters and --seeds such as 0,1,2, got "
-            f"{options.clusters} and {options.seeds}"
-        )
+    if options.clusters < 2:
+        parser.error(f"expected at least 2 clusters, got {options.clusters}")
+    try:
+        seeds = seeds_of(options.seeds)
+    except RouterError as error:
+        parser.error(str(error))
     plan = Plan(options.clusters, Setting(steps=options.steps))
     fit, held_out = (
         [str(prompt.text) for prompt in read_prompts(name)] for name in ("demo-fit", "demo-heldout")
     )
     results: list[dict[str, Any]] = []
-    options.out.mkdir(parents=True, exist_ok=True)
-    for seed in map(int, options.seeds.split(",")):
+    for seed in seeds:
         file = options.out / f"ensemble-{plan.clusters}-{seed}-{plan.setting.key}.json"
-        if not file.exists():
-            file.write_text(json.dumps(compared(plan, fit, held_out, seed)))
-        results += json.loads(file.read_text())
+        results += kept(file, functools.partial(compared, plan, fit, held_out, seed))
     text = table(results).to_string(index=False, float_format=lambda value: f"{value:.4f}")
     sys.stdout.write(f"{text}\n")
     return 0

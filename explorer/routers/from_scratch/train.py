@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from torch.nn import functional
 
 from capture.demo.tokenizer import PATTERN, SPECIAL_TOKENS, encode_texts
 from capture.prompts import read_prompts
+from explorer.comparison.keys import code_fingerprint
+from explorer.errors import RouterError
 from explorer.metrics.load import max_violation
 from explorer.routers.base import RoutingRouter
 from explorer.routers.from_scratch.arms import ARMS, Arm, Ints, Key, TableRouter, make_table
@@ -45,8 +48,9 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """A short name that changes with any of it."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        """A short name that changes with any of it, and with the code."""
+        facts = json.dumps([asdict(self), code_fingerprint()])
+        return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
 class Corpus(NamedTuple):
@@ -196,16 +200,35 @@ def score(model: ScratchModel, arm: Arm, setting: Setting, corpus: Corpus) -> di
 
 def trained(name: str, setting: Setting, corpus: Corpus, seed: int, folder: Path) -> dict[str, Any]:
     """Train and score a model, or read what was found before; results are files in a folder."""
-    file = folder / f"{name}-{seed}-{setting.key}.json"
-    if file.exists():
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-    before = time.perf_counter()
-    model = train(ARMS[name], setting, corpus, seed)
-    result = {"arm": name, "seed": seed, **score(model, ARMS[name], setting, corpus)}
-    result["seconds"] = time.perf_counter() - before
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.replace(file)
-    return result
+
+    def made() -> dict[str, Any]:
+        before = time.perf_counter()
+        model = train(ARMS[name], setting, corpus, seed)
+        result = {"arm": name, "seed": seed, **score(model, ARMS[name], setting, corpus)}
+        return {**result, "seconds": time.perf_counter() - before}
+
+    found: dict[str, Any] = kept(folder / f"{name}-{seed}-{setting.key}.json", made)
+    return found
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """Return what a JSON file holds, or make it and write the file in one step."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(make()) + "\n")
+        partial.replace(file)
+    return json.loads(file.read_text())
+
+
+def seeds_of(text: str) -> list[int]:
+    """Read seeds such as ``0,1,2``.
+
+    Raises
+    ------
+    RouterError
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise RouterError(f"Expected --seeds such as 0,1,2, got {text}.")
+    return [int(part) for part in parts]
