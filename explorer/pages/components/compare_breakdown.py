@@ -64,9 +64,9 @@ def layers_and_domains(
 def _with_controls(table: pd.DataFrame) -> pd.DataFrame:
     """Add the change in loss of each row's random control in the same place, nan without one."""
     where = ["router", "seed", "mode", "layer", "site"]
-    controls = table[table["control"].notna()].drop(columns="router")
-    controls = controls.rename(
-        columns={"control_of": "router", "loss_change": "control_loss_change"}
+    controls = table[table["control"].notna()]
+    controls = controls.assign(
+        router=controls["control_of"], control_loss_change=controls["loss_change"]
     )
     # of two kinds in all layers one is enough: with one layer swapped there is only one
     beside = controls[[*where, "control_loss_change"]].drop_duplicates(where)
