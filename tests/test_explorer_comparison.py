@@ -272,6 +272,14 @@ def rows_of_texts(losses, tokens=(10, 30)):
     return rows
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "explorer", "routers", "--json"]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, stdout=-1, stderr=-1) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+
+
 def test_routers_are_paired_by_text(tmp_path):
     path = tmp_path / f"r.key{SUFFIX}"
     learned, chance = [[1.0, 2.0], [1.2, 2.4]], [[2.0, 2.0]]
