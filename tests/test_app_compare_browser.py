@@ -250,7 +250,7 @@ def test_trends_follow_the_quantity_and_the_source(address, page):  # noqa: F811
     page.wait_for_selector(".js-plotly-plot .plot-container")
     _, title, x, saturation = shown(page)
     assert "saturation" in title.lower() and len(x) == 7 and saturation[-1] == 1
-    choose(page, "Max violation")
+    choose(page, "MaxVio")
     page.wait_for_url(re.compile("trend=max_violation"))
     settle(page)
     _, title, x, violation = shown(page)

@@ -198,8 +198,10 @@ def _token(
     known = [losses[losses["router"] == name]["loss"] for name in (first, second)]
     a, b = ("–" if found.empty else f"{found.mean():.3f}" for found in known)
     said = f"loss {a} nats under A, {b} under B."
-    if losses.empty:
-        said = "replay knows no loss." if position else "the first token has no loss."
+    if (text["mode"] == "replay").any():
+        said = "replay knows no loss."
+    elif position == 0:
+        said = "the first token has no loss."
     st.markdown(f"Token {position}: {said}")
     st.dataframe(
         pd.DataFrame(
