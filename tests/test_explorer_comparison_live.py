@@ -154,6 +154,19 @@ def test_one_layer_has_its_own_control(comparison):
     assert cards["router"].is_unique and set(table["router"]) <= set(cards["router"])
 
 
+def test_one_layer_is_timed(run_path, model, tmp_path):
+    with compare(
+        run_path, ["top_k(k=1)"], live=True, layers=True, controls=False, model=model,
+        folder=tmp_path, tokens=60, fit_tokens=60, progress=False,
+    ) as found:  # fmt: skip
+        rows = found.table[found.table["mode"] != "replay"]
+    timed = rows[rows["flops_ratio"].notna()]
+    assert timed["layer"].isna().sum() == 1 and timed["layer"].dropna().tolist() == [0, 1, 2]
+    assert (timed["latency_low"] <= timed["latency_ratio"]).all()
+    assert (timed["latency_ratio"] <= timed["latency_high"]).all()
+    assert timed["counted_flops_ratio"].between(0.5, 0.99).all()
+
+
 def test_what_is_not_causal_is_not_in_one_layer_either(comparison):
     layers = comparison.table.query("mode == 'live-layer'").groupby("router")["causal"].agg(set)
     assert layers["expert_choice"] == {False} and layers["top_k(k=1)"] == {True}

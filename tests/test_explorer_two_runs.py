@@ -130,6 +130,28 @@ def test_co_routing_of_unrelated_models_is_within_chance():
     assert found.low < 0 < found.high
 
 
+def test_chance_is_the_correlation_of_shuffled_stretches():
+    random = np.random.default_rng(1)
+    sides = [
+        [
+            alignment.co_routing(np.argsort(random.random((2, n, 6)), axis=-1)[:, :, :2])
+            for n in (5, 9)
+        ]
+        for _ in range(2)
+    ]
+    found = alignment.co_routing_agreement(*sides, draws=20, seed=3)
+    again, chance = np.random.default_rng(3), []
+    for _ in range(20):
+        pairs = ([], [])
+        for a, b in zip(*sides, strict=True):
+            upper, order = np.triu_indices(len(a), 1), again.permutation(len(b))
+            pairs[0].extend(a[upper])
+            pairs[1].extend(b[np.ix_(order, order)][upper])
+        chance.append(np.corrcoef(*pairs)[0, 1])
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(chance, [0.05, 0.95])))
+    assert found.pairs == 10 + 36
+
+
 def test_the_change_of_load_by_hand():
     def load(counts):
         return pd.DataFrame(
