@@ -122,7 +122,7 @@ def test_what_a_router_looks_at_is_found_out_on_recorded_inputs(run):
     table = replay(run, routers).dropna(subset="layer").set_index("router")
     found = table[["causal", "batch_dependent"]].groupby(level=0).agg(lambda s: bool(s.iloc[0]))
     assert found.loc["honest"].tolist() == [True, False]
-    assert found.loc["ahead", "causal"] == False  # noqa: E712  a numpy bool
+    assert not found.loc["ahead", "causal"]
     assert found.loc["crowd"].tolist() == found.loc["full"].tolist() == [True, True]
 
 

@@ -36,12 +36,14 @@ class Selector(ABC):
     ----------
     variable : bool
         Whether the number of kept parts depends on the scores.
-    alone : bool
-        Whether a part is kept by its own score, whatever the others have.
     """
 
     variable: bool
-    alone: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether a part is kept by its own score, whatever the others have."""
+        return False
 
     def within(self, n_parts: int) -> Self:
         """Return the selector for so few parts: it never asks for more than there are."""
@@ -99,7 +101,7 @@ class Threshold(Selector):
     variable = True
 
     @property
-    def alone(self) -> bool:  # type: ignore[override]
+    def alone(self) -> bool:
         """Whether no part is kept for being among the best."""
         return not self.at_least
 
