@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,16 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+SIZE = {"width": 1400, "height": 900}
+# where a cell of the first figure is on the screen
+CELL = """([x, y, which]) => {
+    const plot = document.querySelectorAll('.js-plotly-plot')[which];
+    plot.scrollIntoView({block: 'center'});
+    const box = plot.getBoundingClientRect(), layout = plot._fullLayout;
+    return [box.left + layout.xaxis._offset + layout.xaxis.d2p(x),
+            box.top + layout.yaxis._offset + layout.yaxis.d2p(y)];
+}"""
 
 
 def chromium_path():
@@ -96,3 +107,22 @@ def settle(page, timeout=60_000):
     page.wait_for_selector(
         "[data-testid=stApp][data-test-script-state=notRunning]", timeout=timeout
     )
+
+
+def visit(page, url):
+    page.goto(url)
+    settle(page)
+
+
+def click_cell(page, x, y, which=0):
+    page.wait_for_selector(".js-plotly-plot .plot-container")
+    page.wait_for_timeout(500)
+    left, top = page.evaluate(CELL, [x, y, which])
+    page.mouse.move(left - 3, top)
+    page.mouse.move(left, top)
+    page.wait_for_timeout(200)
+    page.mouse.click(left, top)
+
+
+def token(page, text):
+    return page.locator(".strip .token", has_text=re.compile(f"^{re.escape(text)}$")).first

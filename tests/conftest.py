@@ -1,4 +1,8 @@
-"""How the tests of the Triton kernels run without a GPU.
+"""How the tests are shared out, what several files of them use, and Triton without a GPU.
+
+Two processes run the tests (pytest-xdist); the tests of a file stay in one of them, where its
+fixtures are made once. One file alone runs in the process that was started. Plug-ins may be absent
+where only the tests of the GPU run.
 
 Triton decides when a kernel is *decorated* whether it is compiled or interpreted, so interpreted
 kernels need a process of their own. A file named ``test_kernels_<op>_triton.py`` gets one: here it
@@ -20,6 +24,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 # models of tests are too small for threads; on a busy machine torch's threads wait for each other
@@ -31,7 +36,55 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-TIMEOUT = 600  # seconds for one file
+TIMEOUT = 570  # seconds for one file; less than any test may take (.pytest.ini)
+# their tests send signals, kill processes, wait or look at the clock: never two of them at once
+TOGETHER = {
+    f"tests/{name}.py"
+    for name in (
+        "test_capture_buffer",
+        "test_capture_cli",
+        "test_capture_store_processes",
+        "test_explorer_worker",
+    )
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Start two workers, or none for a single file: starting them takes seconds."""
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None
+    one_file = len({arg.split("::")[0] for arg in config.args}) == 1 and ".py" in config.args[0]
+    return 0 if one_file else 2
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give files to workers as they ask for more, and the files of `TOGETHER` to one of them."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "together" if file in TOGETHER else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip the browser's tests where there is none; start with what takes longest."""
+    from browser import chromium_path
+
+    if chromium_path() is None and os.environ.get("CI") != "true":  # in CI they must run
+        missing = "no Chromium on this machine (apt-get install chromium)"
+        for item in items:
+            if item.get_closest_marker("browser"):
+                item.add_marker(pytest.mark.skip(reason=missing))
+    if hasattr(config, "workerinput"):  # a long file at the end would leave the others idle
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_pycollect_makemodule(module_path, parent):
@@ -55,7 +108,9 @@ class InterpretedRun(pytest.Item):
     def runtest(self):
         if importlib.util.find_spec("triton") is None:
             pytest.skip("triton is not installed (tests/requirements.txt)")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(self.path)]
+        # without the options of .pytest.ini: no workers of its own
+        options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
+        command = [sys.executable, "-m", "pytest", *options, str(self.path)]
         result = subprocess.run(
             command,
             cwd=ROOT,
@@ -91,3 +146,98 @@ def poisoned_memory(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """Put a worker that only keeps what it is asked in the place of the server's one."""
+    from app_pages import FakeWorker
+
+    from explorer.worker import client
+
+    monkeypatch.setattr(client, "WorkerClient", FakeWorker)
+    client.shared_worker.cache_clear()
+    yield client.shared_worker()
+    client.shared_worker.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def closed_runs():
+    """Close the runs that pages opened when a file's tests are over."""
+    import streamlit as st
+
+    yield
+    st.cache_resource.clear()
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch, worker, closed_runs):
+    """Make an empty folder and let the app show its runs."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served_runs(tmp_path_factory):
+    """Make a folder with a run of known routing, and one of 40 layers with 64 experts."""
+    from synthetic import write_run
+
+    from capture import bench
+
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "known.duckdb", level="attention")
+    shape = bench.Shape(layers=40, experts=64, slots=2, tokens=600)
+    bench.write_run(folder / "large.duckdb", shape, bench.make_forwards(shape, count=1, seed=0), 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(served_runs, tmp_path_factory):
+    """Serve the app; its address."""
+    from browser import serve
+
+    with serve(served_runs, log=tmp_path_factory.mktemp("log") / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Start a browser."""
+    from browser import browser
+
+    with browser() as driven:
+        yield driven
+
+
+@pytest.fixture(params=["light", "dark"])
+def theme(request):
+    return request.param
+
+
+@pytest.fixture
+def new_page(chromium):
+    """Return what opens a page; its `troubles` are dialogs and errors of scripts."""
+    from browser import SIZE
+
+    contexts = []
+
+    def make(theme="light", **options):
+        context = chromium.new_context(viewport=SIZE, color_scheme=theme, **options)
+        context.set_default_timeout(30_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.troubles = []
+        page.on("dialog", lambda dialog: (page.troubles.append(dialog.message), dialog.dismiss()))
+        page.on("pageerror", lambda error: page.troubles.append(str(error)))
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def page(new_page):
+    return new_page()

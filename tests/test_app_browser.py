@@ -1,103 +1,13 @@
 """The app in a real headless Chromium, with real mouse and keyboard events."""
 
-import os
 import re
 from urllib.parse import urlsplit
 
 import pytest
-from browser import browser, chromium_path, serve, settle
-from synthetic import NASTY, write_run
+from browser import CELL, SIZE, click_cell, serve, settle, token, visit
+from synthetic import NASTY
 
-from capture import bench
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        chromium_path() is None and os.environ.get("CI") != "true",  # in CI they must run
-        reason="no Chromium on this machine (apt-get install chromium)",
-    ),
-]
-
-SIZE = {"width": 1400, "height": 900}
-# where a cell of the first figure is on the screen
-CELL = """([x, y, which]) => {
-    const plot = document.querySelectorAll('.js-plotly-plot')[which];
-    plot.scrollIntoView({block: 'center'});
-    const box = plot.getBoundingClientRect(), layout = plot._fullLayout;
-    return [box.left + layout.xaxis._offset + layout.xaxis.d2p(x),
-            box.top + layout.yaxis._offset + layout.yaxis.d2p(y)];
-}"""
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "known.duckdb", level="attention")
-    shape = bench.Shape(layers=40, experts=64, slots=2, tokens=600)
-    bench.write_run(folder / "large.duckdb", shape, bench.make_forwards(shape, count=1, seed=0), 2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(runs, tmp_path_factory):
-    with serve(runs, log=tmp_path_factory.mktemp("log") / "server.log") as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as driven:
-        yield driven
-
-
-@pytest.fixture(params=["light", "dark"])
-def theme(request):
-    return request.param
-
-
-@pytest.fixture
-def new_page(chromium):
-    contexts = []
-
-    def make(theme="light"):
-        context = chromium.new_context(viewport=SIZE, color_scheme=theme)
-        context.set_default_timeout(30_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.alerts = []
-        page.on("dialog", lambda dialog: (page.alerts.append(dialog.message), dialog.dismiss()))
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture
-def page(new_page):
-    return new_page()
-
-
-def visit(page, url):
-    page.goto(url)
-    settle(page)
-
-
-def click_cell(page, x, y, which=0):
-    page.wait_for_selector(".js-plotly-plot .plot-container")
-    page.wait_for_timeout(500)
-    left, top = page.evaluate(CELL, [x, y, which])
-    page.mouse.move(left - 3, top)
-    page.mouse.move(left, top)
-    page.wait_for_timeout(200)
-    page.mouse.click(left, top)
-
-
-def token(page, text):
-    return page.locator(".strip .token", has_text=re.compile(f"^{re.escape(text)}$")).first
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +18,7 @@ def test_every_page_draws_in_both_themes(address, new_page, theme, path):
     page = new_page(theme)
     visit(page, f"{address}/{path}?run=known&layer=1.0")
     assert not page.locator("[data-testid=stException]").count()
-    assert not page.errors
+    assert not page.troubles
     ground = page.evaluate(
         "getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor"
     )
@@ -140,7 +50,7 @@ def test_the_question_mark_of_a_figure_leads_to_its_term_and_the_tour_goes_on(ad
     page.get_by_role("button", name="Next").click()
     page.wait_for_url(re.compile("step="))
     settle(page)
-    assert not page.locator("[data-testid=stException]").count() and not page.errors
+    assert not page.locator("[data-testid=stException]").count() and not page.troubles
 
 
 def test_a_placement_on_more_gpus_is_drawn_and_linked(address, page):
@@ -309,7 +219,7 @@ def test_the_heaviest_keys_can_be_shown_and_clicked(address, page):
     said = hover(page, 0, 0, 2)
     assert NASTY[:6] in said and "of its attention" in said
     assert not page.locator(".hoverlayer script, .hoverlayer b").count()
-    assert not page.alerts
+    assert not page.troubles
 
 
 @pytest.mark.parametrize("which", [1, 2])
@@ -320,8 +230,7 @@ def test_hostile_prompts_are_text_in_the_hovers_of_attention(address, page, whic
     assert which == 1 or NASTY[:6] in said
     assert not page.locator(".hoverlayer script").count()
     assert token(page, NASTY).is_visible()
-    assert not page.alerts
-    assert not page.errors
+    assert not page.troubles
 
 
 def test_a_click_on_a_cell_of_the_flow_shows_its_tokens_and_leads_to_one(address, page):
@@ -364,11 +273,10 @@ def test_hostile_prompts_are_text(address, page):
     token(page, NASTY).click()
     page.get_by_role("heading", name=f"Token 0: “{NASTY}”").wait_for()
     settle(page)
-    assert not page.alerts
-    assert not page.errors
+    assert not page.troubles
 
 
-def test_typed_prompts_become_a_run_that_can_be_read(address, page, runs):
+def test_typed_prompts_become_a_run_that_can_be_read(address, page, served_runs):
     lines = ["<script>alert(1)</script> <b>bold</b>", "שלום עולם, זה מבחן", "Emoji 🙂👩‍💻 end"]
     visit(page, f"{address}/capture")
     area = page.get_by_role("textbox", name=re.compile("^Prompts"))
@@ -389,8 +297,8 @@ def test_typed_prompts_become_a_run_that_can_be_read(address, page, runs):
     assert page.locator(".strip").get_attribute("dir") == "auto"
     visit(page, f"{address}/tokens?run=mine&prompt=1&layer=0")
     assert page.locator(".strip").evaluate("strip => getComputedStyle(strip).direction") == "rtl"
-    assert not page.alerts
-    assert (runs / "mine.duckdb").is_file()
+    assert not page.troubles
+    assert (served_runs / "mine.duckdb").is_file()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 import streamlit as st
+from app_pages import charts, notes, opened
 from synthetic import write_run
-from test_app_pages import FakeWorker, charts, notes, opened
 
 from explorer import open_run, service
 from explorer.clusters import cache
@@ -24,15 +24,6 @@ def _clean():
     st.cache_resource.clear()
     st.cache_data.clear()
     service.configure(service.Policy())
-
-
-@pytest.fixture
-def worker(monkeypatch):
-    fake = FakeWorker()
-    for module in ("shell", "components.job", "components.map_work"):
-        monkeypatch.setattr(f"explorer.pages.{module}.shared_worker", lambda: fake)
-    monkeypatch.setattr("explorer.worker.shared_worker", lambda: fake)
-    return fake
 
 
 @pytest.fixture

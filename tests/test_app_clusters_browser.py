@@ -5,10 +5,9 @@ import time
 
 import numpy as np
 import pytest
-from browser import serve, settle
+from browser import serve, settle, visit
 from store_runs import make_forward, make_site, start, with_site
 from synthetic import write_run
-from test_app_browser import chromium, new_page, page, pytestmark, visit  # noqa: F401
 from test_app_clusters import keep
 
 from explorer import open_run
@@ -16,6 +15,8 @@ from explorer.clusters import regions
 from explorer.clusters.features import Source
 from explorer.clusters.regions import inside
 from explorer.slices import load_slice
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 # more than are drawn one by one
 MANY = 30_400
@@ -109,7 +110,7 @@ def near(region, bounds, places):
     return region is not None and np.abs(np.subtract(region.bounds, bounds)).max() < size / 200
 
 
-def test_a_box_on_points_lists_them_and_is_saved_as_a_slice(made, page, new_page):  # noqa: F811
+def test_a_box_on_points_lists_them_and_is_saved_as_a_slice(made, page, new_page):
     url, path, places, _ = made
     visit(page, f"{url}/clusters?run=known&layer=1.0")
     first = selected(page, places, drag(page, (0.1, 0.05), (0.8, 0.95)))
@@ -120,7 +121,7 @@ def test_a_box_on_points_lists_them_and_is_saved_as_a_slice(made, page, new_page
     page.get_by_text("is saved: choose it at the side").wait_for()
     with open_run(path) as run:
         assert len(load_slice(run, "left <b>part</b>").token_ids) == second
-    assert not page.errors and not page.alerts
+    assert not page.troubles
     # the link opens the same selection for somebody else
     other = new_page("dark")
     visit(other, page.url)
@@ -130,7 +131,7 @@ def test_a_box_on_points_lists_them_and_is_saved_as_a_slice(made, page, new_page
     assert "region" not in other.url
 
 
-def test_a_line_drawn_by_hand_selects_what_it_goes_around(made, page):  # noqa: F811
+def test_a_line_drawn_by_hand_selects_what_it_goes_around(made, page):
     url, _, places, _ = made
     visit(page, f"{url}/clusters?run=known&layer=1.0")
     page.locator(".js-plotly-plot").first.hover()
@@ -140,11 +141,11 @@ def test_a_line_drawn_by_hand_selects_what_it_goes_around(made, page):  # noqa: 
     assert 0 < n < len(places) and not region_of(page).is_box
 
 
-def test_a_box_on_a_density_map_selects_by_geometry(made, page):  # noqa: F811
+def test_a_box_on_a_density_map_selects_by_geometry(made, page):
     url, _, _, places = made
     visit(page, f"{url}/clusters?run=many&layer=0")
     assert page.evaluate("document.querySelector('.js-plotly-plot').data[0].type") == "heatmap"
     first = selected(page, places, drag(page, (0.2, 0.05), (0.7, 0.95)))
     second = selected(page, places, drag(page, (0.75, 0.05), (0.8, 0.95)))
     assert 0 < second < first < MANY
-    assert not page.errors
+    assert not page.troubles

@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
-import streamlit as st
+from app_pages import charts, notes, opened, query
 from synthetic import SITES, write_run
-from test_app_pages import FakeWorker, charts, notes, opened, query
 
 from capture.store import counts_only
 from explorer import compare
@@ -26,30 +24,12 @@ CARDS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _close():
-    yield
-    st.cache_resource.clear()
-
-
 @pytest.fixture
-def worker(monkeypatch):
-    fake = FakeWorker()
-    for module in ("shell", "components.job", "components.compare_start"):
-        monkeypatch.setattr(f"explorer.pages.{module}.shared_worker", lambda: fake)
-    monkeypatch.setattr("explorer.worker.shared_worker", lambda: fake)
+def runs(runs, monkeypatch):
     # the real list is read by another process, which loads torch
     monkeypatch.setattr(compare_start, "catalogue", lambda: CARDS)
-    return fake
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch, worker):
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder)])
-    write_run(folder / "known.duckdb")
-    return folder
+    write_run(runs / "known.duckdb")
+    return runs
 
 
 def result(router, family, change, flops, **more):

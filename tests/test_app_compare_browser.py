@@ -3,21 +3,13 @@
 import re
 
 import pytest
-from browser import serve, settle
+from browser import click_cell, serve, settle, token, visit
 from synthetic import NASTY, write_run
-from test_app_browser import (  # noqa: F401
-    chromium,
-    click_cell,
-    new_page,
-    page,
-    pytestmark,
-    theme,
-    token,
-    visit,
-)
 from test_app_compare import write_results
 
 from explorer.comparison.file import open_comparison, write_comparison
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 # a file name is text from somebody else, too
 EVIL = "step_5 <img src=x onerror=alert(1)> <b>x<"
@@ -57,7 +49,7 @@ def address(runs, tmp_path_factory):
         yield url
 
 
-def shown(page, which=0):  # noqa: F811
+def shown(page, which=0):
     """Return the title of a figure's horizontal axis and the numbers of its first trace."""
     return page.evaluate(
         "which => { const plot = document.querySelectorAll('.js-plotly-plot')[which];"
@@ -67,24 +59,24 @@ def shown(page, which=0):  # noqa: F811
     )
 
 
-def choose(page, label):  # noqa: F811
+def choose(page, label):
     """Press a button of a segmented control."""
     page.get_by_role("radio", name=label, exact=True).click()
 
 
-def has_run_nothing(page):  # noqa: F811
+def has_run_nothing(page):
     """Check that no text of a stranger became a part of the page."""
     assert not page.locator("img[src=x]").count()
     assert not page.locator(".strip b, .strip script, .hoverlayer script").count()
     assert not page.locator("[data-testid=stException]").count()
-    assert not page.alerts and not page.errors
+    assert not page.troubles
 
 
 # --- routers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["compare", "compare-runs", "trends"])
-def test_the_pages_that_compare_draw_in_both_themes(address, new_page, theme, path):  # noqa: F811
+def test_the_pages_that_compare_draw_in_both_themes(address, new_page, theme, path):
     tab = new_page(theme)
     visit(tab, f"{address}/{path}?run=known&against=other&ids=same")
     tab.wait_for_selector(".js-plotly-plot .plot-container")
@@ -96,7 +88,7 @@ def test_the_pages_that_compare_draw_in_both_themes(address, new_page, theme, pa
     has_run_nothing(tab)
 
 
-def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):  # noqa: F811
+def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):
     visit(page, f"{address}/compare?run=known&axis=flops_ratio")
     page.get_by_text(f"Title of {OURS}").wait_for()
     click_cell(page, 0.5, -0.5)
@@ -108,7 +100,7 @@ def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):  # noq
     has_run_nothing(page)
 
 
-def test_a_click_on_a_cell_of_the_layers_shows_the_card_of_its_row(address, page):  # noqa: F811
+def test_a_click_on_a_cell_of_the_layers_shows_the_card_of_its_row(address, page):
     visit(page, f"{address}/compare?run=known")
     page.get_by_text(f"Title of {OURS}").wait_for()
     # what wears a badge is marked where there is no room for badges
@@ -121,7 +113,7 @@ def test_a_click_on_a_cell_of_the_layers_shows_the_card_of_its_row(address, page
     page.get_by_text("Title of peeks<script>").wait_for()
 
 
-def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, page):  # noqa: F811
+def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, page):
     visit(page, f"{address}/compare?run=known&controls=hidden")
     page.get_by_text(f"Title of {OURS}").wait_for()
     table = page.get_by_test_id("stDataFrame").first
@@ -133,7 +125,7 @@ def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, pag
     assert not page.get_by_text(f"Title of {OURS}").count()
 
 
-def test_the_axis_of_the_front_can_be_switched(address, page):  # noqa: F811
+def test_the_axis_of_the_front_can_be_switched(address, page):
     visit(page, f"{address}/compare?run=known")
     page.wait_for_selector(".js-plotly-plot .plot-container")
     axis, _, first, _ = shown(page)
@@ -145,7 +137,7 @@ def test_the_axis_of_the_front_can_be_switched(address, page):  # noqa: F811
     assert axis.startswith("agreement") and 0.7 in [round(x, 6) for x in second]
 
 
-def test_a_text_under_two_routers_is_picked_token_by_token(address, page):  # noqa: F811
+def test_a_text_under_two_routers_is_picked_token_by_token(address, page):
     visit(page, f"{address}/compare?run=known")
     page.get_by_text("Token 1: loss").wait_for()
     assert token(page, NASTY).is_visible()
@@ -160,7 +152,7 @@ def test_a_text_under_two_routers_is_picked_token_by_token(address, page):  # no
     has_run_nothing(page)
 
 
-def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page, runs):  # noqa: F811
+def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page, runs):
     lines = [
         *("The cat sat on the mat.", "A court shall hear the case.", "In the beginning was light."),
         *("def add(a, b): return a + b", f"{NASTY} is text."),
@@ -196,7 +188,7 @@ def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page
 # --- two runs -----------------------------------------------------------------------------------
 
 
-def test_a_click_on_a_cell_of_two_runs_leads_to_that_expert(address, page):  # noqa: F811
+def test_a_click_on_a_cell_of_two_runs_leads_to_that_expert(address, page):
     visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
     click_cell(page, 2, 1)
     page.wait_for_url(re.compile("/experts.*id=2"))
@@ -204,14 +196,14 @@ def test_a_click_on_a_cell_of_two_runs_leads_to_that_expert(address, page):  # n
     page.get_by_role("heading", name="Tokens of L3.0.E2").wait_for()
 
 
-def test_a_click_on_the_load_of_b_leads_to_the_expert_in_b(address, page):  # noqa: F811
+def test_a_click_on_the_load_of_b_leads_to_the_expert_in_b(address, page):
     visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
     click_cell(page, 1, 0, which=2)
     page.wait_for_url(re.compile("/experts.*run=other"))
     page.get_by_role("heading", name="Tokens of L1.0.E1").wait_for()
 
 
-def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):  # noqa: F811
+def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):
     visit(page, f"{address}/compare-runs?run=known&against=other&ids=same&shared=4")
     token(page, NASTY).click()
     page.get_by_text(re.compile("^Token 0: Jaccard")).wait_for()
@@ -221,7 +213,7 @@ def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):  
     has_run_nothing(page)
 
 
-def test_runs_are_never_compared_by_ids_that_mean_nothing(address, page):  # noqa: F811
+def test_runs_are_never_compared_by_ids_that_mean_nothing(address, page):
     visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
     page.wait_for_selector(".js-plotly-plot .plot-container")
     choose(page, "Token by token")
@@ -245,7 +237,7 @@ def test_runs_are_never_compared_by_ids_that_mean_nothing(address, page):  # noq
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def test_trends_follow_the_quantity_and_the_source(address, page):  # noqa: F811
+def test_trends_follow_the_quantity_and_the_source(address, page):
     visit(page, f"{address}/trends?run=known")
     page.wait_for_selector(".js-plotly-plot .plot-container")
     _, title, x, saturation = shown(page)

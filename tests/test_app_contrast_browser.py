@@ -1,15 +1,9 @@
 """Every text of a page is read on its ground, in both themes; and pages on a narrow screen."""
 
 import pytest
-from test_app_browser import (  # noqa: F401
-    address,
-    chromium,
-    new_page,
-    pytestmark,
-    runs,
-    theme,
-    visit,
-)
+from browser import visit
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 # each text with a contrast below WCAG's 4.5 (1.4.3): [contrast, element, text]
 FAINT = """() => {
@@ -66,7 +60,7 @@ PINS = ",".join(f"1.0.{expert}" for expert in range(4))
 @pytest.mark.parametrize(
     "path", [f"tokens?color=pinned_weight&pins={PINS}&", "load-balance?", "compare?"]
 )
-def test_every_text_is_read_on_its_ground(address, new_page, theme, path):  # noqa: F811
+def test_every_text_is_read_on_its_ground(address, new_page, theme, path):
     page = new_page(theme)
     visit(page, f"{address}/{path}run=known&layer=1.0")
     assert page.evaluate(FAINT) == []
@@ -76,8 +70,8 @@ def test_every_text_is_read_on_its_ground(address, new_page, theme, path):  # no
 
 
 def test_on_a_narrow_screen_figures_are_moved_aside_and_the_page_is_not(
-    address,  # noqa: F811
-    new_page,  # noqa: F811
+    address,
+    new_page,
 ):
     page = new_page()
     page.set_viewport_size({"width": 400, "height": 900})

@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import streamlit as st
+from app_pages import charts, notes, opened, query
 from synthetic import IDLE, write_run
-from test_app_pages import charts, notes, opened, query, runs, worker  # noqa: F401
 
 from explorer import likeness, service
 from explorer.clusters import cache
@@ -15,14 +14,8 @@ from explorer.slices import load_slice
 from explorer.worker import CosinesRequest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _close_runs():
-    yield
-    st.cache_resource.clear()
-
-
 @pytest.fixture
-def known(runs, tmp_path, monkeypatch):  # noqa: F811
+def known(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return write_run(runs / "known.duckdb")
 
@@ -94,7 +87,7 @@ def test_the_experts_of_a_text(known, monkeypatch):
     assert "does not occur" in notes(app)
 
 
-def test_weights_are_compared_in_the_background_and_then_shown(known, worker):  # noqa: F811
+def test_weights_are_compared_in_the_background_and_then_shown(known, worker):
     app = opened("experts", layer="1.0", id="0")
     (button,) = (b for b in app.button if b.label == "Compare the weights")
     button.click().run()
@@ -159,7 +152,7 @@ def test_viewers_do_not_load_models(known, monkeypatch):
         service.configure(service.Policy())
 
 
-def test_a_run_of_totals_says_what_it_lacks(runs, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_of_totals_says_what_it_lacks(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_run(runs / "stats.duckdb", level="stats")
     for about in ("expert", "all", "text"):

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import streamlit as st
+from app_pages import charts, notes, opened, query
 from synthetic import SITES, write_run
-from test_app_pages import charts, notes, opened, query, runs, worker  # noqa: F401
 
 from explorer import service, slices
 from explorer.run import open_run
@@ -18,14 +18,8 @@ IDS = [0, 2, 5, 20, 24]
 DEEP = tuple(SITES[1]._replace(layer=layer) for layer in (1, 2, 3, 5))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _close_runs():
-    yield
-    st.cache_resource.clear()
-
-
 @pytest.fixture
-def known(runs):  # noqa: F811
+def known(runs):
     written = write_run(runs / "known.duckdb", level="attention")
     with open_run(written.path) as run:
         slices.save_slice(run, NAME, IDS, note="<i>look</i>", author="me")
@@ -101,7 +95,7 @@ def test_the_tokens_page_lists_the_prompts_of_the_part(known):
 
 
 @pytest.fixture
-def deep(runs):  # noqa: F811
+def deep(runs):
     return write_run(runs / "deep.duckdb", level="attention", sites=DEEP)
 
 
@@ -166,7 +160,7 @@ def compared(way, **filters):
 
 
 @pytest.fixture
-def copied(known, runs):  # noqa: F811
+def copied(known, runs):
     write_run(runs / "other.duckdb", level="attention")
     return known
 
@@ -203,7 +197,7 @@ def test_a_slice_is_of_one_run_and_a_search_of_both(copied):
     assert f"B: n = {n} tokens of prompts with “court”" in captions(app)[0]
 
 
-def test_a_search_in_a_run_of_totals_is_said_not_to_act(known, runs):  # noqa: F811
+def test_a_search_in_a_run_of_totals_is_said_not_to_act(known, runs):
     write_run(runs / "other.duckdb", level="stats")
     app = compared("experts", search="court")
     assert any("counted without the search" in caption.value for caption in app.caption)
@@ -227,7 +221,7 @@ def test_weights_of_tokens_are_compared_when_asked_for(copied):
 
 
 @pytest.mark.parametrize("way", ["tokens", "models"])
-def test_two_runs_without_a_prompt_of_the_filters_say_so(known, runs, monkeypatch, way):  # noqa: F811
+def test_two_runs_without_a_prompt_of_the_filters_say_so(known, runs, monkeypatch, way):
     import synthetic
 
     monkeypatch.setattr(synthetic, "PROMPTS", (("law", ["Other"] * 6), *synthetic.PROMPTS[1:]))
@@ -238,7 +232,7 @@ def test_two_runs_without_a_prompt_of_the_filters_say_so(known, runs, monkeypatc
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_runs_are_compared_in_the_range_of_layers(deep, runs, way):  # noqa: F811
+def test_two_runs_are_compared_in_the_range_of_layers(deep, runs, way):
     write_run(runs / "other.duckdb", level="attention", sites=DEEP)
     app = opened(
         "compare_runs", run="deep", against="other", **WAYS[way], **{"from": "2", "to": "3"}
@@ -337,14 +331,14 @@ def test_a_slice_is_described_and_deleted_only_by_those_who_may(known):
         assert slices.list_slices(run) == []
 
 
-def test_a_run_of_totals_knows_no_parts(runs):  # noqa: F811
+def test_a_run_of_totals_knows_no_parts(runs):
     write_run(runs / "stats.duckdb", level="stats")
     app = opened(search="court", slice="x")
     assert "recorded at level stats" in notes(app)
     assert not {"search", "slice"} & set(app.query_params)
 
 
-def test_another_run_forgets_the_filters(known, runs):  # noqa: F811
+def test_another_run_forgets_the_filters(known, runs):
     write_run(runs / "other.duckdb")
     app = opened(run="known", search="court", slice=NAME)
     app.selectbox(key="address:run").set_value("other").run()

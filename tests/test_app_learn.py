@@ -4,9 +4,8 @@ import ast
 import json
 
 import pytest
-import streamlit as st
+from app_pages import charts, notes, opened
 from synthetic import write_run
-from test_app_pages import charts, notes, opened, runs, worker  # noqa: F401
 
 from explorer.glossary import FIGURES, TERMS, help_text, term_of
 from explorer.pages import address
@@ -16,14 +15,8 @@ STEPS = ("router", "load", "specialisation", "path")
 FIGURED = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _close_runs():
-    yield
-    st.cache_resource.clear()
-
-
 @pytest.fixture
-def known(runs):  # noqa: F811
+def known(runs):
     return write_run(runs / "known.duckdb", level="attention")
 
 
@@ -60,7 +53,7 @@ def test_numbers_of_the_tour_are_those_of_the_run(known):
     assert f"L1.0.E{loads.index(max(loads))}" in said
 
 
-def test_a_run_of_totals_has_a_tour_too(runs):  # noqa: F811
+def test_a_run_of_totals_has_a_tour_too(runs):
     write_run(runs / "stats.duckdb", level="stats")
     for step in STEPS:
         app = opened("learn", step=step)

@@ -8,50 +8,16 @@ from collections import Counter
 
 import duckdb
 import pytest
-import streamlit as st
+from app_pages import APP, charts, notes, opened, query
 from synthetic import write_run
 
 from explorer.pages import address, wording
 from explorer.pages.components.visible import one_line, visible
-from explorer.worker import Job, JobProgress, WorkerClient
+from explorer.worker import Job, JobProgress
 from explorer.worker.client import ROOT
 
-APP = str(ROOT / "app.py")
 PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow", "capture")
 SHOWN = PAGES[:-1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _close_runs():
-    yield
-    st.cache_resource.clear()
-
-
-class FakeWorker(WorkerClient):
-    """A worker that keeps what it is asked and never starts a process."""
-
-    def __init__(self):
-        super().__init__(["false"])
-
-    def _start_next(self):
-        """Leave every job in the queue."""
-
-
-@pytest.fixture
-def worker(monkeypatch):
-    fake = FakeWorker()
-    for module in ("shell", "components.job"):
-        monkeypatch.setattr(f"explorer.pages.{module}.shared_worker", lambda: fake)
-    monkeypatch.setattr("explorer.worker.shared_worker", lambda: fake)
-    return fake
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch, worker):
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder)])
-    return folder
 
 
 @pytest.fixture
@@ -62,34 +28,6 @@ def written(runs):
 @pytest.fixture
 def attended(runs):
     return write_run(runs / "known.duckdb", level="attention")
-
-
-def opened(page="overview", **query):
-    from streamlit.testing.v1 import AppTest
-
-    app = AppTest.from_file(APP, default_timeout=60)
-    for name, value in query.items():
-        app.query_params[name] = value
-    app.run()
-    if page != "overview":
-        for name, value in query.items():
-            app.query_params[name] = value
-        app.switch_page(f"explorer/pages/{page}.py").run()
-    assert not app.exception, app.exception[0].stack_trace
-    return app
-
-
-def query(app, name):
-    value = app.query_params[name]
-    return value if isinstance(value, str) else value[0]
-
-
-def charts(app):
-    return [chart.proto for chart in app.get("plotly_chart")]
-
-
-def notes(app):
-    return " ".join(info.value.replace("\\", "") for info in app.info)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import streamlit as st
-from browser import browser, chromium_path, serve, settle
+from browser import serve, settle, visit
 from synthetic import NASTY, PROMPTS, write_run
 from test_app_compare import write_results
 
@@ -22,11 +22,6 @@ from explorer.run import open_run
 
 ROOT = Path(__file__).parent.parent
 APP = str(ROOT / "app.py")
-driven = pytest.mark.skipif(
-    chromium_path() is None and os.environ.get("CI") != "true",  # in CI they must run
-    reason="no Chromium on this machine (apt-get install chromium)",
-)
-SIZE = {"width": 1400, "height": 1000}
 
 
 @pytest.fixture(autouse=True)
@@ -355,36 +350,6 @@ def address(tmp_path_factory):
         yield url
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as started:
-        yield started
-
-
-@pytest.fixture
-def new_page(chromium):
-    contexts = []
-
-    def make(**options):
-        context = chromium.new_context(viewport=SIZE, accept_downloads=True, **options)
-        context.set_default_timeout(30_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.troubles = []
-        page.on("dialog", lambda dialog: (page.troubles.append(dialog.message), dialog.dismiss()))
-        page.on("pageerror", lambda error: page.troubles.append(str(error)))
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-
-
-def visit(page, url):
-    page.goto(url)
-    settle(page)
-
-
 def figure(page, which=0):
     """Return the numbers of a figure on the page."""
     page.wait_for_selector(".js-plotly-plot .plot-container")
@@ -399,7 +364,6 @@ def figure(page, which=0):
 
 @pytest.mark.browser
 @pytest.mark.slow
-@driven
 def test_a_view_saved_in_one_session_is_the_same_in_another(address, new_page):
     page = new_page()
     visit(page, f"{address}/load-balance?run=known&layer=3.1&domain=law")
@@ -410,7 +374,7 @@ def test_a_view_saved_in_one_session_is_the_same_in_another(address, new_page):
     link = page.locator("[data-testid=stPopoverBody] code", has_text="?view=").inner_text().strip()
     assert link.startswith(f"{address}/?view=")
     shown = figure(page)
-    other = new_page(color_scheme="dark")
+    other = new_page("dark")
     visit(other, link)
     other.wait_for_url(re.compile("/load-balance.*view="))
     settle(other)
@@ -422,7 +386,6 @@ def test_a_view_saved_in_one_session_is_the_same_in_another(address, new_page):
 
 @pytest.mark.browser
 @pytest.mark.slow
-@driven
 def test_a_report_from_the_share_page_works_from_disk_without_a_network(
     address, new_page, tmp_path
 ):
@@ -435,7 +398,7 @@ def test_a_report_from_the_share_page_works_from_disk_without_a_network(
     path = tmp_path / "report.html"
     download.value.save_as(path)
     for theme in ("light", "dark"):
-        reader = new_page(color_scheme=theme, offline=True)
+        reader = new_page(theme, offline=True)
         asked = []
         reader.on("request", lambda request, asked=asked: asked.append(request.url))
         reader.goto(path.as_uri())
@@ -457,7 +420,6 @@ def test_a_report_from_the_share_page_works_from_disk_without_a_network(
 
 @pytest.mark.browser
 @pytest.mark.slow
-@driven
 def test_the_data_of_a_figure_downloads(address, new_page, tmp_path):
     page = new_page()
     visit(page, f"{address}/?run=known")
@@ -480,13 +442,12 @@ def test_the_data_of_a_figure_downloads(address, new_page, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.slow
-@driven
 def test_a_read_only_server_refuses_and_shows_strange_texts(runs, new_page, tmp_path):
     folder = tmp_path / "team"
     shutil.copytree(runs, folder)
     before = listing(folder)
     with serve(folder, options=["--read-only"]) as url:
-        pages = [new_page(), new_page(color_scheme="dark")]
+        pages = [new_page(), new_page("dark")]
         for page in pages:
             visit(page, f"{url}/share?run=known")
             page.get_by_text("it was started read-only").wait_for()
@@ -507,7 +468,6 @@ def test_a_read_only_server_refuses_and_shows_strange_texts(runs, new_page, tmp_
 
 @pytest.mark.browser
 @pytest.mark.slow
-@driven
 def test_a_run_is_uploaded_in_the_browser(address, new_page, runs, tmp_path):
     page = new_page()
     visit(page, f"{address}/share?run=known")

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 TOP_LEVEL = {"README.md", "app.py", "capture", "explorer", "kernels", "requirements.txt", "tests"}
 NOT_OURS = {"runs", "venv"}  # made by a user's own commands, git-ignored
@@ -16,7 +14,7 @@ MAY_IMPORT = {
     "explorer": {"kernels", "capture", "explorer"},
 }
 STREAMLIT_ONLY_IN = ("app.py", "explorer/pages/")
-MAX_LINES = 400
+MAX_LINES = 600
 SOURCES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 
 
@@ -25,19 +23,49 @@ def imported_modules(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
+            yield "." * node.level + (node.module or "")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_module(path):
+def offences(path):
+    """Yield what a module does against the rules, each with its file."""
     where = path.relative_to(ROOT).as_posix()
+    text = path.read_text(encoding="utf-8")
     tops = {name.split(".")[0] for name in imported_modules(path)}
-    assert tops & set(MAY_IMPORT) <= MAY_IMPORT[where.split("/")[0]], "imports against the arrows"
-    assert "streamlit" not in tops or where.startswith(STREAMLIT_ONLY_IN)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MAX_LINES, "split the module by responsibility"
-    assert ast.get_docstring(ast.parse("\n".join(lines))), "a module says what it is for"
+    if "" in tops:
+        yield f"{where}: relative import"
+    if not tops & set(MAY_IMPORT) <= MAY_IMPORT[where.split("/")[0]]:
+        yield f"{where}: imports against the arrows"
+    if "streamlit" in tops and not where.startswith(STREAMLIT_ONLY_IN):
+        yield f"{where}: streamlit belongs to {' and '.join(STREAMLIT_ONLY_IN)}"
+    if len(text.splitlines()) > MAX_LINES:
+        yield f"{where}: more than {MAX_LINES} lines; split the module by responsibility"
+    if not ast.get_docstring(ast.parse(text)):
+        yield f"{where}: a module says what it is for"
+
+
+def test_modules_keep_the_rules():
+    assert len(SOURCES) > 100
+    assert [offence for path in SOURCES for offence in offences(path)] == []
+
+
+def test_an_offence_is_seen(tmp_path, monkeypatch):
+    """The rules bite: a module that breaks all of them is told all of them."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "kernels" / "gate.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import streamlit\nfrom capture import store\nfrom . import x\n" + "\n" * MAX_LINES
+    )
+    words = (
+        "relative import",
+        "against the arrows",
+        "streamlit belongs",
+        "split the module",
+        "what it is for",
+    )
+    found = list(offences(path))
+    assert len(found) == len(words)
+    assert all(word in offence for word, offence in zip(words, found, strict=True))
 
 
 def test_the_visible_top_level_is_fixed():
@@ -59,15 +87,12 @@ def test_kernels_stays_invisible_to_transformers():
     assert sources and "transformers" not in tops
 
 
-@pytest.mark.parametrize(
-    "module", ["capture", "capture.store", "capture.demo", "explorer", "explorer.run"]
-)
-def test_reading_needs_no_torch(module):
+def test_reading_needs_no_torch():
+    names = ("capture", "capture.store", "capture.demo", "explorer", "explorer.run")
     code = (
-        f"import sys, {module}; "
-        "print(sorted({'torch', 'transformers', 'streamlit'} & set(sys.modules)))"
+        f"import importlib, sys\nfor name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert not {'torch', 'transformers', 'streamlit'} & set(sys.modules), name\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -16,7 +16,7 @@ from explorer import service
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.pages.access import viewer_of
 from explorer.run import open_run
-from explorer.worker import CaptureRequest, RecoverRequest, WorkerClient
+from explorer.worker import CaptureRequest, RecoverRequest
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,14 +34,6 @@ def refusing(request):
         return "--read-only"
     service.configure(service.Policy(role=lambda: "viewer"))
     return "role editor"
-
-
-@pytest.fixture
-def worker(monkeypatch):
-    client = WorkerClient(["false"])
-    monkeypatch.setattr("explorer.worker.shared_worker", lambda: client)
-    monkeypatch.setattr(client, "_start_next", lambda: None)
-    return client
 
 
 RUN = Path(tempfile.mkdtemp()) / "known.duckdb"
