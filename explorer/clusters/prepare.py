@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from explorer.clusters.features import Floats, Ids, Source, read_points
-from explorer.clusters.projection import pca
+from explorer.clusters.projection import has_umap, pca
 from explorer.queries.clusters import expert_facts, prompt_facts, token_facts
 from explorer.run import Run
 
@@ -33,6 +33,10 @@ class Prepared(NamedTuple):
         Of a vector.
     n_all : int
         Units that the run has; more than N where some have no vector.
+    has_umap : bool
+        Whether UMAP can lay them out.
+    is_point : bool
+        Whether all vectors are equal.
     """
 
     ids: Ids
@@ -40,6 +44,8 @@ class Prepared(NamedTuple):
     digest: str
     dims: int
     n_all: int
+    has_umap: bool
+    is_point: bool
 
 
 def prepare(run: Run, source: Source) -> Prepared:
@@ -51,8 +57,17 @@ def prepare(run: Run, source: Source) -> Prepared:
         If the run did not record what is asked for.
     """
     points = read_points(run, source)
-    flat = pca(points.values)
-    return Prepared(points.ids, flat, points.digest, points.values.shape[1], points.n_all)
+    values = points.values
+    flat = pca(values)
+    return Prepared(
+        points.ids,
+        flat,
+        points.digest,
+        values.shape[1],
+        points.n_all,
+        has_umap(values),
+        not flat.any(),
+    )
 
 
 def point_facts(run: Run, source: Source, ids: Ids) -> pa.Table:

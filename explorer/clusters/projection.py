@@ -12,7 +12,7 @@ Ids = npt.NDArray[np.int64]
 # what is being done, and how much of it, 0..1; an exception raised here ends the work
 Report = Callable[[str, float], None]
 
-FEWEST = 12  # points; UMAP makes nothing sensible of fewer
+FEWEST = 12  # different points; UMAP makes nothing sensible of fewer
 # principal components that neighbours are searched in; beyond, distances cost more than they tell
 NEIGHBOUR_DIMS = 64
 _PLACED_BY = 8  # landmarks around a point that is placed between them
@@ -43,6 +43,46 @@ class MapOptions(NamedTuple):
     seed: int = 0
 
 
+def distinct(values: Floats) -> tuple[Ids, Ids]:
+    """Find equal vectors.
+
+    Parameters
+    ----------
+    values : array [N, D]
+
+    Returns
+    -------
+    first : array [M]
+        Row of each different vector, where it comes first; rising.
+    which : array [N]
+        The number of every row's vector among those of ``first``.
+    """
+    if not values.size:
+        return np.arange(min(1, len(values))), np.zeros(len(values), dtype=np.int64)
+    # as bytes, which are compared much faster than columns; -0 is 0
+    rows = np.ascontiguousarray(values + values.dtype.type(0))
+    rows = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+    _, first, which = np.unique(rows, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return first[order], place[which]
+
+
+def has_umap(values: Floats) -> bool:
+    """Return whether UMAP can lay out vectors [N, D], or only their principal components.
+
+    It needs ``FEWEST`` different ones of two dimensions or more, which differ by more than
+    rounding.
+    """
+    if len(values) < FEWEST or values.shape[1] < 2:
+        return False
+    # nearly always the beginning has enough
+    if len(distinct(values[:1_000])[0]) < FEWEST and len(distinct(values)[0]) < FEWEST:
+        return False
+    return bool(pca(values).any())
+
+
 def pca(values: Floats, *, seed: int = 0) -> Floats:
     """Return the first two principal components, in well under a second.
 
@@ -54,32 +94,58 @@ def pca(values: Floats, *, seed: int = 0) -> Floats:
     Returns
     -------
     array [N, 2]
-        A missing component (D = 1, or fewer than two points) is 0.
+        A missing component (D = 1, fewer than two points, or vectors that are all equal or lie
+        on a line) is 0: what rounding leaves of it is no distance between points.
     """
-    from scipy.sparse.linalg import svds
-
-    few = _draw(len(values), _PCA_FITTED, seed)
-    mean = values[few].mean(axis=0) if len(few) else 0
-    centred = (values[few] - mean).astype(np.float64)
     xy = np.zeros((len(values), 2), dtype=np.float32)
-    if min(centred.shape) <= 2:
-        axes = np.linalg.svd(centred, full_matrices=False)[2] if centred.size else centred
-    else:
-        start = np.random.default_rng(seed).normal(size=min(centred.shape))
-        axes = svds(centred, k=2, v0=start)[2][::-1]
-    for column, axis in enumerate(axes[:2]):
+    few = _draw(len(values), _PCA_FITTED, seed)
+    if not values.size:
+        return xy
+    mean = values[few].mean(axis=0, dtype=np.float64)
+    centred = values[few] - mean
+    largest = float(np.abs(centred).max())
+    # what rounding float32 can add to a singular value
+    noise = 4 * np.finfo(np.float32).eps * float(np.abs(values[few]).max())
+    noise *= float(np.sqrt(len(few)) + np.sqrt(values.shape[1]))
+    if largest <= noise / np.sqrt(len(few)):
+        return xy
+    sizes, axes = _axes(centred / largest, seed)
+    for column, (size, axis) in enumerate(zip(sizes[:2], axes[:2], strict=True)):
+        if size * largest <= noise:
+            break
         # the sign of an axis is arbitrary: its largest part is positive
         axis = axis * np.sign(axis[np.abs(axis).argmax()] or 1)
-        xy[:, column] = values @ axis.astype(np.float32) - float(np.dot(mean, axis))
+        for start in range(0, len(values), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            xy[part, column] = (values[part] - mean) @ axis
     return xy
+
+
+def _axes(
+    centred: npt.NDArray[np.float64], seed: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the largest singular values, falling, and their axes [2, D]; of less, fewer."""
+    from scipy.sparse.linalg import ArpackError, svds
+
+    if min(centred.shape) > 2:
+        start = np.random.default_rng(seed).normal(size=min(centred.shape))
+        try:
+            _, sizes, axes = svds(centred, k=2, v0=start)
+        except ArpackError:  # of few dimensions in use, which the slow way knows what to do with
+            pass
+        else:
+            return sizes[::-1], axes[::-1]
+    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+    return sizes, axes
 
 
 def project(values: Floats, options: MapOptions, report: Report = lambda *_: None) -> Floats:
     """Lay vectors out with UMAP; the same vectors, options and machine give the same map.
 
-    Up to ``n_landmarks`` points are laid out by UMAP, on one thread, as only that can be
-    repeated. Every other point goes to the mean of its nearest landmarks' places, nearer ones
-    weighing more. Neighbours are exact, by Euclidean distance among principal components.
+    Equal vectors are one point of the map. Up to ``n_landmarks`` points are laid out by UMAP, on
+    one thread, as only that can be repeated. Every other point goes to the mean of its nearest
+    landmarks' places, nearer ones weighing more. Neighbours are exact, by Euclidean distance
+    among principal components.
 
     Parameters
     ----------
@@ -89,14 +155,22 @@ def project(values: Floats, options: MapOptions, report: Report = lambda *_: Non
     Returns
     -------
     array [N, 2]
-        The PCA where there are fewer than ``FEWEST`` points.
+        The PCA where UMAP has too little to lay out, see ``has_umap``.
 
     References
     ----------
     McInnes, Healy and Melville 2018, arXiv:1802.03426.
     """
-    if len(values) < FEWEST:
+    if not has_umap(values):
         return pca(values, seed=options.seed)
+    first, which = distinct(values)
+    if len(first) < len(values):
+        return _laid_out(values[first], options, report)[which]
+    return _laid_out(values, options, report)
+
+
+def _laid_out(values: Floats, options: MapOptions, report: Report) -> Floats:
+    """Lay out vectors that are all different."""
     landmarks = _draw(len(values), options.n_landmarks, options.seed)
     report("Finding neighbours", 0.0)
     reduce = _reduction(values[landmarks], options.seed)
@@ -115,13 +189,24 @@ def _draw(n: int, most: int, seed: int) -> Ids:
 
 
 def _reduction(values: Floats, seed: int) -> Callable[[Floats], Floats]:
-    """Return the function that takes vectors to the principal components of these."""
+    """Return the function that takes vectors to the principal components of these.
+
+    Around their mean and in a unit near their spread, where float32 tells neighbours apart
+    whatever the size of the numbers; a power of two changes no digit.
+    """
+    mean = values.mean(axis=0, dtype=np.float64)
+    spread = float(np.sqrt(np.mean((values - mean) ** 2)))
+    unit = 2.0 ** -np.round(np.log2(spread))
+
+    def scaled(rows: Floats) -> Floats:
+        return np.asarray((rows - mean) * unit, dtype=np.float32)
+
     if values.shape[1] <= NEIGHBOUR_DIMS or len(values) <= NEIGHBOUR_DIMS:
-        return lambda rows: rows
+        return scaled
     from sklearn.decomposition import PCA
 
-    fitted = PCA(NEIGHBOUR_DIMS, svd_solver="randomized", random_state=seed).fit(values)
-    return lambda rows: np.asarray(fitted.transform(rows), dtype=np.float32)
+    fitted = PCA(NEIGHBOUR_DIMS, svd_solver="randomized", random_state=seed).fit(scaled(values))
+    return lambda rows: np.asarray(fitted.transform(scaled(rows)), dtype=np.float32)
 
 
 def _umap(near: Floats, options: MapOptions, report: Report) -> Floats:

@@ -6,10 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from explorer.clusters.clustering import NOISE, Labels
+from explorer.clusters.projection import distinct
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
+FEWEST_MEASURED = 10  # different points that trustworthiness is measured on
 _SAMPLE = 2_000  # points; the measure compares all pairs of them
 _NEIGHBOURS = 15
 _SHUFFLES = 50
@@ -50,7 +52,8 @@ def trustworthiness(values: Floats, xy: Floats, *, seed: int = 0) -> float:
     -------
     float
         0..1, 1 = every neighbour is a real one; over a sample of 2,000 points and 15 neighbours.
-        nan for fewer than 10 points.
+        Equal vectors count as one: which of them is nearer cannot be said. nan for fewer than 10
+        different ones.
 
     References
     ----------
@@ -58,10 +61,11 @@ def trustworthiness(values: Floats, xy: Floats, *, seed: int = 0) -> float:
     """
     from sklearn.manifold import trustworthiness as measure
 
-    if len(values) < 10:
+    known = distinct(values)[0]
+    if len(known) < FEWEST_MEASURED:
         return float("nan")
-    few = min(len(values), _SAMPLE)
-    chosen = np.random.default_rng(seed).choice(len(values), few, replace=False)
+    few = min(len(known), _SAMPLE)
+    chosen = known[np.random.default_rng(seed).choice(len(known), few, replace=False)]
     # the measure is defined for fewer neighbours than half of the points
     return float(measure(values[chosen], xy[chosen], n_neighbors=min(_NEIGHBOURS, (few - 1) // 2)))
 

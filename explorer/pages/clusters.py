@@ -10,6 +10,7 @@ import streamlit as st
 from explorer.clusters import regions
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import Prepared, prepare
+from explorer.clusters.projection import FEWEST
 from explorer.comparison.catalogue import catalogue
 from explorer.errors import RunError
 from explorer.figures.clusters import map_density, map_points
@@ -39,6 +40,10 @@ _UNITS = {"tokens": "Tokens", "prompts": "Prompts", "experts": "Experts"}
 _FEATURES = {"hidden": "Router inputs", "scores": "Router scores"}
 _LAYOUTS = {"umap": "UMAP", "pca": "PCA"}
 _GROUPS = ("6", "12", "24", "48")
+_NO_UMAP = (
+    f"UMAP needs {FEWEST} different vectors of two numbers or more, and there are fewer here: the "
+    "picture is the PCA."
+)
 # what a run knows of a router's inputs
 _RECORDED = {"hidden", "logits", "native", "token_ids", "starts", "positions"}
 _WHAT = {
@@ -80,6 +85,14 @@ def render() -> None:
     if len(prepared.ids) < 2:
         st.info("There are fewer than two points, so there is nothing to map.")
         return
+    if prepared.is_point:
+        st.info(
+            f"All {len(prepared.ids):,} vectors are equal, so that the map is one point and the "
+            f"{asked.source.unit} are one cluster.",
+            icon=":material/info:",
+        )
+    elif asked.layout == "umap" and not prepared.has_umap:
+        st.info(_NO_UMAP, icon=":material/info:")
     _picture(view, asked, prepared, made(view, asked.wanted, prepared))
 
 

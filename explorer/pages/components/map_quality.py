@@ -8,6 +8,7 @@ import streamlit as st
 from explorer.clusters.cache import Kept
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import Prepared
+from explorer.clusters.quality import FEWEST_MEASURED
 
 METHODS = {"kmeans": "K-Means", "gmm": "Gaussian mixture", "hdbscan": "HDBSCAN"}
 SEED = 0  # of layouts, clusters and measures
@@ -33,8 +34,12 @@ def quality_panel(
         "a sample of 2,000 points.",
         border=True,
     )
-    if laid_out is None:
+    if not prepared.has_umap:
+        st.caption("Measured beside a UMAP, and there are too few different points for one.")
+    elif laid_out is None:
         st.caption("Measured on the UMAP, which is not there yet.")
+    elif facts[names[layout]] is None:
+        st.caption(f"Not defined for fewer than {FEWEST_MEASURED} different points.")
     else:
         other = "PCA" if layout == "UMAP" else "UMAP"
         st.caption(f"of this {layout}; of the {other}: {_number(facts.get(names[other]))}")
@@ -48,13 +53,15 @@ def quality_panel(
         "prompts, mean of 50.",
         border=True,
     )
-    if domains:
+    if domains and domains.get("nmi") is not None:
         st.caption(
             f"By chance {_number(domains.get('floor'))} "
             f"(95 % below {_number(domains.get('floor_high'))})"
         )
     elif source.unit == "experts":
         st.caption("An expert has no domain of its own.")
+    if domains and domains.get("nmi") is None:
+        st.caption("Not defined: the mapped points are of fewer than two domains.")
     if grouped is not None:
         st.metric("Clusters", found["n_clusters"], border=True)
         st.caption(_about_clusters(method, prepared, found))

@@ -9,7 +9,7 @@ from explorer import service
 from explorer.clusters import cache
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import Prepared
-from explorer.clusters.projection import FEWEST, MapOptions
+from explorer.clusters.projection import MapOptions
 from explorer.pages import address, printing
 from explorer.pages.components.job import follow
 from explorer.pages.components.map_quality import SEED
@@ -62,9 +62,7 @@ def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
     found: dict[str, cache.Kept | None] = dict.fromkeys(paths)
     waiting, missing = False, []
     for what, path in paths.items():
-        if (what == "UMAP" and len(prepared.ids) < FEWEST) or (
-            what == "choices" and not wanted.router
-        ):
+        if (what == "UMAP" and not prepared.has_umap) or (what == "choices" and not wanted.router):
             continue
         found[what] = cache.read(path, len(prepared.ids))
         if found[what] is None and printing.theme():
