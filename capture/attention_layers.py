@@ -21,6 +21,7 @@ from capture.errors import ConfigError
 from capture.selftest import probe_tokens
 from capture.sites import Site, text_config
 from capture.store.records import AttentionLayer
+from capture.switches import plain_forward
 from kernels.errors import KernelError
 
 # names of the part of a decoder layer that mixes tokens
@@ -191,7 +192,7 @@ def _probe(model: nn.Module, sites: Sequence[Site]) -> dict[nn.Module, _Tested]:
         for number, _, layer in decoder_layers(model, sites)
         for module in layer.modules()
     }
-    with torch.inference_mode(), listen(listeners):
+    with torch.inference_mode(), plain_forward(model), listen(listeners):
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return tested
 

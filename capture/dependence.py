@@ -10,6 +10,7 @@ from capture.rules import Choice, RouteInputs, Rule
 from capture.selftest import probe_tokens
 from capture.sites import Site
 from capture.swap import site_key, swap
+from capture.switches import plain_forward
 
 # products over another number of rows round differently; a combine weight moves by less
 ROUNDING = 1e-3
@@ -86,6 +87,7 @@ def _choices(
     watch = {site_key(s): rule for s in sites if site_key(s) < site_key(site)}
     with (
         torch.inference_mode(),
+        plain_forward(model),
         swap(model, sites, rule, only=[site_key(site)], watch=watch, on_choice=keep),
     ):
         model(input_ids=ids, use_cache=False)

@@ -1,7 +1,7 @@
 """Next-token losses in pieces, so that [tokens, vocabulary] never exists at once."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from capture.errors import ModelError
 from capture.sites import text_config
+from capture.switches import plain_forward
 
 Finish = Callable[[torch.Tensor], torch.Tensor]
 
@@ -27,7 +28,8 @@ class Head:
 
     While open, the model computes logits of one position instead of all, and the rows that the
     caller asks for are computed in pieces. Where the model does more to its logits than one
-    of the known last steps, it is left to compute all of them.
+    of the known last steps, it is left to compute all of them. What its configuration asks it to
+    give besides is switched off, see :mod:`capture.switches`.
 
     Parameters
     ----------
@@ -50,18 +52,18 @@ class Head:
         ModelError
             If the model puts out no logits.
         """
-        handle = None
-        if self._module is not None:
-            handle = self._module.register_forward_pre_hook(self._on_head)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(plain_forward(self._model))
+            stack.callback(self._forget)
+            if self._module is not None:
+                stack.callback(self._module.register_forward_pre_hook(self._on_head).remove)
             self._finish = self._probe(probe_ids)
             self._narrow = self._finish is not None
             yield self
-        finally:
-            if handle is not None:
-                handle.remove()
-            self._narrow = False
-            self._hidden = None
+
+    def _forget(self) -> None:
+        self._narrow = False
+        self._hidden = None
 
     @property
     def is_chunked(self) -> bool:

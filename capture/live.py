@@ -18,6 +18,7 @@ from capture.head import Head
 from capture.losses import SequenceLosses
 from capture.selftest import probe_tokens
 from capture.sites import text_config
+from capture.switches import plain_forward
 
 BATCH_TOKENS = 4096
 # medians of fewer runs move too much to be reported
@@ -190,7 +191,7 @@ def latency(
     if repeats < MIN_REPEATS:
         raise SwapError(f"At least {MIN_REPEATS} repeats give a median, got {repeats}.")
     native, changed = [], []
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_forward(model):
         for number in range(warm_up + repeats):
             pair = _timed(model, input_ids, clock)
             with swapped():

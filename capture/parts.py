@@ -22,6 +22,7 @@ from capture.rows import Kept, kept_rows, on_kept_rows
 from capture.rules import RouteInputs, Rule, as_rows, gate_of, with_attention
 from capture.selftest import attach, probe_tokens
 from capture.sites import Site
+from capture.switches import plain_forward
 
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
@@ -317,7 +318,7 @@ def _outputs(model: nn.Module, modules: Mapping[int, nn.Module]) -> dict[int, An
                 seen[layer] = output
 
             stack.callback(module.register_forward_hook(keep).remove)
-        with torch.inference_mode():
+        with torch.inference_mode(), plain_forward(model):
             model(input_ids=probe_tokens(model), use_cache=False)
     for layer, module in modules.items():
         output = seen.get(layer)

@@ -11,6 +11,7 @@ from capture.errors import SiteError
 from capture.hooks import SiteObservation, tap
 from capture.scoring import explains_choice, score_function_of
 from capture.sites import Site, find_sites, text_config
+from capture.switches import plain_forward
 
 # enough tokens that a rule which does not explain the choice is caught, few enough to be quick
 ROWS, LENGTH = 4, 16
@@ -54,7 +55,7 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     called "softmax". Where no rule fits it is "other", and statistics take the softmax.
     """
     ids = probe_tokens(model)
-    with torch.inference_mode(), tap(sites) as taps:
+    with torch.inference_mode(), plain_forward(model), tap(sites) as taps:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         seen = taps.take()
     return [

@@ -13,6 +13,7 @@ from capture.parts import gate_parts
 from capture.rules import RouteInputs, Rule
 from capture.selftest import probe_tokens
 from capture.sites import Site
+from capture.switches import plain_forward
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.measure import Spy
 from explorer.routers import Router, RouterInputs, route_layers
@@ -90,7 +91,7 @@ def _gates_depend(
         def gates(tokens: torch.Tensor, layer: int = layer) -> torch.Tensor:
             spy = Spy(LiveRule(fitted.routers[layer, 0]))
             rule = gate_parts(model, sites, {layer: spy}, part=part, attention=fitted.attention)
-            with torch.inference_mode(), rule:
+            with torch.inference_mode(), plain_forward(model), rule:
                 model(input_ids=tokens, use_cache=False)
             return spy.gates[-1].reshape(*tokens.shape, -1)
 

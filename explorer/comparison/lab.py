@@ -19,6 +19,7 @@ from capture.parts import gate_parts
 from capture.rules import NativeRule, Rule
 from capture.sites import Site
 from capture.swap import SiteCount, swap
+from capture.switches import plain_forward
 from explorer.comparison.cost import Cost, Usage, cost_of
 from explorer.comparison.fitting import FitData, Fitted
 from explorer.comparison.importance import LivePart
@@ -318,7 +319,12 @@ class Lab:
 
     def _count(self, context: AbstractContextManager[Any]) -> int:
         # not inference_mode, in which linear layers are not taken apart into products
-        with torch.no_grad(), context, counted_flops(self.model) as counted:
+        with (
+            torch.no_grad(),
+            plain_forward(self.model),
+            context,
+            counted_flops(self.model) as counted,
+        ):
             self.model(input_ids=self.timed_ids, use_cache=False)
         return counted.total
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from capture.adapters.probe import EXPERT_COUNTS
 from capture.selftest import input_device
 from capture.sites import layer_of, text_config
+from capture.switches import plain_forward
 from explorer.conditions.base import Sequence_, Subject
 from explorer.conditions.calibration import collect
 from explorer.conditions.pruning import CALIBRATION_TOKENS, load_of
@@ -201,9 +202,10 @@ def distil(
     generator = torch.Generator().manual_seed(settings.seed)
     for step in range(settings.steps):
         ids = rows[torch.randint(len(rows), (settings.batch,), generator=generator)]
-        with torch.inference_mode():
+        with torch.inference_mode(), plain_forward(teacher):
             wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        found = model(input_ids=ids, use_cache=False, output_router_logits=True)
+        with plain_forward(model):
+            found = model(input_ids=ids, use_cache=False, output_router_logits=True)
         logs = found.logits.float().log_softmax(-1)
         kl = functional.kl_div(
             logs.flatten(0, 1), wanted.clone().flatten(0, 1), log_target=True,

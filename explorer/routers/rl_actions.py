@@ -192,6 +192,7 @@ def expert_milliseconds(
 ) -> dict[Site, list[float]]:
     """Return the milliseconds that a site's experts take with 0, 1, 2, ... experts a token."""
     from capture.swap import swap
+    from capture.switches import plain_forward
     from explorer.routers.live import LiveRule
     from explorer.routers.native import TopKRouter
     from explorer.routers.rl_explore import NoExperts
@@ -202,6 +203,7 @@ def expert_milliseconds(
     for count in range(widest + 1):
         rule = LiveRule(TopKRouter(k=count)) if count else NoExperts()
         with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(plain_forward(session.model))
             stack.enter_context(swap(session.model, session.sites, rule, checked=False))
             clocks = [(site, _Clock(site.experts, stack)) for site in session.sites]
             for number in range(TIMED_PASSES):

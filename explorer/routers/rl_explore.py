@@ -22,6 +22,7 @@ from capture.rules import Choice, RouteInputs, Rule
 from capture.selftest import input_device, probe_tokens
 from capture.sites import text_config
 from capture.swap import swap
+from capture.switches import plain_forward
 from explorer.errors import RouterError
 from explorer.routers.base import RouterInputs, Site
 from explorer.routers.live import Convention, from_live
@@ -172,7 +173,8 @@ class Passes:
         device = input_device(self.session.model)
         ids = torch.from_numpy(batch.input_ids).to(device)
         mask = torch.from_numpy(batch.mask).to(device) if batch.is_padded else None
-        output = self.session.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        with plain_forward(self.session.model):
+            output = self.session.model(input_ids=ids, attention_mask=mask, use_cache=False)
         rows = torch.from_numpy(batch.rows[next_in_prompt(batch)]).to(device)
         logits = output.logits.flatten(0, 1)[rows.to(output.logits.device)].float()
         targets = ids.flatten()[rows + 1].to(logits.device)
