@@ -25,7 +25,8 @@ from capture.store.records import (
     SiteBlock,
     TokenRows,
 )
-from capture.tokens import TokenizedPrompt, decode_pieces
+from capture.token_text import decode_pieces
+from capture.tokens import TokenizedPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

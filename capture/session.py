@@ -24,7 +24,8 @@ from capture.sampling import plan_sample
 from capture.store import PromptInfo, RunWriter
 from capture.store.files import check_new
 from capture.store.records import Level
-from capture.tokens import has_offsets, tokenize
+from capture.token_text import can_decode, has_offsets
+from capture.tokens import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,14 @@ __all__ = ["Progress", "record"]
 
 log = logging.getLogger(__name__)
 
-NO_TEXT = "The tokenizer {name} gives no character offsets, so the text of tokens is not known."
+NO_TEXT = "The tokenizer {name} cannot decode, so the text of tokens is not known."
+BY_DECODING = (
+    "The tokenizer {name} gives no character offsets: the text of tokens was found by decoding."
+)
+SPELLED = (
+    "{count} prompts spell out special tokens that the tokenizer adds by itself, such as the first "
+    "of a chat template; those were not added once more."
+)
 
 
 class _Stop(Exception):
@@ -256,7 +264,7 @@ class _Session:
             groups=self.groups,
             prompts=plan.prompts,
             level=plan.level,
-            tokenizer=loaded.tokenizer if has_offsets(loaded.tokenizer) else None,
+            tokenizer=loaded.tokenizer if can_decode(loaded.tokenizer) else None,
         )
 
     def run(self, cancel: Callable[[], bool] | None) -> Path:
@@ -348,8 +356,7 @@ class _Session:
             "forward_passes": self.assembler.forwards,
             "sampled_tokens": self.assembler.sampled_tokens,
         }
-        if self.loaded.tokenizer is not None and self.assembler.tokenizer is None:
-            notes["text"] = NO_TEXT.format(name=type(self.loaded.tokenizer).__name__)
+        notes |= self._text_notes()
         if any(site.selection_bias is not None for site in self.sites):
             notes["selection_bias"] = "Margins include the bias that routers add for the choice."
         if self.attention is not None and self.attention.without:
@@ -357,6 +364,17 @@ class _Session:
         return self.writer.finish(
             seconds=time.monotonic() - started, complete=complete, notes=notes
         )
+
+    def _text_notes(self) -> dict[str, str]:
+        """Say what is unusual about the text of tokens."""
+        tokenizer, notes = self.loaded.tokenizer, {}
+        if tokenizer is not None and not has_offsets(tokenizer):
+            told = NO_TEXT if self.assembler.tokenizer is None else BY_DECODING
+            notes["text"] = told.format(name=type(tokenizer).__name__)
+        spelled = sum(prompt.spelled > 0 for prompt in self.plan.prompts)
+        if spelled:
+            notes["special_tokens"] = SPELLED.format(count=f"{spelled:,}")
+        return notes
 
     def _keep(self, thread: "WriterThread[Step]", error: BaseException) -> None:
         """After a failure, commit what can be committed and leave the partial file."""

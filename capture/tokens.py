@@ -1,23 +1,28 @@
 """Tokens of prompts, and the text of each token, such that the texts join to the prompt."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from capture.errors import PromptError
 from capture.prompts import Prompt
+from capture.token_text import (
+    PieceEnds,
+    can_decode,
+    decode_pieces,
+    ends_of,
+    has_offsets,
+    piece_ends,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["TokenizedPrompt", "decode_pieces", "has_offsets", "piece_ends", "tokenize"]
+
 ENCODE_CHUNK = 512  # prompts handed to the tokenizer at once: enough for its own threads
-# a character has at most four bytes: if none was completed for so many tokens, none will be
-MAX_OPEN_TOKENS = 4
-MAX_CHAIN = 64  # tokens that each end a character and begin another
-CONTEXT_TOKENS = 8  # a decoder may add or drop a space at the start of what it is given
-REPLACEMENT = "\ufffd"
 
 
 class TokenizedPrompt(NamedTuple):
@@ -33,6 +38,8 @@ class TokenizedPrompt(NamedTuple):
     truncated : int, tokens
         Cut off at the end.
     domain, source : str or None
+    spelled : int, tokens
+        Special ones that the text spells out, so that they were not added once more.
     """
 
     ids: npt.NDArray[np.int32]
@@ -41,6 +48,7 @@ class TokenizedPrompt(NamedTuple):
     truncated: int
     domain: str | None
     source: str | None
+    spelled: int = 0
 
     def pieces(self) -> list[str] | None:
         """Return the text of each token; they join to the prompt, or to the part that was kept."""
@@ -58,6 +66,8 @@ def tokenize(
     max_length: int | None,
 ) -> list[TokenizedPrompt]:
     """Turn prompts into tokens; special tokens are added only as the tokenizer does by itself.
+
+    Those that a text spells out at its start or end are not added once more.
 
     Parameters
     ----------
@@ -80,119 +90,31 @@ def tokenize(
         encoded = _encode_texts(chunk, start, tokenizer)
         for offset, prompt in enumerate(chunk):
             if prompt.text is not None:
-                ids, ends = encoded[offset]
+                ids, ends, spelled = encoded[offset]
                 text: str | None = prompt.text
             else:
                 ids = np.array(prompt.ids, dtype=np.int64)
-                text, ends = None, None
+                text, ends, spelled = None, None, 0
             _check_ids(ids, start + offset + 1, prompt, vocab_size)
-            if prompt.text is None and tokenizer is not None and has_offsets(tokenizer):
+            if prompt.text is None and tokenizer is not None and can_decode(tokenizer):
                 pieces = decode_pieces(tokenizer, ids.tolist())
                 text, ends = "".join(pieces), ends_of(pieces)
-            result.append(_cut(ids, text, ends, prompt, max_length))
+            result.append(_cut(ids, text, ends, prompt, max_length)._replace(spelled=spelled))
     return result
 
 
-def has_offsets(tokenizer: "PreTrainedTokenizerBase | None") -> bool:
-    """Whether the tokenizer can say which characters each token stands for."""
-    return tokenizer is not None and bool(tokenizer.is_fast)
+class _Encoded(NamedTuple):
+    """The tokens of one text, as in :class:`TokenizedPrompt`."""
 
-
-def piece_ends(
-    offsets: Sequence[tuple[int, int]], length: int, is_special: Sequence[bool]
-) -> npt.NDArray[np.int32]:
-    """Return where each token's text ends, such that the texts join to the prompt.
-
-    A character that several tokens share belongs to the first of them. Characters that no token
-    claims (a stripped space) go to the next token, at the end to the last.
-
-    Parameters
-    ----------
-    offsets : sequence [n] of (start, end), characters
-    length : int, characters
-    is_special : sequence [n] of bool
-        True for tokens the tokenizer added by itself; they have no text.
-    """
-    ends = np.zeros(len(offsets), dtype=np.int32)
-    cursor, last = 0, None
-    for i, (_, end) in enumerate(offsets):
-        if not is_special[i]:
-            cursor = max(cursor, min(end, length))
-            last = i
-        ends[i] = cursor
-    # without any token of its own the text has nowhere to go but the last special token
-    ends[(len(offsets) - 1 if last is None else last) :] = length
-    return ends
-
-
-def ends_of(pieces: Sequence[str]) -> npt.NDArray[np.int32]:
-    """Return where each piece ends in their join."""
-    return np.cumsum([len(piece) for piece in pieces], dtype=np.int32)
-
-
-def decode_pieces(
-    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], context: Sequence[int] = ()
-) -> list[str]:
-    """Return the text of each token id, decoded in the light of the tokens before it.
-
-    A character spread over several tokens is the text of the first of them; special tokens have
-    ``''``. Incomplete characters read as U+FFFD, as the tokenizer decodes them.
-
-    Parameters
-    ----------
-    tokenizer : tokenizer
-    ids : sequence of int
-    context : sequence of int
-        Tokens that come before; they get no text.
-    """
-    tokens = [*context[-CONTEXT_TOKENS:], *ids]
-    first = len(tokens) - len(ids)
-    anchor, done = 0, first
-    pieces: list[str] = []
-    while done < len(tokens):
-        before = _decode(tokenizer, tokens[anchor:done])
-        stop, settled, waited = done, len(before), 0
-        while True:
-            stop += 1
-            now = _decode(tokenizer, tokens[anchor:stop])
-            stable = len(now.rstrip(REPLACEMENT))
-            waited = 0 if stable > settled else waited + 1
-            settled = max(settled, stable)
-            is_open = now.endswith(REPLACEMENT) and waited < MAX_OPEN_TOKENS
-            if stop == len(tokens) or not is_open or stop - done == MAX_CHAIN:
-                break
-        added = now[len(before) :]
-        starts = [_decode(tokenizer, tokens[anchor:i])[len(before) :] for i in range(done, stop)]
-        ends = [*(_settled(part, added) for part in starts[1:]), len(added)]
-        cursor = 0
-        for end in ends:
-            pieces.append(added[cursor : max(cursor, end)])
-            cursor = max(cursor, end)
-        if added or done - anchor >= CONTEXT_TOKENS:
-            anchor = done  # not after special tokens alone: what follows would lose its space
-        done = stop
-    return pieces
-
-
-def _settled(part: str, whole: str) -> int:
-    """Return how many characters of ``whole`` the decoded prefix ``part`` has begun."""
-    stable = len(part.rstrip(REPLACEMENT))
-    open_marks = len(part) - stable
-    kept = 0
-    while kept < open_marks and whole[stable + kept : stable + kept + 1] == REPLACEMENT:
-        kept += 1
-    return min(stable + kept + (kept < open_marks), len(whole))
-
-
-def _decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text)
+    ids: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int32] | None
+    spelled: int
 
 
 def _encode_texts(
     prompts: Sequence[Prompt], first: int, tokenizer: "PreTrainedTokenizerBase | None"
-) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32] | None]]:
-    """Return ids and piece ends of the prompts that are text, by their place in ``prompts``."""
+) -> dict[int, _Encoded]:
+    """Return the tokens of the prompts that are text, by their place in ``prompts``."""
     places = [i for i, prompt in enumerate(prompts) if prompt.text is not None]
     if not places:
         return {}
@@ -201,31 +123,98 @@ def _encode_texts(
             f"Prompt {first + places[0] + 1} is text, but the model has no tokenizer. "
             "Give token ids, or a model folder that holds a tokenizer."
         )
-    with_offsets = has_offsets(tokenizer)
     texts = [prompts[i].text or "" for i in places]
+    tokens = _tokens_of(tokenizer, texts)
+    special = tuple(getattr(tokenizer, "all_special_tokens", ()))
+    piece_ends = PieceEnds(tokenizer)
+    result: dict[int, _Encoded] = {}
+    for place, text, found in zip(places, texts, tokens, strict=True):
+        spelled = 0
+        if text.startswith(special) or text.endswith(special):
+            (plain,) = _tokens_of(tokenizer, [text], add_special_tokens=False)
+            found, spelled = _without_repeated(found, plain, len(text))
+        ends = None
+        if found.offsets is not None and found.ids:
+            ends = piece_ends.by_offsets(text, found.ids, found.offsets, found.is_added)
+        elif found.ids and can_decode(tokenizer):
+            ends = piece_ends.by_decoding(text, found.ids)
+        result[place] = _Encoded(np.array(found.ids, dtype=np.int64), ends, spelled)
+    return result
+
+
+class _Tokens(NamedTuple):
+    """What a tokenizer gave for one text: ids, spans, and whether it added them by itself."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
+    is_added: list[bool]
+
+
+def _tokens_of(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **options: Any
+) -> list[_Tokens]:
+    with_offsets = has_offsets(tokenizer)
     encoded = tokenizer(
-        texts,
+        list(texts),
         return_offsets_mapping=with_offsets,
         return_special_tokens_mask=with_offsets,
         return_attention_mask=False,
         verbose=False,
+        **options,
     )
-    result: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32] | None]] = {}
-    for row, (place, text) in enumerate(zip(places, texts, strict=True)):
-        ids = np.array(encoded["input_ids"][row], dtype=np.int64)
-        ends = None
-        if with_offsets and len(ids):
-            offsets = encoded["offset_mapping"][row]
-            # a special token that the prompt spells out has characters of its own
-            added = [
-                bool(mask) and start == end
-                for mask, (start, end) in zip(
-                    encoded["special_tokens_mask"][row], offsets, strict=True
-                )
-            ]
-            ends = piece_ends(offsets, len(text), added)
-        result[place] = (ids, ends)
-    return result
+    tokens = []
+    for row, ids in enumerate(encoded["input_ids"]):
+        if not with_offsets:
+            tokens.append(_Tokens(list(ids), None, []))
+            continue
+        offsets = list(encoded["offset_mapping"][row])
+        # a special token that the prompt spells out has characters of its own
+        masks = zip(encoded["special_tokens_mask"][row], offsets, strict=True)
+        is_added = [bool(mask) and start == end for mask, (start, end) in masks]
+        tokens.append(_Tokens(list(ids), offsets, is_added))
+    return tokens
+
+
+def _without_repeated(whole: _Tokens, plain: _Tokens, length: int) -> tuple[_Tokens, int]:
+    """Leave out special tokens that a text spells out and its tokenizer added once more.
+
+    A text made with a chat template begins with the token that begins a text; models never saw
+    it twice.
+
+    Parameters
+    ----------
+    whole, plain : _Tokens
+        With what the tokenizer adds by itself, and without.
+    length : int, characters
+        Of the text.
+
+    Returns
+    -------
+    tokens, count
+        The tokens, and how many special ones were left out.
+    """
+    n = len(plain.ids)
+    found = []
+    for at in range(len(whole.ids) - n + 1 if n else 0):
+        if whole.ids[at : at + n] == plain.ids:
+            before, after = whole.ids[:at], whole.ids[at + n :]
+            again = plain.ids[: len(before)] == before, plain.ids[-len(after) :] == after
+            found.append(([] if again[0] else before, [] if again[1] else after))
+    if not found:
+        return whole, 0
+    kept_before, kept_after = min(found, key=lambda kept: len(kept[0]) + len(kept[1]))
+    count = len(whole.ids) - len(kept_before) - n - len(kept_after)
+    if not count:
+        return whole, 0
+    offsets = None
+    if plain.offsets is not None:
+        offsets = [
+            *((0, 0) for _ in kept_before),
+            *plain.offsets,
+            *((length, length) for _ in kept_after),
+        ]
+    added = [*(True for _ in kept_before), *plain.is_added, *(True for _ in kept_after)]
+    return _Tokens([*kept_before, *plain.ids, *kept_after], offsets, added), count
 
 
 def _check_ids(ids: npt.NDArray[np.int64], number: int, prompt: Prompt, vocab_size: int) -> None:
