@@ -38,8 +38,9 @@ class Output(NamedTuple):
 
 
 SHOWN = (
-    *("router", "family", "mode", "layer", "loss_change", "loss_se", "experts_per_token"),
-    *("flops_ratio", "latency_ratio", "agreement", "max_violation", "max_violation_floor"),
+    *("router", "family", "mode", "layer", "loss_change", "loss_se", "loss_se_domain"),
+    *("experts_per_token", "flops_ratio", "latency_ratio", "agreement", "jaccard"),
+    *("max_violation", "max_violation_floor", "equal_compute", "matched_per_layer", "harder"),
     "badges",
 )
 
@@ -80,6 +81,7 @@ def run_compare(options: argparse.Namespace) -> Output:
     """Compare, and return the rows of the routers asked for."""
     from explorer.comparison.api import compare
     from explorer.comparison.names import load_router_file, split_routers
+    from explorer.comparison.paired import with_controls
     from explorer.errors import ComparisonError
 
     for path in options.router_file:
@@ -107,7 +109,7 @@ def run_compare(options: argparse.Namespace) -> Output:
         model=options.model,
         progress=not options.quiet,
     ) as comparison:
-        table = _asked(comparison.table, names)
+        table = _asked(with_controls(comparison.table), names)
         pairs = _paired(comparison, table, options.against)
         domains = comparison.domains
         domains = domains[domains["router"].isin(table["router"])]
@@ -129,7 +131,11 @@ def run_compare(options: argparse.Namespace) -> Output:
         return Output(json.dumps(found, indent=1, default=str), notes)
     parts = [as_text(table)]
     if len(pairs):
-        parts.append("Loss of each router minus that of another, paired by text, nats a token:")
+        parts.append(
+            "Loss of each router minus that of another, nats a token, paired by text, and by seed "
+            "where rules were drawn. The verdict is that of the 95 % interval, difference ± "
+            "margin. Of two controls the harder one is the one to beat:"
+        )
         parts.append(_plain(pairs))
     if len(between):
         parts.append("One layer swapped: tokens that lie between clusters (spanning), the others:")
@@ -168,7 +174,7 @@ def _paired(comparison: "Comparison", table: "pd.DataFrame", against: str | None
         beside = [paired(comparison, router, other) for router in named]
         rows = [{**each._asdict(), "verdict": each.verdict} for each in beside]
         found = pd.concat([found, pd.DataFrame(rows)], ignore_index=True)
-    return found.drop(columns="control")
+    return found
 
 
 def _failed(comparison: "Comparison", names: list[str] | None) -> list[dict[str, Any]]:
@@ -188,7 +194,7 @@ def as_text(table: "pd.DataFrame") -> str:
     whole["layer"] = whole["layer"].astype("string").fillna("all")
     # seeds and shares of heads or blocks only where there are some
     seed, parts = ([n] if whole[n].notna().any() else [] for n in ("seed", "parts_share"))
-    return _plain(whole[[*SHOWN[:4], *seed, *SHOWN[4:7], *parts, *SHOWN[7:]]])
+    return _plain(whole[[*SHOWN[:4], *seed, *SHOWN[4:8], *parts, *SHOWN[8:]]])
 
 
 def _plain(table: "pd.DataFrame") -> str:

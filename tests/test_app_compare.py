@@ -183,7 +183,10 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     (replayed,) = [one.value for one in app.dataframe if "law" in one.value.columns]
     assert replayed["router"].tolist() == ["top_k(k=1)"] and replayed["law"].tolist() == [0.25]
     said = " ".join(markdown.value for markdown in app.markdown)
-    assert "better than chance by more than two standard errors" in said
+    assert "as much on average, the harder control: this router's loss minus chance's -1.9" in said
+    assert "3 texts: ± 0.0000): **better than chance**" in said
+    assert table.set_index("router").loc["top_k(k=1)", "harder"] == "on average"
+    assert table.set_index("router").loc["top_k(k=1)", "equal_compute"] == 2.0
     assert "12.5% of the recorded tokens lie between clusters" in said
     assert "gives 2.0000 nats a token in place of 3.0000" in said
     assert "best for 25.0% of the tokens (chance: 0.8%)" in said

@@ -183,6 +183,14 @@ def test_files_of_older_formats_are_read(tmp_path):
     path = tmp_path / "r.0123abcd.comparison"
     write_comparison(path, some_rows())
     with duckdb.connect(str(path)) as connection:
+        for column in ("loss_margin", "loss_se_domain"):
+            connection.execute(f"ALTER TABLE results DROP {column}")
+        for column in ("head_flops_share", "expert_flops_share"):
+            connection.execute(f"ALTER TABLE comparison DROP {column}")
+        connection.execute("UPDATE comparison SET format_version = 4")
+    with open_comparison(path) as comparison:
+        assert comparison.table["loss_margin"].isna().all()
+    with duckdb.connect(str(path)) as connection:
         connection.execute("ALTER TABLE texts DROP mode")
         connection.execute("UPDATE comparison SET format_version = 3")
     with open_comparison(path) as comparison:
@@ -295,8 +303,9 @@ def test_routers_are_paired_by_text(tmp_path):
         # means over seeds 1.1 and 2.2: differences -0.9 and +0.2, of 10 and 30 tokens
         change = (-0.9 * 10 + 0.2 * 30) / 40
         assert found.difference == pytest.approx(change)
-        apart = [10 * (-0.9 - change), 30 * (0.2 - change)]
-        assert found.standard_error == pytest.approx((2 * sum(a * a for a in apart)) ** 0.5 / 40)
+        # of two texts: (p^2 + q^2) (a - b)^2 / 2, the variance of p a + q b by an unbiased one
+        assert found.standard_error == pytest.approx(((0.25**2 + 0.75**2) * 1.1**2 / 2) ** 0.5)
+        assert found.texts == 2
         # losses of the seeds: 70 / 40 and 84 / 40
         assert found.spread == pytest.approx((84 - 70) / 40 / 2**0.5) and found.seeds == 2
         assert found.verdict == "not told apart"

@@ -16,6 +16,7 @@ Key = tuple[int, int]  # layer, site
 ControlKind = Literal["equal_compute", "matched_per_layer"]
 # differences below are rounding of a share over tokens
 SAME = 1e-3
+NATIVE = "native"
 
 
 class Control(NamedTuple):
@@ -44,7 +45,10 @@ def controls_of(
     *,
     only: Key | None = None,
 ) -> list[Control]:
-    """Return the controls of a router, none where it computes as much as the model itself.
+    """Return the controls of a router, none where every token gets as much as in the model.
+
+    A rule that gives all tokens as many experts as the model does stands beside router ``random``;
+    one whose tokens differ has controls of its own, whatever its mean is.
 
     Parameters
     ----------
@@ -58,7 +62,7 @@ def controls_of(
     only : (layer, site), optional
         The one that was swapped. Both kinds are the same there, so that one of them is enough.
     """
-    if fitted.router.info.family == "control":
+    if fitted.router.info.family == "control" or fitted.router.info.name == NATIVE:
         return []
     if fitted.part == "expert":
         native = lab.native.experts
@@ -90,11 +94,11 @@ def _of_experts(
     the same control once more.
     """
     sums = outcome.sums
-    if all(abs(outcome.experts[key] - native[key]) < SAME for key in native):
-        return {}
     mean = sum(outcome.experts[key] for key in native) / len(native)
-    constant = {tuple(np.flatnonzero(one.counts).tolist()) for one in sums.values()}
+    constant = {tuple(np.flatnonzero(sums[key].counts).tolist()) for key in native}
     fixed = len(constant) == 1 and len(next(iter(constant))) == 1
+    if fixed and all(abs(outcome.experts[key] - native[key]) < SAME for key in native):
+        return {}
     equal: Any = {
         "experts_per_token": round(mean) if fixed else mean,
         "choose": "random" if fixed else "best",

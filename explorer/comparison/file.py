@@ -232,7 +232,10 @@ def _insert(
     if unknown:
         raise ComparisonError(f"Table {name} has no column {unknown[0]}.")
     columns = [column for column in TABLES[name] if any(column in record for record in records)]
-    arrays = [pa.array([record.get(column) for record in records]) for column in columns]
+    # what is not known is NULL, never nan
+    arrays = [
+        pa.array([record.get(column) for record in records], from_pandas=True) for column in columns
+    ]
     listed = ", ".join(f'"{column}"' for column in columns)
     connection.register("incoming", pa.table(arrays, names=columns))
     connection.execute(f"INSERT INTO {name} ({listed}) SELECT {listed} FROM incoming")

@@ -45,7 +45,10 @@ class SiteSums:
     experts : array [N]
         Assignments.
     measures : dict of str to array [N]
-        By the names in ``MEASURES``.
+        By the names in ``MEASURES``, of the tokens for which they are defined.
+    defined : dict of str to array [N]
+        How many tokens those are: a token without an expert has no
+        weights to overlap, one without scores no entropy.
     counts : array [K + 1], int64
         Tokens with 0, 1, 2, ... experts.
     """
@@ -54,11 +57,21 @@ class SiteSums:
     experts: Floats
     measures: dict[str, Floats]
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    defined: dict[str, Floats] = field(default_factory=dict)
 
-    def mean(self, name: str) -> float:
-        """Return a measure's mean over tokens, nan where it was not measured."""
-        values = self.measures.get(name)
-        return float("nan") if values is None else float(values.sum() / self.tokens.sum())
+    def mean(self, name: str, here: Any = slice(None)) -> float:
+        """Return a measure's mean over the tokens that have it, nan where none has.
+
+        Parameters
+        ----------
+        name : str
+        here : array of bool [N], optional
+            Sequences that count.
+        """
+        if name not in self.measures:
+            return float("nan")
+        tokens = float(self.defined[name][here].sum())
+        return float(self.measures[name][here].sum()) / tokens if tokens else float("nan")
 
 
 class Watcher:
@@ -129,8 +142,10 @@ class Watcher:
         return SiteSums(zeros, zeros.copy(), {})
 
     def _sum(self, sums: SiteSums, name: str, sequences: Any, values: Any) -> None:
-        total = sums.measures.setdefault(name, np.zeros(self.n_sequences))
-        total += np.bincount(sequences, np.nan_to_num(values), minlength=self.n_sequences)
+        known = ~np.isnan(values)
+        for sums_of, weights in ((sums.measures, values[known]), (sums.defined, None)):
+            total = sums_of.setdefault(name, np.zeros(self.n_sequences))
+            total += np.bincount(sequences[known], weights, minlength=self.n_sequences)
 
     def _add(self, sums: SiteSums, found: Chosen, native: Chosen | None) -> None:
         filled = (found.expert_ids >= 0).sum(axis=1)
@@ -198,11 +213,28 @@ class Spy:
         return answer
 
 
+def mean_of_known(values: Sequence[float | None]) -> float:
+    """Return the mean of what is known, nan of nothing: a layer without a choice has no balance."""
+    known = [value for value in values if value is not None and value == value]
+    return float(np.mean(known)) if known else float("nan")
+
+
 def entropy_of(scores: torch.Tensor) -> Floats:
-    """Return the entropy of scores [T, E] as shares of their sum, nats."""
+    """Return the entropy of scores [T, E] as shares of their sum, nats; nan without any score."""
+    return np.asarray(entropy_of_shares(shares_of(scores)).cpu().numpy(), dtype=np.float64)
+
+
+def shares_of(scores: torch.Tensor) -> torch.Tensor:
+    """Return scores [T, E] as shares of their sum, none below 0; nan for tokens without any."""
     positive = scores.detach().float().clamp_min(0)
-    share = positive / positive.sum(-1, keepdim=True).clamp_min(1e-20)
-    return np.asarray(torch.special.entr(share).sum(-1).cpu().numpy(), dtype=np.float64)
+    total = positive.sum(-1, keepdim=True)
+    return positive / total.where(total > 0, torch.nan)
+
+
+def entropy_of_shares(shares: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of shares [T, E], [T], nats."""
+    entropy: torch.Tensor = torch.special.entr(shares).sum(-1)
+    return entropy
 
 
 def _sorted(choice: Choice, sequences: npt.NDArray[np.int64], inputs: RouteInputs) -> Chosen:

@@ -1,15 +1,28 @@
-"""Two routers of one comparison, paired text by text; needs no torch."""
+"""Two routers of one comparison, paired text by text and seed by seed; needs no torch."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from capture.losses import SequenceLosses, loss_change
+from capture.losses import (
+    LossChange,
+    SequenceLosses,
+    critical,
+    loss_change,
+    ratio_variance,
+)
 from explorer.comparison.file import Comparison
 from explorer.errors import ComparisonError
 
-CLEAR = 2.0  # standard errors
+UNCLEAR = "not told apart"
+# the router that rules stand beside which give each token as many experts as the model
+CHANCE = "random"
+SAME = 1e-3  # experts a token: differences below are rounding
+# kinds of controls, and what people call them
+CONTROLS = {"equal_compute": "on average", "matched_per_layer": "layer by layer"}
 
 
 class Paired(NamedTuple):
@@ -22,12 +35,22 @@ class Paired(NamedTuple):
         Loss of ``router`` minus loss of ``other``, means over their seeds; below 0 ``router`` is
         better.
     standard_error : float, nats a token
-        Of the differences between texts, see :func:`capture.losses.loss_change`. That of chance
-        between seeds is not in it: ``spread`` shows it.
+        Of the differences between texts, see :func:`capture.losses.loss_change`.
     spread : float, nats a token
         Standard deviation of ``router``'s loss over its seeds; nan for fewer than two.
     seeds : int
         Of ``router``.
+    texts : int
+        How many there are; 0 = unknown, and then nothing is told apart.
+    domain_error : float, nats a token
+        Standard error if texts of one domain count as one; nan for a single domain.
+    seed_error : float, nats a token
+        Standard error of the differences between seeds; nan where no rule was drawn twice.
+    margin : float, nats a token
+        Half of the 95 % interval of the difference, of texts and seeds; nan = from
+        ``standard_error`` and ``texts`` alone, as for texts of one length.
+    steady : bool
+        Whether the difference has one sign in all seeds.
     """
 
     router: str
@@ -36,13 +59,43 @@ class Paired(NamedTuple):
     standard_error: float
     spread: float
     seeds: int
+    texts: int = 0
+    domain_error: float = math.nan
+    seed_error: float = math.nan
+    margin: float = math.nan
+    steady: bool = True
 
     @property
     def verdict(self) -> str:
-        """Return "better" or "worse" beyond two standard errors, else "not told apart"."""
-        if not abs(self.difference) > CLEAR * self.standard_error:
-            return "not told apart"
+        """Return "better" or "worse" where the 95 % interval leaves out 0, else "not told apart".
+
+        The interval is Student's t over texts, and over seeds where rules were drawn with several;
+        a difference that changes its sign from seed to seed is not told apart.
+        """
+        margin = self.margin
+        if math.isnan(margin):
+            margin = critical(self.texts - 1) * self.standard_error
+        if not (self.steady and abs(self.difference) > margin):
+            return UNCLEAR
         return "better" if self.difference < 0 else "worse"
+
+
+class _Losses(NamedTuple):
+    """A router's losses of all texts.
+
+    Attributes
+    ----------
+    by_seed : dict of seed to SequenceLosses
+    domains : list of str
+    """
+
+    by_seed: dict[int | None, SequenceLosses]
+    domains: list[str]
+
+    @property
+    def mean(self) -> SequenceLosses:
+        losses = list(self.by_seed.values())
+        return SequenceLosses(np.mean([each.sums for each in losses], axis=0), losses[0].tokens)
 
 
 def paired(comparison: Comparison, router: str, other: str) -> Paired:
@@ -58,12 +111,72 @@ def paired(comparison: Comparison, router: str, other: str) -> Paired:
     ------
     ComparisonError
         If one of them has no live row.
+
+    Notes
+    -----
+    The variance of the difference has a part of texts and a part of seeds; what both count, the
+    chance of one text with one seed, is taken off once, and the whole is at least the larger of
+    the two (two-way clustering: Cameron, Gelbach & Miller 2011). Its degrees of freedom are
+    Welch's, and its interval is at least that of the seeds and that of the texts: two seeds that
+    agree by chance prove little. With one seed only the variance of the texts is known, and the
+    verdict is about that draw.
     """
     mine, his = (_losses(comparison, name) for name in (router, other))
-    change = loss_change(_mean(his), _mean(mine))
-    means = [losses.mean for losses in mine]
-    spread = float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
-    return Paired(router, other, change.change, change.standard_error, spread, len(means))
+    change = loss_change(his.mean, mine.mean)
+    by_domain = loss_change(his.mean.by(his.domains), mine.mean.by(mine.domains))
+    means = [losses.mean for losses in mine.by_seed.values()]
+    drawn = _drawn(mine, his)
+    seed_error, margin = _with_seeds(change, drawn)
+    signs = {np.sign(row @ change.tokens) for matrix in drawn for row in matrix} - {0.0}
+    return Paired(
+        router,
+        other,
+        change.change,
+        change.standard_error,
+        float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
+        len(means),
+        len(change.tokens),
+        by_domain.standard_error,
+        seed_error,
+        margin,
+        len(signs) < 2,
+    )
+
+
+def _drawn(mine: _Losses, his: _Losses) -> list[npt.NDArray[np.float64]]:
+    """Return differences [seeds, texts] for each source of chance; none with one draw of each."""
+    a, b = mine.by_seed, his.by_seed
+    if len(a) > 1 and a.keys() == b.keys():
+        # a control is drawn with the seed of the router that it stands beside
+        return [np.array([a[seed].per_token - b[seed].per_token for seed in a])]
+    found = []
+    if len(a) > 1:
+        found.append(np.array([one.per_token - his.mean.per_token for one in a.values()]))
+    if len(b) > 1:
+        found.append(np.array([mine.mean.per_token - one.per_token for one in b.values()]))
+    return found
+
+
+def _with_seeds(change: LossChange, drawn: list[npt.NDArray[np.float64]]) -> tuple[float, float]:
+    """Return the standard error between seeds, and half of the interval of texts and seeds."""
+    if not drawn:
+        return math.nan, change.margin
+    shares = change.tokens / change.tokens.sum()
+    of_texts = change.standard_error**2
+    of_seeds, both = [], 0.0
+    for matrix in drawn:  # [S, N]
+        n = len(matrix)
+        means = matrix @ shares
+        of_seeds.append((float(means.var(ddof=1)) / n, n - 1))
+        rest = matrix - means[:, None] - matrix.mean(axis=0) + means.mean()
+        both += ratio_variance(rest, change.tokens) / (n * (n - 1))
+    seeds = sum(variance for variance, _ in of_seeds)
+    parts = [*of_seeds, (of_texts, change.degrees)]
+    spread = sum(variance**2 / degrees for variance, degrees in parts if degrees)
+    degrees = (of_texts + seeds) ** 2 / spread if spread else math.inf
+    whole = max(of_texts, seeds, of_texts + seeds - both)
+    alone = [critical(n) * math.sqrt(variance) for variance, n in parts]
+    return math.sqrt(seeds), max(critical(degrees) * math.sqrt(whole), *alone)
 
 
 def against_controls(comparison: Comparison, router: str | None = None) -> pd.DataFrame:
@@ -72,24 +185,70 @@ def against_controls(comparison: Comparison, router: str | None = None) -> pd.Da
     Returns
     -------
     DataFrame
-        ``control`` ("equal_compute", "matched_per_layer"), the fields of :class:`Paired` and
-        ``verdict``; a row per router and control.
+        ``control`` ("equal_compute", "matched_per_layer"), the fields of :class:`Paired`,
+        ``verdict``, and ``harder``: whether this control loses least, so that it is the one to
+        beat; a row per router and control.
     """
-    live = comparison.table.query("mode == 'live'")
-    if router is not None:
-        live = live[live["control_of"] == router]
-    pairs = live[["control_of", "control", "router"]].dropna().drop_duplicates()
+    live = with_controls(comparison.table.query("mode == 'live' and layer.isna()"))
+    of_its_own = live[["control_of", "control", "router"]].dropna().drop_duplicates()
+    known = list(of_its_own.itertuples(index=False, name=None))
+    shared = live[live["equal_compute"].notna() & ~live["router"].isin(of_its_own["control_of"])]
+    known += [(name, "equal_compute", CHANCE) for name in shared["router"].unique()]
     rows = []
-    for of, control, label in pairs.itertuples(index=False):
-        found = paired(comparison, of, label)
-        rows.append({"control": control, **found._asdict(), "verdict": found.verdict})
-    return pd.DataFrame(rows, columns=["control", *Paired._fields, "verdict"])
+    for of, control, label in known:
+        if router in (None, of):
+            found = paired(comparison, of, label)
+            rows.append({"control": control, **found._asdict(), "verdict": found.verdict})
+    table = pd.DataFrame(rows, columns=["control", *Paired._fields, "verdict"])
+    # the larger difference is that to the control with the smaller loss
+    hardest = table.groupby("router")["difference"].transform("max")
+    return table.assign(harder=table["difference"] == hardest)
 
 
-def _losses(comparison: Comparison, router: str) -> list[SequenceLosses]:
+def with_controls(table: pd.DataFrame) -> pd.DataFrame:
+    """Add to rows of table ``results`` what chance loses in the same place at the same compute.
+
+    Returns
+    -------
+    DataFrame
+        The rows in their order, with ``equal_compute`` and ``matched_per_layer``, the change in
+        loss of these controls, nats a token, nan where there is none, and ``harder``, the one of
+        them that loses less, ``""`` without any. A rule that gives every token as many experts as
+        the model has no control of its own: router ``random`` is its ``equal_compute``.
+    """
+    place = ["mode", "layer", "site"]
+    chance = table[table["router"] == CHANCE].groupby(place, dropna=False, as_index=False)
+    of_chance = chance[["loss_change", "experts_per_token"]].mean()
+    for kind in CONTROLS:
+        own = table[table["control"] == kind]
+        own = own.assign(router=own["control_of"], **{kind: own["loss_change"]})
+        where = [*place, "router", "seed"]
+        table = table.merge(own[[*where, kind]].drop_duplicates(where), on=where, how="left")
+        # a router that draws nothing may stand beside a control that was drawn with some seed
+        means = own.groupby(where[:-1], dropna=False, as_index=False)[[kind]].mean()
+        drawn = table[where[:-1]].merge(means, on=where[:-1], how="left")[kind]
+        table[kind] = table[kind].fillna(drawn)
+    table = table.merge(of_chance, on=place, how="left", suffixes=("", "_by_chance"))
+    alone = table[list(CONTROLS)].isna().all(axis=1) & (table["part"].fillna("expert") == "expert")
+    alone &= (table["family"] != "control") & (table["router"] != "native")
+    alone &= (table["experts_per_token"] - table["experts_per_token_by_chance"]).abs() < SAME
+    equal = table["equal_compute"].where(~alone, table["loss_change_by_chance"])
+    table = table.drop(columns=["loss_change_by_chance", "experts_per_token_by_chance"])
+    table["equal_compute"] = equal
+    found = table[list(CONTROLS)].astype(float)
+    return table.assign(
+        harder=found.fillna(np.inf).idxmin(axis=1).where(found.notna().any(axis=1), "")
+    )
+
+
+def _seed(value: object) -> int | None:
+    return None if pd.isna(value) else int(str(value))
+
+
+def _losses(comparison: Comparison, router: str) -> _Losses:
     """Return a router's losses of all texts, seed by seed."""
     rows = comparison.query(
-        "SELECT seed, sequence, tokens, loss FROM sequences "
+        "SELECT seed, sequence, tokens, loss, domain FROM sequences "
         "WHERE router = ? AND mode = 'live' AND layer IS NULL ORDER BY seed, sequence",
         [router],
     )
@@ -99,12 +258,10 @@ def _losses(comparison: Comparison, router: str) -> list[SequenceLosses]:
             f"Expected a router with a live row, got {router!r}. There are: "
             f"{', '.join(sorted(names['router'])) or 'none; compare with --live'}."
         )
-    found = []
-    for _, group in rows.groupby("seed", dropna=False):
+    found: dict[int | None, SequenceLosses] = {}
+    for seed, group in rows.groupby("seed", dropna=False):
         tokens = group["tokens"].to_numpy(dtype=np.int64)
-        found.append(SequenceLosses(group["loss"].to_numpy(dtype=np.float64) * tokens, tokens))
-    return found
-
-
-def _mean(losses: list[SequenceLosses]) -> SequenceLosses:
-    return SequenceLosses(np.mean([each.sums for each in losses], axis=0), losses[0].tokens)
+        sums = group["loss"].to_numpy(dtype=np.float64) * tokens
+        found[_seed(seed)] = SequenceLosses(sums, tokens)
+        domains = group["domain"].astype(str).tolist()
+    return _Losses(found, domains)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from explorer.comparison.measure import entropy_of_shares, mean_of_known, shares_of
 from explorer.comparison.texts import SHARED_TOKENS
 from explorer.errors import RouterError
 from explorer.metrics import agreement as agree
@@ -83,33 +84,26 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, floa
     """Return scores' mean Jensen-Shannon divergence and the found ones' mean entropy, nats.
 
     As :func:`explorer.metrics.agreement.jensen_shannon`, in one pass over the scores: the
-    divergence is the entropy of the mean less the mean of the entropies.
+    divergence is the entropy of the mean less the mean of the entropies. Means are of the tokens
+    that have scores; nan where none has.
     """
-    total = torch.zeros(2, dtype=torch.float64)
+    total, tokens = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(found), CHUNK):
         rows = slice(start, start + CHUNK)
-        p, q = _shares(expected[rows]), _shares(found[rows])
-        own = _entropy(q)
-        js = _entropy((p + q) / 2) - (_entropy(p) + own) / 2
-        total += torch.stack([js.clamp_min(0).double().sum(), own.double().sum()])
-    js_mean, entropy = (total / max(1, len(found))).tolist()
+        p, q = shares_of(expected[rows]), shares_of(found[rows])
+        own = entropy_of_shares(q)
+        js = entropy_of_shares((p + q) / 2) - (entropy_of_shares(p) + own) / 2
+        values = torch.stack([js.clamp_min(0), own]).double()
+        total += values.nansum(-1)
+        tokens += (~values.isnan()).sum(-1)
+    js_mean, entropy = (total / tokens).tolist()
     return js_mean, entropy
-
-
-def _shares(scores: torch.Tensor) -> torch.Tensor:
-    positive = scores.float().clamp_min(0)
-    return positive / positive.sum(-1, keepdim=True).clamp_min(1e-20)
-
-
-def _entropy(shares: torch.Tensor) -> torch.Tensor:
-    entropy: torch.Tensor = torch.special.entr(shares).sum(-1)
-    return entropy
 
 
 def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the row of all layers: means of the layers' numbers."""
     names = (*_MEANS, "spanning_rate") if "spanning_rate" in rows[0] else _MEANS
-    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
+    means = {name: mean_of_known([row[name] for row in rows]) for name in names}
     return {**rows[0], **means, "layer": None, "site": None}
 
 

@@ -11,7 +11,7 @@ from capture.losses import SequenceLosses, loss_change
 from explorer.comparison.badges import Badges
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.lab import Lab, Outcome
-from explorer.comparison.measure import Chosen
+from explorer.comparison.measure import Chosen, mean_of_known
 from explorer.comparison.tables import Rows
 from explorer.comparison.texts import SHARED_TOKENS
 from explorer.metrics.load import (
@@ -91,7 +91,7 @@ def live_rows(
     whole = _row(lab, subject, outcome, "live", None)
     layers = [_layer_row(whole, key, outcome) for key in sorted(outcome.sums or outcome.load)]
     for name in _MEANS:
-        whole[name] = _mean([row.get(name) for row in layers])
+        whole[name] = mean_of_known([row.get(name) for row in layers])
     whole |= _measured(timed, counted)
     rows["results"] += [whole, *layers]
     rows["domains"] += _domains(lab, subject, outcome)
@@ -137,14 +137,17 @@ def _row(
     lab: Lab, subject: Subject, outcome: Outcome, mode: str, key: Key | None
 ) -> dict[str, Any]:
     fitted = subject.fitted
-    change = loss_change(lab.native.per_sequence, outcome.per_sequence)
+    pair = lab.native.per_sequence, outcome.per_sequence
+    change = loss_change(*pair)
+    # texts of a domain may be alike; a rule judged on one kind of text is judged on few
+    by_domain = loss_change(*(losses.by(lab.report.domains) for losses in pair))
     only = None if key is None else [key]
     cost, native = lab.cost(outcome, fitted, only), lab.cost(lab.native, None)
     shares = list(outcome.shares.values())
     parts: dict[str, Any] = {}
     if shares:
         columns = next((g.shape[-1] for g in outcome.gates.values()), 1)
-        parts = {"parts_per_token": sum(shares) * columns, "parts_share": _mean(shares)}
+        parts = {"parts_per_token": sum(shares) * columns, "parts_share": mean_of_known(shares)}
     return {
         **subject.unit,
         "mode": mode,
@@ -158,6 +161,8 @@ def _row(
         "loss": outcome.per_sequence.mean,
         "loss_change": change.change,
         "loss_se": change.standard_error,
+        "loss_margin": change.margin,
+        "loss_se_domain": by_domain.standard_error,
         "perplexity_ratio": change.perplexity_ratio,
         "experts_per_token": float(np.mean(list(outcome.experts.values()))),
         **parts,
@@ -213,12 +218,6 @@ def _site(outcome: Outcome, key: Key) -> dict[str, Any]:
     }
 
 
-def _mean(values: Sequence[Any]) -> float | None:
-    """Return the mean of what is known: a layer without a choice has no balance."""
-    known = [value for value in values if value is not None and value == value]
-    return float(np.mean(known)) if known else None
-
-
 def _domains(lab: Lab, subject: Subject, outcome: Outcome) -> list[dict[str, Any]]:
     domains = np.array(lab.report.domains)
     native, found = lab.native.per_sequence, outcome.per_sequence
@@ -231,7 +230,6 @@ def _domains(lab: Lab, subject: Subject, outcome: Outcome) -> list[dict[str, Any
         )
         tokens = sum(len(s) for s, is_in in zip(lab.report.sequences, here, strict=True) if is_in)
         sums = list(outcome.sums.values())
-        agreed = [s.measures["agreement"][here].sum() for s in sums if "agreement" in s.measures]
         experts = [s.experts[here].sum() for s in sums]
         rows.append(
             {
@@ -241,7 +239,7 @@ def _domains(lab: Lab, subject: Subject, outcome: Outcome) -> list[dict[str, Any
                 "loss_change": change.change,
                 "loss_se": change.standard_error,
                 "experts_per_token": float(np.mean(experts)) / tokens if experts else None,
-                "agreement": float(np.mean(agreed)) / tokens if agreed else None,
+                "agreement": mean_of_known([one.mean("agreement", here) for one in sums]),
                 "tokens": tokens,
                 "sequences": int(here.sum()),
             }

@@ -290,6 +290,7 @@ class Session:
     def _describe(self, lab: Lab) -> None:
         """Keep what the comparison says of model and texts, and the unchanged model's choices."""
         info, fit = lab.sites[0].info, lab.data.texts
+        whole = lab.cost(lab.native, None)
         parameter = next(iter(lab.model.parameters()))
         self._facts = {
             "architecture": type(lab.model).__name__,
@@ -305,6 +306,8 @@ class Session:
             "report_sequences": len(lab.report.sequences),
             "report_tokens": lab.report.n_tokens,
             "native_loss": lab.native.per_sequence.mean,
+            "head_flops_share": lab.flops.head / whole.flops,
+            "expert_flops_share": whole.expert_flops / whole.flops,
         }
         if not any(row["mode"] == "live" for row in self.rows["texts"]):
             self.rows["texts"] += text_rows(lab)

@@ -4,10 +4,17 @@ from typing import Any
 
 Rows = dict[str, list[dict[str, Any]]]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # what older files lack, by the first format that has it: columns, which read as NULL, and tables,
 # which read as empty
-COLUMNS_SINCE: dict[tuple[str, str], int] = {("results", "spanning_rate"): 2, ("texts", "mode"): 4}
+COLUMNS_SINCE: dict[tuple[str, str], int] = {
+    ("results", "spanning_rate"): 2,
+    ("texts", "mode"): 4,
+    ("results", "loss_margin"): 5,
+    ("results", "loss_se_domain"): 5,
+    ("comparison", "head_flops_share"): 5,
+    ("comparison", "expert_flops_share"): 5,
+}
 TABLES_SINCE = {"oracle": 2, "spanning": 3, "gate_values": 3}
 
 # of one router, seed and mode; a result is computed again when its fingerprint changes
@@ -47,6 +54,8 @@ TABLES: dict[str, dict[str, str]] = {
         "settings": "VARCHAR",
         "packages": "VARCHAR",
         "complete": "BOOLEAN",
+        "head_flops_share": "DOUBLE",
+        "expert_flops_share": "DOUBLE",
     },
     "routers": {
         "router": "VARCHAR",
@@ -105,6 +114,8 @@ TABLES: dict[str, dict[str, str]] = {
         "fit_seconds": "DOUBLE",
         "seconds": "DOUBLE",
         "spanning_rate": "DOUBLE",
+        "loss_margin": "DOUBLE",
+        "loss_se_domain": "DOUBLE",
     },
     "domains": {
         **UNIT,

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from explorer.comparison.paired import CONTROLS
 from explorer.figures import theme
 from explorer.figures.text import label
 from explorer.registry import Registry
@@ -130,7 +131,7 @@ def front(
                 x=rows[cost].to_numpy(dtype=np.float64),
                 y=rows["loss_change"].to_numpy(dtype=np.float64),
                 error_y={
-                    "array": 2 * rows["loss_se"].to_numpy(dtype=np.float64),
+                    "array": _margin(rows).to_numpy(dtype=np.float64),
                     "thickness": 1.2,
                     "width": 3,
                 },
@@ -176,8 +177,8 @@ def front(
     return theme.finish(
         figure,
         title="What routers cost and what they save",
-        caption=f"n = {tokens:,} held-out tokens; bars: ± 2 standard errors of the paired "
-        f"difference; the model's own loss is {native_loss:.3f}"
+        caption=f"n = {tokens:,} held-out tokens; bars: 95 % interval of the paired "
+        f"difference over texts; the model's own loss is {native_loss:.3f}"
         + (
             f"; {above} {'point lies' if above == 1 else 'points lie'} above: double-click to see "
             "all"
@@ -192,11 +193,17 @@ def front(
 
 def _extent(rows: pd.DataFrame) -> tuple[float, float]:
     """Return the range of the losses, with room for bars and names; chance would squeeze it."""
-    error = 2 * rows["loss_se"].fillna(0.0)
+    error = _margin(rows).fillna(0.0)
     low = min(0.0, float((rows["loss_change"] - error).min()))
     high = max(0.0, float((rows["loss_change"] + error).max()))
     room = 0.08 * max(high - low, 1e-3)
     return low - room, high + 2 * room
+
+
+def _margin(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Return half of the 95 % interval; files of older formats hold the standard error only."""
+    twice = 2 * rows["loss_se"].astype(float)
+    return rows["loss_margin"].astype(float).fillna(twice) if "loss_margin" in rows else twice
 
 
 def pareto(results: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -222,6 +229,9 @@ def _hover(row: "pd.Series[object]") -> str:
         f"agreement {_number(row['agreement'], '.3f')}, MaxVio "
         f"{_number(row['max_violation'], '.2f')}",
     ]
+    kind = row.get("harder")
+    if isinstance(kind, str) and kind:
+        lines.append(f"harder control (chance, {CONTROLS[kind]}) {_number(row[kind], '+.4f')}")
     if isinstance(row["control_of"], str):
         kind = str(row["control"]).replace("_", " ")
         lines.append(f"control, {kind} of {label(row['control_of'], limit=60)}")

@@ -1,9 +1,11 @@
 """Figures of conditions: the 2 x 2 of weights and routing, and where routing flips."""
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
+from capture.losses import critical
 from explorer.figures import theme
 from explorer.figures.text import label
 
@@ -35,7 +37,7 @@ def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> 
             go.Scatter(
                 x=rows["loss_change"].to_numpy(dtype=np.float64),
                 y=[names.index(one) for one in rows["condition"]],
-                error_x={"array": 2 * rows["loss_se"].to_numpy(dtype=np.float64), "width": 3},
+                error_x={"array": _margins(rows), "width": 3},
                 mode="markers",
                 marker={"color": theme.hue(color, dark), "symbol": symbol, "size": 9},
                 name=name,
@@ -52,12 +54,18 @@ def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> 
     return theme.finish(
         figure,
         title="What conditions cost, and how much of it is routing",
-        caption=f"n = {tokens:,} held-out tokens; bars: ± 2 standard errors of the paired "
-        "difference",
+        caption=f"n = {tokens:,} held-out tokens; bars: 95 % interval of the paired "
+        "difference over texts",
         dark=dark,
         height=150 + 26 * max(4, len(names)),
         legend=True,
     )
+
+
+def _margins(rows: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """Return half of the 95 % intervals: Student's t over as many texts as there are."""
+    degrees = rows["sequences"].fillna(0) - 1
+    return np.asarray(degrees.map(critical) * rows["loss_se"], dtype=np.float64)
 
 
 def flips_over_layers(flips: pd.DataFrame, *, dark: bool = False) -> go.Figure:

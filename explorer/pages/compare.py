@@ -8,6 +8,7 @@ import streamlit as st
 
 from explorer import service
 from explorer.comparison.file import Comparison, comparisons_of, open_comparison
+from explorer.comparison.paired import CONTROLS, with_controls
 from explorer.errors import ComparisonError
 from explorer.figures.comparison import (
     AXES,
@@ -34,6 +35,10 @@ _COLUMNS = {
     "family": "Family",
     "loss_change": "Δ loss (nats)",
     "loss_se": "± SE",
+    "loss_se_domain": "± SE by domain",
+    "equal_compute": "Chance, on average",
+    "matched_per_layer": "Chance, layer by layer",
+    "harder": "Harder control",
     "experts_per_token": "Experts a token",
     "parts_share": "Heads or blocks ×",
     "flops_ratio": "FLOPs ×",
@@ -42,11 +47,13 @@ _COLUMNS = {
     "bytes_ratio": "Bytes ×",
     "energy_ratio": "Energy proxy ×",
     "agreement": "Agreement",
+    "jaccard": "Jaccard",
     "max_violation": "MaxVio",
     "max_violation_floor": "MaxVio by chance",
     "badges": "Badges",
     "seed": "Seed",
 }
+_WORDS = ("router", "family", "harder", "badges", "seed")
 _AXIS_LABELS = {
     "flops_ratio": "FLOPs",
     "expert_flops_ratio": "Expert FLOPs",
@@ -106,7 +113,7 @@ def _opened(path: str, changed: int) -> Comparison:
 def _show(view: View, comparison: Comparison) -> None:
     info = comparison.info
     table = comparison.table
-    live = table[(table["mode"] == "live") & table["layer"].isna()].reset_index(drop=True)
+    live = with_controls(table[(table["mode"] == "live") & table["layer"].isna()])
     if not info["complete"]:
         st.caption("Not all routers that were asked for are in this file yet.")
     st.caption(_provenance(info))
@@ -120,6 +127,7 @@ def _show(view: View, comparison: Comparison) -> None:
         shown = _filtered(live)
         _front(shown, info)
         _table(shown)
+        st.caption(_reach(info))
         router_card(comparison, live)
         layers_and_domains(comparison, table, set(shown["router"]), info)
         _learning(comparison)
@@ -141,6 +149,25 @@ def _provenance(info: dict[str, Any]) -> str:
         address.plain(str(info["created_at"])[:16].replace("T", " ")),
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _reach(info: dict[str, Any]) -> str:
+    """Return what the numbers can and cannot show."""
+    parts = []
+    head, experts = info["head_flops_share"], info["expert_flops_share"]
+    if head is not None and experts is not None:
+        parts.append(
+            f"Of all operations of the unchanged model {head:.0%} are its output layer's and "
+            f"{experts:.0%} its experts', so that FLOPs × cannot fall below {1 - experts:.2f} "
+            "by leaving experts out."
+        )
+    if info["n_experts"]:
+        parts.append(
+            f"One checkpoint with {info['n_experts']} experts in a layer can show how a rule "
+            "works and whether it beats chance here; it cannot show which rule is best in models "
+            "with more experts, of other sizes, or trained with the rule."
+        )
+    return " ".join(parts)
 
 
 def _failed(comparison: Comparison) -> None:
@@ -220,13 +247,14 @@ def _table(shown: pd.DataFrame) -> None:
     frame = shown.assign(
         badges=[", ".join(badges(row)) for _, row in shown.iterrows()],
         family=[family_name(family) for family in shown["family"]],
+        harder=shown["harder"].map(CONTROLS),
     )[list(_COLUMNS)]
     columns: dict[str, Any] = {
         name: st.column_config.NumberColumn(title, format=_format(name))
         for name, title in _COLUMNS.items()
-        if name not in ("router", "family", "badges", "seed")
+        if name not in _WORDS
     }
-    columns |= {name: _COLUMNS[name] for name in ("router", "family", "badges", "seed")}
+    columns |= {name: _COLUMNS[name] for name in _WORDS}
 
     def go_to() -> None:
         rows = st.session_state["routers"]["selection"]["rows"]
@@ -249,13 +277,19 @@ def _table(shown: pd.DataFrame) -> None:
         st.caption(f":material/warning: **{badge}**: {_BADGE_TEXTS[badge]}.")
     st.caption(
         ("– = not measured. " if frame.drop(columns="seed").isna().any(axis=None) else "")
-        + "Bytes and energy are estimates from published costs per operation, to be read relative "
-        "to the model's own router only."
+        + "± SE: of the differences between texts, and between domains, as texts of one domain may "
+        "be alike. Chance: the change in loss of random rules that compute as much on average, or "
+        "in each layer; the harder control is the one that loses less, and is what a rule has to "
+        "beat. Where the number of experts varies, read Jaccard: agreement alone rewards choosing "
+        "more. Bytes and energy are estimates from published costs per operation, to be read "
+        "relative to the model's own router only."
     )
 
 
 def _format(name: str) -> str:
-    return "%+.4f" if name == "loss_change" else "%.4f" if name == "loss_se" else "%.3f"
+    if name == "loss_change":
+        return "%+.4f"
+    return "%.4f" if name.startswith("loss_se") else "%+.3f" if name in CONTROLS else "%.3f"
 
 
 def _learning(comparison: Comparison) -> None:

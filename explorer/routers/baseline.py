@@ -115,7 +115,7 @@ class MatchedRandomRouter(RandomRouter):
         title="Random, matched per layer",
         summary=(
             "How many of its best experts a token gets is drawn at random, as often as the rule "
-            "beside it does in the same layer. The harder of the two controls."
+            "beside it does in the same layer. Often, but not always, the harder of the controls."
         ),
         formula="k_t drawn from the other rule's counts in this layer;  S = TopK(p, k_t)",
         fits="statistics",

@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.comparison.file import Comparison
+from explorer.comparison.paired import CONTROLS, with_controls
 from explorer.figures.breakdown import by_domain, by_layer, means_by
 from explorer.figures.comparison import marked
 from explorer.pages import address
@@ -24,7 +25,9 @@ def layers_and_domains(
     comparison: Comparison, table: pd.DataFrame, names: set[str], info: dict[str, Any]
 ) -> None:
     """Draw the change in loss by layer, one swapped at a time, and by domain."""
-    table = _with_controls(table)
+    # the harder one of a row's controls
+    table = with_controls(table)
+    table = table.assign(control_loss_change=table[list(CONTROLS)].min(axis=1))
     # random rules would leave the others without colour
     table, domains = (
         rows[rows["router"].isin(names) & ~rows["router"].str.startswith("random")]
@@ -59,18 +62,6 @@ def layers_and_domains(
         )
     if any(name.endswith("†") for name in {*single["router"], *domains["router"]}):
         st.caption(f"† {_MARKED}")
-
-
-def _with_controls(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the change in loss of each row's random control in the same place, nan without one."""
-    where = ["router", "seed", "mode", "layer", "site"]
-    controls = table[table["control"].notna()]
-    controls = controls.assign(
-        router=controls["control_of"], control_loss_change=controls["loss_change"]
-    )
-    # of two kinds in all layers one is enough: with one layer swapped there is only one
-    beside = controls[[*where, "control_loss_change"]].drop_duplicates(where)
-    return table.merge(beside, on=where, how="left")
 
 
 def _open_card(means: pd.DataFrame, data: list[float]) -> None:

@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.comparison.file import Comparison
-from explorer.comparison.paired import against_controls, paired
+from explorer.comparison.paired import CONTROLS, Paired, against_controls, paired
 from explorer.figures.comparison import badges, family_name
 from explorer.figures.gates import gate_histogram
 from explorer.pages import address
@@ -90,17 +90,31 @@ def _gates(comparison: Comparison, name: str) -> None:
 
 def _against_controls(comparison: Comparison, name: str) -> None:
     told = {
-        "better": "better than chance by more than two standard errors",
-        "worse": "worse than chance by more than two standard errors",
+        "better": "better than chance",
+        "worse": "worse than chance",
         "not told apart": "not to be told from chance",
     }
-    for _, row in against_controls(comparison, name).iterrows():
-        kind = str(row["control"]).replace("_", " ")
+    for row in against_controls(comparison, name).to_dict("records"):
+        kind = CONTROLS[row["control"]]
+        hard = ", the harder control" if row.pop("harder") else ""
+        found = Paired(**{field: row[field] for field in Paired._fields})
         st.markdown(
-            f"Random, {kind}: this router's loss minus chance's "
-            f"{row['difference']:+.4f} ± {row['standard_error']:.4f} nats a token: "
-            f"**{told[row['verdict']]}**."
+            f"Chance, as much {kind}{hard}: this router's loss minus chance's "
+            f"{_said(found)}: **{told[found.verdict]}**."
         )
+
+
+def _said(found: Paired) -> str:
+    """Return a difference with its interval, and with what else is known of its chance."""
+    seeds = f"{found.seeds} seeds" if found.seeds > 1 else "one draw"
+    unit = f"{found.texts:,} texts" + ("" if pd.isna(found.seed_error) else f" and {seeds}")
+    parts = [f"{found.difference:+.4f} ± {found.standard_error:.4f} nats a token (by text"]
+    if not pd.isna(found.domain_error):
+        parts.append(f", by domain ± {found.domain_error:.4f}")
+    if not pd.isna(found.seed_error):
+        parts.append(f", by seed ± {found.seed_error:.4f}")
+    parts.append(f"; 95 % interval over {unit}: ± {found.margin:.4f}")
+    return "".join(parts) + ("" if found.steady else "; its sign changes from seed to seed") + ")"
 
 
 def _beside_another(comparison: Comparison, name: str, names: list[str]) -> None:
@@ -120,6 +134,5 @@ def _beside_another(comparison: Comparison, name: str, names: list[str]) -> None
     told = {"better": "better", "worse": "worse", "not told apart": "not to be told apart"}
     st.markdown(
         f"This router's loss minus that of {address.plain(other)}, on the same texts: "
-        f"{found.difference:+.4f} ± {found.standard_error:.4f} nats a token: "
-        f"**{told[found.verdict]}**."
+        f"{_said(found)}: **{told[found.verdict]}**."
     )
