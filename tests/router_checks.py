@@ -10,7 +10,8 @@ Run the suite on a router of your own from a test file of your own:
     def test_my_router(check):
         check(MyRouter)
 
-A check takes anything that makes the router when called without arguments.
+A check takes anything that makes the router when called without arguments, or with those of its
+identity setting. What a router learns is learned once per host and kept for all checks.
 """
 
 import copy
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import math
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,11 +30,11 @@ from explorer.routers import (
     FAMILIES,
     AcrossLayers,
     PartMask,
+    Router,
     RouterInputs,
     Routing,
     TrainedRouter,
     fit_layers,
-    probe,
 )
 from explorer.routers.native import TopKRouter
 from explorer.routers.probe import (
@@ -40,6 +42,7 @@ from explorer.routers.probe import (
     HIDDEN,
     TOP_K,
     dense,
+    depends,
     toy_layers,
     toy_session,
     toy_targets,
@@ -51,6 +54,26 @@ HOSTS = {
     "softmax": {"score_function": "softmax"},
     "sigmoid": {"score_function": "sigmoid", "biased": True},
     "probabilities": {"score_function": "probabilities"},
+}
+# what a model chooses and weighs by, in every way that a rule could forget
+KINDS = {
+    "softmax": {},
+    "softmax, raw": {"renormalize": False, "scaling": 0.7},
+    "softmax, three experts": {"top_k": 3},
+    "softmax of the chosen": {"score_function": "softmax_topk"},
+    "softmax, bias": {"biased": True, "grouped": False},  # as Ernie 4.5
+    "softmax, groups": {"grouped": True, "renormalize": False, "scaling": 16.0},  # DeepSeek-V2
+    "sigmoid": {"score_function": "sigmoid"},
+    "sigmoid, bias": {"score_function": "sigmoid", "biased": True, "grouped": False},
+    "sigmoid, bias, groups": {"score_function": "sigmoid", "biased": True},  # DeepSeek-V3
+    "sigmoid, bias, groups, raw": {
+        **{"score_function": "sigmoid", "biased": True, "renormalize": False, "top_k": 3},
+    },
+    "sigmoid of the chosen, one": {  # Llama 4
+        **{"score_function": "sigmoid_topk", "renormalize": False, "top_k": 1},
+    },
+    "probabilities": {"score_function": "probabilities"},
+    "probabilities, raw": {"score_function": "probabilities", "renormalize": False},
 }
 PLACE = (1, 0)
 FIT_SEED, HELD_OUT_SEED = 11, 12
@@ -65,13 +88,31 @@ def inputs_of(host, seed, n_sequences=4, length=24):
     return toy_layers(toy_tokens(n_sequences, length, seed), **HOSTS[host])
 
 
+@functools.cache
+def layers_of(kind, seed):
+    """Return the layers of a kind of model; checks leave them as they are."""
+    return toy_layers(toy_tokens(4, 24, seed), **KINDS[kind])
+
+
+@functools.cache
+def held_out(host):
+    """Return what no router was fitted on; checks leave it as it is."""
+    return inputs_of(host, HELD_OUT_SEED)[PLACE]
+
+
+@functools.cache
+def session():
+    """Return the toy model that routers learn on; what they explore, they explore once."""
+    return toy_session()
+
+
 def fit_here(router, layers):
     """Fit a router to the one layer that is looked at, or to all where it needs them.
 
     One that learns on a model's loss is trained on a toy model of the same sizes.
     """
     if isinstance(router, TrainedRouter):
-        return copy.deepcopy(router).train(toy_session())
+        return copy.deepcopy(router).train(session())
     targets = toy_targets(router, layers)
     if isinstance(router, AcrossLayers):
         return fit_layers(router, layers, targets)[PLACE]
@@ -79,14 +120,70 @@ def fit_here(router, layers):
 
 
 @functools.cache
+def trained(make):
+    """Return the router after its training, which no host has a part in."""
+    return make().train(session())
+
+
+@functools.cache
+def all_fitted(make):
+    """Return the routers of all layers of the softmax host."""
+    router, layers = make(), inputs_of("softmax", FIT_SEED)
+    if isinstance(router, TrainedRouter):
+        return dict.fromkeys(layers, trained(make))
+    return fit_layers(router, layers, toy_targets(router, layers))
+
+
+@functools.cache
 def fitted(make, host):
     """Return the router, fitted on the fit split; fitted once per router and host."""
-    return fit_here(make(), inputs_of(host, FIT_SEED))
+    if host == "softmax":
+        return all_fitted(make)[PLACE]
+    router = make()
+    if isinstance(router, TrainedRouter):
+        return trained(make)
+    return fit_here(router, inputs_of(host, FIT_SEED))
 
 
 @functools.cache
 def decided(make, host):
-    return fitted(make, host).route(inputs_of(host, HELD_OUT_SEED)[PLACE])
+    return fitted(make, host).route(held_out(host))
+
+
+class Again(NamedTuple):
+    """A router made and fitted a second time, and what became of it.
+
+    Attributes
+    ----------
+    router : Router
+    decision : Decision
+        With another global seed than at the fit.
+    layers, original : dict of (layer, site) to RouterInputs
+        What it was fitted on, after the fit and before.
+    shares : list of float
+        Of a training, as it was told to the caller.
+    """
+
+    router: Router
+    decision: object
+    layers: dict
+    original: dict
+    shares: list
+
+
+@functools.cache
+def again(make):
+    layers, shares = inputs_of("softmax", FIT_SEED), []
+    original, router = copy.deepcopy(layers), make()
+    torch.manual_seed(1)
+    if isinstance(router, TrainedRouter):
+        # explores for itself, too
+        own = dataclasses.replace(toy_session(), progress=lambda share, what: shares.append(share))
+        router = copy.deepcopy(router).train(own)
+    else:
+        router = fit_here(router, layers)
+    torch.manual_seed(2)
+    return Again(router, router.route(held_out("softmax")), layers, original, shares)
 
 
 def equal(first, second):
@@ -106,7 +203,7 @@ def check_a_card_describes_it(make):
 def check_shapes_and_types(make):
     """A routing is float32 [T, E] and [T, K] with int64 ids; a mask is float32 [T, P]."""
     for host in HOSTS:
-        inputs, decision = inputs_of(host, HELD_OUT_SEED)[PLACE], decided(make, host)
+        inputs, decision = held_out(host), decided(make, host)
         n_tokens = inputs.n_tokens
         if isinstance(decision, PartMask):
             assert decision.part in ("head", "layer", "expert")
@@ -176,7 +273,7 @@ def check_weights_are_on_the_scale_that_it_declares(make):
     """
     low = high = 0.0
     for host in HOSTS:
-        router, inputs = fitted(make, host), inputs_of(host, HELD_OUT_SEED)[PLACE]
+        router, inputs = fitted(make, host), held_out(host)
         for each in (inputs, unnormalised(inputs)):
             routing = router.route(each)
             if isinstance(routing, PartMask):
@@ -211,18 +308,13 @@ def check_the_number_of_experts_is_as_declared(make):
 
 def check_the_same_seed_gives_the_same_decision(make):
     """Two routers made and fitted alike decide alike, whatever the global seed is."""
-    layers = inputs_of("softmax", FIT_SEED)
-    held_out = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
-    torch.manual_seed(1)
-    again = fit_here(make(), layers)
-    torch.manual_seed(2)
-    assert equal(again.route(held_out), decided(make, "softmax"))
+    assert equal(again(make).decision, decided(make, "softmax"))
 
 
 def check_no_token_and_one_token(make):
     """A batch may hold no token, or a single one."""
     for host in HOSTS:
-        inputs = inputs_of(host, HELD_OUT_SEED)[PLACE]
+        inputs = held_out(host)
         for count in (0, 1):
             decision = fitted(make, host).route(inputs.take(torch.arange(count)))
             assert len(dense(decision)) == count
@@ -233,8 +325,7 @@ def check_no_token_and_one_token(make):
 def check_routing_changes_nothing(make):
     """``route`` changes neither the router nor its inputs, and so learns from no held-out token."""
     for host in HOSTS:
-        router = copy.deepcopy(fitted(make, host))
-        inputs = inputs_of(host, HELD_OUT_SEED)[PLACE]
+        router, inputs = copy.deepcopy(fitted(make, host)), held_out(host)
         original, before = copy.deepcopy(inputs), pickle.dumps(router)
         first = router.route(inputs)
         assert pickle.dumps(router) == before
@@ -244,22 +335,19 @@ def check_routing_changes_nothing(make):
 
 def check_fit_copies_what_it_keeps(make):
     """``fit`` leaves its inputs alone, and changing them afterwards changes no decision."""
-    layers = inputs_of("softmax", FIT_SEED)
-    original = copy.deepcopy(layers)
-    router = fit_here(make(), layers)
-    held_out = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
-    before = router.route(held_out)
+    router, before, layers, original, _ = again(make)
     for place, inputs in layers.items():
         assert_same_inputs(inputs, original[place])
-    for inputs in layers.values():
+    changed = copy.deepcopy((router, layers))  # what they share stays shared
+    for inputs in changed[1].values():
         for name in ("hidden", "logits", "token_ids", "attention", "gate_weight"):
             getattr(inputs, name).zero_()
-    assert equal(router.route(held_out), before)
+    assert equal(changed[0].route(held_out("softmax")), before)
 
 
 def check_what_it_depends_on_is_declared(make):
-    """Changing later tokens or other sequences shows exactly what the card admits."""
-    verdict, info = probe(make()), make().info
+    """Changing later tokens or other sequences, or ending early, shows what the card admits."""
+    verdict, info = depends(all_fitted(make)), make().info
     assert verdict.causal == info.causal, f"declared {info.causal=}, found {verdict}"
     assert verdict.batch_dependent == info.batch_dependent, (
         f"declared {info.batch_dependent=}, found {verdict}"
@@ -268,8 +356,7 @@ def check_what_it_depends_on_is_declared(make):
 
 def check_needs_are_honest(make):
     """Without a need comes an error that names it; with all needs and nothing else, it routes."""
-    router = fitted(make, "softmax")
-    inputs = inputs_of("softmax", HELD_OUT_SEED)[PLACE]
+    router, inputs = fitted(make, "softmax"), held_out("softmax")
     for need in router.info.needs:
         with pytest.raises(RouterError, match=need):
             router.route(dataclasses.replace(inputs, **{need: None}))
@@ -287,7 +374,7 @@ def check_an_unfitted_router_says_so(make):
     if router.info.fits is not None:
         how = "train" if router.info.fits == "trained" else "fit"
         with pytest.raises(RouterError, match=rf"Call {how}\("):
-            router.route(inputs_of("softmax", HELD_OUT_SEED)[PLACE])
+            router.route(held_out("softmax"))
 
 
 def check_what_learns_on_a_models_loss_is_trained(make):
@@ -300,34 +387,29 @@ def check_what_learns_on_a_models_loss_is_trained(make):
     if not isinstance(router, TrainedRouter):
         return
     with pytest.raises(RouterError, match="train"):
-        router.fit(inputs_of("softmax", FIT_SEED)[PLACE])
-    session = toy_session()
-    before = copy.deepcopy(session.model.state_dict())
-    shares = []
-    watched = dataclasses.replace(session, progress=lambda share, what: shares.append(share))
-    trained = make().train(watched)
-    assert all(torch.equal(before[n], w) for n, w in session.model.state_dict().items())
-    assert all(w.requires_grad and w.grad is None for w in session.model.parameters())
+        router.fit(held_out("softmax"))
+    curves, shares = trained(make).curves_, again(make).shares
+    as_made = toy_session().model.state_dict()
+    assert all(torch.equal(as_made[n], w) for n, w in session().model.state_dict().items())
+    assert all(w.requires_grad and w.grad is None for w in session().model.parameters())
     assert shares and all(0 <= share <= 1 for share in shares)
-    assert trained.curves_ and all(
-        set(row) == set(CurveRow.__annotations__) for row in trained.curves_
-    )
+    assert curves and all(set(row) == set(CurveRow.__annotations__) for row in curves)
     for name in ("reward", "policy_entropy", "gate_rate"):
-        assert all(math.isfinite(row[name]) for row in trained.curves_)
+        assert all(math.isfinite(row[name]) for row in curves)
     with pytest.raises(TrainingCancelled):
-        make().train(dataclasses.replace(session, cancelled=lambda: True))
+        make().train(dataclasses.replace(session(), cancelled=lambda: True))
 
 
 def check_it_pickles(make):
     """A fitted router can be written to disk and decides as before."""
     for host in HOSTS:
-        again = pickle.loads(pickle.dumps(fitted(make, host)))
-        assert equal(again.route(inputs_of(host, HELD_OUT_SEED)[PLACE]), decided(make, host))
+        read = pickle.loads(pickle.dumps(fitted(make, host)))
+        assert equal(read.route(held_out(host)), decided(make, host))
 
 
 def counted(make):
     """Return the operations of matrix products a token that ran: the rule's, and the gate's."""
-    router, inputs = fitted(make, "softmax"), inputs_of("softmax", HELD_OUT_SEED)[PLACE]
+    router, inputs = fitted(make, "softmax"), held_out("softmax")
     with FlopCounterMode(display=False) as counter:
         router.route(inputs)
     own = counter.get_total_flops() / inputs.n_tokens
@@ -343,6 +425,39 @@ def check_its_own_cost_is_counted(make):
     assert cost >= counted(make)
     if router.info.needs & {"hidden", "logits"}:
         assert cost > 0
+
+
+def check_its_identity_setting_repeats_the_model(make):
+    """With the arguments that it declares, it does what the model does, on models of all kinds.
+
+    Ids and weights are the model's own; of a rule about parts, every gate is 1. A router that no
+    arguments make so says why, and one that says nothing has forgotten to.
+    """
+    info = make().info
+    if info.identity_for(TOP_K) is None:
+        assert len(info.identity.split()) > 2 and info.identity.endswith("."), info.identity
+        return
+    once = None
+    for kind in KINDS:
+        layers = layers_of(kind, FIT_SEED)
+        options = info.identity_for(layers[PLACE].top_k)
+        router = make(**options)
+        if not isinstance(router, TrainedRouter):
+            router = fit_here(router, layers)
+        elif layers[PLACE].top_k == TOP_K:  # as the model that it learns on, for all kinds
+            router = once = once or router.train(session())
+        else:
+            continue
+        inputs = layers_of(kind, HELD_OUT_SEED)[PLACE]
+        decision = router.route(inputs)
+        setting = f"{info.name}({options}) on a model of kind {kind!r}"
+        if isinstance(decision, PartMask):
+            assert bool((decision.gate == 1).all()), f"{setting} skips parts"
+            continue
+        own = inputs.native
+        assert torch.equal(decision.expert_ids, own.expert_ids), f"{setting} takes other experts"
+        off = float((decision.weights - own.weights).abs().max())
+        assert off <= 1e-6 * inputs.scaling, f"{setting} weighs them otherwise, by up to {off:.3g}"
 
 
 def assert_same_inputs(inputs, original):

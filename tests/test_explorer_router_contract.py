@@ -1,10 +1,12 @@
 """Every registered router, through every check; and checks that can fail.
 
-ROUTER_FILE=my_router.py in the environment adds the routers of a file of your own.
+ROUTER_FILE=my_router.py in the environment adds the routers of a file of your own. A router is one
+case: what it learned serves all checks, whichever process runs it, and all that it breaks is told.
 """
 
 import dataclasses
 import functools
+import math
 import os
 
 import pytest
@@ -15,6 +17,8 @@ from explorer.comparison.names import load_router_file
 from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
 from explorer.routers.native import TopKRouter
 from explorer.routers.probe import EXPERTS, HIDDEN, TOP_K
+from explorer.routers.scores import slots, weigh
+from explorer.routers.selectors import top_ids
 
 OURS = tuple(ROUTERS)
 if "ROUTER_FILE" in os.environ:
@@ -30,17 +34,6 @@ def quick(name):
     return functools.partial(ROUTERS[name], steps=STEPS) if stepwise else ROUTERS[name]
 
 
-@pytest.mark.parametrize("check", router_checks.CHECKS, ids=lambda check: check.__name__[6:])
-@pytest.mark.parametrize("name", ROUTERS)
-def test_contract(name, check):
-    check(quick(name))
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_cards_carry_the_name_of_the_registry(name):
-    assert ROUTERS[name]().info.name == name
-
-
 # whose operations are not, or not only, products that torch counts: what is left, and why
 NOT_COUNTED = {
     "base": "a solver assigns",
@@ -54,7 +47,6 @@ ASIDE = {
     "layer_attention": 2 * 16,  # a product with one vector, the layer's key
 }
 VARIANTS = [
-    *((name, {}) for name in OURS if name not in NOT_COUNTED),
     ("policy_gradient", {"actions": "subset", "most": 3}),
     ("policy_gradient", {"actions": "skip"}),
     ("policy_gradient", {"state": "gate"}),
@@ -67,15 +59,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
-def test_operations_on_paper_are_those_that_run(name, options):
-    make = functools.partial(quick(name), **options) if options else quick(name)
-    paper = router_checks.fitted(make, "softmax").flops(EXPERTS, HIDDEN, TOP_K)
-    assert paper == pytest.approx(router_checks.counted(make) + ASIDE.get(name, 0))
-
-
 WEIGHED = [
-    *((name, options) for name, options in VARIANTS if options),
     ("switch", {"renormalize": True}),
     ("relu_threshold", {"weights": "relu"}),
     ("capacity_probs", {"capacity_factor": 1.0}),
@@ -85,10 +69,76 @@ WEIGHED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), WEIGHED, ids=str)
-def test_weights_are_on_the_declared_scale_whatever_the_options(name, options):
+def check_operations_on_paper_are_those_that_run(make, name):
+    paper = router_checks.fitted(make, "softmax").flops(EXPERTS, HIDDEN, TOP_K)
+    assert paper == pytest.approx(router_checks.counted(make) + ASIDE.get(name, 0))
+
+
+def broken(make, checks):
+    """Return what each check that fails says, with the check's name as a note."""
+    found = []
+    for check in checks:
+        try:
+            check(make)
+        except (Exception, pytest.fail.Exception) as error:
+            error.add_note(f"in {getattr(check, 'func', check).__name__}")
+            found.append(error)
+    return found
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_contract(name):
+    make, checks = quick(name), list(router_checks.CHECKS)
+    if name in OURS and name not in NOT_COUNTED:
+        checks.append(functools.partial(check_operations_on_paper_are_those_that_run, name=name))
+    failures = broken(make, checks)
+    if ROUTERS[name]().info.name != name:
+        failures.append(AssertionError(f"the card of {name} carries another name"))
+    if failures:
+        raise BaseExceptionGroup(f"{name} breaks {len(failures)} of its rules", failures)
+
+
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *WEIGHED], ids=str)
+def test_options_keep_the_operations_and_the_scale_of_weights(name, options):
     make = functools.partial(quick(name), **options)
     router_checks.check_weights_are_on_the_scale_that_it_declares(make)
+    if (name, options) in VARIANTS:
+        check_operations_on_paper_are_those_that_run(make, name)
+
+
+def plain_choice(logits, inputs):
+    """Return one token's experts and weights in plain numbers: a second way to what hosts do."""
+    function = inputs.score_function
+    exps = [math.exp(z) for z in logits]
+    scores = {
+        "softmax": [e / sum(exps) for e in exps],
+        "softmax_topk": [e / sum(exps) for e in exps],
+        "sigmoid": [1 / (1 + math.exp(-z)) for z in logits],
+        "sigmoid_topk": [1 / (1 + math.exp(-z)) for z in logits],
+        "probabilities": logits,
+    }[function]
+    bias = [0.0] * len(scores) if inputs.selection_bias is None else inputs.selection_bias.tolist()
+    biased = [score + b for score, b in zip(scores, bias, strict=True)]
+    possible = range(len(scores))
+    if inputs.n_groups:
+        size = len(scores) // inputs.n_groups
+        counted = 1 if inputs.selection_bias is None else 2
+        groups = [range(g * size, (g + 1) * size) for g in range(inputs.n_groups)]
+        groups.sort(key=lambda g: -sum(sorted((biased[e] for e in g), reverse=True)[:counted]))
+        possible = [e for group in groups[: inputs.top_groups] for e in group]
+    chosen = sorted(possible, key=lambda e: -biased[e])[: inputs.top_k]
+    divided = inputs.renormalize or function == "softmax_topk"
+    total = sum(scores[e] for e in chosen) if divided else 1.0
+    return {e: scores[e] / total * inputs.scaling for e in chosen}
+
+
+@pytest.mark.parametrize("kind", router_checks.KINDS)
+def test_hosts_choose_and_weigh_as_their_kind_says(kind):
+    inputs = router_checks.layers_of(kind, router_checks.HELD_OUT_SEED)[router_checks.PLACE]
+    ids, weights = inputs.native.expert_ids.tolist(), inputs.native.weights.tolist()
+    for row, logits in enumerate(inputs.logits.double().tolist()):
+        expected = plain_choice(logits, inputs)
+        assert dict(zip(ids[row], weights[row], strict=True)) == pytest.approx(expected, rel=1e-5)
 
 
 class Broken(RoutingRouter):
@@ -102,6 +152,7 @@ class Broken(RoutingRouter):
         formula="?",
         paper="",
         needs=frozenset({"logits"}),
+        identity={},
     )
 
     def __init__(self, fault):
@@ -113,6 +164,8 @@ class Broken(RoutingRouter):
             self.info = dataclasses.replace(self.info, summary="One. Two. Three.")
         if fault in ("excuse", "own"):
             self.info = dataclasses.replace(self.info, weighing="own")
+        if fault == "silent":
+            self.info = dataclasses.replace(self.info, identity=None)
         if fault == "pickle":
             self.function = lambda: None
 
@@ -151,6 +204,11 @@ class Broken(RoutingRouter):
             self.calls += 1
         elif self.fault == "future":
             weights = weights * scores.max()
+        elif self.fault == "length":  # bears other tokens, not fewer
+            weights = weights / len(weights)
+        elif self.fault == "forgetful":  # of the model's bias and groups
+            ids = top_ids(scores, inputs.top_k)
+            return slots(scores, ids, weigh(scores, ids, inputs))
         elif self.fault == "view":
             weights = weights * (1 + self.view_.abs().mean())
         return Routing(scores, ids, weights)
@@ -189,6 +247,10 @@ class WideGate(PartRouter):
         ("counts", "routing_changes_nothing"),
         ("view", "fit_copies_what_it_keeps"),
         ("future", "what_it_depends_on_is_declared"),
+        ("length", "what_it_depends_on_is_declared"),
+        ("silent", "its_identity_setting_repeats_the_model"),
+        ("forgetful", "its_identity_setting_repeats_the_model"),
+        ("triple", "its_identity_setting_repeats_the_model"),
         ("needs", "needs_are_honest"),
         ("fit", "an_unfitted_router_says_so"),
         ("pickle", "it_pickles"),

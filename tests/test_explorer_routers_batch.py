@@ -204,7 +204,7 @@ def test_nothing_is_dropped_from_one_plus_the_violation_on():
         ("base", False, True),
         ("sinkhorn", False, True),
         ("capacity_probs", False, True),
-        ("capacity_position", True, True),
+        ("capacity_position", False, True),
     ],
 )
 def test_the_probe_finds_what_looks_ahead(name, causal, batch_dependent):

@@ -23,8 +23,8 @@ from explorer.conditions.subsets import MOST_SUBSETS, Dropped, best_to_drop, che
 from explorer.errors import ConditionError
 from explorer.routers.base import RouterInfo, RouterInputs, Routing
 from explorer.routers.live import LiveRule
-from explorer.routers.native import GateRouter, choose
-from explorer.routers.scores import host_scores, slots, weigh
+from explorer.routers.native import GateRouter, host_best
+from explorer.routers.scores import slots, weigh
 
 CALIBRATION_TOKENS = 16_384
 CHUNK_TOKENS = 1024  # whose outputs of all experts are computed at a time
@@ -49,6 +49,7 @@ class KeptExperts(GateRouter):
         formula="z_e = -inf for pruned e;  S = TopK(z, k)",
         paper="2402.14800",
         needs=frozenset({"logits"}),
+        identity={"pruned": {}},
     )
 
     def __init__(self, pruned: Mapping[Key, tuple[int, ...]]) -> None:
@@ -58,24 +59,27 @@ class KeptExperts(GateRouter):
         logits = inputs.tensor("logits")
         gone = torch.zeros(inputs.n_experts, dtype=torch.bool, device=logits.device)
         gone[list(self.pruned.get(inputs.place, ()))] = True
-        scores = scores_without(logits, gone, inputs)
+        inputs = replace(inputs, logits=logits_without(logits, gone, inputs))
         bias = inputs.selection_bias
         if bias is not None:
             inputs = replace(
                 inputs, selection_bias=bias.to(gone.device).masked_fill(gone, -torch.inf)
             )
-        ids = choose(scores, inputs)
+        scores, ids = host_best(inputs)
         # a pruned expert could still tie with others whose scores have run down to 0
         ids = ids.where(~gone[ids.clamp_min(0)], -1)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
-def scores_without(logits: torch.Tensor, gone: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
-    """Return the host's scores [T, E] with 0 for experts that are gone [E]."""
+def logits_without(logits: torch.Tensor, gone: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
+    """Return the model's logits [T, E], of which experts that are gone [E] score 0."""
     if inputs.score_function != "probabilities":
-        return host_scores(logits.masked_fill(gone, -torch.inf), inputs)
-    left = host_scores(logits, inputs).masked_fill(gone, 0.0)
-    return left / left.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+        return logits.masked_fill(gone, -torch.inf)
+    left = logits.masked_fill(gone, 0.0)
+    # with the sum that they had; where nothing is gone, they are what they were
+    return left * (
+        logits.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    )
 
 
 class ExpertPruning(Condition):

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from explorer.errors import RouterError
 from explorer.metrics.load import expert_capacity
 from explorer.routers.base import ROUTERS, RouterInfo, RouterInputs, Routing
-from explorer.routers.native import GateRouter, TopKRouter
+from explorer.routers.native import GateRouter, TopKRouter, host_choice
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import top_ids
 
@@ -66,6 +66,7 @@ class ExpertChoiceRouter(GateRouter):
         causal=False,
         batch_dependent=True,
         variable_k=True,
+        identity="Experts choose tokens; no token is sure of its own.",
     )
 
     def __init__(
@@ -100,7 +101,8 @@ class BaseRouter(GateRouter):
     Differs from the source: exact (``scipy.optimize.linear_sum_assignment``) instead of an
     auction; for more than one expert per token the assignment is repeated without the pairs
     already made. The source assigns in training only and is greedy afterwards: balance measured
-    here is that of training. Its gate ``sigmoid(h w)`` gives way to the model's own weights.
+    here is that of training. Its gate ``sigmoid(h w)`` gives way to the model's own weights. On a
+    model with a selection bias or groups, what it sorts its experts by stands for the logits.
     """
 
     info = RouterInfo(
@@ -116,6 +118,7 @@ class BaseRouter(GateRouter):
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
+        identity={"window": 1},  # a token by itself gets its best
     )
 
     def __init__(self, *, window: int = 512) -> None:
@@ -124,15 +127,25 @@ class BaseRouter(GateRouter):
         self.window = window
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        logits = host_logits(inputs)
-        ids = torch.full((len(logits), inputs.top_k), -1)
-        for window in windows(len(logits), self.window):
-            profit = logits[window].double().cpu().numpy()
+        worth = self._worth(inputs)
+        ids = torch.full((len(worth), inputs.top_k), -1)
+        for window in windows(len(worth), self.window):
+            profit = worth[window].double().cpu().numpy()
             chosen = balanced_assignment(profit, inputs.top_k)
             ids[window] = torch.from_numpy(chosen)
         scores = host_scores(inputs.tensor("logits"), inputs)
         ids = ids.to(scores.device)
         return slots(scores, ids, weigh(scores, ids, inputs))
+
+    def _worth(self, inputs: RouterInputs) -> torch.Tensor:
+        """Return what an expert is worth to a token, [T, E]."""
+        if inputs.selection_bias is None and inputs.n_groups is None:
+            return host_logits(inputs)
+        choice = host_choice(inputs)[1]
+        possible = choice > -torch.inf
+        # experts outside the model's groups are the worst, yet there to even out the load
+        worst = choice.where(possible, 0.0).amin(dim=-1, keepdim=True) - 1.0
+        return choice.where(possible, worst)
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
         """Return the gate's operations and, roughly, the assignment's: window squared a token."""
@@ -206,6 +219,7 @@ class SinkhornRouter(GateRouter):
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
+        identity="Loads are evened out over a batch; a token by itself is at home everywhere.",
     )
 
     def __init__(
@@ -216,6 +230,8 @@ class SinkhornRouter(GateRouter):
         tolerance: float = 1e-4,
         window: int | None = None,
     ) -> None:
+        if max_iterations < 1:
+            raise RouterError(f"Expected at least one iteration, got {max_iterations}.")
         self.temperature = temperature
         self.max_iterations = max_iterations
         self.tolerance = tolerance
@@ -302,6 +318,7 @@ class CapacityRouter(GateRouter):
         batch_dependent=True,
         variable_k=True,
         weighing="at_most",
+        identity={"capacity_factor": 1e9},  # room for everybody
     )
 
     def __init__(self, *, capacity_factor: float = 1.25, window: int | None = None) -> None:
@@ -339,10 +356,9 @@ class CapacityByPositionRouter(CapacityRouter):
         name="capacity_position",
         title="Capacity, dropping the last",
         summary=(
-            "Each expert takes so many assignments of a batch, in the order of the tokens. "
-            "Earlier sequences of the batch take places from later ones."
+            "Each expert takes so many assignments of a batch, in the order of the tokens. How "
+            "many depends on the number of tokens: a text that goes on gives its start more room."
         ),
         formula="capacity = ceil(CF T k / E);  expert e keeps its first assignments",
         paper="2101.03961, section 2.2; Megatron-Core drop policy 'position'",
-        causal=True,
     )

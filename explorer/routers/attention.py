@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from explorer.routers.base import ROUTERS, RouterInfo, RouterInputs, Routing, RoutingRouter
-from explorer.routers.distill import Student
+from explorer.routers.distill import DISTILLED, Student
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, weigh
-from explorer.routers.selectors import Selector, chosen_formula
+from explorer.routers.selectors import SELECTOR_DECIDES, Selector, chosen_formula
 
 
 @ROUTERS.add("gate_row_attention")
@@ -39,13 +39,19 @@ class GateRowRouter(RoutingRouter):
         formula="a = softmax(h K^T),  K = W_gate;  S = TopK(a, k)",
         paper="1701.06538, eq. 3",
         needs=frozenset({"hidden", "gate_weight"}),
+        identity={},
     )
 
     def __init__(self, *, selector: Selector | None = None) -> None:
         self.selector = selector
         if selector is not None:
             formula = chosen_formula(self.info.formula, selector)
-            self.info = replace(self.info, variable_k=selector.variable, formula=formula)
+            self.info = replace(
+                self.info,
+                variable_k=selector.variable,
+                formula=formula,
+                identity=SELECTOR_DECIDES,
+            )
 
     def _route(self, inputs: RouterInputs) -> Routing:
         hidden, keys = inputs.tensor("hidden").float(), inputs.tensor("gate_weight").float()
@@ -105,6 +111,7 @@ class ExpertKeyRouter(Student):
         paper="1706.03762, eq. 1",
         needs=frozenset({"hidden"}),
         fits="distilled",
+        identity=DISTILLED,
     )
 
     def __init__(self, *, rank: int = 16, **options: Any) -> None:
@@ -164,6 +171,7 @@ class YuanRouter(Student):
         paper="2405.17976",
         needs=frozenset({"hidden"}),
         fits="distilled",
+        identity=DISTILLED,
     )
 
     rows = 2048  # each holds a square of experts

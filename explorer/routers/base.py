@@ -1,8 +1,8 @@
 """What every router is: a rule from what is known of a token to experts, or to parts of a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
@@ -15,6 +15,9 @@ Fits = Literal["statistics", "distilled", "trained"]
 Part = Literal["head", "layer", "expert"]
 Weighing = Literal["host", "at_most", "own"]
 Site = tuple[int, int]  # decoder layer, router within it
+
+# stands in ``RouterInfo.identity`` for the number of experts that the model takes
+MODEL_K = "the model's k"
 
 FAMILIES: tuple[Family, ...] = ("attention", "clustering", "gating", "rl", "literature", "control")
 
@@ -260,6 +263,11 @@ class RouterInfo:
           summary or formula gives it.
 
         Rules about parts weigh nothing: their gates, 0..1, multiply what the model's weights are.
+    identity : mapping of str to value, or str
+        The arguments with which the rule repeats the model's own decision exactly, ids and weights,
+        whatever the model chooses and weighs by; ``{}`` = its defaults, ``MODEL_K`` as a value =
+        as many as the model takes. A rule about parts then leaves every part as it is. A rule that
+        no arguments make so says why, in a sentence. Every rule declares one or the other.
     """
 
     name: str
@@ -275,6 +283,24 @@ class RouterInfo:
     variable_k: bool = False
     across_layers: bool = False
     weighing: Weighing = "host"
+    identity: Mapping[str, Any] | str | None = field(default=None, hash=False)
+
+    def identity_for(self, top_k: int) -> dict[str, Any] | None:
+        """Return the arguments that make the rule repeat a model with ``top_k``, None = none do.
+
+        Raises
+        ------
+        RouterError
+            If the card declares neither arguments nor why there are none.
+        """
+        if self.identity is None:
+            raise RouterError(
+                f"Router {self.name!r} does not say with which arguments it repeats the model's "
+                "own decision. Declare RouterInfo.identity: a mapping, or why there is none."
+            )
+        if isinstance(self.identity, str):
+            return None
+        return {k: top_k if v == MODEL_K else v for k, v in self.identity.items()}
 
 
 class Router(ABC):

@@ -16,8 +16,8 @@ from explorer.routers.base import (
     Routing,
     RoutingRouter,
 )
-from explorer.routers.native import GateRouter
-from explorer.routers.scores import host_scores, slots, student_scores, target_scores, weigh
+from explorer.routers.native import GateRouter, choose, host_best
+from explorer.routers.scores import slots, student_scores, target_scores, weigh
 from explorer.routers.selectors import top_ids
 from explorer.routers.sequences import token_keys, uniform
 
@@ -50,6 +50,7 @@ class RandomRouter(GateRouter):
         formula="S = k experts drawn without replacement",
         paper="",
         needs=frozenset({"logits", "token_ids", "starts"}),
+        identity={"choose": "best"},
     )
 
     def __init__(
@@ -76,13 +77,11 @@ class RandomRouter(GateRouter):
         return shares
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        scores = host_scores(inputs.tensor("logits"), inputs)
         shares = self._shares(inputs)
         widest = max(1, len(shares) - 1)
-        order = scores
+        scores, ids = host_best(inputs, widest)
         if self.choose == "random":
-            order = uniform(token_keys(inputs, self.seed, _SETS), inputs.n_experts)
-        ids = top_ids(order, widest)
+            ids = top_ids(uniform(token_keys(inputs, self.seed, _SETS), inputs.n_experts), widest)
         drawn = uniform(token_keys(inputs, self.seed, _COUNTS), 1)
         # a token takes its n-th expert if its number lies above those of tokens that take fewer
         fewer = shares.cumsum(dim=0)[:-1].to(drawn.device)
@@ -120,6 +119,7 @@ class MatchedRandomRouter(RandomRouter):
         formula="k_t drawn from the other rule's counts in this layer;  S = TopK(p, k_t)",
         fits="statistics",
         variable_k=True,
+        identity={},
     )
 
     def __init__(self, *, choose: Choose = "best", seed: int = 0) -> None:
@@ -172,6 +172,7 @@ class FrozenRandomRouter(RoutingRouter):
         formula="S = TopK(score(R h), k),  R ~ N(0, 1 / d)",
         paper="2402.13089",
         needs=frozenset({"hidden"}),
+        identity="Nobody trained its gate.",
     )
 
     def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
@@ -185,7 +186,8 @@ class FrozenRandomRouter(RoutingRouter):
         width = hidden.shape[-1]
         gate = torch.randn(inputs.n_experts, width, generator=generator) / width**0.5
         scores = student_scores(hidden @ gate.T.to(hidden.device), inputs)
-        ids = top_ids(scores, self.k or inputs.top_k)
+        # the model's selection bias evens out another gate's load, and its groups that gate's
+        ids = top_ids(scores, inputs.top_k if self.k is None else self.k)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
@@ -215,6 +217,7 @@ class StaticRouter(RoutingRouter):
         paper="",
         needs=frozenset(),
         fits="statistics",
+        identity="All tokens have the same experts.",
     )
 
     def __init__(self, *, k: int | None = None) -> None:
@@ -225,7 +228,7 @@ class StaticRouter(RoutingRouter):
 
     def _route(self, inputs: RouterInputs) -> Routing:
         scores = self.mean_.expand(inputs.n_tokens, -1)
-        ids = top_ids(scores, self.k or inputs.top_k)
+        ids = choose(scores, inputs, k=self.k)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:

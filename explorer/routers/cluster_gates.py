@@ -15,15 +15,14 @@ from explorer.routers.base import (
 )
 from explorer.routers.clustering import MAX_POINTS, TableRouter
 from explorer.routers.clusters import KMeansClusters
-from explorer.routers.native import choice_scores, choose
+from explorer.routers.native import choice_scores, choose, host_choice
 from explorer.routers.scores import (
-    host_scores,
     slots,
     student_scores,
     target_logits,
     weigh,
 )
-from explorer.routers.selectors import TopK, top_ids
+from explorer.routers.selectors import TopK
 
 
 @ROUTERS.add("cluster_shortlist")
@@ -34,7 +33,7 @@ class ShortlistRouter(TableRouter):
     ----------
     n_clusters : int
     shortlist : int, optional
-        Experts per cluster; None = twice as many as a token takes.
+        Experts per cluster, at most all; None = twice as many as a token takes.
     seed : int
     """
 
@@ -50,6 +49,7 @@ class ShortlistRouter(TableRouter):
         paper="2509.10513",
         needs=frozenset({"hidden", "logits"}),
         fits="statistics",
+        identity={"shortlist": 10**9},  # as many as there are
     )
 
     def __init__(
@@ -81,10 +81,16 @@ class ShortlistRouter(TableRouter):
 
     def _route(self, inputs: RouterInputs) -> Routing:
         cluster = self.clusters_.distances(inputs.tensor("hidden").float()).argmin(dim=-1)
-        scores = host_scores(inputs.tensor("logits"), inputs)
-        # the short list stands in for the model's groups, but not for its bias
-        choice = choice_scores(scores, replace(inputs, n_groups=None))
-        ids = top_ids(choice.masked_fill(~self.listed_[cluster], -torch.inf), inputs.top_k)
+        scores, choice = host_choice(inputs)
+        listed = self.listed_[cluster]
+        # experts outside the model's groups come after all others: where the short list holds too
+        # few of these groups, it goes before the groups
+        anywhere = choice_scores(scores, replace(inputs, n_groups=None))
+        inside = choice > -torch.inf
+        worst = choice.where(inside, 0.0).amin(dim=-1, keepdim=True)
+        last = worst - 1.0 - anywhere.amax(dim=-1, keepdim=True) + anywhere
+        order = choice.where(inside, last).masked_fill(~listed, -torch.inf)
+        ids = TopK(inputs.top_k).ids(scores, order)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
@@ -127,6 +133,7 @@ class ClusterLinearRouter(RoutingRouter):
         paper="2509.10513",
         needs=frozenset({"hidden"}),
         fits="statistics",
+        identity="Fitted to the model's logits, which it comes close to.",
     )
 
     def __init__(

@@ -122,6 +122,7 @@ class KMeansRouter(TableRouter):
         paper="2303.14177",
         needs=frozenset({"hidden"}),
         fits="statistics",
+        identity="Tokens of a cluster share their scores.",
     )
 
     def __init__(
@@ -266,6 +267,7 @@ class MixtureRouter(TableRouter):
         paper="2510.16448",
         needs=frozenset({"hidden"}),
         fits="statistics",
+        identity="Tokens mix the scores of few components.",
     )
 
     def __init__(

@@ -17,6 +17,9 @@ from explorer.routers.selectors import Selector, chosen_formula
 Loss = Callable[[torch.Tensor], torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
 
+# why a router that learned by imitation does not repeat the model, for its card
+DISTILLED = "It learned to come close to the model's scores."
+
 STEPS, BATCH_TOKENS, LEARNING_RATE = 400, 1024, 3e-2
 
 

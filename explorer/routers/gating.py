@@ -182,6 +182,7 @@ _INFO = RouterInfo(
     paper="2410.13184",
     needs=frozenset({"hidden"}),
     fits="distilled",
+    identity={"mode": "skip", "keep": 1.0},
 )
 
 

@@ -47,6 +47,7 @@ class HashRouter(RoutingRouter):
         paper="2106.04426",
         needs=frozenset({"token_ids"}),
         weighing="own",  # there is no score to weigh by
+        identity="The token id alone decides.",
     )
 
     def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
@@ -58,7 +59,7 @@ class HashRouter(RoutingRouter):
         offset = mix(torch.tensor([salt]))
         keys = mix(inputs.tensor("token_ids").long() + offset)
         scores = uniform(keys, inputs.n_experts).float()
-        ids = top_ids(scores, self.k or inputs.top_k)
+        ids = top_ids(scores, inputs.top_k if self.k is None else self.k)
         weights = torch.full(ids.shape, inputs.scaling / ids.shape[-1], device=scores.device)
         return slots(scores, ids, weights)
 

@@ -7,9 +7,15 @@ import torch
 
 from explorer.errors import RouterError
 from explorer.routers.base import ROUTERS, Decision, RouterInfo, RouterInputs, Routing
-from explorer.routers.native import GateRouter, keep_best_groups
+from explorer.routers.native import (
+    GateRouter,
+    choice_scores,
+    host_best,
+    host_choice,
+    keep_best_groups,
+)
 from explorer.routers.scores import host_logits, host_scores, slots, weigh
-from explorer.routers.selectors import top_ids
+from explorer.routers.selectors import TopK
 from explorer.routers.sequences import normal, token_keys
 
 
@@ -41,6 +47,7 @@ class NoisyTopKRouter(GateRouter):
         formula="S = TopK(W h + noise * N(0, 1), k)",
         paper="1701.06538, eq. 4",
         needs=frozenset({"logits", "token_ids", "starts"}),
+        identity={"noise": 0.0},
     )
 
     def __init__(self, *, noise: float = log(2), k: int | None = None, seed: int = 0) -> None:
@@ -49,15 +56,15 @@ class NoisyTopKRouter(GateRouter):
         self.seed = seed
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        logits = host_logits(inputs)
+        logits = inputs.tensor("logits").float()
         noise = normal(token_keys(inputs, self.seed), inputs.n_experts) * self.noise
-        noisy = logits + noise
-        scores = (
-            noisy.softmax(dim=-1)
-            if inputs.score_function == "probabilities"
-            else host_scores(noisy, inputs)
-        )
-        ids = top_ids(noisy, self.k or inputs.top_k)
+        if inputs.score_function == "probabilities":
+            # noise on their logarithms, with the sum that they had
+            noisy = logits * noise.exp()
+            noisy = noisy * (logits.sum(-1, keepdim=True) / noisy.sum(-1, keepdim=True))
+        else:
+            noisy = logits + noise
+        scores, ids = host_best(replace(inputs, logits=noisy), self.k)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
@@ -81,6 +88,7 @@ class SwitchRouter(GateRouter):
         paper="2101.03961, eq. 1-2",
         needs=frozenset({"logits"}),
         weighing="at_most",
+        identity="One expert for every token; only a model of one expert is repeated by it.",
     )
 
     def __init__(self, *, renormalize: bool = False) -> None:
@@ -89,8 +97,7 @@ class SwitchRouter(GateRouter):
             self.info = replace(self.info, formula="e = argmax p;  w = 1", weighing="own")
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        scores = host_scores(inputs.tensor("logits"), inputs)
-        ids = top_ids(scores, 1)
+        scores, ids = host_best(inputs, 1)
         weights = torch.ones_like(scores[:, :1]) if self.renormalize else scores.gather(-1, ids)
         return slots(scores, ids, weights * inputs.scaling)
 
@@ -114,7 +121,9 @@ class LossFreeBiasRouter(GateRouter):
     Notes
     -----
     Differs from the source: fitted after training on recorded logits; the model does not adapt.
-    The weights stay those of the model's own score function; the bias never enters them.
+    The weights stay those of the model's own score function; the bias never enters them. A model
+    that has such a bias keeps it, with its own scores: the fitted one is added to what it sorts
+    its experts by.
     """
 
     info = RouterInfo(
@@ -129,6 +138,7 @@ class LossFreeBiasRouter(GateRouter):
         paper="2408.15664, algorithm 1; 2412.19437, eq. 16",
         needs=frozenset({"logits"}),
         fits="statistics",
+        identity={"steps": 0},
     )
 
     def __init__(
@@ -147,21 +157,30 @@ class LossFreeBiasRouter(GateRouter):
         self.seed = seed
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
-        scores = host_logits(inputs).sigmoid()
+        scores = self._choice(inputs)
         generator = torch.Generator().manual_seed(self.seed)
         bias = torch.zeros(scores.shape[-1])
+        k = inputs.top_k if self.k is None else self.k
         for step in range(self.steps):
             rate = self.update_rate * min(1.0, 2 * (1 - step / self.steps))
             rows = torch.randint(len(scores), (self.batch_tokens,), generator=generator)
-            ids = (scores[rows] + bias).topk(self.k or inputs.top_k, dim=-1).indices
+            ids = (scores[rows] + bias).topk(k, dim=-1).indices
             load = ids.flatten().bincount(minlength=len(bias)).float()
             bias += rate * (load.mean() - load).sign()
         self.bias_ = bias
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        ids = top_ids(host_logits(inputs).sigmoid() + self.bias_, self.k or inputs.top_k)
         scores = host_scores(inputs.tensor("logits"), inputs)
+        order = self._choice(inputs) + self.bias_.to(scores.device)
+        ids = TopK(inputs.top_k if self.k is None else self.k).ids(scores, order)
         return slots(scores, ids, weigh(scores, ids, inputs))
+
+    def _choice(self, inputs: RouterInputs) -> torch.Tensor:
+        """Return what the bias is added to, [T, E]: the source's sigmoids, or the model's own."""
+        if inputs.selection_bias is not None:
+            return host_choice(inputs)[1]
+        # in float64, where no two large logits have the same sigmoid
+        return choice_scores(host_logits(inputs).double().sigmoid(), inputs)
 
 
 @ROUTERS.add("group_limited_v2")
@@ -180,6 +199,9 @@ class GroupLimitedRouter(GateRouter):
 
     Notes
     -----
+    A model that has groups of its own keeps them, and this rule narrows what they leave. A token
+    has fewer experts where that is less than ``k``.
+
     A group counts by its best expert, so with ``top_groups >= k`` the rule changes nothing: the
     groups of the ``k`` best experts are always among the best ``k`` groups. The default of one
     group is therefore the mildest rule with an effect on a top-2 model.
@@ -196,6 +218,7 @@ class GroupLimitedRouter(GateRouter):
         formula="G = TopM(max_{e in g} p_e);  S = TopK(p_e : e in G)",
         paper="2405.04434, section 2.2.2",
         needs=frozenset({"logits"}),
+        identity={"n_groups": 1},
     )
     counted = 1
 
@@ -207,17 +230,16 @@ class GroupLimitedRouter(GateRouter):
         self.k = k
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        k = self.k or inputs.top_k
+        k = inputs.top_k if self.k is None else self.k
         n_groups = self.n_groups or inputs.n_groups or self._groups(inputs.n_experts, k)
         if inputs.n_experts // n_groups * self.top_groups < k:
             raise RouterError(
                 f"Expected groups with room for {k} experts a token, got {self.top_groups} of "
                 f"{n_groups} groups of {inputs.n_experts} experts. Raise top_groups."
             )
-        scores = host_scores(inputs.tensor("logits"), inputs)
-        biased = scores if inputs.selection_bias is None else scores + inputs.selection_bias
-        allowed = keep_best_groups(biased, n_groups, self.top_groups, self.counted)
-        ids = top_ids(allowed, k)
+        scores, choice = host_choice(inputs)
+        allowed = keep_best_groups(choice, n_groups, self.top_groups, self.counted)
+        ids = TopK(k).ids(scores, allowed)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
     def _groups(self, n_experts: int, k: int) -> int:

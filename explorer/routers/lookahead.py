@@ -17,6 +17,7 @@ from explorer.routers.base import (
 )
 from explorer.routers.distill import (
     BATCH_TOKENS,
+    DISTILLED,
     LEARNING_RATE,
     STEPS,
     distill,
@@ -57,6 +58,7 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
         needs=frozenset({"hidden"}),
         fits="distilled",
         across_layers=True,
+        identity=DISTILLED,
     )
 
     def __init__(self, *, steps: int = STEPS, seed: int = 0) -> None:

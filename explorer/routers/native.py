@@ -7,7 +7,7 @@ import torch
 from explorer.errors import RouterError
 from explorer.routers.base import ROUTERS, RouterInfo, RouterInputs, Routing, RoutingRouter
 from explorer.routers.scores import host_scores, slots, weigh
-from explorer.routers.selectors import Selector, TopK, top_ids
+from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK
 
 
 class GateRouter(RoutingRouter):
@@ -30,6 +30,7 @@ class NativeRouter(GateRouter):
         formula="as recorded",
         paper="",
         needs=frozenset({"native"}),
+        identity={},
     )
 
     def _route(self, inputs: RouterInputs) -> Routing:
@@ -49,6 +50,37 @@ def choice_scores(scores: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
         return biased
     two_best = inputs.selection_bias is not None
     return keep_best_groups(biased, inputs.n_groups, inputs.top_groups, 2 if two_best else 1)
+
+
+def host_choice(inputs: RouterInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the model's own scores, and what it sorts its experts by, both [T, E] float32.
+
+    Scores weigh experts, see :func:`explorer.routers.scores.weigh`. What they are sorted by may be
+    something else: the model's selection bias and groups are in it, see :func:`choice_scores`.
+    """
+    logits = inputs.tensor("logits")
+    scores = host_scores(logits, inputs)
+    sorts_logits = inputs.score_function.endswith("_topk") and inputs.selection_bias is None
+    # where logits are sorted before they become scores, these may have run into 0 or 1 together
+    return scores, choice_scores(logits.float() if sorts_logits else scores, inputs)
+
+
+def host_best(inputs: RouterInputs, k: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the model's own scores [T, E], and its best experts by its own rule [T, k] int64.
+
+    Start from here to change what the model does. With its own k the experts are those that it
+    chose, on models with a selection bias or groups of experts too, which scores alone do not say.
+
+    Parameters
+    ----------
+    inputs : RouterInputs
+        With ``logits``.
+    k : int, optional
+        Experts per token, best first; None = as many as the model takes. -1 where the model's
+        groups hold fewer.
+    """
+    scores, choice = host_choice(inputs)
+    return scores, TopK(inputs.top_k if k is None else k).ids(scores, choice)
 
 
 def keep_best_groups(
@@ -91,24 +123,24 @@ def choose(
 ) -> torch.Tensor:
     """Choose experts the host model's way, or by a selector, from scores on the host's scale.
 
+    For scores that a new router made; from the model's own, start with :func:`host_best`.
+
     Parameters
     ----------
     scores : Tensor [T, E]
     k : int, optional
         Experts per token; None = as many as the model takes.
     selector : Selector, optional
-        Chooses by the scores alone; the model's selection bias and groups play no part then.
+        Another way to choose. Which expert is better, and which are out of the question, is said
+        by the model's selection bias and groups too.
 
     Returns
     -------
     Tensor [T, K], int64
         -1 where the best groups hold fewer experts than are asked for.
     """
-    if selector is not None:
-        return selector.ids(scores)
-    choice = choice_scores(scores, inputs)
-    ids = top_ids(choice, inputs.top_k if k is None else k)
-    return ids.where(choice.gather(-1, ids) > -torch.inf, -1)
+    wanted = selector or TopK(inputs.top_k if k is None else k)
+    return wanted.ids(scores, choice_scores(scores, inputs))
 
 
 @ROUTERS.add("top_k")
@@ -134,6 +166,7 @@ class TopKRouter(GateRouter):
         formula="S = TopK(score(W h) + b, k);  w_e = score_e / sum_S score",
         paper="1701.06538, eq. 3-5",
         needs=frozenset({"logits"}),
+        identity={},
     )
 
     def __init__(self, *, k: int | None = None, selector: Selector | None = None) -> None:
@@ -142,9 +175,10 @@ class TopKRouter(GateRouter):
         self.k = k
         self.selector = selector
         if selector is not None:
-            self.info = replace(self.info, variable_k=selector.variable)
+            self.info = replace(self.info, variable_k=selector.variable, identity=SELECTOR_DECIDES)
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        scores = host_scores(inputs.tensor("logits"), inputs)
-        ids = choose(scores, inputs, k=self.k, selector=self.selector)
+        scores, choice = host_choice(inputs)
+        selector = self.selector or TopK(inputs.top_k if self.k is None else self.k)
+        ids = selector.ids(scores, choice)
         return slots(scores, ids, weigh(scores, ids, inputs))

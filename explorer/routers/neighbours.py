@@ -39,6 +39,7 @@ class NeighbourRouter(RoutingRouter):
         paper="2601.02144",
         needs=frozenset({"hidden"}),
         fits="statistics",
+        identity="Other tokens' scores stand for the token's.",
     )
     _rows = 2048  # tokens compared at a time, which bounds memory
 

@@ -73,6 +73,7 @@ def _control(name: str, title: str, summary: str, formula: str) -> dict[str, Any
         "paper": "",
         "needs": frozenset({"token_ids", "starts"}),
         "fits": "statistics",
+        "identity": {"keep": 1.0},
     }
 
 
@@ -131,6 +132,7 @@ class ConstantGateRouter(PartRouter):
         formula="g = value",
         needs=frozenset(),
         fits=None,
+        identity={"value": 1.0},
     )
 
     def __init__(

@@ -22,7 +22,7 @@ from explorer.routers.base import (
 from explorer.routers.distill import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
 from explorer.routers.layers import AcrossLayers
 from explorer.routers.scores import target_importance
-from explorer.routers.selectors import Selector, TopK, chosen_formula
+from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK, chosen_formula
 from explorer.routers.tokens import choose_tokens, sequence_rows, with_selector
 
 
@@ -73,6 +73,7 @@ class HeadAttentionRouter(PartRouter):
         paper="2410.11842",
         needs=frozenset({"hidden"}),
         fits="distilled",
+        identity={"keep": 1.0},
     )
 
     def __init__(
@@ -88,7 +89,7 @@ class HeadAttentionRouter(PartRouter):
         self.selector = selector
         if selector is not None:
             formula = chosen_formula(self.info.formula, selector)
-            self.info = replace(self.info, formula=formula)
+            self.info = replace(self.info, formula=formula, identity=SELECTOR_DECIDES)
         self.rank = rank
         self.steps = steps
         self.seed = seed
@@ -189,6 +190,7 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
         needs=frozenset({"hidden"}),
         fits="distilled",
         across_layers=True,
+        identity={"keep": 1.0},
     )
 
     def __init__(
@@ -284,6 +286,7 @@ class AttentionReceivedRouter(PartRouter):
         paper="2412.20875",
         needs=frozenset({"received", "starts"}),
         causal=False,
+        identity={"keep": 1.0},
     )
 
     def __init__(self, *, keep: float = 0.75, selector: Selector | None = None) -> None:
@@ -337,6 +340,7 @@ class AttentionGivenRouter(PartRouter):
         paper="2412.20875",
         needs=frozenset({"attention"}),
         fits="statistics",
+        identity={"keep": 1.0},
     )
 
     def __init__(

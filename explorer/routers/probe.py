@@ -1,5 +1,9 @@
 """Find out whether a rule looks into the future or at other sequences, by changing them.
 
+Two changes look into the future: other tokens in the place of later ones, and none at all, as a
+text is while it is being written. A rule that reads how long a text is, say to share out places by
+its tokens, bears the first and is caught by the second.
+
 The inputs come from a small causal toy model that is run again after each change, so that what a
 rule reads is as wide as in a real model: attention received by a token, for example, depends on
 later tokens, and a rule that uses it is caught although it looks at one row only.
@@ -8,6 +12,7 @@ later tokens, and a rule that uses it is caught although it looks at one row onl
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -42,7 +47,8 @@ class Verdict(NamedTuple):
     Attributes
     ----------
     causal : bool
-        No change to later tokens of a sequence changed a decision on earlier ones.
+        Neither other tokens later in a sequence nor their absence changed a decision on earlier
+        ones: each prefix is decided as the whole is.
     batch_dependent : bool
         A change to other sequences, or their absence, changed a decision.
     """
@@ -67,11 +73,27 @@ def probe(router: Router, *, seed: int = 0, n_sequences: int = 4, length: int = 
     if isinstance(router, TrainedRouter):
         router = deepcopy(router).train(toy_session(seed=seed))
     fitted = fit_layers(router, fit_inputs, toy_targets(router, fit_inputs, seed=seed))
+    return depends(fitted, seed=seed, n_sequences=n_sequences, length=length)
+
+
+def depends(
+    fitted: Mapping[Site, Router], *, seed: int = 0, n_sequences: int = 4, length: int = 24
+) -> Verdict:
+    """Change toy sequences under the eyes of routers that were fitted on them already.
+
+    Parameters
+    ----------
+    fitted : mapping of (layer, site) to Router
+        One for each layer of :func:`toy_layers`.
+    seed, n_sequences, length : int
+        As in :func:`probe`.
+    """
     tokens = toy_tokens(n_sequences, length, seed)
     before = _decide(fitted, tokens, seed)
     causal, batch_dependent = True, False
+    cuts = (1, length // 3, 2 * length // 3, length - 1)
     for sequence in range(n_sequences):
-        for cut in (1, length // 3, 2 * length // 3, length - 1):
+        for cut in cuts:
             changed = tokens.clone()
             # one token over and over: the strongest pull on whatever counts tokens
             changed[sequence, cut:] = (tokens[sequence, cut - 1] + cut) % VOCABULARY
@@ -79,8 +101,12 @@ def probe(router: Router, *, seed: int = 0, n_sequences: int = 4, length: int = 
             causal &= _same(before[sequence, :cut], after[sequence, :cut])
             others = [other for other in range(n_sequences) if other != sequence]
             batch_dependent |= not _same(before[others], after[others])
-        alone = _decide(fitted, tokens[sequence : sequence + 1], seed)
-        batch_dependent |= not _same(before[sequence], alone[0])
+        own = tokens[sequence : sequence + 1]
+        alone = _decide(fitted, own, seed)[0]
+        batch_dependent |= not _same(before[sequence], alone)
+        # by itself, so that nothing but its own length changes
+        for cut in range(1, length) if sequence == 0 else cuts:
+            causal &= _same(alone[:cut], _decide(fitted, own[:, :cut], seed)[0])
     return Verdict(causal, batch_dependent)
 
 
@@ -92,7 +118,15 @@ def toy_tokens(n_sequences: int, length: int, seed: int) -> torch.Tensor:
 
 
 def toy_layers(
-    tokens: torch.Tensor, *, seed: int = 0, score_function: str = "softmax", biased: bool = False
+    tokens: torch.Tensor,
+    *,
+    seed: int = 0,
+    score_function: str = "softmax",
+    biased: bool = False,
+    grouped: bool | None = None,
+    renormalize: bool = True,
+    scaling: float | None = None,
+    top_k: int = TOP_K,
 ) -> dict[Site, RouterInputs]:
     """Run the toy model over sequences and return what a capture would know of its routers.
 
@@ -102,10 +136,19 @@ def toy_layers(
         Token ids below ``VOCABULARY``; sequences are independent of each other.
     seed : int
         Seeds the weights.
-    score_function : {"softmax", "softmax_topk", "sigmoid", "probabilities"}
-        What the model makes of its logits.
+    score_function : str
+        What the model makes of its logits: ``"softmax"`` or ``"sigmoid"`` of all, the same with
+        ``"_topk"`` of the chosen ones, or ``"probabilities"``, which the gate gives already.
     biased : bool
-        Whether the model has a selection bias, a scaling factor and groups, like DeepSeek-V3.
+        Whether the model has a selection bias, and where nothing else is said a scaling factor of
+        2.5 and groups, like DeepSeek-V3.
+    grouped : bool, optional
+        Whether it chooses within the best two of four groups; None = as ``biased``.
+    renormalize : bool
+        Whether its weights are divided by their sum.
+    scaling : float, optional
+        Factor on its weights.
+    top_k : int
 
     Returns
     -------
@@ -116,6 +159,8 @@ def toy_layers(
     def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * scale
 
+    groups = biased if grouped is None else grouped
+    factor = scaling if scaling is not None else 2.5 if biased else 1.0
     n_sequences, length = tokens.shape
     stream = draw(VOCABULARY, HIDDEN)[tokens]  # [N, S, D]
     positions = torch.arange(length)
@@ -132,13 +177,13 @@ def toy_layers(
         inputs = RouterInputs(
             layer=layer,
             n_experts=EXPERTS,
-            top_k=TOP_K,
+            top_k=top_k,
             score_function=score_function,
-            renormalize=True,
-            scaling=2.5 if biased else 1.0,
+            renormalize=renormalize,
+            scaling=factor,
             selection_bias=bias if biased else None,
-            n_groups=4 if biased else None,
-            top_groups=2 if biased else None,
+            n_groups=4 if groups else None,
+            top_groups=2 if groups else None,
             gate_weight=gate,
             hidden=hidden,
             logits=logits.softmax(dim=-1) if score_function == "probabilities" else logits,
@@ -216,8 +261,20 @@ def dense(decision: Decision) -> torch.Tensor:
 
 def _decide(routers: Mapping[Site, Router], tokens: torch.Tensor, seed: int) -> torch.Tensor:
     """Return what all layers apply to the sequences, [N, S, L * P]."""
-    decisions = route_layers(routers, toy_layers(tokens, seed=seed))
+    every = torch.arange(tokens.numel())
+    # the same few texts for every router; a rule that spoils its inputs spoils a copy of them
+    layers = {at: one.take(every) for at, one in _layers(_texts(tokens), seed).items()}
+    decisions = route_layers(routers, layers)
     return torch.cat([dense(each) for each in decisions.values()], -1).view(*tokens.shape, -1)
+
+
+def _texts(tokens: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in tokens.tolist())
+
+
+@lru_cache(maxsize=256)
+def _layers(texts: tuple[tuple[int, ...], ...], seed: int) -> dict[Site, RouterInputs]:
+    return toy_layers(torch.tensor(texts), seed=seed)
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:

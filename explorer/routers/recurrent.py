@@ -21,6 +21,7 @@ from explorer.routers.base import (
 )
 from explorer.routers.distill import (
     BATCH_TOKENS,
+    DISTILLED,
     LEARNING_RATE,
     STEPS,
     distill,
@@ -209,6 +210,7 @@ class GRURouter(_RecurrentRouter, RoutingRouter):
         needs=frozenset({"hidden"}),
         fits="distilled",
         across_layers=True,
+        identity=DISTILLED,
     )
 
     def _cell(self) -> nn.GRUCell:
@@ -266,6 +268,7 @@ class GTrXLLayerRouter(_RecurrentRouter, PartRouter):
         needs=frozenset({"hidden"}),
         fits="distilled",
         across_layers=True,
+        identity={"keep": 1.0},
     )
 
     def __init__(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from explorer.routers.base import ROUTERS, RouterInfo, Site
+from explorer.routers.base import MODEL_K, ROUTERS, RouterInfo, Site
 from explorer.routers.rl_actions import ActionKind, CostKind, StateKind, make_actions
 from explorer.routers.rl_base import ActionRouter
 from explorer.routers.rl_explore import Log, explore
@@ -157,6 +157,7 @@ class PolicyGradientRouter(_OfflineRouter):
         fits="trained",
         variable_k=True,
         across_layers=True,
+        identity={"least": MODEL_K},  # the only action left is the model's own
     )
 
     def _log_policy(self, preference: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

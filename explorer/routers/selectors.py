@@ -9,12 +9,18 @@ import torch
 from explorer.errors import RouterError
 from explorer.routers.scores import masked_ids
 
+# why a rule with a selector does not repeat the model, for its card
+SELECTOR_DECIDES = "The selector chooses in the place of the model's k."
+
 
 def top_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Return the ``k`` best columns of each row, best first, ties to the lower one: [T, k] int64.
 
     ``torch.topk`` breaks ties as it likes, and after quantisation exact ties are common; the few
     rows with a tie among their best are sorted again, stably.
+
+    Of columns alone: the experts that a model itself would take are in
+    :func:`explorer.routers.native.host_best`.
     """
     n = scores.shape[-1]
     if not 1 <= k <= n:
@@ -53,9 +59,22 @@ class Selector(ABC):
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which parts are kept, [T, P] bool, of scores [T, P]."""
 
-    def ids(self, scores: torch.Tensor) -> torch.Tensor:
+    def among(self, scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool, where something else says which is better.
+
+        Parameters
+        ----------
+        scores : Tensor [T, P]
+            What thresholds and shares are held against.
+        order : Tensor [T, P]
+            What parts are sorted by, such as scores plus a model's selection bias; ``-inf`` = out
+            of the question.
+        """
+        return self.mask(scores) & (order > -torch.inf)
+
+    def ids(self, scores: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
         """Return the kept parts of each token, [T, K] int64, -1 where there are fewer."""
-        return masked_ids(self.mask(scores))
+        return masked_ids(self.mask(scores) if order is None else self.among(scores, order))
 
 
 def chosen_formula(formula: str, selector: Selector) -> str:
@@ -77,11 +96,19 @@ class TopK(Selector):
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which parts are kept, [T, P] bool."""
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, self.ids(scores), True)
+        ids = top_ids(scores, self.k)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True)
 
-    def ids(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the kept parts of each token, best first, [T, k] int64."""
-        return top_ids(scores, self.k)
+    def among(self, scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool: the first of the order."""
+        return self.mask(order) & (order > -torch.inf)
+
+    def ids(self, scores: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the kept parts of each token, best first, [T, k] int64, -1 = out of question."""
+        if order is None:
+            return top_ids(scores, self.k)
+        ids = top_ids(order, self.k)
+        return ids.where(order.gather(-1, ids) > -torch.inf, -1)
 
 
 @dataclass(frozen=True)
@@ -111,8 +138,12 @@ class Threshold(Selector):
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which parts are kept, [T, P] bool."""
-        kept = scores >= self.threshold
-        return kept | TopK(self.at_least).mask(scores) if self.at_least else kept
+        return self.among(scores, scores)
+
+    def among(self, scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool: by their scores, the first of the order too."""
+        kept = (scores >= self.threshold) & (order > -torch.inf)
+        return kept | TopK(self.at_least).among(scores, order) if self.at_least else kept
 
 
 @dataclass(frozen=True)
@@ -140,12 +171,18 @@ class TopP(Selector):
 
     def mask(self, scores: torch.Tensor) -> torch.Tensor:
         """Return which parts are kept, [T, P] bool; scores must not be negative."""
+        return self.among(scores, scores)
+
+    def among(self, scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Return which parts are kept, [T, P] bool: the first that have the share in the order."""
+        possible = order > -torch.inf
         if self.p >= 1:
-            return torch.ones_like(scores, dtype=torch.bool)
-        best = scores.sort(dim=-1, descending=True, stable=True)
-        share = best.values / best.values.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+            return possible
+        best = order.sort(dim=-1, descending=True, stable=True)
+        values = scores.where(possible, 0.0).gather(-1, best.indices)
+        share = values / values.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         # a part is kept while those before it do not reach p
         before = torch.nn.functional.pad(share.cumsum(dim=-1)[:, :-1], (1, 0))
         kept = before < self.p
         kept[:, :1] = True
-        return torch.zeros_like(kept).scatter(-1, best.indices, kept)
+        return torch.zeros_like(kept).scatter(-1, best.indices, kept) & possible

@@ -56,6 +56,7 @@ class StaticLayersRouter(TrainedRouter, PartRouter):
         needs=frozenset(),
         fits="trained",
         across_layers=True,
+        identity={"keep": 1.0},
     )
 
     def __init__(self, *, keep: float = 0.75, seed: int = 0) -> None:

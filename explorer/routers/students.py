@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from explorer.routers.base import ROUTERS, RouterInfo
-from explorer.routers.distill import Student
+from explorer.routers.distill import DISTILLED, Student
 
 
 @ROUTERS.add("distilled_linear")
@@ -26,6 +26,7 @@ class LinearStudent(Student):
         paper="",
         needs=frozenset({"hidden"}),
         fits="distilled",
+        identity=DISTILLED,
     )
 
     def make(self, d: int, n_experts: int) -> nn.Module:
@@ -91,6 +92,7 @@ class CosineRouter(Student):
         paper="2204.09179",
         needs=frozenset({"hidden"}),
         fits="distilled",
+        identity=DISTILLED,
     )
 
     def __init__(self, *, width: int = 32, **options: Any) -> None:

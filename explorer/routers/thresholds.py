@@ -36,10 +36,12 @@ class TopPRouter(TopKRouter):
         ),
         formula="S = the smallest prefix of the sorted p with sum >= p",
         paper="2403.07652",
+        identity="The number of experts follows from the token's probabilities.",
     )
 
     def __init__(self, *, p: float = 0.4) -> None:
         super().__init__(selector=TopP(p))
+        self.info = replace(self.info, identity=type(self).info.identity)
         self.p = p
 
 
@@ -72,6 +74,7 @@ class ExpertSkippingRouter(GateRouter):
         needs=frozenset({"logits"}),
         fits="statistics",
         variable_k=True,
+        identity={"quantile": 0.0},
     )
 
     def __init__(self, *, quantile: float = 0.5) -> None:
@@ -87,7 +90,8 @@ class ExpertSkippingRouter(GateRouter):
         _, ratios = self._ratios(inputs)
         ordered = ratios.sort(dim=0).values
         at = min(len(ordered) - 1, round(self.quantile * len(ordered)))
-        self.beta_ = ordered[at].clone()
+        # nobody leaves out an expert at 0, nor does a token that the fit split did not foresee
+        self.beta_ = ordered[at].clone() if self.quantile else torch.zeros_like(ordered[0])
 
     def _route(self, inputs: RouterInputs) -> Routing:
         native, ratios = self._ratios(inputs)
@@ -114,7 +118,9 @@ class ReluRouter(GateRouter):
 
     Notes
     -----
-    Differs from the source, where the model learns to be sparse; a token may have no expert.
+    Differs from the source, where the model learns to be sparse; a token may have no expert. The
+    logits alone are held against the threshold: a model's selection bias and groups, which even
+    out what its own rule does, have no part in it.
     """
 
     info = RouterInfo(
@@ -130,6 +136,7 @@ class ReluRouter(GateRouter):
         needs=frozenset({"logits"}),
         fits="statistics",
         variable_k=True,
+        identity="A threshold that all tokens share gives each its own number of experts.",
     )
 
     def __init__(

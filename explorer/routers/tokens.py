@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from explorer.routers.base import RouterInfo, RouterInputs
-from explorer.routers.selectors import Selector
+from explorer.routers.selectors import SELECTOR_DECIDES, Selector
 from explorer.routers.sequences import row_starts
 
 
@@ -20,12 +20,17 @@ def with_selector(info: RouterInfo, selector: Selector | None) -> RouterInfo:
         return info
     scores = info.formula.split(";  ")[0]
     if selector.alone:
-        return replace(info, formula=f"{scores};  {selector}, each token by itself")
+        return replace(
+            info,
+            formula=f"{scores};  {selector}, each token by itself",
+            identity=SELECTOR_DECIDES,
+        )
     return replace(
         info,
         formula=f"{scores};  {selector} among the tokens of a sequence",
         needs=info.needs | {"starts"},
         causal=False,
+        identity=SELECTOR_DECIDES,
     )
 
 

@@ -23,6 +23,7 @@ _INFO = RouterInfo(
     needs=frozenset({"hidden"}),
     fits="trained",
     across_layers=True,
+    identity={"keep": 1.0},
 )
 
 
