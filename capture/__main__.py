@@ -15,9 +15,10 @@ from capture.config import (
     DTYPES,
 )
 from capture.errors import CaptureCancelled, CaptureError
+from capture.interrupts import Terminated
 
 ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells expect
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, as shells expect
 
 EXAMPLES = """\
 examples:
@@ -48,17 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(given)
     except CaptureCancelled as error:
         _complain(str(error))
-        return INTERRUPTED
+        return TERMINATED if isinstance(error.__cause__, Terminated) else INTERRUPTED
     except CaptureError as error:
         _complain(f"error: {error}")
         for note in getattr(error, "__notes__", ()):
             _complain(note)
         return ERROR
     except KeyboardInterrupt as error:
-        _complain("Interrupted.")
+        terminated = isinstance(error, Terminated)
+        _complain("Terminated." if terminated else "Interrupted.")
         for note in getattr(error, "__notes__", ()):
             _complain(note)
-        return INTERRUPTED
+        return TERMINATED if terminated else INTERRUPTED
 
 
 def _capture(arguments: Sequence[str]) -> int:

@@ -98,6 +98,9 @@ class PairStep:
 
 Step = PromptStep | DecodeStep | PairStep
 
+# the last steps wait for the next ones: a character has at most 4 bytes, each a token at most
+OPEN_STEPS = 4
+
 
 @dataclass(slots=True)
 class _Decoded:
@@ -144,6 +147,8 @@ class Assembler:
     sampled_tokens: int = 0
     forwards: int = 0
     _held: list[_Decoded] = field(default_factory=list)
+    # of the batch that is being decoded, by prompt
+    _generated: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Count the tokens: prompts first, in their order, whatever the batches."""
@@ -151,7 +156,7 @@ class Assembler:
         self._first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
     def consume(self, step: Step) -> None:
-        """Take one step; decoding steps wait until their batch has ended."""
+        """Take one step; decoding steps wait for :meth:`settle`, or until their batch has ended."""
         if isinstance(step, PromptStep):
             self.flush()
             self._hand_over_prompts(step)
@@ -163,15 +168,28 @@ class Assembler:
         rows = np.flatnonzero(arrays["valid"])
         if len(rows):
             self._held.append(_Decoded(step, arrays, rows))
+            prompts = step.batch.prompts[rows].tolist()
+            for prompt, token in zip(prompts, arrays["token"][rows].tolist(), strict=True):
+                self._generated.setdefault(prompt, []).append(token)
         if not arrays["goes_on"].any():
             step.all_ended.set()
 
     def flush(self) -> None:
-        """Hand over the decoding steps that are held."""
-        held, self._held = self._held, []
-        texts = self._generated_texts(held)
-        for decoded in held:
+        """Hand over the decoding steps that are held; their batch has ended."""
+        self._hand_over_held(len(self._held))
+        self._generated.clear()
+
+    def settle(self) -> None:
+        """Hand over the decoding steps whose texts no later token can change."""
+        self._hand_over_held(len(self._held) - OPEN_STEPS)
+
+    def _hand_over_held(self, count: int) -> None:
+        if count <= 0:
+            return
+        texts = self._generated_texts(self._held[0].step.number)
+        for decoded in self._held[:count]:
             self._hand_over_decoded(decoded, texts)
+        del self._held[:count]
 
     def _hand_over_prompts(self, step: PromptStep) -> None:
         arrays, batch = step.parcel.open(), step.batch
@@ -229,20 +247,17 @@ class Assembler:
             texts += pieces
         return texts
 
-    def _generated_texts(self, held: Sequence[_Decoded]) -> dict[tuple[int, int], str] | None:
-        """Return the text of every generated token, by prompt and step."""
+    def _generated_texts(self, first: int) -> dict[tuple[int, int], str] | None:
+        """Return the text of every generated token from step ``first`` on, by prompt and step."""
         if self.tokenizer is None:
             return None
-        ids: dict[int, list[int]] = {}
-        for decoded in held:
-            prompts = decoded.step.batch.prompts[decoded.rows].tolist()
-            for prompt, token in zip(prompts, decoded.arrays["token"][decoded.rows], strict=True):
-                ids.setdefault(prompt, []).append(int(token))
+        # some steps more: a character that began before is seen whole
+        start = max(0, first - OPEN_STEPS)
         texts: dict[tuple[int, int], str] = {}
-        for prompt, generated in ids.items():
-            context = self.prompts[prompt].ids.tolist()
-            pieces = decode_pieces(self.tokenizer, generated, context)
-            texts |= {(prompt, number): piece for number, piece in enumerate(pieces)}
+        for prompt, generated in self._generated.items():
+            context = [*self.prompts[prompt].ids.tolist(), *generated[:start]]
+            pieces = decode_pieces(self.tokenizer, generated[start:], context)
+            texts |= {(prompt, number): piece for number, piece in enumerate(pieces, start)}
         return texts
 
     def _blocks(

@@ -273,7 +273,7 @@ def _loop(bench: Bench) -> None:
             groups=(),
             plan=bench.plan,
             thread=thread,
-            advance=lambda _: None,
+            advance=lambda: None,
             check=lambda: None,
         ).run()
     thread.close()

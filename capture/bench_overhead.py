@@ -135,8 +135,9 @@ def plain(bench: Bench) -> None:
 
 def recorded(bench: Bench, folder: Path) -> None:
     """Record the batches into a run file, until it is closed, and remove it."""
+    from capture.interrupts import Interrupts
     from capture.preparation import describe_run
-    from capture.session import _Session
+    from capture.session import Stopper, _Session
 
     out, attention = folder / "run.duckdb", bench.attention
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), 0) for p in bench.plan.prompts]
@@ -144,7 +145,9 @@ def recorded(bench: Bench, folder: Path) -> None:
     layers = attention.found.layers if attention is not None else ()
     writer = RunWriter.create(out, info, [site.info for site in bench.sites], rows, layers)
     reporter = Reporter(False)
-    _Session(bench.loaded, bench.sites, bench.plan, writer, reporter, attention).run(None)
+    _Session(bench.loaded, bench.sites, bench.plan, writer, reporter, attention).run(
+        Stopper(Interrupts())
+    )
     out.unlink()
 
 

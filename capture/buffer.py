@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -174,13 +175,23 @@ class WriterThread(Generic[T]):
     consume : callable
         What it raises is raised again in the caller's thread, by the next :meth:`put` or by
         :meth:`close`; later items are thrown away.
+    idle : callable, optional
+        Called on that thread, at most every ``WAIT_SECONDS``, while no item comes; it may raise
+        as ``consume`` may.
     capacity : int, items
         :meth:`put` waits when so many are waiting.
     """
 
-    def __init__(self, consume: Callable[[T], None], *, capacity: int = SLOTS) -> None:
+    def __init__(
+        self,
+        consume: Callable[[T], None],
+        *,
+        idle: Callable[[], None] | None = None,
+        capacity: int = SLOTS,
+    ) -> None:
         self.failed = threading.Event()
         self._consume = consume
+        self._idle = idle
         self._items: queue.Queue[T | None] = queue.Queue(capacity)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="run-writer", daemon=True)
@@ -205,15 +216,23 @@ class WriterThread(Generic[T]):
 
     def _run(self) -> None:
         while True:
-            item = self._items.get()
+            try:
+                item = self._items.get(timeout=None if self._idle is None else WAIT_SECONDS)
+            except queue.Empty:
+                self._guard(self._idle)
+                continue
             if item is None:
                 return
-            if self._error is None:
-                try:
-                    self._consume(item)
-                except BaseException as error:
-                    self._error = error
-                    self.failed.set()
+            self._guard(partial(self._consume, item))
+
+    def _guard(self, action: Callable[[], None] | None) -> None:
+        """Do it unless something failed before, and keep what it raises."""
+        if self._error is None and action is not None:
+            try:
+                action()
+            except BaseException as error:
+                self._error = error
+                self.failed.set()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -1,4 +1,4 @@
-"""Ctrl-C that is never lost."""
+"""Ctrl-C and a request to end that are never lost, and do not tear a file that is being closed."""
 
 import signal
 import threading
@@ -7,30 +7,58 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: a container is stopped, or a job is preempted."""
+
+
+class Interrupts:
+    """Which signals have come since :func:`remembered_interrupts` began.
+
+    Attributes
+    ----------
+    last : type of KeyboardInterrupt or None
+        How to tell of the last one; None when there was none.
+    """
+
+    def __init__(self) -> None:
+        self.last: type[KeyboardInterrupt] | None = None
+        self._closing: Callable[[], None] | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal: raise what it means, or put the first one off while a file is closed."""
+        self.last = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        say, self._closing = self._closing, None
+        if say is None:
+            raise self.last
+        say()
+
+    @contextmanager
+    def closing(self, say: Callable[[], None]) -> Iterator[None]:
+        """Let the block end although a signal comes; ``say`` tells so, and the next one ends it."""
+        self._closing = say
+        try:
+            yield
+        finally:
+            self._closing = None
+
+
 @contextmanager
-def remembered_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed since the block began.
+def remembered_interrupts() -> Iterator[Interrupts]:
+    """Turn SIGTERM into :class:`Terminated`, and remember it and Ctrl-C.
 
     Python raises KeyboardInterrupt wherever the main thread is. Inside a callback whose errors
-    are ignored, such as a finalizer or an operator of torch, it is swallowed; the function still
-    knows. Outside the main thread, or where the caller handles Ctrl-C itself, nothing is changed
-    and the function says False.
+    are ignored, such as a finalizer or an operator of torch, it is swallowed; ``last`` still
+    knows. Outside the main thread nothing is changed, nor is a signal that the caller handles.
     """
-    pressed = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        pressed.set()
-        signal.default_int_handler(number, frame)
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if not ours:
-        yield pressed.is_set
-        return
-    signal.signal(signal.SIGINT, handle)
+    interrupts = Interrupts()
+    taken = {}
+    if threading.current_thread() is threading.main_thread():
+        ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        taken = {n: handler for n, handler in ours.items() if signal.getsignal(n) is handler}
     try:
-        yield pressed.is_set
+        for number in taken:
+            signal.signal(number, interrupts.handle)
+        yield interrupts
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in taken.items():
+            signal.signal(number, handler)

@@ -17,7 +17,8 @@ class Progress(NamedTuple):
     ----------
     stage : {"loading", "self-test", "recording", "writing", "done"}
     tokens_done, tokens_total : int, tokens
-        The total counts every token that may be generated, so a capture can end below it.
+        Those that are stored, which nothing can take back. The total counts every token that may
+        be generated, so a capture can end below it.
     tokens_per_second : float
         Over the recording so far; 0 before it starts.
     seconds_left : float or None
@@ -64,9 +65,9 @@ class Reporter:
             self._started = time.monotonic()
         self._report(message)
 
-    def advance(self, tokens: int) -> None:
-        """Count tokens of a forward pass."""
-        self._done += tokens
+    def stored(self, tokens: int) -> None:
+        """Say how many tokens are on the disk by now; those that may yet be lost do not count."""
+        self._done = tokens
         self._report("")
 
     def close(self) -> None:

@@ -88,7 +88,7 @@ class Recording:
     plan : Plan
     thread : WriterThread
     advance : callable
-        Told the number of rows of every forward pass.
+        Called after every forward pass.
     check : callable
         Called before every forward pass; raises to end the recording.
     attention : AttentionTaps or None
@@ -102,7 +102,7 @@ class Recording:
     groups: Sequence[SiteGroup]
     plan: Plan
     thread: WriterThread[Step]
-    advance: Callable[[int], None]
+    advance: Callable[[], None]
     check: Callable[[], None]
     attention: AttentionTaps | None = None
     staging: Staging = field(default_factory=Staging)
@@ -164,7 +164,7 @@ class Recording:
         if self.attention is not None:
             tensors |= pack_attention(*self.attention.take())
         self._hand_over(tensors, rows, partial(PromptStep, batch, domains, sampled, attended))
-        self.advance(len(batch.rows))
+        self.advance()
         return done
 
     def _attended(self, batch: PaddedBatch) -> list[PromptRow]:
@@ -215,7 +215,7 @@ class Recording:
                 Rows(None, domain, len(domains), None, valid),
                 partial(DecodeStep, batch, domains, number, all_ended),
             )
-            self.advance(len(batch.prompts))
+            self.advance()
             valid = goes_on
             token = torch.where(goes_on, following, self.plan.pad_id)
 

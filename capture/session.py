@@ -1,11 +1,13 @@
 """One capture from start to end: load, test, estimate, record, check, close."""
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture import preparation
 from capture.config import (
@@ -17,7 +19,7 @@ from capture.config import (
 )
 from capture.errors import CaptureCancelled, CaptureError
 from capture.estimate import check_space
-from capture.interrupts import remembered_interrupts
+from capture.interrupts import Interrupts, Terminated, remembered_interrupts
 from capture.progress import Progress, Reporter
 from capture.prompts import Prompt, PromptSource, read_prompts
 from capture.sampling import plan_sample
@@ -50,8 +52,26 @@ SPELLED = (
 )
 
 
-class _Stop(Exception):
+class _Cancelled(Exception):
     """The caller's ``cancel`` said so."""
+
+
+class Stopper(NamedTuple):
+    """What may end a capture early: a signal, or the caller's ``cancel``."""
+
+    interrupts: Interrupts
+    cancel: Callable[[], bool] | None = None
+
+    def is_cancelled(self) -> bool:
+        """Whether the caller says so."""
+        return self.cancel is not None and self.cancel()
+
+    def check(self) -> None:
+        """Raise when the recording is to end."""
+        if self.interrupts.last is not None:
+            raise self.interrupts.last
+        if self.is_cancelled():
+            raise _Cancelled
 
 
 def record(
@@ -138,10 +158,9 @@ attention_heads, attention_every, attention_bins, attention_top_keys
         attention_top_keys=attention_top_keys,
     )
     reporter = Reporter(progress)
-    try:
-        return _record(model, prompts, Path(out), config, tokenizer, reporter, cancel)
-    finally:
-        reporter.close()
+    with closing(reporter), remembered_interrupts() as interrupts:
+        stop = Stopper(interrupts, cancel)
+        return _record(model, prompts, Path(out), config, tokenizer, reporter, stop)
 
 
 def _record(
@@ -151,7 +170,7 @@ def _record(
     config: CaptureConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
     reporter: Reporter,
-    cancel: Callable[[], bool] | None,
+    stop: "Stopper",
 ) -> Path:
     check_new(out)
     given = read_prompts(source)
@@ -164,7 +183,7 @@ def _record(
     with suspended(loaded.model) as was_compiled:
         if loaded.compiler is None and (was_compiled or config.compile):
             loaded = loaded._replace(compiler=default_compiler)
-        return _capture(loaded, given, out, config, reporter, cancel, started)
+        return _capture(loaded, given, out, config, reporter, stop, started)
 
 
 def _capture(
@@ -173,7 +192,7 @@ def _capture(
     out: Path,
     config: CaptureConfig,
     reporter: Reporter,
-    cancel: Callable[[], bool] | None,
+    stop: "Stopper",
     started: float,
 ) -> Path:
     """Record with a model that is loaded, and not compiled yet."""
@@ -196,7 +215,7 @@ def _capture(
     attention = preparation.plan_attention(prompts, sites, loaded, config)
     cost = preparation.cost_of(prompts, sites, loaded, config, sample, attention)
     check_space(cost, out)
-    if cancel is not None and cancel():
+    if stop.is_cancelled():
         raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
     info = preparation.describe_run(loaded, config, sample, attention)
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
@@ -210,7 +229,7 @@ def _capture(
     except BaseException:
         writer.discard()
         raise
-    return session.run(cancel)
+    return session.run(stop)
 
 
 def _load(
@@ -267,43 +286,73 @@ class _Session:
             tokenizer=loaded.tokenizer if can_decode(loaded.tokenizer) else None,
         )
 
-    def run(self, cancel: Callable[[], bool] | None) -> Path:
+    def run(self, stop: Stopper) -> Path:
         """Record, and close the file whatever happens; see :func:`record`."""
         from capture.buffer import WriterThread
 
         started = time.monotonic()
-        thread: WriterThread[Step] = WriterThread(self.assembler.consume)
-        why = None
+        thread: WriterThread[Step] = WriterThread(self._consume, idle=self._keep_up)
+        why: BaseException | None = None
         try:
             try:
-                self._record(thread, cancel)
-            except KeyboardInterrupt:
-                why = "Interrupted"
-            except _Stop:
-                why = "Cancelled"
-            self.reporter.enter("writing", f"Closing {self.writer.out}.")
-            thread.close()
-            self.assembler.flush()
-            if why is not None and not self.assembler.forwards:
-                self.writer.discard()
-                raise CaptureCancelled(f"{why} before anything was recorded; nothing is kept.")
-            if why is None:
-                self._check_counts()
-            path = self._finish(started, complete=why is None)
+                self._record(thread, stop)
+            except (KeyboardInterrupt, _Cancelled) as error:
+                why = error
+            with stop.interrupts.closing(self._say_closing):
+                path = self._close(thread, started, why)
         except CaptureCancelled:
             raise
         except BaseException as error:
             self._keep(thread, error)
             raise
-        counted = f"{self.assembler.prompt_tokens + self.assembler.generated_tokens:,} tokens"
         if why is not None:
             raise CaptureCancelled(
-                f"{why}: {counted} were recorded and are kept as the incomplete run {path}.", path
-            )
-        self.reporter.enter("done", f"{path}: {counted} recorded.")
+                f"{_named(why)}: {self._counted()} were recorded and are kept as the incomplete "
+                f"run {path}.",
+                path,
+            ) from why
+        self.reporter.enter("done", f"{path}: {self._counted()} recorded.")
         return path
 
-    def _record(self, thread: "WriterThread[Step]", cancel: Callable[[], bool] | None) -> None:
+    def _consume(self, step: "Step") -> None:
+        self.assembler.consume(step)
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        """Commit what has waited long enough; on the writer's thread."""
+        if self.writer.is_due:
+            self.assembler.settle()
+            self.writer.flush()
+
+    def _close(
+        self, thread: "WriterThread[Step]", started: float, why: BaseException | None
+    ) -> Path:
+        """Store what is still on its way, and finish the file."""
+        self.reporter.enter("writing", f"Closing {self.writer.out}.")
+        thread.close()
+        self.assembler.flush()
+        if why is not None and not self.assembler.forwards:
+            self.writer.discard()
+            raise CaptureCancelled(
+                f"{_named(why)} before anything was recorded; nothing is kept."
+            ) from why
+        self.writer.flush()
+        self.reporter.stored(self.writer.stored_tokens)
+        if why is None:
+            self._check_counts()
+        return self._finish(started, complete=why is None)
+
+    def _say_closing(self) -> None:
+        self.reporter.enter(
+            "writing",
+            f"{self.writer.out} is being closed, which goes on; to stop at once, and leave it to "
+            "python -m capture recover, interrupt once more.",
+        )
+
+    def _counted(self) -> str:
+        return f"{self.assembler.prompt_tokens + self.assembler.generated_tokens:,} tokens"
+
+    def _record(self, thread: "WriterThread[Step]", stop: Stopper) -> None:
         from capture.compiled import compiled
         from capture.forward import Runner
         from capture.head import Head
@@ -311,16 +360,9 @@ class _Session:
         from capture.recording import HiddenRows, Recording
         from capture.selftest import probe_tokens
 
-        def check() -> None:
-            if interrupted():
-                raise KeyboardInterrupt
-            if cancel is not None and cancel():
-                raise _Stop
-
         hidden_rows = HiddenRows()
         model = self.loaded.model
         with (
-            remembered_interrupts() as interrupted,
             Head(model).open(probe_tokens(model)[:1]) as head,
             tap(self.sites, hidden_rows=hidden_rows) as taps,
             compiled(model, self.loaded.compiler),
@@ -336,8 +378,8 @@ class _Session:
                 groups=self.groups,
                 plan=self.plan,
                 thread=thread,
-                advance=self.reporter.advance,
-                check=check,
+                advance=lambda: self.reporter.stored(self.writer.stored_tokens),
+                check=stop.check,
                 attention=self.attention.taps if self.attention is not None else None,
             ).run()
 
@@ -378,6 +420,9 @@ class _Session:
 
     def _keep(self, thread: "WriterThread[Step]", error: BaseException) -> None:
         """After a failure, commit what can be committed and leave the partial file."""
+        if _is_same_file(self.writer.partial, self.writer.out):
+            self.writer.partial.unlink()  # the run is whole and has its name
+            return
         for step in (thread.close, self.assembler.flush, self.writer.flush):
             try:
                 step()
@@ -388,8 +433,22 @@ class _Session:
             self.writer.discard()
             return
         self.writer.abandon()
-        if "recover" not in str(error):
+        if "recover" not in str(error) and self.writer.partial.exists():
             error.add_note(
                 f"What was recorded is in {self.writer.partial}. Close it with: "
                 f"python -m capture recover '{self.writer.partial}'"
             )
+
+
+def _named(why: BaseException) -> str:
+    """Return how a capture ended that did not come to its end."""
+    if isinstance(why, Terminated):
+        return "Terminated"
+    return "Interrupted" if isinstance(why, KeyboardInterrupt) else "Cancelled"
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    """Whether both names are there, of one file: a rename that was cut in half."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False

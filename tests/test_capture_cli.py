@@ -118,7 +118,11 @@ def test_recover_closes_what_a_killed_capture_left(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_cleanly_and_keeps_what_was_recorded(tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "code", "word"),
+    [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
+)
+def test_a_signal_ends_cleanly_and_keeps_what_was_recorded(tmp_path, sent, code, word):
     line = "The quick brown fox jumps over the lazy dog. " * 8 + "\n"
     (tmp_path / "p.txt").write_text(line * 5000, encoding="utf-8")
     process = start(
@@ -129,10 +133,10 @@ def test_ctrl_c_ends_cleanly_and_keeps_what_was_recorded(tmp_path):
         seen += process.stderr.read(64)
         assert process.poll() is None, seen
     time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130, rest
-    assert "Interrupted: " in rest and "incomplete run r.duckdb" in rest
+    assert process.returncode == code, rest
+    assert f"{word}: " in rest and "incomplete run r.duckdb" in rest
     assert "Traceback" not in rest
     with RunReader.open(tmp_path / "r.duckdb") as run:
         assert not run.info["complete"]

@@ -27,6 +27,7 @@ from capture.errors import (
 from capture.estimate import check_space
 from capture.models import load_model
 from capture.store import LEVELS, RunReader, RunWriter, recover
+from capture.store import writer as writer_module
 
 # batches of other shapes sum in another order; float32 keeps about seven digits
 TOLERANCE = 2e-4
@@ -401,7 +402,8 @@ def test_cancel_before_the_first_pass_leaves_nothing(tmp_path, calls):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_between_passes_keeps_what_was_recorded(tmp_path):
+def test_an_interrupt_between_passes_keeps_what_was_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "COMMIT_SECONDS", 0)
     reports = []
 
     def interrupt(report):
@@ -411,7 +413,9 @@ def test_an_interrupt_between_passes_keeps_what_was_recorded(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(CaptureCancelled, match=r"Interrupted: .* kept as the incomplete run"):
-        record(tiny("olmoe"), unequal(), tmp_path / "a.duckdb", batch_tokens=1, progress=interrupt)
+        record(
+            tiny("olmoe"), unequal(40), tmp_path / "a.duckdb", batch_tokens=1, progress=interrupt
+        )
     assert reports.count("interrupt") == 1
     with RunReader.open(tmp_path / "a.duckdb") as run:
         assert not run.info["complete"] and run.info["n_tokens"] > 20

@@ -15,7 +15,7 @@ import pyarrow as pa
 from capture.errors import StoreError
 from capture.store import schema
 from capture.store.codec import Layout
-from capture.store.files import check_new, partial_of, publish, remove_partial
+from capture.store.files import check_new, made_whole
 from capture.store.interrupts import as_keyboard_interrupt
 from capture.store.opening import SAFE
 from capture.store.reader import RunReader
@@ -60,24 +60,19 @@ def counts_only(path: str | Path, out: str | Path) -> Path:
     """
     path, out = Path(path), Path(out)
     check_new(out)
-    with RunReader.open(path) as run:
+    with RunReader.open(path) as run, made_whole(out) as fresh:
         (layout,) = run.query(schema.SELECT_LAYOUT).to_pylist()
         notes = json.dumps({NOTE: True})
         try:
-            _write(partial_of(out), run, Layout(**layout), notes)
+            _write(fresh, run, Layout(**layout), notes)
         except duckdb.Error as error:
-            remove_partial(out)
             raise StoreError(f"{out} could not be written: {error}. Choose another OUT.") from error
-        except BaseException:
-            remove_partial(out)
-            raise
-    publish(partial_of(out), out)
     return out
 
 
-def _write(partial: Path, run: RunReader, layout: Layout, notes: str) -> None:
+def _write(fresh: Path, run: RunReader, layout: Layout, notes: str) -> None:
     config = SAFE | {"default_block_size": str(BLOCK_SIZE)}
-    with duckdb.connect(str(partial), config=dict(config)) as connection:
+    with duckdb.connect(str(fresh), config=dict(config)) as connection:
         for statement in (*schema.create_statements(layout), schema.TOKENS_WITHOUT_IDS):
             connection.execute(statement)
         for table, sql in _COPIED.items():

@@ -1,11 +1,24 @@
-"""Names of run files on disk: the partial file, and closing it without overwriting anything."""
+"""Names of run files on disk: every name is taken once, and a file gets it whole or not at all."""
 
+import logging
 import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capture.errors import StoreError
+from capture.store.opening import connect
 
 SUFFIX = ".partial"
+# of files that are being made and have no name yet; no page lists them
+_UNNAMED = ".new"
+_UNNAMED_HOURS = 24.0  # after which one is left from a process that died
+# of a DuckDB file without a table; the log beside it holds what was committed since
+_HEADER_BYTES = 12_288
+_log = logging.getLogger(__name__)
 
 
 def partial_of(out: Path) -> Path:
@@ -16,6 +29,21 @@ def partial_of(out: Path) -> Path:
 def log_of(path: Path) -> Path:
     """Return the name of DuckDB's write-ahead log of a file."""
     return path.with_name(path.name + ".wal")
+
+
+def is_own_file(path: Path) -> bool:
+    """Return whether a path is a regular file of its folder.
+
+    Folders, pipes and devices are not, nor is a link that leads out of the folder: whoever may put
+    names into a folder may not choose with them what else is read.
+    """
+    try:
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            target = path.resolve(strict=True)
+            return target.parent == path.parent.resolve() and target.is_file()
+        return path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long; links in a circle
+        return False
 
 
 def check_free(out: Path) -> None:
@@ -44,12 +72,37 @@ def check_new(out: Path) -> None:
             f"{out} would look like an unfinished capture. Choose a name without {SUFFIX}."
         )
     partial = partial_of(out)
-    if os.path.lexists(partial):
+    if os.path.lexists(partial) and not forget_empty(partial):
         raise StoreError(
             f"{partial} is left from an unfinished capture. Close it with: "
             f"python -m capture recover '{partial}', or delete it."
         )
     _make_folder(out)
+
+
+def forget_empty(partial: Path) -> bool:
+    """Remove the file of a capture that was killed before its first transaction.
+
+    Returns
+    -------
+    bool
+        Whether that is what it was; anything else stays.
+
+    Raises
+    ------
+    StoreError
+        If another process is writing it.
+    """
+    if not is_own_file(partial) or partial.stat().st_size > _HEADER_BYTES:
+        return False
+    log = log_of(partial)
+    if log.exists() and log.stat().st_size:
+        return False
+    if partial.stat().st_size:
+        connect(partial, read_only=True).close()  # says so if it is being written
+    _remove(partial)
+    _log.warning("%s held nothing: its capture was killed before it had stored anything.", partial)
+    return True
 
 
 def _make_folder(out: Path) -> None:
@@ -70,9 +123,87 @@ def _make_folder(out: Path) -> None:
 
 def remove_partial(out: Path) -> None:
     """Remove the partial file of OUT, which holds nothing worth keeping."""
-    partial = partial_of(out)
-    partial.unlink(missing_ok=True)
-    log_of(partial).unlink(missing_ok=True)
+    _remove(partial_of(out))
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    log_of(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def unnamed(path: Path) -> Iterator[Path]:
+    """Yield a hidden name of our own beside ``path``, and remove what is left there in the end.
+
+    Two processes that make the same file do not meet before one of them gives its own the name
+    (:func:`give_name`), and a name never belongs to a file that is not whole.
+    """
+    _forget_left_over(path)
+    # a name may have 255 bytes
+    fresh = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}{_UNNAMED}")
+    try:
+        yield fresh
+    finally:
+        with suppress(OSError):
+            _remove(fresh)
+
+
+def _forget_left_over(path: Path) -> None:
+    """Remove files that processes which died long ago left beside ``path``."""
+    with suppress(OSError):
+        for file in path.parent.glob(f".*{_UNNAMED}"):
+            if time.time() - file.lstat().st_mtime > _UNNAMED_HOURS * 3600:
+                _remove(file)
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """Yield a hidden name, and give the file that the block makes there the name OUT.
+
+    Raises
+    ------
+    StoreError
+        If OUT exists by then or cannot be written; nothing of ours is left.
+    """
+    with unnamed(out) as fresh:
+        yield fresh
+        try:
+            give_name(fresh, out)
+        except FileExistsError as error:
+            raise StoreError(
+                f"{out} appeared meanwhile, and a run is never overwritten. Choose another name."
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"{out} could not be written: {error.strerror}. Choose another place."
+            ) from error
+
+
+def give_name(source: Path, name: Path) -> None:
+    """Rename a file without ever replacing another one.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something of that name; ``source`` stays.
+    OSError
+        If it cannot be renamed; there is nothing under the name, and ``source`` stays.
+    """
+    try:
+        # unlike a rename, a link never replaces what is there
+        os.link(source, name)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:
+        # no hard links on this file system: claim the name, then replace our own claim
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(source, name)
+        except BaseException:
+            name.unlink(missing_ok=True)
+            raise
+    else:
+        os.unlink(source)
 
 
 def publish(partial: Path, out: Path) -> None:
@@ -84,23 +215,19 @@ def publish(partial: Path, out: Path) -> None:
             f"python -m capture recover '{partial}'"
         )
     try:
-        try:
-            # unlike a rename, a link never replaces what is there
-            os.link(partial, out)
-        except FileExistsError:
-            raise
-        except OSError:
-            # no hard links on this file system: claim the name, then replace our own claim
-            os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            os.replace(partial, out)
-        else:
-            os.unlink(partial)
+        give_name(partial, out)
     except FileExistsError as error:
         raise StoreError(
             f"{out} appeared while the capture ran, and a run is never overwritten. The data is "
             f"in {partial}: move {out} away, then python -m capture recover '{partial}'."
         ) from error
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{partial} vanished before it could be named {out}: something else moved or removed "
+            "it, and the run is where it was moved to. There is no run of this name."
+        ) from error
     except OSError as error:
         raise StoreError(
-            f"{partial} could not be renamed to {out}: {error.strerror}. Rename it by hand."
+            f"{partial} is closed and whole, but could not be renamed to {out}: {error.strerror}. "
+            f"Then: python -m capture recover '{partial}'."
         ) from error

@@ -10,7 +10,7 @@ import duckdb
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import gate_sums, schema
 from capture.store.codec import Layout
-from capture.store.files import check_new, partial_of, publish
+from capture.store.files import check_new, made_whole
 from capture.store.interrupts import as_keyboard_interrupt
 from capture.store.opening import connect, read_version
 from capture.store.pairs import pairs_of_rows, store_pairs
@@ -78,17 +78,12 @@ def migrate(path: str | Path, out: str | Path, *, steps: Sequence[Step] = STEPS)
     finally:
         connection.close()
     plan = plan_steps(path, found, steps)
-    partial = partial_of(out)
-    try:
-        shutil.copyfile(path, partial)
-        _run(partial, plan)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StoreError(f"{path} could not be copied to {out}: {error}.") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    publish(partial, out)
+    with made_whole(out) as fresh:
+        try:
+            shutil.copyfile(path, fresh)
+        except OSError as error:
+            raise StoreError(f"{path} could not be copied to {out}: {error}.") from error
+        _run(fresh, plan)
     return out
 
 

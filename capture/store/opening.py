@@ -16,6 +16,10 @@ SAFE = {
 LOCKED = SAFE | {"enable_external_access": "false", "lock_configuration": "true"}
 
 
+# what a system says when a write finds no room
+_NO_ROOM = ("No space left", "File too large", "quota exceeded")
+
+
 def check_file(path: Path) -> None:
     """Refuse a path with no file."""
     if not path.is_file():
@@ -45,7 +49,17 @@ def cannot_open(path: Path, error: duckdb.Error) -> StoreError:
         return StoreError(
             f"{path} is being written by another process. Wait until its capture ends."
         )
+    if any(words in str(error) for words in _NO_ROOM):
+        return StoreError(
+            f"{path} could not be opened: {first_line(error)}. Free disk space; nothing in it is "
+            "lost."
+        )
     return not_a_run(path, error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without the full stop."""
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def check_version(

@@ -1,5 +1,6 @@
 """Closing the partial file of a capture that was killed."""
 
+import os
 from pathlib import Path
 
 import duckdb
@@ -8,9 +9,9 @@ from capture.errors import StoreError
 from capture.store import gate_sums, schema
 from capture.store.accounting import check_counts
 from capture.store.codec import Layout
-from capture.store.files import SUFFIX, check_free, publish
+from capture.store.files import SUFFIX, check_free, forget_empty, is_own_file, publish
 from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.opening import check_version, connect, not_a_run
+from capture.store.opening import check_version, connect, first_line, not_a_run
 from capture.store.pairs import pairs_of_rows, store_pairs
 from capture.store.records import LEVELS, SiteInfo
 
@@ -27,7 +28,9 @@ def recover(partial: str | Path) -> Path:
     Raises
     ------
     StoreError
-        If the file is no partial run, is still being written, or NAME exists.
+        If the file is no partial run, is still being written, or NAME exists. One that holds
+        nothing at all is removed, and the error says so. Whatever else fails, such as a full disk,
+        leaves the file as it was.
     """
     partial = Path(partial)
     if not partial.name.endswith(SUFFIX) or partial.name == SUFFIX:
@@ -38,17 +41,41 @@ def recover(partial: str | Path) -> Path:
     out = partial.with_name(partial.name.removesuffix(SUFFIX))
     if out.is_file() and not partial.exists():
         raise StoreError(f"{partial} is not there, and {out} is: it needs no recovery. Open it.")
+    if os.path.lexists(partial) and not is_own_file(partial):
+        raise StoreError(
+            f"A file was expected at {partial}, which is a link out of its folder, a folder or a "
+            "device. Recover the file itself, where it is."
+        )
+    if out.is_file() and out.samefile(partial):
+        partial.unlink()  # a capture that was killed between its last two steps
+        return out
     check_free(out)
+    if forget_empty(partial):
+        raise StoreError(
+            f"{partial} held nothing: its capture was killed before it had stored anything. It was "
+            f"removed, and {out.name} can be recorded anew."
+        )
     connection = connect(partial, read_only=False)
     try:
         check_version(partial, connection)
-        _close(connection)
+        if not _is_closed(connection):
+            _close(connection)
+    except (duckdb.IOException, duckdb.FatalException, duckdb.OutOfMemoryException) as error:
+        raise StoreError(
+            f"{partial} could not be closed: {first_line(error)}. What was recorded is still in "
+            "it; free disk space or memory, then recover it again."
+        ) from error
     except duckdb.Error as error:
         raise not_a_run(partial, error) from error
     finally:
         connection.close()
     publish(partial, out)
     return out
+
+
+def _is_closed(connection: duckdb.DuckDBPyConnection) -> bool:
+    """Whether the capture came to its end, and only the file's name is not what it should be."""
+    return bool(connection.sql(schema.SELECT_COMPLETE).fetchall()[0][0])
 
 
 def _close(connection: duckdb.DuckDBPyConnection) -> None:
@@ -75,7 +102,9 @@ def _close(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("BEGIN")
         store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
         connection.execute("COMMIT")
-    connection.execute(gate_sums.STORE)
     seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
+    connection.execute("BEGIN")
+    connection.execute(gate_sums.STORE)
     connection.execute(schema.CLOSE_RUN, [seconds, False])
+    connection.execute("COMMIT")
     connection.execute("CHECKPOINT")

@@ -279,6 +279,7 @@ COUNT_DIAGONAL = (
 SELECT_RUN = "SELECT * FROM run"
 RUN_TABLE = "packed.run"
 SELECT_LEVEL = "SELECT level FROM packed.run"
+SELECT_COMPLETE = "SELECT complete FROM packed.run"
 SELECT_LAYOUT = "SELECT id_bits, slots FROM packed.run"
 SELECT_SITES = "SELECT * FROM sites ORDER BY layer, site"
 LAST_SECOND = "SELECT coalesce(max(seconds), 0) FROM packed.batch"

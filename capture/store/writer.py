@@ -17,8 +17,9 @@ from capture.store import gate_sums, schema
 from capture.store.accounting import check_counts, check_diagonal
 from capture.store.attention_rows import AttentionBuilder, layer_rows
 from capture.store.codec import layout_for
-from capture.store.files import check_new, partial_of, publish, remove_partial
+from capture.store.files import check_new, give_name, partial_of, publish, remove_partial, unnamed
 from capture.store.interrupts import as_keyboard_interrupt
+from capture.store.opening import first_line
 from capture.store.pairs import PairTotals, pairs_of_rows, store_pairs
 from capture.store.records import (
     LEVELS,
@@ -39,8 +40,8 @@ _log = logging.getLogger(__name__)
 ROW_GROUP = 122_880
 COMMIT_ROWS = 8 * ROW_GROUP
 COMMIT_BYTES = 256 * 2**20
-# what a killed capture loses at most; a commit takes about 20 ms
-COMMIT_SECONDS = 2.0
+# a killed capture loses what came since; a commit takes about 20 ms
+COMMIT_SECONDS = 1.0
 # smaller than DuckDB's 256 KiB: a short run stays small and a row takes 31.5 bytes, not 35.3; with
 # 16 KiB DuckDB leaves token_id uncompressed (python -m capture.bench store)
 BLOCK_SIZE = 32_768
@@ -74,19 +75,26 @@ def as_json(value: object) -> str:
 
 
 class RunWriter:
-    """Fills the partial file of one run; use from one thread at a time."""
+    """Fills the partial file of one run; use from one thread at a time.
+
+    Attributes
+    ----------
+    out, partial : Path
+        The run, and the file that it is until it is finished.
+    stored_tokens : int
+        How many tokens are on the disk, whatever happens to this process; any thread may ask.
+    """
 
     def __init__(
         self,
         out: Path,
-        connection: duckdb.DuckDBPyConnection,
         info: RunInfo,
         sites: list[SiteInfo],
         attention_layers: Sequence[AttentionLayer] = (),
     ) -> None:
         self.out = out
         self.partial = partial_of(out)
-        self._connection: duckdb.DuckDBPyConnection | None = connection
+        self._connection: duckdb.DuckDBPyConnection | None = None
         self._sites = sites
         layout = layout_for(max(s.n_experts for s in sites), max(s.top_k for s in sites))
         self._layout = layout
@@ -102,6 +110,7 @@ class RunWriter:
         self._pending: list[dict[str, pa.Table]] = []
         self._pending_rows = self._pending_bytes = 0
         self._n_tokens = self._n_batches = 0
+        self.stored_tokens = 0
         self._vectors = {"score": [0] * len(sites), "hidden": [0] * len(sites)}
         self._started = self._committed = time.monotonic()
 
@@ -134,24 +143,35 @@ class RunWriter:
         out = Path(out)
         check_new(out)
         _check_facts(info, sites)
+        writer = cls(out, info, list(sites), attention_layers)
         try:
-            connection = duckdb.connect(str(partial_of(out)), config=_CONFIG)
-        except duckdb.Error as error:
+            with unnamed(writer.partial) as fresh:
+                writer._connection = duckdb.connect(str(fresh), config=_CONFIG)
+                try:
+                    writer._start(info, prompts, attention_layers)
+                finally:
+                    writer.abandon()
+                give_name(fresh, writer.partial)
+            writer._reopen()
+        except FileExistsError as error:
             raise StoreError(
-                f"{partial_of(out)} cannot be created: {_first_line(error)}. Choose a folder that "
-                "can be written to."
+                f"{writer.partial} appeared while this capture began: another one writes it. "
+                "Choose another name."
             ) from error
-        except BaseException:  # Ctrl-C when the file was there already
-            remove_partial(out)
-            raise
-        try:
-            writer = cls(out, connection, info, list(sites), attention_layers)
-            writer._start(info, prompts, attention_layers)
-        except BaseException:
-            connection.close()
-            remove_partial(out)
-            raise
+        except (duckdb.Error, OSError) as error:
+            raise StoreError(
+                f"{writer.partial} cannot be created: {first_line(error)}. Choose a folder that "
+                "can be written to and has room."
+            ) from error
         return writer
+
+    def _reopen(self) -> None:
+        """Open the partial file, which has all its tables."""
+        try:
+            self._connection = duckdb.connect(str(self.partial), config=_CONFIG)
+        except BaseException:
+            remove_partial(self.out)
+            raise
 
     def _start(
         self, info: RunInfo, prompts: Sequence[PromptInfo], layers: Sequence[AttentionLayer]
@@ -161,16 +181,15 @@ class RunWriter:
         texts = [info.model, info.revision, info.architecture, info.dtype, info.device, info.level]
         facts = [*map(clean, texts), info.vocab_size, info.hidden_size, *documents, *self._layout]
         started_at = datetime.now(UTC).replace(tzinfo=None)
-        with self._transaction():
-            connection = self._open()
-            for statement in schema.create_statements(self._layout):
-                connection.execute(statement)
-            connection.execute(schema.INSERT_RUN, [*facts, started_at, schema.SCHEMA_VERSION])
-            connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
-            if layers:
-                connection.executemany(schema.INSERT_ATTENTION_LAYERS, layer_rows(layers))
-            if prompts:
-                self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
+        connection = self._open()
+        for statement in schema.create_statements(self._layout):
+            connection.execute(statement)
+        connection.execute(schema.INSERT_RUN, [*facts, started_at, schema.SCHEMA_VERSION])
+        connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
+        if layers:
+            connection.executemany(schema.INSERT_ATTENTION_LAYERS, layer_rows(layers))
+        if prompts:
+            self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
 
     def _open(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
@@ -183,7 +202,8 @@ class RunWriter:
         """Add one forward pass; it is stored whole or not at all.
 
         Arrays of a :class:`SiteBlock` are kept, all others are copied. Rows reach the disk in large
-        transactions, at the latest with the first append ``COMMIT_SECONDS`` after the last one.
+        transactions, at the latest with the first append ``COMMIT_SECONDS`` after the last one;
+        whoever appends seldom calls :meth:`flush` when the writer :attr:`is_due`.
 
         Raises
         ------
@@ -203,8 +223,13 @@ class RunWriter:
                     self._vectors[table][index] += 0 if given is None else len(given[0])
         self._hold(tables)
         full = self._pending_rows >= COMMIT_ROWS or self._pending_bytes >= COMMIT_BYTES
-        if full or now - self._committed >= COMMIT_SECONDS:
+        if full or self.is_due:
             self.flush()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether ``COMMIT_SECONDS`` have passed since the last commit."""
+        return time.monotonic() - self._committed >= COMMIT_SECONDS
 
     def append_attention(self, rows: AttentionRows) -> None:
         """Add the attention of one prompt, stored with the forward pass that is appended next.
@@ -258,6 +283,7 @@ class RunWriter:
                     self._new_pairs = False
             self._pending.clear()
             self._pending_rows = self._pending_bytes = 0
+            self.stored_tokens = self._n_tokens
         self._committed = time.monotonic()
 
     @contextmanager
@@ -275,7 +301,7 @@ class RunWriter:
             if not isinstance(error, duckdb.Error):
                 raise
             raise StoreError(
-                f"{self.partial} could not be written: {_first_line(error)}. Free disk space or "
+                f"{self.partial} could not be written: {first_line(error)}. Free disk space or "
                 f"choose another folder; python -m capture recover '{self.partial}' keeps the rest."
             ) from error
 
@@ -346,7 +372,7 @@ class RunWriter:
             connection.execute("CHECKPOINT")
         except duckdb.Error as error:
             raise StoreError(
-                f"{self.partial} could not be closed: {_first_line(error)}. Free disk space, then "
+                f"{self.partial} could not be closed: {first_line(error)}. Free disk space, then "
                 f"python -m capture recover '{self.partial}'."
             ) from error
         self.abandon()
@@ -364,10 +390,6 @@ class RunWriter:
         """Close the connection and remove the partial file, of a run without a token."""
         self.abandon()
         remove_partial(self.out)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
 
 
 def _check_facts(info: RunInfo, sites: Sequence[SiteInfo]) -> None:
