@@ -15,6 +15,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from capture.errors import CaptureError
 from capture.store import check_run, counts_only
+from capture.store.files import is_own_file
 from explorer import worker
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.worker import Job
@@ -215,15 +216,28 @@ def in_folder(folder: Path, name: str) -> Path:
     Raises
     ------
     ExplorerError
-        If the name leaves the folder.
+        If the name leaves the folder, or is that of a link that does, of a pipe or of a device.
     """
     path = folder / name if _FILE_NAME.fullmatch(name) else None
-    if path is None or path.parent != folder:
+    if path is None or path.parent != folder or (os.path.lexists(path) and not is_own_file(path)):
         raise ExplorerError(
             f"Expected the name of a file in {folder.name or folder}, got {name[:80]!r}, which "
-            "leads out of it. Choose one that is listed."
+            "leads out of it or is none. Choose one that is listed."
         )
     return path
+
+
+def own_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder, by name, without links that lead out of it, pipes and devices.
+
+    Parameters
+    ----------
+    folder : Path
+        It need not exist.
+    pattern : str
+        As for ``Path.glob``.
+    """
+    return sorted(path for path in folder.glob(pattern) if is_own_file(path))
 
 
 def run_file(folder: Path, name: str) -> Path:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capture.store.files import is_own_file
 from explorer import service
 from explorer.errors import ExplorerError, RunError
 from explorer.run import Run
@@ -116,7 +117,7 @@ def save_slice(
 
 def list_slices(run: Run) -> list[SliceInfo]:
     """Return the slices of a run, newest first; those that cannot be used say why."""
-    infos = [_info(run, path) for path in _folder(run.path).glob("*.parquet")]
+    infos = [_info(run, path) for path in service.own_files(_folder(run.path), "*.parquet")]
     return sorted(infos, key=lambda info: (info.created, info.name), reverse=True)
 
 
@@ -129,7 +130,7 @@ def load_slice(run: Run, name: str) -> Slice:
         If there is none of this name, its file is damaged, or it belongs to another recording.
     """
     path = _path(run, name)
-    if not path.is_file():
+    if not is_own_file(path):
         raise ExplorerError(f"There is no slice {name!r} of this run. Choose another one.")
     info = _info(run, path)
     if info.problem:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from capture.store.files import is_own_file
 from explorer import service, slices
 from explorer.errors import ExplorerError
 
@@ -133,7 +134,7 @@ def load_view(folder: Path, view_id: str) -> SavedView:
     ExplorerError
         If there is no such view, or its file is damaged.
     """
-    if not _ID.fullmatch(view_id) or not _path(folder, view_id).is_file():
+    if not _ID.fullmatch(view_id) or not is_own_file(_path(folder, view_id)):
         raise ExplorerError(
             f"There is no saved view {view_id[:40]!r} here: it was deleted, or belongs to another "
             "runs folder. The Share page lists the views there are."
@@ -152,7 +153,7 @@ def load_view(folder: Path, view_id: str) -> SavedView:
 def list_views(folder: Path) -> tuple[list[SavedView], list[str]]:
     """Return the views of a runs folder, newest first, and the ids of files that are damaged."""
     views, damaged = [], []
-    for path in sorted((folder / FOLDER).glob("*.json")):
+    for path in service.own_files(folder / FOLDER, "*.json"):
         if not _ID.fullmatch(path.stem):
             continue
         try:

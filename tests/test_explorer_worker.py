@@ -1,6 +1,8 @@
 """The worker: a real process without a model, driven through the protocol."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -50,7 +52,7 @@ FAKE = """
 
 @pytest.fixture
 def client():
-    worker = WorkerClient([sys.executable, "-c", textwrap.dedent(FAKE)], cancel_seconds=1.0)
+    worker = WorkerClient([sys.executable, "-c", textwrap.dedent(FAKE)], cancel_seconds=60.0)
     yield worker
     worker.close()
 
@@ -60,22 +62,22 @@ def submit(client, word, out="none/a.duckdb", prompts="demo"):
 
 
 def until_running(client, job_id):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while client.job(job_id).progress.stage != "recording":
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_a_job_reports_progress_and_its_file(client):
-    job = client.wait(submit(client, "quick"), 20)
+    job = client.wait(submit(client, "quick"), 60)
     assert (job.state, job.path) == ("done", "none/a.duckdb")
     assert job.progress == JobProgress("recording", 5, 10, 2.5, 2.0, "half")
 
 
 def test_refusals_are_messages_and_bugs_name_their_kind(client):
-    refused = client.wait(submit(client, "refused"), 20)
+    refused = client.wait(submit(client, "refused"), 60)
     assert (refused.state, refused.error) == ("failed", "No such model; give another.")
-    bug = client.wait(submit(client, "bug"), 20)
+    bug = client.wait(submit(client, "bug"), 60)
     assert bug.error.startswith("ValueError: surprise")
 
 
@@ -85,8 +87,8 @@ def test_one_process_runs_jobs_in_order(client):
     pid = client.pid
     assert client.job(second).state == "queued"
     client.cancel(first)
-    assert client.wait(first, 20).state == "cancelled"
-    assert client.wait(second, 20).state == "done"
+    assert client.wait(first, 60).state == "cancelled"
+    assert client.wait(second, 60).state == "done"
     assert client.pid == pid
 
 
@@ -94,7 +96,7 @@ def test_a_second_request_for_the_same_file_joins_the_first(client):
     first = submit(client, "slow", "/a")
     assert submit(client, "slow", "/a") == first
     client.cancel(first)
-    client.wait(first, 20)
+    client.wait(first, 60)
     assert submit(client, "quick", "/a") != first
 
 
@@ -103,33 +105,42 @@ def test_cancelling_a_waiting_job_never_starts_it(client):
     client.cancel(second)
     assert client.job(second).state == "cancelled"
     client.cancel(first)
-    assert client.wait(first, 20).path == "/a"
+    assert client.wait(first, 60).path == "/a"
 
 
 def test_a_job_that_does_not_stop_loses_its_process(client):
+    client._cancel_seconds = 0.5
     job_id = submit(client, "deaf")
     until_running(client, job_id)
     client.cancel(job_id)
-    job = client.wait(job_id, 20)
+    job = client.wait(job_id, 60)
     assert job.state == "cancelled"
     assert "did not end by itself" in job.error
-    assert client.wait(submit(client, "quick"), 20).state == "done"
+    assert client.wait(submit(client, "quick"), 60).state == "done"
 
 
 def test_a_dying_worker_takes_only_its_job_and_says_what_is_left(client, tmp_path):
     out = tmp_path / "mine.duckdb"
     (tmp_path / "mine.duckdb.partial").touch()
     died, waiting = submit(client, "dies", str(out)), submit(client, "quick", "/b")
-    job = client.wait(died, 20)
+    job = client.wait(died, 60)
     assert job.state == "failed"
     assert "signal 9" in job.error
     assert "mine.duckdb.partial" in job.error
-    assert client.wait(waiting, 20).state == "done"
+    assert client.wait(waiting, 60).state == "done"
+
+
+def test_sigterm_ends_the_job_and_keeps_what_it_recorded(client):
+    job_id = submit(client, "slow", "/a")
+    until_running(client, job_id)
+    os.kill(client.pid, signal.SIGTERM)
+    job = client.wait(job_id, 60)
+    assert (job.state, job.path) == ("cancelled", "/a")
 
 
 def test_prompts_of_any_script_arrive_whole(client):
     text = "שלום <b>\n🙂\u202e"
-    job = client.wait(submit(client, "prompts", prompts=[{"text": text}]), 20)
+    job = client.wait(submit(client, "prompts", prompts=[{"text": text}]), 60)
     assert job.path == "1" + text
 
 

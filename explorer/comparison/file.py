@@ -16,6 +16,7 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
+from capture.store.files import is_own_file
 from explorer.comparison.tables import (
     COLUMNS_SINCE,
     FORMAT_VERSION,
@@ -196,7 +197,7 @@ def comparisons_of(run: str | Path) -> list[Path]:
     found = [
         path
         for path in run.parent.glob(f"*{SUFFIX}")
-        if path.is_file() and path.name.removesuffix(SUFFIX).rpartition(".")[0] == stem
+        if is_own_file(path) and path.name.removesuffix(SUFFIX).rpartition(".")[0] == stem
     ]
     return sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name))
 

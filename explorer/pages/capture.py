@@ -343,7 +343,7 @@ def _open_button(job: Job, *, primary: bool) -> None:
 def _unfinished() -> None:
     """Offer to close the files that killed captures left behind."""
     writing = {job.request.out for job in shared_worker().jobs() if job.active}
-    files = sorted(runs_folder().glob(f"*{SUFFIX}.partial"))
+    files = service.own_files(runs_folder(), f"*{SUFFIX}.partial")
     left = [f for f in files if str(f).removesuffix(".partial") not in writing]
     if not left:
         return

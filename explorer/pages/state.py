@@ -138,7 +138,7 @@ def runs_folder() -> Path:
 def run_names() -> list[str]:
     """List the runs of the folder, newest first."""
     folder = runs_folder()
-    files = [path for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
+    files = service.own_files(folder, f"*{SUFFIX}")
     files.sort(key=lambda path: (-path.stat().st_mtime_ns, path.name))
     return [path.stem for path in files]
 

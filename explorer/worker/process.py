@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -41,6 +42,11 @@ class Worker:
         while (job := self._jobs.get()) is not None:
             self._run_one(job["job"], job["request"])
 
+    def stop(self) -> None:
+        """End the job at hand as if it were cancelled, and then the process."""
+        self._app_is_gone.set()
+        self._jobs.put(None)
+
     def _listen(self) -> None:
         for line in self._commands:
             message = json.loads(line)
@@ -48,8 +54,7 @@ class Worker:
                 self._cancelled.add(message["job"])
             else:
                 self._jobs.put(message)
-        self._app_is_gone.set()
-        self._jobs.put(None)
+        self.stop()
 
     def _run_one(self, job_id: int, request: dict[str, Any]) -> None:
         def progress(report: JobProgress) -> None:
@@ -92,4 +97,7 @@ def serve() -> None:
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with reports, sys.stdin as commands:
-        Worker(commands, reports).run()
+        worker = Worker(commands, reports)
+        # the stop of a container, or of the service that runs the app
+        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+        worker.run()
