@@ -15,7 +15,7 @@ examples:
       some routers of every family, live in the embedded model, with random controls
   python -m explorer compare runs/mine.duckdb --routers "top_k(k=1), kmeans(n_clusters=128)"
       replay of what the run recorded; no model is loaded
-  python -m explorer compare runs/mine.duckdb --routers layer_gate,top_p --layers --seeds 0,1,2
+  python -m explorer compare runs/mine.duckdb --routers gru_recurrent,top_p --layers --seeds 0,1,2
       in the model, in all layers and in one layer at a time, three seeds
   python -m explorer compare demo --routers my_router --router-file my_router.py --live
       a router of your own; the file's code runs
@@ -68,6 +68,13 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also let the loss choose among all sets of experts in the last layer: a bound",
     )
+    add(
+        "--pick",
+        type=float,
+        metavar="SHARE",
+        help="of rules named with several settings compare only the one that loses least at SHARE "
+        "of the experts' operations, chosen on a part of the fit split",
+    )
     add("--no-controls", action="store_true", help="leave out the random controls")
     add("--against", metavar="ROUTER", help="also set every router beside this one, by text")
     add("--no-latency", action="store_true", help="leave out the timings")
@@ -91,6 +98,9 @@ def run_compare(options: argparse.Namespace) -> Output:
     except ValueError:
         raise ComparisonError(f"Expected --seeds such as 0,1,2, got {options.seeds!r}.") from None
     names = None if options.routers is None else split_routers(options.routers)
+    picked = _pick(options, names, seeds)
+    if picked is not None:
+        names = picked[0]
     if options.against is not None and names is not None:
         names.append(options.against)
     with compare(
@@ -120,6 +130,7 @@ def run_compare(options: argparse.Namespace) -> Output:
         path = str(comparison.path)
         info = comparison.info
     notes = [f"{r['router']} ({r['mode']}) is missing: {r['error']}" for r in failed]
+    notes += picked[1] if picked else []
     if options.json:
         rows = json.loads(table.to_json(orient="records"))
         paired = json.loads(pairs.to_json(orient="records"))
@@ -148,6 +159,31 @@ def run_compare(options: argparse.Namespace) -> Output:
         )
         parts.append(_plain(bound[["kind", "n", "loss", "loss_change", "loss_se"]]))
     return Output("\n\n".join([*parts, path]), notes)
+
+
+def _pick(
+    options: argparse.Namespace, names: list[str] | None, seeds: list[int]
+) -> tuple[list[str], list[str]] | None:
+    """Return one setting of each rule and what to say of the choice, None if nobody asked."""
+    from explorer.comparison.pick import pick
+    from explorer.errors import ComparisonError
+
+    if options.pick is None:
+        return None
+    if names is None:
+        raise ComparisonError("--pick chooses among settings that --routers names.")
+    chosen, picked = pick(
+        options.run,
+        names,
+        budget=options.pick,
+        seeds=seeds,
+        tokens=options.tokens,
+        fit_tokens=options.fit_tokens,
+        skip=options.skip,
+        model=options.model,
+        progress=not options.quiet,
+    )
+    return chosen, [str(one) for one in picked]
 
 
 def _asked(table: "pd.DataFrame", names: list[str] | None) -> "pd.DataFrame":
@@ -249,10 +285,14 @@ def run_routers(options: argparse.Namespace) -> Output:
             card["paper"] or "-",
         ]
         for card in found
+        if not card["shelved"]
     ]
     widths = [max(len(str(row[n])) for row in [columns, *rows]) for n in range(len(columns))]
     lines = [
         "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in [list(columns), *rows]
     ]
+    shelved = [f"  {card['name']}: {card['shelved']}" for card in found if card["shelved"]]
+    if shelved:
+        lines += ["", "Not in the default set, kept for the record:", *shelved]
     return Output("\n".join(lines))

@@ -18,10 +18,11 @@ from explorer.comparison.controls import controls_of
 from explorer.comparison.fitting import FitData, Fitted
 from explorer.comparison.lab import Lab
 from explorer.comparison.names import parse_router
+from explorer.comparison.pick import pick
 from explorer.comparison.rows import Subject, live_rows
 from explorer.comparison.tables import empty_rows
 from explorer.comparison.texts import Split, Texts, split_texts
-from explorer.errors import ComparisonCancelled, RouterError
+from explorer.errors import ComparisonCancelled, ComparisonError, RouterError
 from explorer.metrics.load import max_violation
 from explorer.routers import PartMask, RouterInfo
 from explorer.routers.base import PartRouter
@@ -514,3 +515,49 @@ def test_the_gates_of_every_layer_are_counted_by_value(run_path, model, tmp_path
     gate = fitted.routers[first].route(seen[first]).gate.numpy()
     expected, _ = np.histogram(gate, bins=20, range=(0, 1))
     assert rows[rows["layer"] == first[0]]["gates"].tolist() == expected.tolist()
+
+
+def test_settings_are_chosen_on_texts_that_are_not_reported(run_path, model, monkeypatch):
+    loaded = load_model(model)
+    options = dict(fit_tokens=200, tokens=10_000)
+    with open_run(run_path) as run:
+        fit, report = split_texts(run, loaded, **options)
+        inner, validation = split_texts(run, loaded, validation=True, **options)
+        few = {**options, "fit_tokens": 2}
+        with pytest.raises(ComparisonError, match="too few texts to choose settings"):
+            split_texts(run, loaded, validation=True, **few)
+    held_out, used, chosen_on, fitted_on = (
+        {one.tobytes() for one in texts.sequences} for texts in (report, fit, validation, inner)
+    )
+    assert fitted_on and chosen_on and not fitted_on & chosen_on
+    assert fitted_on | chosen_on == used and not used & held_out
+    assert "the rest of the half of the prompts" in validation.source
+
+    reported = []
+    run_texts = lab_module.Lab._losses
+    monkeypatch.setattr(
+        lab_module.Lab,
+        "_losses",
+        lambda self, *a: (
+            reported.append({one.tobytes() for one in self.report.sequences}), run_texts(self, *a)
+        )[1],
+    )  # fmt: skip
+    settings = ["top_p(p=0.2)", "native", "top_p(p=0.3)", "top_p(p=0.9)"]
+    same = dict(model=model, progress=False, tokens=10_000, fit_tokens=200)
+    routers, (picked,) = pick(run_path, settings, budget=0.7, **same)
+    assert reported and not any(texts & held_out for texts in reported)
+    with compare(
+        run_path, settings, live=True, replay=False, controls=False, latency=False,
+        validation=True, **same,
+    ) as comparison:  # fmt: skip
+        table = whole(comparison)
+        assert comparison.info["settings"]["validation"]
+    within = table[(table["expert_flops_ratio"] <= 0.7) & (table.index != "native")]
+    assert 0 < len(within) < 3
+    assert picked.chosen == within["loss_change"].idxmin() and routers == [picked.chosen, "native"]
+    assert picked.among == ("top_p(p=0.2)", "top_p(p=0.3)", "top_p(p=0.9)")
+    assert "70% of the experts' operations" in str(picked)
+    with pytest.raises(ComparisonError, match="at most 10% of the experts' operations, got"):
+        pick(run_path, settings, budget=0.1, **same)
+    with pytest.raises(ComparisonError, match="several settings of one rule"):
+        pick(run_path, ["native", "top_p"], budget=0.7, **same)

@@ -35,6 +35,7 @@ def compare(
     controls: bool = True,
     latency: bool = True,
     oracle: bool = False,
+    validation: bool = False,
     model: "str | Path | PreTrainedModel | None" = None,
     folder: str | Path | None = None,
     progress: bool | Callable[[Progress], None] = True,
@@ -73,6 +74,9 @@ def compare(
     oracle : bool
         Also try every set of experts in the last layer and let the loss choose, see
         :mod:`explorer.comparison.oracle`: a bound, in table ``oracle``. One forward pass a set.
+    validation : bool
+        Fit on three quarters of the fit split and report on the rest of it, to choose prices and
+        other settings before the held-out texts are seen; see :mod:`explorer.comparison.pick`.
     model : str, Path or PreTrainedModel, optional
         Default: the model that the run was recorded from.
     folder : str or Path, optional
@@ -95,7 +99,9 @@ def compare(
     ComparisonCancelled
         What was finished is in the file.
     """
-    settings = Settings(tokens=tokens, fit_tokens=fit_tokens, seed=seed, skip=skip)
+    settings = Settings(
+        tokens=tokens, fit_tokens=fit_tokens, seed=seed, skip=skip, validation=validation
+    )
     with ExitStack() as stack:
         if not isinstance(run, Run):
             run = stack.enter_context(open_run(demo_run() if str(run) == "demo" else run))

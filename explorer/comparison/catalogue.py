@@ -19,7 +19,7 @@ def cards() -> list[dict[str, Any]]:
     -------
     list of dict
         What table ``routers`` of a comparison holds, ``needs`` (names of fields of
-        ``RouterInputs``), ``weighing`` and ``arguments`` with their defaults.
+        ``RouterInputs``), ``weighing``, ``shelved`` and ``arguments`` with their defaults.
     """
     from explorer.comparison.names import arguments_of
     from explorer.comparison.rows import card
@@ -32,7 +32,8 @@ def cards() -> list[dict[str, Any]]:
         arguments = ", ".join(
             f"{one}={default!r}" for one, default in arguments_of(factory).items()
         )
-        known = {"needs": sorted(router.info.needs), "weighing": router.info.weighing}
+        info = router.info
+        known = {"weighing": info.weighing, "shelved": info.shelved, "needs": sorted(info.needs)}
         found.append({**card(name, router), **known, "arguments": arguments})
     return found
 

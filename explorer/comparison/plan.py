@@ -32,12 +32,15 @@ class Settings:
         Chooses texts and splits; routers have seeds of their own.
     skip : {"block", "layer"}
         What rules about layers skip: the MoE block, or the whole layer.
+    validation : bool
+        Whether reported on a part of the fit split, on which settings are chosen.
     """
 
     tokens: int = 10_000
     fit_tokens: int = 20_000
     seed: int = 0
     skip: Literal["block", "layer"] = "block"
+    validation: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""

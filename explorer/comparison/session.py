@@ -269,6 +269,7 @@ class Session:
                 fit_tokens=self.settings.fit_tokens,
                 tokens=self.settings.tokens,
                 seed=self.settings.seed,
+                validation=self.settings.validation,
             )
             self.reporter.loading("measuring the unchanged model")
             self._lab = Lab(

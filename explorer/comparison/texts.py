@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 LONGEST = 512  # tokens of a sequence; attention that rules ask for grows with the square
+FIT_SHARE = 0.75  # of the fit split that rules are fitted on while settings are chosen on the rest
 SHARED_TEXTS = 4  # texts whose choices and losses are kept token by token
 SHARED_TOKENS = 160  # at most of each
 
@@ -121,7 +122,13 @@ def recorded_texts(run: Run, tokens: pd.DataFrame) -> tuple[dict[int, int], list
 
 
 def split_texts(
-    run: Run, loaded: "LoadedModel", *, fit_tokens: int, tokens: int, seed: int = 0
+    run: Run,
+    loaded: "LoadedModel",
+    *,
+    fit_tokens: int,
+    tokens: int,
+    seed: int = 0,
+    validation: bool = False,
 ) -> Split:
     """Choose the texts of a live comparison.
 
@@ -137,11 +144,14 @@ def split_texts(
     fit_tokens, tokens : int
         How many tokens each split has at most, in equal shares per domain, whole texts.
     seed : int
+    validation : bool
+        Divide the fit split instead, and report on a quarter of it: what is chosen there, such as
+        a price, saw nothing of the texts that are reported in the end.
 
     Raises
     ------
     ComparisonError
-        If the run has no prompt of two tokens.
+        If the run has no prompt of two tokens, or too few to validate on.
     """
     check_text(run)
     own = _of_run(run)
@@ -153,7 +163,15 @@ def split_texts(
             fit, report = _divided(own, seed)
     else:
         fit, report = _divided(own, seed)
-    return Split(_sampled(fit, fit_tokens, seed), _sampled(report, tokens, seed + 1))
+    fit = _sampled(fit, fit_tokens, seed)
+    if validation:
+        fit, report = _divided(fit, seed, share=FIT_SHARE, parts=("most", "the rest"))
+        if not fit.sequences:
+            raise ComparisonError(
+                f"{run.path.name} has too few texts to choose settings on texts that are not "
+                "reported. Record more prompts, or name one setting."
+            )
+    return Split(fit, _sampled(report, tokens, seed + 1))
 
 
 def _texts_of(name: str) -> set[str | None]:
@@ -196,21 +214,23 @@ def _of_run(run: Run) -> Texts:
     return texts
 
 
-def _divided(texts: Texts, seed: int) -> Split:
-    """Divide texts in two halves; copies of one text stay together."""
+def _divided(
+    texts: Texts, seed: int, *, share: float = 0.5, parts: tuple[str, str] = ("half", "half")
+) -> Split:
+    """Divide texts in two, ``share`` of them for fitting; copies of one text stay together."""
     from explorer.routers.recorded import fit_split
 
     same: dict[bytes, int] = {}
     groups = [same.setdefault(one.tobytes(), n) for n, one in enumerate(texts.sequences)]
     frame = pd.DataFrame({"prompt_id": groups, "domain": texts.domains})
     try:
-        chosen = fit_split(frame, seed=seed)
+        chosen = fit_split(frame, share=share, seed=seed)
     except RouterError:
         chosen = np.zeros(len(groups), dtype=np.bool_)
     halves = [np.flatnonzero(half).tolist() for half in (chosen, ~chosen)]
     return Split(
-        texts.take(halves[0], f"half of the {texts.source}"),
-        texts.take(halves[1], texts.source if not halves[0] else f"half of the {texts.source}"),
+        texts.take(halves[0], f"{parts[0]} of the {texts.source}"),
+        texts.take(halves[1], f"{parts[1]} of the {texts.source}" if halves[0] else texts.source),
     )
 
 

@@ -268,6 +268,9 @@ class RouterInfo:
         whatever the model chooses and weighs by; ``{}`` = its defaults, ``MODEL_K`` as a value =
         as many as the model takes. A rule about parts then leaves every part as it is. A rule that
         no arguments make so says why, in a sentence. Every rule declares one or the other.
+    shelved : str
+        Why the rule is out of the default set: lists name it last, and pages offer it only to
+        those who type it. ``""`` for all others.
     """
 
     name: str
@@ -284,6 +287,7 @@ class RouterInfo:
     across_layers: bool = False
     weighing: Weighing = "host"
     identity: Mapping[str, Any] | str | None = field(default=None, hash=False)
+    shelved: str = ""
 
     def identity_for(self, top_k: int) -> dict[str, Any] | None:
         """Return the arguments that make the rule repeat a model with ``top_k``, None = none do.

@@ -191,7 +191,10 @@ class LayerGateRouter(_PartGate):
     """Decide for each token whether the layer runs."""
 
     part: Part = "layer"
-    info = _INFO
+    info = replace(
+        _INFO,
+        shelved="what a block adds is a poor guide to what the loss needs; see layer_gate_trained",
+    )
 
 
 @ROUTERS.add("head_gate")

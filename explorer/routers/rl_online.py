@@ -234,6 +234,7 @@ class MultiStepQRouter(_OnlineRouter):
         ),
         formula="Q_l <- -lambda cost + max Q'_{l+1}(s',.);  Q_L <- -lambda cost - (CE - CE_native)",
         paper="1711.01239",
+        shelved="hardly better than chance on the demo model; see policy_gradient and q_learning",
     )
 
     def _begin(self) -> None:

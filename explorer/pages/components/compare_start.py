@@ -195,9 +195,10 @@ def _routers() -> tuple[list[str], str]:
         return [], str(error)
     families = {card["name"]: str(card["family"]) for card in cards}
     titles = {card["name"]: str(card["title"]) for card in cards}
+    offered = [card["name"] for card in cards if not card.get("shelved")]
     picked = st.multiselect(
         "Routers",
-        sorted(families, key=lambda name: (families[name], name)),
+        sorted(offered, key=lambda name: (families[name], name)),
         format_func=lambda name: f"{name} · {family_name(families[name])} · {titles[name]}",
         placeholder="Nothing chosen: some of every family",
         key="compare routers",
