@@ -43,6 +43,7 @@ TOGETHER = {
     for name in (
         "test_capture_buffer",
         "test_capture_cli",
+        "test_capture_stopping",
         "test_capture_store_processes",
         "test_explorer_worker",
     )
