@@ -413,3 +413,104 @@ def test_printing_needs_no_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"False\n", found.stdout)
+
+
+# ---- one part that fails, and the run that a view is of
+
+BREAK = """
+import explorer.figures.load as figures
+def broken(*_, **__):
+    raise {error}
+figures.lorenz = broken
+from explorer.pages.printing import main
+main()
+"""
+
+
+def broken_printing(error):
+    return (sys.executable, "-c", BREAK.format(error=error))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("ZeroDivisionError('of /home/ann/secret/x.duckdb')", "ZeroDivisionError: of x.duckdb"),
+        ("__import__('explorer').errors.RunError('No <b> here.')", "No <b> here."),
+    ],
+)
+def test_a_section_that_fails_is_named_and_the_others_are_there(
+    runs, tmp_path, monkeypatch, capsys, error, said
+):
+    pages = [page for page in RUN_PAGES if page[0] in ("overview", "load-balance")]
+    monkeypatch.setattr(build, "RUN_PAGES", pages)
+    monkeypatch.setattr(build, "_PRINT", broken_printing(error))
+    out = tmp_path / "report.html"
+    assert main(["report", str(runs / "known.duckdb"), "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    words = Reader(text).words
+    assert f"Load balance: {said}" in words  # at the top
+    assert f"This section could not be made whole. {said}" in words
+    assert f"warning: Load balance could not be made whole: {said}" in capsys.readouterr().err
+    for title in ("Overview", "Load balance", "Load balance: serving"):
+        assert f"<h2>{title}</h2>" in text
+    titles = [light["layout"]["title"]["text"] for light, _ in drawn(text)]
+    # the figures of the page that were drawn before it failed, and those of the other pages
+    assert any("Load of the experts of layer 1" in title for title in titles)
+    assert any("Load of every expert" in title for title in titles)
+    assert "/home/ann" not in text and str(runs) not in text
+
+
+def test_a_page_that_ends_its_process_takes_no_other_one_down(runs, monkeypatch):
+    pages = [page for page in RUN_PAGES if page[0] in ("overview", "load-balance")]
+    monkeypatch.setattr(build, "RUN_PAGES", pages[:2])
+    ends = BREAK.replace("raise {error}", "__import__('os')._exit(9)")
+    monkeypatch.setattr(build, "_PRINT", (sys.executable, "-c", ends))
+    made = build.make_report(runs / "known.duckdb")
+    assert list(made.failed) == ["Load balance"] and "The process that draws it ended" in made.text
+    assert drawn(made.text)
+
+
+def test_a_report_without_any_section_is_refused(runs, view, monkeypatch):
+    monkeypatch.setattr(build, "_PRINT", (sys.executable, "-c", "raise SystemExit('no')"))
+    with pytest.raises(ExplorerError, match=r"section Tokens failed: The process .* ended: no"):
+        build_report(runs / "known.duckdb", view)
+
+
+@pytest.fixture
+def two_runs(runs, tmp_path):
+    for name in ("a", "b"):
+        shutil.copy(runs / "known.duckdb", tmp_path / f"{name}.duckdb")
+    return tmp_path
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_report_of_a_view_is_of_its_run_or_refused(two_runs, there):
+    path = {name: two_runs / f"{name}.duckdb" for name in "ab"}
+    of_a = views.save_view(
+        two_runs, "x", page="overview", params={"run": "a"}, runs={"a": path["a"]}
+    )
+    against = views.save_view(
+        two_runs,
+        "y",
+        page="compare-runs",
+        params={"run": "b", "against": "a"},
+        runs=path,
+    )
+    if not there:
+        path["a"].unlink()
+        with pytest.raises(ExplorerError, match="shows runs that are gone: a"):
+            build_report(path["b"], against)
+    with pytest.raises(ExplorerError, match="is of the run a, not of b"):
+        build_report(path["b"], of_a)
+    if there:
+        words = Reader(build_report(path["b"], against)).words
+        assert f"a (fingerprint {views.fingerprint(path['a'])})" in words
+
+
+def test_what_a_page_could_not_show_of_a_view_is_said(runs):
+    params = {"run": "known", "domain": "gone", "layer": "3.1"}
+    view = views.save_view(runs, "z", page="overview", params=params, runs={})
+    words = Reader(build_report(runs / "known.duckdb", view)).words
+    views.delete_view(runs, view.view_id)
+    assert "The page could not show domain = gone." in words
+    assert "run = known, layer = 3.1" in words and "domain = gone, layer" not in words

@@ -6,10 +6,12 @@ printed, because nothing here knows one page from another. This needs a process 
 page is run by Streamlit's ``AppTest``, which takes the place of the server in its process.
 
 The request is ``{"runs": FOLDER, "pages": [[NAME, ADDRESS], ...]}``, where an address is the
-values after the ``?``. The answer is one list of blocks for each page; a block is an object with a
-``kind``: ``heading``, ``text``, ``caption``, ``note``, ``tile``, ``figure`` (plotly JSON, for light
-and dark ground), ``table``, ``strip`` (coloured tokens, for both), ``lines`` (tokens in context) or
-``row`` with lists of blocks that stand beside each other.
+values after the ``?``. The answer is one object for each page: its ``blocks``, the ``address``
+that it showed, and a ``problem`` where it failed, beside the blocks that were drawn until then; a
+page that fails takes no other one down. A block is an object with a ``kind``: ``heading``,
+``text``, ``caption``, ``note``, ``tile``, ``figure`` (plotly JSON, for light and dark ground),
+``table``, ``strip`` (coloured tokens, for both), ``lines`` (tokens in context) or ``row`` with
+lists of blocks that stand beside each other.
 """
 
 import json
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 Block = dict[str, Any]
+# of a page: "blocks", "address" and "problem"
+Printed = dict[str, Any]
 
 # rows of a table that are printed
 MAX_ROWS = 500
@@ -32,21 +36,25 @@ def theme() -> str | None:
     return _theme
 
 
-def print_pages(runs: str, pages: list[tuple[str, dict[str, str]]]) -> list[list[Block]]:
+def print_pages(runs: str, pages: list[tuple[str, dict[str, str]]]) -> list[Printed]:
     """Run pages and return what each of them shows."""
     # nothing is recorded or saved while a page is printed
     sys.argv = [str(_APP), "--read-only", "--runs", runs]
     light, dark = (_run(pages, ground) for ground in ("light", "dark"))
     for shown, other in zip(light, dark, strict=True):
-        _merge(shown, other)
+        shown["problem"] = shown["problem"] or other["problem"]
+        _merge(shown["blocks"], other["blocks"], whole=not shown["problem"])
     return light
 
 
-def _run(pages: list[tuple[str, dict[str, str]]], ground: str) -> list[list[Block]]:
+def _run(pages: list[tuple[str, dict[str, str]]], ground: str) -> list[Printed]:
     global _theme
+    from streamlit import config
     from streamlit.testing.v1 import AppTest
 
     _theme = ground
+    # a report says why a section is missing; on a server only the console does
+    config.set_option("client.showErrorDetails", "full")
     app = AppTest.from_file(str(_APP), default_timeout=_TIMEOUT)
     shown = []
     # pages are known to Streamlit after a first run only
@@ -55,17 +63,57 @@ def _run(pages: list[tuple[str, dict[str, str]]], ground: str) -> list[list[Bloc
             del app.query_params[known]
         for part, value in address.items():
             app.query_params[part] = value
-        if name:
-            app.switch_page(f"explorer/pages/{name.replace('-', '_')}.py")
-        app.run()
+        problem = ""
+        try:
+            if name:
+                app.switch_page(f"explorer/pages/{name.replace('-', '_')}.py")
+            app.run()
+        except (RuntimeError, ValueError) as error:  # it took too long, or there is no such page
+            problem = _one_line(str(error))
         if app.exception:
-            error = app.exception[0]
-            why = " ".join(str(error.message).split())
-            # the last line is what a reader is told
-            raise RuntimeError(f"{error.stack_trace}\nthe page {name} failed: {why}")
+            problem = _why(app.exception[0])
+        elif app.main.error and not problem:
+            problem = _one_line(str(app.main.error[0].value).replace("\\", ""))
         if name:
-            shown.append(list(_blocks(app.main)))
+            shown.append(_printed(app, address, problem))
     return shown
+
+
+def _printed(app: Any, address: dict[str, str], problem: str) -> Printed:
+    there = {part: value for part in app.query_params if (value := _value(app, part))}
+    run = address.get("run", "")
+    if run and there.get("run") != run:
+        # a page falls back on another run where the one of a link is gone
+        return {
+            "blocks": [],
+            "address": there,
+            "problem": problem or f"The run {run} is not there any more.",
+        }
+    return {"blocks": list(_blocks(app.main)), "address": there, "problem": problem}
+
+
+def _value(app: Any, part: str) -> str:
+    value = app.query_params[part]
+    return str(value if isinstance(value, str) else value[0])
+
+
+def _why(error: Any) -> str:
+    """Return one line about an exception that ended a page, and write all of it to the console."""
+    sys.stderr.write("\n".join(error.stack_trace) + f"\n{error.message}\n")
+    name = str(error.proto.type).rpartition(".")[2]
+    known = name.endswith("Error") and name[:-5] in _KNOWN
+    said = _one_line(error.message)
+    return said if known else f"{name}: {said}"
+
+
+# names, less "Error", of errors whose message is made for readers
+_KNOWN = frozenset({"Run", "Explorer", "Router", "Metric", "Store", "NotAllowed", "Capture"})
+
+
+def _one_line(text: str) -> str:
+    """Return a message without the places of files, which are nobody else's business."""
+    words = [word.rpartition("/")[2] if "/" in word else word for word in str(text).split()]
+    return " ".join(words)[:200]
 
 
 def _blocks(parent: Any, *, folded: bool = False) -> Iterator[Block]:
@@ -90,9 +138,14 @@ def _is_row(child: Any) -> bool:
     return any(inner.type == "column" for inner in child.children.values())
 
 
-def _merge(light: list[Block], dark: list[Block]) -> None:
-    """Give figures and coloured tokens their dark forms."""
-    for block, other in zip(_painted(light), _painted(dark), strict=True):
+def _merge(light: list[Block], dark: list[Block], *, whole: bool) -> None:
+    """Give figures and coloured tokens their dark forms; of a page that failed, those there are."""
+    for block in _painted(light):
+        if block["kind"] == "figure":
+            block["dark"] = block["light"]
+    for block, other in zip(_painted(light), _painted(dark), strict=whole):
+        if block["kind"] != other["kind"]:
+            return
         if block["kind"] == "figure":
             block["dark"] = other["light"]
         else:

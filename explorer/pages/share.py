@@ -10,7 +10,7 @@ from explorer.errors import ExplorerError
 from explorer.pages import access, address, saved
 from explorer.pages.shell import current_view
 from explorer.pages.state import SUFFIX, View, new_name, run_names, runs_folder
-from explorer.report import build_report
+from explorer.report import make_report
 from explorer.views import SavedView
 
 # a longer list makes the page slow to draw
@@ -111,16 +111,22 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
         st.session_state[_REPORT] = (key, "", b"")
         try:
             with st.spinner("Making the report…"):
-                report = build_report(service.run_file(runs_folder(), run), view).encode()
-            st.session_state[_REPORT] = (key, "", report)
+                made_now = make_report(service.run_file(runs_folder(), run), view)
+            said = "; ".join(f"{title}: {why}" for title, why in made_now.failed.items())
+            st.session_state[_REPORT] = (key, said, made_now.text.encode())
         except (CaptureError, ExplorerError, OSError) as error:
             st.session_state[_REPORT] = (key, str(error), b"")
     made, problem, report = st.session_state.get(_REPORT, ("", "", b""))
     if made != key:
         return
-    if problem:
+    if problem and not report:
         st.error(address.plain(problem), icon=":material/error:")
         return
+    if problem:
+        st.warning(
+            f"These sections could not be made whole: {address.plain(problem)}",
+            icon=":material/warning:",
+        )
     name = re.sub(r"[^\w.-]+", "-", f"{run} {view.name if view else ''}").strip("-.")
     st.download_button(
         f"Download · {len(report) / 1e6:.1f} MB",

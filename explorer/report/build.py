@@ -7,13 +7,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from explorer import service
 from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section
 from explorer.run import Run, open_run
-from explorer.views import SavedView, changed
+from explorer.views import SavedView, changed, fingerprint, runs_named
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
@@ -36,48 +36,116 @@ _PRINT = (sys.executable, "-m", "explorer.pages.printing")
 _one_at_a_time = threading.Lock()
 
 
+class Report(NamedTuple):
+    """A report.
+
+    Attributes
+    ----------
+    text : str
+        The HTML file.
+    failed : dict
+        Title of each section that could not be made whole -> why.
+    """
+
+    text: str
+    failed: dict[str, str]
+
+
 def build_report(path: str | Path, view: SavedView | None = None) -> str:
-    """Return a report of a run, or of a saved view, as one HTML file.
+    """Return the text of ``make_report``."""
+    return make_report(path, view).text
+
+
+def make_report(path: str | Path, view: SavedView | None = None) -> Report:
+    """Make a report of a run, or of a saved view, as one HTML file.
+
+    A section that fails is named in the report, which holds the others.
 
     Parameters
     ----------
     path : path
-        The run file. A view may name other runs too; they lie in the same folder.
+        The run file; that of the view, if there is one, which may name other runs of the same
+        folder too.
     view : SavedView, optional
         Without it, the report is of the whole run.
 
     Raises
     ------
     ExplorerError
-        If a page cannot be shown.
+        If no page can be shown, or the view is of another run, or of one that is gone.
     capture.errors.StoreError
         If the file is no run.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
         raise RunError(f"Expected a run file named NAME{SUFFIX}, got {path.name}. Rename it.")
-    with open_run(path) as run:
-        facts = _facts(run, view)
-        title = f"Run {path.stem}"
     pages = [(page, {"run": path.stem} | choices, part) for page, choices, part in RUN_PAGES]
     if view is not None:
-        title = view.name
-        pages = [(view.page, dict(view.params), "")]
+        _check_runs(path, view)
+        pages = [(view.page, {"run": path.stem} | view.params, "")]
+    with open_run(path) as run:
+        facts = _facts(run, view)
+        title = view.name if view is not None else f"Run {path.stem}"
     printed = _print(path.absolute().parent, [(page, address) for page, address, _ in pages])
+    failed = {
+        _title(page, part): shown["problem"]
+        for (page, _, part), shown in zip(pages, printed, strict=True)
+        if shown["problem"]
+    }
+    if len(failed) == len(pages):
+        page, why = next(iter(failed.items()))
+        raise ExplorerError(f"The report could not be made: the section {page} failed: {why}")
     sections = [
-        (_title(page, part), section(blocks))
-        for (page, _, part), blocks in zip(pages, printed, strict=True)
+        (_title(page, part), section([*_problem(shown["problem"]), *shown["blocks"]]))
+        for (page, _, part), shown in zip(pages, printed, strict=True)
     ]
-    return document(f"{title} · RouteScope", facts, sections)
+    if view is not None:
+        facts |= _address(view, printed[0]["address"])
+    return Report(document(f"{title} · RouteScope", facts, sections, failed=failed), failed)
 
 
-def write_report(path: Path, out: Path, view: SavedView | None = None) -> Path:
+def write_report(path: Path, out: Path, view: SavedView | None = None) -> Report:
     """Write a report as a new file; one that exists is never replaced."""
     service.refuse_if_read_only("Writing a report")
     if out.exists():
         raise ExplorerError(f"{out} exists already and is not overwritten. Choose another name.")
-    report = build_report(path, view)
-    return service.write_new(out, report.encode(), what="Writing a report")
+    report = make_report(path, view)
+    service.write_new(out, report.text.encode(), what="Writing a report")
+    return report
+
+
+def _check_runs(path: Path, view: SavedView) -> None:
+    """Refuse a view whose figures would be of another run than the report says."""
+    run = view.params.get("run") or next(iter(view.fingerprints), path.stem)
+    if run != path.stem:
+        raise ExplorerError(
+            f"The view “{view.name}” is of the run {run}, not of {path.stem}. Make the report of "
+            f"{run}{SUFFIX}."
+        )
+    folder = path.absolute().parent
+    gone = [name for name in runs_named(view.params) if not (folder / f"{name}{SUFFIX}").is_file()]
+    if gone:
+        raise ExplorerError(
+            f"The view “{view.name}” shows runs that are gone: {', '.join(gone)}. Put them back "
+            "beside the run, or save the view anew without them."
+        )
+
+
+def _problem(why: str) -> list[Mapping[str, Any]]:
+    """Return what stands above a section that failed."""
+    if not why:
+        return []
+    return [{"kind": "failure", "text": f"This section could not be made whole. {why}"}]
+
+
+def _address(view: SavedView, shown: Mapping[str, str]) -> dict[str, str]:
+    """Say what the page showed, and what of the view it could not."""
+    names = list(dict.fromkeys([*view.params, *shown]))
+    facts = {"Address": ", ".join(f"{name} = {shown[name]}" for name in names if name in shown)}
+    lost = [f"{n} = {v}" for n, v in view.params.items() if v and shown.get(n) != v]
+    if lost:
+        facts["Not as saved"] = f"The page could not show {', '.join(lost)}."
+    return facts
 
 
 def _title(page: str, part: str) -> str:
@@ -85,9 +153,17 @@ def _title(page: str, part: str) -> str:
     return f"{name}: {part}" if part else name
 
 
-def _print(
-    folder: Path, pages: Sequence[tuple[str, Mapping[str, str]]]
-) -> list[list[dict[str, Any]]]:
+def _print(folder: Path, pages: Sequence[tuple[str, Mapping[str, str]]]) -> list[dict[str, Any]]:
+    """Return what pages show; where printing all of them ends in nothing, one after the other."""
+    try:
+        return _printed(folder, pages)
+    except ExplorerError as error:
+        if len(pages) == 1:
+            return [{"blocks": [], "address": {}, "problem": str(error)}]
+    return [shown for page in pages for shown in _print(folder, [page])]
+
+
+def _printed(folder: Path, pages: Sequence[tuple[str, Mapping[str, str]]]) -> list[dict[str, Any]]:
     """Run pages in a process of their own and return what they show."""
     request = {"runs": str(folder), "pages": [[page, dict(address)] for page, address in pages]}
     with _one_at_a_time:
@@ -96,8 +172,8 @@ def _print(
         )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ExplorerError(f"The report could not be made: {last[:300]}")
-    answer: list[list[dict[str, Any]]] = json.loads(done.stdout)
+        raise ExplorerError(f"The process that draws it ended: {last[:200]}")
+    answer: list[dict[str, Any]] = json.loads(done.stdout)
     return answer
 
 
@@ -108,7 +184,11 @@ def _facts(run: Run, view: SavedView | None) -> dict[str, str]:
     if view is not None:
         saved = f"{view.name} ({view.created[:10]}{', ' + view.author if view.author else ''})"
         facts |= {"Saved view": saved, "Note": view.note}
-        facts["Address"] = ", ".join(f"{name} = {value}" for name, value in view.params.items())
+        if others := [name for name in runs_named(view.params) if name != run.path.stem]:
+            facts["Other runs"] = ", ".join(
+                f"{name} (fingerprint {fingerprint(run.path.parent / f'{name}{SUFFIX}')})"
+                for name in others
+            )
         if names := changed(view, run.path.parent):
             facts["Warning"] = f"Changed since the view was saved: {', '.join(names)}"
     facts |= {

@@ -30,7 +30,9 @@ def run_report(options: argparse.Namespace) -> Output:
 
     run = run_file(options.run)
     view = load_view(run.absolute().parent, options.view) if options.view else None
-    return Output(str(write_report(run, options.out, view)))
+    failed = write_report(run, options.out, view).failed
+    notes = [f"warning: {title} could not be made whole: {why}" for title, why in failed.items()]
+    return Output(str(options.out), notes)
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,13 @@ _COPY = (
 _CLICK = re.compile(r"\s*(?:Click:|Draw a box) [^.]*\.")
 
 
-def document(title: str, facts: Mapping[str, str], sections: Sequence[tuple[str, str]]) -> str:
+def document(
+    title: str,
+    facts: Mapping[str, str],
+    sections: Sequence[tuple[str, str]],
+    *,
+    failed: Mapping[str, str] | None = None,
+) -> str:
     """Return the whole file.
 
     Parameters
@@ -41,6 +47,8 @@ def document(title: str, facts: Mapping[str, str], sections: Sequence[tuple[str,
         What the report is of, one line each.
     sections : sequence of (title, HTML)
         From ``section``.
+    failed : mapping, optional
+        Title of each section that is not whole, and why.
     """
     scripts = [get_plotlyjs(), (_HERE / "report.js").read_text(encoding="utf-8")]
     policy = (
@@ -57,6 +65,15 @@ def document(title: str, facts: Mapping[str, str], sections: Sequence[tuple[str,
         f'<section id="part-{number}"><h2>{html.escape(name)}</h2>{body}</section>'
         for number, (name, body) in enumerate(sections)
     )
+    lacking = "".join(
+        f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in (failed or {}).items()
+    )
+    alarm = (
+        f'<div class="note alarm" role="note">Sections that could not be made whole:'
+        f"<ul>{lacking}</ul></div>"
+        if lacking
+        else ""
+    )
     rows = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th><td dir="auto">{html.escape(value)}</td></tr>'
         for name, value in facts.items()
@@ -70,7 +87,7 @@ def document(title: str, facts: Mapping[str, str], sections: Sequence[tuple[str,
         f"<title>{html.escape(title)}</title><style>{style}</style></head><body>"
         f'<header><h1 dir="auto">{html.escape(title)}</h1>'
         '<button id="theme" type="button" aria-pressed="false">Dark</button></header>'
-        f'<main><p class="caption">{_COPY}</p><nav>{links}</nav>{parts}'
+        f'<main><p class="caption">{_COPY}</p>{alarm}<nav>{links}</nav>{parts}'
         f'<section id="provenance"><h2>Where this is from</h2><table class="facts">{rows}</table>'
         "</section></main>"
         + "".join(f"<script>{script}</script>" for script in scripts)
@@ -106,6 +123,10 @@ def _text(block: Block) -> str:
 def _note(block: Block) -> str:
     tone = "alarm" if block["tone"] in ("error", "warning") else "info"
     return f'<div class="note {tone}" role="note">{rich(block["text"])}</div>'
+
+
+def _failure(block: Block) -> str:
+    return f'<div class="note alarm" role="note">{html.escape(block["text"])}</div>'
 
 
 def _tile(block: Block) -> str:
@@ -248,6 +269,7 @@ _WRITERS: dict[str, Callable[[Block], str]] = {
     "text": _text,
     "caption": _text,
     "note": _note,
+    "failure": _failure,
     "tile": _tile,
     "figure": _figure,
     "table": _table,
