@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from explorer.figures import theme
 from explorer.figures.caption import Scope
 from explorer.figures.heatmap import MAX_CELLS, Scale, clickable_heatmap, ground, ticks
+from explorer.figures.number import number
 from explorer.figures.text import label
 from explorer.metrics.heads import RECENT, HeadBaseline
 from explorer.queries.attention import HAS_MAP, HeadMap
@@ -146,7 +147,7 @@ def head_overview(
         title=f"Every head: {kind.label}",
         caption=scope.caption(
             f"mean over {n_prompts:,} prompts",
-            f"uniform attention: {uniform:.3g}",
+            f"uniform attention: {number(uniform)}",
             *(["grey: not recorded, or no attention map"] if np.isnan(z).any() else []),
             "click a head for its map",
         ),

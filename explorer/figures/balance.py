@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from explorer.figures import theme
 from explorer.figures.caption import Scope, site_hover, site_name
+from explorer.figures.number import number
 from explorer.registry import Registry
 
 
@@ -189,7 +190,7 @@ def capacity_curve(
         title=f"What a capacity limit drops in layer {layer} (share of the total)",
         caption=scope.caption(
             f"limit per batch, {n_batches:,} {batches} (forward passes)",
-            f"nothing is dropped from factor {zero_from:.2f} on; "
+            f"nothing is dropped from factor {number(zero_from, '.2f')} on; "
             "at factor 1 uniform load drops nothing",
         ),
         dark=dark,

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from explorer.figures import theme
 from explorer.figures.caption import Scope, site_hover, site_name
 from explorer.figures.heatmap import Scale, clickable_heatmap, ground, outline
+from explorer.figures.number import number
 from explorer.figures.text import domain_label
 from explorer.metrics.load import Floor, lorenz_curve
 
@@ -280,8 +281,8 @@ def domain_heatmap(
 def floor_note(floor: Floor) -> str:
     """Return what uniform routing of the same tokens gives, for captions and help texts."""
     return (
-        f"uniform routing of as many tokens gives {floor.mean:.3g} "
-        f"({floor.low:.3g} to {floor.high:.3g} in 9 of 10 draws)"
+        f"uniform routing of as many tokens gives {number(floor.mean)} "
+        f"({number(floor.low)} to {number(floor.high)} in 9 of 10 draws)"
     )
 
 

@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 
 from explorer.figures import theme
 from explorer.figures.caption import Scope
+from explorer.figures.number import number
 
 
 def together_figure(
@@ -88,7 +89,7 @@ def together_figure(
             "bars: 9 of 10 draws of prompts with replacement",
             "baselines: keys of the same prompt at the same distance, and any earlier key",
             "the query itself and the prompt's first token left out",
-            f"recorded keys hold {heads['covered'].mean():.0%} of the attention",
+            f"recorded keys hold {number(heads['covered'].mean(), '.0%')} of the attention",
         ),
         dark=dark,
         height=340,

@@ -10,6 +10,7 @@ from explorer.errors import ExplorerError
 from explorer.figures import theme
 from explorer.figures.caption import Scope, site_hover, site_name
 from explorer.figures.heatmap import MAX_CELLS, MAX_LABELS, Scale, clickable_heatmap, ground
+from explorer.figures.number import number
 from explorer.figures.text import label
 from explorer.queries.tokens import Quantity
 
@@ -169,7 +170,7 @@ def score_bars(
         figure.add_hline(
             baseline,
             line={"dash": "dot", "color": theme.foreground(dark)},
-            annotation_text=f"all equal: {baseline:.3g}",
+            annotation_text=f"all equal: {number(baseline)}",
         )
     step = 1 if len(rows) <= _LABELLED_BARS else -(-len(rows) // 16)
     experts = rows["expert_id"].tolist()

@@ -6,6 +6,7 @@ import streamlit as st
 from explorer import service
 from explorer.figures.attention import MEASURES, head_heatmap, head_name, head_overview
 from explorer.figures.caption import Scope
+from explorer.figures.number import span
 from explorer.metrics.heads import uniform_head
 from explorer.pages import address
 from explorer.pages.components.attended_keys import attended_keys_panel
@@ -130,8 +131,8 @@ def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
     chart(
         figure,
         key="heads",
-        alt=f"Heatmap of {len(layers)} layers by attention heads: {MEASURES[measure].label}, from "
-        f"{stats[measure].min():.3g} to {stats[measure].max():.3g}. Click: the head's map.",
+        alt=f"Heatmap of {len(layers)} layers by attention heads: {MEASURES[measure].label}, "
+        f"{span(stats[measure])}. Click: the head's map.",
         table=stats,
         on_click=lambda data: _go_to_head(view, int(data[0]), int(data[1])),
     )

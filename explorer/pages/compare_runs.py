@@ -12,6 +12,7 @@ import streamlit as st
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
 from explorer.figures.load import load_heatmap
+from explorer.figures.number import number
 from explorer.figures.two_runs import (
     change_heatmap,
     divergence_over_layers,
@@ -228,7 +229,7 @@ def _same_tokens(view: View, other: View) -> None:
         divergence_over_layers(table, scope=scope, dark=is_dark()),
         key="divergence",
         alt=f"Agreement of the experts of {int(table['tokens'].max()):,} common tokens over "
-        f"layers: mean Jaccard {table['jaccard'].mean():.3f}.",
+        f"layers: mean Jaccard {number(table['jaccard'].mean(), '.3f')}.",
         table=table,
     )
     rows = {str(row["prompt_a"]): row for row in prompts.to_dict("records")}
@@ -279,7 +280,7 @@ def _strip(view: View, other: View, prompt: dict[Hashable, Any]) -> None:
                 int(row.position),
                 "" if row.text is None else str(row.text),
                 1 - float(row.jaccard),
-                f"Jaccard {row.jaccard:.2f}",
+                f"Jaccard {number(row.jaccard, '.2f')}",
             )
             for row in tokens.itertuples()
         ],
@@ -301,7 +302,7 @@ def _strip(view: View, other: View, prompt: dict[Hashable, Any]) -> None:
         if not pd.isna(value)
     )
     known = f" Loss of the next token: {losses}." if losses else ""
-    st.markdown(f"Token {here}: Jaccard {row['jaccard']:.2f}; {where}." + known)
+    st.markdown(f"Token {here}: Jaccard {number(row['jaccard'], '.2f')}; {where}." + known)
     if len(differing) and st.button("Go to the first divergence", icon=":material/first_page:"):
         address.write("spot", str(first))
         reveal()

@@ -7,6 +7,7 @@ import streamlit as st
 
 from explorer.errors import RunError
 from explorer.figures.experts import Axis, interval_dots
+from explorer.figures.number import ABSENT, number, span
 from explorer.figures.text import domain_label, label
 from explorer.glossary import help_text
 from explorer.metrics.pairs import pair_uplift
@@ -124,9 +125,10 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     )
     tiles[1].metric(
         "Share of the tokens",
-        f"{share:.2%}",
+        number(share, ".2%"),
         border=True,
-        delta=f"{low:.2%} to {high:.2%}; uniform {top_k / len(load):.2%}",
+        delta=f"{number(float(low), '.2%')} to {number(float(high), '.2%')}; "
+        f"uniform {top_k / len(load):.2%}",
         delta_color="off",
         delta_arrow="off",
         help="With the 90 % interval of Wilson, for tokens taken as independent. A router that "
@@ -134,7 +136,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     )
     tiles[2].metric(
         "Load",
-        "–" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}× fair share",
+        ABSENT if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}× fair share",
         border=True,
         delta=f"rank {int((load['assignments'] > hits).sum()) + 1} of {len(load)}",
         delta_color="off",
@@ -143,7 +145,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     )
     tiles[3].metric(
         "Mean combine weight",
-        f"{row['weight_sum'] / hits:.3f}" if hits else "–",
+        f"{row['weight_sum'] / hits:.3f}" if hits else ABSENT,
         border=True,
         delta=f"of {top_k} chosen" if top_k > 1 else "the only one chosen",
         delta_color="off",
@@ -184,7 +186,7 @@ def _shares(view: View, expert: int, by: str) -> None:
             Axis(
                 f"share of the {by}'s tokens",
                 float(every["share"]),
-                f"all tokens {every['share']:.1%}",
+                f"all tokens {number(every['share'], '.1%')}",
             ),
             title=f"{by.capitalize()} specialisation (share of the {by}'s tokens)",
             scope=view.scope(),
@@ -192,9 +194,8 @@ def _shares(view: View, expert: int, by: str) -> None:
             dark=is_dark(),
         ),
         key=f"shares by {by}",
-        alt=f"Dots with intervals: the share of each {by}'s tokens that choose the expert, from "
-        f"{rows['share'].min():.1%} to {rows['share'].max():.1%}; of all tokens "
-        f"{every['share']:.1%}.",
+        alt=f"Dots with intervals: the share of each {by}'s tokens that choose the expert, "
+        f"{span(rows['share'], '.1%')}; of all tokens {number(every['share'], '.1%')}.",
         table=table,
     )
     if few and by == "domain":
@@ -235,7 +236,7 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
             Axis(
                 "share of the occurrences that choose the expert",
                 floor.mean,
-                f"largest by chance {floor.mean:.0%}",
+                f"largest by chance {number(floor.mean, '.0%')}",
             ),
             title="Vocabulary specialisation (share of an entry's occurrences)",
             scope=view.scope(),
@@ -247,16 +248,16 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
             dark=is_dark(),
         ),
         key="vocabulary",
-        alt=f"Dots: the {len(rows)} vocabulary entries that choose {name} most often, from "
-        f"{rows['share'].max():.0%} to {rows['share'].min():.0%} of their occurrences; by chance "
-        f"the luckiest entry has {floor.mean:.0%}.",
+        alt=f"Dots: the {len(rows)} vocabulary entries that choose {name} most often, "
+        f"{span(rows['share'], '.0%')} of their occurrences; by chance the luckiest entry has "
+        f"{number(floor.mean, '.0%')}.",
         table=table,
     )
     above = int((table["share"] > floor.high).sum())
     st.caption(
         f"{above if above < len(table) else f'At least {above}'} entries are above what the "
-        f"luckiest one has when the expert's tokens are drawn at random ({floor.low:.0%} to "
-        f"{floor.high:.0%} in 9 of 10 draws)."
+        "luckiest one has when the expert's tokens are drawn at random "
+        f"({number(floor.low, '.0%')} to {number(floor.high, '.0%')} in 9 of 10 draws)."
     )
 
 
@@ -306,8 +307,8 @@ def _partners(view: View, expert: int) -> None:
             dark=is_dark(),
         ),
         key="partners",
-        alt=f"Dots: the {len(rows)} experts that most often serve the same tokens, from "
-        f"{rows['value'].max():.1%} to {rows['value'].min():.1%} of them. Click: that expert.",
+        alt=f"Dots: the {len(rows)} experts that most often serve the same tokens, "
+        f"{span(rows['value'], '.1%')} of them. Click: that expert.",
         table=table,
         on_click=lambda data: address.write("id", str(int(rows["expert"].iloc[int(data[0])]))),
     )

@@ -8,6 +8,7 @@ from streamlit.errors import StreamlitPageNotFoundError
 
 from explorer.figures.experts import Axis, interval_dots
 from explorer.figures.load import load_bars
+from explorer.figures.number import number
 from explorer.figures.text import domain_label, visible
 from explorer.figures.tokens import score_bars, token_routes
 from explorer.glossary import TERMS
@@ -188,10 +189,10 @@ def _load(view: View) -> None:
         f"If all {len(here)} experts of layer {view.site_name} got the same, each would have its "
         f"**fair share**, 1 of {len(here)}. The busiest here, "
         f"{expert_label(view.site_name, int(busiest['expert_id']))}, has "
-        f"**{busiest['ratio']:.2f}× its fair share**. Is that much? A router that threw dice would "
-        f"not be perfectly even either: with as many tokens, its busiest expert would have "
-        f"{1 + row['max_violation_floor']:.2f}×. That is what **by chance** means on every page: "
-        "compare with it before believing a pattern."
+        f"**{number(busiest['ratio'], '.2f')}× its fair share**. Is that much? A router that "
+        "threw dice would not be perfectly even either: with as many tokens, its busiest expert "
+        f"would have {number(1 + row['max_violation_floor'], '.2f')}×. That is what **by chance** "
+        "means on every page: compare with it before believing a pattern."
     )
     chart(
         load_bars(here, scope=sampled.scope(), layer=view.site_name, dark=is_dark()),
@@ -225,9 +226,9 @@ def _specialisation(view: View) -> None:
     names = rows["domain"].map(domain_label)
     st.markdown(
         f"In layer {view.site_name} the most special one is **{name}**: "
-        f"{rows['share'].iloc[0]:.0%} of the tokens of {address.plain(str(names.iloc[0]))} choose "
-        f"it, and {every['share']:.0%} of all. The line through each dot is its **interval**: "
-        "where the true share may well lie."
+        f"{number(rows['share'].iloc[0], '.0%')} of the tokens of "
+        f"{address.plain(str(names.iloc[0]))} choose it, and {number(every['share'], '.0%')} of "
+        "all. The line through each dot is its **interval**: where the true share may well lie."
     )
     chart(
         interval_dots(
@@ -239,7 +240,7 @@ def _specialisation(view: View) -> None:
             Axis(
                 "share of the domain's tokens",
                 float(every["share"]),
-                f"all tokens {every['share']:.1%}",
+                f"all tokens {number(every['share'], '.1%')}",
             ),
             title=f"Who chooses {name} (share of the domain's tokens)",
             scope=view.scope(int(every["tokens"]))._replace(domain=None),

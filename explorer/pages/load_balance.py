@@ -9,6 +9,7 @@ import streamlit as st
 from explorer.balance import capacity_table, smallest_safe_factor
 from explorer.figures.balance import METRIC_TEXTS, balance_over_layers, capacity_curve
 from explorer.figures.load import domain_heatmap, floor_note, load_bars, lorenz
+from explorer.figures.number import number, span
 from explorer.figures.text import visible
 from explorer.metrics.load import Floor
 from explorer.pages import address, jump
@@ -16,6 +17,7 @@ from explorer.pages.components.chart import chart
 from explorer.pages.components.serving import serving_section
 from explorer.pages.shell import current_view
 from explorer.pages.state import NO_DOMAIN, View, ask, balance_of, is_dark
+from explorer.pages.wording import undefined_load
 from explorer.queries.load import (
     expert_load,
     expert_load_by_domain,
@@ -90,18 +92,21 @@ def _tiles(view: View, balance: pd.DataFrame) -> None:
     for column, (name, label) in zip(st.columns(len(_TILES)), _TILES.items(), strict=True):
         value, floor = row[name], row[f"{name}_floor"]
         whole = name == "dead_experts"
-        shown = "–" if math.isnan(value) else f"{value:.0f}" if whole else f"{value:.3f}"
+        shown = number(value, ".0f" if whole else ".3f")
         column.metric(
             label,
             shown + (f" of {int(row['n_experts'])}" if whole else ""),
             border=True,
-            delta=f"by chance {floor:.1f}" if whole else f"by chance {floor:.3f}",
+            delta=f"by chance {number(floor, '.1f' if whole else '.3f')}"
+            if math.isfinite(value)
+            else undefined_load(int(row["n_experts"])),
             delta_color="off",
             delta_arrow="off",
             help=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
         )
     worst = Floor(*(float(row[f"max_violation_floor{part}"]) for part in ("", "_low", "_high")))
-    st.caption(f"MaxVio: {floor_note(worst)}.")
+    if math.isfinite(worst.mean):
+        st.caption(f"MaxVio: {floor_note(worst)}.")
 
 
 def _bars(view: View, here: pd.DataFrame) -> None:
@@ -173,12 +178,14 @@ def _over_layers(view: View, balance: pd.DataFrame) -> None:
         show=_TILES.__getitem__,
     )
     columns = [metric, f"{metric}_floor", f"{metric}_floor_low", f"{metric}_floor_high"]
+    if balance[metric].isna().all():
+        st.info(f"{_TILES[metric]}: {undefined_load(int(balance['n_experts'].max()))}.")
+        return
     chart(
         balance_over_layers(balance, metric, scope=view.scope(over_layers=True), dark=is_dark()),
         key="over layers",
-        alt=f"{METRIC_TEXTS[metric].label} of {len(balance)} layers, from "
-        f"{balance[metric].min():.3g} to {balance[metric].max():.3g}, with the values that "
-        "uniform routing would give.",
+        alt=f"{METRIC_TEXTS[metric].label} of {len(balance)} layers, "
+        f"{span(balance[metric])}, with the values that uniform routing would give.",
         table=balance[["layer", "site", "n_experts", "top_k", "assignments", *columns]],
     )
 
@@ -214,10 +221,11 @@ def _capacity(view: View) -> None:
     st.markdown(
         f"With a capacity factor of **{factor:.2f}**, counted per batch, "
         f"**{row['assignments']:.1%}** of all assignments are dropped. If an expert keeps the "
-        f"tokens that come first (policy *position*), {row['weight_position']:.1%} of the combine "
-        f"weight is lost and {row['tokens_position']:.2%} of the tokens lose every expert; if it "
-        f"keeps those with the largest weight (policy *probs*), {row['weight_probs']:.1%} and "
-        f"{row['tokens_probs']:.2%}. From factor {zero_from:.2f} on nothing is dropped."
+        f"tokens that come first (policy *position*), {number(row['weight_position'], '.1%')} of "
+        f"the combine weight is lost and {row['tokens_position']:.2%} of the tokens lose every "
+        "expert; if it keeps those with the largest weight (policy *probs*), "
+        f"{number(row['weight_probs'], '.1%')} and {row['tokens_probs']:.2%}. From "
+        f"factor {zero_from:.2f} on nothing is dropped."
     )
     scope = view.scope(n_tokens).without_filters()
     if n_tokens < n_all:

@@ -2,14 +2,17 @@
 
 import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from explorer.figures.load import load_heatmap
+from explorer.figures.number import ABSENT, number, span
 from explorer.figures.text import visible
 from explorer.glossary import help_text
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, balance_of, is_dark
+from explorer.pages.wording import undefined_load
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means
 from explorer.queries.prompts import prompt_count
@@ -69,28 +72,28 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         help="Real tokens behind the figures; padding is never recorded.",
     )
     worst = balance.dropna(subset=["max_violation"])
+    why = undefined_load(int(balance["n_experts"].max()) if len(worst) else 0)
     if len(worst):
         row = worst.loc[worst["max_violation"].idxmax()]
-        tiles[1].metric(
+        _tile(
+            tiles[1],
             "Busiest expert",
             f"{1 + row['max_violation']:.2f}× fair share",
-            border=True,
-            delta=f"layer {int(row['layer'])}; by chance {1 + row['max_violation_floor']:.2f}×",
-            delta_color="off",
-            delta_arrow="off",
-            help=help_text("load", "by_chance"),
+            f"layer {int(row['layer'])}; by chance "
+            f"{number(1 + row['max_violation_floor'], '.2f')}×",
+            help_text("load", "by_chance"),
         )
-        even = worst["normalized_entropy"].mean()
-        tiles[2].metric(
-            "Load entropy",
-            f"{even:.1%}",
-            border=True,
-            delta=f"by chance {worst['normalized_entropy_floor'].mean():.1%}",
-            delta_color="off",
-            delta_arrow="off",
-            help=help_text("load_entropy")
-            + "  \nHere the mean over layers of the entropy of the shares, over its largest value.",
-        )
+    else:
+        _tile(tiles[1], "Busiest expert", ABSENT, why, help_text("load", "by_chance"))
+    even, chance = (worst[f"normalized_entropy{part}"].mean() for part in ("", "_floor"))
+    _tile(
+        tiles[2],
+        "Load entropy",
+        number(even, ".1%"),
+        why if pd.isna(even) else f"by chance {number(chance, '.1%')}",
+        help_text("load_entropy")
+        + "  \nHere the mean over layers of the entropy of the shares, over its largest value.",
+    )
     routed = balance.dropna(subset=["dead_experts"])
     tiles[3].metric(
         "Dead experts",
@@ -114,6 +117,18 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
     )
 
 
+def _tile(place: DeltaGenerator, title: str, value: str, below: str, about: str) -> None:
+    place.metric(
+        title,
+        value,
+        border=True,
+        delta=below,
+        delta_color="off",
+        delta_arrow="off",
+        help=about,
+    )
+
+
 def _load_map(view: View, load: pd.DataFrame) -> None:
     order = address.choose(
         st.segmented_control,
@@ -129,8 +144,7 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
         figure,
         key="load map",
         alt=f"Heatmap of {load['layer'].nunique()} layers by experts: share of the layer's "
-        f"assignments over the uniform share, from {load['ratio'].min():.2f} to "
-        f"{load['ratio'].max():.2f} times.",
+        f"assignments over the uniform share, {span(load['ratio'], '.2f')} times.",
         table=load.drop(columns=["n_experts", "top_k"]),
         on_click=lambda data: jump.aim(view, data),
     )

@@ -9,6 +9,7 @@ import streamlit as st
 from capture.demo import TRENDS as DEMO_TRENDS
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError, RunError
+from explorer.figures.number import number
 from explorer.figures.trends import TRENDS, trend_lines
 from explorer.pages import address, state
 from explorer.pages.components.chart import chart
@@ -89,7 +90,7 @@ def _figure(table: pd.DataFrame, names: list[str]) -> None:
         key=f"trend {quantity}",
         alt=f"{TRENDS[quantity].title} over {len(names)} checkpoints, one line for each of "
         f"{table['layer'].nunique()} layers; at the last one "
-        f"{table[table['name'] == names[-1]][quantity].mean():.3f} on average.",
+        f"{number(table[table['name'] == names[-1]][quantity].mean(), '.3f')} on average.",
         table=table,
     )
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from explorer.figures.number import number
 from explorer.figures.text import visible as visible_name
 from explorer.pages.components.visible import one_line
 
@@ -17,6 +18,11 @@ _SURE, _LEANING, _UNDECIDED = 0.4, 0.7, 0.9
 def expert_label(site_name: str, expert: int) -> str:
     """Return how an expert is called: its layer and its number there."""
     return f"L{site_name}.E{expert}"
+
+
+def undefined_load(n_experts: int) -> str:
+    """Say why a measure of load is not defined for a layer."""
+    return "not defined for one expert" if n_experts == 1 else "no assignment of these tokens"
 
 
 def prompt_name(row: pd.Series) -> str:
@@ -46,7 +52,7 @@ def routing_sentence(experts: pd.DataFrame, *, site_name: str, n_experts: int) -
     if experts["weight_share"].isna().any():
         given = f"sent this token to {listed(ids)}"
     else:
-        shares = [f"{share:.0%}" for share in experts["weight_share"]]
+        shares = [number(share, ".0%") for share in experts["weight_share"]]
         shares[0] += " of this token's weight"
         given = "gave " + listed([f"{s} to {e}" for s, e in zip(shares, ids, strict=True)])
     return f"In layer {site_name} the router {given}, choosing among {n_experts} experts."

@@ -4,6 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.figures.experts import divergence_heatmap, layer_lines
+from explorer.figures.number import number, span
 from explorer.metrics.specialization import MIN_COUNT
 from explorer.pages import jump
 from explorer.pages.components.chart import chart
@@ -52,8 +53,8 @@ def _map(view: View) -> None:
         divergence_heatmap(found, scope=sampled.scope(over_layers=True), dark=is_dark()),
         key="divergence map",
         alt=f"Heatmap of {found['layer'].nunique()} layers by experts: how far the domains of "
-        f"each expert's tokens are from those of all, from {found['divergence'].min():.3f} to "
-        f"{found['divergence'].max():.3f} nats. Click: the expert.",
+        f"each expert's tokens are from those of all, "
+        f"{span(found['divergence'], '.3f')} nats. Click: the expert.",
         table=found,
         on_click=lambda data: jump.aim(view, data),
     )
@@ -82,9 +83,8 @@ def _vocabulary(view: View, table: pd.DataFrame, step: int) -> None:
         ),
         key="vocabulary of layers",
         alt=f"Lines over {len(table)} routers: the mean share of a vocabulary entry's tokens that "
-        f"go to its favourite expert, from {table['vocabulary'].min():.0%} to "
-        f"{table['vocabulary'].max():.0%}; with shuffled labels "
-        f"{table['vocabulary_floor'].mean():.0%}.",
+        f"go to its favourite expert, {span(table['vocabulary'], '.0%')}; with shuffled labels "
+        f"{number(table['vocabulary_floor'].mean(), '.0%')}.",
         table=table,
     )
 
@@ -105,8 +105,8 @@ def _information(view: View, table: pd.DataFrame, step: int) -> None:
             dark=is_dark(),
         ),
         key="information of layers",
-        alt=f"Lines over {len(table)} routers: mutual information of domain and expert, from "
-        f"{table['information'].min():.3f} to {table['information'].max():.3f} nats; with "
-        f"shuffled labels {table['information_floor'].mean():.3f}.",
+        alt=f"Lines over {len(table)} routers: mutual information of domain and expert, "
+        f"{span(table['information'], '.3f')} nats; with shuffled labels "
+        f"{number(table['information_floor'].mean(), '.3f')}.",
         table=table,
     )

@@ -10,6 +10,7 @@ from explorer import likeness, service
 from explorer.errors import ExplorerError
 from explorer.figures.caption import Scope
 from explorer.figures.experts import Axis, interval_dots
+from explorer.figures.number import number, span
 from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.components.job import follow
@@ -93,6 +94,9 @@ def _neighbours(view: View, expert: int, table: pd.DataFrame, kind: str) -> None
         st.info(_MISSING[kind], icon=":material/info:")
         return
     others = table[table["a"] != table["b"]]["cosine"].to_numpy(dtype=np.float64)
+    if np.isnan(others).all():
+        st.info("This layer has no two experts whose weights can be compared.")
+        return
     mine = table[(table["a"] == expert) & (table["b"] != expert)]
     rows = mine.sort_values(["cosine", "b"], ascending=[False, True]).head(_SHOWN)
     names = [expert_label(view.site_name, number) for number in rows["b"]]
@@ -102,7 +106,7 @@ def _neighbours(view: View, expert: int, table: pd.DataFrame, kind: str) -> None
         low=np.nan,
         high=np.nan,
         hover=[
-            f"{name}: cosine {value:.3f}<br>click for this expert"
+            f"{name}: cosine {number(value, '.3f')}<br>click for this expert"
             for name, value in zip(names, rows["cosine"], strict=True)
         ],
     )
@@ -123,7 +127,7 @@ def _neighbours(view: View, expert: int, table: pd.DataFrame, kind: str) -> None
         figure,
         key=f"alike {kind}",
         alt=f"Dots: the {len(rows)} experts of the layer whose {kind} weights are most alike, "
-        f"cosine {rows['cosine'].max():.3f} to {rows['cosine'].min():.3f}; mean of all pairs "
+        f"cosine {span(rows['cosine'], '.3f')}; mean of all pairs "
         f"{middle:.3f}. Click: that expert.",
         table=mine,
         on_click=lambda data: address.write("id", str(int(rows["b"].iloc[int(data[0])]))),

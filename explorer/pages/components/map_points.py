@@ -13,6 +13,7 @@ from explorer.clusters.clustering import NOISE
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import ID_COLUMNS, Prepared, point_facts
 from explorer.figures.clusters import COLORED, Amount, Group
+from explorer.figures.number import number
 from explorer.figures.text import domain_label, label
 from explorer.pages.state import Key, View
 from explorer.pages.wording import expert_label
@@ -188,7 +189,7 @@ def hover_texts(rows: pd.DataFrame, unit: str) -> list[str]:
     if unit == "experts":
         return [
             f"{expert_label(str(r.layer) if not r.site else f'{r.layer}.{r.site}', r.expert_id)}: "
-            f"load {r.ratio:.2f}×, typical: {domain_label(r.domain)}"
+            f"load {number(r.ratio, '.2f')}×, typical: {domain_label(r.domain)}"
             for r in rows.itertuples()
         ]
     if unit == "prompts":

@@ -1,6 +1,5 @@
 """How far a map and its clusters can be trusted, beside the picture."""
 
-import math
 from typing import Any
 
 import streamlit as st
@@ -9,6 +8,7 @@ from explorer.clusters.cache import Kept
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import Prepared
 from explorer.clusters.quality import FEWEST_MEASURED
+from explorer.figures.number import number
 
 METHODS = {"kmeans": "K-Means", "gmm": "Gaussian mixture", "hdbscan": "HDBSCAN"}
 SEED = 0  # of layouts, clusters and measures
@@ -85,4 +85,4 @@ def _about_clusters(method: str, prepared: Prepared, found: dict[str, Any]) -> s
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
+    return number(value, ".2f")

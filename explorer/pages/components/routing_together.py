@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.figures.attention import head_name
+from explorer.figures.number import number, span
 from explorer.figures.together import together_figure
 from explorer.metrics.together import MIN_PROMPTS
 from explorer.pages.components.chart import chart
@@ -52,8 +53,8 @@ def routing_together_section(view: View, head: tuple[int, int]) -> None:
         ),
         key="together",
         alt=f"For {len(found.heads)} heads of layer {head[0]}: the share of attended keys that "
-        f"share an expert of layer {view.site_name} with their query, from "
-        f"{found.heads['share'].min():.0%} to {found.heads['share'].max():.0%}, and by chance.",
+        f"share an expert of layer {view.site_name} with their query, "
+        f"{span(found.heads['share'], '.0%')}, and by chance.",
         table=found.heads,
     )
     if found.n_prompts < found.n_all:
@@ -70,7 +71,7 @@ def _sentence(view: View, row: pd.Series, found: HeadsTogether, head: tuple[int,
         f"Of what **{head_name(*head)}** attends to, **{row['share']:.1%}** (weighted by "
         f"attention, {int(row['pairs']):,} pairs of {int(row['prompts']):,} prompts) shares an "
         f"expert with the query in layer {view.site_name}. By chance, tokens of the same prompt at "
-        f"the same distance do so in {row['chance_distance']:.1%}"
+        f"the same distance do so in {number(row['chance_distance'], '.1%')}"
     )
     if math.isnan(row["lift"]):
         return text + "."

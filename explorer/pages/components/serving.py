@@ -5,6 +5,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer import serving
+from explorer.figures.number import span
 from explorer.figures.serving import balancedness_lines, coverage, decode_reads, gpu_bars
 from explorer.pages import address
 from explorer.pages.components.chart import chart
@@ -70,6 +71,7 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
         for policy, value in overall.items()
         if value > 0
     )
+    said = said or "not defined without an assignment"
     st.markdown(
         f"Balancedness over all layers, mean over largest GPU load: {said}. With {replicas} "
         f"physical experts on {gpus} GPUs, {more:.0%} more expert weights are held in memory."
@@ -85,8 +87,7 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
             gpu_bars(here, layer=view.site_name, scope=view.scope(), dark=is_dark()),
             key="gpu bars",
             alt=f"Bars: load of {gpus} GPUs in layer {view.site_name} under "
-            f"{here['policy'].nunique()} placements, from × {here['ratio'].min():.2f} to "
-            f"× {here['ratio'].max():.2f} of the mean.",
+            f"{here['policy'].nunique()} placements, {span(here['ratio'], '.2f')} times the mean.",
             table=here,
         )
     with right:
