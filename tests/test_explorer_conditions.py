@@ -157,6 +157,27 @@ def test_the_router_alone_in_16_bits_computes_rounded_logits():
     assert torch.equal(output[0].bfloat16(), expected)
 
 
+def test_a_precision_says_whether_it_tests_weights_or_the_arithmetic_alone():
+    subject = subject_of()
+    with Precision("bfloat16").open(subject) as applied:
+        share, rest = applied.method.split("%", 1)
+    assert (
+        95 < float(share) < 100
+        and rest == " of the weights are rounded: tests weights and arithmetic"
+    )
+    # a checkpoint that was stored in bfloat16, computed in float32
+    with torch.no_grad():
+        for parameter in subject.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        exact = next(iter(part_parameters(subject)["router"].values()))
+        for parts in (("router",), ("attention", "router", "experts", "rest")):
+            with Precision("bfloat16", parts).open(subject) as applied:
+                assert applied.method.endswith("tests the arithmetic alone")
+        exact.view(-1)[0] += 1e-3
+    with Precision("bfloat16").open(subject) as applied:
+        assert applied.method.startswith("less than 0.1% of the weights are rounded")
+
+
 def test_the_rest_has_no_boundary():
     with pytest.raises(ConditionError, match="no boundary"):
         Precision("float16", ("rest", "router"))

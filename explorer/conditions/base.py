@@ -62,8 +62,9 @@ class Applied:
     Attributes
     ----------
     method : str
-        How a choice was made, such as ``"enumeration of 1820 subsets"`` or ``"greedy"``; ``""``
-        where nothing had to be chosen.
+        How a choice was made, such as ``"enumeration of 1820 subsets"`` or ``"greedy"``, or what
+        is tested, such as the arithmetic alone where weights are exact in a dtype; ``""`` where
+        there is nothing to say.
     weight_bytes : float
         Bytes of the weights as the condition would store them.
     chosen : dict

@@ -45,8 +45,9 @@ class ConditionTables(NamedTuple):
         the base, ``loss_se`` (paired, by sequence), ``perplexity_ratio``, ``tokens``,
         ``sequences``, ``draws`` (averaged over), ``draw_spread`` (standard deviation of the loss
         between them, nats; NaN for one), ``weight_bytes_ratio`` (as stored, 1 = the base's),
-        ``method`` (how a choice was made), ``calibrated``, ``simulated``. A condition that takes
-        experts away has no row with weights ``"condition"`` and routing ``"base"``.
+        ``method`` (how a choice was made, what is tested), ``calibrated``, ``simulated``. A
+        condition that takes experts away has no row with weights ``"condition"`` and routing
+        ``"base"``.
     flips : DataFrame
         One row for each router: ``condition``, ``layer``, ``site``, ``tokens``; shares of tokens
         whose set of experts (``set_flips``) or heaviest expert (``top1_flips``) changed, of

@@ -1,6 +1,6 @@
 """Precision: weights and arithmetic of the model, or of some parts of it, in another dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+LEAST_SHARE = 0.001  # of the weights, that is written as a number
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -91,6 +92,7 @@ class Precision(Condition):
         applied.weight_bytes += sum(
             p.numel() * (dtype.itemsize - p.element_size()) for p in changes
         )
+        applied.method = _tested(changes)
         with ExitStack() as stack:
             if self.parts != PARTS:
                 modules = part_modules(subject)
@@ -99,6 +101,17 @@ class Precision(Condition):
                         _cast_around(module, dtype, stack)
             stack.enter_context(replaced(changes))
             return stack.pop_all()
+
+
+def _tested(changes: Mapping[nn.Parameter, torch.Tensor]) -> str:
+    """Say whether weights lose anything, as those of a checkpoint in that dtype do not."""
+    pairs = [(p.data, new) for p, new in changes.items() if p.device.type != "meta"]
+    rounded = sum(int((new.to(old.dtype) != old).sum()) for old, new in pairs)
+    if not rounded:
+        return "no weight is rounded, as all are exact in this dtype: tests the arithmetic alone"
+    share = rounded / sum(old.numel() for old, _ in pairs)
+    told = f"{share:.1%}" if share >= LEAST_SHARE else f"less than {LEAST_SHARE:.1%}"
+    return f"{told} of the weights are rounded: tests weights and arithmetic"
 
 
 def _cast_around(module: nn.Module, dtype: torch.dtype, stack: ExitStack) -> None:

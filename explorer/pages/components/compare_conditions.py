@@ -76,7 +76,7 @@ def _said(cells: pd.DataFrame) -> None:
             f"{', '.join(dict.fromkeys(rows['condition']))}: {method}"
             for method, rows in chosen.groupby("method", sort=False)
         ]
-        st.caption(f"How the parts were chosen: {'; '.join(how)}.")
+        st.caption(f"What was done: {'; '.join(how)}.")
 
 
 def _students(students: pd.DataFrame) -> None:
