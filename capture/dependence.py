@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from capture.rules import Choice, RouteInputs, Rule
+from capture.rules import Choice, RouteInputs, Rule, choice_of
 from capture.selftest import probe_tokens
 from capture.sites import Site
 from capture.swap import site_key, swap
@@ -25,7 +25,8 @@ class Dependence(NamedTuple):
     Attributes
     ----------
     later_tokens : bool
-        Other tokens later in the sequence changed the choice for an earlier one: not causal.
+        Other tokens later in the sequence, or none where it ends early, changed the choice for an
+        earlier one: not causal.
     other_sequences : bool
         Another sequence in the batch, or the lack of it, changed a choice.
     repeatable : bool
@@ -38,7 +39,7 @@ class Dependence(NamedTuple):
 
 
 def dependence(model: nn.Module, sites: Sequence[Site], rule: Rule) -> Dependence:
-    """Change later tokens and other sequences, and see whether choices change.
+    """Change later tokens and other sequences, or leave them out, and see whether choices change.
 
     One site is swapped at a time, so that its input differs by rounding only. A rule that gives
     the same answer by chance on these tokens passes: what is found is certain, what is not found
@@ -63,26 +64,28 @@ def dependence(model: nn.Module, sites: Sequence[Site], rule: Rule) -> Dependenc
     step = max(1, -(-len(sites) // MAX_SITES))
     later = other = unsteady = False
     for site in sites[::step]:
-        first, again = (_choices(model, sites, site, rule, ids) for _ in range(2))
+        first, again = (_choices(model, sites, site, rule, ids)[0] for _ in range(2))
         unsteady |= _differ(first, again)
-        early = _choices(model, sites, site, rule, other_end)
+        early, _ = _choices(model, sites, site, rule, other_end)
         later |= _differ(first[MIDDLE, :half], early[MIDDLE, :half])
-        alone = _choices(model, sites, site, rule, one)
-        mixed = _choices(model, sites, site, rule, changed)
+        alone, known = _choices(model, sites, site, rule, one)
+        mixed, _ = _choices(model, sites, site, rule, changed)
         other |= _differ(first[MIDDLE], alone[0]) or _differ(first[MIDDLE], mixed[MIDDLE])
+        later |= any(
+            _differ(alone[0, :n], _dense(_answer(rule, known.first(n), site), known.n_experts))
+            for n in range(1, ids.shape[1])
+        )
     return Dependence(later, other, not unsteady)
 
 
 def _choices(
     model: nn.Module, sites: Sequence[Site], site: Site, rule: Rule, ids: torch.Tensor
-) -> torch.Tensor:
-    """Return the weight [B, S, E] of every expert for every token at one site."""
-    seen: list[torch.Tensor] = []
+) -> tuple[torch.Tensor, RouteInputs]:
+    """Return the weight [B, S, E] of every expert for every token at one site, and its inputs."""
+    seen: list[tuple[torch.Tensor, RouteInputs]] = []
 
     def keep(inputs: RouteInputs, choice: Choice) -> None:
-        dense = choice.weights.new_zeros(len(choice.weights), inputs.n_experts + 1)
-        # the column before the first expert takes the empty slots
-        seen.append(dense.scatter(1, choice.expert_ids + 1, choice.weights)[:, 1:])
+        seen.append((_dense(choice, inputs.n_experts), inputs))
 
     watch = {site_key(s): rule for s in sites if site_key(s) < site_key(site)}
     with (
@@ -91,7 +94,21 @@ def _choices(
         swap(model, sites, rule, only=[site_key(site)], watch=watch, on_choice=keep),
     ):
         model(input_ids=ids, use_cache=False)
-    return seen[0].float().reshape(*ids.shape, -1)
+    dense, inputs = seen[0]
+    return dense.reshape(*ids.shape, -1), inputs
+
+
+def _answer(rule: Rule, inputs: RouteInputs, site: Site) -> Choice:
+    """Ask a rule about a text that ended early; what came before is the same."""
+    with torch.inference_mode():
+        return choice_of(site, rule.route(inputs), inputs, checked=True)
+
+
+def _dense(choice: Choice, n_experts: int) -> torch.Tensor:
+    """Return the weight [T, E] of every expert, float32."""
+    dense = choice.weights.new_zeros(len(choice.weights), n_experts + 1)
+    # the column before the first expert takes the empty slots
+    return dense.scatter(1, choice.expert_ids + 1, choice.weights)[:, 1:].float()
 
 
 def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:

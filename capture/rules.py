@@ -97,6 +97,26 @@ class RouteInputs:
     attention_names: tuple[str, ...] = ()
     received: torch.Tensor | None = None
 
+    def first(self, n: int) -> "RouteInputs":
+        """Return what is known of the first ``n`` tokens, as if the text had ended there.
+
+        ``received`` stays as it is: what later queries give is in it.
+        """
+        cut: dict[str, Any] = {}
+        for name in _PER_TOKEN:
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                cut[name] = value[:n]
+            elif value is not None:
+                cut[name] = Choice(value.expert_ids[:n], value.weights[:n])
+        return replace(self, **cut)
+
+
+_PER_TOKEN = (
+    *("hidden", "logits", "token_ids", "positions", "starts", "sequences", "native", "previous"),
+    *("previous_state", "attention", "received"),
+)
+
 
 class Rule(Protocol):
     """Anything that chooses experts, or gates parts, for the tokens of one layer.

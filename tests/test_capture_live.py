@@ -183,6 +183,16 @@ class MeanOfSequence:
         return Choice(ids, weights)
 
 
+class OwnLength(Top):
+    """One expert in texts of odd length: other tokens change nothing, fewer do."""
+
+    def route(self, inputs):
+        ids, weights = super().route(inputs)
+        odd = inputs.sequences.bincount()[inputs.sequences] % 2 == 1
+        few = odd[:, None] & (torch.arange(self.top_k) > 0)
+        return Choice(ids.masked_fill(few, -1), weights.masked_fill(few, 0.0))
+
+
 class FirstOfBatch:
     """Routes every token by the first token of the batch's last row: no token after it matters."""
 
@@ -218,6 +228,7 @@ class AfterAnother(Top):
         (Counting(), Dependence(False, False, True)),
         (Ranked(), Dependence(True, True, True)),
         (MeanOfSequence(), Dependence(True, False, True)),
+        (OwnLength(2), Dependence(True, False, True)),
         (FirstOfBatch(), Dependence(False, True, True)),
         (Noisy(), Dependence(True, True, False)),
     ],

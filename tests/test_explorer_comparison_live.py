@@ -244,6 +244,19 @@ class EveryOther(PartRouter):
         return 0.0
 
 
+class WhileShort(EveryOther):
+    """Runs the part for texts of fewer than ten tokens: no token of a text has a part in it."""
+
+    def _route(self, inputs):
+        few = inputs.starts.cumsum(0).bincount()[inputs.starts.cumsum(0)] < 10
+        return PartMask("layer", few.float()[:, None])
+
+
+def test_a_gate_that_reads_how_long_a_text_is_is_not_causal(lab):
+    fitted = Fitted(dict.fromkeys(lab.data.places, WhileShort()), "block", False, 0, 0.0, [])
+    assert badges(lab.model, lab.sites, fitted, {}) == (False, False)
+
+
 @pytest.mark.parametrize("part", ["block", "layer"])
 def test_skipped_parts_do_not_run(lab, part):
     places = {place: EveryOther() for place in lab.data.places}

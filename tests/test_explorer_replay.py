@@ -116,14 +116,27 @@ class Crowd(Ahead):
     alone = True
 
 
+class Length(ROUTERS["top_k"]):
+    """Claims to be causal, and gives one expert to all tokens of a text of odd length."""
+
+    def _route(self, inputs):
+        routing = super()._route(inputs)
+        text = (inputs.positions.diff(prepend=inputs.positions[:1]) < 0).cumsum(0)
+        odd = text.bincount()[text] % 2 == 1 if len(text) else text.bool()
+        ids = routing.expert_ids.masked_fill(odd[:, None] & (torch.arange(3) > 0), -1)
+        return routing._replace(expert_ids=ids, weights=routing.weights.masked_fill(ids < 0, 0.0))
+
+
 def test_what_a_router_looks_at_is_found_out_on_recorded_inputs(run):
     routers = {"honest": ROUTERS["top_k"](), "ahead": Ahead(), "crowd": Crowd()}
     routers["full"] = ROUTERS["capacity_position"](capacity_factor=0.5)
+    routers["length"] = Length()
     table = replay(run, routers).dropna(subset="layer").set_index("router")
     found = table[["causal", "batch_dependent"]].groupby(level=0).agg(lambda s: bool(s.iloc[0]))
     assert found.loc["honest"].tolist() == [True, False]
     assert not found.loc["ahead", "causal"]
     assert found.loc["crowd"].tolist() == [True, True]
+    assert found.loc["length"].tolist() == [False, False]
     assert found.loc["full"].tolist() == [False, True], "how many places there are says the length"
 
 

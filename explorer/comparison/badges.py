@@ -1,6 +1,6 @@
 """Find out on the model itself whether a fitted router looks ahead or at other sequences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,7 @@ from explorer.routers.probe import dense
 Key = tuple[int, int]  # layer, site
 MAX_LAYERS = 4
 PROBED = 512  # recorded tokens
+PREFIXES = 24  # of these, each of which is tried
 TIES = 2  # rows that products over another number of rows may decide otherwise
 
 
@@ -32,7 +33,7 @@ class Badges(NamedTuple):
     Attributes
     ----------
     causal : bool
-        Neither declared nor found to look at later tokens.
+        Neither declared nor found to look at later tokens, or at whether there are any.
     batch_dependent : bool
         Declared or found to look at other sequences.
     """
@@ -55,7 +56,7 @@ class BySite:
 def badges(
     model: nn.Module, sites: Sequence[Site], fitted: Fitted, rules: Mapping[Key, Rule]
 ) -> Badges:
-    """Change later tokens and other sequences, and see whether decisions change.
+    """Change later tokens and other sequences, end texts early, and see whether decisions change.
 
     What is declared stays: a rule that was not caught on a few tokens may still look ahead.
     """
@@ -87,9 +88,12 @@ def _gates_depend(
     layers = sorted(layer for layer, _ in fitted.routers)
     later = other = False
     for layer in layers[:: max(1, -(-len(layers) // MAX_LAYERS))]:
+        asked: list[RouteInputs] = []
 
-        def gates(tokens: torch.Tensor, layer: int = layer) -> torch.Tensor:
-            spy = Spy(LiveRule(fitted.routers[layer, 0]))
+        def gates(
+            tokens: torch.Tensor, layer: int = layer, asked: list[RouteInputs] = asked
+        ) -> torch.Tensor:
+            spy = Spy(_Remembered(LiveRule(fitted.routers[layer, 0]), asked))
             rule = gate_parts(model, sites, {layer: spy}, part=part, attention=fitted.attention)
             with torch.inference_mode(), plain_forward(model), rule:
                 model(input_ids=tokens, use_cache=False)
@@ -97,20 +101,39 @@ def _gates_depend(
 
         first = gates(ids)
         later |= _differ(first[MIDDLE, :half], gates(other_end)[MIDDLE, :half])
-        alone, mixed = gates(one)[0], gates(changed)[MIDDLE]
+        mixed, alone = gates(changed)[MIDDLE], gates(one)[0]
         other |= _differ(first[MIDDLE], alone) or _differ(first[MIDDLE], mixed)
+        rule = LiveRule(fitted.routers[layer, 0])
+        for n in range(1, len(alone)):
+            with torch.inference_mode():
+                shorter: torch.Tensor = rule.route(asked[-1].first(n)).gate  # type: ignore[union-attr]
+            later |= _differ(alone[:n], shorter.float().cpu().reshape(n, -1))
     return later, other
 
 
+class _Remembered:
+    """A rule that keeps what it was asked."""
+
+    def __init__(self, rule: Rule, asked: list[RouteInputs]) -> None:
+        self.rule = rule
+        self.asked = asked
+
+    def route(self, inputs: RouteInputs, /) -> Any:
+        """Answer as the rule does."""
+        self.asked.append(inputs)
+        return self.rule.route(inputs)
+
+
 def recorded_badges(routers: Mapping[Key, Router], inputs: Mapping[Key, RouterInputs]) -> Badges:
-    """Change later tokens of recorded inputs, leave others out, and see whether choices change.
+    """Change later tokens of recorded inputs, leave tokens out, and see whether choices change.
 
     Parameters
     ----------
     routers : mapping of (layer, site) to Router
         Fitted.
     inputs : mapping of (layer, site) to RouterInputs
-        The first ``PROBED`` tokens are tried.
+        The first ``PROBED`` tokens are tried: a quarter, half and three quarters of each text
+        against all of it, and every prefix of the first ``PREFIXES`` tokens of the longest.
     """
     info = next(iter(routers.values())).info
     ahead, others = not info.causal, info.batch_dependent
@@ -123,16 +146,29 @@ def recorded_badges(routers: Mapping[Key, Router], inputs: Mapping[Key, RouterIn
     every = torch.arange(len(positions))
     whole = _weights(routers, few, every)
     later = other = 0
+    shorter: set[int] = set()  # rows that decided otherwise where their text ended early
+
+    def cut_short(begin: int, whole: torch.Tensor, lengths: Iterable[int]) -> None:
+        for n in lengths:
+            part = _weights(routers, few, every[begin : begin + n])
+            shorter.update((begin + _changed_rows(whole[:n], part)).tolist())
+
     for begin, end in pairwise(begins):
         alone = _weights(routers, few, every[begin:end])
         other += _changed(whole[begin:end], alone)
-        for cut in {begin + (end - begin) * n // 4 for n in (1, 2, 3)} - {begin}:
+        cuts = {begin + (end - begin) * n // 4 for n in (1, 2, 3)} - {begin}
+        cut_short(begin, alone, [cut - begin for cut in cuts])
+        for cut in cuts:
             # as many tokens in the same places, so that what depends on their number stays
             strange = (every[cut:end] + len(every) // 2) % len(every)
             rows = torch.cat([every[begin:cut], strange])
             changed = _weights(routers, few, rows, every[begin:end])
             later += _changed(alone[: cut - begin], changed[: cut - begin])
-    return Badges(not ahead and later <= TIES, others or other > TIES)
+    begin, end = max(pairwise(begins), key=lambda ends: ends[1] - ends[0])
+    end = min(end, begin + PREFIXES)
+    cut_short(begin, _weights(routers, few, every[begin:end]), range(1, end - begin))
+    ahead = ahead or max(later, len(shorter)) > TIES
+    return Badges(not ahead, others or other > TIES)
 
 
 def _weights(
@@ -154,7 +190,12 @@ def _weights(
 
 def _changed(first: torch.Tensor, second: torch.Tensor) -> int:
     """Return in how many rows two decisions differ."""
-    return int(((first - second).abs() > ROUNDING).any(dim=-1).sum())
+    return len(_changed_rows(first, second))
+
+
+def _changed_rows(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the rows in which two decisions differ, [N] int64."""
+    return ((first - second).abs() > ROUNDING).any(dim=-1).nonzero().flatten()
 
 
 def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:

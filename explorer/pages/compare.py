@@ -62,8 +62,8 @@ _AXIS_LABELS = {
     "agreement": "Agreement",
 }
 _BADGE_TEXTS = {
-    "not causal": "its choice for a token depends on later tokens, so that its loss is too good "
-    "and cannot be compared",
+    "not causal": "its choice for a token depends on later tokens, or on how many there are, so "
+    "that its loss is too good and cannot be compared",
     "depends on the batch": "other sequences in the batch change its choices",
     "simulated": "what it leaves out was computed and masked, not skipped: no time is saved",
 }
