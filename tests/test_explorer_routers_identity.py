@@ -27,7 +27,10 @@ from explorer.routers.probe import dense, toy_layers, toy_tokens
 
 # softmax of all or of the chosen, sigmoid; renormalised or not, scaled; bias; groups by the best
 # one or the best two
-FAMILIES = ["olmoe", "gpt_oss", "deepseek_v2", "ernie4_5_moe", "minimax_m2", "deepseek_v3"]
+FAMILIES = [
+    *("olmoe", "gpt_oss", "deepseek_v2", "mistral4", "ernie4_5_moe", "minimax_m2"),
+    *("deepseek_v3", "llama4_text"),
+]
 
 
 @functools.cache

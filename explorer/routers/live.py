@@ -1,5 +1,6 @@
 """Put a router into a running model: from what ``capture.swap`` knows to what routers are told."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from capture.rules import RouteInputs
 from explorer.errors import RouterError
 from explorer.routers.base import Decision, Router, RouterInputs, Routing
+from explorer.routers.native import host_best
 from explorer.routers.scores import host_scores
 
 _CONSTANT = 2e-2  # weights may be bfloat16, which has three significant digits
@@ -105,7 +107,7 @@ def from_live(inputs: RouteInputs, convention: Convention | None = None) -> Rout
         dense.scatter_(-1, wanted, weights)
         previous = Routing(dense[:, :-1], ids, weights)
     convention = convention or Convention(True, 1.0)
-    return RouterInputs(
+    known = RouterInputs(
         layer=inputs.layer,
         site=inputs.site,
         n_experts=inputs.n_experts,
@@ -130,6 +132,24 @@ def from_live(inputs: RouteInputs, convention: Convention | None = None) -> Rout
         attention_names=inputs.attention_names,
         received=inputs.received,
     )
+    return _with_groups_as_counted(known)
+
+
+def _with_groups_as_counted(inputs: RouterInputs) -> RouterInputs:
+    """Return the inputs of a model that counts groups by their best two although it has no bias.
+
+    So do Mistral 4's routers. A bias of zeros says it, see
+    :func:`explorer.routers.native.choice_scores`; which way a model counts is seen by its choice.
+    """
+    if inputs.n_groups is None or inputs.selection_bias is not None or inputs.native is None:
+        return inputs
+    own = inputs.native.expert_ids.sort(dim=-1).values
+    zeros = inputs.native.scores.new_zeros(inputs.n_experts)
+    for known in (inputs, replace(inputs, selection_bias=zeros)):
+        found = host_best(known, own.shape[-1])[1].sort(dim=-1).values
+        if torch.equal(found, own):
+            return known
+    return inputs
 
 
 def _bare(inputs: RouteInputs) -> RouterInputs:
