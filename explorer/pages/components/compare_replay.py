@@ -15,7 +15,8 @@ def replay_section(comparison: Comparison) -> None:
     st.subheader("Replay: recorded inputs routed again", anchor=False)
     st.markdown(
         "Without the model: each router decides on the inputs that this run recorded. Errors do "
-        "not add up from layer to layer here, and agreement is a poor predictor of loss."
+        "not add up from layer to layer here, and agreement is a poor predictor of loss. Weighted "
+        "overlap is the mean of the tokens that have experts, JS that of those with scores."
     )
     rows = rows.assign(badges=[", ".join(badges(row)) for _, row in rows.iterrows()])
     names = {
