@@ -5,7 +5,14 @@ from dataclasses import replace
 import torch
 
 from explorer.errors import RouterError
-from explorer.routers.base import ROUTERS, RouterInfo, RouterInputs, Routing, RoutingRouter
+from explorer.routers.base import (
+    MODEL_K,
+    ROUTERS,
+    RouterInfo,
+    RouterInputs,
+    Routing,
+    RoutingRouter,
+)
 from explorer.routers.scores import host_scores, slots, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK
 
@@ -166,7 +173,7 @@ class TopKRouter(GateRouter):
         formula="S = TopK(score(W h) + b, k);  w_e = score_e / sum_S score",
         paper="1701.06538, eq. 3-5",
         needs=frozenset({"logits"}),
-        identity={},
+        identity={"k": MODEL_K},
     )
 
     def __init__(self, *, k: int | None = None, selector: Selector | None = None) -> None:
