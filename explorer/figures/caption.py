@@ -42,7 +42,7 @@ class Scope(NamedTuple):
         """Return the line, with ``notes`` (escaped) at its end."""
         tokens = "token" if self.n_tokens == 1 else "tokens"
         line = f"n = {self.n_tokens:,} {tokens}"
-        filters = self._filters()
+        filters = self.filters()
         if filters:
             line += f" of {', '.join(filters)}"
         parts = [line, "padding excluded", *notes]
@@ -56,12 +56,11 @@ class Scope(NamedTuple):
         return "; ".join(parts)
 
     def filters_text(self) -> str:
-        """Return the filters in force, for Markdown."""
-        plain = (html.unescape(part) for part in self._filters())
-        return ", ".join(f"`{part.replace('`', 'ˋ')}`" for part in plain)
+        """Return the filters in force, as text that is not escaped."""
+        return ", ".join(html.unescape(part) for part in self.filters())
 
-    def _filters(self) -> list[str]:
-        """Return what chose the tokens, escaped."""
+    def filters(self) -> list[str]:
+        """Return what chose the tokens, escaped for a figure."""
         filters = []
         if self.domain is not None:
             filters.append(f"domain {domain_label(self.domain)}")

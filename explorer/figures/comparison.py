@@ -148,7 +148,7 @@ def front(
                     "size": _MARKER,
                     "line": {"color": color, "width": 2.5 if family == "control" else 0},
                 },
-                name=family_name(family),
+                name=label(family_name(family)),
             )
         )
     figure.add_hline(0.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})

@@ -5,16 +5,11 @@ a domain or a file name goes through ``label``.
 """
 
 import html
-import unicodedata
 
-_NAMED = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+from explorer.text import code_point, marked
+
+_NAMED = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 _CONTROL_PICTURES = 0x2400
-_DELETE = 0x7F
-# Cc and Cf: control, bidirectional and zero-width; Co and Cs: no meaning of their own; Zl, Zp:
-# line and paragraph separators
-_HIDDEN = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
-# not of these categories, yet without width or ink
-_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0\u00a0\u2800")
 
 
 def visible(text: str | None, *, spaces: bool = False) -> str:
@@ -36,22 +31,16 @@ def visible(text: str | None, *, spaces: bool = False) -> str:
         return "(text not recorded)"
     if text == "":
         return "(no text)"
-    shown = []
-    for character in text:
-        code = ord(character)
-        if character in _NAMED:
-            shown.append(_NAMED[character])
-        elif code < 0x20:
-            shown.append(chr(_CONTROL_PICTURES + code))
-        elif code == _DELETE:
-            shown.append("␡")
-        elif character == " " and spaces:
-            shown.append("·")
-        elif unicodedata.category(character) in _HIDDEN or character in _INVISIBLE:
-            shown.append(f"⟨U+{code:04X}⟩")
-        else:
-            shown.append(character)
-    return "".join(shown)
+    shown = marked(text, _sign)
+    return shown.replace(" ", "·") if spaces else shown
+
+
+def _sign(character: str) -> str:
+    if character in _NAMED:
+        return _NAMED[character]
+    if character < " ":
+        return chr(_CONTROL_PICTURES + ord(character))
+    return f"⟨{code_point(character)}⟩"
 
 
 def label(text: str | None, *, limit: int = 40, spaces: bool = False) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import streamlit as st
 
 from explorer import views
+from explorer.text import plain as plain
 
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
@@ -243,8 +244,3 @@ def choose_several(
 def note(text: str) -> None:
     """Say something at the top of the page, such as that the link could not be followed."""
     st.session_state[_NOTES].info(plain(text), icon=":material/info:")
-
-
-def plain(text: str) -> str:
-    """Return text so that Streamlit's Markdown shows it as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|$~:&^=" else c for c in text)

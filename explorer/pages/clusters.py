@@ -336,7 +336,7 @@ def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) ->
 def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> str:
     unit = asked.source.unit
     parts = [f"{table.n_shown:,} of {table.n_points:,} mapped {unit}"]
-    said = view.scope(table.n_shown).filters_text().replace("`", "")
+    said = ", ".join(view.scope(table.n_shown).filters())
     if said and unit != "experts":
         parts.append(f"filters: {said}")
     if unit == "tokens":

@@ -140,7 +140,7 @@ def _show(view: View, comparison: Comparison) -> None:
 def _provenance(info: dict[str, Any]) -> str:
     loss = info["native_loss"]
     parts = [
-        f"{address.plain(str(info['model']))} in {info['dtype']} on {info['device']}",
+        address.plain(f"{info['model']} in {info['dtype']} on {info['device']}"),
         f"fitted on {address.plain(str(info['fit_source']))}",
         f"reported on {address.plain(str(info['report_source']))}: "
         f"{info['report_tokens'] or 0:,} tokens of {info['report_sequences'] or 0:,} sequences",
@@ -192,7 +192,7 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
             default=families,
             what="family",
             selection_mode="multi",
-            format_func=family_name,
+            format_func=lambda name: address.plain(family_name(name)),
         )
         controls = address.choose(
             st.segmented_control,

@@ -154,9 +154,9 @@ def _listed(run: Run, version: int) -> list[slices.SliceInfo]:
 def _about(run: Run, info: slices.SliceInfo) -> None:
     with st.popover("About this slice", icon=":material/info:", width="stretch"):
         by = f" by {address.plain(info.author)}" if info.author else ""
-        st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {info.created[:10]}.")
+        st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {address.plain(info.created[:10])}.")
         if info.note:
-            st.markdown(address.plain(info.note))
+            st.markdown(address.plain(info.note, lines=True))
         if service.may_write():
             st.button("Delete the slice", on_click=_delete, args=(run, info.name))
 

@@ -58,7 +58,7 @@ def banner() -> None:
             f":material/bookmark: **{address.plain(view.name)}** · {address.plain(by_line(view))}"
         )
         if view.note:
-            st.markdown(address.plain(view.note))
+            st.markdown(address.plain(view.note, lines=True))
     warn_of_changes(view)
 
 

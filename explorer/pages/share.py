@@ -60,7 +60,9 @@ def _views() -> None:
         st.caption(f"The newest {MAX_LISTED} of {len(found):,} are shown; older ones open by link.")
     for view_id in damaged:
         left, right = st.columns([4, 1], vertical_alignment="center")
-        left.warning(f"The saved view {view_id} cannot be read.", icon=":material/warning:")
+        left.warning(
+            f"The saved view {address.plain(view_id)} cannot be read.", icon=":material/warning:"
+        )
         if service.may_write():
             right.button("Delete", key=f"delete {view_id}", on_click=_delete, args=(view_id,))
 
@@ -73,7 +75,7 @@ def _one_view(view: SavedView, runs: list[str]) -> None:
             f"**{address.plain(view.name)}**  \n{where} · {address.plain(saved.by_line(view))}"
         )
         if view.note:
-            st.markdown(address.plain(view.note))
+            st.markdown(address.plain(view.note, lines=True))
         saved.warn_of_changes(view)
         with st.container(horizontal=True, vertical_alignment="center"):
             st.page_link(

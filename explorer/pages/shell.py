@@ -99,7 +99,8 @@ def current_view() -> state.View:
 
 def _nothing_matches(view: state.View) -> None:
     st.info(
-        "No token matches all the filters at the side: " + view.scope().filters_text() + ".",
+        "No token matches all the filters at the side: "
+        f"{address.plain(view.scope().filters_text())}.",
         icon=":material/filter_alt_off:",
     )
     st.button("Take the filters off", on_click=_take_filters_off)

@@ -17,6 +17,8 @@ from typing import Any
 from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
+from explorer.text import unpieced
+
 Block = Mapping[str, Any]
 
 _HERE = Path(__file__).parent
@@ -106,7 +108,7 @@ def section(blocks: Sequence[Block]) -> str:
 
 def rich(text: str, *, inline: bool = False) -> str:
     """Return a page's Markdown as HTML; what a page escaped stays as it is."""
-    text = _ICON.sub("", text)
+    text = _ICON.sub("", unpieced(text))
     rendered = _MARKDOWN.renderInline(text) if inline else _MARKDOWN.render(text)
     return str(rendered)
 

@@ -11,6 +11,7 @@ import streamlit as st
 
 from explorer.glossary import help_text, term_of
 from explorer.pages import address, printing
+from explorer.text import cell
 
 # of the picture that the camera above a figure saves; kept for all figures of a session
 _FORMAT = "format of pictures"
@@ -127,7 +128,7 @@ def _file_name(key: str) -> str:
 def _downloads(table: pd.DataFrame, key: str) -> None:
     """Offer the data behind a figure, written only when somebody asks for it."""
     kinds: dict[str, tuple[Callable[[], bytes], str]] = {
-        "CSV": (lambda: table.to_csv(index=False).encode(), "text/csv"),
+        "CSV": (lambda: csv(table), "text/csv"),
         "Parquet": (lambda: parquet(table), "application/vnd.apache.parquet"),
     }
     st.markdown(f"**Data** · {len(table):,} rows")
@@ -155,6 +156,15 @@ def _downloads(table: pd.DataFrame, key: str) -> None:
         key=widget,
         on_change=changed,
     )
+
+
+def csv(table: pd.DataFrame) -> bytes:
+    """Return a table as a CSV file that is safe to open in a spreadsheet."""
+    shown = table.set_axis([str(cell(str(name))) for name in table.columns], axis=1)
+    for place, kind in enumerate(table.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            shown.isetitem(place, table.iloc[:, place].astype(object).map(cell))
+    return str(shown.to_csv(index=False)).encode()
 
 
 def parquet(table: pd.DataFrame) -> bytes:

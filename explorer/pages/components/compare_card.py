@@ -32,8 +32,9 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
     rows = live[live["router"] == name]
     with st.container(border=True):
         wearing = sorted({badge for _, row in rows.iterrows() for badge in badges(row)})
+        family = address.plain(family_name(card["family"]))
         st.markdown(
-            f"**{address.plain(str(card['title']))}** · {family_name(card['family'])}"
+            f"**{address.plain(str(card['title']))}** · {family}"
             + "".join(f" :orange-badge[{badge}]" for badge in wearing)
         )
         st.markdown(address.plain(str(card["summary"])))
@@ -42,7 +43,11 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
         fits = card["fits"]
         st.caption(
             (f"Source: {address.plain(paper)}. " if isinstance(paper, str) and paper else "")
-            + (f"It is fitted: {fits}." if isinstance(fits, str) else "Nothing is fitted.")
+            + (
+                f"It is fitted: {address.plain(fits)}."
+                if isinstance(fits, str)
+                else "Nothing is fitted."
+            )
         )
         _spanning(comparison, name)
         _gates(comparison, name)

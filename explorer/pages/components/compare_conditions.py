@@ -5,6 +5,7 @@ import streamlit as st
 
 from explorer.comparison.file import Comparison
 from explorer.figures.conditions import flip_margins, flips_over_layers, loss_two_by_two
+from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.state import is_dark
 
@@ -66,9 +67,9 @@ def conditions_section(comparison: Comparison) -> None:
 def _said(cells: pd.DataFrame) -> None:
     masked = cells[cells["simulated"].fillna(False).astype(bool)]["condition"].unique()
     if len(masked):
+        names = address.plain(", ".join(map(str, masked)))
         st.caption(
-            f":material/warning: **simulated**: {', '.join(map(str, masked))} are computed and "
-            "masked, not skipped."
+            f":material/warning: **simulated**: {names} are computed and masked, not skipped."
         )
     chosen = cells[cells["method"].fillna("") != ""]
     if len(chosen):
@@ -76,7 +77,7 @@ def _said(cells: pd.DataFrame) -> None:
             f"{', '.join(dict.fromkeys(rows['condition']))}: {method}"
             for method, rows in chosen.groupby("method", sort=False)
         ]
-        st.caption(f"What was done: {'; '.join(how)}.")
+        st.caption(f"What was done: {address.plain('; '.join(how))}.")
 
 
 def _students(students: pd.DataFrame) -> None:

@@ -67,4 +67,4 @@ def concordance(
 
 
 def _flat(text: str) -> str:
-    return "".join(visible(character) for character in text).replace("↵\n", "↵")
+    return visible(text).replace("↵\n", "↵") if text else ""

@@ -39,7 +39,7 @@ def text_section(view: View) -> None:
         st.info("This text does not occur among the tokens of the filters.")
         return
     pieces = " · ".join(
-        f"`{visible(row.text, spaces=True).replace('`', 'ˋ')}` {row.tokens:,}"
+        f"**{address.plain(visible(row.text, spaces=True))}** {row.tokens:,}"
         for row in found.pieces.head(8).itertuples()
     )
     st.markdown(
