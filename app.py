@@ -2,9 +2,6 @@
 
 import streamlit as st
 
-from explorer import service
-from explorer.pages import access, address, saved, shell
-
 PAGES = {
     "overview": ("Overview", ":material/grid_view:"),
     "tokens": ("Tokens", ":material/notes:"),
@@ -21,15 +18,21 @@ PAGES = {
     "learn": ("Learn", ":material/school:"),
 }
 
-st.set_page_config(page_title="RouteScope", page_icon=str(shell.LOGO), layout="wide")
-access.begin()
-pages = [
-    shell.page(name, title, icon)
-    for name, (title, icon) in PAGES.items()
-    if name != "capture" or service.may_write()
-]
-page = st.navigation(pages, expanded=True)
-saved.follow(pages)
-address.begin(page.url_path or "overview")
-shell.frame(page.title)
-page.run()
+# the server imports ``app`` once; a visit of a page runs the script below it
+if __name__ != "__main__":
+    from explorer.pages import guard
+
+    app = st.App(__file__, middleware=guard.MIDDLEWARE, lifespan=guard.lifespan)
+else:
+    from explorer import service
+    from explorer.pages import access, address, saved, shell
+
+    st.set_page_config(page_title="RouteScope", page_icon=str(shell.LOGO), layout="wide")
+    access.begin()
+    may = {name: about for name, about in PAGES.items() if name != "capture" or service.may_write()}
+    pages = [shell.page(name, title, icon) for name, (title, icon) in may.items()]
+    page = st.navigation(pages, expanded=True)
+    saved.follow(pages)
+    address.begin(page.url_path or "overview")
+    shell.frame(page.title)
+    page.run()

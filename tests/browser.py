@@ -41,14 +41,15 @@ def chromium_path():
 
 
 @contextlib.contextmanager
-def serve(runs, log=None, options=()):
-    """Start the app, with options of its own, on a free port; yield its address."""
+def serve(runs, log=None, options=(), flags=()):
+    """Start the app, with options of its own and flags of Streamlit, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "streamlit", "run", str(ROOT / "app.py")),
         *("--server.port", str(port), "--server.headless", "true"),
+        *flags,
         *("--", "--runs", str(runs), *options),
     ]
     with open(log or os.devnull, "w") as output:

@@ -301,8 +301,8 @@ class User:
     [
         (None, False, False),
         ({"email": "eve@evil.org"}, False, False),
-        ({"email": "bob@example.org"}, True, False),
-        ({"email": "ann@example.org", "name": "Ann"}, True, True),
+        ({"email": "bob@example.org", "email_verified": True}, True, False),
+        ({"email": "ann@example.org", "email_verified": True, "name": "Ann"}, True, True),
     ],
 )
 def test_a_login_decides_who_looks_and_who_writes(monkeypatch, runs, claims, sees, writes):

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import streamlit as st
 from streamlit.errors import StreamlitAuthError, StreamlitSecretNotFoundError
 
-from explorer import service
+from explorer import service, trust
 from explorer.pages import printing
 from explorer.pages.address import plain
+
+ENDED = trust.EndedLogins(trust.ended_logins_path())
+_serving = False
 
 
 class Viewer(NamedTuple):
@@ -39,8 +42,9 @@ def begin() -> None:
     if viewer.role is not None:
         return
     st.title("RouteScope", anchor=False)
-    if not st.user.is_logged_in:
-        st.markdown("This server shows its runs to those who log in.")
+    if not st.user.is_logged_in or has_ended(st.user.to_dict()):
+        again = " Your login has ended: log in again." if st.user.is_logged_in else ""
+        st.markdown(f"This server shows its runs to those who log in.{again}")
         if st.button("Log in", type="primary"):
             try:
                 st.login()
@@ -73,11 +77,52 @@ def who() -> Viewer:
     """Return who is looking and what they may do."""
     if printing.theme():
         return Viewer("", "", "viewer")
+    claims = st.user.to_dict() if has_login() and st.user.is_logged_in else {}
+    return viewer_at(_headers(), claims)
+
+
+def _headers() -> trust.Headers:
+    """Return the headers that the tab's connection began with."""
+    headers = st.context.headers
+    return [(name, value) for name in headers for value in headers.get_all(name)]
+
+
+def viewer_at(headers: trust.Headers, claims: Mapping[str, Any]) -> Viewer:
+    """Return who sends a request.
+
+    Parameters
+    ----------
+    headers : sequence of (name, value)
+        Of the request. Without any, nobody is connected: in a served app that is somebody who
+        left, else a program on this machine that runs the pages itself.
+    claims : mapping
+        Of the login, {} without one.
+    """
+    settings = _secrets("routescope")
     if has_login():
-        if not st.user.is_logged_in:
+        if not claims or has_ended(claims):
             return Viewer("", "", None)
-        return viewer_of(st.user.to_dict(), _secrets("routescope"))
-    return Viewer("", "", "editor" if is_local() else "viewer")
+        return viewer_of(claims, settings)
+    hosts = settings.get("hosts", ())
+    own = trust.reached_by_own_name(headers, [hosts] if isinstance(hosts, str) else hosts)
+    trusted = is_local() and (own if headers else not _serving)
+    return Viewer("", "", "editor" if trusted else "viewer")
+
+
+def has_ended(claims: Mapping[str, Any]) -> bool:
+    """Return whether a login was ended, or its token has expired."""
+    return trust.is_expired(claims) or trust.login_key(claims) in ENDED
+
+
+def login_address() -> str:
+    """Return the address that the provider sends people back to, "" without a login."""
+    return str(_secrets("auth").get("redirect_uri", ""))
+
+
+def serve() -> None:
+    """Note that a server runs in this process, so that everybody comes by a connection."""
+    global _serving
+    _serving = True
 
 
 def viewer_of(claims: Mapping[str, Any], settings: Mapping[str, Any]) -> Viewer:
@@ -86,27 +131,18 @@ def viewer_of(claims: Mapping[str, Any], settings: Mapping[str, Any]) -> Viewer:
     Parameters
     ----------
     claims : mapping
-        What the identity provider says: ``email``, and perhaps ``email_verified`` and ``name``.
+        What the identity provider says: ``email``, ``email_verified``, and perhaps ``name``.
     settings : mapping
         ``editors`` and ``viewers``: addresses, or ``@example.org`` for all of a domain. Without
         ``viewers``, everybody whom the provider lets log in may look.
     """
-    email = str(claims.get("email") or "").strip().lower()
-    # an address that the provider did not check could be anybody's
-    if claims.get("email_verified") is False:
-        email = ""
+    email = trust.address_of(claims)
     name = str(claims.get("name") or email)
-    if _listed(email, settings.get("editors", ())):
+    if trust.is_listed(email, settings.get("editors", ())):
         return Viewer(email, name, "editor")
-    if "viewers" not in settings or _listed(email, settings["viewers"]):
+    if "viewers" not in settings or trust.is_listed(email, settings["viewers"]):
         return Viewer(email, name, "viewer")
     return Viewer(email, name, None)
-
-
-def _listed(email: str, entries: Any) -> bool:
-    given = [entries] if isinstance(entries, str) else entries
-    names = {str(entry).strip().lower() for entry in given}
-    return bool(email) and (email in names or "@" + email.rpartition("@")[2] in names)
 
 
 def is_local() -> bool:
@@ -124,6 +160,8 @@ def statement() -> str:
     """Say in one sentence who can see this server and what they may do."""
     if has_login():
         who_sees = "Those who log in see this server"
+    elif is_local() and not service.is_read_only() and not service.may_write():
+        who_sees = "This server has no login, and you reached it by a name that it does not know"
     elif is_local():
         who_sees = "This server has no login and listens on this machine only"
     else:
