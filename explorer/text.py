@@ -32,7 +32,8 @@ _PIECES = re.compile(
     r":(?=//|material[/_]|[\w+/-]+:)"  # addresses, icons, emoji
     r"|(?<=[\w.+-])@(?=[\w-])"  # e-mail addresses
     r"|(?<=www)\."
-    r"|[<>=~-](?=[<>=~-])|(?<=[<>=~-])[<>=~-]",  # arrows and other drawn signs
+    # arrows and other drawn signs, alone between spaces, ends and pieces
+    r"|(?<![^\s:@.])(?:<->|->|<-|--|>=|<=|~=)(?![^\s:@])",
     re.IGNORECASE,
 )
 _PIECE = re.compile(r":color\[(\\.)\]")
@@ -120,7 +121,8 @@ def plain(text: str, *, lines: bool = False) -> str:
     pieces: list[str] = []
     end = 0
     for piece in _PIECES.finditer(shown):
-        pieces += [_escaped(shown[end : piece.start()]), rf":color[\{piece[0]}]"]
+        pieces.append(_escaped(shown[end : piece.start()]))
+        pieces += [rf":color[\{sign}]" for sign in piece[0]]
         end = piece.end()
     pieces.append(_escaped(shown[end:]))
     # a line that begins with spaces would be code

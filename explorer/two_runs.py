@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from capture.names import model_name
 from explorer.metrics import agreement, alignment
 from explorer.queries.part import Part
 from explorer.queries.two_runs import (
@@ -65,7 +66,8 @@ def differences(first: Run, second: Run) -> pd.DataFrame:
     for name in _CONFIG:
         a, b = (run.info.get(name) for run in (first, second))
         if str(a) != str(b):
-            rows.append((name.replace("n_", "").replace("_", " "), _shown(a), _shown(b)))
+            shown = [model_name(_shown(x)) if name == "model" else _shown(x) for x in (a, b)]
+            rows.append((name.replace("n_", "").replace("_", " "), *shown))
     return pd.DataFrame(rows, columns=["what", "A", "B"])
 
 

@@ -1,7 +1,7 @@
 """The run file: one DuckDB database per capture, written once, read by many."""
 
 from capture.store.checking import check_run
-from capture.store.counts_only import counts_only
+from capture.store.counts_only import MIN_PROMPTS, MIN_TOKENS, counts_only
 from capture.store.migrations import migrate
 from capture.store.reader import RunReader
 from capture.store.records import (
@@ -27,6 +27,8 @@ from capture.store.writer import RunWriter
 
 __all__ = [
     "LEVELS",
+    "MIN_PROMPTS",
+    "MIN_TOKENS",
     "SCHEMA_VERSION",
     "AttentionLayer",
     "AttentionRows",

@@ -4,15 +4,25 @@ Text can be read off more than text. Token ids are the text in numbers, router i
 token, and whoever has the model finds the token from the experts that it visited. So nothing that
 says what one token did is kept: the new run is of level ``stats``, and its tokens have a place in
 a prompt and in a batch, and no more.
+
+Sums over a few tokens say what each of them did, and a domain may be the name of a person. So
+there are sums only of groups of at least ``MIN_TOKENS`` tokens from at least ``MIN_PROMPTS``
+prompts, in each phase: domains with less are put together under one name, with larger ones where
+that is not enough, so that no difference of sums is of a smaller group either. A phase that has
+less in all is left out, and with it the pairs of experts, which are counted over all phases.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from capture.errors import StoreError
+from capture.names import model_name
 from capture.store import schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole
@@ -23,6 +33,9 @@ from capture.store.writer import BLOCK_SIZE
 
 # what a counts-only run says of itself in ``run.notes``
 NOTE = "counts_only"
+MIN_TOKENS = 100
+MIN_PROMPTS = 5
+TOGETHER = "(domains put together)"
 _TOKENS = (
     f"SELECT token_id, prompt_id, position, phase, {schema.NO_TOKEN}::INTEGER AS token,"
     " NULL::VARCHAR AS text, NULL::FLOAT AS loss, batch_id, row_in_batch"
@@ -30,23 +43,97 @@ _TOKENS = (
 )
 _COPIED = {
     "site": "SELECT * FROM packed.site",
-    "prompt": "SELECT prompt_id, NULL::VARCHAR AS text, domain, NULL::VARCHAR AS source, n_tokens,"
-    " truncated FROM packed.prompt ORDER BY prompt_id",
     "token": _TOKENS,
     "batch": "SELECT * FROM packed.batch",
-    "rollup": "SELECT * FROM packed.rollup",
-    "coactivation": "SELECT * FROM packed.coactivation",
-    "transition": "SELECT * FROM packed.transition",
-    "run": "SELECT * REPLACE ('stats' AS level, '{}' AS sample, $notes AS notes,"
+    "run": "SELECT * REPLACE ('stats' AS level, '{}' AS sample, $notes AS notes, $model AS model,"
     f" {schema.SCHEMA_VERSION} AS schema_version) FROM packed.run",
 }
+_PAIRS = {
+    "coactivation": "SELECT * FROM packed.coactivation",
+    "transition": "SELECT * FROM packed.transition",
+}
+_PROMPTS = (
+    "SELECT prompt_id, NULL::VARCHAR AS text, domain, NULL::VARCHAR AS source, n_tokens,"
+    " truncated FROM packed.prompt ORDER BY prompt_id"
+)
+_SIZES = (
+    "SELECT domain, phase, count(*) AS tokens, count(DISTINCT prompt_id) AS prompts"
+    " FROM packed.token JOIN packed.prompt USING (prompt_id) GROUP BY ALL"
+)
+_SUMS = ("assignments", "weight_sum", "prob_sum")
+
+
+class _Size(NamedTuple):
+    tokens: int = 0
+    prompts: int = 0
+
+    def plus(self, other: "_Size") -> "_Size":
+        """Return the size of both; a prompt has one domain, so that none counts twice."""
+        return _Size(self.tokens + other.tokens, self.prompts + other.prompts)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether there are tokens, and too few to give their sums."""
+        return bool(self.tokens) and (self.tokens < MIN_TOKENS or self.prompts < MIN_PROMPTS)
+
+
+class _Rule(NamedTuple):
+    """What is given of a run: the phases, and the domains that lose their names."""
+
+    phases: frozenset[str]
+    left_out: frozenset[str]
+    together: frozenset[str | None]
+
+    def name(self, domain: str | None) -> str | None:
+        """Return what a domain is called in the new file."""
+        return TOGETHER if domain in self.together else domain
+
+
+_Sizes = Mapping[str | None, Mapping[str, _Size]]
+
+
+def _rule(sizes: _Sizes) -> _Rule:
+    """Decide which groups are large enough."""
+    every = {phase for by_phase in sizes.values() for phase in by_phase}
+    small = {phase for phase in every if _size(sizes, set(sizes), phase).is_small}
+    phases = every - small
+    together = {
+        domain
+        for domain, by_phase in sizes.items()
+        if domain == TOGETHER
+        or _all_phases(by_phase).is_small
+        or any(by_phase.get(phase, _Size()).is_small for phase in phases)
+    }
+    others = sorted(set(sizes) - together, key=lambda d: sum(s.tokens for s in sizes[d].values()))
+    while together and others and any(_size(sizes, together, p).is_small for p in phases):
+        together.add(others.pop(0))
+    # without a name there is nothing to hide in one
+    renamed = together - {None} and together
+    return _Rule(frozenset(phases), frozenset(small), frozenset(renamed))
+
+
+def _all_phases(by_phase: Mapping[str, _Size]) -> _Size:
+    # a prompt that was read and went on is one prompt
+    return _Size(
+        sum(size.tokens for size in by_phase.values()),
+        max(size.prompts for size in by_phase.values()),
+    )
+
+
+def _size(sizes: _Sizes, domains: set[str | None], phase: str) -> _Size:
+    found = _Size()
+    for domain in domains:
+        found = found.plus(sizes[domain].get(phase, _Size()))
+    return found
 
 
 @as_keyboard_interrupt()
 def counts_only(path: str | Path, out: str | Path) -> Path:
     """Write the run at ``path`` as ``out``, without text, token ids and anything per token.
 
-    Domains keep their names, and prompts their lengths. The old file is not touched.
+    Prompts keep their lengths, and domains their names if they have ``MIN_TOKENS`` tokens of
+    ``MIN_PROMPTS`` prompts. Of the model's folder the last name is kept. The old file is not
+    touched.
 
     Returns
     -------
@@ -62,22 +149,64 @@ def counts_only(path: str | Path, out: str | Path) -> Path:
     check_new(out)
     with RunReader.open(path) as run, made_whole(out) as fresh:
         (layout,) = run.query(schema.SELECT_LAYOUT).to_pylist()
-        notes = json.dumps({NOTE: True})
         try:
-            _write(fresh, run, Layout(**layout), notes)
+            _write(fresh, run, Layout(**layout))
         except duckdb.Error as error:
             raise StoreError(f"{out} could not be written: {error}. Choose another OUT.") from error
     return out
 
 
-def _write(fresh: Path, run: RunReader, layout: Layout, notes: str) -> None:
+def _write(fresh: Path, run: RunReader, layout: Layout) -> None:
+    sizes: dict[str | None, dict[str, _Size]] = {}
+    for row in run.query(_SIZES).to_pylist():
+        sizes.setdefault(row["domain"], {})[row["phase"]] = _Size(row["tokens"], row["prompts"])
+    rule = _rule(sizes)
+    rows = {table: run.query(sql) for table, sql in _COPIED.items() if table != "run"}
+    rows["run"] = run.query(_COPIED["run"], {"notes": _notes(rule), "model": _model(run)})
+    rows["prompt"] = _renamed(run.query(_PROMPTS), rule)
+    rows["rollup"] = _sums(run.query("SELECT * FROM packed.rollup"), rule)
+    if not rule.left_out:
+        rows |= {table: run.query(sql) for table, sql in _PAIRS.items()}
     config = SAFE | {"default_block_size": str(BLOCK_SIZE)}
     with duckdb.connect(str(fresh), config=dict(config)) as connection:
         for statement in (*schema.create_statements(layout), schema.TOKENS_WITHOUT_IDS):
             connection.execute(statement)
-        for table, sql in _COPIED.items():
-            rows: pa.Table = run.query(sql, {"notes": notes} if table == "run" else None)
-            connection.register("rows", rows)
+        for table, given in rows.items():
+            connection.register("rows", given)
             connection.execute(schema.insert(table))
             connection.unregister("rows")
         connection.execute("CHECKPOINT")
+
+
+def _model(run: RunReader) -> str:
+    return model_name(str(run.query("SELECT model FROM packed.run")["model"][0].as_py()))
+
+
+def _notes(rule: _Rule) -> str:
+    """Say in the file what it leaves out, for ``run.notes``."""
+    least = {"tokens": MIN_TOKENS, "prompts": MIN_PROMPTS}
+    said = {"least": least, "together": len(rule.together), "left_out": sorted(rule.left_out)}
+    return json.dumps({NOTE: True, **said})
+
+
+def _renamed(prompts: pa.Table, rule: _Rule) -> pa.Table:
+    place = prompts.schema.get_field_index("domain")
+    names = [rule.name(domain) for domain in prompts["domain"].to_pylist()]
+    return prompts.set_column(place, "domain", pa.array(names, pa.string()))
+
+
+def _sums(rollup: pa.Table, rule: _Rule) -> pa.Table:
+    """Return the sums of the groups that are given, in the columns of ``rollup``."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rollup.to_pylist():
+        if row["phase"] not in rule.phases:
+            continue
+        key = (row["layer"], row["site"], rule.name(row["domain"]), row["phase"])
+        group = found.setdefault(key, dict.fromkeys(_SUMS, 0))
+        for name in _SUMS:
+            # a sum over only some of the tokens would read as one over all
+            missing = row[name] is None or group[name] is None
+            group[name] = None if missing else group[name] + np.asarray(row[name])
+    places = ("layer", "site", "domain", "phase")
+    rows = [dict(zip(places, key, strict=True)) | group for key, group in found.items()]
+    return pa.Table.from_pylist(rows, schema=rollup.schema)

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from capture.names import model_name
 from explorer import service
 from explorer.comparison.file import Comparison, comparisons_of, open_comparison
 from explorer.comparison.paired import CONTROLS, with_controls
@@ -140,7 +141,7 @@ def _show(view: View, comparison: Comparison) -> None:
 def _provenance(info: dict[str, Any]) -> str:
     loss = info["native_loss"]
     parts = [
-        address.plain(f"{info['model']} in {info['dtype']} on {info['device']}"),
+        address.plain(f"{model_name(info['model'])} in {info['dtype']} on {info['device']}"),
         f"fitted on {address.plain(str(info['fit_source']))}",
         f"reported on {address.plain(str(info['report_source']))}: "
         f"{info['report_tokens'] or 0:,} tokens of {info['report_sequences'] or 0:,} sequences",

@@ -4,6 +4,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from capture.names import model_name
 from explorer.figures.load import load_heatmap
 from explorer.figures.number import ABSENT, number, span
 from explorer.figures.text import visible
@@ -154,7 +155,7 @@ def _about(view: View) -> None:
     info, sites = view.run.info, view.run.sites
     experts = sorted({s.n_experts for s in sites})
     rows = {
-        "Model": f"{info['model']} ({info['architecture']})",
+        "Model": f"{model_name(info['model'])} ({info['architecture']})",
         "Routers": f"{len(sites)} in {len(view.run.layers)} layers, each choosing "
         f"{_range([s.top_k for s in sites])} of {_range(experts)} experts"
         + (f", {_range([s.n_shared_experts for s in sites])} shared" if _shared(view) else ""),

@@ -5,6 +5,7 @@ import re
 import streamlit as st
 
 from capture.errors import CaptureError
+from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import service, views
 from explorer.errors import ExplorerError
 from explorer.pages import access, address, saved
@@ -159,7 +160,9 @@ def _without_text(view: View) -> None:
     st.markdown(
         "A copy of this run for people who may not read its prompts: sums per expert, domain and "
         "phase. It holds no text, no token ids, and nothing else that is known per token, because "
-        "routing alone can give tokens away."
+        f"routing alone can give tokens away. There are sums only of {MIN_TOKENS} tokens from "
+        f"{MIN_PROMPTS} prompts or more: smaller domains are put together without their names, "
+        "and a phase that is smaller in all is left out."
     )
     key = "counts name"
     st.text_input("Name of the copy", new_name(runs_folder(), f"{view.name}-counts"), key=key)

@@ -3,6 +3,7 @@
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
+from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import service
 from explorer.pages import address, filters, saved, state
 from explorer.pages.components.job import follow
@@ -83,7 +84,9 @@ def current_view() -> state.View:
     if view.run.counts_only:
         st.info(
             "This run is a counts-only export: its text was left out, and with it everything that "
-            "was known token by token. What is shown are sums.",
+            f"was known token by token. What is shown are sums over at least {MIN_TOKENS} tokens "
+            f"of at least {MIN_PROMPTS} prompts; smaller domains were put together, and what is "
+            "smaller in all was left out.",
             icon=":material/visibility_off:",
         )
     if not view.run.info["complete"]:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from capture.names import model_name
 from explorer import service
 from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section
@@ -194,7 +195,8 @@ def _facts(run: Run, view: SavedView | None) -> dict[str, str]:
     facts |= {
         "Run file": f"{run.path.name}, {run.path.stat().st_size:,} bytes",
         "Fingerprint": run.fingerprint,
-        "Model": f"{info['model']} ({info['architecture']}), revision {info['revision'] or '–'}",
+        "Model": f"{model_name(info['model'])} ({info['architecture']}), revision "
+        f"{info['revision'] or '–'}",
         "Recorded": f"{info['started_at']:%Y-%m-%d %H:%M} UTC on {info['device']} in "
         f"{info['dtype']}, level {info['level']}",
         "Tokens": f"{info['n_tokens']:,} of {info['n_prompts']:,} prompts, {info['n_generated']:,} "

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from capture.names import model_name
+
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -193,7 +195,7 @@ class CosinesRequest:
     @property
     def title(self) -> str:
         """Name of the work, for messages."""
-        return f"Weights of {self.model}"
+        return f"Weights of {model_name(self.model)}"
 
 
 Request = CaptureRequest | RecoverRequest | ProjectRequest | CompareRequest | CosinesRequest

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
+from capture.names import model_name
 from explorer import likeness, service
 from explorer.errors import ExplorerError
 from explorer.figures.caption import Scope
@@ -66,7 +67,7 @@ def _offer(view: View, path: Path) -> None:
         follow(jobs[0].job_id, key="weights")
         if jobs[0].active:
             return
-    model = address.plain(str(view.run.info["model"]))
+    model = address.plain(model_name(str(view.run.info["model"])))
     if not service.may_write():
         st.info(
             f"Not available: a run holds no weights, and nobody has compared those of {model} "
