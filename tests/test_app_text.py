@@ -1,7 +1,6 @@
 """Text is text: no page makes a link or a sign of what a run, a note or a comparison says."""
 
 import io
-import os
 import re
 import shutil
 import sys
@@ -11,11 +10,10 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pytest
-import streamlit as st
-from browser import browser, chromium_path, serve, settle
+from app_pages import opened
+from browser import serve, settle
 from synthetic import write_run
 from test_app_compare import write_results
-from test_app_pages import opened, runs, worker  # noqa: F401
 
 from explorer import slices, views
 from explorer.figures.text import visible as of_figures
@@ -67,16 +65,6 @@ NOT_MARKDOWN = {
     *("code", "plotly_chart", "arrow_data_frame", "bidi_component", "text_input", "text_area"),
     *("dataframe", "selectbox", "multiselect", "html"),
 }
-driven = pytest.mark.skipif(
-    chromium_path() is None and os.environ.get("CI") != "true",  # in CI they must run
-    reason="no Chromium on this machine (apt-get install chromium)",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _close_runs():
-    yield
-    st.cache_resource.clear()
 
 
 def write_evil(folder):
@@ -141,7 +129,7 @@ def texts(block):
             yield from markdown(child.proto)
 
 
-def test_no_page_hands_a_text_of_a_stranger_to_markdown(runs):  # noqa: F811
+def test_no_page_hands_a_text_of_a_stranger_to_markdown(runs):
     view = write_evil(runs)
     seen = {}
     app = opened("overview", run="known", view=view.view_id)
@@ -268,8 +256,7 @@ DRAWN = ("a → b", "a ← b", "a ↔ b", "a — b", "a ≥ b", "a ≈ b", "💀
 
 @pytest.mark.browser
 @pytest.mark.slow
-@driven
-def test_a_browser_makes_no_link_and_no_sign_of_a_text(tmp_path):
+def test_a_browser_makes_no_link_and_no_sign_of_a_text(tmp_path, page):
     """Compare what is drawn of each payload with the payload, where most texts are."""
     view = write_evil(tmp_path)
     places = [
@@ -277,9 +264,7 @@ def test_a_browser_makes_no_link_and_no_sign_of_a_text(tmp_path):
         *(f"/{page}?run=known&slice=evil+slice" for page in ("tokens", "compare", "share")),
     ]
     drawn = ""
-    with serve(tmp_path) as url, browser() as chromium:
-        page = chromium.new_page()
-        page.set_default_timeout(30_000)
+    with serve(tmp_path) as url:
         for place in places:
             page.goto(url + place)
             settle(page)

@@ -56,7 +56,7 @@ CALLS = {
     "export_counts": lambda folder: service.export_counts(RUN, folder / "counts.duckdb"),
     "remove": lambda folder: service.remove(folder / "kept", what="Removing"),
 }
-PATHS = {"run_path", "in_folder", "run_file"}
+PATHS = {"run_path", "in_folder", "run_file", "own_files"}
 ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only"} | PATHS
 
 
