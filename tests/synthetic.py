@@ -4,7 +4,8 @@ Weights are multiples of 1/64 and statistics of 1/8, which the run file stores e
 At level attention, every prompt has attention but the one that is shortest.
 """
 
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,28 @@ class Known:
         return rows
 
 
-def write_run(path, *, level="ids", seed=0, complete=True, sites=SITES, scored_every=3):
-    """Write the run and return what is in it.
+_WRITTEN: dict[str, tuple[bytes, Known]] = {}
+
+
+def write_run(path, *, fresh=False, **choices):
+    """Write the run, see `_write_run`, and return what is in it.
+
+    A run of the same choices is written once a process and then copied, also its time and id;
+    one that must be another recording is written `fresh`.
+    """
+    path = Path(path)
+    key = repr((sorted(choices.items()), PROMPTS))  # a test may have changed the prompts
+    if fresh or key not in _WRITTEN or path.exists():
+        known = _write_run(path, **choices)
+        _WRITTEN.setdefault(key, (path.read_bytes(), deepcopy(known)))
+        return known
+    content, known = _WRITTEN[key]
+    path.write_bytes(content)
+    return replace(deepcopy(known), path=path)
+
+
+def _write_run(path, *, level="ids", seed=0, complete=True, sites=SITES, scored_every=3):
+    """Write a run.
 
     Scores are stored for every `scored_every`-th token, 0 = for none; at level scores for all.
     """

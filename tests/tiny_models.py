@@ -4,6 +4,7 @@
 experts; ``config_of`` gives its configuration. Sizes are the same for all: see ``SMALL``.
 """
 
+import copy
 import importlib
 
 import torch
@@ -213,11 +214,21 @@ def config_of(model_type, **changes):
     return kind(**{**small, **own, **changes})
 
 
+_BUILT: dict[str, torch.nn.Module] = {}
+
+
 def build(model_type, *, seed=0, dtype=torch.float32, **changes):
-    """Return a random model of one architecture in evaluation mode."""
+    """Return a random model of one architecture in evaluation mode, which nobody else has.
+
+    A model is made once a process and copied; torch's generator starts at `seed` afterwards.
+    """
+    key = repr((model_type, seed, dtype, sorted(changes.items())))
+    if key not in _BUILT:
+        torch.manual_seed(seed)
+        model = class_of(model_type)(config_of(model_type, **changes))
+        _BUILT[key] = randomise(model, seed=seed).to(dtype).eval()
     torch.manual_seed(seed)
-    model = class_of(model_type)(config_of(model_type, **changes))
-    return randomise(model, seed=seed).to(dtype).eval()
+    return copy.deepcopy(_BUILT[key])
 
 
 @torch.no_grad()
