@@ -1,8 +1,8 @@
 """How the tests are shared out, what several files of them use, and Triton without a GPU.
 
 Two processes run the tests (pytest-xdist); the tests of a file stay in one of them, where its
-fixtures are made once. One file alone runs in the process that was started. Plug-ins may be absent
-where only the tests of the GPU run.
+fixtures are made once. Files that are named run in the process that was started. Plug-ins may be
+absent where only the tests of the GPU run.
 
 Triton decides when a kernel is *decorated* whether it is compiled or interpreted, so interpreted
 kernels need a process of their own. A file named ``test_kernels_<op>_triton.py`` gets one: here it
@@ -52,11 +52,10 @@ TOGETHER = {
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """Start two workers, or none for a single file: starting them takes seconds."""
+    """Start two workers, or none where files are named: starting them takes seconds."""
     if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None
-    one_file = len({arg.split("::")[0] for arg in config.args}) == 1 and ".py" in config.args[0]
-    return 0 if one_file else 2
+    return 0 if all(".py" in arg for arg in config.args) else 2
 
 
 @pytest.hookimpl(optionalhook=True)
