@@ -89,6 +89,7 @@ def run_compare(options: argparse.Namespace) -> Output:
     from explorer.comparison.api import compare
     from explorer.comparison.names import load_router_file, split_routers
     from explorer.comparison.paired import with_controls
+    from explorer.comparison.reach import reach
     from explorer.errors import ComparisonError
 
     for path in options.router_file:
@@ -141,6 +142,8 @@ def run_compare(options: argparse.Namespace) -> Output:
             found["oracle"] = json.loads(bound.to_json(orient="records"))
         return Output(json.dumps(found, indent=1, default=str), notes)
     parts = [as_text(table)]
+    if (table["mode"] != "replay").any():
+        parts.append(reach(info))
     if len(pairs):
         parts.append(
             "Loss of each router minus that of another, nats a token, paired by text, and by seed "

@@ -108,6 +108,10 @@ def test_rows_say_what_ran(comparison):
     assert table.loc["cluster_linear", "fit_tokens"] > 0 == table.loc["native", "fit_tokens"]
     assert table.loc["expert_choice", "max_violation"] < table.loc["native", "max_violation"]
     assert not table["simulated"].any() and table["latency_ratio"].isna().all()
+    # what is left when one of three experts runs: all but two thirds of the experts' share
+    experts = comparison.info["expert_flops_share"]
+    assert table.loc["top_k(k=1)", "flops_ratio"] == pytest.approx(1 - experts * 2 / 3, abs=0.01)
+    assert 0 < comparison.info["head_flops_share"] < 1 - experts
 
 
 def test_sequences_and_domains_add_up(comparison):
@@ -117,6 +121,12 @@ def test_sequences_and_domains_add_up(comparison):
     assert mean == pytest.approx(whole(comparison).loc["top_k(k=1)", "loss_change"])
     both = comparison.domains.query("router == 'top_k(k=1)'")
     modes = both.groupby("mode")["domain"].agg(set).to_dict()
+    row = whole(comparison).loc["top_k(k=1)"]
+    of_domain = sequences.assign(nats=sequences["loss_change"] * sequences["tokens"])
+    of_domain = of_domain.groupby("domain")[["nats", "tokens"]].sum().to_numpy(float)
+    share = of_domain[:, 1] / of_domain[:, 1].sum()
+    apart = np.diff(of_domain[:, 0] / of_domain[:, 1])[0]
+    assert row["loss_se_domain"] == pytest.approx(np.sqrt((share**2).sum() / 2) * abs(apart))
     assert modes == {"live": {"a", "b"}, "replay": {"a", "b"}}
     domains = both.query("mode == 'live'").set_index("domain")
     one = sequences[sequences["domain"] == "a"]

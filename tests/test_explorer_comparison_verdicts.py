@@ -15,6 +15,7 @@ from explorer.comparison.paired import (
     paired,
     with_controls,
 )
+from explorer.comparison.reach import reach
 from explorer.comparison.tables import FORMAT_VERSION, empty_rows
 
 DRAWS = 2000
@@ -189,3 +190,13 @@ def test_each_row_names_the_harder_of_its_controls(tmp_path):
     assert beside.loc[("x", "equal_compute"), ["verdict", "harder"]].tolist() == ["worse", True]
     assert beside.loc[("z", "equal_compute"), ["other", "verdict"]].tolist() == ["random", "better"]
     assert len(beside) == 5
+
+
+def test_what_a_comparison_can_show_is_said():
+    known = {"head_flops_share": 0.379, "expert_flops_share": 0.291, "n_experts": 16}
+    said = reach(known)
+    assert "38% are its output layer's and 29% its experts'" in said
+    assert "cannot fall below 0.71" in said and "One checkpoint with 16 experts in a layer" in said
+    # of a file of an older format, and of replay alone
+    assert reach({**known, "head_flops_share": None}).startswith("One checkpoint")
+    assert reach(dict.fromkeys(known)) == ""

@@ -14,6 +14,7 @@ measure     what it chose meanwhile, and how that agrees with the model
 cost        operations, bytes and energy
 controls    random controls at the same compute
 paired      two routers of one comparison, text by text; imports no torch
+reach       what the numbers can and cannot show, in words
 pick        settings of rules, chosen on a part of the fit split
 oracle      the last layer's experts chosen by the loss: a bound
 badges      whether a router looks ahead or at other sequences

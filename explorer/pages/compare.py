@@ -10,6 +10,7 @@ from capture.names import model_name
 from explorer import service
 from explorer.comparison.file import Comparison, comparisons_of, open_comparison
 from explorer.comparison.paired import CONTROLS, with_controls
+from explorer.comparison.reach import reach
 from explorer.errors import ComparisonError
 from explorer.figures.comparison import (
     AXES,
@@ -128,7 +129,7 @@ def _show(view: View, comparison: Comparison) -> None:
         shown = _filtered(live)
         _front(shown, info)
         _table(shown)
-        st.caption(_reach(info))
+        st.caption(reach(info))
         router_card(comparison, live)
         layers_and_domains(comparison, table, set(shown["router"]), info)
         _learning(comparison)
@@ -150,25 +151,6 @@ def _provenance(info: dict[str, Any]) -> str:
         address.plain(str(info["created_at"])[:16].replace("T", " ")),
     ]
     return " · ".join(part for part in parts if part)
-
-
-def _reach(info: dict[str, Any]) -> str:
-    """Return what the numbers can and cannot show."""
-    parts = []
-    head, experts = info["head_flops_share"], info["expert_flops_share"]
-    if head is not None and experts is not None:
-        parts.append(
-            f"Of all operations of the unchanged model {head:.0%} are its output layer's and "
-            f"{experts:.0%} its experts', so that FLOPs × cannot fall below {1 - experts:.2f} "
-            "by leaving experts out."
-        )
-    if info["n_experts"]:
-        parts.append(
-            f"One checkpoint with {info['n_experts']} experts in a layer can show how a rule "
-            "works and whether it beats chance here; it cannot show which rule is best in models "
-            "with more experts, of other sizes, or trained with the rule."
-        )
-    return " ".join(parts)
 
 
 def _failed(comparison: Comparison) -> None:
