@@ -21,6 +21,7 @@ from explorer.worker import CompareRequest
 CARDS = (
     {"name": "top_k", "family": "literature", "title": "Top-k"},
     {"name": "kmeans", "family": "clustering", "title": "K-means"},
+    {"name": "layer_gate", "family": "gating", "title": "Layer gate", "shelved": "why it is"},
 )
 
 
@@ -127,13 +128,16 @@ def write_results(folder):
 
 def test_without_a_comparison_the_form_is_open_and_starts_one(runs, worker):
     app = opened("compare")
-    app.multiselect(key="compare routers").select("kmeans")
-    app.text_input(key="compare typed routers").input("top_k(k=1)").run()
+    offered = app.multiselect(key="compare routers")
+    # a rule out of the default set is taken from those who type it
+    assert not any("layer_gate" in option for option in offered.options)
+    offered.select("kmeans")
+    app.text_input(key="compare typed routers").input("top_k(k=1), layer_gate").run()
     next(button for button in app.button if button.label == "Compare").click().run()
     assert not app.exception
     (job,) = worker.jobs()
     assert isinstance(job.request, CompareRequest)
-    assert job.request.routers == ["kmeans", "top_k(k=1)"]
+    assert job.request.routers == ["kmeans", "top_k(k=1)", "layer_gate"]
     assert job.request.run == str(runs / "known.duckdb") and job.request.capture is None
 
 
