@@ -79,9 +79,13 @@ def test_every_arm_learns_and_only_those_without_a_gate_have_none_to_train(name,
         assert float(moe.experts.down.grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize("name", [n for n in ARMS if ARMS[n].causal])
-def test_causal_arms_do_not_see_what_comes(name, corpus):
-    """But for capacities, whose earlier tokens take the places of later ones only."""
+# how many tokens there are says how many places an expert has; which tokens they are does not
+PLACES = {f"{arm}_{factor}" for arm in ("switch", "top_2_cap") for factor in ("1.0", "1.25", "2.0")}
+
+
+@pytest.mark.parametrize("name", [n for n in ARMS if ARMS[n].causal or n in PLACES])
+def test_arms_do_not_see_which_tokens_come(name, corpus):
+    """In capacities, too, earlier tokens take the places of later ones only."""
     model = model_of(name, corpus).eval()
     windows = batch_of(corpus)[:1]
     changed = windows.clone()
@@ -99,6 +103,7 @@ def test_arms_that_see_the_future_say_so():
         "hash_next",
         "expert_choice_1",
         "expert_choice_2",
+        *PLACES,
     }
 
 

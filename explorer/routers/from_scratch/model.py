@@ -9,6 +9,7 @@ from torch.nn import functional
 from explorer.routers.attention import YuanAttention
 from explorer.routers.base import RouterInputs, Routing, RoutingRouter
 from explorer.routers.from_scratch.arms import Arm
+from explorer.routers.native import host_best
 from explorer.routers.scores import host_scores
 
 
@@ -140,7 +141,7 @@ class MoE(nn.Module):
 
     def _losses(self, inputs: RouterInputs, logits: torch.Tensor) -> None:
         # shares of what was wanted: a capacity that drops must not hide that too much came
-        wanted = logits.topk(self.arm.top_k, dim=-1).indices.flatten()
+        wanted = host_best(inputs)[1].flatten()
         share = wanted.bincount(minlength=self.arm.n_experts) / len(wanted)
         scores = host_scores(logits, inputs)
         mean = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)
