@@ -401,6 +401,9 @@ class _Session:
         notes |= self._text_notes()
         if any(site.selection_bias is not None for site in self.sites):
             notes["selection_bias"] = "Margins include the bias that routers add for the choice."
+        choices = [choice for site in self.sites if (choice := site.choice()) is not None]
+        if choices:
+            notes["choice"] = choices
         if self.attention is not None and self.attention.without:
             notes["attention"] = self.attention.without
         return self.writer.finish(

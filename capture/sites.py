@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +59,26 @@ class Site:
     n_groups: int | None = None
     top_groups: int | None = None
     margin_known: bool = False
+
+    def choice(self) -> dict[str, Any] | None:
+        """Return what besides the scores decides about the choice, for ``run.notes``.
+
+        Returns
+        -------
+        dict or None
+            ``layer``, ``site``, and where there are such ``selection_bias`` (list of E numbers),
+            ``n_groups`` and ``top_groups``. None where scores alone decide, as far as is known.
+        """
+        if self.selection_bias is None and self.n_groups is None:
+            return None
+        found: dict[str, Any] = {"layer": self.info.layer, "site": self.info.site}
+        if self.selection_bias is not None:
+            # nine digits say a float32 exactly
+            values = self.selection_bias.detach().float().cpu().tolist()
+            found["selection_bias"] = [float(f"{value:.9g}") for value in values]
+        if self.n_groups is not None:
+            found |= {"n_groups": self.n_groups, "top_groups": self.top_groups}
+        return found
 
     @property
     def router(self) -> nn.Module:

@@ -98,13 +98,18 @@ class Run:
         return bool(self.info["level"] != "stats")
 
     @property
-    def counts_only(self) -> bool:
-        """Whether this is an export that leaves the text out, and all that is known per token."""
+    def notes(self) -> dict[str, Any]:
+        """What the capture says of itself beside the columns, empty if that cannot be read."""
         try:
             notes = json.loads(self.info["notes"])
         except ValueError:
-            return False
-        return isinstance(notes, dict) and notes.get(NOTE) is True
+            return {}
+        return notes if isinstance(notes, dict) else {}
+
+    @property
+    def counts_only(self) -> bool:
+        """Whether this is an export that leaves the text out, and all that is known per token."""
+        return self.notes.get(NOTE) is True
 
     def close(self) -> None:
         """Close the file."""

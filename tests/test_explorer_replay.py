@@ -15,6 +15,7 @@ from explorer.comparison.replay import replay
 from explorer.errors import RouterError, UnknownNameError
 from explorer.metrics.agreement import chance_overlap
 from explorer.routers import ROUTERS
+from explorer.routers.recorded import choice_told
 
 NAMES = ("native", "top_k", "random", "static_best", "cluster_linear", "expert_choice")
 
@@ -94,6 +95,42 @@ def test_tokens_and_domains_add_up_to_layers(run, table):
     clusters = tokens[tokens["router"] == "cluster_linear"]
     assert domains["agreement"].tolist() == [pytest.approx(clusters["agreement"].mean())]
     assert domains["tokens"].tolist() == [len(found)]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "mistral4"])
+def test_rules_of_a_run_choose_by_the_bias_and_the_groups_of_its_model(family, tmp_path):
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 60, 20).tolist() for _ in range(8)]
+    path = tmp_path / "run.duckdb"
+    capture.record(tiny_models.build(family), prompts, path, sample_tokens=200, progress=False)
+    rules = {
+        "top_k": ROUTERS["top_k"](),
+        "random": ROUTERS["random"](choose="best"),
+        "noisy": ROUTERS["noisy_top_k"](noise=0.0),
+        "matched": ROUTERS["random_matched"](),
+        "capacity": ROUTERS["capacity_probs"](capacity_factor=100.0),
+    }
+    with open_run(path) as recorded:
+        assert {"layer", "site", "n_groups", "top_groups"} <= set(recorded.notes["choice"][0])
+        table = replay(recorded, rules)
+        assert table["exact_set"].tolist() == [1.0] * len(table)
+
+
+def test_a_choice_that_does_not_fit_its_router_is_left_out(run):
+    info = run.sites[0]
+    known = {"layer": info.layer, "site": info.site, "n_groups": 4, "top_groups": 2}
+    told = {"choice": [known | {"selection_bias": [0.5] * info.n_experts}]}
+    found = choice_told(told, info.layer, info.site, info.n_experts)
+    assert found["selection_bias"].tolist() == [0.5] * 8 and found["n_groups"] == 4
+    for wrong in (
+        *("choice", [1], [{"layer": 99}]),
+        *([known | {"n_groups": n, "selection_bias": "x"}] for n in (3, 0, "4", None, 10**30)),
+        [known | {"top_groups": 5, "selection_bias": [0.5] * 7}],
+        [known | {"top_groups": 0, "selection_bias": [None] * 8}],
+        [known | {"top_groups": None, "selection_bias": [float("nan")] * 8}],
+    ):
+        told = {"choice": wrong}
+        assert choice_told(told, info.layer, info.site, info.n_experts) == {}, wrong
 
 
 class Ahead(ROUTERS["top_k"]):

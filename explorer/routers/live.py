@@ -132,16 +132,18 @@ def from_live(inputs: RouteInputs, convention: Convention | None = None) -> Rout
         attention_names=inputs.attention_names,
         received=inputs.received,
     )
-    return _with_groups_as_counted(known)
+    return with_groups_as_counted(known)
 
 
-def _with_groups_as_counted(inputs: RouterInputs) -> RouterInputs:
+def with_groups_as_counted(inputs: RouterInputs) -> RouterInputs:
     """Return the inputs of a model that counts groups by their best two although it has no bias.
 
     So do Mistral 4's routers. A bias of zeros says it, see
     :func:`explorer.routers.native.choice_scores`; which way a model counts is seen by its choice.
     """
-    if inputs.n_groups is None or inputs.selection_bias is not None or inputs.native is None:
+    if inputs.n_groups is None or inputs.selection_bias is not None:
+        return inputs
+    if inputs.native is None or inputs.logits is None:
         return inputs
     own = inputs.native.expert_ids.sort(dim=-1).values
     zeros = inputs.native.scores.new_zeros(inputs.n_experts)

@@ -1,7 +1,8 @@
 """Read what routers need from a run file: router inputs, scores and choices of sampled tokens."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +11,13 @@ import torch
 
 from explorer.errors import RouterError
 from explorer.routers.base import RouterInputs, Routing
-from explorer.routers.live import Convention, convention_of
+from explorer.routers.live import Convention, convention_of, with_groups_as_counted
 from explorer.routers.scores import host_scores
 from explorer.run import UNLABELLED, Run
 
 # tokens of one table, whichever of the tables a run has for the layer, most telling first
 _SOURCES = ("hidden", "scores", "assignments")
+_LARGEST_BIAS = 1e30  # whose sums float32 holds
 
 
 class Recorded(NamedTuple):
@@ -47,8 +49,9 @@ def recorded_inputs(run: Run, layer: int, site: int = 0) -> Recorded:
     Returns
     -------
     Recorded
-        A run file holds neither a model's selection bias nor its groups: of a model that has
-        them, only the native router repeats its choice.
+        With the model's selection bias and groups, which ``run.notes`` tells. Runs that were
+        recovered after a crash, or recorded before there was such a note, lack them: of a model
+        that has them, only the native router then repeats its choice.
 
     Raises
     ------
@@ -82,13 +85,41 @@ def recorded_inputs(run: Run, layer: int, site: int = 0) -> Recorded:
         n_experts=info.n_experts,
         top_k=info.top_k,
         score_function=info.score_function,
+        **choice_told(run.notes, layer, site, info.n_experts),
         hidden=hidden,
         logits=logits,
         token_ids=torch.from_numpy(np.array(tokens["token"], np.int64)),
         positions=position,
         starts=position == 0,
     )
-    return Recorded(_with_choice(run, inputs, where, ids), tokens.drop(columns="token"))
+    inputs = with_groups_as_counted(_with_choice(run, inputs, where, ids))
+    return Recorded(inputs, tokens.drop(columns="token"))
+
+
+def choice_told(notes: Mapping[str, Any], layer: int, site: int, n_experts: int) -> dict[str, Any]:
+    """Return the selection bias and the groups of a router, as far as a run's notes tell them.
+
+    What does not fit the router, as a stranger's file may hold, is left out.
+    """
+    told = notes.get("choice")
+    for one in told if isinstance(told, list) else ():
+        if isinstance(one, dict) and (one.get("layer"), one.get("site")) == (layer, site):
+            break
+    else:
+        return {}
+    found: dict[str, Any] = {}
+    bias, groups, kept = (one.get(name) for name in ("selection_bias", "n_groups", "top_groups"))
+    if isinstance(bias, list) and len(bias) == n_experts and all(map(_is_number, bias)):
+        found["selection_bias"] = torch.tensor(bias, dtype=torch.float32)
+    if not isinstance(groups, int) or not isinstance(kept, int):
+        return found
+    if 1 <= kept <= groups <= n_experts and n_experts % groups == 0:
+        found |= {"n_groups": groups, "top_groups": kept}
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < _LARGEST_BIAS
 
 
 def _with_choice(
