@@ -16,6 +16,7 @@ from explorer.pages.state import is_dark
 _MARKED = "not causal, depends on the batch, or simulated: its card says which."
 _LAYER_COLUMNS = [
     *("router", "seed", "layer", "loss_change", "loss_se", "control_loss_change", "agreement"),
+    "jaccard",
     *("experts_per_token", "flops_ratio", "counted_flops_ratio", "latency_ratio"),
     "max_violation",
 ]
