@@ -27,6 +27,7 @@ from streamlit.web.server.starlette.starlette_server_config import USER_COOKIE_N
 
 from explorer import trust
 from explorer.pages import access
+from explorer.worker import close_shared_worker
 
 _UPLOAD, _LOGOUT = "/_stcore/upload_file/", "/auth/logout"
 _READING = ("GET", "HEAD", "OPTIONS")
@@ -193,12 +194,16 @@ def _base() -> str:
 
 @asynccontextmanager
 async def lifespan(app: object) -> AsyncIterator[None]:
-    """Open the browser of whoever starts the app at a desk, as Streamlit does for a script."""
+    """Do what Streamlit does for a script: open the browser at a desk, and end in order."""
     access.serve()
     if not st.get_option("server.headless"):
         address = st.get_option("browser.serverAddress") or st.get_option("server.address")
         cli_util.open_browser(get_url(get_display_address(str(address or "localhost"))))
-    yield
+    try:
+        yield
+    finally:
+        # a signal that ends the server leaves no time for what is registered with atexit
+        close_shared_worker()
 
 
 MIDDLEWARE = (Middleware(Guard),)

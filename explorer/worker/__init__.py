@@ -3,7 +3,7 @@
 The app's side (``client``, ``protocol``) imports neither torch nor transformers.
 """
 
-from explorer.worker.client import WorkerClient, shared_worker
+from explorer.worker.client import WorkerClient, close_shared_worker, shared_worker
 from explorer.worker.protocol import (
     CaptureRequest,
     CompareRequest,
@@ -23,5 +23,6 @@ __all__ = [
     "ProjectRequest",
     "RecoverRequest",
     "WorkerClient",
+    "close_shared_worker",
     "shared_worker",
 ]

@@ -266,3 +266,9 @@ def shared_worker() -> WorkerClient:
     client = WorkerClient()
     atexit.register(client.close)
     return client
+
+
+def close_shared_worker() -> None:
+    """End the worker of this server, if one was started; a running capture keeps what it has."""
+    if shared_worker.cache_info().currsize:
+        shared_worker().close()
