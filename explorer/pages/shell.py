@@ -21,6 +21,8 @@ _STYLE = """<style>
 [data-testid="stMetric"] * { white-space: normal !important; }
 [data-testid="stSidebarNavLink"] { min-height: 1.7rem; padding-block: 0; }
 [data-testid="stSidebarNavItems"] { row-gap: 0; }
+/* a browser writes this file itself, formulas and all; the data of figures is below them */
+[data-testid="stElementToolbarButton"]:has([aria-label^="Download as CSV"]) { display: none; }
 /* a figure with its title needs this much; on a narrow screen it is moved aside by hand */
 @media (max-width: 640px) {
   [data-testid="stMainBlockContainer"] { padding-inline: 1.2rem; }
