@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from explorer.figures import theme
 from explorer.figures.heatmap import Scale, clickable_heatmap
-from explorer.figures.text import domain_label, label
+from explorer.figures.names import domain_labels, labels
 
 
 def means_by(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -65,7 +65,7 @@ def by_domain(domains: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.F
     means = means_by(domains, "domain")
     return _changes(
         means,
-        columns=[domain_label(domain) for domain in means.columns],
+        columns=domain_labels(list(means.columns)),
         x_title="domain",
         hover="%{x}",
         ids=np.arange(means.shape[1], dtype=np.float64),
@@ -92,7 +92,7 @@ def _changes(
     reach = float(np.nanquantile(np.abs(z), 0.9)) if np.isfinite(z).any() else 1.0
     reach = max(reach, 1e-4)
     rows = np.broadcast_to(np.arange(z.shape[0], dtype=np.float64)[:, None], z.shape)
-    names = [label(str(name), limit=34) for name in means.index]
+    names = labels([str(name) for name in means.index], limit=34)
     chance = np.full_like(z, np.nan) if beside is None else beside.to_numpy(dtype=np.float64)
     texts = [
         f"{name}<br>{value:+.4f} nats" + ("" if np.isnan(other) else f" (chance {other:+.4f})")

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from explorer.comparison.paired import CONTROLS
 from explorer.figures import theme
+from explorer.figures.names import labels
 from explorer.figures.text import label
 from explorer.registry import Registry
 
@@ -136,7 +137,7 @@ def front(
                     "width": 3,
                 },
                 mode="markers+text" if named and family != "control" else "markers",
-                text=[label(name, limit=22) for name in rows["router"]],
+                text=labels(rows["router"].tolist(), limit=22),
                 textposition="top center",
                 textfont={"size": 10},
                 customdata=numbers[:, None],
@@ -267,6 +268,7 @@ def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figur
     means = rows.groupby([*keys, "step"], dropna=False, sort=True)[quantity].mean().reset_index()
     dashes = ("solid", "dash", "dot", "dashdot", "longdash")
     routers = list(dict.fromkeys(means["router"]))
+    names = labels([str(router) for router in routers], limit=30)
     for (router, weight), group in means.groupby(["router", "lambda"], dropna=False, sort=False):
         number = routers.index(router)
         for shade, (seed, line) in enumerate(group.groupby("seed", dropna=False)):
@@ -282,7 +284,7 @@ def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figur
                         "dash": dashes[_place(group, means, router) % len(dashes)],
                         "width": 1.8,
                     },
-                    name=f"{label(str(router), limit=30)}{cost}",
+                    name=f"{names[number]}{cost}",
                     legendgroup=f"{router} {weight}",
                     showlegend=shade == 0,
                     hovertemplate=f"step %{{x}}: %{{y:.4g}} (seed {seed})<extra></extra>",

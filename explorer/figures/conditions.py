@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from capture.losses import critical
 from explorer.figures import theme
+from explorer.figures.names import labels
 from explorer.figures.text import label
 
 # (weights, routing) -> name, hue, form
@@ -48,7 +49,7 @@ def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> 
     figure.update_xaxes(title="change in loss (nats a token; 0 = the base model)")
     figure.update_yaxes(
         tickvals=list(range(len(names))),
-        ticktext=[label(name, limit=44) for name in names],
+        ticktext=labels(names, limit=44),
         range=[len(names) - 0.5, -0.5],
     )
     return theme.finish(

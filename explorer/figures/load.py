@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from explorer.figures import theme
 from explorer.figures.caption import Scope, site_hover, site_name
 from explorer.figures.heatmap import Scale, clickable_heatmap, ground, outline
+from explorer.figures.names import domain_labels
 from explorer.figures.number import number
-from explorer.figures.text import domain_label
 from explorer.metrics.load import Floor, lorenz_curve
 
 # log2 of share / uniform; a fixed range, so that figures compare
@@ -249,7 +249,7 @@ def domain_heatmap(
     rows = np.broadcast_to(np.arange(len(parts))[:, None, None], (len(parts), width, 1))
     ids = np.concatenate([ids, rows], axis=2)
     totals = load.groupby(by, sort=False)["assignments"].sum()
-    names = [domain_label(part) for part in parts]
+    names = domain_labels(parts)
     figure = clickable_heatmap(
         log_ratio(ids[:, :, 5]),
         ids=ids,

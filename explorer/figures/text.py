@@ -9,6 +9,10 @@ import html
 from explorer.text import code_point, marked
 
 _NAMED = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+_NOT_RECORDED, _NO_TEXT = "(text not recorded)", "(no text)"
+NO_DOMAIN = "(no domain)"
+_ALL_DOMAINS = "All domains"  # of the filter at the side
+_QUOTES = "“”"
 _CONTROL_PICTURES = 0x2400
 
 
@@ -28,9 +32,11 @@ def visible(text: str | None, *, spaces: bool = False) -> str:
         Not escaped: see ``label``.
     """
     if text is None:
-        return "(text not recorded)"
+        return _NOT_RECORDED
     if text == "":
-        return "(no text)"
+        return _NO_TEXT
+    if text.strip(_QUOTES) in (_NOT_RECORDED, _NO_TEXT):
+        return f"“{text}”"
     shown = marked(text, _sign)
     return shown.replace(" ", "·") if spaces else shown
 
@@ -48,10 +54,26 @@ def label(text: str | None, *, limit: int = 40, spaces: bool = False) -> str:
     shown = visible(text, spaces=spaces)
     if len(shown) > limit:
         shown = shown[: limit - 1] + "…"
-    # plotly shows &quot; as it is, but knows numbers
-    return html.escape(shown).replace("&quot;", "&#34;")
+    return escaped(shown)
+
+
+def escaped(text: str) -> str:
+    """Return text that plotly shows as it is."""
+    # it shows &quot; as it is, but knows numbers
+    return html.escape(text).replace("&quot;", "&#34;")
+
+
+def domain_name(domain: str | None) -> str:
+    """Return what a domain is called, not escaped; prompts without one have the name ``""``.
+
+    A domain that somebody named as pages name none or all of them stands in quotes.
+    """
+    if not domain:
+        return NO_DOMAIN
+    shown = visible(domain)
+    return f"“{shown}”" if shown.strip(_QUOTES) in (NO_DOMAIN, _ALL_DOMAINS) else shown
 
 
 def domain_label(domain: str | None) -> str:
-    """Return a domain's name for a figure; prompts without a domain have the name ``""``."""
-    return label(domain) if domain else "(no domain)"
+    """Return a domain's name for a figure; see ``domain_name``."""
+    return label(domain_name(domain))

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from explorer.figures import theme
 from explorer.figures.caption import site_name
-from explorer.figures.text import label
+from explorer.figures.names import labels
 from explorer.registry import Registry
 
 
@@ -83,8 +83,9 @@ def trend_lines(
         )
     known = table.drop_duplicates("name").set_index("name")
     stages = known["stage"].nunique() > 1
+    shown = dict(zip(order, labels(order, limit=18), strict=True))
     names = [
-        label(name, limit=18)
+        shown[name]
         if pd.isna(known.loc[name, "step"])
         else (f"stage {known.loc[name, 'stage']}: " if stages else "")
         + f"{int(known.loc[name, 'step']):,}"

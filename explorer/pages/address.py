@@ -10,6 +10,7 @@ from typing import Any
 import streamlit as st
 
 from explorer import views
+from explorer.figures.names import distinct
 from explorer.text import plain as plain
 
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
@@ -71,6 +72,7 @@ OF_A_RUN = (
     "spot",
     "learner",
 )
+_NO_DOMAIN = "(none)"
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
 
 
@@ -119,6 +121,16 @@ def write(name: str, value: str) -> None:
         st.query_params[name] = value
     elif name in st.query_params:
         del st.query_params[name]
+
+
+def domain_key(domain: str) -> str:
+    """Return a domain as an address has it, where "" means all domains.
+
+    Prompts without a domain are ``(none)``; a domain that is called so has a sign before it.
+    """
+    if not domain:
+        return _NO_DOMAIN
+    return f"={domain}" if domain.lstrip("=") == _NO_DOMAIN else domain
 
 
 def kept(*left_out: str) -> dict[str, str]:
@@ -179,6 +191,8 @@ def choose(
     value = pick(name, choices, default=default, what=label.lower())
     key = f"address:{name}"
     st.session_state[key] = value
+    # a widget finds a choice by what it shows: no two may look alike
+    shown = dict(zip(choices, distinct([show(choice) for choice in choices]), strict=True))
 
     def changed() -> None:
         new = st.session_state[key]
@@ -189,7 +203,14 @@ def choose(
         else:
             write(name, "" if new == default else new)
 
-    widget(label, choices, key=key, format_func=show, on_change=changed, **options)
+    widget(
+        label,
+        choices,
+        key=key,
+        format_func=lambda choice: shown.get(choice, choice),
+        on_change=changed,
+        **options,
+    )
     return value
 
 

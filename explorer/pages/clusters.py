@@ -15,6 +15,7 @@ from explorer.comparison.catalogue import catalogue
 from explorer.errors import RunError
 from explorer.figures.clusters import map_density, map_points
 from explorer.pages import address, jump
+from explorer.pages.address import domain_key
 from explorer.pages.components.chart import chart
 from explorer.pages.components.map_points import (
     AMOUNTS,
@@ -310,7 +311,8 @@ def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) ->
             **common,
         )
     values = table.values(hue.column)["value"].tolist()
-    names = {str(value): hue.show(value) for value in values}
+    keys = [domain_key(value) if hue.column == "domain" else str(value) for value in values]
+    names = dict(zip(keys, hue.names(values), strict=True))
     chosen = address.choose(
         st.selectbox,
         "value",
@@ -324,7 +326,7 @@ def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) ->
         return map_density(
             table.density(BINS), title=f"{title}: number of points in each bin", **common
         )
-    value = next(value for value in values if str(value) == chosen)
+    value = values[keys.index(chosen)]
     return map_density(
         table.density(BINS, share=(hue.column, value)),
         value_title="share of the points",

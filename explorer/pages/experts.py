@@ -7,8 +7,8 @@ import streamlit as st
 
 from explorer.errors import RunError
 from explorer.figures.experts import Axis, interval_dots
+from explorer.figures.names import domain_labels, labels
 from explorer.figures.number import ABSENT, number, span
-from explorer.figures.text import domain_label, label
 from explorer.glossary import help_text
 from explorer.metrics.pairs import pair_uplift
 from explorer.metrics.specialization import MIN_COUNT, MIN_PROMPTS, wilson
@@ -167,7 +167,7 @@ def _shares(view: View, expert: int, by: str) -> None:
     rows, every = table.iloc[:-1].head(_LISTED), table.iloc[-1]
     if rows.empty:
         return
-    names = rows[by].map(domain_label if by == "domain" else str)
+    names = domain_labels(list(rows[by])) if by == "domain" else list(rows[by].map(str))
     shown = rows.assign(
         label=names,
         value=rows["share"],
@@ -218,10 +218,16 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
         )
         return
     rows = table.head(_WORDS)
-    names = [
-        label(text, limit=18, spaces=True) if text is not None else f"id {token}"
-        for text, token in zip(rows["text"], rows["token"], strict=True)
-    ]
+    # of one text there may be several entries, such as the bytes of a character
+    names = labels(
+        [
+            f"id {token}" if text is None else text
+            for text, token in zip(rows["text"], rows["token"], strict=True)
+        ],
+        limit=18,
+        spaces=True,
+        of=rows["token"].tolist(),
+    )
     shown = rows.assign(
         label=names,
         value=rows["share"],

@@ -6,10 +6,10 @@ from capture.errors import CaptureError
 from explorer import service, slices
 from explorer.errors import ExplorerError
 from explorer.figures.caption import site_name
-from explorer.figures.text import visible
+from explorer.figures.text import domain_name, visible
 from explorer.glossary import help_text
 from explorer.pages import address, state
-from explorer.pages.state import NO_DOMAIN, PHASES, Problem, View, several_sites
+from explorer.pages.state import PHASES, Problem, View, several_sites
 from explorer.queries.part import Part
 from explorer.run import Run
 
@@ -69,17 +69,17 @@ def _select_phase(run: Run) -> str | None:
 def _select_domain(run: Run) -> str | None:
     if run.domains in ([], [""]):
         return None
-    keys = [domain or NO_DOMAIN for domain in run.domains]
+    domains = {address.domain_key(domain): domain for domain in run.domains}
     value = address.choose(
         st.selectbox,
         "domain",
         "Domain",
-        ["", *keys],
+        ["", *domains],
         default="",
-        show=lambda domain: visible(domain) if domain else "All domains",
+        show=lambda key: domain_name(domains[key]) if key else "All domains",
         help=help_text("domain"),
     )
-    return {"": None, NO_DOMAIN: ""}.get(value, value)
+    return domains.get(value)
 
 
 def _select_part(run: Run) -> Part | None:

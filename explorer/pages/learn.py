@@ -8,8 +8,9 @@ from streamlit.errors import StreamlitPageNotFoundError
 
 from explorer.figures.experts import Axis, interval_dots
 from explorer.figures.load import load_bars
+from explorer.figures.names import domain_labels
 from explorer.figures.number import number
-from explorer.figures.text import domain_label, visible
+from explorer.figures.text import visible
 from explorer.figures.tokens import score_bars, token_routes
 from explorer.glossary import TERMS
 from explorer.pages import address
@@ -223,11 +224,11 @@ def _specialisation(view: View) -> None:
     whole = view.filters | {"domain": None}
     table = ask(view, shares_of, expert_id=expert, by="domain", **place, **whole)
     rows, every = table.iloc[:-1].head(_SHOWN), table.iloc[-1]
-    names = rows["domain"].map(domain_label)
+    names = domain_labels(list(rows["domain"]))
     st.markdown(
         f"In layer {view.site_name} the most special one is **{name}**: "
         f"{number(rows['share'].iloc[0], '.0%')} of the tokens of "
-        f"{address.plain(str(names.iloc[0]))} choose it, and {number(every['share'], '.0%')} of "
+        f"{address.plain(names[0])} choose it, and {number(every['share'], '.0%')} of "
         "all. The line through each dot is its **interval**: where the true share may well lie."
     )
     chart(

@@ -10,13 +10,14 @@ from explorer.balance import capacity_table, smallest_safe_factor
 from explorer.figures.balance import METRIC_TEXTS, balance_over_layers, capacity_curve
 from explorer.figures.load import domain_heatmap, floor_note, load_bars, lorenz
 from explorer.figures.number import number, span
-from explorer.figures.text import visible
+from explorer.figures.text import domain_name
 from explorer.metrics.load import Floor
 from explorer.pages import address, jump
+from explorer.pages.address import domain_key
 from explorer.pages.components.chart import chart
 from explorer.pages.components.serving import serving_section
 from explorer.pages.shell import current_view
-from explorer.pages.state import NO_DOMAIN, View, ask, balance_of, is_dark
+from explorer.pages.state import View, ask, balance_of, is_dark
 from explorer.pages.wording import undefined_load
 from explorer.queries.load import (
     expert_load,
@@ -153,7 +154,8 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
     parts = list(dict.fromkeys(load[by]))
 
     def go_to(data: list[float]) -> None:
-        address.write(by, parts[int(data[6])] or NO_DOMAIN)
+        part = parts[int(data[6])]
+        address.write(by, domain_key(part) if by == "domain" else part)
         jump.aim(view, data)
 
     chart(
@@ -162,7 +164,7 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
         alt=f"Heatmap of {load[by].nunique()} {by}s by experts of layer {view.site_name}: share "
         f"of the {by}'s assignments over the uniform share. Click: its tokens.",
         table=load.drop(columns=["layer", "site", "n_experts"]).assign(
-            **{by: [visible(part) if part else NO_DOMAIN for part in load[by]]}
+            **{by: [domain_name(part) for part in load[by]]}
         ),
         on_click=go_to,
     )

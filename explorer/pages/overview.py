@@ -7,7 +7,7 @@ from streamlit.delta_generator import DeltaGenerator
 from capture.names import model_name
 from explorer.figures.load import load_heatmap
 from explorer.figures.number import ABSENT, number, span
-from explorer.figures.text import visible
+from explorer.figures.text import domain_name, visible
 from explorer.glossary import help_text
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
@@ -206,7 +206,7 @@ def _range(values: list[int]) -> str:
 def _domains(view: View) -> None:
     counts = ask(view, domain_counts)
     st.subheader("Prompts by domain, without filters", anchor=False)
-    shown = counts.assign(domain=[visible(d) if d else "(none)" for d in counts["domain"]])
+    shown = counts.assign(domain=[domain_name(d) for d in counts["domain"]])
     st.dataframe(
         shown[["domain", "prompts", "tokens", "mean_loss"]],
         hide_index=True,

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
 # (token, router) rows that are counted anew while somebody waits
 MAX_ROWS = 500_000
-NO_DOMAIN = "(none)"  # in the address, where "" means all domains
 PHASES = {"": "All", "prompt": "Prompt", "generated": "Generated"}
 
 

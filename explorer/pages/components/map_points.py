@@ -13,6 +13,7 @@ from explorer.clusters.clustering import NOISE
 from explorer.clusters.features import Source
 from explorer.clusters.prepare import ID_COLUMNS, Prepared, point_facts
 from explorer.figures.clusters import COLORED, Amount, Group
+from explorer.figures.names import domain_labels
 from explorer.figures.number import number
 from explorer.figures.text import domain_label, label
 from explorer.pages.state import Key, View
@@ -58,13 +59,13 @@ class Hue(NamedTuple):
     column : str
     title : str
         As in ``HUES``.
-    show : callable
-        Returns the name of a value, escaped.
+    names : callable
+        Returns the names of values, escaped.
     """
 
     column: str
     title: str
-    show: Callable[[Any], str]
+    names: Callable[[Sequence[Any]], list[str]]
 
     @property
     def is_amount(self) -> bool:
@@ -75,14 +76,14 @@ class Hue(NamedTuple):
 def hue_of(view: View, column: str, title: str) -> Hue:
     """Return how points are coloured by a column."""
 
-    def show(value: Any) -> str:
+    def names(values: Sequence[Any]) -> list[str]:
         if column == "domain":
-            return domain_label(value)
+            return domain_labels(values)
         if column == "cluster":
-            return "in no cluster" if value == NOISE else f"cluster {int(value) + 1}"
-        return expert_label(view.site_name, int(value))
+            return ["in no cluster" if v == NOISE else f"cluster {int(v) + 1}" for v in values]
+        return [expert_label(view.site_name, int(value)) for value in values]
 
-    return Hue(column, title, show)
+    return Hue(column, title, names)
 
 
 def point_table(
@@ -212,13 +213,21 @@ def _color(rows: pd.DataFrame, table: PointTable, hue: Hue) -> Sequence[Group] |
     column = rows[hue.column].astype(object)
     listed = [value for value in table.values(hue.column)["value"].tolist() if value != NOISE]
     top = listed[: COLORED if len(listed) != COLORED + 1 else COLORED + 1]
-    groups = [Group(hue.show(value), (column == value).to_numpy(dtype=bool)) for value in top]
+    names = hue.names(listed)
+    groups = [
+        Group(name, (column == value).to_numpy(dtype=bool))
+        for name, value in zip(names, top, strict=False)
+    ]
     others = column.isin(listed[len(top) :]).to_numpy(dtype=bool)
     if others.any():
-        groups.append(Group(f"{len(listed) - len(top)} others", others, rest=True))
+        rest = f"{len(listed) - len(top)} others"
+        # it is no domain, even if one is called so
+        groups.append(
+            Group(f"{rest} (not one domain)" if rest in names else rest, others, rest=True)
+        )
     if hue.column == "cluster" and (column == NOISE).any():
         noise = (column == NOISE).to_numpy(dtype=bool)
-        groups.append(Group(hue.show(NOISE), noise, rest=True))
+        groups.append(Group(hue.names([NOISE])[0], noise, rest=True))
     unknown = column.isna().to_numpy(dtype=bool)
     if unknown.any():
         groups.append(Group("not recorded", unknown, rest=True))

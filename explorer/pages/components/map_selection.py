@@ -8,7 +8,8 @@ import streamlit as st
 from explorer.clusters.features import Source
 from explorer.clusters.regions import Region
 from explorer.figures.clusters import lift_bars
-from explorer.figures.text import domain_label, visible
+from explorer.figures.names import domain_labels
+from explorer.figures.text import domain_name, visible
 from explorer.metrics.lift import MIN_COUNT, Lift, lift
 from explorer.pages import address, jump, printing
 from explorer.pages.components.chart import chart
@@ -93,7 +94,7 @@ def _list(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.in
 
 
 def _readable(view: View, source: Source, found: pd.DataFrame) -> pd.DataFrame:
-    domain = [visible(name) if name else "(none)" for name in found["domain"]]
+    domain = [domain_name(name) for name in found["domain"]]
     if source.unit == "experts":
         places = zip(found["layer"], found["site"], found["expert_id"], strict=True)
         return pd.DataFrame(
@@ -209,7 +210,7 @@ def _domains(
     chosen = loads.merge(table.rows(", ".join(place), rows), on=place)
     chosen = chosen.assign(unit=chosen.groupby(place).ngroup())
     part = _dense(chosen, "unit", "column", len(domains))
-    names = [domain_label(name) for name in domains]
+    names = domain_labels(list(domains))
     return lift(part, total), names, np.zeros((len(names), 1), dtype=np.int64)
 
 
