@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture.errors import CaptureError
+from capture.names import model_name
 from explorer.comparison import keys
 from explorer.comparison.badges import Badges, badges
 from explorer.comparison.controls import controls_of
@@ -361,7 +362,7 @@ class Session:
             "created_at": known.get("created_at") or now,
             "run_name": self.run.path.stem,
             "run_fingerprint": self.run.fingerprint,
-            "model": str(self.run.info["model"]),
+            "model": model_name(str(self.run.info["model"])),
             "model_fingerprint": self.model_fingerprint,
             "seed": self.settings.seed,
             "settings": json.dumps(self.settings.as_dict()),
