@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from capture.errors import SwapError
-from capture.sites import LAYER_LISTS, OTHER_STACKS, SHARED_NAMES, Site, text_config
+from capture.routed import LAYER_LISTS
+from capture.sites import OTHER_STACKS, SHARED_NAMES, Site, text_config
 
 Key = tuple[int, int]  # layer, site
 

@@ -20,6 +20,7 @@ from capture.adapters.zaya import SkipExpertAdapter
 from capture.errors import SwapError
 from capture.rules import Choice
 from capture.sites import Site
+from capture.wrappers import inner
 
 Forward = Callable[..., Any]
 
@@ -195,7 +196,7 @@ def _second_slot(
 
     LongCat drops the axis of the slots when there is only one of them.
     """
-    if not hasattr(site.experts, "identity_expert"):
+    if not hasattr(inner(site.experts), "identity_expert"):
         return expert_ids, weights
     free = site.info.n_experts - 1
     if n_computing(site) > free:
@@ -222,6 +223,11 @@ def _hide_skipped(choice: Choice, skip: int, *, as_model: bool) -> Choice:
 
 def _scaled_input(site: Site, decider: Decider, stack: ExitStack) -> None:
     """Llama 4: replace the scores that scale the experts' inputs, and run chosen rows only."""
+    if inner(site.experts) is not site.experts:
+        raise SwapError(
+            f"{site.info.module}: experts with an adapter around them run on all their inputs, so "
+            "no other choice can be put in. Merge the adapter into the model first."
+        )
     chosen: list[Choice] = []
 
     def on_router(

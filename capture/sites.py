@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from capture import wrappers
 from capture.adapters import ADAPTERS, Adapter, Parts, probe
 from capture.errors import SiteError
+from capture.routed import LAYER_LISTS, suspects
 from capture.store.records import SiteInfo
 
 log = logging.getLogger(__name__)
 
-LAYER_LISTS = ("layers", "layer", "blocks", "block", "h")
 # parts of a multi-modal or multi-token model that a forward pass over text does not run
 OTHER_STACKS = (
     "visual", "vision_tower", "vision_model", "vision_moe", "audio_tower", "talker", "code2wav",
@@ -26,6 +27,13 @@ SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 SHARED_COUNTS = (
     "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
 )  # fmt: skip
+
+
+LIST = (
+    ": its experts are a list of modules, each called with tokens of its own, as in code for "
+    "transformers 4. Load the model with the class that transformers has for it "
+    "(trust_remote_code=False), whose experts are told ids and weights"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,25 +160,39 @@ def layer_of(module: str) -> int:
 def _blocks(model: nn.Module, config: object) -> Iterator[tuple[str, nn.Module, Adapter, Parts]]:
     """Yield every block that an adapter recognises; refuse one that routes unrecognised."""
     unknown: list[tuple[str, nn.Module]] = []
-    known: set[nn.Module] = set()
+    blocks: set[nn.Module] = set()
+    known: set[nn.Module] = wrappers.idle(model)
     for module, parent in model.named_modules():
         if set(module.split(".")) & set(OTHER_STACKS):
+            known.add(parent)
+        if parent in known:
             continue
         for adapter in ADAPTERS:
             parts = adapter.find(parent, config)
             if parts is not None:
-                known.update((parent, *parts.router.modules(), *parts.experts.modules()))
+                blocks.add(parent)
+                known.update((*parts.router.modules(), *parts.experts.modules()))
                 yield module, parent, adapter, parts
                 break
         else:
             if any(name == "experts" or "router" in name for name, _ in parent.named_children()):
                 unknown.append((module, parent))
     for module, parent in unknown:
-        if parent not in known and known.isdisjoint(parent.children()):
+        if parent not in known and (known | blocks).isdisjoint(parent.children()):
+            is_list = isinstance(getattr(parent, "experts", None), nn.ModuleList | nn.ModuleDict)
             raise SiteError(
                 f"{module} ({type(parent).__name__}) routes to experts, but no place was found "
-                "where ids and weights can be read. This architecture is not supported."
+                f"where ids and weights can be read{LIST if is_list else ''}. This architecture "
+                "is not supported."
             )
+    for suspect in suspects(model, known, blocks):
+        beside = f" beside {suspect.gate}" if suspect.gate else ""
+        kind = type(model.get_submodule(suspect.module)).__name__
+        raise SiteError(
+            f"{suspect.module} ({kind}) seems to route: {suspect.parts} holds {suspect.size} "
+            f"parts of one shape{beside}. No place was found where ids and weights can be read, "
+            "and a run would lack them. This architecture is not supported."
+        )
 
 
 def _site(
@@ -191,13 +213,14 @@ def _site(
         n_shared_experts=_n_shared(model, config, module, parent),
         score_function=parts.score_function or "other",
     )
-    groups = probe.groups(parts.router, parts.n_experts)
+    router = wrappers.inner(parts.router)
+    groups = probe.groups(router, parts.n_experts)
     return Site(
         info=info,
         parent=parent,
         parts=parts,
         adapter=adapter,
-        selection_bias=probe.selection_bias(parent, parts.router, parts.n_experts),
+        selection_bias=probe.selection_bias(parent, router, parts.n_experts),
         n_groups=groups[0] if groups else None,
         top_groups=groups[1] if groups else None,
     )

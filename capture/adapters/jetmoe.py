@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from capture.adapters import probe
 from capture.adapters.base import Channel, Parts
 from capture.adapters.standard import router_of
+from capture.wrappers import child, inner
 
 FIELDS = 5
 
@@ -27,13 +28,13 @@ class SortedTokensAdapter:
     def find(self, block: nn.Module, config: object) -> Parts | None:
         """Recognise a router beside two parallel linear layers with one matrix an expert."""
         router = router_of(block)
-        first = getattr(block, "input_linear", None)
-        second = getattr(block, "output_linear", None)
-        if router is None or not isinstance(first, nn.Module) or not isinstance(second, nn.Module):
+        first, second = child(block, "input_linear"), child(block, "output_linear")
+        if router is None or first is None or second is None:
             return None
-        n_experts = probe.first_int([router], probe.EXPERT_COUNTS)
-        top_k = probe.first_int([router, block], probe.TOP_KS)
-        weight = getattr(first, "weight", None)
+        scorer = inner(router)
+        n_experts = probe.first_int([scorer], probe.EXPERT_COUNTS)
+        top_k = probe.first_int([scorer, block], probe.TOP_KS)
+        weight = getattr(inner(first), "weight", None)
         stacked = isinstance(weight, torch.Tensor) and weight.shape[0] == n_experts
         if n_experts is None or top_k is None or not stacked:
             return None

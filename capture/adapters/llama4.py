@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from capture.adapters import probe
 from capture.adapters.base import Channel, Parts
 from capture.adapters.standard import router_of
+from capture.wrappers import child, inner
 
 
 class ScaledInputAdapter:
@@ -26,15 +27,18 @@ class ScaledInputAdapter:
 
     def find(self, block: nn.Module, config: object) -> Parts | None:
         """Recognise a linear router beside experts that are called with their inputs only."""
-        router, experts = router_of(block), getattr(block, "experts", None)
-        if not isinstance(router, nn.Linear) or not isinstance(experts, nn.Module):
+        router, experts = router_of(block), child(block, "experts")
+        if router is None or experts is None or isinstance(experts, nn.ModuleList | nn.ModuleDict):
             return None
-        if len(inspect.signature(type(experts).forward).parameters) != len(("self", "hidden")):
+        scorer, forward = inner(router), type(inner(experts)).forward
+        if not isinstance(scorer, nn.Linear):
             return None
-        top_k = probe.first_int([router, block, config], probe.TOP_KS)
+        if len(inspect.signature(forward).parameters) != len(("self", "hidden")):
+            return None
+        top_k = probe.first_int([scorer, block, config], probe.TOP_KS)
         if top_k is None:
             return None
-        return Parts(router, experts, router.out_features, top_k, "sigmoid_topk")
+        return Parts(router, experts, scorer.out_features, top_k, "sigmoid_topk")
 
     def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Listen at the router, which says it all, and count the experts' runs."""

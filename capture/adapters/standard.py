@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from capture.adapters import probe
 from capture.adapters.base import Channel, Parts
+from capture.wrappers import child, inner
 
 ROUTER_NAMES = ("router", "gate")
 # hidden states, expert ids, weights
@@ -27,15 +28,16 @@ class StandardAdapter:
 
     def find(self, block: nn.Module, config: object) -> Parts | None:
         """Recognise a block that owns ``experts`` and a router called ``router`` or ``gate``."""
-        experts = getattr(block, "experts", None)
-        router = router_of(block)
-        if router is None or not isinstance(experts, nn.Module) or not _is_told_ids(experts):
+        experts, router = child(block, "experts"), router_of(block)
+        if router is None or experts is None or not _is_told_ids(inner(experts)):
             return None
-        owners = (router, experts, block, getattr(router, "config", None), config)
+        # an adapter around a module has counts of its own under the same names
+        scorer, workers = inner(router), inner(experts)
+        owners = (scorer, workers, block, getattr(scorer, "config", None), config)
         n_experts = (
-            probe.first_int([router], ("n_routed_experts",))
-            or probe.first_int([router, experts], probe.EXPERT_COUNTS)
-            or probe.weight_rows(router)
+            probe.first_int([scorer], ("n_routed_experts",))
+            or probe.first_int([scorer, workers], probe.EXPERT_COUNTS)
+            or probe.weight_rows(scorer)
             or probe.first_int([block, config], probe.EXPERT_COUNTS)
         )
         top_k = probe.first_int(owners, probe.TOP_KS)
@@ -67,11 +69,7 @@ class StandardAdapter:
 
 def router_of(block: nn.Module) -> nn.Module | None:
     """Return the block's router: its child ``router`` or ``gate``."""
-    for name in ROUTER_NAMES:
-        child = getattr(block, name, None)
-        if isinstance(child, nn.Module):
-            return child
-    return None
+    return next((found for name in ROUTER_NAMES if (found := child(block, name))), None)
 
 
 def scores_of(output: Any, n_experts: int) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from capture.adapters.base import Channel, Parts
 from capture.adapters.standard import StandardAdapter
+from capture.wrappers import inner
 
 
 class SkipExpertAdapter:
@@ -24,8 +25,9 @@ class SkipExpertAdapter:
     def find(self, block: nn.Module, config: object) -> Parts | None:
         """Recognise a standard block whose router has exactly one class more than experts."""
         parts = self._standard.find(block, config)
-        classes = getattr(parts.router, "num_router_classes", None) if parts else None
-        experts = getattr(parts.router, "num_experts", None) if parts else None
+        scorer = inner(parts.router) if parts else None
+        classes = getattr(scorer, "num_router_classes", None)
+        experts = getattr(scorer, "num_experts", None)
         if parts is None or not isinstance(experts, int) or classes != experts + 1:
             return None
         return parts._replace(n_experts=classes)
