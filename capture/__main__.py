@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _capture(arguments: Sequence[str]) -> int:
     options = _capture_parser().parse_args(arguments)
-    out = options.out or _default_out(options.model)
+    out = _default_out(options.model) if options.out is None else options.out
     from capture.session import record
 
     path = record(
@@ -113,7 +113,6 @@ def _capture_parser() -> argparse.ArgumentParser:
     )
     add(
         "--out",
-        type=Path,
         metavar="RUN",
         help="the run file, never overwritten (default: runs/MODEL-TIME.duckdb)",
     )
@@ -194,7 +193,7 @@ def _recover(arguments: Sequence[str]) -> int:
         prog="python -m capture recover",
         description="Close NAME.partial of a killed capture as NAME, marked incomplete.",
     )
-    parser.add_argument("partial", type=Path, metavar="NAME.partial")
+    parser.add_argument("partial", metavar="NAME.partial")
     options = parser.parse_args(arguments[1:])
     from capture.store import recover
 
@@ -207,8 +206,8 @@ def _migrate(arguments: Sequence[str]) -> int:
         prog="python -m capture migrate",
         description="Write a run of an older schema version as a new file; the old one stays.",
     )
-    parser.add_argument("old", type=Path, metavar="OLD")
-    parser.add_argument("new", type=Path, metavar="NEW")
+    parser.add_argument("old", metavar="OLD")
+    parser.add_argument("new", metavar="NEW")
     options = parser.parse_args(arguments[1:])
     from capture.store import migrate
 

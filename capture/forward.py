@@ -9,6 +9,7 @@ import torch
 
 from capture.batching import PaddedBatch
 from capture.head import Head
+from capture.inputs import input_device
 
 
 class PromptPass(NamedTuple):
@@ -29,6 +30,12 @@ class PromptPass(NamedTuple):
     cache: Any
 
 
+def keeps(cache: Any) -> bool:
+    """Whether a model really kept what it has read: some hand back nothing, or an empty cache."""
+    length = getattr(cache, "get_seq_length", None)
+    return cache is not None and not (callable(length) and int(length()) == 0)
+
+
 class Runner:
     """Calls a causal language model as capture needs it.
 
@@ -42,8 +49,8 @@ class Runner:
     def __init__(self, model: Any, head: Head) -> None:
         self.model = model
         self.head = head
-        self.device: torch.device = model.get_input_embeddings().weight.device
-        parameters = inspect.signature(model.forward).parameters
+        self.device = input_device(model)
+        parameters = inspect.signature(_called(model).forward).parameters
         self.is_compiled = any(m._compiled_call_impl is not None for m in model.modules())
         self._takes_positions = "position_ids" in parameters
 
@@ -65,9 +72,25 @@ class Runner:
         loss = self.head.losses(taken, rows, targets)
         return PromptPass(loss, taken, getattr(output, "past_key_values", None))
 
+    def again(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, V] after texts [B, S] that are read from their start.
+
+        For decoding with a model that keeps no cache; texts end at the right edge.
+        """
+        positions = self.positions((mask.cumsum(-1) - 1).clamp_min(0))
+        output = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
+        taken = self.head.take(output)
+        return self.head.logits(taken.reshape(*ids.shape, -1)[:, -1])
+
     def positions(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the argument for positions, where the model takes one."""
         return {"position_ids": position_ids} if self._takes_positions else {}
+
+
+def _called(model: Any) -> Any:
+    """Return the model whose forward is called in the end, inside an adapter's wrapper."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
 
 
 def next_in_prompt(batch: PaddedBatch) -> npt.NDArray[np.bool_]:

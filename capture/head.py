@@ -124,13 +124,7 @@ class Head:
             output = self._model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             )
-            hidden, logits = self._hidden, getattr(output, "logits", None)
-            if logits is None:
-                raise ModelError(
-                    f"A causal language model was expected, but {type(self._model).__name__} puts "
-                    "out no logits, so losses cannot be known. Give the model with its language "
-                    "head, as AutoModelForCausalLM loads it."
-                )
+            hidden, logits = self._hidden, self._checked(getattr(output, "logits", None), ids)
             weight = getattr(self._module, "weight", None)
             if self._module is None or hidden is None or weight is None:
                 return None
@@ -144,6 +138,28 @@ class Head:
                 if bool(error <= limit):
                     return finish
         return None
+
+    def _checked(self, logits: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, S, V]; refuse any that do not score every word at every token."""
+        model, problem = self._model, None
+        words = getattr(text_config(model), "vocab_size", None)
+        if not isinstance(logits, torch.Tensor):
+            problem = "no logits"
+        elif logits.ndim != len("BSV") or logits.shape[:2] != ids.shape:
+            problem = f"logits of shape {list(logits.shape)} for {list(ids.shape)} tokens"
+        elif self._module is None and (
+            # classifiers have no output layer for words, but may have as many labels
+            (isinstance(words, int) and logits.shape[-1] < words) or hasattr(model, "num_labels")
+        ):
+            problem = f"{logits.shape[-1]} scores a token and has no output layer for words"
+        if problem:
+            raise ModelError(
+                f"A causal language model was expected, but {type(model).__name__} puts out "
+                f"{problem}, so losses cannot be known. Give the model with its language head, as "
+                "AutoModelForCausalLM loads it."
+            )
+        scores: torch.Tensor = logits
+        return scores
 
 
 def _known_finishes(config: Any) -> Iterator[Finish]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture.config import DTYPES
 from capture.errors import ModelError
+from capture.paths import given_path
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +144,9 @@ def _taken(model: Any, *, dtype: object, device: object) -> LoadedModel:
             f"A model in evaluation mode was expected, but this {type(model).__name__} is in "
             "training mode, where routers add noise. Call model.eval() first."
         )
+    path = str(getattr(model.config, "_name_or_path", "") or "")
+    model = speaking_part(model)
     config = model.config
-    path = str(getattr(config, "_name_or_path", "") or "")
     tokenizer = (
         _tokenizer(path, {"local_files_only": True, "trust_remote_code": False}) if path else None
     )
@@ -156,17 +158,23 @@ def _source(model: str | Path) -> tuple[str, str]:
     """Return where to load from, and the name to record."""
     if model == "demo":
         return str(DEMO), "demo"
-    text, folder = str(model), Path(model).expanduser()
-    if folder.is_dir() and text.strip():
+    text = str(model)
+    if not text.strip():  # as a path it would be this folder
+        raise _no_folder(text, "does not exist")
+    folder = given_path(model, "the model", ModelError)
+    if folder.is_dir():
         return str(folder), text
     local = isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    if folder.exists() or local or not text.strip():
-        what = "is a file" if folder.is_file() else "does not exist"
-        raise ModelError(
-            f"A model folder was expected, but {text!r} {what}. Give the folder that holds "
-            "config.json, a Hugging Face id such as allenai/OLMoE-1B-7B-0125, or demo."
-        )
+    if folder.exists() or local:
+        raise _no_folder(text, "is a file" if folder.is_file() else "does not exist")
     return text, text
+
+
+def _no_folder(text: str, what: str) -> ModelError:
+    return ModelError(
+        f"A model folder was expected, but {text!r} {what}. Give the folder that holds "
+        "config.json, a Hugging Face id such as allenai/OLMoE-1B-7B-0125, or demo."
+    )
 
 
 def _check_folder(source: str, *, allow_pickle: bool) -> None:
@@ -205,7 +213,11 @@ def _load(
 ) -> "PreTrainedModel":
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+    )
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
@@ -216,14 +228,16 @@ def _load(
         "output_loading_info": True,
     }
     try:
-        found: Any
-        try:
-            found = AutoModelForCausalLM.from_pretrained(source, **options)
-        except ValueError as error:
-            # a model that also sees has a language model inside, which runs on text alone
-            if NO_CAUSAL_MODEL not in str(error):
-                raise
-            found = AutoModelForImageTextToText.from_pretrained(source, **options)
+        found: Any = None
+        # a model that also sees or hears has a language model inside, which runs on text alone
+        kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+        for kind in kinds:
+            try:
+                found = kind.from_pretrained(source, **options)
+                break
+            except ValueError as error:
+                if NO_CAUSAL_MODEL not in str(error) or kind is kinds[-1]:
+                    raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explained(error, name, hub) from error
     loaded, report = found
@@ -233,7 +247,24 @@ def _load(
             f"Weights for every parameter were expected, but {name} has none for {missing[0]} and "
             f"{len(missing) - 1} more, which would stay random. Give a complete checkpoint."
         )
-    model: PreTrainedModel = loaded.eval()
+    model: PreTrainedModel = speaking_part(loaded).eval()
+    return model
+
+
+def speaking_part(model: Any) -> Any:
+    """Return the part of a model that reads and writes text: the model itself, as a rule.
+
+    Models that also talk (Omni) have no forward pass of their own, only that of their parts.
+    """
+    from capture.inputs import embedding_weight
+
+    thinker = getattr(model, "thinker", None)
+    if thinker is None:
+        return model
+    try:
+        embedding_weight(model)
+    except ModelError:
+        return thinker
     return model
 
 

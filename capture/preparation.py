@@ -5,7 +5,7 @@ import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from capture.config import CaptureConfig
 from capture.errors import ConfigError
@@ -33,8 +33,9 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 
 def vocab_size(loaded: "LoadedModel") -> int:
     """Return the rows of the model's embedding, the ids it can be fed."""
-    embedding: Any = loaded.model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
+    from capture.inputs import vocabulary
+
+    return vocabulary(loaded.model)
 
 
 def max_length(loaded: "LoadedModel", config: CaptureConfig) -> int | None:
@@ -155,8 +156,9 @@ def cost_of(
 
 def hidden_size(loaded: "LoadedModel") -> int:
     """Return the width of the router inputs."""
-    embedding: Any = loaded.model.get_input_embeddings()
-    return int(embedding.weight.shape[1])
+    from capture.inputs import width
+
+    return width(loaded.model)
 
 
 def plan_recording(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from capture.errors import PromptError
+from capture.paths import given_path
 
 DEMO_SETS = {
     "demo": "prompts.jsonl",
@@ -161,7 +162,7 @@ def _read_folder(folder: Path) -> list[Prompt]:
 
 
 def _read_named(source: str | Path) -> list[Prompt]:
-    path = Path(source)
+    path = given_path(source, "the prompts", PromptError)
     if isinstance(source, str) and source in DEMO_SETS:
         folder = importlib.resources.files("capture.demo")
         path = Path(str(folder)) / DEMO_SETS[source]

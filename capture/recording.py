@@ -17,8 +17,9 @@ from capture.attention_parcel import pack_attention
 from capture.batching import Ints, PaddedBatch, pad_batch, plan_batches
 from capture.buffer import Parcel, Staging, WriterThread
 from capture.compiled import uncompiled_steps
-from capture.forward import PromptPass, Runner, to_device
+from capture.forward import PromptPass, Runner, keeps, to_device
 from capture.hooks import Taps
+from capture.inputs import vocabulary
 from capture.observe import Rows, SiteGroup, observe
 from capture.pair_counts import PairCounter
 from capture.sampling import Sample
@@ -123,7 +124,7 @@ class Recording:
         """Record every batch of the plan."""
         side: Literal["left", "right"] = "left" if self.plan.generate else "right"
         model = self.runner.model
-        limit = self.runner.head.limit(int(model.get_input_embeddings().weight.shape[0]))
+        limit = self.runner.head.limit(vocabulary(model))
         with torch.inference_mode():
             try:
                 for prompts in self.plan.batches(limit):
@@ -193,6 +194,8 @@ class Recording:
             "mask": to_device(batch.mask, self.runner.device),
             "position": to_device(batch.lengths, self.runner.device),
         }
+        if not keeps(done.cache):
+            state["ids"] = to_device(batch.input_ids, self.runner.device)
         del done  # its hidden states are as large as the cache
         valid = torch.ones_like(token, dtype=torch.bool)
         all_ended = threading.Event()
@@ -212,7 +215,7 @@ class Recording:
             }  # fmt: skip
             self._hand_over(
                 tensors,
-                Rows(None, domain, len(domains), None, valid),
+                Rows(self._last_places(state), domain, len(domains), None, valid),
                 partial(DecodeStep, batch, domains, number, all_ended),
             )
             self.advance()
@@ -223,6 +226,11 @@ class Recording:
         """Feed one token per row and return the logits of the next, [B, V] float32."""
         mask = state["mask"]
         state["mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if "ids" in state:
+            following = token.to(mask.device)[:, None]
+            state["ids"] = torch.cat([state["ids"], following], dim=1)
+            with uncompiled_steps() if self.runner.is_compiled else nullcontext():
+                return self.runner.again(state["ids"], state["mask"])
         with uncompiled_steps() if self.runner.is_compiled else nullcontext():
             output = self.runner.model(
                 input_ids=token.to(mask.device)[:, None],
@@ -234,6 +242,14 @@ class Recording:
         state["cache"] = output.past_key_values
         state["position"] = state["position"] + 1
         return self.runner.head.logits(self.runner.head.take(output))
+
+    def _last_places(self, state: dict[str, Any]) -> torch.Tensor | None:
+        """Return where the new tokens are among the rows of a pass; None where they are all."""
+        if "ids" not in state:
+            return None
+        ids: torch.Tensor = state["ids"]
+        rows, length = ids.shape
+        return (torch.arange(rows, device=ids.device) + 1) * length - 1
 
     def _hand_over(
         self, tensors: dict[str, torch.Tensor], rows: Rows, step: Callable[[Parcel], Step]

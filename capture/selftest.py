@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from capture.errors import SiteError
-from capture.hooks import SiteObservation, tap
+from capture.hooks import SiteObservation
+from capture.inputs import input_device, vocabulary
+from capture.row_test import check_rows, padded, run
 from capture.scoring import explains_choice, score_function_of
 from capture.sites import Site, find_sites, text_config
 from capture.switches import plain_forward
@@ -28,7 +29,8 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """Run one short forward pass and return the sites with what it measured.
 
     Checks that every site ran exactly once, that ids and weights are [tokens, K], ids in range
-    and distinct per token, weights finite and not negative, and assignments add up.
+    and distinct per token, weights finite and not negative, and assignments add up; and that the
+    rows of a padded batch are those of each prompt alone, see :mod:`capture.row_test`.
 
     Parameters
     ----------
@@ -55,32 +57,26 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     called "softmax". Where no rule fits it is "other", and statistics take the softmax.
     """
     ids = probe_tokens(model)
-    with torch.inference_mode(), plain_forward(model), tap(sites) as taps:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        seen = taps.take()
-    return [
-        _measured(site, observation, ids.numel())
-        for site, observation in zip(sites, seen, strict=True)
-    ]
+    with torch.inference_mode(), plain_forward(model):
+        mask = padded(ids)
+        batch = run(model, sites, ids, mask)
+        measured = [
+            _measured(site, observation, mask.flatten().bool())
+            for site, observation in zip(sites, batch.sites, strict=True)
+        ]
+        check_rows(model, measured, ids, mask, batch)
+    return measured
 
 
 def probe_tokens(model: nn.Module) -> torch.Tensor:
     """Return token ids [4, 16] that a text model accepts, always the same ones."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    size = int(embedding.weight.shape[0])
+    size = vocabulary(model)
     special = set(_special_ids(model))
     plain = torch.tensor([i for i in range(size) if i not in special] or [*range(size)])
     positions = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
     generator = torch.Generator().manual_seed(SEED)
     chosen = torch.randint(len(plain), (ROWS, min(LENGTH, int(positions))), generator=generator)
     return plain[chosen].to(input_device(model))
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Return where token ids go: beside the embedding, or the CPU while that is offloaded."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    device: torch.device = embedding.weight.device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _special_ids(model: nn.Module) -> Iterable[int]:
@@ -93,12 +89,19 @@ def _special_ids(model: nn.Module) -> Iterable[int]:
                 yield from (v for v in values if isinstance(v, int))
 
 
-def _measured(site: Site, seen: SiteObservation, n_tokens: int) -> Site:
+def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
+    """Return the site with what its rows of real tokens say; padding may be routed anyhow."""
     ids, weights = seen.expert_ids.cpu(), seen.weights.float().cpu()
-    _check_values(site, ids, weights, n_tokens)
+    real, n_rows = is_real.cpu(), len(is_real)
+    if ids.shape != (n_rows, site.info.top_k):
+        raise _refused(
+            site, f"ids of shape [{n_rows}, {site.info.top_k}] with padding, got {list(ids.shape)}"
+        )
+    ids, weights = ids[real], weights[real]
+    _check_values(site, ids, weights)
     if seen.scores is None:
         return site
-    scores = seen.scores.float().cpu()
+    scores = seen.scores.float().cpu()[real]
     if not bool(scores.isfinite().any(dim=-1).all()) or bool(scores.isnan().any()):
         raise SiteError(
             f"{site.info.module}: finite router scores were expected, got nan or an empty row. "
@@ -132,13 +135,11 @@ def _measured(site: Site, seen: SiteObservation, n_tokens: int) -> Site:
     )
 
 
-def _check_values(site: Site, ids: torch.Tensor, weights: torch.Tensor, n_tokens: int) -> None:
-    module, n_experts, top_k = site.info.module, site.info.n_experts, site.info.top_k
+def _check_values(site: Site, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    n_experts = site.info.n_experts
     problem = None
     filled = ids >= 0
-    if ids.shape != (n_tokens, top_k):
-        problem = f"ids of shape [{n_tokens}, {top_k}], got {list(ids.shape)}"
-    elif int(ids.max()) >= n_experts or int(ids.min()) < -1:
+    if int(ids.max()) >= n_experts or int(ids.min()) < -1:
         problem = f"ids from 0 to {n_experts - 1}, got {int(ids.min())} to {int(ids.max())}"
     elif bool(_repeated(ids).any()):
         problem = "distinct ids in a token, got one expert twice"
@@ -149,10 +150,14 @@ def _check_values(site: Site, ids: torch.Tensor, weights: torch.Tensor, n_tokens
     elif int(ids[filled].bincount(minlength=n_experts).sum()) + int((~filled).sum()) != ids.numel():
         problem = "assignments that add up to tokens x top_k"
     if problem:
-        raise SiteError(
-            f"{module}: the self-test expected {problem}. This architecture routes in a way that "
-            "is not supported; please report it with the model's name."
-        )
+        raise _refused(site, problem)
+
+
+def _refused(site: Site, problem: str) -> SiteError:
+    return SiteError(
+        f"{site.info.module}: the self-test expected {problem}. This architecture routes in a way "
+        "that is not supported; please report it with the model's name."
+    )
 
 
 def _repeated(ids: torch.Tensor) -> torch.Tensor:

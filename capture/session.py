@@ -20,6 +20,7 @@ from capture.config import (
 from capture.errors import CaptureCancelled, CaptureError
 from capture.estimate import check_space
 from capture.interrupts import Interrupts, Terminated, remembered_interrupts
+from capture.paths import check_rank, given_path
 from capture.progress import Progress, Reporter
 from capture.prompts import Prompt, PromptSource, read_prompts
 from capture.sampling import plan_sample
@@ -157,10 +158,11 @@ attention_heads, attention_every, attention_bins, attention_top_keys
         attention_bins=attention_bins,
         attention_top_keys=attention_top_keys,
     )
+    path = given_path(out, "the run file")
     reporter = Reporter(progress)
     with closing(reporter), remembered_interrupts() as interrupts:
         stop = Stopper(interrupts, cancel)
-        return _record(model, prompts, Path(out), config, tokenizer, reporter, stop)
+        return _record(model, prompts, path, config, tokenizer, reporter, stop)
 
 
 def _record(
@@ -172,6 +174,7 @@ def _record(
     reporter: Reporter,
     stop: "Stopper",
 ) -> Path:
+    check_rank(out)
     check_new(out)
     given = read_prompts(source)
     name = model if isinstance(model, str | Path) else type(model).__name__

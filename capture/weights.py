@@ -7,6 +7,7 @@ from torch import nn
 
 from capture.flops import MATRIX, Key, expert_elements
 from capture.inject import n_computing
+from capture.inputs import embedding_weight
 from capture.sites import Site
 
 # Han et al. 2015, arXiv:1506.02626, figure 1 (45 nm, after Horowitz): one 32 bit float addition
@@ -74,13 +75,13 @@ def bytes_read(
     batch : int
         Sequences, one token each.
     """
-    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = embedding_weight(model)
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
-    tied = head is not None and getattr(head, "weight", None) is embedding.weight
-    size = embedding.weight.element_size()
+    tied = head is not None and getattr(head, "weight", None) is embedding
+    size = embedding.element_size()
     once = sum(p.numel() * p.element_size() for p in model.parameters())
     if not tied:
-        once -= (embedding.weight.numel() - batch * embedding.weight.shape[1]) * size
+        once -= (embedding.numel() - batch * embedding.shape[1]) * size
     total = float(once)
     for site in sites:
         width = next(p.element_size() for p in site.experts.parameters())

@@ -10,6 +10,7 @@ from typing import Any, Self
 import pandas as pd
 import pyarrow as pa
 
+from capture.paths import given_path
 from capture.store import RunReader, SiteInfo
 from capture.store.counts_only import NOTE
 from explorer.errors import RunError
@@ -137,7 +138,7 @@ def open_run(path: str | Path) -> Run:
     capture.errors.StoreError
         If the file is not a run, or of a schema version that this code does not read.
     """
-    path = Path(path)
+    path = given_path(path, "the run file", RunError)
     if path.name.endswith(".partial"):
         raise RunError(
             f"{path.name} is the file of a capture that has not ended. If that capture was killed,"

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from capture.errors import StoreError
 from capture.names import model_name
+from capture.paths import given_path
 from capture.store import schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole
@@ -145,7 +146,7 @@ def counts_only(path: str | Path, out: str | Path) -> Path:
     StoreError
         If ``path`` is no run, or ``out`` exists or cannot be written.
     """
-    path, out = Path(path), Path(out)
+    path, out = given_path(path, "the run", StoreError), given_path(out, "the new file", StoreError)
     check_new(out)
     with RunReader.open(path) as run, made_whole(out) as fresh:
         (layout,) = run.query(schema.SELECT_LAYOUT).to_pylist()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import duckdb
 
 from capture.errors import SchemaVersionError, StoreError
+from capture.paths import given_path
 from capture.store import gate_sums, schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole
@@ -70,7 +71,10 @@ def migrate(path: str | Path, out: str | Path, *, steps: Sequence[Step] = STEPS)
     StoreError
         If ``path`` is no run or ``out`` exists.
     """
-    path, out = Path(path), Path(out)
+    path, out = (
+        given_path(path, "the old run", StoreError),
+        given_path(out, "the new run", StoreError),
+    )
     check_new(out)
     connection = connect(path, read_only=True)
     try:

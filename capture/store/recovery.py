@@ -6,6 +6,7 @@ from pathlib import Path
 import duckdb
 
 from capture.errors import StoreError
+from capture.paths import given_path
 from capture.store import gate_sums, schema
 from capture.store.accounting import check_counts
 from capture.store.codec import Layout
@@ -32,7 +33,7 @@ def recover(partial: str | Path) -> Path:
         nothing at all is removed, and the error says so. Whatever else fails, such as a full disk,
         leaves the file as it was.
     """
-    partial = Path(partial)
+    partial = given_path(partial, "the file to recover", StoreError)
     if not partial.name.endswith(SUFFIX) or partial.name == SUFFIX:
         raise StoreError(
             f"recover takes the {SUFFIX} file of a killed capture, got {partial}. A file without "

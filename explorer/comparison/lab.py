@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from capture import inputs
 from capture.flops import counted_flops, model_flops
 from capture.live import Kept, Latency, latency, summed, token_losses
 from capture.losses import SequenceLosses
@@ -271,17 +272,11 @@ class Lab:
         itemsize = next(iter(self.model.parameters())).element_size()
         return cost_of(self.flops, used, itemsize=itemsize)
 
-    @property
-    def _embedding(self) -> torch.Tensor:
-        embedding: Any = self.model.get_input_embeddings()
-        weight: torch.Tensor = embedding.weight
-        return weight
-
     def _operations(self, router: Router, place: Key) -> float:
         """Return the operations of deciding for one token at one place."""
         infos = {(s.info.layer, s.info.site): s for s in self.sites}
         info = infos[place].info if place in infos else self.sites[0].info
-        width = int(self._embedding.shape[1])
+        width = inputs.width(self.model)
         if isinstance(router, NativeRouter):
             layers = {layer.layer: layer for layer in self.flops.layers}
             return float(layers[place[0]].router[place])
@@ -293,7 +288,7 @@ class Lab:
         ids = np.concatenate(self.report.sequences)[:TIMED_TOKENS]
         rows = 2 if len(ids) > 1 else 1
         ids = ids[: len(ids) // rows * rows].reshape(rows, -1).astype(np.int64)
-        return torch.from_numpy(ids).to(self._embedding.device)
+        return torch.from_numpy(ids).to(inputs.input_device(self.model))
 
     def _context(self, fitted: Fitted, only: Sequence[Key] | None) -> AbstractContextManager[Any]:
         if fitted.part == "expert":

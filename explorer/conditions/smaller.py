@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from capture.adapters.probe import EXPERT_COUNTS
-from capture.selftest import input_device
+from capture.inputs import input_device
 from capture.sites import layer_of, text_config
 from capture.switches import plain_forward
 from explorer.conditions.base import Sequence_, Subject

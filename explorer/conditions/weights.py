@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from capture import inputs, wrappers
 from capture.flops import ATTENTION_NAMES, decoder_layers
 from capture.sites import Site
 from explorer.conditions.base import Subject
@@ -99,12 +100,11 @@ def input_axis(subject: Subject, parameter: nn.Parameter) -> int:
 
 def _is_transposed(experts: nn.Module, subject: Subject) -> bool:
     """Whether experts hold [E, in, out]; said by transformers, else seen from the widths."""
-    said = getattr(experts, "is_transposed", None)
+    said = getattr(wrappers.inner(experts), "is_transposed", None)
     if isinstance(said, bool):
         return said
     first = next((p for p in experts.parameters() if p.ndim == STACK), None)
-    embedding = subject.model.get_input_embeddings()  # type: ignore[operator]
-    width = int(embedding.weight.shape[1])
+    width = inputs.width(subject.model)
     return first is not None and first.shape[-2] == width and first.shape[-1] != width
 
 

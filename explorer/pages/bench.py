@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from capture.paths import path_argument
 from explorer.metrics import load
 from explorer.pages import bench_browser
 from explorer.run import open_run
@@ -109,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m explorer.pages.bench", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("run", type=Path, help="a run file")
+    parser.add_argument("run", type=path_argument, help="a run file")
     parser.add_argument("--browser", action="store_true", help="time what a browser shows instead")
     parser.add_argument("--search", default="", metavar="TEXT", help="that prompts must contain")
     options = parser.parse_args()

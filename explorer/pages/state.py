@@ -11,9 +11,10 @@ import pandas as pd
 import streamlit as st
 
 from capture.errors import CaptureError
+from capture.paths import given_path
 from explorer import service
 from explorer.balance import balance_table
-from explorer.errors import ExplorerError
+from explorer.errors import ExplorerError, RunError
 from explorer.figures.caption import Scope, site_name
 from explorer.pages import printing
 from explorer.queries.overview import token_count
@@ -130,8 +131,9 @@ class Problem(NamedTuple):
 def runs_folder() -> Path:
     """Return the folder given after ``streamlit run app.py --``, else ``runs/`` beside app.py."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
-    return Path(parser.parse_known_args(sys.argv[1:])[0].runs).expanduser()
+    parser.add_argument("--runs", default=str(ROOT / "runs"))
+    given = parser.parse_known_args(sys.argv[1:])[0].runs
+    return given_path(given, "the folder of runs", RunError)
 
 
 def run_names() -> list[str]:

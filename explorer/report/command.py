@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from capture.paths import path_argument
 from explorer import service
 from explorer.commands import Output
 from explorer.errors import ExplorerError
@@ -18,8 +19,10 @@ def run_file(given: Path) -> Path:
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``report``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="never overwritten")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FILE", help="never overwritten"
+    )
     parser.add_argument("--view", metavar="ID", help="a saved view, as in its link: ?view=ID")
 
 
@@ -37,8 +40,10 @@ def run_report(options: argparse.Namespace) -> Output:
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``export``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help=_RUN)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="never overwritten")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FILE", help="never overwritten"
+    )
     parser.add_argument(
         "--counts-only",
         action="store_true",

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from capture.inject import n_computing
+from capture.inputs import input_device
 from capture.parts import gate_parts, part_modules
 from capture.rules import Choice, RouteInputs
-from capture.selftest import input_device
 from capture.sites import text_config
 from capture.swap import swap
 from explorer.errors import RouterError

@@ -241,7 +241,7 @@ def _wait() -> None:
 
 
 def _device(session: "TrainingSession") -> torch.device:
-    from capture.selftest import input_device
+    from capture.inputs import input_device
 
     return input_device(session.model)
 

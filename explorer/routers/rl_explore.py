@@ -18,8 +18,9 @@ import torch
 from capture.batching import PaddedBatch, pad_batch, plan_batches
 from capture.forward import Runner, next_in_prompt
 from capture.head import Head
+from capture.inputs import input_device
 from capture.rules import Choice, RouteInputs, Rule
-from capture.selftest import input_device, probe_tokens
+from capture.selftest import probe_tokens
 from capture.sites import text_config
 from capture.swap import swap
 from capture.switches import plain_forward

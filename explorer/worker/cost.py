@@ -130,6 +130,8 @@ def _path(model: str, name: str) -> Path | None:
     """Return a file of a model on this machine; nothing is downloaded."""
     if model == "demo":
         return DEMO_WEIGHTS / name
+    if not model.strip():  # would be the working folder
+        return None
     local = Path(model).expanduser() / name
     if local.is_file():
         return local

@@ -7,11 +7,11 @@ python -m explorer.routers.from_scratch --arms dense,top_1,hash --seeds 0,1 --st
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from capture.paths import path_argument
 from explorer.errors import ExplorerError, RouterError
 from explorer.routers.from_scratch.arms import ARMS, CLAIMS
 from explorer.routers.from_scratch.train import Setting, load_corpus, seeds_of, trained
@@ -32,7 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--arms", metavar="A,B", help=f"default: all of {', '.join(ARMS)}")
     add("--seeds", default="0,1,2", metavar="0,1", help="default: 0,1,2")
     add("--steps", type=int, default=SETTING.steps, help=f"default: {SETTING.steps}")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="keeps each model's figures")
+    add(
+        "--out",
+        type=path_argument,
+        required=True,
+        metavar="FOLDER",
+        help="keeps each model's figures",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # models this small are slower on several
     try:

@@ -15,7 +15,6 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -30,6 +29,7 @@ from sklearn.preprocessing import Normalizer
 from tokenizers import Tokenizer
 
 from capture.demo.tokenizer import BOS, encode_texts
+from capture.paths import path_argument
 from capture.prompts import read_prompts
 from explorer.errors import RouterError
 from explorer.routers.assignment import balanced_assignment
@@ -263,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clusters", type=int, default=4, help="default: 4")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1", help="default: 0,1,2")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"in all; default: {STEPS}")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="keeps figures")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FOLDER", help="keeps figures"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # models this small are slower on several
     if options.clusters < 2:

@@ -1,0 +1,62 @@
+"""Names of files and folders as people give them."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from capture.errors import CaptureError
+
+
+def given_path(name: str | Path, what: str, error: type[Exception] = CaptureError) -> Path:
+    """Return the path that a name means: ``~`` is a home folder, nothing is an error.
+
+    Parameters
+    ----------
+    name : str or Path
+    what : str
+        For the message, such as ``"the run file"``.
+    error : type
+        Raised when the name is empty or its home folder is not known.
+    """
+    text = str(name)
+    if not text.strip():
+        raise error(
+            f"A name was expected for {what}, got {text!r}. An unset shell variable gives an empty "
+            "name; '.' stands for this folder."
+        )
+    if not text.startswith("~"):
+        return Path(name)
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise error(
+            f"{text!r}: there is no such home folder. Write ./{text} for a file of this name."
+        ) from None
+
+
+def path_argument(text: str) -> Path:
+    """Return the path that an argument of a command line means."""
+    return given_path(text, "a file or folder", argparse.ArgumentTypeError)
+
+
+def check_rank(out: Path) -> None:
+    """Refuse one run file for several processes, as torchrun starts them.
+
+    Raises
+    ------
+    CaptureError
+        In every process, before anything is written, unless OUT has the process's rank in its
+        name: each then records a run of its own.
+    """
+    size, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+    if not (size.isdigit() and rank.isdigit()) or int(size) < 2:
+        return
+    if re.search(rf"rank[-_]?0*{int(rank)}(?!\d)", out.name):
+        return
+    raise CaptureError(
+        f"One process records one run, but this is process {rank} of {size} (torchrun), and all "
+        f"would write to {out.name}. Start one process without torchrun (device='auto' spreads a "
+        f"model over several GPUs), or give each process a name with its rank: "
+        f"{out.stem}-rank{rank}{out.suffix}."
+    )
