@@ -412,6 +412,15 @@ def test_a_read_only_server_takes_no_file(folder):
         assert not tab.visit()["capture"]
         assert put(url, tab) == [403, 403]
         tab.close()
+        # what is sent all the same is not read
+        place, sent = urlsplit(url), 0
+        with socket.create_connection((place.hostname, place.port)) as connection:
+            head = "PUT /_stcore/upload_file/a/b HTTP/1.1\r\nHost: localhost\r\n"
+            connection.sendall(f"{head}Content-Length: {10**9}\r\n\r\n".encode())
+            with contextlib.suppress(ConnectionError):
+                while sent < 10**9:
+                    sent += connection.send(bytes(2**16))
+        assert sent < 10**8
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import capture
 from capture.names import model_name
 from capture.store import MIN_PROMPTS, MIN_TOKENS, counts_only
 
+TOGETHER = "(domains put together)"
+
 PEOPLE = 60
 VOCAB = 64
 
@@ -102,18 +104,26 @@ def test_the_attack_works_on_sums_that_are_not_kept_back(model, known, secrets, 
 
 
 @pytest.mark.parametrize(
-    "others",
-    [{}, {"law": (8, 30)}, {"law": (8, 30), "code": (6, 20)}, {"law": (2, 90), "code": (9, 20)}],
-    ids=["alone", "one", "two", "few prompts"],
+    ("people", "others", "named"),
+    [
+        (40, {}, None),
+        (60, {}, set()),
+        (40, {"law": (8, 30)}, set()),
+        (60, {"law": (8, 30)}, {"law"}),
+        (40, {"law": (8, 30), "code": (6, 20)}, {"law"}),
+        (40, {"law": (2, 90), "code": (9, 20)}, {"code"}),
+    ],
 )
-def test_a_token_of_one_person_is_not_read_back(model, known, secrets, tmp_path, others):
-    prompts = of_people(secrets) + of_subjects(**others)
+def test_a_token_of_one_person_is_not_read_back(
+    model, known, secrets, tmp_path, people, others, named
+):
+    prompts = of_people(secrets[:people]) + of_subjects(**others)
     sums, sizes, pairs, notes, _ = exported(record(model, prompts, tmp_path / "run.duckdb"))
     # as by chance: two guesses at one of 64
-    assert read_back(sums, known, secrets) <= 6
+    assert read_back(sums, known, secrets[:people]) <= 6
     assert not sizes["domain"].str.startswith("person").any()
     assert notes["least"] == {"tokens": MIN_TOKENS, "prompts": MIN_PROMPTS}
-    if not others:
+    if named is None:
         assert sums.empty and pairs.empty and notes["left_out"] == ["prompt"]
         return
     # all that is told, and so every difference of it, is of enough tokens and prompts
@@ -122,8 +132,7 @@ def test_a_token_of_one_person_is_not_read_back(model, known, secrets, tmp_path,
     told = sums[sums["layer"] == sums["layer"].max()].groupby("domain")["assignments"].sum()
     top_k = np.count_nonzero(known[0, -1])
     assert told.sum() == top_k * sum(len(prompt["ids"]) for prompt in prompts)
-    assert set(told.index) == set(sizes["domain"])
-    assert ("law" in told.index) == (others["law"][0] >= MIN_PROMPTS and len(others) == 2)
+    assert set(told.index) == set(sizes["domain"]) == named | {TOGETHER}
 
 
 def test_large_domains_keep_names_and_sums(model, tmp_path):

@@ -34,7 +34,7 @@ from capture.store.writer import BLOCK_SIZE
 
 # what a counts-only run says of itself in ``run.notes``
 NOTE = "counts_only"
-MIN_TOKENS = 100
+MIN_TOKENS = 50
 MIN_PROMPTS = 5
 TOGETHER = "(domains put together)"
 _TOKENS = (
