@@ -18,7 +18,7 @@ ONE = (SiteInfo(0, 0, "model.layers.0.mlp", 1, 1, 0, "softmax"),)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["app.py", "--read-only", "--runs", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(tmp_path)])
     yield tmp_path
     st.cache_resource.clear()
 

@@ -22,7 +22,7 @@ DOMAINS = (None, "(none)", "(no domain)", "All domains", LONG + "one", LONG + "t
 
 @pytest.fixture
 def named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["app.py", "--read-only", "--runs", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(tmp_path)])
     prompts = [
         (domain, pieces) for domain, (_, pieces) in zip(DOMAINS, synthetic.PROMPTS, strict=True)
     ]
@@ -116,7 +116,7 @@ def test_what_needs_no_cut_is_left_alone():
 
 def test_choices_that_look_alike_are_told_apart(tmp_path, monkeypatch):
     """A widget hands over what it shows, so that the second of two alike would open the first."""
-    monkeypatch.setattr(sys, "argv", ["app.py", "--read-only", "--runs", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(tmp_path)])
     write_run(tmp_path / "a.duckdb")
     write_run(tmp_path / "b.duckdb")
     app = opened("compare_runs", run="a", by="tokens")

@@ -484,3 +484,35 @@ def test_a_run_is_uploaded_in_the_browser(address, new_page, runs, tmp_path):
     visit(page, f"{address}/?run=theirs")
     assert "run=theirs" in page.url
     assert not page.troubles
+
+
+def test_a_saved_view_whose_choices_were_changed_says_so_and_drops_its_name(monkeypatch, tmp_path):
+    path = write_run(tmp_path / "known.duckdb").path
+    params = {"run": "known", "domain": "law", "order": "load"}
+    view = views.save_view(
+        tmp_path, "My view", page="overview", params=params, runs={"known": path}, note="Law only"
+    )
+    app = opened(monkeypatch, tmp_path, view=view.view_id)
+    assert "My view" in said(app.markdown) and "Law only" in said(app.markdown)
+    app.selectbox(key="address:domain").set_value("code").run()
+    assert not app.exception
+    assert "no longer the saved view that was opened: `domain` was changed" in said(app.markdown)
+    assert "My view" not in said(app.markdown) and "Law only" not in said(app.markdown)
+    app.selectbox(key="address:layer").set_value("3.1").run()
+    assert "`domain`, `layer` were changed" in said(app.markdown)
+    # put back as they were, the choices are those of the view again
+    app.selectbox(key="address:domain").set_value("law").run()
+    app.selectbox(key="address:layer").set_value("1.0").run()
+    assert "My view" in said(app.markdown)
+
+
+@pytest.mark.parametrize("page", ["compare", "clusters"])
+def test_a_link_to_a_comparison_or_region_that_is_not_here_says_so(monkeypatch, tmp_path, page):
+    write_run(tmp_path / "known.duckdb", level="scores")
+    links = {
+        "compare": {"comparison": "gone.comparison"},
+        "clusters": {"region": "00000000u:0_0~1_1", "map": "prompts"},
+    }
+    named = {"compare": "the comparison “gone.comparison”", "clusters": "a region that is not of"}
+    app = opened(monkeypatch, tmp_path, page=page, run="known", **links[page])
+    assert named[page] in said(app.info)

@@ -1,9 +1,22 @@
 """What every figure says below its title: how many tokens, which ones, and that padding is out."""
 
 import html
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from explorer.figures.text import domain_label, label
+from explorer.figures.text import domain_label, domain_name, label
+
+
+class Caption(str):
+    """The line below a figure's title, and what chose the tokens behind it, as plain values."""
+
+    filters: dict[str, str]
+
+    def __new__(cls, text: str, filters: Mapping[str, str]) -> "Caption":
+        """Return a text with filters: their names, such as ``domain``, and values."""
+        line = super().__new__(cls, text)
+        line.filters = dict(filters)
+        return line
 
 
 class Scope(NamedTuple):
@@ -38,7 +51,7 @@ class Scope(NamedTuple):
     step: int = 1
     layers: tuple[int, int] | None = None
 
-    def caption(self, *notes: str) -> str:
+    def caption(self, *notes: str) -> Caption:
         """Return the line, with ``notes`` (escaped) at its end."""
         tokens = "token" if self.n_tokens == 1 else "tokens"
         line = f"n = {self.n_tokens:,} {tokens}"
@@ -53,7 +66,21 @@ class Scope(NamedTuple):
             parts.append(f"layer {first} only" if first == last else f"layers {first} to {last}")
         if not self.complete:
             parts.append("the capture did not end: a part of its prompts")
-        return "; ".join(parts)
+        return Caption("; ".join(parts), self.filter_values())
+
+    def filter_values(self) -> dict[str, str]:
+        """Return the filters in force by name, not escaped, as exports carry them."""
+        values = {
+            "domain": None if self.domain is None else domain_name(self.domain),
+            "phase": self.phase,
+            "search": self.search,
+            "slice": self.slice,
+            "tokens": "whole prompts" if self.slice and self.whole_prompts else None,
+            "layers": None if self.layers is None else f"{self.layers[0]} to {self.layers[1]}",
+            "counted": f"every {ordinal(self.step)} token" if self.step > 1 else None,
+            "capture": None if self.complete else "did not end",
+        }
+        return {name: value for name, value in values.items() if value}
 
     def filters_text(self) -> str:
         """Return the filters in force, as text that is not escaped."""

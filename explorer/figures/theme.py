@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from explorer.figures.caption import Caption
+
 SEQUENTIAL = "cividis"
 # ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the
 # cells that stand out are the ones far from neutral on either ground
@@ -194,6 +196,9 @@ def finish(
     caption_width : int, characters
         Of a line; less for a narrow figure.
     """
+    if isinstance(caption, Caption):
+        # exports say what chose their numbers
+        figure.update_layout(meta={"filters": caption.filters})
     lines = wrapped(caption, caption_width)
     extra = _LINE * (len(lines) - 1) + (_LEGEND if legend else 0)
     figure.update_layout(

@@ -13,6 +13,7 @@ from explorer.clusters.prepare import Prepared, prepare
 from explorer.clusters.projection import FEWEST
 from explorer.comparison.catalogue import catalogue
 from explorer.errors import RunError
+from explorer.figures.caption import Caption
 from explorer.figures.clusters import map_density, map_points
 from explorer.pages import address, jump
 from explorer.pages.address import domain_key
@@ -44,6 +45,10 @@ _GROUPS = ("6", "12", "24", "48")
 _NO_UMAP = (
     f"UMAP needs {FEWEST} different vectors of two numbers or more, and there are fewer here: the "
     "picture is the PCA."
+)
+_OTHER_REGION = (
+    "The link names a region that is not of this picture: it was drawn on another map, on the "
+    "other layout, or before the vectors changed. Nothing is selected."
 )
 # what a run knows of a router's inputs
 _RECORDED = {"hidden", "logits", "native", "token_ids", "starts", "positions"}
@@ -228,6 +233,8 @@ def _picture(view: View, asked: Asked, prepared: Prepared, there: Made) -> None:
         title = f"the expert of {wanted.router}"
     with left:
         region = _region(prepared, layout)
+        if region is None and address.read("region"):
+            st.info(_OTHER_REGION, icon=":material/info:")
         _figure(view, asked, prepared, table, hue_of(view, hue, title), layout, region)
     with right:
         quality_panel(asked.source, wanted.method, prepared, there.layout, there.clusters, layout)
@@ -335,9 +342,15 @@ def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) ->
     )
 
 
-def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> str:
+def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> Caption:
     unit = asked.source.unit
     parts = [f"{table.n_shown:,} of {table.n_points:,} mapped {unit}"]
+    acting = view.scope(table.n_shown, over_layers=unit == "experts")
+    # experts are mapped by all of their tokens, prompts by whole ones
+    if unit == "experts":
+        acting = acting.without_filters()
+    if unit != "tokens":
+        acting = acting._replace(phase=None)
     said = ", ".join(view.scope(table.n_shown).filters())
     if said and unit != "experts":
         parts.append(f"filters: {said}")
@@ -345,7 +358,7 @@ def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> str:
         parts.append("padding excluded")
     parts.append("axes have no unit" if layout == "UMAP" else "first two principal components")
     parts.append("draw a box or a line to see what is inside")
-    return "; ".join(parts)
+    return Caption("; ".join(parts), acting.filter_values())
 
 
 render()

@@ -83,6 +83,7 @@ def render() -> None:
     files = {path.name: path for path in comparisons_of(view.run.path)}
     start_comparison(view, first=not files)
     if not files:
+        address.pick("comparison", [], default="", what="comparison")
         if not service.may_write():
             st.info("No comparison was made on this run yet.", icon=":material/info:")
         return

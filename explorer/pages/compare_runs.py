@@ -163,11 +163,10 @@ def _expert_by_expert(view: View, other: View) -> None:
         st.info("No token of this selection is in both runs. Change the filters at the side.")
         return
     change = load_change(loads["a"], loads["b"])
-    caption = caption_of(sides)
     chart(
         change_heatmap(
             change,
-            caption=f"{caption}; 1× = unchanged; click a cell for the expert in A",
+            caption=caption_of(sides, "1× = unchanged", "click a cell for the expert in A"),
             dark=is_dark(),
         ),
         key="load change",
@@ -189,7 +188,7 @@ def _expert_by_expert(view: View, other: View) -> None:
                 table=load,
                 on_click=functools.partial(jump.aim, sides[name]),
             )
-    lines_section(both, caption)
+    lines_section(both, caption_of(sides))
 
 
 def _same_tokens(view: View, other: View) -> None:

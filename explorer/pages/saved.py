@@ -40,7 +40,7 @@ def follow(pages: Sequence[StreamlitPage]) -> None:
 
 
 def banner() -> None:
-    """Say which saved view this is, and whether what it shows changed since it was saved."""
+    """Say which saved view this is, and whether its choices or its data changed since then."""
     problem = st.session_state.pop(_PROBLEM, "")
     if problem:
         address.note(problem)
@@ -53,6 +53,10 @@ def banner() -> None:
         address.note(str(error))
         del st.query_params[_ADDRESS]
         return
+    other = _changed_choices(view)
+    if other:
+        _no_longer(view_id, other)
+        return
     with st.container(border=True, key="saved view"):
         st.markdown(
             f":material/bookmark: **{address.plain(view.name)}** · {address.plain(by_line(view))}"
@@ -60,6 +64,36 @@ def banner() -> None:
         if view.note:
             st.markdown(address.plain(view.note, lines=True))
     warn_of_changes(view)
+
+
+def _changed_choices(view: SavedView) -> list[str]:
+    """Return what of the address is not as the view has it."""
+    page = address.page()
+    if view.page != page:
+        return ["page"]
+    # a job that is under way is no choice
+    names = [name for name in address.names_of(page) if name != "job"]
+    found = {name: st.query_params.get(name, "") for name in names}
+    # a view that names no run, which may be one from elsewhere, is of whichever is open
+    asked = {"run": found["run"]} | view.params
+    return [name for name in names if found[name] != asked.get(name, "")]
+
+
+def _no_longer(view_id: str, changed: list[str]) -> None:
+    """Say that this is not the view any more, whose name and note would stand above other data."""
+    with st.container(border=True, key="saved view", horizontal=True, vertical_alignment="center"):
+        st.markdown(
+            ":material/bookmark_remove: This is no longer the saved view that was opened: "
+            + ", ".join(f"`{name}`" for name in changed)
+            + (" was" if len(changed) == 1 else " were")
+            + " changed."
+        )
+        st.page_link(
+            "explorer/pages/overview.py",
+            label="Back to the view",
+            icon=":material/undo:",
+            query_params={_ADDRESS: view_id},
+        )
 
 
 def warn_of_changes(view: SavedView) -> None:

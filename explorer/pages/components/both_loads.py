@@ -8,6 +8,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.runtime.scriptrunner import add_script_run_ctx, get_script_run_ctx
 
+from explorer.figures.caption import Caption
 from explorer.figures.two_runs import over_layers
 from explorer.metrics.load import max_violation
 from explorer.pages.components.chart import chart
@@ -44,12 +45,18 @@ def loads_and_gates(sides: dict[str, View]) -> Both:
     return Both(*({name: one.result() for name, one in some.items()} for some in (loads, gates)))
 
 
-def caption_of(sides: dict[str, View]) -> str:
-    """Return which tokens of each run are behind a figure over layers."""
+def caption_of(sides: dict[str, View], *notes: str) -> Caption:
+    """Return which tokens of each run are behind a figure over layers, with notes at the end."""
     scopes = {name: side.scope(over_layers=True) for name, side in sides.items()}
     # a line for each run: captions are broken at their semicolons
     said = {name: scope.caption().replace("; ", ", ") for name, scope in scopes.items()}
-    return "; ".join(f"{name.upper()}: {text}" for name, text in said.items())
+    parts = [*(f"{name.upper()}: {text}" for name, text in said.items()), *notes]
+    filters = {
+        f"{what}_{name}": value
+        for name, scope in scopes.items()
+        for what, value in scope.filter_values().items()
+    }
+    return Caption("; ".join(parts), filters)
 
 
 def lines_section(both: Both, caption: str) -> None:

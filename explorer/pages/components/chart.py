@@ -1,9 +1,11 @@
 """A figure on a page, with its text for screen readers, its numbers as a table, and downloads."""
 
+import hashlib
+import html
 import io
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,6 +19,8 @@ from explorer.text import cell
 _FORMAT = "format of pictures"
 _LISTED = 100_000  # rows of a table on a page; downloads have all
 _FORMATS = {"png": "PNG", "svg": "SVG"}
+_LONGEST = 120  # characters of a file's name
+_LAYER = re.compile(r"\blayer (\d+(?:\.\d+)?)\b")
 _CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
@@ -55,24 +59,25 @@ def chart(
         if points and on_click is not None and points[0].get("customdata"):
             on_click(_numbers(points[0]["customdata"]))
 
+    source = _source(figure, key)
     if on_region is not None:
         st.plotly_chart(
             figure,
             key=key,
             theme=None,
-            config=_config(key) | {"modeBarButtonsToRemove": []},
+            config=_config(source) | {"modeBarButtonsToRemove": []},
             alt=alt,
             on_select=drawn,
             selection_mode=("box", "lasso"),
         )
     elif on_click is None:
-        st.plotly_chart(figure, key=key, theme=None, config=_config(key), alt=alt)
+        st.plotly_chart(figure, key=key, theme=None, config=_config(source), alt=alt)
     else:
         st.plotly_chart(
             figure,
             key=key,
             theme=None,
-            config=_config(key),
+            config=_config(source),
             alt=alt,
             on_select=clicked,
             selection_mode="points",
@@ -107,26 +112,58 @@ def chart(
     )
     if menu.open:
         with menu:
-            _downloads(table() if callable(table) else table, key)
+            _downloads(table() if callable(table) else table, key, source)
 
 
-def _config(key: str) -> dict[str, Any]:
+class _Source(NamedTuple):
+    """What an export is of: its columns of provenance, and the beginning of its file's name."""
+
+    columns: dict[str, str]
+    file_name: str
+
+
+def _source(figure: go.Figure, key: str) -> _Source:
+    """Say what a figure is of: the runs of the page, and what chose its tokens."""
+    page = address.page()
+    columns = {"run": st.query_params.get("run", "")}
+    if page == "compare-runs":
+        columns["run_b"] = st.query_params.get("against", "")
+    if page == "compare":
+        columns["comparison"] = st.query_params.get("comparison", "")
+    filters = dict((figure.layout.meta or {}).get("filters", {}))
+    title = html.unescape(str(figure.layout.title.text or ""))
+    columns = {name: value for name, value in columns.items() if value}
+    parts = [*columns.values(), key]
+    if layer := _LAYER.search(title):
+        columns["of_layer"] = layer[1]
+        parts.append(f"layer {layer[1]}")
+    parts += [f"{name} {value}" for name, value in filters.items()]
+    columns |= {f"filter_{name}": value for name, value in filters.items()}
+    return _Source(columns, _file_name(parts))
+
+
+def _config(source: _Source) -> dict[str, Any]:
     """Return plotly's options; the camera saves twice the pixels of the screen."""
     picture = {
         "format": st.session_state.get(_FORMAT) or "png",
         "scale": 2,
-        "filename": _file_name(key),
+        "filename": source.file_name,
     }
     return _CONFIG | {"toImageButtonOptions": picture}
 
 
-def _file_name(key: str) -> str:
-    run = st.query_params.get("run", "")
-    return re.sub(r"[^\w.-]+", "-", f"{run} {key}").strip("-.") or "figure"
+def _file_name(parts: list[str]) -> str:
+    """Return a harmless name; of a long one the end is a digest, so that it is of this alone."""
+    said = " ".join(parts)
+    name = re.sub(r"[^\w.-]+", "-", said).strip("-.") or "figure"
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}-{hashlib.blake2b(said.encode(), digest_size=4).hexdigest()}"
 
 
-def _downloads(table: pd.DataFrame, key: str) -> None:
+def _downloads(table: pd.DataFrame, key: str, source: _Source) -> None:
     """Offer the data behind a figure, written only when somebody asks for it."""
+    table = with_source(table, source.columns)
     kinds: dict[str, tuple[Callable[[], bytes], str]] = {
         "CSV": (lambda: csv(table), "text/csv"),
         "Parquet": (lambda: parquet(table), "application/vnd.apache.parquet"),
@@ -137,7 +174,7 @@ def _downloads(table: pd.DataFrame, key: str) -> None:
             st.download_button(
                 kind,
                 data,
-                file_name=f"{_file_name(key)}.{kind.lower()}",
+                file_name=f"{source.file_name}.{kind.lower()}",
                 mime=mime,
                 on_click="ignore",
                 key=f"{kind} of {key}",
@@ -156,6 +193,13 @@ def _downloads(table: pd.DataFrame, key: str) -> None:
         key=widget,
         on_change=changed,
     )
+
+
+def with_source(table: pd.DataFrame, source: Mapping[str, str]) -> pd.DataFrame:
+    """Return a table with what it is of in columns at its end: runs, layer and filters."""
+    taken = {str(name) for name in table.columns}
+    columns = {f"{name}_of_figure" if name in taken else name: v for name, v in source.items()}
+    return table.assign(**columns)
 
 
 def csv(table: pd.DataFrame) -> bytes:
