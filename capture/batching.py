@@ -42,7 +42,9 @@ class PaddedBatch(NamedTuple):
         return len(self.rows) < self.input_ids.size
 
 
-def plan_batches(lengths: Sequence[int], budget: int, extra: int = 0) -> list[Ints]:
+def plan_batches(
+    lengths: Sequence[int], budget: int, extra: int = 0, *, same_length: bool = False
+) -> list[Ints]:
     """Group prompts of similar length, longest first, within a budget of padded tokens.
 
     Longest first, so that a model that does not fit into memory fails at once. A prompt longer
@@ -55,6 +57,8 @@ def plan_batches(lengths: Sequence[int], budget: int, extra: int = 0) -> list[In
         Rows times width of a batch stay below it.
     extra : int, tokens
         Tokens that will be generated after each prompt.
+    same_length : bool
+        Put only prompts of one length together, so that nothing is padded.
 
     Returns
     -------
@@ -67,6 +71,9 @@ def plan_batches(lengths: Sequence[int], budget: int, extra: int = 0) -> list[In
     while start < len(order):
         width = lengths[order[start]] + extra
         stop = start + max(1, budget // width)
+        if same_length:
+            alike = [lengths[n] == lengths[order[start]] for n in order[start:stop]]
+            stop = start + (alike.index(False) if False in alike else len(alike))
         batches.append(np.sort(order[start:stop]))
         start = stop
     return batches

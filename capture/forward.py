@@ -50,9 +50,8 @@ class Runner:
         self.model = model
         self.head = head
         self.device = input_device(model)
-        parameters = inspect.signature(_called(model).forward).parameters
         self.is_compiled = any(m._compiled_call_impl is not None for m in model.modules())
-        self._takes_positions = "position_ids" in parameters
+        self._takes_positions = takes_positions(model)
 
     def prompts(self, batch: PaddedBatch, *, keep_cache: bool = False) -> PromptPass:
         """Run the prompts of a batch; padding is masked and gets no loss."""
@@ -87,10 +86,11 @@ class Runner:
         return {"position_ids": position_ids} if self._takes_positions else {}
 
 
-def _called(model: Any) -> Any:
-    """Return the model whose forward is called in the end, inside an adapter's wrapper."""
+def takes_positions(model: Any) -> bool:
+    """Whether a model takes positions; an adapter's wrapper takes anything and hands it on."""
     base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
+    called = base() if callable(base) else model
+    return "position_ids" in inspect.signature(called.forward).parameters
 
 
 def next_in_prompt(batch: PaddedBatch) -> npt.NDArray[np.bool_]:

@@ -167,10 +167,14 @@ def plan_recording(
     loaded: "LoadedModel",
     config: CaptureConfig,
     attention: AttentionPlan | None = None,
+    sites: "list[Site] | None" = None,
 ) -> "Plan":
-    """Settle what the loop over batches needs to know."""
+    """Settle what the loop over batches needs to know; ``sites`` are needed for decoding."""
     from capture.recording import Plan
+    from capture.selftest import heeds_padding
     from capture.sites import text_config
+
+    padded = config.generate > 0 and len({len(prompt.ids) for prompt in prompts}) > 1
 
     budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
     pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
@@ -183,6 +187,7 @@ def plan_recording(
         pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocab_size(loaded) else 0,
         end_ids=_end_ids(loaded),
         attended=attention.attended.is_attended if attention is not None else None,
+        same_length=padded and not heeds_padding(loaded.model, sites or []),
     )
 
 
@@ -211,12 +216,14 @@ def describe_run(
     """Return what is known of the run before its first token."""
     import torch
 
+    from capture.inputs import input_device
     from kernels.dispatch import backend_for
 
     model = loaded.model
-    device = str(model.device)
-    if model.device.type == "cuda":
-        device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    place = model.device if model.device.type != "meta" else input_device(model)
+    device = f"{place} (weights offloaded)" if model.device.type == "meta" else str(place)
+    if place.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(place)})"
     names = [*PACKAGES, *([KERNEL_PACKAGE] if importlib.util.find_spec(KERNEL_PACKAGE) else [])]
     ops = OPS if attention is None else OPS + ATTENTION_OPS
     chosen = {} if attention is None else {"attention": attention.attended.record}
@@ -230,7 +237,7 @@ def describe_run(
         level=config.level,
         vocab_size=vocab_size(loaded),
         hidden_size=hidden_size(loaded),
-        backends={op: backend_for(op, model.device) for op in ops},
+        backends={op: backend_for(op, place) for op in ops},
         packages={"python": platform.python_version(), **packages},
         config=config.to_json(),
         sample=sample.record if attention is None else sample.record | chosen,

@@ -56,6 +56,8 @@ class Plan:
         Tokens that end a generated text.
     attended : array [P], bool, or None
         Prompts whose attention is recorded; None without attention.
+    same_length : bool
+        Batches hold prompts of one length, for a model that does not heed padding.
     """
 
     prompts: Sequence[TokenizedPrompt]
@@ -66,6 +68,7 @@ class Plan:
     pad_id: int
     end_ids: tuple[int, ...]
     attended: npt.NDArray[np.bool_] | None = None
+    same_length: bool = False
 
     def batches(self, limit: int | None = None) -> list[Ints]:
         """Return the numbers of the prompts of each forward pass.
@@ -76,7 +79,8 @@ class Plan:
             A further bound, from :meth:`capture.head.Head.limit`.
         """
         budget = self.batch_tokens if limit is None else min(limit, self.batch_tokens)
-        return plan_batches([len(prompt.ids) for prompt in self.prompts], budget, self.generate)
+        lengths = [len(prompt.ids) for prompt in self.prompts]
+        return plan_batches(lengths, budget, self.generate, same_length=self.same_length)
 
 
 @dataclass

@@ -45,7 +45,11 @@ def padded(ids: torch.Tensor) -> torch.Tensor:
 
 
 def run(
-    model: nn.Module, sites: Sequence[Site], ids: torch.Tensor, mask: torch.Tensor | None = None
+    model: nn.Module,
+    sites: Sequence[Site],
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    **arguments: Any,
 ) -> Seen:
     """Run the model on ids [B, S], without padding where there is no mask."""
     inputs: dict[int, torch.Tensor] = {}
@@ -54,7 +58,7 @@ def run(
         for number, site in enumerate(sites):
             stack.callback(_keep_input(site.router, inputs, number))
         given = torch.ones_like(ids) if mask is None else mask
-        output = model(input_ids=ids, attention_mask=given, use_cache=False)
+        output = model(input_ids=ids, attention_mask=given, use_cache=False, **arguments)
         return Seen(taps.take(), inputs, _output(output, ids))
 
 
@@ -93,14 +97,56 @@ def check_rows(
                 break
             if _is_same(batch.output[here], alone.output):
                 break
-        for site, inside, single in zip(sites, together, _vectors(sites, alone, kept), strict=True):
-            if not all(_is_same(a[here], b) for a, b in zip(inside, single, strict=True)):
-                raise SiteError(
-                    f"{site.info.module}: the rows of a padded batch should be those of each "
-                    "prompt alone, in the order [prompt, token], but they are not: they come in "
-                    "another order, or a token's routing depends on the other prompts. Such a "
-                    "model cannot be recorded token by token."
-                )
+        single = _vectors(sites, alone, kept)
+        differs = _first_difference(sites, together, single, here)
+        if differs is not None:
+            raise SiteError(
+                f"{differs.info.module}: the rows of a padded batch should be those of each "
+                "prompt alone, in the order [prompt, token], but they are not: they come in "
+                "another order, or a token's routing depends on the other prompts. Such a "
+                "model cannot be recorded token by token."
+            )
+
+
+def heeds_left_padding(
+    model: nn.Module, sites: Sequence[Site], ids: torch.Tensor, **positions: bool
+) -> bool:
+    """Whether a prompt that is padded on its left, as for decoding, is routed as it is alone.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    sites : sequence of Site
+    ids : Tensor [B, S]
+        Plain tokens.
+    **positions : bool
+        ``position_ids=True`` where the model takes them.
+    """
+    rows, length = ids.shape
+    mask = torch.ones_like(ids)
+    mask[-1, : length // 2] = 0
+    given = {
+        name: (mask.cumsum(-1) - 1).clamp_min(0) for name, is_taken in positions.items() if is_taken
+    }
+    batch = run(model, sites, ids, mask, **given)
+    alone = run(model, sites, ids[-1:, length // 2 :])
+    here = slice((rows - 1) * length + length // 2, rows * length)
+    together = _vectors(sites, batch, ids.numel())
+    single = _vectors(sites, alone, length - length // 2)
+    return _first_difference(sites, together, single, here) is None
+
+
+def _first_difference(
+    sites: Sequence[Site],
+    together: list[list[torch.Tensor]],
+    alone: list[list[torch.Tensor]],
+    here: slice,
+) -> Site | None:
+    """Return the first site whose rows ``here`` of a batch are not those of a prompt alone."""
+    for site, inside, single in zip(sites, together, alone, strict=True):
+        if not all(_is_same(a[here], b) for a, b in zip(inside, single, strict=True)):
+            return site
+    return None
 
 
 def _vectors(sites: Sequence[Site], seen: Seen, n_rows: int) -> list[list[torch.Tensor]]:

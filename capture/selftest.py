@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from capture.errors import SiteError
+from capture.forward import takes_positions
 from capture.hooks import SiteObservation
 from capture.inputs import input_device, vocabulary
-from capture.row_test import check_rows, padded, run
+from capture.row_test import check_rows, heeds_left_padding, padded, run
 from capture.scoring import explains_choice, score_function_of
 from capture.sites import Site, find_sites, text_config
 from capture.switches import plain_forward
@@ -66,6 +67,16 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         ]
         check_rows(model, measured, ids, mask, batch)
     return measured
+
+
+def heeds_padding(model: nn.Module, sites: Sequence[Site]) -> bool:
+    """Whether prompts of unequal length can be decoded together, padded on their left.
+
+    Models of one's own may look at no attention mask, or count positions from the padding.
+    """
+    ids = probe_tokens(model)[:2]
+    with torch.inference_mode(), plain_forward(model):
+        return heeds_left_padding(model, sites, ids, position_ids=takes_positions(model))
 
 
 def probe_tokens(model: nn.Module) -> torch.Tensor:

@@ -53,6 +53,11 @@ SPELLED = (
 )
 
 
+SAME_LENGTH = (
+    "The model does not heed padding, so only prompts of one length were decoded together."
+)
+
+
 class _Cancelled(Exception):
     """The caller's ``cancel`` said so."""
 
@@ -222,7 +227,7 @@ def _capture(
         raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
     info = preparation.describe_run(loaded, config, sample, attention)
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
-    plan = preparation.plan_recording(prompts, sample, loaded, config, attention)
+    plan = preparation.plan_recording(prompts, sample, loaded, config, attention, sites)
     layers = attention.found.layers if attention is not None else ()
     writer = RunWriter.create(out, info, [site.info for site in sites], rows, layers)
     try:
@@ -402,6 +407,8 @@ class _Session:
             "sampled_tokens": self.assembler.sampled_tokens,
         }
         notes |= self._text_notes()
+        if self.plan.same_length:
+            notes["padding"] = SAME_LENGTH
         if any(site.selection_bias is not None for site in self.sites):
             notes["selection_bias"] = "Margins include the bias that routers add for the choice."
         choices = [choice for site in self.sites if (choice := site.choice()) is not None]

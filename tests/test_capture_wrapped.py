@@ -343,6 +343,45 @@ def test_models_without_a_cache_generate_what_others_do(kind, tmp_path):
     )
 
 
+class Unmasked(transformers.MixtralForCausalLM):
+    """A model that keeps no cache and looks at no mask."""
+
+    def forward(self, input_ids=None, **_):
+        return super().forward(input_ids, use_cache=False)
+
+
+def test_a_model_that_heeds_no_padding_decodes_prompts_of_one_length_together(tmp_path):
+    torch.manual_seed(0)
+    config = tiny_models.config_of("mixtral", eos_token_id=None)
+    model = tiny_models.randomise(Unmasked(config)).eval()
+    prompts = [[5, 6, 7, 9, 12], [8, 9], [10, 11, 13, 14, 15], [20, 21, 22]]
+    out = tmp_path / "run.duckdb"
+    capture.record(model, prompts, out, generate=3, progress=False)
+    right = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(3):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        right.append(ids)
+    with duckdb.connect(str(out), read_only=True) as run:
+        rows = run.execute(
+            "select list(token order by position) from tokens group by prompt_id order by prompt_id"
+        ).fetchall()
+        notes = run.execute("select notes from run").fetchone()[0]
+    assert [ids for (ids,) in rows] == right
+    assert "does not heed padding" in notes
+
+
+def test_one_expert_is_recorded_without_an_invented_number(tmp_path):
+    model = tiny_models.build("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    sites, found = recorded(model, tmp_path / "run.duckdb")
+    assert [count for _, count in sites] == [1] * 3
+    assert found == [[{0: 1.0}] * 6] * 3
+    with duckdb.connect(str(tmp_path / "run.duckdb"), read_only=True) as run:
+        gates = run.execute("select distinct entropy, topk_mass, margin from gates").fetchall()
+    assert gates == [(0.0, 1.0, None)]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
