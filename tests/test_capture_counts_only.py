@@ -1,6 +1,7 @@
 """What a counts-only export keeps back: sums of a few tokens, and names that may be of people."""
 
 import json
+import sys
 
 import duckdb
 import numpy as np
@@ -106,12 +107,11 @@ def test_the_attack_works_on_sums_that_are_not_kept_back(model, known, secrets, 
 @pytest.mark.parametrize(
     ("people", "others", "named"),
     [
-        (40, {}, None),
-        (60, {}, set()),
-        (40, {"law": (8, 30)}, set()),
-        (60, {"law": (8, 30)}, {"law"}),
-        (40, {"law": (8, 30), "code": (6, 20)}, {"law"}),
-        (40, {"law": (2, 90), "code": (9, 20)}, {"code"}),
+        (60, {}, None),
+        (60, {"law": (8, 30)}, set()),
+        (60, {"law": (8, 30), "code": (6, 20)}, {"law"}),
+        (60, {"law": (2, 90), "code": (9, 20)}, {"code"}),
+        (60, {"law": (2, 30), "code": (9, 20)}, {"code"}),
     ],
 )
 def test_a_token_of_one_person_is_not_read_back(
@@ -181,3 +181,17 @@ def test_an_export_says_nothing_of_a_home_folder(model, tmp_path):
     *_, shown = exported(path)
     assert shown == "secret"
     assert b"/home/ann" not in path.with_name("counts.duckdb").read_bytes()
+
+
+def test_a_domain_may_be_named_in_one_phase_and_not_in_another(tmp_path, monkeypatch):
+    from synthetic import write_run
+
+    own = sys.modules["capture.store.counts_only"]
+    monkeypatch.setattr(own, "MIN_TOKENS", 3)
+    monkeypatch.setattr(own, "MIN_PROMPTS", 1)
+    sums, sizes, pairs, notes, _ = exported(write_run(tmp_path / "run.duckdb").path)
+    told = sums.groupby("phase")["domain"].agg(set)
+    # two and one decoded tokens; two tokens of no domain, put together with five
+    assert told["generated"] == {TOGETHER} and told["prompt"] == {"law", "code", TOGETHER}
+    assert set(sizes["domain"]) == {"law", "code", TOGETHER} and notes["together"] == 2
+    assert not pairs.empty and notes["left_out"] == []

@@ -7,8 +7,8 @@ a prompt and in a batch, and no more.
 
 Sums over a few tokens say what each of them did, and a domain may be the name of a person. So
 there are sums only of groups of at least ``MIN_TOKENS`` tokens from at least ``MIN_PROMPTS``
-prompts, in each phase: domains with less are put together under one name, with larger ones where
-that is not enough, so that no difference of sums is of a smaller group either. A phase that has
+prompts. In each phase the domains with less are put together under one name, with larger ones
+where that is not enough, so that no difference of sums is of a smaller group either. A phase that has
 less in all is left out, and with it the pairs of experts, which are counted over all phases.
 """
 
@@ -34,7 +34,7 @@ from capture.store.writer import BLOCK_SIZE
 
 # what a counts-only run says of itself in ``run.notes``
 NOTE = "counts_only"
-MIN_TOKENS = 50
+MIN_TOKENS = 100
 MIN_PROMPTS = 5
 TOGETHER = "(domains put together)"
 _TOKENS = (
@@ -79,15 +79,29 @@ class _Size(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """What is given of a run: the phases, and the domains that lose their names."""
+    """What is given of a run: the sums of each phase, and the domains that are named in them.
 
-    phases: frozenset[str]
+    Attributes
+    ----------
+    named : mapping of phase to frozenset of domain
+        Phases that are given, each with the domains that keep their names there.
+    left_out : frozenset of phase
+        Phases of which nothing is given.
+    lost : frozenset of domain
+        Domains that are named nowhere.
+    """
+
+    named: Mapping[str, frozenset[str | None]]
     left_out: frozenset[str]
-    together: frozenset[str | None]
+    lost: frozenset[str | None]
 
     def name(self, domain: str | None) -> str | None:
-        """Return what a domain is called in the new file."""
-        return TOGETHER if domain in self.together else domain
+        """Return what a domain of prompts is called in the new file."""
+        return TOGETHER if domain in self.lost else domain
+
+    def name_in(self, phase: str, domain: str | None) -> str | None:
+        """Return what a domain is called in the sums of a phase."""
+        return domain if domain in self.named[phase] else TOGETHER
 
 
 _Sizes = Mapping[str | None, Mapping[str, _Size]]
@@ -97,20 +111,25 @@ def _rule(sizes: _Sizes) -> _Rule:
     """Decide which groups are large enough."""
     every = {phase for by_phase in sizes.values() for phase in by_phase}
     small = {phase for phase in every if _size(sizes, set(sizes), phase).is_small}
-    phases = every - small
-    together = {
+    named = {phase: _named(sizes, phase) for phase in every - small}
+    lost = {
         domain
         for domain, by_phase in sizes.items()
-        if domain == TOGETHER
-        or _all_phases(by_phase).is_small
-        or any(by_phase.get(phase, _Size()).is_small for phase in phases)
+        if _all_phases(by_phase).is_small or not any(domain in known for known in named.values())
     }
-    others = sorted(set(sizes) - together, key=lambda d: sum(s.tokens for s in sizes[d].values()))
-    while together and others and any(_size(sizes, together, p).is_small for p in phases):
-        together.add(others.pop(0))
     # without a name there is nothing to hide in one
-    renamed = together - {None} and together
-    return _Rule(frozenset(phases), frozenset(small), frozenset(renamed))
+    return _Rule(named, frozenset(small), frozenset(lost if lost - {None} else ()))
+
+
+def _named(sizes: _Sizes, phase: str) -> frozenset[str | None]:
+    """Return the domains whose sums are given by themselves in a phase."""
+    here = {domain: by_phase[phase] for domain, by_phase in sizes.items() if phase in by_phase}
+    together = {domain for domain, size in here.items() if domain == TOGETHER or size.is_small}
+    others = sorted(set(here) - together, key=lambda domain: here[domain].tokens)
+    while others and _size(sizes, together, phase).is_small:
+        together.add(others.pop(0))
+    # one domain without a name needs none
+    return frozenset(here if together == {None} else set(here) - together)
 
 
 def _all_phases(by_phase: Mapping[str, _Size]) -> _Size:
@@ -186,7 +205,7 @@ def _model(run: RunReader) -> str:
 def _notes(rule: _Rule) -> str:
     """Say in the file what it leaves out, for ``run.notes``."""
     least = {"tokens": MIN_TOKENS, "prompts": MIN_PROMPTS}
-    said = {"least": least, "together": len(rule.together), "left_out": sorted(rule.left_out)}
+    said = {"least": least, "together": len(rule.lost), "left_out": sorted(rule.left_out)}
     return json.dumps({NOTE: True, **said})
 
 
@@ -200,9 +219,10 @@ def _sums(rollup: pa.Table, rule: _Rule) -> pa.Table:
     """Return the sums of the groups that are given, in the columns of ``rollup``."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rollup.to_pylist():
-        if row["phase"] not in rule.phases:
+        if row["phase"] not in rule.named:
             continue
-        key = (row["layer"], row["site"], rule.name(row["domain"]), row["phase"])
+        name = rule.name_in(row["phase"], row["domain"])
+        key = (row["layer"], row["site"], name, row["phase"])
         group = found.setdefault(key, dict.fromkeys(_SUMS, 0))
         for name in _SUMS:
             # a sum over only some of the tokens would read as one over all
