@@ -8,8 +8,8 @@ a prompt and in a batch, and no more.
 Sums over a few tokens say what each of them did, and a domain may be the name of a person. So
 there are sums only of groups of at least ``MIN_TOKENS`` tokens from at least ``MIN_PROMPTS``
 prompts. In each phase the domains with less are put together under one name, with larger ones
-where that is not enough, so that no difference of sums is of a smaller group either. A phase that has
-less in all is left out, and with it the pairs of experts, which are counted over all phases.
+where that is not enough, so that no difference of sums is of a smaller group either. A phase that
+has less in all is left out, and with it the pairs of experts, which are counted over all phases.
 """
 
 import json
