@@ -17,6 +17,7 @@ from explorer.queries.overview import token_count
 from explorer.queries.specialization import loads_by_domain
 from explorer.queries.two_runs import Chosen, chosen, common_prompts, common_tokens
 from explorer.run import Run
+from explorer.two_runs import mean
 
 # tokens of two runs whose experts are compared one by one
 MAX_TOKENS = 3_000
@@ -81,10 +82,12 @@ def trend_table(
     Returns
     -------
     DataFrame
-        One row per checkpoint and site: ``name, stage, step`` (NA = none), ``layer, site, tokens``;
-        ``saturation`` = share of the last checkpoint's experts that the checkpoint chose for the
-        same tokens, with ``chance`` = top_k / E; ``max_violation``, ``normalized_entropy`` (of the
-        load); ``domain_information`` = mutual information of domain and expert, nats; NaN where it
+        One row per checkpoint and site: ``name, stage, step`` (NA = none), ``layer, site``;
+        ``tokens`` of the checkpoint, and ``shared``, those that it has in common with the last
+        one and that were compared (NA = experts per token were not recorded); ``saturation`` =
+        share of the last checkpoint's experts that the checkpoint chose for the same tokens, with
+        ``chance`` = top_k / E; ``max_violation``, ``normalized_entropy`` (of the load);
+        ``domain_information`` = mutual information of domain and expert, nats; NaN where it
         cannot be measured.
 
     References
@@ -95,7 +98,7 @@ def trend_table(
     rows = []
     for one in checkpoints:
         n_tokens = token_count(one.run, domain=domain, phase=phase)
-        saturation = _saturation(one.run, last, domain)
+        saturation, shared = _saturation(one.run, last, domain)
         load = loads_by_domain(one.run, domain=domain, phase=phase)
         for site in one.run.sites:
             counts = _counts(load, site)
@@ -108,6 +111,7 @@ def trend_table(
                     "layer": site.layer,
                     "site": site.site,
                     "tokens": n_tokens,
+                    "shared": shared,
                     "saturation": saturation.get((site.layer, site.site), float("nan")),
                     "chance": site.top_k / site.n_experts,
                     "max_violation": max_violation(total),
@@ -115,7 +119,7 @@ def trend_table(
                     "domain_information": information(counts) if len(counts) > 1 else float("nan"),
                 }
             )
-    return pd.DataFrame(rows).astype({"step": "Int64"})
+    return pd.DataFrame(rows).astype({"step": "Int64", "shared": "Int64"})
 
 
 def _counts(load: pd.DataFrame, site: SiteInfo) -> npt.NDArray[np.float64]:
@@ -141,19 +145,21 @@ class _Experts:
         return self._chosen
 
 
-def _saturation(run: Run, last: _Experts, domain: str | None) -> dict[tuple[int, int], float]:
+def _saturation(
+    run: Run, last: _Experts, domain: str | None
+) -> tuple[dict[tuple[int, int], float], int | None]:
+    """Return the saturation of every site, and how many tokens were compared for it."""
     if not (run.records_ids and last.run.records_ids):
-        return {}
+        return {}, None
     prompts = common_prompts(run, last.run)
     if domain is not None:
         prompts = prompts[prompts["domain"].fillna("") == domain]
     both = common_tokens(run, last.run, prompts, max_tokens=MAX_TOKENS)
     if both.empty:
-        return {}
+        return {}, 0
     sides = chosen(run, both["token_a"], weights=False), last.of(both["token_b"].to_numpy())
-    return {
-        (site.layer, site.site): float(
-            np.nanmean(agreement.overlap_at_k(end.expert_ids, now.expert_ids))
-        )
+    found = {
+        (site.layer, site.site): mean(agreement.overlap_at_k(end.expert_ids, now.expert_ids))
         for site, now, end in zip(run.sites, *sides, strict=True)
     }
+    return found, len(both)

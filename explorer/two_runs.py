@@ -149,18 +149,18 @@ def token_divergence(
             "common": len(every),
             "jaccard": agreement.jaccard(a.expert_ids, b.expert_ids).mean(),
             "exact_set": agreement.exact_set(a.expert_ids, b.expert_ids).mean(),
-            "top_1": _mean(agreement.top_1(a.expert_ids, b.expert_ids)),
+            "top_1": mean(agreement.top_1(a.expert_ids, b.expert_ids)),
             "chance": agreement.chance_jaccard(site.n_experts, site.top_k),
         }
         if weights:
-            row["js"] = _mean(
+            row["js"] = mean(
                 agreement.weight_divergence(a.expert_ids, a.weights, b.expert_ids, b.weights)
             )
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _mean(values: npt.NDArray[np.float64]) -> float:
+def mean(values: npt.NDArray[np.float64]) -> float:
     """Return the mean of what is defined; nan if that is nothing."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from explorer.figures.caption import Caption
+from explorer.figures.text import escaped
 
 SEQUENTIAL = "cividis"
 # ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the
@@ -198,7 +199,8 @@ def finish(
     """
     if isinstance(caption, Caption):
         # exports say what chose their numbers
-        figure.update_layout(meta={"filters": caption.filters})
+        filters = {name: escaped(value) for name, value in caption.filters.items()}
+        figure.update_layout(meta={"filters": filters})
     lines = wrapped(caption, caption_width)
     extra = _LINE * (len(lines) - 1) + (_LEGEND if legend else 0)
     figure.update_layout(

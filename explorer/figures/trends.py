@@ -42,6 +42,21 @@ for _name, _trend in {
     TRENDS.add(_name)(_trend)
 
 
+def tokens_of(table: pd.DataFrame, quantity: str) -> dict[str, int]:
+    """Return how many tokens each checkpoint's values are of; empty where it is not known.
+
+    Saturation is of the tokens that are shared with the last checkpoint, all else of its own.
+    """
+    column = "shared" if quantity == "saturation" else "tokens"
+    if column not in table:
+        return {}
+    known = table.drop_duplicates("name")
+    return {
+        str(name): 0 if pd.isna(n) else int(n)
+        for name, n in zip(known["name"], known[column], strict=True)
+    }
+
+
 def trend_lines(
     table: pd.DataFrame, quantity: str, *, caption: str, dark: bool = False
 ) -> go.Figure:
@@ -55,6 +70,7 @@ def trend_lines(
         A name in ``TRENDS``.
     """
     trend = TRENDS[quantity]
+    counts = tokens_of(table, quantity)
     several = bool((table["site"] > 0).any())
     order = list(dict.fromkeys(table["name"]))
     places = list(dict.fromkeys(zip(table["layer"], table["site"], strict=True)))
@@ -72,7 +88,8 @@ def trend_lines(
                 line={"color": color, "width": 2},
                 marker={"symbol": (places.index(place)) % 8, "size": 7},
                 name=f"layer {name}",
-                hovertemplate=f"layer {name}: %{{y:.3f}}<extra>%{{x}}</extra>",
+                customdata=[f"n = {counts[one]:,}" if counts else "" for one in rows["name"]],
+                hovertemplate=f"layer {name}: %{{y:.3f}}<br>%{{customdata}}<extra>%{{x}}</extra>",
             )
         )
     if quantity == "saturation":

@@ -9,16 +9,20 @@ import streamlit as st
 from capture.demo import TRENDS as DEMO_TRENDS
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError, RunError
+from explorer.figures.caption import Caption
+from explorer.figures.names import labels
 from explorer.figures.number import number
-from explorer.figures.trends import TRENDS, trend_lines
+from explorer.figures.text import label
+from explorer.figures.trends import TRENDS, tokens_of, trend_lines
 from explorer.pages import address, state
 from explorer.pages.components.chart import chart
 from explorer.pages.shell import current_view
-from explorer.pages.state import is_dark
+from explorer.pages.state import View, is_dark
 from explorer.run import Run, open_run
 from explorer.trends import MAX_TOKENS, in_order, trend_table
 from explorer.views import join
 
+_LISTED = 6  # checkpoints whose numbers of tokens are told one by one
 _DEMO, _FOLDER = "demo", "folder"
 _SOURCES = {_DEMO: "The demo model's training", _FOLDER: "Runs of this folder"}
 
@@ -57,15 +61,21 @@ def render() -> None:
     except RunError as error:
         st.error(address.plain(str(error)), icon=":material/error:")
         return
-    if table.empty or not table["tokens"].min():
-        st.info("A checkpoint has no token of this selection. Change the filters at the side.")
+    without = _named(table[table["tokens"] == 0])
+    if table.empty or without:
+        st.info(f"No token of this selection: {without}. Change the filters at the side.")
         return
     if view.part is not None:
         st.caption("The search and the slice at the side do not act on checkpoints.")
-    _figure(table, [one.name for one in checkpoints])
+    _figure(view, table, [one.name for one in checkpoints])
 
 
-def _figure(table: pd.DataFrame, names: list[str]) -> None:
+def _named(rows: pd.DataFrame) -> str:
+    """Return the names of the checkpoints of some rows, for Markdown."""
+    return ", ".join(f"{address.plain(name)}" for name in dict.fromkeys(rows["name"]))
+
+
+def _figure(view: View, table: pd.DataFrame, names: list[str]) -> None:
     quantity = address.choose(
         st.segmented_control,
         "trend",
@@ -75,24 +85,66 @@ def _figure(table: pd.DataFrame, names: list[str]) -> None:
         show=_short,
     )
     st.caption(TRENDS[quantity].meaning)
-    if table[quantity].isna().all():
+    if quantity == "saturation":
+        _not_shared(table, names[-1])
+        only_last = table[table["name"] != names[-1]][quantity].isna().all()
+    if table[quantity].isna().all() or (quantity == "saturation" and only_last):
         st.info(
-            "This was not recorded: saturation needs the same prompts in all runs, at level `ids` "
-            "or above; information needs prompts of several domains.",
+            "There is nothing to draw: saturation needs the same prompts in several runs, at level "
+            "`ids` or above; information needs prompts of several domains; load entropy needs "
+            "more than one expert.",
             icon=":material/info:",
         )
         return
-    tokens = f"n = {int(table['tokens'].min()):,} tokens of each checkpoint; padding excluded"
-    if quantity == "saturation" and int(table["tokens"].max()) > MAX_TOKENS:
-        tokens += f"; compared on up to {MAX_TOKENS:,} prompt tokens, evenly spread"
     chart(
-        trend_lines(table, quantity, caption=f"{tokens}; one line a layer", dark=is_dark()),
+        trend_lines(table, quantity, caption=_caption(view, table, quantity), dark=is_dark()),
         key=f"trend {quantity}",
         alt=f"{TRENDS[quantity].title} over {len(names)} checkpoints, one line for each of "
         f"{table['layer'].nunique()} layers; at the last one "
         f"{number(table[table['name'] == names[-1]][quantity].mean(), '.3f')} on average.",
         table=table,
     )
+
+
+def _not_shared(table: pd.DataFrame, last: str) -> None:
+    """Say which checkpoints have nothing in common with the last one, and which no ids."""
+    others = table[table["name"] != last]
+    for rows, said in (
+        (others[others["shared"] == 0], f"No prompt in common with {address.plain(last)}: "),
+        (others[others["shared"].isna()], "Experts of tokens were not recorded here or there: "),
+    ):
+        if len(rows):
+            st.info(f"{said}{_named(rows)}. Saturation is not defined for them.")
+
+
+def _caption(view: View, table: pd.DataFrame, quantity: str) -> Caption:
+    """Say how many tokens each checkpoint's values are of, and which filters act."""
+    counts = tokens_of(table, quantity)
+    most = max(counts.values())
+    what = "tokens"
+    scope = view.scope(most, over_layers=True)._replace(search=None, slice=None, step=1)
+    if quantity == "saturation":
+        what = "prompt tokens shared with the last checkpoint"
+        if most >= MAX_TOKENS:
+            what += f" (at most {MAX_TOKENS:,}, evenly spread)"
+        scope = scope._replace(phase="prompt")
+    of = "".join(f"; {name}: {label(value)}" for name, value in scope.filter_values().items())
+    return Caption(
+        f"n = {_numbers(counts)} {what}{of}; padding excluded; one line a layer",
+        scope.filter_values(),
+    )
+
+
+def _numbers(counts: dict[str, int]) -> str:
+    """Write the number of each checkpoint's tokens: one for all where they are the same."""
+    if len(set(counts.values())) == 1:
+        return f"{max(counts.values()):,} of each checkpoint,"
+    if len(counts) > _LISTED:
+        low, high = min(counts.values()), max(counts.values())
+        return f"{low:,} to {high:,} (each checkpoint's own: in the table, and under the mouse)"
+    names = labels(list(counts), limit=18)
+    each = [f"{n:,} ({name})" for name, n in zip(names, counts.values(), strict=True)]
+    return ", ".join(each)
 
 
 def _short(quantity: str) -> str:

@@ -130,7 +130,8 @@ def _source(figure: go.Figure, key: str) -> _Source:
         columns["run_b"] = st.query_params.get("against", "")
     if page == "compare":
         columns["comparison"] = st.query_params.get("comparison", "")
-    filters = dict((figure.layout.meta or {}).get("filters", {}))
+    known = (figure.layout.meta or {}).get("filters", {})
+    filters = {name: html.unescape(value) for name, value in known.items()}
     title = html.unescape(str(figure.layout.title.text or ""))
     columns = {name: value for name, value in columns.items() if value}
     parts = [*columns.values(), key]
