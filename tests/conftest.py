@@ -99,7 +99,9 @@ class InterpretedFile(pytest.File):
     """A file whose tests run in a process of their own."""
 
     def collect(self):
-        yield InterpretedRun.from_parent(self, name="interpreted")
+        run = InterpretedRun.from_parent(self, name="interpreted")
+        run.add_marker("slow")
+        yield run
 
 
 class InterpretedRun(pytest.Item):
@@ -130,6 +132,13 @@ class InterpretedRun(pytest.Item):
 
 class InterpretedRunFailed(Exception):
     """Tests failed in the interpreting process; the message is what it printed."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Put torch's threads back: the benches set them, for all that runs after in this process."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=INTERPRETING)
@@ -211,31 +220,42 @@ def chromium():
         yield driven
 
 
+@pytest.fixture(scope="module")
+def contexts(chromium):
+    """Keep the profiles of a file's tests, one a theme: scripts are loaded and compiled once."""
+    made = {}
+    yield made
+    for context in made.values():
+        context.close()
+
+
 @pytest.fixture(params=["light", "dark"])
 def theme(request):
     return request.param
 
 
 @pytest.fixture
-def new_page(chromium):
+def new_page(chromium, contexts):
     """Return what opens a page; its `troubles` are dialogs and errors of scripts."""
     from browser import SIZE
 
-    contexts = []
+    opened = []
 
     def make(theme="light", **options):
-        context = chromium.new_context(viewport=SIZE, color_scheme=theme, **options)
-        context.set_default_timeout(30_000)
-        contexts.append(context)
-        page = context.new_page()
+        key = theme, *sorted(options.items())
+        if key not in contexts:
+            contexts[key] = chromium.new_context(viewport=SIZE, color_scheme=theme, **options)
+            contexts[key].set_default_timeout(60_000)
+        page = contexts[key].new_page()
+        opened.append(page)
         page.troubles = []
         page.on("dialog", lambda dialog: (page.troubles.append(dialog.message), dialog.dismiss()))
         page.on("pageerror", lambda error: page.troubles.append(str(error)))
         return page
 
     yield make
-    for context in contexts:
-        context.close()
+    for page in opened:
+        page.close()
 
 
 @pytest.fixture

@@ -86,9 +86,8 @@ def expected(weights, bins):
             out["sink_mass"][head] += row[0] / length
             out["mean_distance"][head] += (row * distance).sum() / length
             out["recent"][head] += row[(distance >= 0) & (distance < RECENT)].sum() / length
-            for key in range(length):
-                maps[head, query // width, key // width] += row[key]
-                received[head, key // width] += row[key]
+            np.add.at(maps[head, query // width], np.arange(length) // width, row)
+            np.add.at(received[head], np.arange(length) // width, row)
     return out, maps / maps.sum(axis=-1, keepdims=True), received
 
 

@@ -60,6 +60,11 @@ def assert_same_run(run, expected):
     np.testing.assert_allclose(*hidden, atol=1e-4)
 
 
+def two_layers():
+    """Every layer is traced on its own, which takes a second."""
+    return tiny_models.build("mixtral", num_hidden_layers=2)
+
+
 class Counting:
     """A backend that runs the traced graph as it is, and counts the graphs."""
 
@@ -71,9 +76,9 @@ class Counting:
         return graph
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "mixtral"])
 def test_a_compiled_model_is_recorded_like_the_model(tmp_path, name):
-    model = tiny_models.build(name)
+    model = two_layers() if name == "mixtral" else tiny_models.build(name)
     expected = record(model, tmp_path, "plain")
     backend = Counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -82,8 +87,9 @@ def test_a_compiled_model_is_recorded_like_the_model(tmp_path, name):
     assert_same_run(run, expected)
 
 
+@pytest.mark.slow
 def test_no_hook_stays_in_the_callers_compiled_code(tmp_path):
-    model = tiny_models.build("mixtral")
+    model = two_layers()
     backend = Counting()
     compiled = torch.compile(model, backend=backend)
     ids = tiny_models.tokens()
@@ -101,7 +107,7 @@ def test_no_hook_stays_in_the_callers_compiled_code(tmp_path):
 
 def test_a_model_that_was_compiled_before_is_traced_again(tmp_path):
     """Code compiled without hooks would record nothing."""
-    model = tiny_models.build("mixtral")
+    model = two_layers()
     expected = record(model, tmp_path, "plain")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -111,7 +117,7 @@ def test_a_model_that_was_compiled_before_is_traced_again(tmp_path):
 
 def test_a_model_compiled_in_place_gets_its_compilation_back(tmp_path, monkeypatch):
     monkeypatch.setattr("capture.compiled.default_compiler", torch.compile(backend="eager"))
-    model = tiny_models.build("mixtral")
+    model = two_layers()
     expected = record(model, tmp_path, "plain")
     model.model.layers[1].compile(backend="eager")
     call = model.model.layers[1]._compiled_call_impl
@@ -121,7 +127,7 @@ def test_a_model_compiled_in_place_gets_its_compilation_back(tmp_path, monkeypat
 
 
 def test_a_compiled_model_can_generate(tmp_path):
-    model = tiny_models.build("mixtral")
+    model = two_layers()
     expected = record(model, tmp_path, "plain", generate=3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same_run(record(compiled, tmp_path, "compiled", generate=3), expected)
@@ -129,7 +135,7 @@ def test_a_compiled_model_can_generate(tmp_path):
 
 def test_the_op_copies_what_it_is_given():
     """Compiled code writes into its buffers again."""
-    model = tiny_models.build("mixtral")
+    model = two_layers()
     sites = attach(model)[:1]
     with torch.no_grad(), tap(sites) as taps:
         channel = taps._channels[0]
@@ -152,6 +158,7 @@ def test_level_attention_is_refused(tmp_path):
         record("demo", tmp_path, "run", level="attention", compile=True)
 
 
+@pytest.mark.slow
 @needs_compiler
 # PyTorch's own import of inductor
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")

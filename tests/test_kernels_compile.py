@@ -11,6 +11,8 @@ from kernels.bench import compile_table, sass
 from kernels.bench.compile_cases import cases
 from kernels.bench.launches import TARGETS
 
+pytestmark = pytest.mark.slow  # the first test compiles for all
+
 CASES = cases()
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 
@@ -24,7 +26,6 @@ def rows():
     return {(row.kernel, row.case, row.target): row for row in matrix.measure_all()}
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("target", list(TARGETS))
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_a_kernel_keeps_its_limits(rows, case, target):
