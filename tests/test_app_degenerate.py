@@ -10,6 +10,7 @@ from synthetic import write_run
 from test_app_pages import opened
 
 from capture.store import SiteInfo
+from explorer.errors import RunError
 from explorer.figures.number import number, span
 
 _UNDEFINED = re.compile(r"(?<![\w.])(nan|NaN|inf|None|NaT)(?![\w(])")
@@ -82,3 +83,24 @@ def test_what_is_not_defined_is_a_dash(value, shown):
 def test_a_span_leaves_out_what_is_not_defined():
     assert span([float("nan"), 1, 3], ".1f") == "from 1.0 to 3.0"
     assert span([float("nan")]) == span([]) == "not defined for any"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("secret"), "Lorenz curve: this part could not be drawn (ValueError)."),
+        (RunError("Record it again."), "Lorenz curve: Record it again."),
+    ],
+)
+def test_a_part_that_fails_takes_no_other_one_down(folder, monkeypatch, error, said):
+    write_run(folder / "known.duckdb")
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("explorer.figures.load.lorenz", broken)
+    app = opened("load_balance")
+    assert [message.value.replace("\\", "") for message in app.error] == [said]
+    shown = {json.loads(c.proto.spec)["layout"]["title"]["text"] for c in app.get("plotly_chart")}
+    for title in ("Load of the experts of layer 1", "Load by domain", "What a capacity limit"):
+        assert any(title in text for text in shown), (title, shown)

@@ -434,8 +434,11 @@ def broken_printing(error):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("ZeroDivisionError('of /home/ann/secret/x.duckdb')", "ZeroDivisionError: of x.duckdb"),
-        ("__import__('explorer').errors.RunError('No <b> here.')", "No <b> here."),
+        (
+            "ZeroDivisionError('of /home/ann/secret/x.duckdb')",
+            "Lorenz curve: this part could not be drawn (ZeroDivisionError: of x.duckdb).",
+        ),
+        ("__import__('explorer').errors.RunError('No <b> here.')", "Lorenz curve: No <b> here."),
     ],
 )
 def test_a_section_that_fails_is_named_and_the_others_are_there(
@@ -454,10 +457,27 @@ def test_a_section_that_fails_is_named_and_the_others_are_there(
     for title in ("Overview", "Load balance", "Load balance: serving"):
         assert f"<h2>{title}</h2>" in text
     titles = [light["layout"]["title"]["text"] for light, _ in drawn(text)]
-    # the figures of the page that were drawn before it failed, and those of the other pages
-    assert any("Load of the experts of layer 1" in title for title in titles)
-    assert any("Load of every expert" in title for title in titles)
+    # the other figures of the page, before and after, and those of the other pages
+    for figure in ("Load of the experts of layer 1", "Load by domain", "Load of every expert"):
+        assert any(figure in title for title in titles)
+    assert not any("Lorenz" in title for title in titles)
     assert "/home/ann" not in text and str(runs) not in text
+
+
+def test_a_page_that_fails_as_a_whole_takes_no_other_one_down(runs, monkeypatch):
+    pages = [page for page in RUN_PAGES if page[0] in ("overview", "load-balance")]
+    monkeypatch.setattr(build, "RUN_PAGES", pages)
+    breaks = BREAK.replace("figures.load as", "pages.state as").replace("lorenz", "balance_of")
+    breaks = breaks.format(error="KeyError('gone')")
+    monkeypatch.setattr(build, "_PRINT", (sys.executable, "-c", breaks))
+    made = build.make_report(runs / "known.duckdb")
+    assert made.failed == {
+        "Overview": "Key figures: this part could not be drawn (KeyError: 'gone').",
+        "Load balance": "KeyError: 'gone'",
+    }
+    titles = [light["layout"]["title"]["text"] for light, _ in drawn(made.text)]
+    assert any("Load of every expert" in title for title in titles)
+    assert any("Load of each GPU" in title for title in titles)
 
 
 def test_a_page_that_ends_its_process_takes_no_other_one_down(runs, monkeypatch):

@@ -17,6 +17,7 @@ from explorer.pages.components.attention_window import (
     window_text,
 )
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.components.routing_together import routing_together_section
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, is_dark, several_sites
@@ -105,6 +106,7 @@ def _chosen_head(view: View) -> tuple[int, int]:
     return names[address.pick("head", list(names), default=default, what="head")]
 
 
+@part("All heads")
 def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
     measure = address.choose(
         st.segmented_control,
@@ -204,6 +206,7 @@ def _pick_token(listed: pd.DataFrame) -> int:
     return int(address.pick("token", sorted(known), default=default, what="token of this prompt"))
 
 
+@part("Map of the head")
 def _whole_map(
     view: View,
     prompt: pd.Series,
@@ -235,6 +238,7 @@ def _prompt_scope(view: View, prompt: pd.Series) -> Scope:
     return scope._replace(domain=prompt["domain"] or None)
 
 
+@part("The head, token by token")
 def _head_on_prompt(
     view: View,
     prompt: pd.Series,

@@ -18,6 +18,7 @@ from explorer.pages.components.expert_layers import all_experts_section
 from explorer.pages.components.expert_search import text_section
 from explorer.pages.components.expert_tokens import expert_lines
 from explorer.pages.components.expert_weights import weights_section
+from explorer.pages.components.part import part
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, is_dark
 from explorer.pages.wording import expert_label
@@ -108,6 +109,7 @@ def _choose_expert(view: View, load: pd.DataFrame) -> int:
     return int(chosen)
 
 
+@part("Key figures")
 def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     n_tokens = view.scope().n_tokens
     hits, top_k = int(row["assignments"]), int(row["top_k"])
@@ -154,6 +156,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     )
 
 
+@part("Specialisation")
 def _shares(view: View, expert: int, by: str) -> None:
     """Draw the share of every domain's (or phase's) tokens that choose the expert."""
     kinds, chosen = {
@@ -205,6 +208,7 @@ def _shares(view: View, expert: int, by: str) -> None:
         )
 
 
+@part("Vocabulary")
 def _vocabulary(view: View, expert: int, name: str) -> None:
     if not view.run.records_ids:
         st.info(_NO_IDS, icon=":material/info:")
@@ -267,6 +271,7 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
     )
 
 
+@part("Co-activation")
 def _partners(view: View, expert: int) -> None:
     """Draw the experts that are chosen together with this one."""
     if view.run.site_info(view.layer, view.site).top_k < 2:

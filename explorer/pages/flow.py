@@ -14,6 +14,7 @@ from explorer.metrics.pairs import MIN_EXPECTED, pair_uplift, transition_uplift
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
 from explorer.pages.components.pair_tokens import Pair, pair_tokens_section
+from explorer.pages.components.part import part
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, is_dark, several_sites
 from explorer.pages.wording import expert_label
@@ -76,6 +77,7 @@ def _pairs(view: View, hop: Hop) -> tuple[Pairs, PairCounts]:
     return Pairs(counts.tokens, uplift, hop.first_name, hop.second_name), counts
 
 
+@part("Flow", passing=(RunError,))
 def _sankey(view: View, hops: list[Hop]) -> None:
     start = _start(view, hops)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
@@ -131,6 +133,7 @@ def _say_sampled(counts: PairCounts) -> None:
         )
 
 
+@part("Transitions", passing=(RunError,))
 def _transitions(view: View, hops: list[Hop]) -> None:
     hop = hops[_start(view, hops)]
     st.subheader(f"From layer {hop.first_name} to layer {hop.second_name}", anchor=False)
@@ -140,6 +143,7 @@ def _transitions(view: View, hops: list[Hop]) -> None:
     _map_with_list(view, pairs, counts, hop.first, hop.second, "flow")
 
 
+@part("Co-activation", passing=(RunError,))
 def _coactivation(view: View) -> None:
     st.subheader(f"Together in layer {view.site_name}", anchor=False)
     if view.run.site_info(view.layer, view.site).top_k < 2:

@@ -15,6 +15,7 @@ from explorer.metrics.load import Floor
 from explorer.pages import address, jump
 from explorer.pages.address import domain_key
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.components.serving import serving_section
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, balance_of, is_dark
@@ -88,6 +89,7 @@ def _layers(view: View, load: pd.DataFrame) -> None:
     _capacity(view)
 
 
+@part("Measures of balance")
 def _tiles(view: View, balance: pd.DataFrame) -> None:
     row = balance[(balance["layer"] == view.layer) & (balance["site"] == view.site)].iloc[0]
     for column, (name, label) in zip(st.columns(len(_TILES)), _TILES.items(), strict=True):
@@ -110,6 +112,7 @@ def _tiles(view: View, balance: pd.DataFrame) -> None:
         st.caption(f"MaxVio: {floor_note(worst)}.")
 
 
+@part("Load of the experts")
 def _bars(view: View, here: pd.DataFrame) -> None:
     chart(
         load_bars(here, scope=view.scope(), layer=view.site_name, dark=is_dark()),
@@ -122,6 +125,7 @@ def _bars(view: View, here: pd.DataFrame) -> None:
     )
 
 
+@part("Lorenz curve")
 def _lorenz(view: View, here: pd.DataFrame) -> None:
     ordered = here.sort_values("assignments")[["expert_id", "assignments"]]
     chart(
@@ -139,6 +143,7 @@ def _half_share(ordered: "pd.Series[int]") -> float:
     return float(ordered.iloc[: len(ordered) // 2].sum() / max(1, ordered.sum()))
 
 
+@part("Load by domain and phase")
 def _by_part(view: View) -> None:
     """Draw the load of the layer in each domain and phase, where there are several."""
     place = {"layer": view.layer, "site": view.site}
@@ -170,6 +175,7 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
     )
 
 
+@part("All layers")
 def _over_layers(view: View, balance: pd.DataFrame) -> None:
     metric = address.choose(
         st.segmented_control,
@@ -193,6 +199,7 @@ def _over_layers(view: View, balance: pd.DataFrame) -> None:
 
 
 @st.fragment
+@part("Capacity limit")
 def _capacity(view: View) -> None:
     if not view.run.records_ids:
         st.info(

@@ -11,6 +11,7 @@ from explorer.figures.text import domain_name, visible
 from explorer.glossary import help_text
 from explorer.pages import address, jump
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, balance_of, is_dark
 from explorer.pages.wording import undefined_load
@@ -58,6 +59,7 @@ def _introduction(view: View) -> str:
     )
 
 
+@part("Key figures")
 def _key_figures(view: View, load: pd.DataFrame) -> None:
     scope = view.scope()
     balance = balance_of(view, load)
@@ -130,6 +132,7 @@ def _tile(place: DeltaGenerator, title: str, value: str, below: str, about: str)
     )
 
 
+@part("Load of every expert")
 def _load_map(view: View, load: pd.DataFrame) -> None:
     order = address.choose(
         st.segmented_control,
@@ -151,6 +154,7 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
     )
 
 
+@part("About this run")
 def _about(view: View) -> None:
     info, sites = view.run.info, view.run.sites
     experts = sorted({s.n_experts for s in sites})
@@ -203,6 +207,7 @@ def _range(values: list[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+@part("Prompts by domain")
 def _domains(view: View) -> None:
     counts = ask(view, domain_counts)
     st.subheader("Prompts by domain, without filters", anchor=False)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from explorer.text import unpieced
+
 Block = dict[str, Any]
 # of a page: "blocks", "address" and "problem"
 Printed = dict[str, Any]
@@ -69,11 +71,11 @@ def _run(pages: list[tuple[str, dict[str, str]]], ground: str) -> list[Printed]:
                 app.switch_page(f"explorer/pages/{name.replace('-', '_')}.py")
             app.run()
         except (RuntimeError, ValueError) as error:  # it took too long, or there is no such page
-            problem = _one_line(str(error))
+            problem = one_line(str(error))
         if app.exception:
             problem = _why(app.exception[0])
         elif app.main.error and not problem:
-            problem = _one_line(str(app.main.error[0].value).replace("\\", ""))
+            problem = one_line(unpieced(str(app.main.error[0].value)).replace("\\", ""))
         if name:
             shown.append(_printed(app, address, problem))
     return shown
@@ -102,7 +104,7 @@ def _why(error: Any) -> str:
     sys.stderr.write("\n".join(error.stack_trace) + f"\n{error.message}\n")
     name = str(error.proto.type).rpartition(".")[2]
     known = name.endswith("Error") and name[:-5] in _KNOWN
-    said = _one_line(error.message)
+    said = one_line(error.message)
     return said if known else f"{name}: {said}"
 
 
@@ -110,7 +112,7 @@ def _why(error: Any) -> str:
 _KNOWN = frozenset({"Run", "Explorer", "Router", "Metric", "Store", "NotAllowed", "Capture"})
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Return a message without the places of files, which are nobody else's business."""
     words = [word.rpartition("/")[2] if "/" in word else word for word in str(text).split()]
     return " ".join(words)[:200]

@@ -12,6 +12,7 @@ from explorer.figures.caption import Caption
 from explorer.figures.two_runs import over_layers
 from explorer.metrics.load import max_violation
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import View, ask, is_dark
 from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
@@ -59,6 +60,7 @@ def caption_of(sides: dict[str, View], *notes: str) -> Caption:
     return Caption("; ".join(parts), filters)
 
 
+@part("Balance and gate entropy")
 def lines_section(both: Both, caption: str) -> None:
     """Draw the balance and the gate entropy of both runs over their layers."""
     balance = {

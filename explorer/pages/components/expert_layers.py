@@ -8,6 +8,7 @@ from explorer.figures.number import number, span
 from explorer.metrics.specialization import MIN_COUNT
 from explorer.pages import jump
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import View, ask, is_dark
 from explorer.specialization import divergences, layers_of
 
@@ -43,6 +44,7 @@ def all_experts_section(view: View) -> None:
         _information(view, shown, step)
 
 
+@part("Domain specialisation")
 def _map(view: View) -> None:
     sampled = view.sampled()
     found = view.of_layers(ask(sampled, divergences, **sampled.filters))
@@ -60,6 +62,7 @@ def _map(view: View) -> None:
     )
 
 
+@part("Vocabulary specialisation")
 def _vocabulary(view: View, table: pd.DataFrame, step: int) -> None:
     if table["vocabulary"].isna().all():
         st.info(f"No vocabulary entry occurs {MIN_COUNT} times among these tokens: too few.")
@@ -89,6 +92,7 @@ def _vocabulary(view: View, table: pd.DataFrame, step: int) -> None:
     )
 
 
+@part("Domain and expert")
 def _information(view: View, table: pd.DataFrame, step: int) -> None:
     if table["information"].isna().all():
         return

@@ -15,6 +15,7 @@ from explorer.figures.number import number, span
 from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.components.job import follow
+from explorer.pages.components.part import part
 from explorer.pages.state import Key, View, is_dark
 from explorer.pages.wording import expert_label
 from explorer.worker import CosinesRequest, shared_worker
@@ -30,6 +31,7 @@ _MISSING = {
 }
 
 
+@part("Weights")
 def weights_section(view: View, expert: int) -> None:
     """Draw the section, or what is needed for it."""
     st.subheader("Neighbours in the weights' space", anchor=False)

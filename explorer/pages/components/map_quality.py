@@ -9,11 +9,13 @@ from explorer.clusters.features import Source
 from explorer.clusters.prepare import Prepared
 from explorer.clusters.quality import FEWEST_MEASURED
 from explorer.figures.number import number
+from explorer.pages.components.part import part
 
 METHODS = {"kmeans": "K-Means", "gmm": "Gaussian mixture", "hdbscan": "HDBSCAN"}
 SEED = 0  # of layouts, clusters and measures
 
 
+@part("How good the map is")
 def quality_panel(
     source: Source,
     method: str,

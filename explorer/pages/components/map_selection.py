@@ -14,6 +14,7 @@ from explorer.metrics.lift import MIN_COUNT, Lift, lift
 from explorer.pages import address, jump, printing
 from explorer.pages.components.chart import chart
 from explorer.pages.components.map_points import id_names
+from explorer.pages.components.part import part
 from explorer.pages.components.save_slice import save_slice
 from explorer.pages.state import View, ask, is_dark
 from explorer.pages.wording import expert_label
@@ -29,6 +30,7 @@ _COLUMNS = {
 }
 
 
+@part("Selected points")
 def selection_section(view: View, source: Source, table: PointTable, region: Region | None) -> None:
     """Draw the section; without a region, say how to draw one."""
     if region is None:

@@ -10,6 +10,7 @@ from explorer.figures.number import number, span
 from explorer.figures.together import together_figure
 from explorer.metrics.together import MIN_PROMPTS
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import View, ask, is_dark
 from explorer.together import HeadsTogether, routing_together
 
@@ -17,6 +18,7 @@ from explorer.together import HeadsTogether, routing_together
 _SHOWN = 0.005
 
 
+@part("Attention and routing")
 def routing_together_section(view: View, head: tuple[int, int]) -> None:
     """Draw the section for the heads of the chosen head's layer."""
     st.subheader("Do tokens that attend to each other route together?", anchor=False)

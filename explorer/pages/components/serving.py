@@ -9,6 +9,7 @@ from explorer.figures.number import span
 from explorer.figures.serving import balancedness_lines, coverage, decode_reads, gpu_bars
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import View, ask, is_dark
 from explorer.queries.load import Routing, routing
 
@@ -31,6 +32,7 @@ def serving_section(view: View, load: pd.DataFrame) -> None:
     _batches(view)
 
 
+@part("Hottest and coldest experts")
 def _hot_and_cold(load: pd.DataFrame) -> None:
     ordered = load.dropna(subset=["ratio"]).sort_values("ratio", ascending=False)
     for column, title, rows in zip(
@@ -58,6 +60,7 @@ def _hot_and_cold(load: pd.DataFrame) -> None:
             )
 
 
+@part("Load of GPUs")
 def _gpus(view: View, load: pd.DataFrame) -> None:
     experts = view.run.site_info(view.layer, view.site).n_experts
     same = load[load["n_experts"] == experts]
@@ -153,6 +156,7 @@ def _controls(experts: int) -> tuple[int, int, int, int]:
     return gpus, nodes, groups, int(replicas)
 
 
+@part("Batches")
 def _batches(view: View) -> None:
     if not view.run.records_ids:
         st.info(
