@@ -149,7 +149,12 @@ def open_run(path: str | Path) -> Run:
             f"Expected a run file at {path}, there is none. "
             "Record one with: python -m capture demo --prompts demo --out runs/demo.duckdb"
         )
-    return Run(RunReader.open(path))
+    reader = RunReader.open(path, checked=True)
+    try:
+        return Run(reader)
+    except BaseException:
+        reader.close()
+        raise
 
 
 def frame(table: pa.Table) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import pytest
 from synthetic import PROMPTS, SITES, write_run
 
 from capture.errors import StoreError
-from capture.store import RunReader, recover
+from capture.store import RunReader, migrate, recover
 from capture.store.sandbox import MAX_EXPERTS
 
 FOREVER = "SELECT count(*) FROM range(1000000000000) AS a, range(1000000000000) AS b"
@@ -128,18 +128,61 @@ def test_a_query_is_one_select(written, sql):
         run.query(sql)
 
 
-def test_a_recovery_cannot_be_made_to_read_a_file(forged, tmp_path):
+def recovered(path):
+    partial = path.with_name("run.duckdb.partial")
+    path.rename(partial)
+    return recover(partial)
+
+
+@pytest.mark.timeout(30)
+def test_a_recovery_runs_no_view_and_no_macro(written, forged, tmp_path):
     secret = tmp_path / "secret.csv"
     secret.write_text("line\nhidden\n")
     path = forged(
         "DROP VIEW expert_load",
         f"CREATE VIEW expert_load AS SELECT 1 AS layer, 0 AS site, len(line) AS assignments"
         f" FROM read_csv('{secret}')",
+        *(f"DROP VIEW {view}" for view in ("coactivation", "sites", "tokens", "run")),
+        *(
+            f"CREATE VIEW {view} AS {FOREVER}"
+            for view in ("coactivation", "sites", "tokens", "run")
+        ),
+        f"CREATE MACRO packed.sum(x) AS ({FOREVER})",
+        f"CREATE MACRO duckdb_tables() AS TABLE {FOREVER}",
+        f"CREATE MACRO range(x) AS TABLE {FOREVER}",
+        "DELETE FROM packed.coactivation",
     )
-    partial = path.with_name("run.duckdb.partial")
-    path.rename(partial)
-    with pytest.raises(StoreError, match="disabled by configuration"):
-        recover(partial)
+    with RunReader.open(recovered(path)) as run, RunReader.open(written.path) as ours:
+        assert not run.info["complete"]
+        for table in ("coactivation", "transition", "gate_sum", "rollup"):
+            sql = f"SELECT * FROM packed.{table} ORDER BY ALL"
+            assert run.query(sql) == ours.query(sql)
+
+
+def test_a_recovery_computes_no_index(forged):
+    path = forged("CREATE INDEX slow ON packed.run ((length(repeat(model, 10))))")
+    with pytest.raises(StoreError, match="it has indexes"):
+        recovered(path)
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("CREATE MACRO duckdb_tables() AS TABLE SELECT 1", "it has macros"),
+        (f"CREATE MACRO sum(x) AS ({FOREVER})", "it has macros"),
+        ("CREATE INDEX slow ON packed.token ((length(text)))", "it has indexes"),
+        ("ALTER TABLE packed.token ADD COLUMN more VARCHAR", "packed.token is not as"),
+        ("ALTER TABLE packed.run RENAME TO kept", "no table packed.run"),
+    ],
+)
+def test_a_migration_runs_nothing_of_the_file(forged, tmp_path, statement, reason):
+    path = forged("UPDATE packed.run SET schema_version = 2", statement)
+    if "RENAME" in statement:
+        with duckdb.connect(str(path)) as connection:
+            connection.execute(f"CREATE VIEW packed.run AS {FOREVER}")
+    with pytest.raises(StoreError, match=reason):
+        migrate(path, tmp_path / "new.duckdb")
+    assert not (tmp_path / "new.duckdb").exists()
 
 
 def test_a_run_is_read_as_before(written):

@@ -1,45 +1,62 @@
-"""Whether a run file that somebody gave us says the same thing everywhere, before it is kept."""
+"""Whether a run file says the same thing everywhere, asked once for each file.
+
+A file may come from a stranger, in an upload or put into the runs folder. What its tables may be is
+the sandbox's matter; here are the values in them, see ``values``. A verdict is remembered for as
+long as the file stays the same.
+"""
 
 import json
+import os
+import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import duckdb
+import pyarrow as pa
 
 from capture.errors import StoreError
+from capture.store import schema, values
+from capture.store.codec import Layout
 from capture.store.opening import not_a_run
 from capture.store.records import LEVELS
 from capture.store.sandbox import open_sandbox
 
-SECONDS = 120.0  # what a check may take; a run of 100 M rows takes a tenth of it
+SECONDS = 60.0  # what a check may take; a run of 100 M rows takes a fifth of it
 _DOCUMENTS = ("backends", "packages", "config", "sample", "notes")
-# what the pages count on, each as a count of what is wrong
-_WRONG = {
-    "tokens that its batches do not know": "SELECT abs((SELECT count(*) FROM packed.token)"
-    " - (SELECT coalesce(sum(tokens), 0) FROM packed.batch))",
-    "token ids that are there twice": "SELECT count(*) - count(DISTINCT token_id)"
-    " FROM packed.token",
-    "tokens of no prompt": "SELECT count(*) FROM packed.token ANTI JOIN packed.prompt"
-    " USING (prompt_id)",
-    "phases that are none": "SELECT count(*) FROM packed.token"
-    " WHERE phase NOT IN ('prompt', 'generated')",
-    "sums of a router that it does not have": "SELECT count(*) FROM packed.rollup"
-    " LEFT JOIN packed.site USING (layer, site)"
-    " WHERE n_experts IS NULL OR len(assignments) <> n_experts OR len(weight_sum) <> n_experts"
-    " OR coalesce(len(prob_sum), n_experts) <> n_experts",
-    "negative counts": "SELECT count(*) FROM expert_load_by WHERE assignments < 0",
-    "choices of a router that it does not have": "SELECT count(*) FROM (SELECT DISTINCT layer, site"
-    " FROM packed.route) ANTI JOIN packed.site USING (layer, site)",
-    "scores of another number of experts": "SELECT count(*) FROM packed.score"
-    " LEFT JOIN packed.site USING (layer, site)"
-    " WHERE n_experts IS NULL OR len(scores) <> n_experts",
-    "maps of another size than they say": "SELECT count(*) FROM packed.attention_head"
-    " WHERE bins < 1 OR bins > 4096 OR len(cells) <> bins * (bins + 1) // 2"
-    " OR len(received) <> bins",
-    "counts of pairs of another size": "SELECT count(*) FROM packed.coactivation"
-    " LEFT JOIN packed.site USING (layer, site)"
-    " WHERE n_experts IS NULL OR len(tokens) <> n_experts * n_experts",
-}
+_TEXTS = {"prompt": ("text", "domain", "source"), "token": ("text",)}
+# what reading a damaged file raises: text that is none, a number or a moment that Python has not
+UNREADABLE = (duckdb.Error, pa.ArrowException, ValueError, OverflowError, MemoryError)
+_SALT_BITS = 62
+_REMEMBERED = 1_000  # files
+_lock = threading.Lock()
+_verdicts: dict["Identity", StoreError | None] = {}
+
+
+class Identity(NamedTuple):
+    """What changes when a file does."""
+
+    path: str
+    size: int
+    changed: int
+    altered: int
+    inode: int
+    device: int
+
+
+def identity(path: Path) -> Identity:
+    """Return what tells a file from another one, and from itself after a change."""
+    status = os.stat(path)
+    return Identity(
+        str(path.absolute()),
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_dev,
+    )
 
 
 def check_run(path: str | Path, *, seconds: float = SECONDS) -> None:
@@ -57,36 +74,142 @@ def check_run(path: str | Path, *, seconds: float = SECONDS) -> None:
     """
     path = Path(path)
     connection = open_sandbox(path)
+    try:
+        check_values(path, connection, seconds=seconds)
+    finally:
+        connection.close()
+
+
+def check_values(
+    path: Path, connection: duckdb.DuckDBPyConnection, *, seconds: float = SECONDS
+) -> None:
+    """Refuse an open run file whose parts contradict each other; a file is looked at once.
+
+    Raises
+    ------
+    StoreError
+        With what is wrong.
+    """
+    file = identity(path)
+    with _lock:
+        known, verdict = file in _verdicts, _verdicts.get(file)
+    if not known:
+        verdict = _verdict(path, connection, seconds)
+        with _lock:
+            _verdicts[file] = verdict
+            while len(_verdicts) > _REMEMBERED:
+                del _verdicts[next(iter(_verdicts))]
+    if verdict is not None:
+        # a new one: an error that is raised twice keeps what the first one held
+        raise type(verdict)(*verdict.args)
+
+
+@contextmanager
+def limited(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupt what the connection does when it takes longer.
+
+    Raises
+    ------
+    duckdb.InterruptException
+        Where the block was interrupted.
+    """
     alarm = threading.Timer(seconds, connection.interrupt)
     alarm.daemon = True
     alarm.start()
     try:
-        _check_run(path, connection)
-    except duckdb.InterruptException:
-        raise StoreError(
-            f"{path.name} could not be checked within {seconds:g} s. Record a smaller run."
-        ) from None
-    except duckdb.Error as error:
-        raise not_a_run(path, error) from error
+        yield
     finally:
         alarm.cancel()
-        connection.close()
 
 
-def _check_run(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+def _verdict(
+    path: Path, connection: duckdb.DuckDBPyConnection, seconds: float
+) -> StoreError | None:
+    try:
+        with limited(connection, seconds):
+            _check(path, connection)
+    except StoreError as error:
+        return error
+    except duckdb.InterruptException:
+        return StoreError(
+            f"{path.name} could not be checked within {seconds:g} s. Record a smaller run."
+        )
+    except UNREADABLE as error:
+        return not_a_run(path, error)
+    return None
+
+
+def _check(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+    for question in (values.RUN, values.SITES):
+        _ask(path, connection, question)
+    level = _check_documents(path, connection)
+    for table, wrong in connection.sql(values.TWICE).fetchall():
+        if wrong:
+            raise not_a_run(path, f"it has rows of packed.{table} that are there twice")
+    for question in values.QUESTIONS:
+        _ask(path, connection, question)
+    _check_routes(path, connection, level)
+    _check_text(connection)
+
+
+def _ask(path: Path, connection: duckdb.DuckDBPyConnection, question: values.Question) -> None:
+    counts = ", ".join(
+        f"count(*) FILTER (coalesce({wrong}, true))" for wrong in question.wrong.values()
+    )
+    found = connection.sql(f"SELECT {counts} FROM {question.rows}").fetchall()[0]
+    for what, wrong in zip(question.wrong, found, strict=True):
+        if wrong:
+            raise not_a_run(path, f"it has {what}, in {wrong:,} rows")
+
+
+def _check_documents(path: Path, connection: duckdb.DuckDBPyConnection) -> str:
+    """Refuse a level or a document that is none; return the level."""
     level, *documents = connection.sql(
         f"SELECT level, {', '.join(_DOCUMENTS)} FROM run"
     ).fetchall()[0]
     if level not in LEVELS:
         raise not_a_run(path, f"its level {level[:40]!r} is none of {', '.join(LEVELS)}")
     for name, text in zip(_DOCUMENTS, documents, strict=True):
-        try:
-            valid = isinstance(json.loads(text), dict)
-        except (ValueError, RecursionError):
-            valid = False
-        if not valid:
+        if not _is_object(text):
             raise not_a_run(path, f"its {name} are no JSON object")
-    for what, sql in _WRONG.items():
-        (wrong,) = connection.sql(sql).fetchall()[0]
-        if wrong:
-            raise not_a_run(path, f"it has {wrong:,} {what}")
+    return str(level)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str) -> None:
+    """Refuse routes that are not one for each token and router, or that lead to no expert."""
+    layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+    salt = secrets.randbits(_SALT_BITS)
+    n_tokens, tokens = connection.sql(
+        f"SELECT count(*), {values.hashed('token_id', salt)} FROM packed.token"
+    ).fetchall()[0]
+    load: dict[Any, int] = {
+        (layer, site): assigned or 0
+        for layer, site, assigned in connection.sql(schema.COUNT_LOAD).fetchall()
+    }
+    routes = connection.sql(values.routes(layout, salt)).fetchall()
+    routed = LEVELS.index(level) >= LEVELS.index("ids") and n_tokens > 0
+    if len(routes) != (len(load) if routed else 0):
+        raise not_a_run(path, f"its level is {level}, and {len(routes)} routers have routes")
+    for layer, site, n_experts, rows, largest, filled, found in routes:
+        if n_experts is None:
+            raise not_a_run(path, "it has choices of a router that it does not have")
+        if (rows, found) != (n_tokens, tokens):
+            raise not_a_run(
+                path, f"layer {layer} does not have one row for each of the {n_tokens:,} tokens"
+            )
+        if largest > n_experts or filled != load[layer, site]:
+            raise not_a_run(path, f"layer {layer} chooses experts that its totals do not know")
+
+
+def _check_text(connection: duckdb.DuckDBPyConnection) -> None:
+    """Read every text once: bytes that are no text raise an error."""
+    for table, columns in _TEXTS.items():
+        read = ", ".join(f"max(strlen(decode(encode({column}))))" for column in columns)
+        connection.sql(f"SELECT {read} FROM packed.{table}").fetchall()

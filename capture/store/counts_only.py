@@ -167,7 +167,7 @@ def counts_only(path: str | Path, out: str | Path) -> Path:
     """
     path, out = given_path(path, "the run", StoreError), given_path(out, "the new file", StoreError)
     check_new(out)
-    with RunReader.open(path) as run, made_whole(out) as fresh:
+    with RunReader.open(path, checked=True) as run, made_whole(out) as fresh:
         (layout,) = run.query(schema.SELECT_LAYOUT).to_pylist()
         try:
             _write(fresh, run, Layout(**layout))

@@ -13,9 +13,10 @@ from capture.store import gate_sums, schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole
 from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.opening import connect, read_version
+from capture.store.opening import connect
 from capture.store.pairs import pairs_of_rows, store_pairs
 from capture.store.records import LEVELS, SiteInfo
+from capture.store.sandbox import check_old
 
 
 class Step(NamedTuple):
@@ -76,12 +77,7 @@ def migrate(path: str | Path, out: str | Path, *, steps: Sequence[Step] = STEPS)
         given_path(out, "the new run", StoreError),
     )
     check_new(out)
-    connection = connect(path, read_only=True)
-    try:
-        found = read_version(path, connection)
-    finally:
-        connection.close()
-    plan = plan_steps(path, found, steps)
+    plan = plan_steps(path, check_old(path), steps)
     with made_whole(out) as fresh:
         try:
             shutil.copyfile(path, fresh)

@@ -1,6 +1,6 @@
 """Sums of experts that met at a site or between layers, added up or read back from the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import duckdb
 import numpy as np
@@ -16,6 +16,7 @@ from capture.store.schema import Column
 
 # tokens whose rows are unpacked at a time; 64 layers of top-8 take 64 MB
 CHUNK_TOKENS = 16_384
+MAX_CELLS = 2**28  # of all matrices together, 2 GB; 400 sites of 512 experts take less than half
 
 Counts = npt.NDArray[np.int64]
 
@@ -102,14 +103,21 @@ class PairTotals:
 
 
 def store_pairs(
-    connection: duckdb.DuckDBPyConnection, totals: PairTotals, columns_of: dict[str, list[Column]]
+    connection: duckdb.DuckDBPyConnection,
+    totals: PairTotals,
+    columns_of: dict[str, list[Column]],
+    *,
+    rewrite: Callable[[str], str] = str,
 ) -> None:
-    """Replace the stored sums by these; the caller opens the transaction."""
-    connection.execute(schema.CLEAR_PAIRS)
+    """Replace the stored sums by these; the caller opens the transaction.
+
+    ``rewrite`` names the tables where they are not those of the connection itself.
+    """
+    connection.execute(rewrite(schema.CLEAR_PAIRS))
     for name, rows in totals.tables(columns_of).items():
         connection.register("rows", rows)
         try:
-            connection.execute(schema.insert(name))
+            connection.execute(rewrite(schema.insert(name)))
         finally:
             connection.unregister("rows")
 
@@ -138,7 +146,19 @@ def _as_array(values: Sequence[object], column: Column) -> pa.Array:
 def pairs_of_rows(
     connection: duckdb.DuckDBPyConnection, layout: Layout, sites: Sequence[SiteInfo]
 ) -> PairTotals:
-    """Count the pairs again from the stored routing rows of a run at level ids or deeper."""
+    """Count the pairs again from the stored routing rows of a run at level ids or deeper.
+
+    Raises
+    ------
+    StoreError
+        If the rows are not one for each token and site, or there are too many pairs to count.
+    """
+    cells = sum(site.n_experts**2 for site in sites)
+    if cells > MAX_CELLS:
+        raise StoreError(
+            f"Pairs of experts are counted for up to {MAX_CELLS:,} pairs, and {len(sites)} sites "
+            f"have {cells:,}. Record level 'stats'."
+        )
     totals = PairTotals(sites)
     places = sorted(range(len(sites)), key=lambda i: (sites[i].layer, sites[i].site))
     first, last = connection.sql(schema.TOKEN_RANGE).fetchall()[0]

@@ -1,4 +1,7 @@
-"""Reading a finished run file; many processes may do so at once."""
+"""Reading a finished run file; many processes may do so at once.
+
+A query may take so long and no more, and what is wrong with a file is one kind of error.
+"""
 
 import threading
 from collections.abc import Sequence
@@ -11,9 +14,12 @@ import pyarrow as pa
 
 from capture.errors import StoreError
 from capture.store import schema
+from capture.store.checking import UNREADABLE, check_values, limited
 from capture.store.opening import not_a_run
 from capture.store.records import SiteInfo
 from capture.store.sandbox import open_sandbox
+
+SECONDS = 120.0  # what a query may take
 
 
 class RunReader:
@@ -37,8 +43,14 @@ class RunReader:
         self.sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, checked: bool = False) -> Self:
         """Open a run file for reading.
+
+        Parameters
+        ----------
+        path : str or Path
+        checked : bool
+            Refuse a file whose values contradict each other, see ``checking``.
 
         Raises
         ------
@@ -50,8 +62,10 @@ class RunReader:
         path = Path(path)
         connection = open_sandbox(path)
         try:
+            if checked:
+                check_values(path, connection)
             return cls(path, connection)
-        except duckdb.Error as error:
+        except UNREADABLE as error:
             connection.close()
             raise not_a_run(path, error) from error
         except BaseException:
@@ -73,7 +87,7 @@ class RunReader:
         Raises
         ------
         StoreError
-            If DuckDB refuses the statement.
+            If DuckDB refuses the statement, cannot read the file, or takes too long.
         """
         with self._lock:
             if self._connection is None:
@@ -85,8 +99,14 @@ class RunReader:
                 raise StoreError(
                     f"The query on {self.path} failed: expected one SELECT, got {sql[:200]!r}."
                 )
-            return cursor.sql(sql, params=params).to_arrow_table()
-        except duckdb.Error as error:
+            with limited(cursor, SECONDS):
+                return cursor.sql(sql, params=params).to_arrow_table()
+        except duckdb.InterruptException:
+            raise StoreError(
+                f"The query on {self.path} took over {SECONDS:g} s and was stopped. Choose a part "
+                "of the run at the side."
+            ) from None
+        except UNREADABLE as error:
             raise StoreError(f"The query on {self.path} failed: {error}") from error
         finally:
             cursor.close()

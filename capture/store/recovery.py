@@ -1,4 +1,8 @@
-"""Closing the partial file of a capture that was killed."""
+"""Closing the partial file of a capture that was killed.
+
+The file may be a stranger's: it is attached as run files are, so that none of its views, macros
+and indexes is run, and what is written goes into tables that are ours to the letter.
+"""
 
 import os
 from pathlib import Path
@@ -12,9 +16,10 @@ from capture.store.accounting import check_counts
 from capture.store.codec import Layout
 from capture.store.files import SUFFIX, check_free, forget_empty, is_own_file, publish
 from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.opening import check_version, connect, first_line, not_a_run
+from capture.store.opening import first_line, not_a_run
 from capture.store.pairs import pairs_of_rows, store_pairs
 from capture.store.records import LEVELS, SiteInfo
+from capture.store.sandbox import FILE, in_file, open_sandbox
 
 
 @as_keyboard_interrupt()
@@ -56,11 +61,10 @@ def recover(partial: str | Path) -> Path:
             f"{partial} held nothing: its capture was killed before it had stored anything. It was "
             f"removed, and {out.name} can be recorded anew."
         )
-    connection = connect(partial, read_only=False)
+    connection = open_sandbox(partial, read_only=False, oldest=schema.SCHEMA_VERSION)
     try:
-        check_version(partial, connection)
         if not _is_closed(connection):
-            _close(connection)
+            _close(partial, connection)
     except (duckdb.IOException, duckdb.FatalException, duckdb.OutOfMemoryException) as error:
         raise StoreError(
             f"{partial} could not be closed: {first_line(error)}. What was recorded is still in "
@@ -79,11 +83,13 @@ def _is_closed(connection: duckdb.DuckDBPyConnection) -> bool:
     return bool(connection.sql(schema.SELECT_COMPLETE).fetchall()[0][0])
 
 
-def _close(connection: duckdb.DuckDBPyConnection) -> None:
+def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
     """Check what was committed and write down that the run is incomplete."""
     sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
     level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
     layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+    if level not in LEVELS:
+        raise not_a_run(partial, f"its level is none of {', '.join(LEVELS)}")
     routed = LEVELS.index(level) >= LEVELS.index("ids")
     load = {
         (layer, site): count for layer, site, count in connection.sql(schema.COUNT_LOAD).fetchall()
@@ -101,11 +107,12 @@ def _close(connection: duckdb.DuckDBPyConnection) -> None:
     if routed:
         # pairs are handed over seldom: what was committed lags behind the rows
         connection.execute("BEGIN")
-        store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
+        pairs = pairs_of_rows(connection, layout, sites)
+        store_pairs(connection, pairs, schema.tables(layout), rewrite=in_file)
         connection.execute("COMMIT")
     seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
     connection.execute("BEGIN")
-    connection.execute(gate_sums.STORE)
-    connection.execute(schema.CLOSE_RUN, [seconds, False])
+    connection.execute(in_file(gate_sums.STORE))
+    connection.execute(in_file(schema.CLOSE_RUN), [seconds, False])
     connection.execute("COMMIT")
-    connection.execute("CHECKPOINT")
+    connection.execute(f"CHECKPOINT {FILE}")

@@ -1,9 +1,10 @@
-"""A connection that reads the tables of a run file and runs nothing that the file brings along.
+"""A connection that reads the tables of a stranger's file and runs nothing that it brings along.
 
-A run may come from a stranger. Its views, macros and generated columns are programs of theirs, and
+A file may come from a stranger. Its views, macros and generated columns are programs of theirs, and
 a view named ``tokens`` that reads for ever looks like any other. So the file is attached to an
 empty database in memory, its tables are held against ours column by column, and our own views are
-made over them there; what else the file holds has no name in that database.
+made over them there; what else the file holds has no name in that database. What runs on it may
+take so much memory and no more.
 """
 
 import functools
@@ -15,35 +16,94 @@ import duckdb
 
 from capture.store import schema
 from capture.store.codec import Layout
-from capture.store.opening import SAFE, cannot_open, check_file, check_version, not_a_run
-
-_LOCK = "SET enable_external_access = false; SET lock_configuration = true"
-_FILE = "run_file"
-_TABLES = (
-    "SELECT table_name, sql FROM duckdb_tables() WHERE database_name = ? AND schema_name = 'packed'"
+from capture.store.opening import (
+    SAFE,
+    cannot_open,
+    check_file,
+    check_version,
+    not_a_run,
+    read_version,
 )
+
+MEMORY = "1GB"  # of one connection; what does not fit is spilled
+SPILLED = "16GB"
+_LOCK = "SET enable_external_access = false; SET lock_configuration = true"
+FILE = "run_file"
+# the whole name: a file may hold a macro that is called as the function is
+_TABLES = (
+    "SELECT table_name, sql FROM system.main.duckdb_tables()"
+    " WHERE database_name = ? AND schema_name = ?"
+)
+_INDEXES = "SELECT count(*) FROM system.main.duckdb_indexes() WHERE database_name = ?"
+_MACROS = "SELECT count(*) FROM system.main.duckdb_functions() WHERE database_name = ?"
+_SCHEMA = "packed"
+FIRST_RELEASED = 1  # schema version
 # columns that are not read as they are stored
 _READ = {("token", "token"): f"nullif(token, {schema.NO_TOKEN}) AS token"}
-MAX_SITES = 100_000
+MAX_SITES = 4_096
 MAX_EXPERTS = 65_534  # the largest number of experts that a packed id can name
+MAX_EXPERTS_IN_ALL = 2**20
 MAX_SLOTS = 1_024
 
 
-def open_sandbox(path: Path) -> duckdb.DuckDBPyConnection:
-    """Open a run file for reading.
+def attach(path: Path, name: str, *, read_only: bool = True) -> duckdb.DuckDBPyConnection:
+    """Attach a file, whoever made it, as ``name`` to an empty database in memory.
+
+    Its tables are read under their whole names, ``name.schema.table``; no other file can be read.
+
+    Raises
+    ------
+    duckdb.Error
+        If the file is no database, or is open elsewhere.
+    """
+    connection = duckdb.connect(":memory:", config=dict(SAFE))
+    try:
+        # what does not fit in memory is put aside here, never beside the file
+        spill = Path(tempfile.gettempdir()) / "routescope-spill"
+        connection.execute("SET temp_directory = ?", [str(spill)])
+        connection.execute(f"SET memory_limit = '{MEMORY}'")
+        connection.execute(f"SET max_temp_directory_size = '{SPILLED}'")
+        quoted = str(path.absolute()).replace("'", "''")
+        connection.execute(f"ATTACH '{quoted}' AS {name}{' (READ_ONLY)' if read_only else ''}")
+        connection.execute(_LOCK)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def tables_in(
+    connection: duckdb.DuckDBPyConnection, database: str, folder: str = "main"
+) -> dict[str, str]:
+    """Return how DuckDB writes down each table in a schema of an attached file.
+
+    The text names columns, types, keys, defaults and generated columns, so that equal text means
+    an equal table. A view is no table.
+    """
+    return dict(connection.execute(_TABLES, [database, folder]).fetchall())
+
+
+def open_sandbox(
+    path: Path, *, read_only: bool = True, oldest: int = schema.OLDEST_READ
+) -> duckdb.DuckDBPyConnection:
+    """Open a run file for reading, or to write in its tables, see :func:`in_file`.
 
     Raises
     ------
     SchemaVersionError
-        If the file has another schema version.
+        If the file has a schema version before ``oldest``, or a newer one.
     StoreError
         If there is no such file, or it is no run file of ours.
     """
     check_file(path)
-    connection = duckdb.connect(":memory:", config=dict(SAFE))
     try:
-        _attach(path, connection)
-        missing = _check_tables(path, connection)
+        connection = attach(path, FILE, read_only=read_only)
+    except duckdb.Error as error:
+        raise cannot_open(path, error) from error
+    try:
+        missing = _check_tables(path, connection, oldest)
+        if not read_only:
+            _check_indexes(path, connection)
         for statement in _views(_layout(path, connection), missing):
             connection.execute(statement)
         _check_sites(path, connection)
@@ -56,43 +116,75 @@ def open_sandbox(path: Path) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def _attach(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
-    # what does not fit in memory is put aside here, never beside the run
-    spill = Path(tempfile.gettempdir()) / "routescope-spill"
-    connection.execute("SET temp_directory = ?", [str(spill)])
-    name = str(path.absolute()).replace("'", "''")
+def check_old(path: Path) -> int:
+    """Return the version of a run file that is to be migrated, if it holds nothing that would run.
+
+    Its views are not looked at: no step reads one.
+
+    Raises
+    ------
+    StoreError
+        If there is no such file, it is no run, or it brings along macros, indexes or other tables.
+    """
+    check_file(path)
     try:
-        connection.execute(f"ATTACH '{name}' AS {_FILE} (READ_ONLY)")
+        connection = attach(path, FILE)
     except duckdb.Error as error:
         raise cannot_open(path, error) from error
-    connection.execute(_LOCK)
+    try:
+        found = tables_in(connection, FILE, _SCHEMA)
+        if "run" not in found:
+            raise not_a_run(path, "it has no table packed.run")
+        version = read_version(path, connection, in_file(schema.RUN_TABLE))
+        _check_indexes(path, connection)
+        if connection.execute(_MACROS, [FILE]).fetchall() != [(0,)]:
+            raise not_a_run(path, "it has macros, and RouteScope makes none")
+        if FIRST_RELEASED <= version < schema.SCHEMA_VERSION:
+            # a step may add tables; it changed none that were there
+            ours = expected_tables(_layout(path, connection))
+            _refuse_strange(path, [n for n in ours if found.get(n, ours[n].sql) != ours[n].sql])
+    except duckdb.Error as error:
+        raise not_a_run(path, error) from error
+    finally:
+        connection.close()
+    return version
 
 
-def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection) -> frozenset[str]:
+def in_file(statement: str) -> str:
+    """Write a statement on our tables for those of the file that is attached."""
+    return statement.replace(f"{_SCHEMA}.", f"{FILE}.{_SCHEMA}.")
+
+
+def _check_indexes(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+    """Refuse indexes, whose expressions would be computed for every row that is written."""
+    if connection.execute(_INDEXES, [FILE]).fetchall() != [(0,)]:
+        raise not_a_run(path, "it has indexes, and RouteScope makes none")
+
+
+def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection, oldest: int) -> frozenset[str]:
     """Refuse tables that are not ours to the last column; a view is no table.
 
     Returns the tables that a file of this older version does not have.
-
-    The text that DuckDB writes for a table names its columns, types, keys, defaults and generated
-    columns, so that equal text means an equal table.
     """
-    found = dict(connection.execute(_TABLES, [_FILE]).fetchall())
+    found = tables_in(connection, FILE, _SCHEMA)
     if found.get("run") != expected_tables(Layout(8, 1))["run"].sql:
         raise not_a_run(path, "it has no table packed.run as RouteScope makes it")
-    table = f"{_FILE}.{schema.RUN_TABLE}"
-    version = check_version(path, connection, table, oldest=schema.OLDEST_READ)
+    version = check_version(path, connection, in_file(schema.RUN_TABLE), oldest=oldest)
     missing = frozenset(schema.STAND_INS if version < schema.SCHEMA_VERSION else ())
     ours = expected_tables(_layout(path, connection))
-    strange = sorted(
-        name for name in ours if name not in missing and found.get(name) != ours[name].sql
+    _refuse_strange(
+        path, [name for name in ours if name not in missing and found.get(name) != ours[name].sql]
     )
-    if strange:
-        raise not_a_run(path, f"its table packed.{strange[0]} is not as RouteScope makes it")
     return missing
 
 
+def _refuse_strange(path: Path, names: list[str]) -> None:
+    if names:
+        raise not_a_run(path, f"its table packed.{min(names)} is not as RouteScope makes it")
+
+
 def _layout(path: Path, connection: duckdb.DuckDBPyConnection) -> Layout:
-    row = connection.sql(f"SELECT id_bits, slots FROM {_FILE}.packed.run").fetchall()[0]
+    row = connection.sql(in_file(schema.SELECT_LAYOUT)).fetchall()[0]
     layout = Layout(*row)
     if layout.id_bits not in (8, 16) or not 1 <= layout.slots <= MAX_SLOTS:
         raise not_a_run(
@@ -103,10 +195,15 @@ def _layout(path: Path, connection: duckdb.DuckDBPyConnection) -> Layout:
 
 def _check_sites(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     """Refuse numbers of experts that would make every question on the run count for ever."""
-    sites = "SELECT count(*), coalesce(max(n_experts), 0), coalesce(min(n_experts), 1) FROM sites"
-    count, most, fewest = connection.sql(sites).fetchall()[0]
-    if count > MAX_SITES or most > MAX_EXPERTS or fewest < 1:
-        raise not_a_run(path, f"it says that it has {count} routers of up to {most} experts")
+    count, most, fewest, in_all = connection.sql(
+        "SELECT count(*), coalesce(max(n_experts), 0), coalesce(min(n_experts), 1),"
+        " coalesce(sum(n_experts), 0) FROM sites"
+    ).fetchall()[0]
+    wrong = count > MAX_SITES or in_all > MAX_EXPERTS_IN_ALL
+    if wrong or most > MAX_EXPERTS or fewest < 1:
+        raise not_a_run(
+            path, f"it says that it has {count:,} routers of {fewest:,} to {most:,} experts"
+        )
 
 
 class Table(NamedTuple):
@@ -123,8 +220,8 @@ def expected_tables(layout: Layout) -> dict[str, Table]:
         for statement in schema.create_statements(layout):
             connection.execute(statement)
         return {
-            name: Table(sql, connection.table(f"packed.{name}").columns)
-            for name, sql in connection.execute(_TABLES, ["memory"]).fetchall()
+            name: Table(sql, connection.table(f"{_SCHEMA}.{name}").columns)
+            for name, sql in tables_in(connection, "memory", _SCHEMA).items()
         }
 
 
@@ -135,7 +232,7 @@ def _views(layout: Layout, missing: frozenset[str]) -> list[str]:
         if name in missing:
             continue
         columns = ", ".join(_READ.get((name, column), column) for column in table.columns)
-        tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {_FILE}.packed.{name}")
+        tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {FILE}.packed.{name}")
     for name in sorted(missing):
         tables.append(f"CREATE VIEW packed.{name} AS {schema.STAND_INS[name]}")
     return ["CREATE SCHEMA packed", *tables, *schema.view_statements(layout)]

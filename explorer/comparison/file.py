@@ -1,13 +1,14 @@
 """The file of a comparison, beside its run: written whole, read by anybody, opened without torch.
 
 One DuckDB file per run, model and settings, named ``RUN.KEY.comparison``. It may come from a
-stranger, so it is opened read-only and its queries reach no other file.
+stranger, so it is attached as run files are, see ``capture.store.sandbox``: nothing that it brings
+along is run, and its queries reach no other file.
 """
 
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +18,8 @@ import pandas as pd
 import pyarrow as pa
 
 from capture.store.files import is_own_file
+from capture.store.opening import LOCKED
+from capture.store.sandbox import attach, tables_in
 from explorer.comparison.tables import (
     COLUMNS_SINCE,
     FORMAT_VERSION,
@@ -29,15 +32,8 @@ from explorer.errors import ComparisonError
 from explorer.run import frame
 
 SUFFIX = ".comparison"
-# a file may come from a stranger: a query on it reads no other file and no Python variable
-UNTRUSTED = {
-    "enable_external_access": "false",
-    "python_enable_replacements": "false",
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "lock_configuration": "true",
-}
-_SPELLED = "SELECT table_name, sql FROM duckdb_tables()"
+_FILE = "comparison_file"
+MAX_ROWS = 20_000_000  # of all tables together; a row may take a byte in the file
 _MAKE = "Make one with: python -m explorer compare RUN"
 
 
@@ -59,7 +55,7 @@ class Comparison:
     def __init__(self, path: Path, tables: dict[str, pa.Table]) -> None:
         self.path = path
         self._tables = tables
-        self._connection = duckdb.connect(config=dict(UNTRUSTED))
+        self._connection = duckdb.connect(config=dict(LOCKED))
         for name, table in tables.items():
             self._connection.register("incoming", table)
             self._connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
@@ -135,23 +131,39 @@ def open_comparison(path: str | Path) -> Comparison:
     if not path.is_file():
         raise ComparisonError(f"Expected a comparison file at {path}, there is none. {_MAKE}")
     try:
-        with duckdb.connect(str(path), read_only=True, config=dict(UNTRUSTED)) as connection:
+        with attach(path, _FILE) as connection:
             # a view would be a program of a stranger's; tables are held against ours to the letter
-            found = dict(connection.sql(_SPELLED).fetchall())
+            found = tables_in(connection, _FILE)
             versions = range(1, FORMAT_VERSION + 1)
             spelled = [[v] for v in versions if _expected(v).items() <= found.items()]
             if not spelled:
                 raise ComparisonError(f"{path.name} has other tables than this code. {_MAKE}")
-            rows = connection.sql("SELECT format_version FROM comparison").fetchall()
+            rows = connection.sql(f"SELECT format_version FROM {_table('comparison')}").fetchall()
             version = [row[0] for row in rows]
             if version not in spelled:
                 raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
             there = _expected(*version)
-            tables = {n: connection.sql(f"FROM {n}").to_arrow_table() for n in there}
+            _check_rows(path, connection, there)
+            tables = {n: connection.sql(f"FROM {_table(n)}").to_arrow_table() for n in there}
             return Comparison(path, {n: _completed(n, tables.get(n)) for n in TABLES})
     except (duckdb.Error, json.JSONDecodeError, TypeError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ComparisonError(f"{path.name} is no comparison file ({reason}). {_MAKE}") from error
+
+
+def _table(name: str) -> str:
+    """Return the whole name of a table, which nothing else in the file can have."""
+    return f"{_FILE}.main.{name}"
+
+
+def _check_rows(path: Path, connection: duckdb.DuckDBPyConnection, names: Iterable[str]) -> None:
+    """Refuse a file that would not fit in memory: equal rows take nearly nothing on disk."""
+    counts = " UNION ALL ".join(f"SELECT count(*) AS n FROM {_table(name)}" for name in names)
+    (rows,) = connection.sql(f"SELECT sum(n) FROM ({counts})").fetchall()[0]
+    if rows > MAX_ROWS:
+        raise ComparisonError(
+            f"{path.name} holds {rows:,} rows, and a comparison is read up to {MAX_ROWS:,}. {_MAKE}"
+        )
 
 
 @functools.cache
@@ -160,7 +172,7 @@ def _expected(version: int) -> dict[str, str]:
     with duckdb.connect() as connection:
         for statement in _statements(version):
             connection.execute(statement)
-        return dict(connection.sql(_SPELLED).fetchall())
+        return tables_in(connection, "memory")
 
 
 def _completed(name: str, table: pa.Table | None) -> pa.Table:
