@@ -25,7 +25,7 @@ if __name__ != "__main__":
     app = st.App(__file__, middleware=guard.MIDDLEWARE, lifespan=guard.lifespan)
 else:
     from explorer import service
-    from explorer.pages import access, address, saved, shell
+    from explorer.pages import access, address, problems, saved, shell
 
     st.set_page_config(page_title="RouteScope", page_icon=str(shell.LOGO), layout="wide")
     access.begin()
@@ -34,5 +34,6 @@ else:
     page = st.navigation(pages, expanded=True)
     saved.follow(pages)
     address.begin(page.url_path or "overview")
-    shell.frame(page.title)
-    page.run()
+    with problems.said():
+        shell.frame(page.title)
+        page.run()

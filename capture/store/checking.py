@@ -142,6 +142,8 @@ def _verdict(
 def _check(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     for question in (values.RUN, values.SITES):
         _ask(path, connection, question)
+    if connection.sql("SELECT count(*) FROM packed.site").fetchall() == [(0,)]:
+        raise not_a_run(path, "it has no router")
     level = _check_documents(path, connection)
     for table, wrong in connection.sql(values.TWICE).fetchall():
         if wrong:
@@ -206,6 +208,12 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
             )
         if largest > n_experts or filled != load[layer, site]:
             raise not_a_run(path, f"layer {layer} chooses experts that its totals do not know")
+    for table in ("score", "hidden"):
+        for layer, site, rows, found in connection.sql(values.vectors(table, salt)).fetchall():
+            if (rows, found) == (n_tokens, tokens):
+                continue
+            if connection.execute(values.repeated(table), [layer, site]).fetchall() != [(0,)]:
+                raise not_a_run(path, f"it has rows of packed.{table} that are there twice")
 
 
 def _check_text(connection: duckdb.DuckDBPyConnection) -> None:

@@ -97,17 +97,17 @@ class RunReader:
             kinds = [statement.type for statement in cursor.extract_statements(sql)]
             if kinds != [duckdb.StatementType.SELECT]:
                 raise StoreError(
-                    f"The query on {self.path} failed: expected one SELECT, got {sql[:200]!r}."
+                    f"The query on {self.path.name} failed: expected one SELECT, got {sql[:200]!r}."
                 )
             with limited(cursor, SECONDS):
                 return cursor.sql(sql, params=params).to_arrow_table()
         except duckdb.InterruptException:
             raise StoreError(
-                f"The query on {self.path} took over {SECONDS:g} s and was stopped. Choose a part "
+                f"The query on {self.path.name} took over {SECONDS:g} s and was stopped. Choose a part "
                 "of the run at the side."
             ) from None
         except UNREADABLE as error:
-            raise StoreError(f"The query on {self.path} failed: {error}") from error
+            raise StoreError(f"The query on {self.path.name} failed: {error}") from error
         finally:
             cursor.close()
 

@@ -24,6 +24,11 @@ MAX_HEADS = 10_000
 MAX_BINS = 4_096
 MAX_WIDTH = 1_000_000  # numbers in a vector
 MAX_SECONDS = 1e10
+MAX_NUMBER = 1e30  # of a score or a router's input: their squares still have a sum
+MAX_LOSS = 1e6  # nats
+MAX_HALF = 131_072  # what 16 bits of a statistic can say
+MAX_WEIGHT = 512
+MAX_TOKENS = 10**9  # of a prompt
 # DuckDB knows moments that Python does not
 _MOMENT = "isfinite(started_at) AND started_at BETWEEN '1970-01-01' AND '2200-01-01'"
 PHASE = "phase NOT IN ('prompt', 'generated')"
@@ -49,14 +54,23 @@ def long(column: str, most: int = MAX_NAME) -> str:
     return f"{column} IS NOT NULL AND strlen({column}) > {most}"
 
 
-def number(column: str, least: float = 0, most: float = 1e300) -> str:
+def number(column: str, least: float, most: float) -> str:
     """Write the condition of a number that is none, or outside of a range."""
     return f"NOT (isfinite({column}) AND {column} BETWEEN {least} AND {most})"
 
 
-def numbers(column: str) -> str:
-    """Write the condition of a list with a gap or with something that is no finite number."""
-    return f"(len({column}) <> list_count({column}) OR NOT {_finite(column)})"
+def numbers(column: str, least: str = f"{-MAX_NUMBER}", most: str = f"{MAX_NUMBER}") -> str:
+    """Write the condition of a list with a gap, or with something that is no number in a range."""
+    return f"(len({column}) <> list_count({column}) OR {beyond(column, least, most)})"
+
+
+def beyond(column: str, least: str = f"{-MAX_NUMBER}", most: str = f"{MAX_NUMBER}") -> str:
+    """Write the condition of a list with something that is no number in a range; gaps may be."""
+    # NaN is the largest number of all
+    return (
+        f"(coalesce(list_min({column}), {most}) < {least}"
+        f" OR coalesce(list_max({column}), {least}) > {most})"
+    )
 
 
 def counts(column: str, most: str) -> str:
@@ -65,11 +79,6 @@ def counts(column: str, most: str) -> str:
         f"(len({column}) <> list_count({column}) OR coalesce(list_min({column}), 0) < 0"
         f" OR coalesce(list_max({column}), 0) > {most})"
     )
-
-
-def _finite(column: str) -> str:
-    # an infinite or undefined number stays one in the sum
-    return f"isfinite(coalesce(list_sum({column}), 0)::DOUBLE)"
 
 
 RUN = Question(
@@ -82,7 +91,7 @@ RUN = Question(
             f"({long(name, MAX_DOCUMENT)})"
             for name in ("backends", "packages", "config", "sample", "notes")
         ),
-        "a size that no model has": "vocab_size < 0 OR hidden_size < 0",
+        "a size that no model has": f"vocab_size < 0 OR hidden_size NOT BETWEEN 0 AND {MAX_WIDTH}",
         "a start that is no date from 1970 to 2200": f"NOT ({_MOMENT})",
         "a duration that is none": f"seconds IS NOT NULL AND {number('seconds', 0, MAX_SECONDS)}",
     },
@@ -123,11 +132,15 @@ _RECORDED = (
 _FACTS = "(SELECT vocab_size, hidden_size, (SELECT count(*) FROM packed.token) AS n_all"
 _FACTS += " FROM packed.run) AS facts"
 
+_MOST_WEIGHT = f"{MAX_WEIGHT}.0 * (n_all + 1)"
+
 QUESTIONS = (
     Question(
         "packed.prompt",
         {
-            "a prompt with a negative number": "prompt_id < 0 OR n_tokens < 0 OR truncated < 0",
+            "a prompt with a negative number": "prompt_id < 0",
+            "a prompt with a number of tokens that cannot be": f"n_tokens NOT BETWEEN 0 AND"
+            f" {MAX_TOKENS} OR truncated NOT BETWEEN 0 AND {MAX_TOKENS}",
             "a prompt that is too long": long("text", MAX_PROMPT),
             "a domain with a name that is too long": long("domain"),
             "a prompt with a source that is too long": long("source", MAX_SOURCE),
@@ -160,7 +173,7 @@ QUESTIONS = (
             "a token that is not in the vocabulary": "token IS NOT NULL AND (token <"
             f" {NO_TOKEN} OR token >= vocab_size)",
             "a token with a text that is too long": long("token.text"),
-            "a loss that is no number": "loss IS NOT NULL AND NOT isfinite(loss)",
+            "a loss that is no number": f"loss IS NOT NULL AND {number('loss', -1, MAX_LOSS)}",
         },
     ),
     Question(
@@ -199,8 +212,8 @@ QUESTIONS = (
             "negative counts": "list_min(assignments) < 0",
             "counts that cannot be": counts("assignments", "n_all")
             + " OR list_sum(assignments) > n_all * top_k::HUGEINT",
-            "sums that are no numbers": f"{numbers('weight_sum')}"
-            f" OR (prob_sum IS NOT NULL AND {numbers('prob_sum')})",
+            "sums that are no numbers": f"{numbers('weight_sum', '0', _MOST_WEIGHT)}"
+            f" OR (prob_sum IS NOT NULL AND {numbers('prob_sum', '-1', _MOST_WEIGHT)})",
         },
     ),
     Question(
@@ -209,7 +222,7 @@ QUESTIONS = (
         {
             "scores of no token": "token.position IS NULL",
             "scores of another number of experts": "n_experts IS NULL OR len(scores) <> n_experts",
-            "a score that is no number": f"NOT {_finite('scores')}",
+            "a score that is no number": beyond("scores"),
         },
     ),
     Question(
@@ -282,9 +295,9 @@ QUESTIONS = (
             "a map of more queries than tokens": "queries NOT BETWEEN 0 AND attended.tokens",
             "a map of shares that cannot be": f"coalesce(list_max(cells), 0) > {MAP_PARTS}",
             "attention that is no number": " OR ".join(
-                f"NOT isfinite({name})" for name in ATTENTION_STATISTICS
+                number(name, -1, MAX_TOKENS) for name in ATTENTION_STATISTICS
             )
-            + f" OR {numbers('received')}",
+            + f" OR {numbers('received', '-1', str(MAX_TOKENS))}",
         },
     ),
     Question(
@@ -308,7 +321,7 @@ QUESTIONS = (
             "sums of statistics of no router": "n_experts IS NULL OR named.known IS NULL"
             f" OR {PHASE} OR statistic NOT IN ({', '.join(map(repr, STATISTICS))})",
             "sums of statistics that cannot be": "gate_sum.tokens NOT BETWEEN 0 AND n_all"
-            f" OR {number('total', -1e300)}",
+            f" OR NOT isfinite(total) OR abs(total) > {MAX_HALF}.0 * gate_sum.tokens",
         },
     ),
 )
@@ -339,6 +352,22 @@ def routes(layout: Layout, salt: int) -> str:
         f" max(greatest({largest}, 0)) AS largest, sum({filled}) AS filled,"
         f" {hashed('token_id', salt)} AS tokens"
         " FROM packed.route LEFT JOIN packed.site USING (layer, site) GROUP BY layer, site"
+    )
+
+
+def vectors(table: str, salt: int) -> str:
+    """Write the query for how many rows every site has in a table, and the hash of their tokens."""
+    return (
+        f"SELECT layer, site, count(*), {hashed('token_id', salt)} FROM packed.{table}"
+        " GROUP BY layer, site"
+    )
+
+
+def repeated(table: str) -> str:
+    """Write the query for how many tokens of one site are there twice in a table."""
+    return (
+        f"SELECT count(*) - count(DISTINCT token_id) FROM packed.{table}"
+        " WHERE layer = ? AND site = ?"
     )
 
 

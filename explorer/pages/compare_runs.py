@@ -75,7 +75,12 @@ def _other(view: View) -> View | None:
     if address.read("against") == view.name:
         address.write("against", "")  # B became A at the side
     name = address.choose(
-        st.selectbox, "against", "B", names, default=names[0], show=lambda name: name
+        st.selectbox,
+        "against",
+        "B",
+        names,
+        default=state.default_run(names),
+        show=lambda name: name,
     )
     # written even if it is the default, which changes with the runs of the folder
     address.write("against", name)

@@ -8,7 +8,7 @@ from explorer.errors import ExplorerError
 from explorer.figures.caption import site_name
 from explorer.figures.text import domain_name, visible
 from explorer.glossary import help_text
-from explorer.pages import address, state
+from explorer.pages import address, problems, state
 from explorer.pages.state import PHASES, Problem, View, several_sites
 from explorer.queries.part import Part
 from explorer.run import Run
@@ -32,12 +32,13 @@ def select_view() -> View | Problem | None:
             "run",
             "Run",
             names,
-            default=names[0],
+            default=state.default_run(names),
             show=lambda name: name,
             on_write=address.write_run,
             help=help_text("run"),
         )
         address.write("run", name)
+        _list_refused(names)
         # the bar stays, to choose another run
         try:
             run, key = state.opened(name)
@@ -49,6 +50,16 @@ def select_view() -> View | Problem | None:
         layers = _select_layers(run)
         layer, site = _select_site(run, layers)
     return View(run, name, key, domain, phase, layer, site, part, layers)
+
+
+def _list_refused(names: list[str]) -> None:
+    """List the files that were found to be no sound runs, each with the reason."""
+    refused = state.refused(names)
+    if refused:
+        one = len(refused) == 1
+        with st.expander(f"{len(refused)} file{'' if one else 's'} cannot be shown"):
+            for name, reason in refused.items():
+                st.caption(f"**{address.plain(name)}** · {address.plain(reason)}")
 
 
 def _select_phase(run: Run) -> str | None:
@@ -161,6 +172,7 @@ def _about(run: Run, info: slices.SliceInfo) -> None:
             st.button("Delete the slice", on_click=_delete, args=(run, info.name))
 
 
+@problems.in_callback
 def _delete(run: Run, name: str) -> None:
     slices.delete_slice(run, name)
     address.write("slice", "")

@@ -12,7 +12,7 @@ from explorer.figures.load import domain_heatmap, floor_note, load_bars, lorenz
 from explorer.figures.number import number, span
 from explorer.figures.text import domain_name
 from explorer.metrics.load import Floor
-from explorer.pages import address, jump
+from explorer.pages import address, jump, problems
 from explorer.pages.address import domain_key
 from explorer.pages.components.chart import chart
 from explorer.pages.components.part import part
@@ -201,6 +201,12 @@ def _over_layers(view: View, balance: pd.DataFrame) -> None:
 @st.fragment
 @part("Capacity limit")
 def _capacity(view: View) -> None:
+    # a part that is drawn alone is not within the page's own
+    with problems.said():
+        _draw_capacity(view)
+
+
+def _draw_capacity(view: View) -> None:
     if not view.run.records_ids:
         st.info(
             "What a limit drops depends on the order of the tokens, which is not recorded at "

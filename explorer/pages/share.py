@@ -8,7 +8,7 @@ from capture.errors import CaptureError
 from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import service, views
 from explorer.errors import ExplorerError
-from explorer.pages import access, address, saved
+from explorer.pages import access, address, problems, saved
 from explorer.pages.shell import current_view
 from explorer.pages.state import SUFFIX, View, new_name, run_names, runs_folder
 from explorer.report import make_report
@@ -98,6 +98,7 @@ def _one_view(view: SavedView, runs: list[str]) -> None:
                     )
 
 
+@problems.in_callback
 def _delete(view_id: str) -> None:
     views.delete_view(runs_folder(), view_id)
     st.session_state[_SAID] = "The view was deleted."

@@ -173,6 +173,45 @@ def opened(name: str) -> tuple[Run, Key]:
         raise ExplorerError(said) from None
 
 
+def default_run(names: list[str]) -> str:
+    """Return the newest run that can be opened: one bad file must not be everybody's first page."""
+    return next((name for name in names if not problem_of(name)), names[0])
+
+
+def problem_of(name: str) -> str:
+    """Return why the run of a name cannot be opened, "" where it can."""
+    path = runs_folder() / f"{name}{SUFFIX}"
+    try:
+        status = path.stat()
+    except OSError:
+        return "it was removed"
+    return _problem(name, (str(path), status.st_mtime_ns, status.st_size))
+
+
+def refused(names: list[str]) -> dict[str, str]:
+    """Return the runs that were looked at and cannot be opened, with the reasons.
+
+    Those that are newer than the newest sound one: the others are looked at when they are chosen.
+    """
+    found = {}
+    for name in names:
+        problem = problem_of(name)
+        if not problem:
+            break
+        found[name] = problem
+    return found
+
+
+# for a while: a file that another process writes can be opened later
+@st.cache_data(max_entries=1_000, ttl=10, show_spinner=False)
+def _problem(name: str, key: Key) -> str:
+    try:
+        opened(name)
+    except (CaptureError, ExplorerError) as error:
+        return str(error)
+    return ""
+
+
 @st.cache_resource(max_entries=8, show_spinner=False, on_release=lambda run: run.close())
 def _open(key: Key) -> Run:
     return open_run(key[0])

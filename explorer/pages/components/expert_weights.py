@@ -12,7 +12,7 @@ from explorer.errors import ExplorerError
 from explorer.figures.caption import Scope
 from explorer.figures.experts import Axis, interval_dots
 from explorer.figures.number import number, span
-from explorer.pages import address
+from explorer.pages import address, problems
 from explorer.pages.components.chart import chart
 from explorer.pages.components.job import follow
 from explorer.pages.components.part import part
@@ -85,6 +85,7 @@ def _offer(view: View, path: Path) -> None:
     st.button("Compare the weights", on_click=_start, args=(view, path))
 
 
+@problems.in_callback
 def _start(view: View, path: Path) -> None:
     info = view.run.info
     service.submit(

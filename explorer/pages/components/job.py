@@ -3,6 +3,7 @@
 import streamlit as st
 
 from explorer import service
+from explorer.pages import problems
 from explorer.pages.address import plain
 from explorer.worker import Job, JobProgress, shared_worker
 
@@ -37,6 +38,12 @@ def follow(job_id: int, *, key: str) -> Job | None:
 
 @st.fragment(run_every=POLL_SECONDS)
 def _watch(job_id: int, key: str) -> None:
+    # a part that is drawn alone is not within the page's own
+    with problems.said():
+        _draw(job_id, key)
+
+
+def _draw(job_id: int, key: str) -> None:
     job = shared_worker().job(job_id)
     if job is None or not job.active:
         st.rerun()
