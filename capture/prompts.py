@@ -1,14 +1,18 @@
 """Prompts from lists, records and files, checked and numbered."""
 
-import gzip
+import functools
 import importlib.resources
 import lzma
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from capture.errors import PromptError
 from capture.paths import given_path
+from capture.quoting import cut, first_line, quoted
+from capture.unpacking import unpacked
 
 DEMO_SETS = {
     "demo": "prompts.jsonl",
@@ -17,7 +21,14 @@ DEMO_SETS = {
 }
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
 MAX_TOKEN = 2**31 - 1  # what a run file holds; no vocabulary is nearly as large
-COMPRESSIONS = {".xz": lzma.decompress, ".gz": gzip.decompress}
+COMPRESSIONS = (".xz", ".gz")
+# what a file of prompts may come to, whatever it takes on disk
+MAX_BYTES = 2**30
+# bytes of UTF-8 that a run file holds
+MAX_PROMPT = 16_000_000
+MAX_DOMAIN = 1_000
+MAX_SOURCE = 10_000
+MAX_DOMAINS = 10_000
 
 PromptSource: TypeAlias = "str | Path | Iterable[str | list[int] | Mapping[str, Any] | Prompt]"
 
@@ -66,8 +77,15 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
     return _not_empty(prompts, "the list")
 
 
-def read_prompts_bytes(name: str, data: bytes) -> list[Prompt]:
+def read_prompts_bytes(name: str, data: bytes, *, most: int = MAX_BYTES) -> list[Prompt]:
     """Read an uploaded file: its name says the format, compressed files are refused.
+
+    Parameters
+    ----------
+    name : str
+    data : bytes
+    most : int, bytes
+        The texts together may come to so much.
 
     Raises
     ------
@@ -77,7 +95,7 @@ def read_prompts_bytes(name: str, data: bytes) -> list[Prompt]:
     suffix = Path(name).suffix.lower()
     if suffix in COMPRESSIONS:
         raise PromptError(f"{name}: unpack the file first; expected {_listed(FORMATS)}.")
-    return _parse(Path(name).name, suffix, data)
+    return _parse(Path(name).name, suffix, data, most)
 
 
 def to_prompt(item: object, *, where: str, source: str = "given") -> Prompt:
@@ -98,17 +116,20 @@ def _from_record(record: Mapping[str, Any], where: str, source: str) -> Prompt:
     known = {"text", "ids", "domain", "source"}
     text, ids = record.get("text"), record.get("ids")
     if (text is None) == (ids is None):
-        found = "both" if text is not None else f"the fields {_listed(map(str, record)) or 'none'}"
+        found = "both" if text is not None else f"the fields {_fields(record)}"
         raise PromptError(
             f"{where}: expected a record with either 'text' (a string) or 'ids' (token ids), "
             f"found {found}. Known fields are {_listed(sorted(known))}."
         )
     domain = record.get("domain")
     if domain is not None and not isinstance(domain, str):
-        raise PromptError(f"{where}: 'domain' must be a string or null, got {domain!r}.")
+        raise PromptError(f"{where}: 'domain' must be a string or null, got {quoted(domain)}.")
     named = record.get("source")
-    said = source if named is None else str(named)
-    domain = None if domain is None or not domain.strip() else _valid_unicode(domain, where)
+    said = source if named is None else str(named)[:MAX_SOURCE]
+    if domain is not None:
+        domain = (
+            _valid_unicode(domain, f"{where}, 'domain'", MAX_DOMAIN) if domain.strip() else None
+        )
     if ids is not None:
         return Prompt(None, _checked_ids(ids, where), domain, said)
     return Prompt(_checked_text(text, where), None, domain, said)
@@ -119,24 +140,34 @@ def _checked_text(text: object, where: str) -> str:
         raise PromptError(f"{where}: 'text' must be a string, got {type(text).__name__}.")
     if not text:
         raise PromptError(f"{where} is empty. Remove it, or write at least one character.")
-    return _valid_unicode(text, where)
+    return _valid_unicode(text, where, MAX_PROMPT)
 
 
-def _valid_unicode(text: str, where: str) -> str:
+def _fields(record: Mapping[str, Any]) -> str:
+    return _listed(cut(str(name), 20) for name in islice(record, 5)) or "none"
+
+
+def _valid_unicode(text: str, where: str, most: int) -> str:
     try:
-        text.encode("utf-8")
+        size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise PromptError(
             f"{where}, character {error.start + 1}: half of a surrogate pair "
             f"({text[error.start]!r}) is not text. Write the whole character."
         ) from None
+    if size > most:
+        raise PromptError(
+            f"{where}: expected up to {most:,} bytes of text, got {size:,}. Divide it, or cut it."
+        )
     return text
 
 
 def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise PromptError(f"{where}: token ids must be a list of whole numbers, got {values!r}.")
+        raise PromptError(
+            f"{where}: token ids must be a list of whole numbers, got {quoted(values)}."
+        )
     found = tuple(values)
     if not found:
         raise PromptError(f"{where} is empty. Remove it, or give at least one token id.")
@@ -145,7 +176,7 @@ def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
         if not is_whole or not 0 <= value <= MAX_TOKEN:
             raise PromptError(
                 f"{where}, position {position}: a token id is a whole number from 0 to "
-                f"{MAX_TOKEN}, got {value!r:.40}."
+                f"{MAX_TOKEN}, got {quoted(value, 40)}."
             )
     return tuple(map(int, found))
 
@@ -178,24 +209,20 @@ def _read_named(source: str | Path) -> list[Prompt]:
     if is_folder:
         return _read_folder(path)
     if not is_file:
-        shown = f"{str(source)!r:.200}"
+        shown = quoted(str(source))
         raise PromptError(
             f"There is no prompt file {shown}. Expected {_listed(DEMO_SETS)}, or a "
             f"{_listed(FORMATS)} file, or a folder of them; put a prompt of your own into a list: "
             f"[{shown}]."
         )
+    ending, compression = _suffixes(path)
     try:
-        data = path.read_bytes()
+        data = unpacked(path, compression, MAX_BYTES)
+    except (lzma.LZMAError, zlib.error, EOFError) as error:
+        raise PromptError(f"{path} cannot be unpacked: {first_line(error)}.") from None
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}.") from None
-    ending, compression = _suffixes(path)
-    if compression:
-        unpack = COMPRESSIONS[compression]
-        try:
-            data = unpack(data)
-        except (lzma.LZMAError, OSError, EOFError) as error:
-            raise PromptError(f"{path} cannot be unpacked: {error}.") from None
-    return _parse(path.name, ending, data)
+    return _parse(path.name, ending, data, MAX_BYTES)
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -205,26 +232,42 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return suffixes[-1], compression
 
 
-def _parse(name: str, suffix: str, data: bytes) -> list[Prompt]:
+def _parse(name: str, suffix: str, data: bytes, most: int) -> list[Prompt]:
     from capture import prompt_files
 
-    readers = {
+    readers: dict[str, Callable[[str, bytes], list[Prompt]]] = {
         ".txt": prompt_files.read_txt,
         ".csv": prompt_files.read_csv,
         ".jsonl": prompt_files.read_jsonl,
-        ".parquet": prompt_files.read_parquet,
+        ".parquet": functools.partial(prompt_files.read_parquet, most=most),
     }
     if suffix not in readers:
         raise PromptError(
-            f"{name}: the ending {suffix or '(none)'} is not a prompt format. "
+            f"{name}: the ending {cut(suffix, 20) or '(none)'} is not a prompt format. "
             f"Expected {_listed(FORMATS)}."
         )
+    if len(data) > most:
+        raise too_large(name, len(data), most)
     return _not_empty(readers[suffix](name, data), name)
+
+
+def too_large(name: str, size: int, most: int) -> PromptError:
+    """Make the error for a file whose prompts come to more than can be held."""
+    return PromptError(
+        f"{name} holds {size / 1e6:,.0f} MB of prompts or more, and up to {most / 1e6:,.0f} MB can "
+        "be read. Divide it into several files."
+    )
 
 
 def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
     if not prompts:
         raise PromptError(f"{where} holds no prompt. Expected at least one.")
+    domains = {prompt.domain for prompt in prompts}
+    if len(domains) > MAX_DOMAINS:
+        raise PromptError(
+            f"{where} holds prompts of {len(domains):,} domains, and a run has up to "
+            f"{MAX_DOMAINS:,}. Group them into fewer."
+        )
     return prompts
 
 

@@ -175,6 +175,10 @@ def _changed(model: str) -> int:
     """Return when the weights of a local model changed, so that others are not taken for them."""
     from capture import demo
 
-    folder = Path(demo.__file__).parent if model == "demo" else Path(model)
-    files = list(folder.rglob("*.safetensors")) if folder.is_dir() else []
-    return max((file.stat().st_mtime_ns for file in files), default=0)
+    folder = Path(demo.__file__).parent / "weights" if model == "demo" else Path(model)
+    try:
+        # not the folders within: a stranger's run may name any folder of this machine
+        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return max((file.stat().st_mtime_ns for file in files), default=0)
+    except (OSError, ValueError):  # no name that a file can have
+        return 0

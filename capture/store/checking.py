@@ -94,7 +94,7 @@ def check_values(
     with _lock:
         known, verdict = file in _verdicts, _verdicts.get(file)
     if not known:
-        verdict = _verdict(path, connection, seconds)
+        verdict = contradiction(path, connection, seconds=seconds)
         with _lock:
             _verdicts[file] = verdict
             while len(_verdicts) > _REMEMBERED:
@@ -122,9 +122,10 @@ def limited(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[N
         alarm.cancel()
 
 
-def _verdict(
-    path: Path, connection: duckdb.DuckDBPyConnection, seconds: float
+def contradiction(
+    path: Path, connection: duckdb.DuckDBPyConnection, *, seconds: float = SECONDS
 ) -> StoreError | None:
+    """Return what is wrong with the values of an open run file, None where nothing is."""
     try:
         with limited(connection, seconds):
             _check(path, connection)
@@ -199,14 +200,14 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
     routed = LEVELS.index(level) >= LEVELS.index("ids") and n_tokens > 0
     if len(routes) != (len(load) if routed else 0):
         raise not_a_run(path, f"its level is {level}, and {len(routes)} routers have routes")
-    for layer, site, n_experts, rows, largest, filled, found in routes:
+    for layer, site, n_experts, rows, largest, filled, beyond, found in routes:
         if n_experts is None:
             raise not_a_run(path, "it has choices of a router that it does not have")
         if (rows, found) != (n_tokens, tokens):
             raise not_a_run(
                 path, f"layer {layer} does not have one row for each of the {n_tokens:,} tokens"
             )
-        if largest > n_experts or filled != load[layer, site]:
+        if largest > n_experts or beyond or filled != load[layer, site]:
             raise not_a_run(path, f"layer {layer} chooses experts that its totals do not know")
     for table in ("score", "hidden"):
         for layer, site, rows, found in connection.sql(values.vectors(table, salt)).fetchall():

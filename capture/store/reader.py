@@ -103,8 +103,8 @@ class RunReader:
                 return cursor.sql(sql, params=params).to_arrow_table()
         except duckdb.InterruptException:
             raise StoreError(
-                f"The query on {self.path.name} took over {SECONDS:g} s and was stopped. Choose a part "
-                "of the run at the side."
+                f"The query on {self.path.name} took over {SECONDS:g} s and was stopped. Choose a "
+                "part of the run at the side."
             ) from None
         except UNREADABLE as error:
             raise StoreError(f"The query on {self.path.name} failed: {error}") from error

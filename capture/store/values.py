@@ -17,7 +17,7 @@ from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, NO_TOKEN
 MAX_NAME = 1_000  # of a model, a module, a domain, a token
 MAX_SOURCE = 10_000
 MAX_DOCUMENT = 1_000_000  # of JSON
-MAX_PROMPT = 16_000_000
+MAX_PROMPT = 16_000_000  # bytes; a million tokens take a quarter
 MAX_DOMAINS = 10_000
 MAX_LAYER = 100_000
 MAX_HEADS = 10_000
@@ -222,7 +222,7 @@ QUESTIONS = (
         {
             "scores of no token": "token.position IS NULL",
             "scores of another number of experts": "n_experts IS NULL OR len(scores) <> n_experts",
-            "a score that is no number": beyond("scores"),
+            "a score that is no number": "list_count(scores) = 0 OR " + beyond("scores"),
         },
     ),
     Question(
@@ -301,6 +301,12 @@ QUESTIONS = (
         },
     ),
     Question(
+        "(SELECT count(*) AS found FROM packed.attention_head),"
+        " (SELECT count(*) AS attended FROM packed.attention_prompt),"
+        " (SELECT coalesce(sum(len(recorded)), 0) AS heads FROM packed.attention_layer)",
+        {"prompts with attention of some heads only": "found <> attended * heads"},
+    ),
+    Question(
         "packed.attention_key LEFT JOIN packed.token USING (token_id) LEFT JOIN"
         " packed.attention_layer AS about USING (layer)",
         {
@@ -336,20 +342,26 @@ TWICE = " UNION ALL ".join(
 def routes(layout: Layout, salt: int) -> str:
     """Write the query for facts of the routes of every site.
 
-    Returns rows (layer, site, n_experts, rows, largest id + 1, assignments, hash of the tokens).
+    Returns rows (layer, site, n_experts, rows, largest id + 1, assignments, whether a slot beyond
+    top_k is filled, hash of the tokens).
     Hashes of tokens are added up, with a salt that no file knows: two tables with the same sum
     have the same tokens, each as often, and nothing has to be sorted or kept.
     """
     empty = layout.empty
-    codes = []
+    codes: list[str] = []
     for slot in range(layout.slots):
         word, shift = divmod(slot * layout.id_bits, WORD_BITS)
         codes.append(f"((ids{word} >> {shift}) & {empty})")
     largest = ", ".join(f"(({code} + 1) & {empty})" for code in codes)
     filled = " + ".join(f"({code} <> {empty})::INTEGER" for code in codes)
+    # of the last slot that is filled
+    deepest = ", ".join(
+        f"({code} <> {empty})::INTEGER * {number}" for number, code in enumerate(codes, start=1)
+    )
     return (
         "SELECT layer, site, any_value(n_experts) AS n_experts, count(*) AS n,"
         f" max(greatest({largest}, 0)) AS largest, sum({filled}) AS filled,"
+        f" max(greatest({deepest}, 0)) > any_value(top_k) AS beyond,"
         f" {hashed('token_id', salt)} AS tokens"
         " FROM packed.route LEFT JOIN packed.site USING (layer, site) GROUP BY layer, site"
     )

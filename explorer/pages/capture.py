@@ -13,6 +13,7 @@ from explorer import service
 from explorer.pages import address
 from explorer.pages.components.attention_options import DEFAULTS, attention_options
 from explorer.pages.components.job import follow
+from explorer.pages.components.uploaded import TYPES, prompts_of
 from explorer.pages.components.visible import one_line
 from explorer.pages.state import SUFFIX, exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
@@ -96,12 +97,12 @@ def _read(source: str) -> list[Prompt]:
     if source == "upload":
         upload = st.file_uploader(
             "A file of prompts",
-            type=["txt", "csv", "jsonl", "parquet"],
+            type=TYPES,
             help="txt: one prompt a line, or blocks between blank lines. csv, jsonl, parquet: a "
             "column `text`, and `domain` if you like.",
             key="upload",
         )
-        return read_prompts_bytes(upload.name, upload.getvalue()) if upload else []
+        return prompts_of(upload)
     text = st.text_area(
         "Prompts, one a line (or blocks between blank lines)",
         height=150,

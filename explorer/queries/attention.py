@@ -9,6 +9,7 @@ import pandas as pd
 
 from explorer.errors import RunError
 from explorer.queries._where import PLACES, Part, prompt_conditions
+from explorer.queries.prompts import SHOWN
 from explorer.run import Run
 
 Floats = npt.NDArray[np.float64]
@@ -32,7 +33,8 @@ def attention_prompts(
     where, params = prompt_conditions(domain=domain, part=part)
     return run.query(
         f"""
-        SELECT prompt_id, text, coalesce(domain, '') AS domain, tokens, bins, bin_width, every
+        SELECT prompt_id, left(text, {SHOWN}) AS text, coalesce(domain, '') AS domain, tokens,
+            bins, bin_width, every
         FROM attention_prompts JOIN prompts USING (prompt_id) WHERE {where} ORDER BY prompt_id
         """,
         params,

@@ -9,6 +9,8 @@ import pandas as pd
 from explorer.queries._where import Params, Part, prompt_conditions
 from explorer.run import Run
 
+SHOWN = 2_000  # characters of a prompt in a list; all of its tokens have the whole text
+
 
 def prompts(
     run: Run,
@@ -33,7 +35,8 @@ def prompts(
     Returns
     -------
     DataFrame
-        ``prompt_id``, ``text`` (None without a tokenizer), ``domain`` (``""`` = none), ``source``,
+        ``prompt_id``, ``text`` (its first SHOWN characters; None without a tokenizer), ``domain``
+        (``""`` = none), ``source``,
         ``tokens`` recorded, ``generated`` (contained in ``tokens``), ``truncated`` (tokens cut
         off), ``mean_loss`` in nats per token (missing where no token has a loss).
     """
@@ -81,7 +84,7 @@ def _prompts(run: Run, tail: str, params: Params) -> pd.DataFrame:
     return run.query(
         f"""
         WITH listed AS (SELECT * FROM prompts {tail})
-        SELECT prompt_id, any_value(listed.text) AS text,
+        SELECT prompt_id, any_value(left(listed.text, {SHOWN})) AS text,
             coalesce(any_value(domain), '') AS domain, any_value(source) AS source,
             count(token_id) AS tokens,
             count(token_id) FILTER (phase = 'generated') AS generated,

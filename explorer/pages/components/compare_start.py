@@ -15,6 +15,7 @@ from explorer.errors import ComparisonError, RouterError, UnknownNameError
 from explorer.figures.comparison import family_name
 from explorer.pages import address
 from explorer.pages.components.job import follow
+from explorer.pages.components.uploaded import TYPES, prompts_of
 from explorer.pages.state import SUFFIX, View, new_name, runs_folder
 from explorer.run import Run
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
@@ -168,10 +169,8 @@ def _prompts(source: str) -> tuple[list[dict[str, Any]], str]:
         return [], ""
     try:
         if source == _FILE:
-            upload = st.file_uploader(
-                "A file of prompts", type=["txt", "csv", "jsonl", "parquet"], key="compare file"
-            )
-            found = read_prompts_bytes(upload.name, upload.getvalue()) if upload else []
+            upload = st.file_uploader("A file of prompts", type=TYPES, key="compare file")
+            found = prompts_of(upload)
         else:
             text = st.text_area("Prompts, one a line", height=120, key="compare typed")
             found = read_prompts_bytes("typed.txt", text.encode()) if text.strip() else []
