@@ -256,7 +256,7 @@ SHOWN = {
     "domain odd": renamed("chr(0) || chr(8238) || '<b>'"),
     "domain 1000": renamed("repeat('w ', 500)"),
     "prompt id far": "INSERT INTO packed.prompt VALUES (2000000000,'x','law','s',0,0)",
-    "domains 300": "INSERT INTO packed.prompt SELECT i, '', 'd' || i, '', 0, 0 FROM range(9, 300) t(i)",
+    "domains 300": "INSERT INTO packed.prompt SELECT i, '', i, '', 0, 0 FROM range(9, 300) t(i)",
     "token ids out": "UPDATE packed.token SET token=-1",
     "token text 1000": "UPDATE packed.token SET text=repeat('t',1000)",
     "token text null": "UPDATE packed.token SET text=NULL",
