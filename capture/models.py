@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture.config import DTYPES
 from capture.errors import ModelError
+from capture.model_folder import (
+    check_model_folder,
+    check_numbers,
+    odd_one,
+    read_document,
+)
 from capture.paths import given_path
+from capture.quoting import cut, first_line, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +29,8 @@ log = logging.getLogger(__name__)
 DEMO = Path(__file__).parent / "demo" / "weights"
 # how transformers says that an auto class has no model for a configuration
 NO_CAUSAL_MODEL = "Unrecognized configuration class"
+# and that weights have other shapes than the model
+SHAPES, CONVERSION = "ignore_mismatched_sizes", "automatic conversion of the weights"
 
 
 class LoadedModel(NamedTuple):
@@ -85,9 +94,11 @@ def load_model(
     if not isinstance(model, str | Path):
         return _taken(model, dtype=dtype, device=device)
     source, name = _source(model)
-    _check_folder(source, allow_pickle=allow_pickle)
     hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    loaded = _load(source, name, hub, dtype, device, allow_pickle)
+    if Path(source).is_dir():
+        check_model_folder(Path(source), allow_pickle=allow_pickle)
+    with _unpickled(name, allow_pickle=allow_pickle):
+        loaded = _load(source, name, hub, dtype, device, allow_pickle)
     commit = getattr(loaded.config, "_commit_hash", None)
     return LoadedModel(loaded, _tokenizer(source, hub), name, commit or revision)
 
@@ -172,35 +183,29 @@ def _source(model: str | Path) -> tuple[str, str]:
 
 def _no_folder(text: str, what: str) -> ModelError:
     return ModelError(
-        f"A model folder was expected, but {text!r} {what}. Give the folder that holds "
+        f"A model folder was expected, but {quoted(text)} {what}. Give the folder that holds "
         "config.json, a Hugging Face id such as allenai/OLMoE-1B-7B-0125, or demo."
     )
 
 
-def _check_folder(source: str, *, allow_pickle: bool) -> None:
-    """Refuse a local folder that holds no model, or only weights that need a flag."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return
-    if not (folder / "config.json").is_file():
-        holds = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+@contextmanager
+def _unpickled(name: str, *, allow_pickle: bool) -> Iterator[None]:
+    """Let nothing be unpickled inside the block: an index of a hub id may name any file."""
+    import torch
+
+    def refuse(*args: object, **options: object) -> None:
         raise ModelError(
-            f"A model folder with config.json was expected, but {source} holds {holds}. "
-            "Give the folder that model.save_pretrained(...) wrote."
+            f"Safetensors weights were expected, but {name} names pickled ones. If you trust them, "
+            "pass allow_pickle=True (--allow-pickle)."
         )
-    pickled = any(folder.glob("*.bin"))
-    if any(folder.glob("*.safetensors")) or (pickled and allow_pickle):
-        return
-    if pickled:
-        raise ModelError(
-            f"Safetensors weights were expected, but {source} holds only pickled .bin files, "
-            "which can run code when loaded. If you trust them, pass allow_pickle=True "
-            "(--allow-pickle)."
-        )
-    raise ModelError(
-        f"Weights in *.safetensors were expected, but {source} holds none. "
-        "Download the model completely."
-    )
+
+    load = torch.load
+    if not allow_pickle:
+        torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 def _load(
@@ -212,7 +217,6 @@ def _load(
     allow_pickle: bool,
 ) -> "PreTrainedModel":
     import torch
-    from safetensors import SafetensorError
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
@@ -238,8 +242,10 @@ def _load(
             except ValueError as error:
                 if NO_CAUSAL_MODEL not in str(error) or kind is kinds[-1]:
                     raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _explained(error, name, hub) from error
+    except ModelError:
+        raise
+    except Exception as error:  # a configuration with a wrong value raises any kind
+        raise _explained(error, source, name, hub) from error
     loaded, report = found
     missing = sorted(report.get("missing_keys", ()))
     if missing:
@@ -248,6 +254,7 @@ def _load(
             f"{len(missing) - 1} more, which would stay random. Give a complete checkpoint."
         )
     model: PreTrainedModel = speaking_part(loaded).eval()
+    check_numbers(name, model)
     return model
 
 
@@ -277,7 +284,7 @@ def _device_map(place: str) -> Any:
         device = torch.device(place)
     except RuntimeError as error:
         raise ModelError(
-            f"A device such as 'cpu', 'cuda' or 'cuda:0' was expected, got {place!r}."
+            f"A device such as 'cpu', 'cuda' or 'cuda:0' was expected, got {quoted(place)}."
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
@@ -295,15 +302,15 @@ def _dtype(dtype: "str | torch.dtype | None", place: str) -> "str | torch.dtype"
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise ModelError(f"dtype must be one of {', '.join(DTYPES)}, got {quoted(dtype)}.")
     chosen: torch.dtype = getattr(torch, dtype)
     return chosen
 
 
-def _explained(error: Exception, name: str, hub: dict[str, Any]) -> ModelError:
+def _explained(error: Exception, source: str, name: str, hub: dict[str, Any]) -> ModelError:
     """Turn what transformers raised into one error that says what to do."""
     text = str(error)
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    first = cut(" ".join(text.split())) or type(error).__name__
     if "trust_remote_code" in text:
         return ModelError(
             f"{name} comes with Python code of its own, which does not run by default. "
@@ -319,10 +326,44 @@ def _explained(error: Exception, name: str, hub: dict[str, Any]) -> ModelError:
     if isinstance(error, OSError):
         at = f" at revision {hub['revision']}" if hub.get("revision") else ""
         return ModelError(
-            f"No model {name!r}{at} could be loaded: it is no local folder, and the Hugging Face "
-            f"hub did not give it ({first}). Check the spelling and the network, or pass demo."
+            f"No model {quoted(name)}{at} could be loaded: it is no local folder, and the Hugging "
+            f"Face hub did not give it ({first}). Check the spelling and the network, or pass demo."
         )
-    return ModelError(f"{name} could not be loaded: {first}")
+    if SHAPES in text or CONVERSION in text:
+        shapes = odd_one(Path(source)) or _mismatched(source, hub)
+        return ModelError(
+            f"{name} could not be loaded: its weights do not have the shapes that its config.json "
+            f"says{f': {shapes}' if shapes else ''}. Check where the model came from."
+        )
+    field = _field_of(error, Path(source))
+    return ModelError(f"{name} could not be loaded{field}: {first}")
+
+
+def _field_of(error: Exception, folder: Path) -> str:
+    """Name the field of config.json whose value an error is about, where that can be told."""
+    if not isinstance(error, KeyError) or not (folder / "config.json").is_file():
+        return ""
+    config = read_document(folder / "config.json")
+    named = [field for field, value in config.items() if error.args and value == error.args[0]]
+    return f", config.json has an unknown {' or '.join(map(repr, named))}" if named else ""
+
+
+def _mismatched(source: str, hub: dict[str, Any]) -> str:
+    """Return the first tensor whose shape is not the model's, by loading all others."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            **hub,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        key, stored, wanted = sorted(loaded[1]["mismatched_keys"])[0]
+    except Exception:  # what was wrong is said without it
+        return ""
+    return f"{key} has {list(stored)}, and {list(wanted)} is expected"
 
 
 def _tokenizer(source: str, hub: dict[str, Any]) -> "PreTrainedTokenizerBase | None":
@@ -332,6 +373,11 @@ def _tokenizer(source: str, hub: dict[str, Any]) -> "PreTrainedTokenizerBase | N
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **hub)
     except Exception as error:  # transformers raises a dozen kinds when files are missing
+        if (Path(source) / "tokenizer.json").is_file():
+            raise ModelError(
+                f"The tokenizer of {source} could not be loaded from its tokenizer.json: "
+                f"{first_line(error)}. Download it again, or remove its files."
+            ) from error
         log.info("No tokenizer for %s: %s", source, error)
         return None
     return tokenizer
