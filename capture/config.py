@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from capture.errors import ConfigError
+from capture.quoting import quoted
 from capture.store.records import LEVELS, Level
 
 DEFAULT_SAMPLE_TOKENS = 50_000
@@ -81,7 +82,7 @@ class CaptureConfig:
         """Refuse what cannot work, before a model is loaded."""
         if self.level not in LEVELS:
             raise ConfigError(
-                f"level must be one of {', '.join(LEVELS)}, got {self.level!r}. "
+                f"level must be one of {', '.join(LEVELS)}, got {quoted(self.level)}. "
                 "'ids' is the usual choice."
             )
         _check_count("sample_tokens", self.sample_tokens, least=0, none="0 samples nothing")
@@ -93,7 +94,7 @@ class CaptureConfig:
             _check_count("max_length", self.max_length, least=1, none="leave it out not to cut")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(
-                f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}. "
+                f"dtype must be one of {', '.join(DTYPES)}, got {quoted(self.dtype)}. "
                 "Leave it out for float32 on CPU and the stored dtype on CUDA."
             )
 
@@ -116,7 +117,8 @@ class CaptureConfig:
                 continue
             if not isinstance(values, list | tuple) or not values:
                 raise ConfigError(
-                    f"{name} must be whole numbers such as (0, 3), got {values!r}; leave it out "
+                    f"{name} must be whole numbers such as (0, 3), got "
+                    f"{quoted(values)}; leave it out "
                     "for all."
                 )
             for value in values:
@@ -132,5 +134,5 @@ class CaptureConfig:
 def _check_count(name: str, value: object, *, least: int, none: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(
-            f"{name} must be a whole number of at least {least}, got {value!r}; {none}."
+            f"{name} must be a whole number of at least {least}, got {quoted(value)}; {none}."
         )

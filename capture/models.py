@@ -288,7 +288,8 @@ def _device_map(place: str) -> Any:
         ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            f"device={place!r} was asked for, but torch sees no CUDA device. Use device='cpu'."
+            f"device={quoted(place)} was asked for, but torch sees no CUDA "
+            f"device. Use device='cpu'."
         )
     return None if device.type == "cpu" else {"": device}
 

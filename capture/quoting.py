@@ -20,7 +20,7 @@ def quoted(value: object, most: int = MAX_QUOTED) -> str:
     try:
         return cut(_repr.repr(value), most)
     except ValueError:  # a number of more digits than Python writes
-        return f"a {type(value).__name__} that is too long to write"
+        return "a number with too many digits to write"
 
 
 def cut(text: str, most: int = MAX_LINE) -> str:

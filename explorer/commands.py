@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from capture.quoting import quoted
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -97,7 +99,9 @@ def run_compare(options: argparse.Namespace) -> Output:
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
-        raise ComparisonError(f"Expected --seeds such as 0,1,2, got {options.seeds!r}.") from None
+        raise ComparisonError(
+            f"Expected --seeds such as 0,1,2, got {quoted(options.seeds)}."
+        ) from None
     names = None if options.routers is None else split_routers(options.routers)
     picked = _pick(options, names, seeds)
     if picked is not None:

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capture.quoting import first_line, quoted
 from capture.store import SiteInfo
 from explorer.clusters import cache
 from explorer.errors import ExplorerError
@@ -61,7 +62,7 @@ def read_cosines(path: Path, layer: int, site: int) -> pd.DataFrame:
     try:
         return pq.read_table(path, filters=where).drop(["layer", "site"]).to_pandas()
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ExplorerError(f"{path} cannot be read ({error}). Delete it.") from error
+        raise ExplorerError(f"{path} cannot be read ({first_line(error)}). Delete it.") from error
 
 
 def measure(path: Path, run_path: str, model: str, revision: str | None, on: Progress) -> Path:
@@ -166,7 +167,8 @@ def _check(model: str, recorded: Sequence[SiteInfo], found: Sequence[SiteInfo]) 
 
     if places(recorded) != places(found):
         raise ExplorerError(
-            f"The model {model!r} has {len(found)} routers now and the run {len(recorded)}, or "
+            f"The model {quoted(model)} has {len(found)} routers now and the "
+            f"run {len(recorded)}, or "
             "other numbers of experts: it is not the model that was recorded."
         )
 

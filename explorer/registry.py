@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from capture.quoting import quoted
 from explorer.errors import UnknownNameError
 
 T = TypeVar("T")
@@ -27,7 +28,9 @@ class Registry(Generic[T]):
 
         def store(entry: T) -> T:
             if name in self._entries:
-                raise ValueError(f"A {self.kind} named {name!r} already exists; names are unique.")
+                raise ValueError(
+                    f"A {self.kind} named {quoted(name)} already exists; names are unique."
+                )
             self._entries[name] = entry
             return entry
 
@@ -43,7 +46,7 @@ class Registry(Generic[T]):
         except KeyError:
             close = difflib.get_close_matches(name, self._entries, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(self)}."
-            raise UnknownNameError(f"No {self.kind} is named {name!r}. {hint}") from None
+            raise UnknownNameError(f"No {self.kind} is named {quoted(name)}. {hint}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from capture.errors import CaptureError
+from capture.quoting import quoted
 from capture.store import check_run, counts_only
 from capture.store.files import is_own_file
 from explorer import worker
@@ -198,7 +199,7 @@ def run_path(folder: Path, name: str) -> Path:
     if not _RUN_NAME.fullmatch(name):
         raise ExplorerError(
             "The name of a run must start with a letter or digit and hold at most 60 letters, "
-            f"digits, dots, dashes and underscores, got {name[:80]!r}. Rename it."
+            f"digits, dots, dashes and underscores, got {quoted(name)}. Rename it."
         )
     out = folder / f"{name}.duckdb"
     if os.path.lexists(out):
@@ -221,7 +222,7 @@ def in_folder(folder: Path, name: str) -> Path:
     path = folder / name if _FILE_NAME.fullmatch(name) else None
     if path is None or path.parent != folder or (os.path.lexists(path) and not is_own_file(path)):
         raise ExplorerError(
-            f"Expected the name of a file in {folder.name or folder}, got {name[:80]!r}, which "
+            f"Expected the name of a file in {folder.name or folder}, got {quoted(name)}, which "
             "leads out of it or is none. Choose one that is listed."
         )
     return path
@@ -250,7 +251,7 @@ def run_file(folder: Path, name: str) -> Path:
     """
     path = in_folder(folder, f"{name}.duckdb")
     if not path.is_file():
-        raise ExplorerError(f"The run {name[:80]!r} was removed; choose another one.")
+        raise ExplorerError(f"The run {quoted(name)} was removed; choose another one.")
     return path
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capture.quoting import first_line, quoted
 from capture.store.files import is_own_file
 from explorer import service
 from explorer.errors import ExplorerError, RunError
@@ -98,7 +99,7 @@ def save_slice(
         )
     path = _path(run, name)
     if path.exists():
-        raise ExplorerError(f"There is a slice {name!r} of this run. Choose another name.")
+        raise ExplorerError(f"There is a slice {quoted(name)} of this run. Choose another name.")
     ids = _checked(run, np.unique(np.asarray(token_ids, dtype=np.int64)))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     facts = dict(zip(_FIELDS, (name, note, author, created, run.fingerprint), strict=True))
@@ -131,14 +132,16 @@ def load_slice(run: Run, name: str) -> Slice:
     """
     path = _path(run, name)
     if not is_own_file(path):
-        raise ExplorerError(f"There is no slice {name!r} of this run. Choose another one.")
+        raise ExplorerError(f"There is no slice {quoted(name)} of this run. Choose another one.")
     info = _info(run, path)
     if info.problem:
         raise ExplorerError(info.problem)
     try:
         ids = _read(path)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise ExplorerError(f"The slice {name!r} is damaged ({error}). Delete it.") from error
+        raise ExplorerError(
+            f"The slice {quoted(name)} is damaged ({first_line(error)}). Delete it."
+        ) from error
     return Slice(info, ids)
 
 
@@ -161,7 +164,9 @@ def content(path: Path) -> str:
             raise ValueError(f"it has {n_tokens:,} tokens")
         ids = _read(path)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise ExplorerError(f"The slice file {path.name} is damaged ({error}).") from error
+        raise ExplorerError(
+            f"The slice file {path.name} is damaged ({first_line(error)})."
+        ) from error
     return hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
 
 
@@ -227,7 +232,7 @@ def _info(run: Run, path: Path) -> SliceInfo:
     problem = ""
     if fingerprint != run.fingerprint:
         problem = (
-            f"The slice {name!r} belongs to another recording than {run.path.name} is now. "
+            f"The slice {quoted(name)} belongs to another recording than {run.path.name} is now. "
             "Delete it, or choose it again from this one."
         )
     return SliceInfo(name, note, author, created, n_tokens, problem)

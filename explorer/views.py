@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from capture.quoting import quoted
 from capture.store.files import is_own_file
 from explorer import service, slices
 from explorer.errors import ExplorerError
@@ -136,7 +137,7 @@ def load_view(folder: Path, view_id: str) -> SavedView:
     """
     if not _ID.fullmatch(view_id) or not is_own_file(_path(folder, view_id)):
         raise ExplorerError(
-            f"There is no saved view {view_id[:40]!r} here: it was deleted, or belongs to another "
+            f"There is no saved view {quoted(view_id)} here: it was deleted, or belongs to another "
             "runs folder. The Share page lists the views there are."
         )
     path = _path(folder, view_id)
@@ -166,7 +167,7 @@ def list_views(folder: Path) -> tuple[list[SavedView], list[str]]:
 def delete_view(folder: Path, view_id: str) -> None:
     """Remove a view; one that is gone already is no error."""
     if not _ID.fullmatch(view_id):
-        raise ExplorerError(f"Expected the id of a saved view, got {view_id[:40]!r}.")
+        raise ExplorerError(f"Expected the id of a saved view, got {quoted(view_id)}.")
     service.remove(_path(folder, view_id), what="Deleting a view")
 
 

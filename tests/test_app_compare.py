@@ -141,6 +141,18 @@ def test_without_a_comparison_the_form_is_open_and_starts_one(runs, worker):
     assert job.request.run == str(runs / "known.duckdb") and job.request.capture is None
 
 
+def test_the_model_of_a_run_is_loaded_by_those_who_said_so(runs, worker):
+    app = opened("compare")
+    assert any("synthetic" in box.label for box in app.checkbox)
+    next(button for button in app.button if button.label == "Compare").click().run()
+    assert not worker.jobs()[0].request.live and not worker.jobs()[0].request.model
+    worker._jobs.clear()
+    app = opened("compare")
+    next(box for box in app.checkbox if "synthetic" in box.label).check().run()
+    next(button for button in app.button if button.label == "Compare").click().run()
+    assert worker.jobs()[0].request.live and worker.jobs()[0].request.model == "synthetic"
+
+
 def test_typed_prompts_are_recorded_first(runs, worker):
     app = opened("compare")
     app.button_group(key="compare source").set_value("typed").run()

@@ -1,8 +1,12 @@
 """Comparisons in the worker: recorded first where asked, reported on, cancelled, found again."""
 
+import duckdb
 import pytest
+from synthetic import write_run
 
+from capture.errors import CaptureError
 from explorer import open_comparison, open_run
+from explorer.errors import ComparisonError, ExplorerError
 from explorer.worker import CaptureRequest, CompareRequest
 from explorer.worker.jobs import Cancelled, run_job
 from explorer.worker.protocol import encode, pack_request, unpack_request
@@ -71,3 +75,23 @@ def test_a_cancelled_comparison_says_so(done):
     with pytest.raises(Cancelled, match="before the first router") as cancelled:
         run_job(request(run, tokens=100), stop.append, lambda: bool(stop))
     assert cancelled.value.path is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model": "other/model"}, {"live": False, "conditions": ["merge(keep=0.5)"]}]
+)
+def test_a_model_that_only_the_run_names_is_not_loaded(tmp_path, changes):
+    run = tmp_path / "theirs.duckdb"
+    write_run(run)
+    with pytest.raises(ComparisonError, match="names, 'synthetic', and nobody said"):
+        run_job(request(run, **changes), lambda report: None, lambda: False)
+
+
+def test_who_names_the_model_gets_as_far_as_loading_it(tmp_path):
+    run, missing = tmp_path / "theirs.duckdb", str(tmp_path / "no" / "model")
+    write_run(run)
+    with duckdb.connect(str(run)) as connection:
+        connection.execute("UPDATE packed.run SET model = ?", [missing])
+    with pytest.raises((CaptureError, ExplorerError)) as caught:
+        run_job(request(run, model=missing), lambda report: None, lambda: False)
+    assert "nobody said" not in str(caught.value)

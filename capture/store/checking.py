@@ -18,6 +18,7 @@ import duckdb
 import pyarrow as pa
 
 from capture.errors import StoreError
+from capture.quoting import quoted
 from capture.store import schema, values
 from capture.store.codec import Layout
 from capture.store.opening import not_a_run
@@ -171,7 +172,7 @@ def _check_documents(path: Path, connection: duckdb.DuckDBPyConnection) -> str:
         f"SELECT level, {', '.join(_DOCUMENTS)} FROM run"
     ).fetchall()[0]
     if level not in LEVELS:
-        raise not_a_run(path, f"its level {level[:40]!r} is none of {', '.join(LEVELS)}")
+        raise not_a_run(path, f"its level {quoted(level)} is none of {', '.join(LEVELS)}")
     for name, text in zip(_DOCUMENTS, documents, strict=True):
         if not _is_object(text):
             raise not_a_run(path, f"its {name} are no JSON object")

@@ -24,6 +24,7 @@ import pyarrow as pa
 from capture.errors import StoreError
 from capture.names import model_name
 from capture.paths import given_path
+from capture.quoting import first_line
 from capture.store import schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole
@@ -172,7 +173,9 @@ def counts_only(path: str | Path, out: str | Path) -> Path:
         try:
             _write(fresh, run, Layout(**layout))
         except duckdb.Error as error:
-            raise StoreError(f"{out} could not be written: {error}. Choose another OUT.") from error
+            raise StoreError(
+                f"{out} could not be written: {first_line(error)}. Choose another OUT."
+            ) from error
     return out
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import duckdb
 
+from capture import quoting
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import schema
 
@@ -59,7 +60,7 @@ def cannot_open(path: Path, error: duckdb.Error) -> StoreError:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, without the full stop."""
-    return str(error).splitlines()[0].rstrip(".")
+    return quoting.first_line(error).rstrip(".")
 
 
 def check_version(
@@ -99,7 +100,7 @@ def read_version(
 
 def not_a_run(path: Path, reason: Exception | str) -> StoreError:
     """Make the error for a file that is not a run file."""
-    reason = str(reason).splitlines()[0]
+    reason = quoting.first_line(reason)
     return StoreError(
         f"A run file was expected at {path}, but it is none ({reason}). Record one with: "
         "python -m capture MODEL --prompts FILE --out RUN"

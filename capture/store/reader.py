@@ -13,6 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from capture.errors import StoreError
+from capture.quoting import first_line, quoted
 from capture.store import schema
 from capture.store.checking import UNREADABLE, check_values, limited
 from capture.store.opening import not_a_run
@@ -97,7 +98,7 @@ class RunReader:
             kinds = [statement.type for statement in cursor.extract_statements(sql)]
             if kinds != [duckdb.StatementType.SELECT]:
                 raise StoreError(
-                    f"The query on {self.path.name} failed: expected one SELECT, got {sql[:200]!r}."
+                    f"The query on {self.path.name} failed: expected one SELECT, got {quoted(sql)}."
                 )
             with limited(cursor, SECONDS):
                 return cursor.sql(sql, params=params).to_arrow_table()
@@ -107,7 +108,9 @@ class RunReader:
                 "part of the run at the side."
             ) from None
         except UNREADABLE as error:
-            raise StoreError(f"The query on {self.path.name} failed: {error}") from error
+            raise StoreError(
+                f"The query on {self.path.name} failed: {first_line(error)}"
+            ) from error
         finally:
             cursor.close()
 

@@ -13,6 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from capture.errors import StoreError
+from capture.quoting import quoted
 from capture.store import gate_sums, schema
 from capture.store.accounting import check_counts, check_diagonal
 from capture.store.attention_rows import AttentionBuilder, layer_rows
@@ -69,7 +70,7 @@ def as_json(value: object) -> str:
         return json.dumps(value, allow_nan=False, default=str)
     except (ValueError, TypeError) as error:
         raise StoreError(
-            f"Facts of a run must be plain JSON, got {value!r:.200}: {error}. "
+            f"Facts of a run must be plain JSON, got {quoted(value)}: {first_line(error)}. "
             "Use None where a number is missing."
         ) from error
 
@@ -395,7 +396,7 @@ class RunWriter:
 def _check_facts(info: RunInfo, sites: Sequence[SiteInfo]) -> None:
     """Refuse an unknown level, a run without sites and two sites of one name."""
     if info.level not in LEVELS:
-        raise StoreError(f"level must be one of {', '.join(LEVELS)}, got {info.level!r}.")
+        raise StoreError(f"level must be one of {', '.join(LEVELS)}, got {quoted(info.level)}.")
     places = [(site.layer, site.site) for site in sites]
     if not places or len(set(places)) != len(places):
         raise StoreError(

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from capture.quoting import quoted
 from explorer.comparison.names import make_router, parse_router
 from explorer.errors import RouterError
 from explorer.queries.clusters import Ids
@@ -43,7 +44,7 @@ def rerouted(
     made = make_router(parse_router(router), seed=seed)
     if isinstance(made, PartRouter):
         raise RouterError(
-            f"{router!r} decides about {made.part}s. Choose a router that chooses experts."
+            f"{quoted(router)} decides about {made.part}s. Choose a router that chooses experts."
         )
     place = (layer, site)
     recorded, tokens = recorded_inputs(run, *place)
@@ -51,7 +52,7 @@ def rerouted(
     fitted = fit_layers(made, {place: recorded.take(half)})
     decision = route_layers(fitted, {place: recorded})[place]
     if not isinstance(decision, Routing):
-        raise RouterError(f"{router!r} should choose experts, it returned a mask of parts.")
+        raise RouterError(f"{quoted(router)} should choose experts, it returned a mask of parts.")
     weights = decision.weights.masked_fill(decision.expert_ids < 0, -torch.inf)
     heaviest = weights.argmax(dim=-1, keepdim=True)
     expert = decision.expert_ids.gather(-1, heaviest)[:, 0].numpy()

@@ -17,6 +17,7 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
+from capture.quoting import first_line, quoted
 from capture.store.files import is_own_file
 from capture.store.opening import LOCKED
 from capture.store.sandbox import attach, tables_in
@@ -82,7 +83,7 @@ class Comparison:
     def rows(self, table: str) -> pd.DataFrame:
         """Return one table of the file, see :data:`explorer.comparison.tables.TABLES`."""
         if table not in TABLES:
-            raise ComparisonError(f"Expected one of {', '.join(TABLES)}, got {table!r}.")
+            raise ComparisonError(f"Expected one of {', '.join(TABLES)}, got {quoted(table)}.")
         whole = [n for n, kind in TABLES[table].items() if kind in ("INTEGER", "BIGINT")]
         return frame(self._tables[table]).astype(dict.fromkeys(whole, "Int64"))
 
@@ -92,10 +93,12 @@ class Comparison:
         try:
             found = cursor.sql(sql, params=params)
             if found is None:
-                raise ComparisonError(f"A query must return rows, got {sql[:200]!r}.")
+                raise ComparisonError(f"A query must return rows, got {quoted(sql)}.")
             return frame(found.to_arrow_table())
         except duckdb.Error as error:
-            raise ComparisonError(f"The query on {self.path.name} failed: {error}") from error
+            raise ComparisonError(
+                f"The query on {self.path.name} failed: {first_line(error)}"
+            ) from error
         finally:
             cursor.close()
 
@@ -147,7 +150,7 @@ def open_comparison(path: str | Path) -> Comparison:
             tables = {n: connection.sql(f"FROM {_table(n)}").to_arrow_table() for n in there}
             return Comparison(path, {n: _completed(n, tables.get(n)) for n in TABLES})
     except (duckdb.Error, json.JSONDecodeError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise ComparisonError(f"{path.name} is no comparison file ({reason}). {_MAKE}") from error
 
 

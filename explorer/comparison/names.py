@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from capture.quoting import cut, first_line, quoted
 from explorer.errors import RouterError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def parse_router(text: str) -> RouterSpec:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise RouterError(f"Expected a router, got {text!r}. {_HOW}") from None
+        raise RouterError(f"Expected a router, got {quoted(text)}. {_HOW}") from None
     if isinstance(tree, ast.Name):
         return RouterSpec(tree.id, {})
     return RouterSpec(*_call(tree, text))
@@ -72,9 +73,9 @@ def parse_router(text: str) -> RouterSpec:
 
 def _call(tree: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-        raise RouterError(f"Expected a router, got {text!r}. {_HOW}")
+        raise RouterError(f"Expected a router, got {quoted(text)}. {_HOW}")
     if tree.args or any(keyword.arg is None for keyword in tree.keywords):
-        raise RouterError(f"Expected every argument with its name in {text!r}. {_HOW}")
+        raise RouterError(f"Expected every argument with its name in {quoted(text)}. {_HOW}")
     return tree.func.id, {str(k.arg): _value(k.value, text) for k in tree.keywords}
 
 
@@ -83,7 +84,8 @@ def _value(tree: ast.expr, text: str) -> Any:
         name, options = _call(tree, text)
         if name not in SELECTORS:
             raise RouterError(
-                f"Expected one of the selectors {', '.join(SELECTORS)} in {text!r}, got {name}."
+                f"Expected one of the selectors {', '.join(SELECTORS)} in "
+                f"{quoted(text)}, got {name}."
             )
         return Call(name, options)
     try:
@@ -92,8 +94,9 @@ def _value(tree: ast.expr, text: str) -> Any:
         value = ...
     if not isinstance(value, str | int | float | bool | None):
         raise RouterError(
-            f"Expected a number, text in quotes, True, False or None for an argument in {text!r}, "
-            f"got {ast.unparse(tree)}. {_HOW}"
+            f"Expected a number, text in quotes, True, False or None for an "
+            f"argument in {quoted(text)}, "
+            f"got {cut(ast.unparse(tree), 80)}. {_HOW}"
         )
     return value
 
@@ -137,7 +140,7 @@ def make_router(spec: RouterSpec, *, seed: int | None = None) -> "Router":
     for name in options:
         if name not in known:
             raise RouterError(
-                f"Router {spec.name!r} takes no argument {name!r}. "
+                f"Router {quoted(spec.name)} takes no argument {quoted(name)}. "
                 f"It takes: {', '.join(known) or 'none'}."
             )
     try:
@@ -147,7 +150,7 @@ def make_router(spec: RouterSpec, *, seed: int | None = None) -> "Router":
         }
         return factory(**made)
     except TypeError as error:
-        raise RouterError(f"{spec.label} cannot be made: {error}.") from None
+        raise RouterError(f"{cut(spec.label)} cannot be made: {first_line(error)}.") from None
 
 
 def takes_seed(spec: RouterSpec) -> bool:

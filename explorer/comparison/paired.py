@@ -14,6 +14,7 @@ from capture.losses import (
     loss_change,
     ratio_variance,
 )
+from capture.quoting import quoted
 from explorer.comparison.file import Comparison
 from explorer.errors import ComparisonError
 
@@ -255,7 +256,7 @@ def _losses(comparison: Comparison, router: str) -> _Losses:
     if rows.empty:
         names = comparison.query("SELECT DISTINCT router FROM sequences WHERE mode = 'live'")
         raise ComparisonError(
-            f"Expected a router with a live row, got {router!r}. There are: "
+            f"Expected a router with a live row, got {quoted(router)}. There are: "
             f"{', '.join(sorted(names['router'])) or 'none; compare with --live'}."
         )
     found: dict[int | None, SequenceLosses] = {}

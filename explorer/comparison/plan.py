@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
+from capture.quoting import quoted
 from explorer.comparison.names import RouterSpec, parse_router, takes_seed
 from explorer.errors import ComparisonError
 
@@ -50,7 +51,7 @@ class Settings:
                 f"{self.fit_tokens}."
             )
         if self.skip not in ("block", "layer"):
-            raise ComparisonError(f"Expected skip 'block' or 'layer', got {self.skip!r}.")
+            raise ComparisonError(f"Expected skip 'block' or 'layer', got {quoted(self.skip)}.")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings by name."""

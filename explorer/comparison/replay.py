@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import torch
 
+from capture.quoting import quoted
 from explorer.comparison.badges import recorded_badges
 from explorer.comparison.replay_rows import domain_rows, over_layers, site_row, token_rows
 from explorer.errors import RouterError
@@ -192,6 +193,6 @@ def _named(routers: Iterable[str] | Mapping[str, Router]) -> dict[str, Router]:
 def _check_experts(label: str, router: Router) -> None:
     if isinstance(router, PartRouter):
         raise RouterError(
-            f"{label!r} decides about {router.part}s. What that changes shows in a live "
+            f"{quoted(label)} decides about {router.part}s. What that changes shows in a live "
             "comparison only; replay takes routers that choose experts."
         )

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from capture.quoting import quoted
 from explorer.comparison.measure import entropy_of_shares, mean_of_known, shares_of
 from explorer.comparison.texts import SHARED_TOKENS
 from explorer.errors import RouterError
@@ -43,7 +44,7 @@ def site_row(
     """Measure one router in one layer."""
     native = inputs.decision()
     if not isinstance(decision, Routing):
-        raise RouterError(f"{label!r} should choose experts, it returned a mask of parts.")
+        raise RouterError(f"{quoted(label)} should choose experts, it returned a mask of parts.")
     info = router.info
     expected, found = native.expert_ids.numpy(), decision.expert_ids.numpy()
     means = agree.agreement(expected, native.weights.numpy(), found, decision.weights.numpy())

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable
 
+from capture.quoting import cut, first_line, quoted
 from explorer.comparison.names import parse_router
 from explorer.conditions import heads, low_rank, merging, precision, pruning, quantise
 from explorer.conditions.base import CONDITIONS, Condition, ConditionInfo, Subject
@@ -46,19 +47,20 @@ def make_condition(text: str) -> Condition:
         name, options = parse_router(text)
     except RouterError as error:
         raise ConditionError(
-            f"A condition such as merge or quantised(bits=4) was expected, got {text!r}."
+            f"A condition such as merge or quantised(bits=4) was expected, got {quoted(text)}."
         ) from error
     factory = CONDITIONS[name]
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
             raise ConditionError(
-                f"Condition {name!r} takes no argument {option!r}. It takes: {', '.join(known)}."
+                f"Condition {quoted(name)} takes no argument {quoted(option)}. "
+                f"It takes: {', '.join(known)}."
             )
     try:
         return factory(**options)
     except TypeError as error:
-        raise ConditionError(f"{text} cannot be made: {error}.") from None
+        raise ConditionError(f"{cut(text)} cannot be made: {first_line(error)}.") from None
 
 
 def make_conditions(texts: Iterable[str]) -> list[Condition]:

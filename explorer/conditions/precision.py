@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from capture.quoting import quoted
 from explorer.conditions.base import (
     CONDITIONS,
     Applied,
@@ -65,7 +66,9 @@ class Precision(Condition):
 
     def __init__(self, dtype: Dtype = "bfloat16", parts: Sequence[str] = PARTS) -> None:
         if dtype not in DTYPES:
-            raise ConditionError(f"A dtype among {', '.join(DTYPES)} was expected, got {dtype!r}.")
+            raise ConditionError(
+                f"A dtype among {', '.join(DTYPES)} was expected, got {quoted(dtype)}."
+            )
         self.dtype = dtype
         self.parts = check_parts(parts)
         if "rest" in self.parts and self.parts != PARTS:

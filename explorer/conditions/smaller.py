@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from capture.adapters.probe import EXPERT_COUNTS
 from capture.inputs import input_device
+from capture.quoting import quoted
 from capture.sites import layer_of, text_config
 from capture.switches import plain_forward
 from explorer.conditions.base import Sequence_, Subject
@@ -84,7 +85,8 @@ def start_smaller(subject: Subject, settings: DistilSettings) -> Smaller:
     """
     if settings.shrink not in get_args(Shrink):
         raise ConditionError(
-            f"shrink among {', '.join(get_args(Shrink))} was expected, got {settings.shrink!r}."
+            f"shrink among {', '.join(get_args(Shrink))} was expected, got "
+            f"{quoted(settings.shrink)}."
         )
     teacher: Any = subject.model
     config = copy.deepcopy(teacher.config)

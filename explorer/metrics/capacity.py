@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from capture.quoting import quoted
 from explorer.errors import MetricError
 from explorer.metrics.load import expert_capacity
 
@@ -195,7 +196,7 @@ def arrival(
             "Pass one layer's ids, one row per token."
         )
     if policy not in POLICIES:
-        raise MetricError(f"Expected a policy of {POLICIES}, got {policy!r}.")
+        raise MetricError(f"Expected a policy of {POLICIES}, got {quoted(policy)}.")
     gates = None if weights is None else _floats(weights)
     if gates is None and policy == "probs":
         raise MetricError("The policy 'probs' drops by weight: pass weights [T, K], or 'position'.")

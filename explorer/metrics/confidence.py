@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from capture.quoting import quoted
 from explorer.errors import MetricError
 
 Floats = npt.NDArray[np.float64]
@@ -46,7 +47,7 @@ def probabilities(scores: npt.ArrayLike, score_function: str) -> Floats:
     if score_function == "other":
         return np.full_like(values, np.nan)
     raise MetricError(
-        f"Expected a score function that the view `sites` names, got {score_function!r}. "
+        f"Expected a score function that the view `sites` names, got {quoted(score_function)}. "
         "Take it from the site's row: softmax, sigmoid, softmax_topk, sigmoid_topk, "
         "probabilities or other."
     )

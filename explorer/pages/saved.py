@@ -6,6 +6,7 @@ from pathlib import Path
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
+from capture.quoting import quoted
 from explorer import service, views
 from explorer.errors import ExplorerError
 from explorer.pages import access, address, state
@@ -28,7 +29,7 @@ def follow(pages: Sequence[StreamlitPage]) -> None:
         target = next((p for p in pages if (p.url_path or "overview") == view.page), None)
         if target is None or view.page in NOT_SAVED:
             raise ExplorerError(
-                f"The saved view “{view.name}” is of a page that is not here: {view.page!r}."
+                f"The saved view “{view.name}” is of a page that is not here: {quoted(view.page)}."
             )
     except ExplorerError as error:
         st.session_state[_PROBLEM] = str(error)

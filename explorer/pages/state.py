@@ -12,6 +12,7 @@ import streamlit as st
 
 from capture.errors import CaptureError
 from capture.paths import given_path
+from capture.quoting import quoted
 from explorer import service
 from explorer.balance import balance_table
 from explorer.errors import ExplorerError, RunError
@@ -161,7 +162,7 @@ def opened(name: str) -> tuple[Run, Key]:
     try:
         status = path.stat()
     except OSError:
-        raise ExplorerError(f"The run {name!r} was removed; choose another one.") from None
+        raise ExplorerError(f"The run {quoted(name)} was removed; choose another one.") from None
     key = (str(path), status.st_mtime_ns, status.st_size)
     try:
         return _open(key), key

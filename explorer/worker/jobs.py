@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import CaptureCancelled
+from capture.quoting import quoted
 from explorer.worker.protocol import (
+    DEMO_MODEL,
     CaptureRequest,
     CompareRequest,
     CosinesRequest,
@@ -117,6 +119,7 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
         _capture(request.capture, report, cancelled)
     if cancelled():
         raise Cancelled("The comparison was stopped before it began.", None)
+    _refuse_unnamed_model(request)
     report(JobProgress("loading", message="importing the model library"))
     from explorer.comparison.api import compare
     from explorer.errors import ComparisonCancelled
@@ -148,6 +151,22 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
     if request.conditions:
         _conditions(request, path, report, cancelled)
     return path
+
+
+def _refuse_unnamed_model(request: CompareRequest) -> None:
+    """Refuse to load a model that only the run names, and not whoever started the job."""
+    from explorer.errors import ComparisonError
+    from explorer.run import open_run
+
+    if not (request.live or request.layers or request.oracle or request.conditions):
+        return
+    with open_run(request.run) as run:
+        named = str(run.info["model"])
+    if named not in (DEMO_MODEL, request.model):
+        raise ComparisonError(
+            f"This needs the model that the run names, {quoted(named)}, and nobody said that it "
+            "may be loaded. Tick the box that names it, or compare by replay only."
+        )
 
 
 def _conditions(

@@ -11,6 +11,7 @@ import traceback
 from typing import IO, Any
 
 from capture.errors import CaptureError
+from capture.quoting import first_line
 from explorer.errors import ExplorerError
 from explorer.worker.jobs import Cancelled, run_job
 from explorer.worker.protocol import JobProgress, encode, unpack_request
@@ -73,7 +74,8 @@ class Worker:
         except Exception as error:
             # our bug, or one of a library: the console gets the traceback, the page one line
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error} (the app's console has the whole story)"
+            said = f"{type(error).__name__}: {first_line(error)}"
+            text = f"{said} (the app's console has the whole story)"
             self._send(event="failed", job=job_id, error=text)
 
     def _report_progress(self, job_id: int, report: JobProgress) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from capture.names import model_name
 
+DEMO_MODEL = "demo"  # what runs of the embedded model call it
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -145,6 +146,9 @@ class CompareRequest:
         Measured after the routers, into the same file: ``quantised(bits=4)``.
     capture : CaptureRequest, optional
         What to record to ``run`` before; its ``out`` is ``run``.
+    model : str
+        The model that may be loaded, which has to be the one that the run names: a run may come
+        from a stranger. The demo model needs no leave.
     """
 
     run: str
@@ -160,6 +164,7 @@ class CompareRequest:
     oracle: bool = False
     conditions: list[str] = field(default_factory=list)
     capture: CaptureRequest | None = None
+    model: str = ""
 
     @property
     def out(self) -> str:

@@ -8,6 +8,7 @@ import streamlit as st
 
 from capture.errors import PromptError
 from capture.prompts import read_prompts_bytes
+from capture.quoting import cut, quoted
 from explorer import service
 from explorer.comparison.catalogue import catalogue
 from explorer.comparison.names import parse_router, split_routers
@@ -19,6 +20,7 @@ from explorer.pages.components.uploaded import TYPES, prompts_of
 from explorer.pages.state import SUFFIX, View, new_name, runs_folder
 from explorer.run import Run
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
+from explorer.worker.protocol import DEMO_MODEL
 
 _TOKENS = (2_000, 5_000, 10_000, 30_000, 100_000)
 # explorer.conditions.catalogue.USUAL, which imports torch
@@ -151,7 +153,8 @@ def _form(run: Run) -> _Wanted:
             "what no router can reach. One forward pass a set.",
             key="compare oracle",
         )
-    options = {
+    options = _loading(run) if source == _RUN else {}
+    options |= {
         "tokens": tokens,
         "fit_tokens": 2 * tokens,
         "seeds": list(range(seeds)),
@@ -161,6 +164,24 @@ def _form(run: Run) -> _Wanted:
         "conditions": conditions,
     }
     return _Wanted(routers, options, prompts, problem or wrong)
+
+
+def _loading(run: Run) -> dict[str, Any]:
+    """Ask whether the model that the run names may be loaded; without it, replay is left.
+
+    A run may come from a stranger, and so may the name in it.
+    """
+    named = str(run.info["model"])
+    if named == DEMO_MODEL:
+        return {}
+    allowed = st.checkbox(
+        f"Load the model {address.plain(cut(named, 120))} to compare live",
+        help="The run names it. It is loaded on the machine that runs this app, and downloaded "
+        "first if it is not there. Without it, routers are compared by replay of what was "
+        "recorded: agreement and balance, no loss.",
+        key=f"compare loads {named}",
+    )
+    return {"model": named} if allowed else {"live": False}
 
 
 def _prompts(source: str) -> tuple[list[dict[str, Any]], str]:
@@ -213,7 +234,7 @@ def _routers() -> tuple[list[str], str]:
         for text in extra:
             spec = parse_router(text)
             if spec.name not in families:
-                raise UnknownNameError(f"There is no router {spec.name!r} in the list above.")
+                raise UnknownNameError(f"There is no router {quoted(spec.name)} in the list above.")
     except (RouterError, UnknownNameError) as error:
         return [], str(error)
     return [*picked, *extra], ""
