@@ -57,7 +57,6 @@ REFUSED = {
     "vocab 0": "UPDATE packed.run SET vocab_size=0",
     "vocab neg": "UPDATE packed.run SET vocab_size=-5",
     "hidden 2e9": "UPDATE packed.run SET hidden_size=2000000000",
-    "level stats": "UPDATE packed.run SET level='stats'",
     "slots 1": "UPDATE packed.run SET slots=1",
     "idbits16": "UPDATE packed.run SET id_bits=16",
     "no sites": "DELETE FROM packed.site",
@@ -225,6 +224,7 @@ REFUSED = {
 }
 
 SHOWN = {
+    "level stats": "UPDATE packed.run SET level='stats'",
     "no tokens": emptied(*OF_TOKENS),
     "start 2150": "UPDATE packed.run SET started_at='2150-01-01'",
     "seconds 1e9": "UPDATE packed.run SET seconds=1e9",

@@ -150,7 +150,7 @@ def test_a_recovery_runs_no_view_and_no_macro(written, forged, tmp_path):
         f"CREATE MACRO packed.sum(x) AS ({FOREVER})",
         f"CREATE MACRO duckdb_tables() AS TABLE {FOREVER}",
         f"CREATE MACRO range(x) AS TABLE {FOREVER}",
-        "DELETE FROM packed.coactivation",
+        "DELETE FROM packed.coactivation; UPDATE packed.run SET complete = false",
     )
     with RunReader.open(recovered(path)) as run, RunReader.open(written.path) as ours:
         assert not run.info["complete"]
