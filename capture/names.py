@@ -1,7 +1,7 @@
 """What a model is called where others can read it: never the folders of a home."""
 
+import os
 import re
-from pathlib import Path
 
 _CACHED = re.compile(r"models--(.+?)--(.+)")
 _LOCAL = re.compile(r"[./~\\]|[A-Za-z]:[/\\]|.*\\|[^/]*/[^/]*/")
@@ -16,7 +16,7 @@ def model_name(model: str) -> str:
         As a run has it: ``demo``, ``org/name``, or the path of a folder.
     """
     text = model.rstrip("/\\")
-    if not _LOCAL.match(text) and not (text and Path(text).is_dir()):
+    if not _LOCAL.match(text) and not (text and os.path.isdir(text)):
         return model
     parts = re.split(r"[/\\]", text)
     # a snapshot in the cache of a hub is named by a digest
