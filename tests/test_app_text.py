@@ -139,8 +139,10 @@ def shown_of_strangers(app, page):
             assert not [sign for sign in LIVE if sign in live], (page, text)
             seen += 1
     for chart in app.get("plotly_chart"):
-        # plotly reads some HTML, links among it
-        said = json.dumps(json.loads(chart.proto.spec), ensure_ascii=False)
+        # plotly reads some HTML, links among it; what it is told beside the figure it does not draw
+        spec = json.loads(chart.proto.spec)
+        spec["layout"].pop("meta", None)
+        said = json.dumps(spec, ensure_ascii=False)
         assert "<b>evil" not in said and "<http" not in said, page
     return seen
 
@@ -148,14 +150,14 @@ def shown_of_strangers(app, page):
 @pytest.mark.slow
 def test_no_page_hands_a_text_of_a_stranger_to_markdown(runs):
     view = write_evil(runs)
-    app = opened("overview", run="known", view=view.view_id)
+    app = opened("overview", view=view.view_id)
     seen = {"banner": shown_of_strangers(app, "banner")}
     app.query_params["slice"] = "evil slice"
     for page in PAGES:
         app.switch_page(f"explorer/pages/{page}.py").run()
         assert not app.exception, page
         seen[page] = shown_of_strangers(app, page)
-    assert all(seen[page] for page in ("banner", "overview", "attention", "compare", "share"))
+    assert all(seen[page] for page in ("banner", "overview", "attention", "compare", "share")), seen
     assert sum(seen.values()) > 20
     # what a link says is text too
     for name, value in (("run", EVIL), ("search", f"no {EVIL}")):
