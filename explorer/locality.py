@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return ERROR
     table["domain"] = table["domain"].replace("", "all").map(visible)
-    sys.stdout.write(table.to_string(index=False, float_format=lambda v: f"{v:.3f}") + "\n")
+    text = table.to_string(index=False, na_rep="–", float_format=lambda v: f"{v:.3f}")
+    sys.stdout.write(f"{text}\n")
     return 0
 
 

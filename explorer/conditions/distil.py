@@ -127,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(tables, indent=1) + "\n")
     else:
         for table in found:
-            text = table.to_string(index=False, float_format=lambda value: f"{value:.4f}")
+            text = table.to_string(
+                index=False, na_rep="–", float_format=lambda value: f"{value:.4f}"
+            )
             sys.stdout.write(text + "\n\n")
     return 0
 

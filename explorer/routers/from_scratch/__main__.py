@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _text(table: Any) -> str:
-    text: str = table.to_string(index=False, float_format=lambda value: f"{value:.4f}")
+    text: str = table.to_string(index=False, na_rep="–", float_format=lambda value: f"{value:.4f}")
     return text
 
 

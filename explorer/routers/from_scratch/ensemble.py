@@ -282,7 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for seed in seeds:
         file = options.out / f"ensemble-{plan.clusters}-{seed}-{plan.setting.key}.json"
         results += kept(file, functools.partial(compared, plan, fit, held_out, seed))
-    text = table(results).to_string(index=False, float_format=lambda value: f"{value:.4f}")
+    text = table(results).to_string(
+        index=False, na_rep="–", float_format=lambda value: f"{value:.4f}"
+    )
     sys.stdout.write(f"{text}\n")
     return 0
 
