@@ -65,6 +65,8 @@ def test_a_router_of_one_expert_has_no_nan(folder, page, query):
     tiles = {tile.label: (tile.value, tile.delta) for tile in app.metric}
     if page in ("overview", "load_balance"):
         assert tiles["Load entropy"] == ("–", "not defined for one expert")
+    if page == "overview":
+        assert tiles["Gate entropy"] == ("–", "not defined for one expert")
     if query.get("metric"):
         assert "Load entropy: not defined for one expert." in [info.value for info in app.info]
     if page == "clusters":

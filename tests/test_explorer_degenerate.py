@@ -9,6 +9,8 @@ import pytest
 from explorer.clusters.clustering import NOISE, cluster
 from explorer.clusters.projection import FEWEST, MapOptions, distinct, has_umap, pca, project
 from explorer.clusters.quality import FEWEST_MEASURED, trustworthiness
+from explorer.conditions.likeness import correlation
+from explorer.metrics.alignment import co_routing_agreement
 
 FAST = MapOptions(n_landmarks=40, n_epochs=20)
 METHODS = ("kmeans", "gmm", "hdbscan")
@@ -140,3 +142,17 @@ def test_a_constant_column_changes_no_cluster(method):
     values = np.concatenate([normal(60, 4) + 9, normal(60, 4, seed=1) - 9])
     wide = np.concatenate([values, np.full((120, 3), 7e5, np.float32)], axis=1)
     assert np.array_equal(cluster(wide, method).labels, cluster(values, method).labels)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -0.7])
+@pytest.mark.parametrize("n", [3, 10, 1000])
+def test_what_does_not_vary_has_no_correlation(value, n):
+    """The mean of equal numbers is rounded, so that their standard deviation is hardly ever 0."""
+    same, other = np.full(n, value), normal(n, 1)[:, 0].astype(np.float64)
+    assert np.isnan(correlation(same, other)) and np.isnan(correlation(other, same))
+    assert correlation(other, 1e-6 * other + 3) == pytest.approx(1.0, abs=1e-6)
+    table = np.full((12, 12), value)
+    varied = normal(12, 12) + normal(12, 12).T
+    found = co_routing_agreement([table], [varied])
+    assert np.isnan([found.correlation, found.low, found.high]).all() and found.pairs == 66
+    assert co_routing_agreement([varied], [varied]).correlation == pytest.approx(1.0)

@@ -140,7 +140,8 @@ def in_common(sets: Ids, left: Ids, right: Ids) -> Floats:
 
 def correlation(first: Floats, second: Floats) -> float:
     """Return Pearson's correlation, NaN where one does not vary."""
-    if not first.std() or not second.std():
+    # a standard deviation is hardly ever exactly 0: the mean of equal numbers is rounded
+    if any(np.ptp(one) <= 1e-9 * np.abs(one).max() for one in (first, second)):
         return float("nan")
     return float(np.corrcoef(first, second)[0, 1])
 
@@ -151,6 +152,8 @@ def relative_entropy(subject: Subject, trace: Trace, key: Key) -> float:
     if entropies is None:
         return float("nan")
     n_experts = next(s.info.n_experts for s in subject.sites if site_key(s) == key)
+    if n_experts == 1:
+        return float("nan")
     return float(entropies.mean() / np.log(n_experts))
 
 

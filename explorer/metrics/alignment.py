@@ -135,9 +135,10 @@ def co_routing_agreement(
         From :func:`co_routing`, one a text and model, of the same stretches.
     """
     a, b = _pairs_of(first), _pairs_of(second)
-    spread = float(np.std(a) * np.std(b)) if len(a) >= 3 else 0.0
-    if not spread:
+    # a standard deviation is hardly ever exactly 0: the mean of equal numbers is rounded
+    if len(a) < 3 or any(np.ptp(one) <= 1e-9 * np.abs(one).max() for one in (a, b)):
         return CoRouting(float("nan"), float("nan"), float("nan"), len(a))
+    spread = float(np.std(a) * np.std(b))
     # shuffling moves the pairs about: means and spreads stay, only the sum of products changes
     sides = [(_centred(x, a.mean()), _centred(y, b.mean()))
              for x, y in zip(first, second, strict=True)]  # fmt: skip

@@ -108,11 +108,12 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         help=help_text("dead_expert") + "  \nHere of all layers together.",
     )
     entropy = gates["normalized_entropy"].mean()
+    alone = int(balance["n_experts"].max()) == 1
     tiles[4].metric(
         "Gate entropy",
-        "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
+        ABSENT if alone else "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
         border=True,
-        delta="0 % = sure",
+        delta=undefined_load(1) if alone else "0 % = sure",
         delta_color="off",
         delta_arrow="off",
         help=help_text("gate_entropy")
