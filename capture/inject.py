@@ -18,6 +18,7 @@ from capture.adapters.llama4 import ScaledInputAdapter
 from capture.adapters.standard import StandardAdapter, scores_of
 from capture.adapters.zaya import SkipExpertAdapter
 from capture.errors import SwapError
+from capture.own_router import OwnRouter
 from capture.rules import Choice
 from capture.sites import Site
 from capture.wrappers import inner
@@ -26,16 +27,25 @@ Forward = Callable[..., Any]
 
 
 class Decider(Protocol):
-    """Decides what a site executes; :mod:`capture.swap` has the one that asks a rule."""
+    """Decides what a site executes; :mod:`capture.swap` has the one that asks a rule.
+
+    Attributes
+    ----------
+    replays : bool
+        Whether it tells experts what a model told them, so that the model's own code runs as is.
+    reads : frozenset of str
+        What it reads of the model's own router: ``"logits"``, ``"native"``, both or nothing.
+    """
 
     replays: bool
+    reads: frozenset[str]
 
     def see(self, hidden: torch.Tensor, scores: torch.Tensor | None) -> None:
         """Take the router's input [..., D] and its output [..., E]."""
         ...
 
-    def decide(self, native: Choice) -> Choice:
-        """Return what the experts are told instead of ``native`` [R, K]."""
+    def decide(self, native: Choice | None) -> Choice:
+        """Return what the experts are told instead of ``native`` [R, K]; None = not computed."""
         ...
 
 
@@ -95,9 +105,48 @@ def _listen_to_router(site: Site, decider: Decider, stack: ExitStack) -> None:
     stack.callback(site.router.register_forward_hook(on_router, with_kwargs=True).remove)
 
 
+class _OwnRouterCall:
+    """A site's own router in a forward pass: heard if it runs, stood in for if nobody reads it.
+
+    Attributes
+    ----------
+    ran : bool
+        Whether it ran in the call before the experts'.
+    stays : bool
+        Whether the experts are told what it said.
+    """
+
+    def __init__(self, site: Site, decider: Decider) -> None:
+        self.site, self.decider = site, decider
+        self.ran, self.stays = True, False
+
+    def open(self, stack: ExitStack) -> None:
+        """Follow the router until the stack is left."""
+        if "native" in self.decider.reads:
+            _listen_to_router(self.site, self.decider, stack)
+            return
+        self._own = OwnRouter(self.site, logits="logits" in self.decider.reads)
+        stack.enter_context(forward_replaced(self.site.router, self._wrap))
+
+    def _wrap(self, stock: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            instead = self._own.instead(*args, *kwargs.values())
+            self.ran = instead is None
+            if instead is not None:
+                self.decider.see(hidden, instead[1])
+                return instead[0]
+            output = stock(*args, **kwargs)
+            self.decider.see(hidden, scores_of(output, self.site.info.n_experts))
+            return output
+
+        return forward
+
+
 def _standard(site: Site, decider: Decider, stack: ExitStack) -> None:
     """Replace ids and weights among the experts' arguments."""
-    _listen_to_router(site, decider, stack)
+    own = _OwnRouterCall(site, decider)
+    own.open(stack)
     has_skip_class = isinstance(site.adapter, SkipExpertAdapter)
 
     def on_experts(
@@ -106,10 +155,13 @@ def _standard(site: Site, decider: Decider, stack: ExitStack) -> None:
         values = _named(args, kwargs)
         ids_at, weights_at = _places(site, values)
         ids, weights = values[ids_at], values[weights_at]
-        native = Choice(ids.long(), weights)
-        if has_skip_class:
+        native = Choice(ids.long(), weights) if own.ran else None
+        if native is not None and has_skip_class:
             native = _name_skipped(native, site.info.n_experts - 1)
         choice = decider.decide(native)
+        own.stays = (
+            native is not None and not has_skip_class and choice.expert_ids is native.expert_ids
+        )
         if has_skip_class:
             choice = _hide_skipped(choice, site.info.n_experts - 1, as_model=decider.replays)
         values[ids_at] = choice.expert_ids.to(ids.dtype)
@@ -118,6 +170,8 @@ def _standard(site: Site, decider: Decider, stack: ExitStack) -> None:
 
     def wrap(stock: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if own.stays:
+                return stock(*args, **kwargs)
             values = _named(args, kwargs)
             ids_at, weights_at = _places(site, values)
             if not bool((values[ids_at] < 0).any()):

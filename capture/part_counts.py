@@ -10,7 +10,7 @@ import torch
 from capture.context import Passes
 from capture.inject import can_inject, flat_choice, injected
 from capture.rows import Kept
-from capture.rules import Choice
+from capture.rules import OWN_ROUTER, Choice
 from capture.sites import Site
 from capture.swap import Key, SiteCount, site_key
 
@@ -115,6 +115,7 @@ class _Counter:
     """Leaves the model's own choice as it is, and counts it."""
 
     replays = True
+    reads = OWN_ROUTER
 
     def __init__(self, count: SiteCount, reached: Reached) -> None:
         self.count, self.reached = count, reached
@@ -122,8 +123,9 @@ class _Counter:
     def see(self, hidden: torch.Tensor, scores: torch.Tensor | None) -> None:
         """Take no interest in scores."""
 
-    def decide(self, native: Choice) -> Choice:
+    def decide(self, native: Choice | None) -> Choice:
         """Return the choice as it came."""
+        assert native is not None  # what reads it gets it
         flat = flat_choice(native)
         self.count.add(flat, self.reached.real(flat.expert_ids.device))
         return native

@@ -48,7 +48,7 @@ class RouteInputs:
     hidden : Tensor [T, D], float32
         Input of the router; of a layer or block, where the rule gates those.
     logits : Tensor [T, E] or None, float32
-        Output of the model's own router; None where it hides them.
+        Output of the model's own router; None where it hides them or the rule does not read them.
     token_ids : Tensor [T] or None, int64
         None where the model was given embeddings.
     positions : Tensor [T], int64
@@ -58,7 +58,8 @@ class RouteInputs:
     sequences : Tensor [T], int64
         Row of the batch.
     native : Choice or None
-        What the model's own router chose, in its own order of slots.
+        What the model's own router chose, in its own order of slots; None where the rule does
+        not read it.
     previous : Choice or None
         What ran at the MoE site before this one; None at the first.
     previous_state : Tensor [T, P] or None
@@ -118,17 +119,31 @@ _PER_TOKEN = (
 )
 
 
+# what a rule may read of the model's own router: its output, and the choice made of it
+OWN_ROUTER = frozenset({"logits", "native"})
+
+
 class Rule(Protocol):
     """Anything that chooses experts, or gates parts, for the tokens of one layer.
 
     ``route`` answers with ``expert_ids`` [T, K] and ``weights`` [T, K] (and ``state`` [T, P],
     handed on to the next site), or with ``part`` and ``gate`` [T, P], where 0 = not executed.
     ``K`` may differ from the model's.
+
+    A rule that does not read all of ``OWN_ROUTER`` says so in an attribute ``reads``, a frozenset
+    of what it reads: the model's own router is not computed further than that, and ``logits`` or
+    ``native`` may be None then. See :func:`reads_of`.
     """
 
     def route(self, inputs: RouteInputs, /) -> Any:
         """Route the tokens of one layer in one forward pass; ``inputs`` must not be changed."""
         ...
+
+
+def reads_of(rule: object) -> frozenset[str]:
+    """Return what a rule reads of the model's own router; one that says nothing reads it all."""
+    reads: frozenset[str] = getattr(rule, "reads", OWN_ROUTER)
+    return reads
 
 
 class NativeRule:
@@ -213,7 +228,10 @@ def _gated(site: Site, answer: Any, inputs: RouteInputs) -> Choice:
     shape = (len(inputs.hidden), site.info.n_experts)
     gate = gate_of(answer, part="expert", place=site.info.module, shape=shape)
     if inputs.native is None:
-        raise SwapError(f"{site.info.module}: a gate over experts needs the model's own choice.")
+        raise SwapError(
+            f"{site.info.module}: a gate over experts needs the model's own choice. Put 'native' "
+            "into the rule's `reads`."
+        )
     ids, weights = inputs.native
     share = gate.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, 0.0)
     return Choice(ids.masked_fill(share == 0, -1), weights * share.to(weights.dtype))

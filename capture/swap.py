@@ -14,12 +14,26 @@ from capture.context import Passes, PassTokens
 from capture.errors import SwapError
 from capture.inject import flat_choice, injected, n_computing
 from capture.replay import RoutingTape
-from capture.rules import Choice, RouteInputs, Rule, as_rows, choice_of, own_gate, with_attention
+from capture.rules import (
+    OWN_ROUTER,
+    Choice,
+    NativeRule,
+    RouteInputs,
+    Rule,
+    as_rows,
+    choice_of,
+    own_gate,
+    reads_of,
+    with_attention,
+)
 from capture.selftest import attach
 from capture.sites import Site
 
 Key = tuple[int, int]  # layer, site
 OnChoice = Callable[[RouteInputs, Choice], None]
+
+# choices that wait to be counted hold their memory
+WAITING_ROWS = 65_536
 
 _swapped: WeakSet[nn.Module] = WeakSet()
 
@@ -30,6 +44,9 @@ class SiteCount:
 
     Attributes
     ----------
+    computing : int
+        Experts that have weights; the ones after them only pass a token on, or skip it.
+    n_experts : int
     passes : int
         Forward passes.
     tokens : int
@@ -40,16 +57,30 @@ class SiteCount:
         The same for real tokens only.
     calls : Tensor [E], int64
         Passes in which the expert ran at all.
-    computing : int
-        Experts that have weights; the ones after them only pass a token on, or skip it.
     """
 
     computing: int
-    rows: torch.Tensor
-    load: torch.Tensor
-    calls: torch.Tensor
+    n_experts: int
     passes: int = 0
     tokens: int = 0
+    _waiting: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _waiting_rows: int = 0
+    _sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Rows that each expert ran on, [E] int64."""
+        return self._counted()["rows"]
+
+    @property
+    def load(self) -> torch.Tensor:
+        """Real tokens that each expert ran on, [E] int64."""
+        return self._counted()["load"]
+
+    @property
+    def calls(self) -> torch.Tensor:
+        """Passes in which each expert ran, [E] int64."""
+        return self._counted()["calls"]
 
     @property
     def experts_per_token(self) -> float:
@@ -65,17 +96,33 @@ class SiteCount:
     def of(cls, site: Site) -> "SiteCount":
         """Return the count of a site that executed nothing yet."""
         zeros = torch.zeros(site.info.n_experts, dtype=torch.int64, device=_device(site))
-        return cls(n_computing(site), zeros, zeros.clone(), zeros.clone())
+        sums = {name: zeros.clone() for name in ("rows", "load", "calls")}
+        return cls(n_computing(site), site.info.n_experts, _sums=sums)
 
     def add(self, choice: Choice, real: torch.Tensor | None) -> None:
-        """Count the choice [R, K] of one pass; ``real`` picks the tokens among the rows."""
-        rows = _bincount(choice.expert_ids, len(self.rows))
-        ids = choice.expert_ids if real is None else choice.expert_ids[real]
-        self.rows += rows
-        self.load += rows if real is None else _bincount(ids, len(self.rows))
-        self.calls += rows > 0
+        """Take the choice [R, K] of one pass; ``real`` picks the tokens among the rows.
+
+        It is counted later, so that a pass takes the time of the rule and not of the counting.
+        """
+        ids = choice.expert_ids
+        chosen = ids if real is None else ids[real]
+        self._waiting.append((ids, chosen))
+        self._waiting_rows += len(ids)
         self.passes += 1
-        self.tokens += len(ids)
+        self.tokens += len(chosen)
+        if self._waiting_rows > WAITING_ROWS:
+            self._counted()
+
+    def _counted(self) -> dict[str, torch.Tensor]:
+        """Count what waits, and return all counts."""
+        for ids, chosen in self._waiting:
+            rows = _bincount(ids, self.n_experts)
+            load = rows if chosen is ids else _bincount(chosen, self.n_experts)
+            for name, found in (("rows", rows), ("load", load), ("calls", rows > 0)):
+                self._sums[name] += found
+        self._waiting.clear()
+        self._waiting_rows = 0
+        return self._sums
 
 
 @dataclass
@@ -128,7 +175,8 @@ def swap(
 ) -> Iterator[Swapped]:
     """Put ``rule`` in the place of the model's routers until the block is left.
 
-    The model's own router still runs, because its output is among the inputs of a rule. Experts
+    The model's own router runs as far as the rule reads it (``reads`` of
+    :class:`capture.rules.Rule`), or all of it where ``on_choice`` or somebody else listens. Experts
     run on filled slots only; a layer in which no slot is filled does not run them at all.
 
     Parameters
@@ -226,7 +274,13 @@ class _Place:
     ) -> None:
         self.site, self.run, self.rule, self.watched = site, run, rule, watched
         self.replays = rule is None or isinstance(rule, RoutingTape)
+        self.reads = OWN_ROUTER
+        if not self.replays and run.on_choice is None:
+            self.reads = reads_of(rule)
         self.count = SiteCount.of(site)
+        self._gate = own_gate(site)
+        # nobody has to be told what stays as it is
+        self._stays = type(rule) is NativeRule and run.on_choice is None
         self._hidden: torch.Tensor | None = None
         self._scores: torch.Tensor | None = None
 
@@ -234,14 +288,17 @@ class _Place:
         """Keep the router's input and output until the choice is made."""
         self._hidden, self._scores = hidden, scores
 
-    def decide(self, native: Choice) -> Choice:
+    def decide(self, native: Choice | None) -> Choice:
         """Return what the experts are told [R, K']."""
-        native = flat_choice(native)
-        tokens = self.run.begin().on(native.expert_ids.device)
-        if len(native.expert_ids) != tokens.n_rows:
+        if self._hidden is None:
+            raise SwapError(f"{self.site.info.module}: its experts ran before its router did.")
+        native = None if native is None else flat_choice(native)
+        tokens = self.run.begin().on(self._hidden.device)
+        rows = self._hidden.numel() // self._hidden.shape[-1]
+        if rows != tokens.n_rows:
             raise SwapError(
                 f"{self.site.info.module}: {tokens.n_rows} rows (batch x sequence) were expected, "
-                f"but the router ran on {len(native.expert_ids)}."
+                f"but the router ran on {rows}."
             )
         choice, real = self._decided(native, tokens)
         self.run.previous = real
@@ -249,30 +306,38 @@ class _Place:
         self._hidden = self._scores = None
         return choice
 
-    def _decided(self, native: Choice, tokens: PassTokens) -> tuple[Choice, Choice]:
+    def _decided(self, native: Choice | None, tokens: PassTokens) -> tuple[Choice, Choice]:
         """Return the choice for all rows and for the real ones."""
-        own = Choice(*(as_rows(t, tokens.real) for t in native))
+        if self._stays and native is not None and tokens.real is None:
+            return native, native
+        if self.rule is not None and not isinstance(self.rule, RoutingTape):
+            return self._asked(self.rule, native, tokens)
+        assert native is not None  # what replays reads it
         if isinstance(self.rule, RoutingTape):
             forced = self.rule.next_choice(site_key(self.site), native, tokens)
-            return forced, Choice(*(as_rows(t, tokens.real) for t in forced))
-        if self.rule is None:
-            if self.watched is not None:
-                answer = self.watched.route(self._inputs(own, tokens))
-                self.run.state = getattr(answer, "state", None)
-            return native, own
-        inputs = self._inputs(own, tokens)
-        answer = self.rule.route(inputs)
+            return forced, _real_rows(forced, tokens)
+        own = _real_rows(native, tokens)
+        if self.watched is not None:
+            answer = self.watched.route(self._inputs(own, tokens))
+            self.run.state = getattr(answer, "state", None)
+        return native, own
+
+    def _asked(
+        self, rule: Rule, native: Choice | None, tokens: PassTokens
+    ) -> tuple[Choice, Choice]:
+        """Return the rule's choice for all rows and for the real ones."""
+        inputs = self._inputs(None if native is None else _real_rows(native, tokens), tokens)
+        answer = rule.route(inputs)
         choice = choice_of(self.site, answer, inputs, checked=self.run.checked)
         self.run.state = getattr(answer, "state", None)
         if self.run.on_choice is not None:
             self.run.on_choice(inputs, choice)
         return _on_all_rows(choice, tokens), choice
 
-    def _inputs(self, native: Choice, tokens: PassTokens) -> RouteInputs:
+    def _inputs(self, native: Choice | None, tokens: PassTokens) -> RouteInputs:
         site, info = self.site, self.site.info
-        if self._hidden is None:
-            raise SwapError(f"{info.module}: its experts ran before its router did.")
-        scores, gate = self._scores, own_gate(site)
+        assert self._hidden is not None
+        scores, gate = self._scores, self._gate
         device, before, state = self._hidden.device, self.run.previous, self.run.state
         inputs = RouteInputs(
             layer=info.layer,
@@ -297,6 +362,11 @@ class _Place:
         )
         live = self.run.attention
         return inputs if live is None else with_attention(inputs, live.of(info.layer))
+
+
+def _real_rows(choice: Choice, tokens: PassTokens) -> Choice:
+    """Return a choice [R, K] for the real rows only, [T, K]."""
+    return Choice(*(as_rows(tensor, tokens.real) for tensor in choice))
 
 
 def _on_all_rows(choice: Choice, tokens: PassTokens) -> Choice:

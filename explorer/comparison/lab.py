@@ -299,9 +299,17 @@ class Lab:
         gates = {place[0]: LiveRule(router) for place, router in fitted.routers.items()}
         return self._gates(fitted, gates, None if only is None else [layer for layer, _ in only])
 
-    def time(self, fitted: Fitted, only: Sequence[Key] | None = None) -> Latency:
-        """Time forward passes with and without a router, in turns."""
-        return latency(self.model, self.timed_ids, lambda: self._context(fitted, only))
+    def time(
+        self,
+        fitted: Fitted,
+        only: Sequence[Key] | None = None,
+        *,
+        ids: torch.Tensor | None = None,
+        **how: Any,
+    ) -> Latency:
+        """Time forward passes with and without a router, in turns; see :func:`latency`."""
+        ids = self.timed_ids if ids is None else ids
+        return latency(self.model, ids, lambda: self._context(fitted, only), **how)
 
     @cached_property
     def native_count(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture.rules import Choice, RouteInputs, Rule
+from capture.rules import Choice, RouteInputs, Rule, reads_of
 from explorer.metrics import agreement as agree
 
 Key = tuple[int, int]  # layer, site
@@ -200,6 +200,11 @@ class Spy:
         self.between: npt.NDArray[np.bool_] | None = None
         self._spanning = getattr(rule, "spanning", None) if spanning else None
         self.gates: list[torch.Tensor] = []
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the rule reads of the model's own router."""
+        return reads_of(self.rule)
 
     def route(self, inputs: RouteInputs, /) -> Any:
         """Answer as the rule does."""

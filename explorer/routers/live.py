@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from capture.rules import RouteInputs
+from capture.rules import OWN_ROUTER, RouteInputs
 from explorer.errors import RouterError
 from explorer.routers.base import Decision, Router, RouterInputs, Routing
 from explorer.routers.native import host_best
@@ -102,10 +102,10 @@ def from_live(inputs: RouteInputs, convention: Convention | None = None) -> Rout
         # what ran before is known by its choice; its scores stay with the router that made them
         weights = inputs.previous.weights.float()
         ids = inputs.previous.expert_ids
-        dense = weights.new_zeros(len(ids), inputs.n_experts + 1)
-        wanted = ids.where((ids >= 0) & (ids < inputs.n_experts), inputs.n_experts)
-        dense.scatter_(-1, wanted, weights)
-        previous = Routing(dense[:, :-1], ids, weights)
+        # the first column takes empty slots, the last one experts that this layer does not have
+        dense = weights.new_zeros(len(ids), inputs.n_experts + 2)
+        dense.scatter_(-1, (ids + 1).clamp_max_(inputs.n_experts + 1), weights)
+        previous = Routing(dense[:, 1:-1], ids, weights)
     convention = convention or Convention(True, 1.0)
     known = RouterInputs(
         layer=inputs.layer,
@@ -179,6 +179,14 @@ class LiveRule:
     def __init__(self, router: Router, convention: Convention | None = None) -> None:
         self.router = router
         self.convention = convention
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the router needs of the model's own; a convention is read off the model's choice."""
+        if self.convention is None:
+            return OWN_ROUTER
+        gates = {"native"} if getattr(self.router, "part", None) == "expert" else set()
+        return (OWN_ROUTER & self.router.info.needs) | gates
 
     def route(self, inputs: RouteInputs, /) -> Decision:
         """Decide for the tokens of one layer in one forward pass."""

@@ -78,7 +78,7 @@ def weigh(scores: torch.Tensor, expert_ids: torch.Tensor, inputs: RouterInputs) 
     weights = scores.gather(-1, expert_ids.clamp_min(0)).masked_fill(empty, 0.0)
     if inputs.renormalize or inputs.score_function == "softmax_topk":
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(_TINY)
-    return weights * inputs.scaling
+    return weights if inputs.scaling == 1 else weights * inputs.scaling
 
 
 def host_weights(
@@ -165,15 +165,26 @@ def slots(
     weights : Tensor [T, K]
     state : Tensor [T, P], optional
     """
-    by_id = expert_ids.where(expert_ids >= 0, scores.shape[-1]).argsort(dim=-1)
-    expert_ids, weights = expert_ids.gather(-1, by_id), weights.gather(-1, by_id)
-    heaviness = weights.masked_fill(expert_ids < 0, -1.0)
-    order = heaviness.argsort(dim=-1, descending=True, stable=True)
-    expert_ids, weights = expert_ids.gather(-1, order), weights.gather(-1, order)
-    widest = int((expert_ids >= 0).sum(dim=-1).max()) if len(expert_ids) else 1
-    used = max(1, widest)
-    weights = weights[:, :used].masked_fill(expert_ids[:, :used] < 0, 0.0)
-    return Routing(scores.float(), expert_ids[:, :used].contiguous(), weights.float(), state)
+    empty = expert_ids < 0
+    if expert_ids.shape[-1] > 1 and not _in_order(expert_ids, weights.masked_fill(empty, -1.0)):
+        by_id = expert_ids.where(~empty, scores.shape[-1]).argsort(dim=-1)
+        expert_ids, weights = expert_ids.gather(-1, by_id), weights.gather(-1, by_id)
+        heaviness = weights.masked_fill(expert_ids < 0, -1.0)
+        order = heaviness.argsort(dim=-1, descending=True, stable=True)
+        expert_ids, weights = expert_ids.gather(-1, order), weights.gather(-1, order)
+        empty = expert_ids < 0
+    if bool(empty.any()):
+        used = max(1, int((~empty).sum(dim=-1).max()))
+        expert_ids, weights = expert_ids[:, :used].contiguous(), weights[:, :used]
+        weights = weights.masked_fill(empty[:, :used], 0.0)
+    return Routing(scores.float(), expert_ids, weights.float(), state)
+
+
+def _in_order(expert_ids: torch.Tensor, heaviness: torch.Tensor) -> bool:
+    """Whether slots [T, K] go from heavy to light and equal ones by id; looking beats sorting."""
+    first, then = heaviness[:, :-1], heaviness[:, 1:]
+    by_id = expert_ids[:, :-1] <= expert_ids[:, 1:]
+    return bool(((first > then) | ((first == then) & by_id)).all())
 
 
 def masked_ids(mask: torch.Tensor) -> torch.Tensor:

@@ -25,13 +25,14 @@ def top_ids(scores: torch.Tensor, k: int) -> torch.Tensor:
     n = scores.shape[-1]
     if not 1 <= k <= n:
         raise RouterError(f"Expected 1 <= k <= {n} (the number of experts or parts), got k={k}.")
+    if k == 1:
+        return scores.argmax(dim=-1, keepdim=True)  # the first of equal ones
     wide = scores.topk(min(k + 1, n), dim=-1)
     ids = wide.indices[:, :k].clone()
-    if wide.values.shape[-1] > 1:
-        tied = (wide.values[:, 1:] == wide.values[:, :-1]).any(dim=-1)
-        if bool(tied.any()):
-            again = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-            ids[tied] = again
+    equal = wide.values[:, 1:] == wide.values[:, :-1]
+    if bool(equal.any()):
+        tied = equal.any(dim=-1)
+        ids[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return ids
 
 
