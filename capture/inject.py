@@ -112,13 +112,13 @@ class _OwnRouterCall:
     ----------
     ran : bool
         Whether it ran in the call before the experts'.
-    stays : bool
-        Whether the experts are told what it said.
+    fills : bool
+        Whether every slot of the choice that the experts are told next is filled.
     """
 
     def __init__(self, site: Site, decider: Decider) -> None:
         self.site, self.decider = site, decider
-        self.ran, self.stays = True, False
+        self.ran, self.fills = True, False
 
     def open(self, stack: ExitStack) -> None:
         """Follow the router until the stack is left."""
@@ -159,23 +159,20 @@ def _standard(site: Site, decider: Decider, stack: ExitStack) -> None:
         if native is not None and has_skip_class:
             native = _name_skipped(native, site.info.n_experts - 1)
         choice = decider.decide(native)
-        own.stays = (
-            native is not None and not has_skip_class and choice.expert_ids is native.expert_ids
-        )
+        stays = native is not None and choice.expert_ids is native.expert_ids
         if has_skip_class:
             choice = _hide_skipped(choice, site.info.n_experts - 1, as_model=decider.replays)
         values[ids_at] = choice.expert_ids.to(ids.dtype)
         values[weights_at] = choice.weights.to(weights.dtype)
+        own.fills = (stays and not has_skip_class) or not bool((choice.expert_ids < 0).any())
         return tuple(values[i] for i in range(len(args))), {k: values[k] for k in kwargs}
 
     def wrap(stock: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if own.stays:
+            if own.fills:
                 return stock(*args, **kwargs)
             values = _named(args, kwargs)
             ids_at, weights_at = _places(site, values)
-            if not bool((values[ids_at] < 0).any()):
-                return stock(*args, **kwargs)
 
             def call(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
                 ids, weights = _second_slot(site, ids, weights)

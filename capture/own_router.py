@@ -52,8 +52,10 @@ class OwnRouter:
         self.site = site
         self._wants_logits = logits
         self._weight, self._bias = own_gate(site)
-        self._known: dict[torch.dtype, _Tried | None] = {}
-        self._try(next((p.dtype for p in site.experts.parameters()), torch.float32))
+        self._known: dict[tuple[torch.dtype, int], _Tried | None] = {}
+        self._made: tuple[tuple[torch.Size, torch.dtype], tuple[torch.Tensor, ...]] | None = None
+        for axes in (2, 3):  # blocks give their router rows, or batch and sequence
+            self._try(next((p.dtype for p in site.experts.parameters()), torch.float32), axes)
 
     def instead(self, *values: Any) -> tuple[Any, torch.Tensor | None] | None:
         """Return what stands in for the router's output and the logits [R, E], if they are read.
@@ -63,49 +65,59 @@ class OwnRouter:
         if len(values) != 1 or not isinstance(values[0], torch.Tensor):
             return None
         hidden = values[0]
-        tried = self._try(hidden.dtype)
+        tried = self._try(hidden.dtype, hidden.ndim)
         if tried is None or (self._wants_logits and not tried.is_product) or self._is_heard():
             return None
-        rows, lead = hidden.numel() // hidden.shape[-1], hidden.shape[:-1]
-        zeros = tuple(
-            hidden.new_zeros((rows, form.size) if form.flat else (*lead, form.size),
-                             dtype=form.dtype)
-            for form in tried.forms
-        )  # fmt: skip
         logits = self._product(hidden) if self._wants_logits else None
-        return zeros if tried.is_tuple else zeros[0], logits
+        return self._zeros(tried, hidden), logits
+
+    def _zeros(self, tried: _Tried, hidden: torch.Tensor) -> Any:
+        """Return zeros in the form of the output: the last ones, unless they were written into."""
+        lead, place = hidden.shape[:-1], (hidden.shape[:-1], hidden.dtype)
+        if self._made is None or self._made[0] != place or any(z._version for z in self._made[1]):
+            rows = hidden.numel() // hidden.shape[-1]
+            with torch.inference_mode(False):  # tensors that count what is written into them
+                zeros = tuple(
+                    torch.zeros((rows, form.size) if form.flat else (*lead, form.size),
+                                dtype=form.dtype, device=hidden.device)
+                    for form in tried.forms
+                )  # fmt: skip
+            self._made = place, zeros
+        return self._made[1] if tried.is_tuple else self._made[1][0]
 
     def _is_heard(self) -> bool:
         """Whether somebody listens to the router, or to what experts are told without the rule."""
         router, experts = self.site.router, self.site.experts
-        hooks = [*router._forward_hooks.values(), *experts._forward_pre_hooks.values()]
-        return torch.is_autocast_enabled() or any(
-            getattr(hook, "__module__", None) not in DEAF for hook in hooks
-        )
+        if torch.is_autocast_enabled():
+            return True  # outputs have another dtype then
+        if not router._forward_hooks and len(experts._forward_pre_hooks) == 1:
+            return False  # only the hook that puts the choice in
+        hooks = (*router._forward_hooks.values(), *experts._forward_pre_hooks.values())
+        return any(hook.__module__ not in DEAF for hook in hooks)
 
     def _product(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self._weight is not None
         return nn.functional.linear(flat_rows(hidden), self._weight, self._bias)
 
-    def _try(self, dtype: torch.dtype) -> _Tried | None:
-        """Return what the router makes of inputs of this dtype, None = nothing can stand in."""
-        if dtype not in self._known:
-            self._known[dtype] = self._tried(dtype)
-        return self._known[dtype]
+    def _try(self, dtype: torch.dtype, axes: int) -> _Tried | None:
+        """Return what the router makes of inputs like these, None = nothing can stand in."""
+        if (dtype, axes) not in self._known:
+            self._known[dtype, axes] = self._tried(dtype, axes)
+        return self._known[dtype, axes]
 
-    def _tried(self, dtype: torch.dtype) -> _Tried | None:
+    def _tried(self, dtype: torch.dtype, axes: int) -> _Tried | None:
         weight = self._weight
         if weight is None or weight.is_meta or not dtype.is_floating_point:
             return None
         generator = torch.Generator().manual_seed(SEED)
-        hidden = torch.randn(*TRIED, weight.shape[1], generator=generator)
+        hidden = torch.randn(*TRIED[3 - axes :], weight.shape[1], generator=generator)
         hidden = hidden.to(weight.device, dtype)
         try:
             with torch.no_grad():
                 output = self.site.router.forward(hidden)
                 product = self._product(hidden)
-        except (TypeError, RuntimeError, ValueError, AttributeError):
-            return None  # it takes more than hidden states, or others
+        except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+            return None  # it takes more than hidden states, or states of another form
         values = output if isinstance(output, tuple) else (output,)
         forms = [_form_of(value) for value in values]
         if None in forms:
@@ -120,5 +132,5 @@ def _form_of(value: Any) -> _Form | None:
     if not isinstance(value, torch.Tensor) or value.ndim < len(("rows", "size")):
         return None
     lead = tuple(value.shape[:-1])
-    flat = lead == (TRIED[0] * TRIED[1],)
+    flat = lead == TRIED[1:]
     return _Form(value.shape[-1], value.dtype, flat) if flat or lead == TRIED else None

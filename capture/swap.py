@@ -274,13 +274,15 @@ class _Place:
     ) -> None:
         self.site, self.run, self.rule, self.watched = site, run, rule, watched
         self.replays = rule is None or isinstance(rule, RoutingTape)
+        # nobody has to be told what stays as it is
+        self._stays = type(rule) is NativeRule and run.on_choice is None
         self.reads = OWN_ROUTER
-        if not self.replays and run.on_choice is None:
+        # how groups without a bias are counted is seen by the model's own choice only
+        told = site.n_groups is None or site.selection_bias is not None
+        if not self.replays and run.on_choice is None and told:
             self.reads = reads_of(rule)
         self.count = SiteCount.of(site)
         self._gate = own_gate(site)
-        # nobody has to be told what stays as it is
-        self._stays = type(rule) is NativeRule and run.on_choice is None
         self._hidden: torch.Tensor | None = None
         self._scores: torch.Tensor | None = None
 

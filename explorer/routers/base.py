@@ -354,6 +354,8 @@ class Router(ABC):
                 f"Router {self.info.name!r} has learned nothing yet. "
                 f"Call {how} of the fit split first."
             )
+        if not torch.is_grad_enabled():
+            return self._route(inputs)
         with torch.no_grad():
             return self._route(inputs)
 
@@ -364,7 +366,7 @@ class Router(ABC):
 
     def check(self, inputs: RouterInputs) -> None:
         """Refuse inputs that lack what the router needs."""
-        missing = [name for name in sorted(self.info.needs) if getattr(inputs, name) is None]
+        missing = sorted(name for name in self.info.needs if getattr(inputs, name) is None)
         if missing:
             raise RouterError(
                 f"Router {self.info.name!r} needs {', '.join(sorted(self.info.needs))}; layer "

@@ -1,11 +1,12 @@
 """Put a router into a running model: from what ``capture.swap`` knows to what routers are told."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from capture.rules import OWN_ROUTER, RouteInputs
+from capture.rules import OWN_ROUTER, Choice, RouteInputs
 from explorer.errors import RouterError
 from explorer.routers.base import Decision, Router, RouterInputs, Routing
 from explorer.routers.native import host_best
@@ -97,17 +98,8 @@ def from_live(inputs: RouteInputs, convention: Convention | None = None) -> Rout
         if convention is None:
             convention = convention_of(scores, *inputs.native)
         native = Routing(scores, inputs.native.expert_ids, inputs.native.weights.float())
-    previous = None
-    if inputs.previous is not None:
-        # what ran before is known by its choice; its scores stay with the router that made them
-        weights = inputs.previous.weights.float()
-        ids = inputs.previous.expert_ids
-        # the first column takes empty slots, the last one experts that this layer does not have
-        dense = weights.new_zeros(len(ids), inputs.n_experts + 2)
-        dense.scatter_(-1, (ids + 1).clamp_max_(inputs.n_experts + 1), weights)
-        previous = Routing(dense[:, 1:-1], ids, weights)
     convention = convention or Convention(True, 1.0)
-    known = RouterInputs(
+    known = _LiveInputs(
         layer=inputs.layer,
         site=inputs.site,
         n_experts=inputs.n_experts,
@@ -127,11 +119,12 @@ def from_live(inputs: RouteInputs, convention: Convention | None = None) -> Rout
         positions=inputs.positions,
         starts=inputs.starts,
         previous_state=inputs.previous_state,
-        previous=previous,
         attention=inputs.attention,
         attention_names=inputs.attention_names,
         received=inputs.received,
     )
+    if inputs.previous is not None:
+        known.follow(inputs.previous)
     return with_groups_as_counted(known)
 
 
@@ -152,6 +145,25 @@ def with_groups_as_counted(inputs: RouterInputs) -> RouterInputs:
         if torch.equal(found, own):
             return known
     return inputs
+
+
+class _LiveInputs(RouterInputs):
+    """Inputs whose layer before is looked at when it is first read: few rules do."""
+
+    def follow(self, before: Choice) -> None:
+        """Take what ran before."""
+        vars(self).pop("previous")
+        vars(self)["_before"] = before
+
+    @cached_property
+    def previous(self) -> Routing | None:
+        """What ran before, by its choice; its scores stay with the router that made them."""
+        before: Choice = vars(self)["_before"]
+        ids, weights = before.expert_ids, before.weights.float()
+        dense = weights.new_zeros(len(ids), self.n_experts + 1)
+        wanted = ids.where((ids >= 0) & (ids < self.n_experts), self.n_experts)
+        dense.scatter_(-1, wanted, weights)
+        return Routing(dense[:, :-1], ids, weights)
 
 
 def _bare(inputs: RouteInputs) -> RouterInputs:

@@ -106,7 +106,7 @@ class TopK(Selector):
 
     def ids(self, scores: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
         """Return the kept parts of each token, best first, [T, k] int64, -1 = out of question."""
-        if order is None:
+        if order is None or order is scores:
             return top_ids(scores, self.k)
         ids = top_ids(order, self.k)
         return ids.where(order.gather(-1, ids) > -torch.inf, -1)
