@@ -7,7 +7,7 @@ over heads is *simulated* and says so, and so is every gate that is masked for t
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ def gate_parts(
     *,
     part: Part,
     only: Sequence[int] | None = None,
-    attention: bool = False,
+    attention: bool | Literal["before"] = False,
     masked: bool = False,
 ) -> Iterator[Gated]:
     """Let ``rule`` decide which tokens use which parts, until the block is left.
@@ -56,9 +56,10 @@ def gate_parts(
     part : {"layer", "block", "head"}
     only : sequence of int, optional
         Layers to gate. Default: all that have the part.
-    attention : bool
+    attention : bool or "before"
         Give rules attention: of the same layer for a block, of the layer before for a layer and
-        its heads. A layer that some tokens skipped has none to give.
+        its heads; "before" = of the layer before for a block too, which the first layer has none
+        of. A layer that some tokens skipped has none to give.
     masked : bool
         Compute every part and multiply it by its gate, so that gradients reach closed gates too:
         for training. Nothing is skipped, and tokens that skip a layer are still seen there.
@@ -89,7 +90,8 @@ def gate_parts(
     with ExitStack() as stack:
         shapes = {} if part == "head" else _outputs(model, {n: modules[n] for n in wanted})
         passes = stack.enter_context(Passes().follow(model))
-        run = _Run(passes, back=0 if part == "block" else 1, reached=Reached(passes))
+        own = part == "block" and attention != "before"
+        run = _Run(passes, back=0 if own else 1, reached=Reached(passes))
         if attention:
             layers = {layer - run.back for layer in wanted}
             live = LiveAttention(model, sites, layers)

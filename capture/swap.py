@@ -119,7 +119,7 @@ class SiteCount:
             rows = _bincount(ids, self.n_experts)
             load = rows if chosen is ids else _bincount(chosen, self.n_experts)
             for name, found in (("rows", rows), ("load", load), ("calls", rows > 0)):
-                self._sums[name] += found
+                self._sums[name] = self._sums[name] + found
         self._waiting.clear()
         self._waiting_rows = 0
         return self._sums

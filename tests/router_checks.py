@@ -200,6 +200,13 @@ def check_a_card_describes_it(make):
     assert info.fits in (None, "statistics", "distilled", "trained")
 
 
+def check_it_says_how_it_differs_from_its_paper(make):
+    """A rule with a paper declares ``differs``: a sentence, or "" for as published."""
+    info = make().info
+    assert bool(info.paper) == (info.differs is not None)
+    assert not info.differs or (info.differs[0].isupper() and info.differs.endswith("."))
+
+
 def check_shapes_and_types(make):
     """A routing is float32 [T, E] and [T, K] with int64 ids; a mask is float32 [T, P]."""
     for host in HOSTS:

@@ -39,6 +39,7 @@ NOT_COUNTED = {
     "base": "a solver assigns",
     "sinkhorn": "the iterations are elementwise",
     "attention_received": "a sum over recorded attention",
+    "a_mod": "a sum over recorded attention",
     "attention_given": "an entropy of recorded attention",
     "nearest_neighbours": "distances are one operation of torch, which it counts as none",
 }
@@ -164,6 +165,8 @@ class Broken(RoutingRouter):
             self.info = dataclasses.replace(self.info, summary="One. Two. Three.")
         if fault in ("excuse", "own"):
             self.info = dataclasses.replace(self.info, weighing="own")
+        if fault == "borrowed":
+            self.info = dataclasses.replace(self.info, paper="1701.06538")
         if fault == "silent":
             self.info = dataclasses.replace(self.info, identity=None)
         if fault == "pickle":
@@ -249,6 +252,7 @@ class WideGate(PartRouter):
         ("future", "what_it_depends_on_is_declared"),
         ("length", "what_it_depends_on_is_declared"),
         ("silent", "its_identity_setting_repeats_the_model"),
+        ("borrowed", "it_says_how_it_differs_from_its_paper"),
         ("forgetful", "its_identity_setting_repeats_the_model"),
         ("triple", "its_identity_setting_repeats_the_model"),
         ("needs", "needs_are_honest"),

@@ -19,6 +19,7 @@ from explorer.errors import RouterError
 from explorer.routers import (
     Decision,
     PartMask,
+    PartRouter,
     Router,
     RouterInputs,
     Routing,
@@ -41,8 +42,8 @@ class Fitted(NamedTuple):
         Maybe one object for all of them.
     part : {"expert", "head", "layer", "block"}
         What it decides about.
-    attention : bool
-        Whether it asks for attention while it runs.
+    attention : bool or "before"
+        Whether it asks for attention while it runs; "before" = that of the layer before.
     fit_tokens : int
         0 where there was nothing to learn.
     seconds : float
@@ -52,7 +53,7 @@ class Fitted(NamedTuple):
 
     routers: dict[Key, Router]
     part: LivePart
-    attention: bool
+    attention: bool | Literal["before"]
     fit_tokens: int
     seconds: float
     curves: list[dict[str, Any]]
@@ -110,6 +111,7 @@ class FitData:
         router = make_router(spec, seed=seed)
         info = router.info
         attention = bool(info.needs & set(ATTENTION))
+        before = isinstance(router, PartRouter) and router.preceding
         part = self._part_of(router)
         learns = info.fits is not None
         if learns:
@@ -120,15 +122,28 @@ class FitData:
                 raise RouterError(f"{spec.label} learns on the model's loss; compare it live.")
             routers = dict.fromkeys(self.places, router.train(self.session))
         elif not learns:
-            routers = dict.fromkeys(self.places, router)
+            places = self._behind_a_map(part) if before else self.places
+            routers = dict.fromkeys(places, router)
         else:
             inputs, targets = self._learned_from(router, part, attention)
             routers = fit_layers(router, inputs, targets)
         curves = [dict(row) for row in getattr(router, "curves_", [])]
         seconds = time.perf_counter() - begun
         return Fitted(
-            routers, part, attention, self.texts.n_tokens if learns else 0, seconds, curves
+            routers,
+            part,
+            "before" if before else attention,
+            self.texts.n_tokens if learns else 0,
+            seconds,
+            curves,
         )
+
+    def _behind_a_map(self, part: LivePart) -> list[Key]:
+        """Return the places with a layer before them that has a whole map of attention."""
+        # a layer that some tokens skip has none, so that only every second one can be skipped
+        step = 2 if part == "layer" else 1
+        layers = sorted({layer for layer, _ in self.places if layer > 0})[::step]
+        return [place for place in self.places if place[0] in layers]
 
     def _part_of(self, router: Router) -> LivePart:
         part: LivePart = getattr(router, "part", "expert")

@@ -136,7 +136,7 @@ class Lab:
         if fitted.part == "expert":
             across = fitted.router.info.across_layers and only is not None
             return self._run(self.rules(fitted), only, self.rules(fitted) if across else None,
-                             attention=fitted.attention)  # fmt: skip
+                             attention=bool(fitted.attention))  # fmt: skip
         return self._gated(fitted, None if only is None else [layer for layer, _ in only])
 
     def losses(
@@ -295,7 +295,7 @@ class Lab:
             rules = self.rules(fitted)
             across = fitted.router.info.across_layers and only is not None
             return swap(self.model, self.sites, rules, only=only, watch=rules if across else None,
-                        checked=False, attention=fitted.attention)  # fmt: skip
+                        checked=False, attention=bool(fitted.attention))  # fmt: skip
         gates = {place[0]: LiveRule(router) for place, router in fitted.routers.items()}
         return self._gates(fitted, gates, None if only is None else [layer for layer, _ in only])
 

@@ -68,6 +68,7 @@ def card(label: str, router: Router, *, control: str | None = None, of: str | No
         "summary": info.summary,
         "formula": info.formula,
         "paper": info.paper,
+        "differs": info.differs,
         "fits": info.fits,
         "part": getattr(router, "part", "expert"),
         "causal_declared": info.causal,

@@ -37,6 +37,7 @@ Importing this package imports torch; ``import explorer`` does not import this p
 """
 
 from explorer.routers import (
+    amod,
     assignment,
     attention,
     baseline,
@@ -46,6 +47,7 @@ from explorer.routers import (
     hashing,
     literature,
     lookahead,
+    moh,
     native,
     neighbours,
     part_controls,
@@ -97,6 +99,7 @@ __all__ = [
     "TrainingCancelled",
     "TrainingSession",
     "Verdict",
+    "amod",
     "assignment",
     "attention",
     "baseline",
@@ -107,6 +110,7 @@ __all__ = [
     "hashing",
     "literature",
     "lookahead",
+    "moh",
     "native",
     "neighbours",
     "part_controls",

@@ -45,6 +45,9 @@ class ExpertChoiceRouter(GateRouter):
         Mean over tokens (the source's capacity factor); None = as many as the model takes.
     window : int, optional
         Tokens among which the experts choose; None = the whole batch.
+    raw : bool
+        Weigh as the source does: with each expert's softmax score, whatever the others of the
+        token have, where the model's convention may divide them by their sum.
 
     Notes
     -----
@@ -62,6 +65,10 @@ class ExpertChoiceRouter(GateRouter):
         ),
         formula="each e takes the n c / E tokens with the largest p_te",
         paper="2202.09368",
+        differs=(
+            "Weights by the model's own convention; raw=True takes each expert's softmax score as "
+            "it is, as the source does."
+        ),
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
@@ -70,10 +77,18 @@ class ExpertChoiceRouter(GateRouter):
     )
 
     def __init__(
-        self, *, experts_per_token: float | None = None, window: int | None = None
+        self,
+        *,
+        experts_per_token: float | None = None,
+        window: int | None = None,
+        raw: bool = False,
     ) -> None:
         self.experts_per_token = experts_per_token
         self.window = window
+        self.raw = raw
+        if raw:
+            formula = f"{self.info.formula};  w_e = p_te"
+            self.info = replace(self.info, formula=formula, weighing="own", differs="")
 
     def _route(self, inputs: RouterInputs) -> Routing:
         scores = host_scores(inputs.tensor("logits"), inputs)
@@ -84,6 +99,8 @@ class ExpertChoiceRouter(GateRouter):
             places = min(len(here), max(1, int(len(here) * wanted / inputs.n_experts)))
             taken[window] = best_tokens(here, places)
         ids = masked_ids(taken)
+        if self.raw:
+            return slots(scores, ids, scores.gather(-1, ids.clamp_min(0)) * inputs.scaling)
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
@@ -115,6 +132,10 @@ class BaseRouter(GateRouter):
         ),
         formula="max sum_t log p_{t,a(t)}  with every expert used equally often",
         paper="2103.16716",
+        differs=(
+            "An exact assignment in place of the auction, at inference too, and the model's own "
+            "weights in place of the sigmoid of the score."
+        ),
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
@@ -216,6 +237,10 @@ class SinkhornRouter(GateRouter):
         ),
         formula="Q = diag(u) exp(W h) diag(v), rows 1/T, columns 1/E;  S = TopK(Q_t, k)",
         paper="2202.01169",
+        differs=(
+            "Balances at inference too, where the source takes the plain best; the iteration is "
+            "bounded and in logarithms."
+        ),
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
@@ -313,6 +338,7 @@ class CapacityRouter(GateRouter):
         ),
         formula="capacity = ceil(CF T k / E);  expert e keeps its heaviest assignments",
         paper="2101.03961, eq. 3; Megatron-Core drop policy 'probs'",
+        differs="",
         needs=frozenset({"logits"}),
         causal=False,
         batch_dependent=True,
@@ -361,4 +387,5 @@ class CapacityByPositionRouter(CapacityRouter):
         ),
         formula="capacity = ceil(CF T k / E);  expert e keeps its first assignments",
         paper="2101.03961, section 2.2; Megatron-Core drop policy 'position'",
+        differs="",
     )

@@ -38,6 +38,7 @@ class GateRowRouter(RoutingRouter):
         ),
         formula="a = softmax(h K^T),  K = W_gate;  S = TopK(a, k)",
         paper="1701.06538, eq. 3",
+        differs="The source has a gate; that it is attention over expert keys is our reading.",
         needs=frozenset({"hidden", "gate_weight"}),
         identity={},
     )
@@ -109,6 +110,10 @@ class ExpertKeyRouter(Student):
         ),
         formula="z_e = (Q h) . k_e / sqrt(r) + b_e;  S = TopK(z, k)",
         paper="1706.03762, eq. 1",
+        differs=(
+            "The source's attention is between tokens; here the keys are experts', there are no "
+            "values, and the rule imitates the model's own gate."
+        ),
         needs=frozenset({"hidden"}),
         fits="distilled",
         identity=DISTILLED,
@@ -169,6 +174,9 @@ class YuanRouter(Student):
         ),
         formula="Q = W h, K = W' h, V = W'' h;  z = softmax(Q K^T) V;  S = TopK(z, k)",
         paper="2405.17976",
+        differs=(
+            "It imitates the gate of a trained model, where the source trains it with the model."
+        ),
         needs=frozenset({"hidden"}),
         fits="distilled",
         identity=DISTILLED,

@@ -232,6 +232,9 @@ class RouterInfo:
         In plain characters.
     paper : str
         arXiv id and equation or section; ``""`` for rules without a paper.
+    differs : str or None
+        How the rule differs from the paper, in a sentence; ``""`` = as published. Every rule with
+        a paper declares one or the other.
     needs : frozenset of str
         Fields of :class:`RouterInputs` that ``route`` cannot do without.
     fits : {"statistics", "distilled", "trained"} or None
@@ -288,6 +291,7 @@ class RouterInfo:
     weighing: Weighing = "host"
     identity: Mapping[str, Any] | str | None = field(default=None, hash=False)
     shelved: str = ""
+    differs: str | None = None
 
     def identity_for(self, top_k: int) -> dict[str, Any] | None:
         """Return the arguments that make the rule repeat a model with ``top_k``, None = none do.
@@ -403,9 +407,18 @@ class RoutingRouter(Router):
 
 
 class PartRouter(Router):
-    """A router that chooses heads, the layer, or experts that its tokens use."""
+    """A router that chooses heads, the layer, or experts that its tokens use.
+
+    Attributes
+    ----------
+    part : {"head", "layer", "expert"}
+    preceding : bool
+        Whether it asks for the attention of the layer before, also where a layer's own is known;
+        a layer without one before it gets none.
+    """
 
     part: Part
+    preceding: bool = False
 
     def route(self, inputs: RouterInputs) -> PartMask:
         """Return the gates of every token; see :meth:`Router.route`."""

@@ -171,6 +171,10 @@ class FrozenRandomRouter(RoutingRouter):
         ),
         formula="S = TopK(score(R h), k),  R ~ N(0, 1 / d)",
         paper="2402.13089",
+        differs=(
+            "The source's experts are trained under the frozen gate; here they were trained under "
+            "another."
+        ),
         needs=frozenset({"hidden"}),
         identity="Nobody trained its gate.",
     )

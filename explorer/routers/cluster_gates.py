@@ -47,6 +47,11 @@ class ShortlistRouter(TableRouter):
         ),
         formula="L = TopK(T_c, m);  S = TopK(p_e : e in L, k)",
         paper="2509.10513",
+        differs=(
+            "The source's groups of experts and their routers are trained, for clusters of texts; "
+            "here tokens are clustered, and the model's own gate says which experts a cluster "
+            "gets."
+        ),
         needs=frozenset({"hidden", "logits"}),
         fits="statistics",
         identity={"shortlist": 10**9},  # as many as there are
@@ -131,6 +136,10 @@ class ClusterLinearRouter(RoutingRouter):
         ),
         formula="c = argmin |h - mu_c|;  z = W_c h + b_c;  S = TopK(score(z), k)",
         paper="2509.10513",
+        differs=(
+            "The source clusters whole texts and trains each cluster's router with its experts; "
+            "here tokens are clustered, and all routers imitate the model's gate."
+        ),
         needs=frozenset({"hidden"}),
         fits="statistics",
         identity="Fitted to the model's logits, which it comes close to.",
@@ -240,6 +249,10 @@ class ClusterLowRankRouter(ClusterLinearRouter):
     info = replace(
         ClusterLinearRouter.info,
         name="cluster_low_rank",
+        differs=(
+            "The source clusters whole texts and trains each cluster's router with its experts; "
+            "here tokens are clustered, and routers of low rank imitate the model's gate."
+        ),
         title="A low-rank router per cluster",
         summary=(
             "As a linear router per cluster, but each of low rank: small routers that together "

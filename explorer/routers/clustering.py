@@ -120,6 +120,11 @@ class KMeansRouter(TableRouter):
         ),
         formula="c = argmin |h - mu_c|;  S = TopK(T_c, k),  T_c = mean of p_t in c",
         paper="2303.14177",
+        differs=(
+            "The source divides whole documents and trains a language model for each cluster; "
+            "here tokens of one cluster share experts of one model. The source's own: python -m "
+            "explorer.routers.from_scratch.ensemble."
+        ),
         needs=frozenset({"hidden"}),
         fits="statistics",
         identity="Tokens of a cluster share their scores.",
@@ -174,6 +179,10 @@ class SoftKMeansRouter(KMeansRouter):
     info = replace(
         KMeansRouter.info,
         name="kmeans_soft",
+        differs=(
+            "The source mixes the predictions of language models trained on clusters of "
+            "documents; here the expert scores of one model's clusters of tokens are mixed."
+        ),
         title="K-means table, soft",
         summary=(
             "As the hard table, but a token between clusters mixes their experts by its shares "
@@ -215,6 +224,10 @@ class PromptKMeansRouter(SoftKMeansRouter):
         ),
         formula="m_t = mean of h_1..h_t;  p = sum_c r_c(m_t) T_c;  S = TopK(p, k)",
         paper="2509.10513",
+        differs=(
+            "The source gives each cluster of texts its own experts and router, trained together; "
+            "here each has a table of a trained model's experts, and reads the prompt so far."
+        ),
     )
 
     def __init__(
@@ -265,6 +278,10 @@ class MixtureRouter(TableRouter):
         ),
         formula="p = sum_c P(c | h) T_c;  S = TopK(p, k)",
         paper="2510.16448",
+        differs=(
+            "The source's components belong to experts and are learned while the model trains; "
+            "here one mixture of router inputs looks up what the model's own gate scored."
+        ),
         needs=frozenset({"hidden"}),
         fits="statistics",
         identity="Tokens mix the scores of few components.",

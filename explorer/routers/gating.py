@@ -180,6 +180,10 @@ _INFO = RouterInfo(
     ),
     formula="g = sigmoid(w h + b);  out = [g >= theta] layer(h) + [g < theta] h",
     paper="2410.13184",
+    differs=(
+        "Learned from how much the layer changes the token, where the source learns on the loss "
+        "(see layer_gate_trained)."
+    ),
     needs=frozenset({"hidden"}),
     fits="distilled",
     identity={"mode": "skip", "keep": 1.0},
@@ -217,6 +221,10 @@ class HeadGateRouter(_PartGate):
         ),
         formula="g = clip(1.2 sigmoid(w h + b) - 0.1, 0, 1)",
         paper="1905.09418; 1712.01312, eq. 10-13",
+        differs=(
+            "The sources' gates are the same for all tokens and learned on the loss; here each "
+            "token has its own, learned from what the heads contribute."
+        ),
     )
 
     def __init__(
@@ -249,6 +257,9 @@ class ExpertGateRouter(_PartGate):
         ),
         formula="g = sigmoid(W h + b);  out = sum_S w_e g_e expert_e(h)",
         paper="2410.13184",
+        differs=(
+            "The source gates attention and MLPs and skips them; here single experts are scaled."
+        ),
     )
 
     def __init__(

@@ -45,6 +45,10 @@ class HashRouter(RoutingRouter):
         ),
         formula="S = table[token id];  w = 1 / k",
         paper="2106.04426",
+        differs=(
+            "The source trains the experts under its table, with one expert a token; here they "
+            "were trained under a gate, and share the weight."
+        ),
         needs=frozenset({"token_ids"}),
         weighing="own",  # there is no score to weigh by
         identity="The token id alone decides.",
@@ -86,6 +90,10 @@ class FittedHashRouter(RoutingRouter):
     info = replace(
         HashRouter.info,
         name="hash_fitted",
+        differs=(
+            "The source draws its table or counts tokens before training; here it is read off "
+            "what the trained model's gate scored."
+        ),
         title="Fitted hash",
         summary=(
             "Each token id has the experts that it scored highest on average over recorded "

@@ -46,6 +46,9 @@ class NoisyTopKRouter(GateRouter):
         summary="The model's own gate with normal noise on its logits. Shows how much it bears.",
         formula="S = TopK(W h + noise * N(0, 1), k)",
         paper="1701.06538, eq. 4",
+        differs=(
+            "The size of the noise is given, where the source learns it for each token and expert."
+        ),
         needs=frozenset({"logits", "token_ids", "starts"}),
         identity={"noise": 0.0},
     )
@@ -86,6 +89,7 @@ class SwitchRouter(GateRouter):
         summary="One expert per token, weighted with its probability. Half the experts of top-2.",
         formula="e = argmax p;  w = p_e",
         paper="2101.03961, eq. 1-2",
+        differs="No capacity: nothing is dropped.",
         needs=frozenset({"logits"}),
         weighing="at_most",
         identity="One expert for every token; only a model of one expert is repeated by it.",
@@ -136,6 +140,10 @@ class LossFreeBiasRouter(GateRouter):
         ),
         formula="S = TopK(sigmoid(W h) + b, k);  b_e += u sign(mean(c) - c_e)",
         paper="2408.15664, algorithm 1; 2412.19437, eq. 16",
+        differs=(
+            "The bias is fitted after training, on recorded scores; its steps shrink at the end, "
+            "and weights follow the model's own convention."
+        ),
         needs=frozenset({"logits"}),
         fits="statistics",
         identity={"steps": 0},
@@ -217,6 +225,7 @@ class GroupLimitedRouter(GateRouter):
         ),
         formula="G = TopM(max_{e in g} p_e);  S = TopK(p_e : e in G)",
         paper="2405.04434, section 2.2.2",
+        differs="",
         needs=frozenset({"logits"}),
         identity={"n_groups": 1},
     )
@@ -264,5 +273,6 @@ class SummedGroupRouter(GroupLimitedRouter):
         ),
         formula="G = TopM(sum of the two best s_e + b_e in g);  S = TopK(s_e + b_e : e in G)",
         paper="2412.19437, section 2.1.2",
+        differs="",
     )
     counted = 2

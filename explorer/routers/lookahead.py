@@ -55,6 +55,10 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
         ),
         formula="z_l = W_l h_{l-1} + b_l,  min KL(p_l || softmax(z_l))",
         paper="2312.17238",
+        differs=(
+            "The source reuses the next layer's own gate (see next_gate); here a gate for each "
+            "layer learns to foresee it."
+        ),
         needs=frozenset({"hidden"}),
         fits="distilled",
         across_layers=True,
@@ -114,4 +118,52 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
         """Return the operations of one linear gate."""
+        return 2.0 * d * n_experts
+
+
+@ROUTERS.add("next_gate")
+class NextGateRouter(AcrossLayers, RoutingRouter):
+    """Choose a layer's experts by its own gate, applied to what the layer before saw.
+
+    Notes
+    -----
+    What the layer before saw is handed on as its state; where none was, as in the first layer,
+    the gate reads the layer's own input, as the model does.
+    """
+
+    info = RouterInfo(
+        name="next_gate",
+        family="literature",
+        title="Next layer's own gate, one layer early",
+        summary=(
+            "A layer's own gate reads what the layer before saw, so that experts can be fetched "
+            "one layer early. The first layer reads its own input."
+        ),
+        formula="z_l = W_l h_{l-1};  S = TopK(score(z_l), k)",
+        paper="2312.17238, section 3.2",
+        differs=(
+            "The source fetches experts by this guess and lets the gate choose when its own input "
+            "is there; here the guess decides."
+        ),
+        needs=frozenset({"hidden", "gate_weight"}),
+        across_layers=True,
+        identity="The gate reads another layer's input.",
+    )
+
+    def fit_across(
+        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+    ) -> None:
+        """Learn nothing: the gates are the model's."""
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        hidden, before = inputs.tensor("hidden").float(), inputs.previous_state
+        weight, bias = inputs.tensor("gate_weight").float(), inputs.gate_bias
+        seen = hidden if before is None else before
+        logits = nn.functional.linear(seen, weight, None if bias is None else bias.float())
+        scores = student_scores(logits, inputs)
+        ids = choose(scores, inputs)
+        return slots(scores, ids, weigh(scores, ids, inputs), hidden)
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the model's own gate."""
         return 2.0 * d * n_experts

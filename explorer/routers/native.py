@@ -172,6 +172,7 @@ class TopKRouter(GateRouter):
         ),
         formula="S = TopK(score(W h) + b, k);  w_e = score_e / sum_S score",
         paper="1701.06538, eq. 3-5",
+        differs="No noise on the logits, and weights by the model's own convention.",
         needs=frozenset({"logits"}),
         identity={"k": MODEL_K},
     )

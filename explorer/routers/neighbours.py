@@ -37,6 +37,11 @@ class NeighbourRouter(RoutingRouter):
         ),
         formula="p = mean of p_n over the m recorded inputs nearest to h;  S = TopK(p, k)",
         paper="2601.02144",
+        differs=(
+            "The source remembers logits that were optimised on the loss, and mixes them with the "
+            "model's gate by how near they are; here the model's own scores are remembered and "
+            "always decide."
+        ),
         needs=frozenset({"hidden"}),
         fits="statistics",
         identity="Other tokens' scores stand for the token's.",

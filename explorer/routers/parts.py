@@ -71,6 +71,10 @@ class HeadAttentionRouter(PartRouter):
         ),
         formula="a = softmax((Q h) K^T / sqrt(r));  heads = TopK(a, n)",
         paper="2410.11842",
+        differs=(
+            "The source has heads that are always on and a linear gate, trained with the model "
+            "(see moh_heads); here all heads compete by learned keys."
+        ),
         needs=frozenset({"hidden"}),
         fits="distilled",
         identity={"keep": 1.0},
@@ -277,13 +281,17 @@ class AttentionReceivedRouter(PartRouter):
     info = RouterInfo(
         name="attention_received",
         family="attention",
-        title="Attention received (A-MoD)",
+        title="Attention received, own layer (after A-MoD)",
         summary=(
             "Runs a layer for the tokens that receive most attention and lets the others pass. "
             "Later tokens decide about earlier ones."
         ),
         formula="s_t = sum over queries of a[query, t];  run t if s_t in TopC(s)",
         paper="2412.20875",
+        differs=(
+            "Reads the attention of the block's own layer, where the source reads the layer "
+            "before (see a_mod)."
+        ),
         needs=frozenset({"received", "starts"}),
         causal=False,
         identity={"keep": 1.0},
@@ -338,6 +346,10 @@ class AttentionGivenRouter(PartRouter):
         ),
         formula="s_t = entropy of a[t, :];  run t if s_t >= quantile of recorded s",
         paper="2412.20875",
+        differs=(
+            "Reads a token's own row of attention, not what it receives, because that depends on "
+            "later tokens."
+        ),
         needs=frozenset({"attention"}),
         fits="statistics",
         identity={"keep": 1.0},

@@ -207,6 +207,9 @@ class GRURouter(_RecurrentRouter, RoutingRouter):
         ),
         formula="s_l = GRU(P_l h_l, s_{l-1});  z = G_l s_l;  S = TopK(z, k)",
         paper="2408.06793",
+        differs=(
+            "It imitates the gate of a trained model, where the source trains it with the model."
+        ),
         needs=frozenset({"hidden"}),
         fits="distilled",
         across_layers=True,
@@ -265,6 +268,10 @@ class GTrXLLayerRouter(_RecurrentRouter, PartRouter):
         ),
         formula="x_l = GTrXL(x_{l-1}, P_l h_l);  run l if w_l x_l + b_l >= tau",
         paper="1910.06764",
+        differs=(
+            "The source's gate replaces the residual sum in a model trained with it; here it "
+            "carries a narrow stream beside a trained model, from which layers are chosen."
+        ),
         needs=frozenset({"hidden"}),
         fits="distilled",
         across_layers=True,

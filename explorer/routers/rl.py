@@ -153,6 +153,10 @@ class PolicyGradientRouter(_OfflineRouter):
         ),
         formula="max E[pi(a|s) / mu(a) (-(CE_a - CE_native) - lambda cost(a))]",
         paper="2410.10456; 1511.06297",
+        differs=(
+            "The sources learn while the policy acts in all layers (PPO, REINFORCE); here from "
+            "logged random actions in one layer at a time."
+        ),
         needs=frozenset({"hidden", "logits"}),
         fits="trained",
         variable_k=True,
@@ -207,6 +211,10 @@ class QLearningRouter(_OfflineRouter):
         ),
         formula="Q(s,a) ~ -(CE_a - CE_native);  a = argmax Q(s,a) - lambda cost(a)",
         paper="1711.01239",
+        differs=(
+            "The source follows a token through all layers (see q_multistep); here each layer's "
+            "action is judged by itself."
+        ),
     )
 
     def __init__(

@@ -182,6 +182,10 @@ class ReinforceRouter(_OnlineRouter):
         ),
         formula="sum_l grad log pi_l(a_l|s_l) (R - b);  R = -(CE - CE_native) - lambda sum_l cost",
         paper="1711.09485",
+        differs=(
+            "The source skips layers of image networks and goes on training them; here the model "
+            "is frozen and policies choose how many experts run."
+        ),
     )
 
     def _begin(self) -> None:
@@ -234,6 +238,10 @@ class MultiStepQRouter(_OnlineRouter):
         ),
         formula="Q_l <- -lambda cost + max Q'_{l+1}(s',.);  Q_L <- -lambda cost - (CE - CE_native)",
         paper="1711.01239",
+        differs=(
+            "The source trains the modules that it routes to, for each task; here experts are "
+            "frozen and tokens choose how many run."
+        ),
         shelved="hardly better than chance on the demo model; see policy_gradient and q_learning",
     )
 

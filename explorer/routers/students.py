@@ -90,6 +90,9 @@ class CosineRouter(Student):
         ),
         formula="z_e = s cos(P h, v_e),  s <= 100;  S = TopK(z, k)",
         paper="2204.09179",
+        differs=(
+            "It imitates the gate of a trained model, where the source trains it with the model."
+        ),
         needs=frozenset({"hidden"}),
         fits="distilled",
         identity=DISTILLED,

@@ -36,6 +36,10 @@ class TopPRouter(TopKRouter):
         ),
         formula="S = the smallest prefix of the sorted p with sum >= p",
         paper="2403.07652",
+        differs=(
+            "Weights by the model's own convention, where the source never divides them by their "
+            "sum."
+        ),
         identity="The number of experts follows from the token's probabilities.",
     )
 
@@ -71,6 +75,9 @@ class ExpertSkippingRouter(GateRouter):
         ),
         formula="drop slot j if w_j < beta_j w_1;  beta_j = quantile(w_j / w_1)",
         paper="2402.14800",
+        differs=(
+            "Made for two experts a token; with more, each further slot has a limit of its own."
+        ),
         needs=frozenset({"logits"}),
         fits="statistics",
         variable_k=True,
@@ -133,6 +140,10 @@ class ReluRouter(GateRouter):
         ),
         formula="R_e = ReLU((W h)_e - theta);  S = {e : R_e > 0}",
         paper="2412.14711",
+        differs=(
+            "Thresholds are fitted to a trained model's logits, where the source trains with ReLU "
+            "and a price on active experts."
+        ),
         needs=frozenset({"logits"}),
         fits="statistics",
         variable_k=True,

@@ -20,6 +20,10 @@ _INFO = RouterInfo(
     ),
     formula="g = [sigmoid(w h + b) >= theta], d g := d sigmoid;  min CE + price (mean g - keep)",
     paper="2410.13184",
+    differs=(
+        "The price of an open gate follows the share of open gates, where the source's is fixed; "
+        "only MoE blocks are closed."
+    ),
     needs=frozenset({"hidden"}),
     fits="trained",
     across_layers=True,
@@ -58,6 +62,7 @@ class TrainedHeadGate(TrainedGate):
         ),
         formula="g = clip(1.2 sigmoid(w h + b) - 0.1, 0, 1);  min CE + price (P(g > 0) - keep)",
         paper="1905.09418; 1712.01312, eq. 10-13",
+        differs="The sources' gates are the same for all tokens; here each token has its own.",
     )
 
     def __init__(
@@ -86,6 +91,10 @@ class TrainedExpertGate(TrainedGate):
     info = replace(
         _INFO,
         name="expert_gate_trained",
+        differs=(
+            "The source gates attention and MLPs; here single experts among those that the model "
+            "chose."
+        ),
         title="Expert gates, trained on the loss",
         summary=(
             "A gate for each expert and token decides which of the chosen experts run. Trained on "
@@ -116,6 +125,10 @@ class TrainedGTrXLGate(TrainedGate):
         ),
         formula="x_l = GTrXL(x_{l-1}, P_l h_l);  g = [sigmoid(w_l x_l + b_l) >= theta]",
         paper="1910.06764; 2410.13184",
+        differs=(
+            "One source's gate replaces residual sums, the other's reads the token alone; here "
+            "GTrXL carries a narrow stream that opens and closes MoE blocks."
+        ),
     )
 
     def __init__(
