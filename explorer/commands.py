@@ -279,6 +279,7 @@ def run_routers(options: argparse.Namespace) -> Output:
         "needs fitting",
         "selector",
         "paper",
+        "how it differs",
     )
     rows = [
         [
@@ -290,6 +291,7 @@ def run_routers(options: argparse.Namespace) -> Output:
             fits[card["fits"]],
             "yes" if "selector=" in card["arguments"] else "no",
             card["paper"] or "-",
+            (card["differs"] or "as published") if card["paper"] else "-",
         ]
         for card in found
         if not card["shelved"]
@@ -300,13 +302,6 @@ def run_routers(options: argparse.Namespace) -> Output:
         for row in [list(columns), *rows]
     ]
     shelved = [f"  {card['name']}: {card['shelved']}" for card in found if card["shelved"]]
-    differing = [f"  {card['name']}: {card['differs']}" for card in found if card["differs"]]
-    if differing:
-        lines += [
-            "",
-            "How rules differ from their papers; the others with a paper are as published:",
-        ]
-        lines += differing
     if shelved:
         lines += ["", "Not in the default set, kept for the record:", *shelved]
     return Output("\n".join(lines))

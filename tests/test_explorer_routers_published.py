@@ -10,6 +10,7 @@ from capture.selftest import attach
 from capture.swap import swap
 from explorer import routers
 from explorer.__main__ import main
+from explorer.comparison.rows import source_of
 from explorer.routers import ROUTERS, PartMask, route_layers
 from explorer.routers.live import Convention, LiveRule
 from explorer.routers.probe import toy_layers, toy_tokens
@@ -20,16 +21,18 @@ LAYERS = toy_layers(toy_tokens(4, 24, 5), score_function="softmax")
 
 
 def test_every_rule_with_a_paper_says_how_it_differs(capsys):
-    """In the same words on the command line and in the survey."""
+    """In the same words on the command line, in the survey and on the card in a comparison."""
     main(["routers"])
-    listed, survey = capsys.readouterr().out, SURVEY.read_text("utf-8")
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    survey = SURVEY.read_text("utf-8")
     for name in ROUTERS:
         info = ROUTERS[name]().info
         assert bool(info.paper) == (info.differs is not None)
         if info.paper:
-            assert f"| `{name}` | {info.paper} | {info.differs or 'as published'} |" in survey
-        if info.differs:
-            assert f"{name}: {info.differs}" in listed
+            how = info.differs or "as published"
+            assert f"| `{name}` | {info.paper} | {how} |" in survey
+            assert info.paper in source_of(info) and info.differs in source_of(info)
+            assert info.shelved or listed[name].split(info.paper)[1].strip() == how
 
 
 def test_expert_choice_weighs_as_its_source():

@@ -18,8 +18,9 @@ def cards() -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        What table ``routers`` of a comparison holds, ``needs`` (names of fields of
-        ``RouterInputs``), ``weighing``, ``shelved`` and ``arguments`` with their defaults.
+        What table ``routers`` of a comparison holds, but ``paper`` and ``differs`` apart, and
+        ``needs`` (names of fields of ``RouterInputs``), ``weighing``, ``shelved`` and
+        ``arguments`` with their defaults.
     """
     from explorer.comparison.names import arguments_of
     from explorer.comparison.rows import card
@@ -33,7 +34,10 @@ def cards() -> list[dict[str, Any]]:
             f"{one}={default!r}" for one, default in arguments_of(factory).items()
         )
         info = router.info
-        known = {"weighing": info.weighing, "shelved": info.shelved, "needs": sorted(info.needs)}
+        known = {
+            **{"paper": info.paper, "differs": info.differs, "weighing": info.weighing},
+            **{"shelved": info.shelved, "needs": sorted(info.needs)},
+        }
         found.append({**card(name, router), **known, "arguments": arguments})
     return found
 

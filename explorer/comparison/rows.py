@@ -22,7 +22,7 @@ from explorer.metrics.load import (
     normalized_entropy,
     sampling_floor,
 )
-from explorer.routers import Router
+from explorer.routers import Router, RouterInfo
 
 Key = tuple[int, int]  # layer, site
 GATE_BINS = 20
@@ -57,6 +57,14 @@ class Subject(NamedTuple):
         return {"router": self.label, "seed": self.seed}
 
 
+def source_of(info: RouterInfo) -> str:
+    """Return the paper of a rule, and how the rule differs from it."""
+    if not info.paper:
+        return ""
+    how = f". It differs: {info.differs}" if info.differs else ", as published"
+    return info.paper + how
+
+
 def card(label: str, router: Router, *, control: str | None = None, of: str | None = None) -> Any:
     """Return the row of table ``routers``."""
     info = router.info
@@ -67,8 +75,7 @@ def card(label: str, router: Router, *, control: str | None = None, of: str | No
         "title": info.title,
         "summary": info.summary,
         "formula": info.formula,
-        "paper": info.paper,
-        "differs": info.differs,
+        "paper": source_of(info),
         "fits": info.fits,
         "part": getattr(router, "part", "expert"),
         "causal_declared": info.causal,

@@ -14,7 +14,6 @@ COLUMNS_SINCE: dict[tuple[str, str], int] = {
     ("results", "loss_se_domain"): 5,
     ("comparison", "head_flops_share"): 5,
     ("comparison", "expert_flops_share"): 5,
-    ("routers", "differs"): 5,
 }
 TABLES_SINCE = {"oracle": 2, "spanning": 3, "gate_values": 3}
 
@@ -66,7 +65,6 @@ TABLES: dict[str, dict[str, str]] = {
         "summary": "VARCHAR",
         "formula": "VARCHAR",
         "paper": "VARCHAR",
-        "differs": "VARCHAR",
         "fits": "VARCHAR",
         "part": "VARCHAR",
         "causal_declared": "BOOLEAN",

@@ -39,9 +39,10 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
         )
         st.markdown(address.plain(str(card["summary"])))
         st.code(str(card["formula"]), language=None)
-        fits = card["fits"]
+        paper, fits = card["paper"], card["fits"]
+        known = isinstance(paper, str) and paper
         st.caption(
-            _source(card)
+            (f"Source: {address.plain(paper.rstrip('.'))}. " if known else "")
             + (
                 f"It is fitted: {address.plain(fits)}."
                 if isinstance(fits, str)
@@ -52,19 +53,6 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
         _gates(comparison, name)
         _against_controls(comparison, name)
         _beside_another(comparison, name, names)
-
-
-def _source(card: pd.Series) -> str:
-    """Return where a rule is from, and how it differs from that; "" without a paper."""
-    paper, differs = card["paper"], card["differs"]
-    if not isinstance(paper, str) or not paper:
-        return ""
-    said = f"Source: {address.plain(paper)}"
-    if not isinstance(differs, str):  # a file of an older format says nothing of it
-        return f"{said}. "
-    return (
-        f"{said}. It differs: {address.plain(differs)} " if differs else f"{said}, as published. "
-    )
 
 
 def _own(name: str, cards: pd.DataFrame) -> bool:
