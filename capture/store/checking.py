@@ -9,20 +9,21 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from capture.errors import StoreError
 from capture.quoting import quoted
 from capture.store import schema, values
-from capture.store.codec import Layout
+from capture.store.codec import Layout, unpack_ids
 from capture.store.opening import not_a_run
-from capture.store.records import LEVELS
+from capture.store.records import LEVELS, SiteInfo
 from capture.store.sandbox import open_sandbox
 
 SECONDS = 60.0  # what a check may take; a run of 100 M rows takes a fifth of it
@@ -31,6 +32,7 @@ _TEXTS = {"prompt": ("text", "domain", "source"), "token": ("text",)}
 # what reading a damaged file raises: text that is none, a number or a moment that Python has not
 UNREADABLE = (duckdb.Error, pa.ArrowException, ValueError, OverflowError, MemoryError)
 _SALT_BITS = 62
+_ROWS = 2**17  # routes that are unpacked at a time
 _REMEMBERED = 1_000  # files
 _lock = threading.Lock()
 _verdicts: dict["Identity", StoreError | None] = {}
@@ -193,30 +195,57 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
     n_tokens, tokens = connection.sql(
         f"SELECT count(*), {values.hashed('token_id', salt)} FROM packed.token"
     ).fetchall()[0]
-    load: dict[Any, int] = {
-        (layer, site): assigned or 0
-        for layer, site, assigned in connection.sql(schema.COUNT_LOAD).fetchall()
-    }
-    routes = connection.sql(values.routes(layout, salt)).fetchall()
+    sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
+    known = {(site.layer, site.site) for site in sites}
+    rows_of = connection.sql(values.vectors("route", salt)).fetchall()
     routed = LEVELS.index(level) >= LEVELS.index("ids") and n_tokens > 0
-    # totals alone are level stats; routes that are there all the same are held against them
-    if len(routes) != (len(load) if routed or routes else 0):
-        raise not_a_run(path, f"its level is {level}, and {len(routes)} routers have routes")
-    for layer, site, n_experts, rows, largest, filled, beyond, found in routes:
-        if n_experts is None:
+    for layer, site, rows, found in rows_of:
+        if (layer, site) not in known:
             raise not_a_run(path, "it has choices of a router that it does not have")
         if (rows, found) != (n_tokens, tokens):
             raise not_a_run(
                 path, f"layer {layer} does not have one row for each of the {n_tokens:,} tokens"
             )
-        if largest > n_experts or beyond or filled != load[layer, site]:
-            raise not_a_run(path, f"layer {layer} chooses experts that its totals do not know")
+    # totals alone are level stats; routes that are there all the same are held against them
+    if routed or rows_of:
+        if len(rows_of) != len(sites):
+            raise not_a_run(path, f"its level is {level}, and {len(rows_of)} routers have routes")
+        _check_experts(path, connection, layout, sites)
     for table in ("score", "hidden"):
         for layer, site, rows, found in connection.sql(values.vectors(table, salt)).fetchall():
             if (rows, found) == (n_tokens, tokens):
                 continue
             if connection.execute(values.repeated(table), [layer, site]).fetchall() != [(0,)]:
                 raise not_a_run(path, f"it has rows of packed.{table} that are there twice")
+
+
+def _check_experts(
+    path: Path,
+    connection: duckdb.DuckDBPyConnection,
+    layout: Layout,
+    sites: Sequence[SiteInfo],
+) -> None:
+    """Refuse choices of experts that their router does not have, and totals that are not theirs."""
+    load = {(layer, s): n or 0 for layer, s, n in connection.sql(schema.COUNT_LOAD).fetchall()}
+    n_experts = np.array([site.n_experts for site in sites], np.int32)
+    top_k = np.array([site.top_k for site in sites])
+    filled = np.zeros(len(sites), np.int64)
+    strange = False
+    # all of them are read: a connection with a result that is not takes no other statement
+    for batch in connection.sql(values.routes(layout)).to_arrow_reader(_ROWS):
+        place = batch.column(0).to_numpy()
+        words = np.stack([column.to_numpy() for column in batch.columns[1:]], axis=1)
+        ids = unpack_ids(words, layout)
+        is_filled = ids >= 0
+        beyond = np.arange(layout.slots) >= top_k[place, None]
+        strange |= bool((ids >= n_experts[place, None]).any() or (is_filled & beyond).any())
+        counts = np.bincount(place, is_filled.sum(axis=1), minlength=len(sites))
+        filled += counts.astype(np.int64)
+    if strange:
+        raise not_a_run(path, "it has choices of experts that their router does not have")
+    for site, found in zip(sites, filled.tolist(), strict=True):
+        if found != load.get((site.layer, site.site), 0):
+            raise not_a_run(path, f"layer {site.layer} chooses experts that its totals do not know")
 
 
 def _check_text(connection: duckdb.DuckDBPyConnection) -> None:

@@ -9,7 +9,7 @@ wrong, so that what may be missing says so.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from capture.store.codec import WORD_BITS, Layout
+from capture.store.codec import Layout
 from capture.store.gate_sums import STATISTICS
 from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, NO_TOKEN
 
@@ -339,36 +339,22 @@ TWICE = " UNION ALL ".join(
 )
 
 
-def routes(layout: Layout, salt: int) -> str:
-    """Write the query for facts of the routes of every site.
-
-    Returns rows (layer, site, n_experts, rows, largest id + 1, assignments, whether a slot beyond
-    top_k is filled, hash of the tokens).
-    Hashes of tokens are added up, with a salt that no file knows: two tables with the same sum
-    have the same tokens, each as often, and nothing has to be sorted or kept.
-    """
-    empty = layout.empty
-    codes: list[str] = []
-    for slot in range(layout.slots):
-        word, shift = divmod(slot * layout.id_bits, WORD_BITS)
-        codes.append(f"((ids{word} >> {shift}) & {empty})")
-    largest = ", ".join(f"(({code} + 1) & {empty})" for code in codes)
-    filled = " + ".join(f"({code} <> {empty})::INTEGER" for code in codes)
-    # of the last slot that is filled
-    deepest = ", ".join(
-        f"({code} <> {empty})::INTEGER * {number}" for number, code in enumerate(codes, start=1)
-    )
+def routes(layout: Layout) -> str:
+    """Write the query for the packed ids of all routes, each with the number of its router."""
+    words = ", ".join(f"ids{word}" for word in range(layout.id_words))
     return (
-        "SELECT layer, site, any_value(n_experts) AS n_experts, count(*) AS n,"
-        f" max(greatest({largest}, 0)) AS largest, sum({filled}) AS filled,"
-        f" max(greatest({deepest}, 0)) > any_value(top_k) AS beyond,"
-        f" {hashed('token_id', salt)} AS tokens"
-        " FROM packed.route LEFT JOIN packed.site USING (layer, site) GROUP BY layer, site"
+        f"SELECT place, {words} FROM packed.route JOIN (SELECT layer, site,"
+        " row_number() OVER (ORDER BY layer, site) - 1 AS place FROM packed.site)"
+        " USING (layer, site)"
     )
 
 
 def vectors(table: str, salt: int) -> str:
-    """Write the query for how many rows every site has in a table, and the hash of their tokens."""
+    """Write the query for how many rows every site has in a table, and the hash of their tokens.
+
+    Hashes of tokens are added up, with a salt that no file knows: two tables with the same sum
+    have the same tokens, each as often, and nothing has to be sorted or kept.
+    """
     return (
         f"SELECT layer, site, count(*), {hashed('token_id', salt)} FROM packed.{table}"
         " GROUP BY layer, site"

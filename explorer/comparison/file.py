@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 
 from capture.quoting import first_line, quoted
+from capture.store.checking import UNREADABLE, limited
 from capture.store.files import is_own_file
 from capture.store.opening import LOCKED
 from capture.store.sandbox import attach, tables_in
@@ -34,7 +35,10 @@ from explorer.run import frame
 
 SUFFIX = ".comparison"
 _FILE = "comparison_file"
-MAX_ROWS = 20_000_000  # of all tables together; a row may take a byte in the file
+# of all tables together: what is there often takes nearly nothing in the file
+MAX_ROWS = 20_000_000
+MAX_TEXT = 500 * 10**6  # bytes
+SECONDS = 60.0  # what reading one may take
 _MAKE = "Make one with: python -m explorer compare RUN"
 
 
@@ -64,6 +68,8 @@ class Comparison:
         self.info: dict[str, Any] = tables["comparison"].to_pylist()[0]
         for name in ("settings", "packages"):
             self.info[name] = json.loads(self.info[name])
+            if not isinstance(self.info[name], dict):
+                raise TypeError(f"its {name} are no JSON object")
 
     @property
     def table(self) -> pd.DataFrame:
@@ -134,7 +140,7 @@ def open_comparison(path: str | Path) -> Comparison:
     if not path.is_file():
         raise ComparisonError(f"Expected a comparison file at {path}, there is none. {_MAKE}")
     try:
-        with attach(path, _FILE) as connection:
+        with attach(path, _FILE) as connection, limited(connection, SECONDS):
             # a view would be a program of a stranger's; tables are held against ours to the letter
             found = tables_in(connection, _FILE)
             versions = range(1, FORMAT_VERSION + 1)
@@ -149,7 +155,9 @@ def open_comparison(path: str | Path) -> Comparison:
             _check_rows(path, connection, there)
             tables = {n: connection.sql(f"FROM {_table(n)}").to_arrow_table() for n in there}
             return Comparison(path, {n: _completed(n, tables.get(n)) for n in TABLES})
-    except (duckdb.Error, json.JSONDecodeError, TypeError) as error:
+    except ComparisonError:
+        raise
+    except (*UNREADABLE, TypeError, RecursionError) as error:
         reason = first_line(error)
         raise ComparisonError(f"{path.name} is no comparison file ({reason}). {_MAKE}") from error
 
@@ -167,6 +175,22 @@ def _check_rows(path: Path, connection: duckdb.DuckDBPyConnection, names: Iterab
         raise ComparisonError(
             f"{path.name} holds {rows:,} rows, and a comparison is read up to {MAX_ROWS:,}. {_MAKE}"
         )
+    texts = [
+        f"SELECT coalesce(sum(strlen({column})), 0) AS n FROM {_table(name)}"
+        for name in names
+        for column, kind in TABLES[name].items()
+        if kind == "VARCHAR" and column in _columns(connection, name)
+    ]
+    (size,) = connection.sql(f"SELECT sum(n) FROM ({' UNION ALL '.join(texts)})").fetchall()[0]
+    if size > MAX_TEXT:
+        raise ComparisonError(
+            f"{path.name} holds {size / 1e6:,.0f} MB of text, and a comparison is read up to "
+            f"{MAX_TEXT / 1e6:,.0f} MB. {_MAKE}"
+        )
+
+
+def _columns(connection: duckdb.DuckDBPyConnection, name: str) -> list[str]:
+    return connection.sql(f"SELECT * FROM {_table(name)} LIMIT 0").columns
 
 
 @functools.cache
