@@ -100,7 +100,10 @@ def test_what_passes_breaks_no_page(sound, runs, names):
 @pytest.mark.parametrize(
     ("statement", "said"),
     [
-        ("UPDATE packed.prompt SET text = repeat('x', 100000000)", "Out of Memory|too long"),
+        (
+            "UPDATE packed.prompt SET text = repeat('x', 16000001) WHERE prompt_id = 0",
+            "a prompt that is too long",
+        ),
         (
             "INSERT INTO packed.site SELECT i + 9, 0, 'm', 4, 1, 0, 'x' FROM range(99999) t(i)",
             "100,002 routers",
