@@ -67,6 +67,7 @@ def test_an_unknown_measurement_lists_the_known_ones(capsys):
     assert "store" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_of_attention_is_measured_beside_a_capture_without(capsys):
     assert bench.main(["attention-memory", "--tokens", "200"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
@@ -93,6 +94,7 @@ def test_eager_attention_is_put_back():
     assert bench.loaded.model.config._attn_implementation == before != "eager"
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_in_a_process_of_its_own(capsys):
     options = "levels --shape tiny --lengths 8 --tokens 16 --repeats 1 --decode 3 --rows ids"
     assert bench.main(options.split()) == 0
