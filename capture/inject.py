@@ -35,10 +35,13 @@ class Decider(Protocol):
         Whether it tells experts what a model told them, so that the model's own code runs as is.
     reads : frozenset of str
         What it reads of the model's own router: ``"logits"``, ``"native"``, both or nothing.
+    hears : bool
+        Whether :meth:`see` has to be called.
     """
 
     replays: bool
     reads: frozenset[str]
+    hears: bool
 
     def see(self, hidden: torch.Tensor, scores: torch.Tensor | None) -> None:
         """Take the router's input [..., D] and its output [..., E]."""
@@ -123,7 +126,8 @@ class _OwnRouterCall:
     def open(self, stack: ExitStack) -> None:
         """Follow the router until the stack is left."""
         if "native" in self.decider.reads:
-            _listen_to_router(self.site, self.decider, stack)
+            if self.decider.hears:
+                _listen_to_router(self.site, self.decider, stack)
             return
         self._own = OwnRouter(self.site, logits="logits" in self.decider.reads)
         stack.enter_context(forward_replaced(self.site.router, self._wrap))

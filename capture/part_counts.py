@@ -116,6 +116,7 @@ class _Counter:
 
     replays = True
     reads = OWN_ROUTER
+    hears = False
 
     def __init__(self, count: SiteCount, reached: Reached) -> None:
         self.count, self.reached = count, reached

@@ -276,6 +276,7 @@ class _Place:
         self.replays = rule is None or isinstance(rule, RoutingTape)
         # nobody has to be told what stays as it is
         self._stays = type(rule) is NativeRule and run.on_choice is None
+        self.hears = not self._stays and (not self.replays or watched is not None)
         self.reads = OWN_ROUTER
         # how groups without a bias are counted is seen by the model's own choice only
         told = site.n_groups is None or site.selection_bias is not None
@@ -292,11 +293,9 @@ class _Place:
 
     def decide(self, native: Choice | None) -> Choice:
         """Return what the experts are told [R, K']."""
-        if self._hidden is None:
-            raise SwapError(f"{self.site.info.module}: its experts ran before its router did.")
         native = None if native is None else flat_choice(native)
-        tokens = self.run.begin().on(self._hidden.device)
-        rows = self._hidden.numel() // self._hidden.shape[-1]
+        rows, device = self._rows(native)
+        tokens = self.run.begin().on(device)
         if rows != tokens.n_rows:
             raise SwapError(
                 f"{self.site.info.module}: {tokens.n_rows} rows (batch x sequence) were expected, "
@@ -308,10 +307,23 @@ class _Place:
         self._hidden = self._scores = None
         return choice
 
+    def _rows(self, native: Choice | None) -> tuple[int, torch.device]:
+        """Return how many rows the router ran on, or would have, and where."""
+        if native is not None:
+            return len(native.expert_ids), native.expert_ids.device
+        hidden = self._heard()
+        return hidden.numel() // hidden.shape[-1], hidden.device
+
+    def _heard(self) -> torch.Tensor:
+        if self._hidden is None:
+            raise SwapError(f"{self.site.info.module}: its experts ran before its router did.")
+        return self._hidden
+
     def _decided(self, native: Choice | None, tokens: PassTokens) -> tuple[Choice, Choice]:
         """Return the choice for all rows and for the real ones."""
-        if self._stays and native is not None and tokens.real is None:
-            return native, native
+        if self._stays and native is not None:
+            own = _real_rows(native, tokens)
+            return _on_all_rows(own, tokens), own
         if self.rule is not None and not isinstance(self.rule, RoutingTape):
             return self._asked(self.rule, native, tokens)
         assert native is not None  # what replays reads it
@@ -338,9 +350,9 @@ class _Place:
 
     def _inputs(self, native: Choice | None, tokens: PassTokens) -> RouteInputs:
         site, info = self.site, self.site.info
-        assert self._hidden is not None
+        hidden = self._heard()
         scores, gate = self._scores, self._gate
-        device, before, state = self._hidden.device, self.run.previous, self.run.state
+        device, before, state = hidden.device, self.run.previous, self.run.state
         inputs = RouteInputs(
             layer=info.layer,
             site=info.site,
@@ -350,7 +362,7 @@ class _Place:
             selection_bias=site.selection_bias,
             n_groups=site.n_groups,
             top_groups=site.top_groups,
-            hidden=as_rows(self._hidden, tokens.real).float(),
+            hidden=as_rows(hidden, tokens.real).float(),
             logits=None if scores is None else as_rows(scores, tokens.real).float(),
             token_ids=tokens.token_ids,
             positions=tokens.positions,

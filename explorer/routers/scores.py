@@ -77,7 +77,8 @@ def weigh(scores: torch.Tensor, expert_ids: torch.Tensor, inputs: RouterInputs) 
     empty = expert_ids < 0
     weights = scores.gather(-1, expert_ids.clamp_min(0)).masked_fill(empty, 0.0)
     if inputs.renormalize or inputs.score_function == "softmax_topk":
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(_TINY)
+        total = weights.sum(dim=-1, keepdim=True) if weights.shape[-1] > 1 else weights
+        weights = weights / total.clamp_min(_TINY)
     return weights if inputs.scaling == 1 else weights * inputs.scaling
 
 
