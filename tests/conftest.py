@@ -136,8 +136,10 @@ class InterpretedRunFailed(Exception):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Put torch's threads back: the benches set them, for all that runs after in this process."""
-    yield
+    """Run torch on one thread, also after libraries or other tests chose more for the process.
+
+    On a busy machine a second one waits so actively that a test takes ten times the CPU.
+    """
     torch.set_num_threads(1)
 
 
