@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 from store_runs import make_forward, make_site, start, write
+from synthetic import write_run
 
 import capture
 from capture import session
@@ -278,7 +279,7 @@ def test_two_exports_of_one_name_make_one_run(tmp_path, monkeypatch, make, links
     source = tmp_path / "source.duckdb"
     source.write_bytes(gzip.decompress((ROOT / "tests/data/run_v1.duckdb.gz").read_bytes()))
     if make is counts_only:
-        source = migrate(source, tmp_path / "new.duckdb")
+        source = write_run(tmp_path / "new.duckdb")
     if not links:
         monkeypatch.setattr(os, "link", refuse_link)
     give_name, out = files.give_name, tmp_path / "out.duckdb"
@@ -299,10 +300,8 @@ def test_a_capture_killed_before_its_first_transaction_frees_its_name(tmp_path):
     partial = files.partial_of(tmp_path / "a")
     for n, make in enumerate([lambda: duckdb.connect(str(partial)).close(), partial.touch]):
         make()
-        with pytest.raises(StoreError, match=r"held nothing: .* recorded anew"):
+        with pytest.raises(StoreError, match=r"it holds nothing, .* Record a anew"):
             recover(partial)
-        assert not list(tmp_path.iterdir())
-        make()
         writer = start(tmp_path / "a", SITES)
         writer.append(forward(n))
         assert n_tokens(writer.finish(seconds=0)) == (4, True)

@@ -72,26 +72,24 @@ def check_new(out: Path) -> None:
             f"{out} would look like an unfinished capture. Choose a name without {SUFFIX}."
         )
     partial = partial_of(out)
-    if os.path.lexists(partial) and not forget_empty(partial):
-        raise StoreError(
-            f"{partial} is left from an unfinished capture. Close it with: "
-            f"python -m capture recover '{partial}', or delete it."
-        )
+    if os.path.lexists(partial):
+        if not holds_nothing(partial):
+            raise StoreError(
+                f"{partial} is left from an unfinished capture. Close it with: "
+                f"python -m capture recover '{partial}', or delete it."
+            )
+        _remove(partial)
+        _log.warning("%s held nothing, and its name is taken anew.", partial)
     _make_folder(out)
 
 
-def forget_empty(partial: Path) -> bool:
-    """Remove the file of a capture that was killed before its first transaction.
-
-    Returns
-    -------
-    bool
-        Whether that is what it was; anything else stays.
+def holds_nothing(partial: Path) -> bool:
+    """Whether a capture was killed before the first transaction reached this file.
 
     Raises
     ------
     StoreError
-        If another process is writing it.
+        If another process is writing it, or it is no file of DuckDB.
     """
     if not is_own_file(partial) or partial.stat().st_size > _HEADER_BYTES:
         return False
@@ -99,9 +97,7 @@ def forget_empty(partial: Path) -> bool:
     if log.exists() and log.stat().st_size:
         return False
     if partial.stat().st_size:
-        connect(partial, read_only=True).close()  # says so if it is being written
-    _remove(partial)
-    _log.warning("%s held nothing: its capture was killed before it had stored anything.", partial)
+        connect(partial, read_only=True).close()
     return True
 
 

@@ -14,7 +14,7 @@ from capture.paths import given_path
 from capture.store import gate_sums, schema
 from capture.store.accounting import check_counts
 from capture.store.codec import Layout
-from capture.store.files import SUFFIX, check_free, forget_empty, is_own_file, publish
+from capture.store.files import SUFFIX, check_free, holds_nothing, is_own_file, publish
 from capture.store.interrupts import as_keyboard_interrupt
 from capture.store.opening import first_line, not_a_run
 from capture.store.pairs import pairs_of_rows, store_pairs
@@ -34,9 +34,8 @@ def recover(partial: str | Path) -> Path:
     Raises
     ------
     StoreError
-        If the file is no partial run, is still being written, or NAME exists. One that holds
-        nothing at all is removed, and the error says so. Whatever else fails, such as a full disk,
-        leaves the file as it was.
+        If the file is no partial run, holds nothing, is still being written, or NAME exists.
+        Whatever fails, such as a full disk, leaves the file as it was.
     """
     partial = given_path(partial, "the file to recover", StoreError)
     if not partial.name.endswith(SUFFIX) or partial.name == SUFFIX:
@@ -56,10 +55,10 @@ def recover(partial: str | Path) -> Path:
         partial.unlink()  # a capture that was killed between its last two steps
         return out
     check_free(out)
-    if forget_empty(partial):
+    if holds_nothing(partial):
         raise StoreError(
-            f"{partial} held nothing: its capture was killed before it had stored anything. It was "
-            f"removed, and {out.name} can be recorded anew."
+            f"A run file was expected at {partial}, but it is none: it holds nothing, because its "
+            f"capture was killed before it had stored anything. Record {out.name} anew."
         )
     connection = open_sandbox(partial, read_only=False, oldest=schema.SCHEMA_VERSION)
     try:
