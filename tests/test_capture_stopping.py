@@ -279,7 +279,7 @@ def test_two_exports_of_one_name_make_one_run(tmp_path, monkeypatch, make, links
     source = tmp_path / "source.duckdb"
     source.write_bytes(gzip.decompress((ROOT / "tests/data/run_v1.duckdb.gz").read_bytes()))
     if make is counts_only:
-        source = write_run(tmp_path / "new.duckdb")
+        source = write_run(tmp_path / "new.duckdb").path
     if not links:
         monkeypatch.setattr(os, "link", refuse_link)
     give_name, out = files.give_name, tmp_path / "out.duckdb"
