@@ -196,8 +196,15 @@ def _forward(pool: Sequence[ForwardRows], index: int, n_forwards: int) -> Forwar
     text = list(tokens.text or [])
     for first in np.flatnonzero(tokens.position == 0):
         text[first] = f"{prompt_id[first]}:"  # no two prompts have one text
+    # token ids follow each other from prompt to prompt, and the last prompts may be shorter
+    last, length = tokens.prompt_id[-1], tokens.position[-1] + np.uint32(1)
+    start = np.where(
+        tokens.prompt_id < last,
+        prompt_id * np.uint32(PROMPT_TOKENS),
+        last * np.uint32(n_forwards * PROMPT_TOKENS) + np.uint32(index) * length,
+    )
     moved = TokenRows(
-        token_id=prompt_id * np.uint32(PROMPT_TOKENS) + tokens.position,
+        token_id=start.astype(np.uint32) + tokens.position,
         prompt_id=prompt_id,
         position=tokens.position,
         token=tokens.token,

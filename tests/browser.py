@@ -36,7 +36,8 @@ CELL = """([x, y, which]) => {
 
 def chromium_path():
     """Return the installed Chromium, or None."""
-    names = ("chromium", "chromium-browser", "google-chrome")
+    # the headless shell is Chromium without the pages of its own window, which cost time too
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
     return next((path for path in map(shutil.which, names) if path), None)
 
 

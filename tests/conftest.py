@@ -78,7 +78,7 @@ def pytest_collection_modifyitems(config, items):
     from browser import chromium_path
 
     if chromium_path() is None and os.environ.get("CI") != "true":  # in CI they must run
-        missing = "no Chromium on this machine (apt-get install chromium)"
+        missing = "no Chromium on this machine (apt-get install chromium-headless-shell)"
         for item in items:
             if item.get_closest_marker("browser"):
                 item.add_marker(pytest.mark.skip(reason=missing))

@@ -10,6 +10,7 @@ from store_runs import make_forward, make_site, start, with_site
 from synthetic import write_run
 from test_app_clusters import keep
 
+from capture.store import PromptInfo
 from explorer import open_run
 from explorer.clusters import regions
 from explorer.clusters.features import Source
@@ -47,8 +48,8 @@ def write_many(path):
     """Write a run of many tokens with scores, and put a map of them into the cache."""
     random = np.random.default_rng(0)
     sites = [make_site(0, 8, 2)]
-    writer = start(path, sites, "scores")
-    forward = make_forward(0, MANY, sites, random, empty=0)
+    writer = start(path, sites, "scores", [PromptInfo("A", "a", None, MANY, 0)])
+    forward = make_forward(0, MANY, sites, random, empty=0, domains=("a",))
     scores = random.normal(size=(MANY, 8)).astype(np.float32)
     writer.append(with_site(forward, scores=(np.arange(MANY), scores)))
     writer.finish(seconds=1.0, complete=True)
