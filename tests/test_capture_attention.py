@@ -16,6 +16,7 @@ from capture.models import load_model
 from capture.sampling import plan_attention
 from capture.selftest import attach
 from capture.sites import find_sites
+from capture.store import RunReader
 
 # the run file rounds shares of a map to 4e-6; sums of float32 do the rest
 EXACT = 1e-5
@@ -93,8 +94,14 @@ def expected(weights, bins):
 
 def check_run(path, model, prompts, *, bins=64, layers=None, heads=None):
     """Compare everything that a run says about attention with the eager weights."""
-    kept = table(path, "SELECT * FROM attention_prompts ORDER BY prompt_id")
-    sites = table(path, "SELECT * FROM attention_layers WHERE kind = 'attention' ORDER BY layer")
+    with RunReader.open(path) as run:
+        check_answers(lambda sql: run.query(sql).to_pydict(), model, prompts, bins, layers, heads)
+
+
+def check_answers(ask, model, prompts, bins, layers, heads):
+    """Compare what an open run answers; to open it for every question takes most of the time."""
+    kept = ask("SELECT * FROM attention_prompts ORDER BY prompt_id")
+    sites = ask("SELECT * FROM attention_layers WHERE kind = 'attention' ORDER BY layer")
     chosen = [layer for layer in sites["layer"] if layers is None or layer in layers]
     first = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
     assert kept["prompt_id"] and chosen
@@ -106,7 +113,7 @@ def check_run(path, model, prompts, *, bins=64, layers=None, heads=None):
             shown = [shown[layer] for layer in sites["layer"]]
         for layer, weights in zip(sites["layer"], shown, strict=True):
             here = f"WHERE prompt_id = {prompt_id} AND layer = {layer} ORDER BY head"
-            stats = table(path, f"SELECT * FROM attention_stats {here}")
+            stats = ask(f"SELECT * FROM attention_stats {here}")
             if layer not in chosen:
                 assert stats["head"] == []
                 continue
@@ -118,20 +125,19 @@ def check_run(path, model, prompts, *, bins=64, layers=None, heads=None):
                 want, ("entropy", "sink_mass", "mean_distance", "window_mass"), strict=True
             ):
                 np.testing.assert_allclose(stats[column], want[name], atol=EXACT, rtol=EXACT)
-            found = table(path, f"SELECT bins, map FROM attention_maps {here}")
+            found = ask(f"SELECT bins, map FROM attention_maps {here}")
             got = np.array(found["map"]).reshape(-1, found["bins"][0], found["bins"][0])
             np.testing.assert_allclose(got, maps, atol=EXACT)
             np.testing.assert_allclose(got.sum(axis=-1), 1, atol=1e-6)
-            got = table(path, f"SELECT received FROM attention_received {here}")["received"]
+            got = ask(f"SELECT received FROM attention_received {here}")["received"]
             np.testing.assert_allclose(got, received, atol=EXACT * len(prompt))
-            check_keys(path, weights, stats["head"], layer, first[prompt_id])
+            check_keys(ask, weights, stats["head"], layer, first[prompt_id])
 
 
-def check_keys(path, weights, heads, layer, first):
+def check_keys(ask, weights, heads, layer, first):
     """Compare the heaviest keys; equal weights may come in any order."""
     last = first + weights.shape[1]
-    rows = table(
-        path,
+    rows = ask(
         f"SELECT * FROM attention_top_keys WHERE layer = {layer} AND token_id >= {first} "
         f"AND token_id < {last} ORDER BY token_id, head, rank",
     )
