@@ -90,6 +90,46 @@ def distill(
     return losses
 
 
+def learn_shares(
+    network: nn.Module,
+    hidden: torch.Tensor,
+    importance: torch.Tensor,
+    *,
+    steps: int,
+    seed: int,
+) -> list[float]:
+    """Teach a network what share of a token's importance each part has.
+
+    Parameters
+    ----------
+    network : Module
+        From ``hidden`` to one logit per part; its softmax comes close to the shares.
+    hidden : Tensor [T, D]
+    importance : Tensor [T, P], at least 0
+    steps, seed : int
+
+    Returns
+    -------
+    list of float, nats a token
+        Kullback-Leibler divergence from the shares at each step.
+    """
+    share = importance / importance.sum(-1, keepdim=True).clamp_min(1e-12)
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        logs = network(hidden[rows]).log_softmax(dim=-1)
+        return nn.functional.kl_div(logs, share[rows], reduction="batchmean")
+
+    return distill(
+        list(network.parameters()),
+        loss,
+        len(hidden),
+        steps=steps,
+        batch_tokens=BATCH_TOKENS,
+        learning_rate=LEARNING_RATE,
+        seed=seed,
+    )
+
+
 def imitation_loss(
     logits: torch.Tensor, scores: torch.Tensor, inputs: RouterInputs
 ) -> torch.Tensor:

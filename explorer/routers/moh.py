@@ -14,7 +14,7 @@ from explorer.routers.base import (
     RouterInfo,
     RouterInputs,
 )
-from explorer.routers.distill import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
+from explorer.routers.distill import STEPS, learn_shares, seeded
 from explorer.routers.parts import check_keep
 from explorer.routers.scores import target_importance
 from explorer.routers.selectors import TopK
@@ -70,23 +70,9 @@ class MoHRouter(PartRouter):
         # at least one head is routed, or there is nothing to choose
         self.always_ = min(round(self.shared * heads), heads - 1)
         routed = importance[:, self.always_ :]
-        share = routed / routed.sum(-1, keepdim=True).clamp_min(1e-12)
         width, n_routed = hidden.shape[-1], heads - self.always_
         gate = seeded(lambda: nn.Linear(width, n_routed, bias=False), self.seed)
-
-        def loss(rows: torch.Tensor) -> torch.Tensor:
-            logs = gate(hidden[rows]).log_softmax(dim=-1)
-            return nn.functional.kl_div(logs, share[rows], reduction="batchmean")
-
-        self.losses_ = distill(
-            list(gate.parameters()),
-            loss,
-            len(hidden),
-            steps=self.steps,
-            batch_tokens=BATCH_TOKENS,
-            learning_rate=LEARNING_RATE,
-            seed=self.seed,
-        )
+        self.losses_ = learn_shares(gate, hidden, routed, steps=self.steps, seed=self.seed)
         self.gate_ = gate
 
     def _route(self, inputs: RouterInputs) -> PartMask:

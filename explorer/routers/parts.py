@@ -19,7 +19,14 @@ from explorer.routers.base import (
     RouterInputs,
     Site,
 )
-from explorer.routers.distill import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
+from explorer.routers.distill import (
+    BATCH_TOKENS,
+    LEARNING_RATE,
+    STEPS,
+    distill,
+    learn_shares,
+    seeded,
+)
 from explorer.routers.layers import AcrossLayers
 from explorer.routers.scores import target_importance
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK, chosen_formula
@@ -101,23 +108,9 @@ class HeadAttentionRouter(PartRouter):
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         hidden = inputs.tensor("hidden").float()
         importance = target_importance(target, self.part)
-        share = importance / importance.sum(-1, keepdim=True).clamp_min(1e-12)
-        width, n_parts = hidden.shape[-1], share.shape[-1]
+        width, n_parts = hidden.shape[-1], importance.shape[-1]
         network = seeded(lambda: KeyAttention(width, n_parts, self.rank), self.seed)
-
-        def loss(rows: torch.Tensor) -> torch.Tensor:
-            logs = network(hidden[rows]).log_softmax(dim=-1)
-            return nn.functional.kl_div(logs, share[rows], reduction="batchmean")
-
-        self.losses_ = distill(
-            list(network.parameters()),
-            loss,
-            len(hidden),
-            steps=self.steps,
-            batch_tokens=BATCH_TOKENS,
-            learning_rate=LEARNING_RATE,
-            seed=self.seed,
-        )
+        self.losses_ = learn_shares(network, hidden, importance, steps=self.steps, seed=self.seed)
         self.network_ = network
 
     def attention(self, inputs: RouterInputs) -> torch.Tensor:
