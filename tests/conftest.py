@@ -45,6 +45,7 @@ TOGETHER = {
         "test_capture_cli",
         "test_capture_stopping",
         "test_capture_store_processes",
+        "test_explorer_killed",
         "test_explorer_worker",
     )
 }

@@ -36,30 +36,38 @@ def read_upload(name: str, data: bytes) -> list[Prompt]:
             f"{name} could not be read within {SECONDS:g} s. Divide it into several files."
         ) from None
     try:
-        answer = json.loads(done.stdout)
+        found = json.loads(done.stdout)
     except ValueError:  # the process was ended
         raise PromptError(
             f"{name} takes more memory to read than an upload may. Divide it into several files, "
             "or record it with: python -m capture MODEL --prompts FILE"
         ) from None
-    if "error" in answer:
-        raise PromptError(answer["error"])
+    if "error" in found:
+        raise PromptError(found["error"])
     return [
         Prompt(text, None if ids is None else tuple(ids), domain, source)
-        for text, ids, domain, source in answer["prompts"]
+        for text, ids, domain, source in found["prompts"]
     ]
 
 
-def main() -> None:
-    """Read the file that comes through standard input, and answer in JSON."""
+def answer(name: str, data: bytes) -> str:
+    """Return the prompts of a file, or why there are none, as JSON."""
+    try:
+        return json.dumps({"prompts": read_prompts_bytes(name, data, most=MOST)})
+    except PromptError as error:
+        return json.dumps({"error": str(error)})
+
+
+def limit_memory() -> None:
+    """Let this process take so much memory and no more."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
-    try:
-        prompts = read_prompts_bytes(sys.argv[1], sys.stdin.buffer.read(), most=MOST)
-        answer = json.dumps({"prompts": prompts})
-    except PromptError as error:
-        answer = json.dumps({"error": str(error)})
-    sys.stdout.write(answer)
+
+
+def main() -> None:
+    """Read the file that comes through standard input, and answer."""
+    limit_memory()
+    sys.stdout.write(answer(sys.argv[1], sys.stdin.buffer.read()))
 
 
 if __name__ == "__main__":
