@@ -29,6 +29,7 @@ from explorer.pages.components.compare_oracle import oracle_section
 from explorer.pages.components.compare_replay import replay_section
 from explorer.pages.components.compare_start import start_comparison
 from explorer.pages.components.compare_text import two_routers
+from explorer.pages.components.part import part
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, is_dark
 
@@ -154,6 +155,7 @@ def _provenance(info: dict[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
+@part("What could not be compared")
 def _failed(comparison: Comparison) -> None:
     units = comparison.rows("units")
     failed = units[units["error"].notna()]
@@ -192,6 +194,7 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
     return shown.reset_index(drop=True)
 
 
+@part("Loss against compute")
 def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     measured = [name for name in _AXIS_LABELS if shown[name].notna().any()]
     if shown.empty or not measured:
@@ -227,6 +230,7 @@ def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     )
 
 
+@part("Routers")
 def _table(shown: pd.DataFrame) -> None:
     frame = shown.assign(
         badges=[", ".join(badges(row)) for _, row in shown.iterrows()],
@@ -276,6 +280,7 @@ def _format(name: str) -> str:
     return "%.4f" if name.startswith("loss_se") else "%+.3f" if name in CONTROLS else "%.3f"
 
 
+@part("How the routers learned")
 def _learning(comparison: Comparison) -> None:
     rows = comparison.curves
     if rows.empty:

@@ -24,6 +24,7 @@ from explorer.pages.components.both_loads import (
     loads_and_gates,
 )
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.components.stretches import stretches_section
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
 from explorer.pages.components.visible import one_line
@@ -116,6 +117,7 @@ def _applicable(other: View) -> View:
     return replace(other, part=part)
 
 
+@part("What differs between the recordings")
 def _differences(view: View, other: View) -> None:
     table = differences(view.run, other.run)
     with st.expander(f"What differs between the recordings ({len(table)})"):
@@ -266,6 +268,7 @@ def _none_matches(view: View, n_prompts: int) -> bool:
     return True
 
 
+@part("The prompt, token by token")
 def _strip(view: View, other: View, prompt: dict[Hashable, Any]) -> None:
     prompts = int(prompt["prompt_a"]), int(prompt["prompt_b"])
     tokens = _divergence_of(view.key, other.key, view.run, other.run, *prompts, view.layers)

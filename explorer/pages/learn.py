@@ -15,6 +15,7 @@ from explorer.figures.tokens import score_bars, token_routes
 from explorer.glossary import TERMS
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, ask, balance_of, is_dark
 from explorer.pages.wording import certainty_sentence, expert_label, probabilities, routing_sentence
@@ -118,6 +119,7 @@ def _example(view: View) -> "pd.Series | None":
     return row
 
 
+@part("What is a router?")
 def _router(view: View) -> None:
     info = view.run.site_info(view.layer, view.site)
     st.markdown(
@@ -176,6 +178,7 @@ def _router(view: View) -> None:
     st.page_link("explorer/pages/tokens.py", label="See every token of a prompt on **Tokens**")
 
 
+@part("Who gets the work?")
 def _load(view: View) -> None:
     sampled = view.sampled()
     load = ask(sampled, expert_load, weights=False, **sampled.filters)
@@ -205,6 +208,7 @@ def _load(view: View) -> None:
     st.page_link("explorer/pages/load_balance.py", label="Measure it on **Load balance**")
 
 
+@part("What is an expert for?")
 def _specialisation(view: View) -> None:
     st.markdown(
         "Nobody tells an expert what to do; in training, each becomes better at what it happens to "
@@ -258,6 +262,7 @@ def _specialisation(view: View) -> None:
     )
 
 
+@part("From layer to layer")
 def _path(view: View) -> None:
     st.markdown(
         "Every layer has a router of its own, so a token takes a **path**: some experts in the "
@@ -278,6 +283,7 @@ def _path(view: View) -> None:
     st.page_link("explorer/pages/flow.py", label="See the paths of all tokens on **Flow**")
 
 
+@part("Which page answers what?")
 def _which_page(_view: View) -> None:
     st.markdown(
         "The filters at the side act on all pages: phase, domain, a text that prompts contain, a "
@@ -301,13 +307,14 @@ def _link(name: str) -> None:
         st.markdown(f"**{title}** (not on this server)")
 
 
+@part("Glossary")
 def _glossary() -> None:
     st.subheader("Glossary", anchor="glossary")
     terms = sorted((TERMS[name] for name in TERMS), key=lambda term: term.title.lower())
     half = -(-len(terms) // 2)
-    for column, part in zip(st.columns(2, gap="large"), (terms[:half], terms[half:]), strict=True):
+    for column, shown in zip(st.columns(2, gap="large"), (terms[:half], terms[half:]), strict=True):
         with column:
-            for term in part:
+            for term in shown:
                 st.markdown(f"**{term.title}**: {term.text}")
 
 

@@ -9,6 +9,7 @@ from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import service, views
 from explorer.errors import ExplorerError
 from explorer.pages import access, address, problems, saved
+from explorer.pages.components.part import part
 from explorer.pages.shell import current_view
 from explorer.pages.state import SUFFIX, View, new_name, run_names, runs_folder
 from explorer.report import make_report
@@ -44,6 +45,7 @@ def render() -> None:
             _account()
 
 
+@part("Saved views")
 def _views() -> None:
     st.subheader("Saved views", anchor=False)
     found, damaged = views.list_views(runs_folder())
@@ -144,6 +146,7 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
     )
 
 
+@part("Report")
 def _run_report(view: View) -> None:
     st.subheader("Report", anchor=False)
     st.markdown(
@@ -153,6 +156,7 @@ def _run_report(view: View) -> None:
     _report_button("Report of this run", view.name)
 
 
+@part("Counts only")
 def _without_text(view: View) -> None:
     st.subheader("Counts only", anchor=False)
     if view.run.counts_only:
@@ -182,6 +186,7 @@ def _export(view: View, key: str) -> None:
     st.session_state[_SAID] = f"The run {name} holds the counts of {view.name}, and no text."
 
 
+@part("Upload")
 def _upload() -> None:
     st.subheader("A run from somebody else", anchor=False)
     given = st.file_uploader(

@@ -12,6 +12,7 @@ from explorer.figures.tokens import quantity_scale, token_layer_heatmap, tokens_
 from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.components.expert_tokens import expert_tokens_section
+from explorer.pages.components.part import part
 from explorer.pages.components.token_panel import token_panel
 from explorer.pages.components.token_strip import Legend, Token, token_strip
 from explorer.pages.shell import current_view
@@ -208,6 +209,7 @@ def _pick_pins(view: View) -> list[Pin]:
     return [(int(a), int(b), int(c)) for a, b, c in (pin.split(".") for pin in kept)]
 
 
+@part("The prompt, token by token")
 def _strip(
     view: View,
     listed: pd.DataFrame,
@@ -313,6 +315,7 @@ def _hints(
     return hints
 
 
+@part("Tokens by layer")
 def _heatmap(
     view: View,
     chosen: pd.Series,

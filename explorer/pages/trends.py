@@ -16,6 +16,7 @@ from explorer.figures.text import label
 from explorer.figures.trends import TRENDS, tokens_of, trend_lines
 from explorer.pages import address, state
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.shell import current_view
 from explorer.pages.state import View, is_dark
 from explorer.run import Run, open_run
@@ -75,6 +76,7 @@ def _named(rows: pd.DataFrame) -> str:
     return ", ".join(f"{address.plain(name)}" for name in dict.fromkeys(rows["name"]))
 
 
+@part("Figure")
 def _figure(view: View, table: pd.DataFrame, names: list[str]) -> None:
     quantity = address.choose(
         st.segmented_control,

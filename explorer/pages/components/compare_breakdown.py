@@ -11,6 +11,7 @@ from explorer.figures.breakdown import by_domain, by_layer, means_by
 from explorer.figures.comparison import marked
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import is_dark
 
 _MARKED = "not causal, depends on the batch, or simulated: its card says which."
@@ -22,6 +23,7 @@ _LAYER_COLUMNS = [
 ]
 
 
+@part("Layers and domains")
 def layers_and_domains(
     comparison: Comparison, table: pd.DataFrame, names: set[str], info: dict[str, Any]
 ) -> None:

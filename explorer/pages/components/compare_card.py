@@ -10,9 +10,11 @@ from explorer.figures.gates import gate_histogram
 from explorer.pages import address
 from explorer.pages.components.chart import chart
 from explorer.pages.components.compare_text import NATIVE
+from explorer.pages.components.part import part
 from explorer.pages.state import is_dark
 
 
+@part("A router's card")
 def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
     """Show what one router does, and whether it beats chance at the same compute."""
     cards = comparison.rows("routers").drop_duplicates("router").set_index("router")

@@ -7,6 +7,7 @@ from explorer.comparison.file import Comparison
 from explorer.figures.conditions import flip_margins, flips_over_layers, loss_two_by_two
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import is_dark
 
 _BASE = "base"
@@ -20,6 +21,7 @@ _STUDENTS = {
 }
 
 
+@part("Conditions")
 def conditions_section(comparison: Comparison) -> None:
     """Draw what the comparison holds of conditions and distilled routers."""
     cells = comparison.rows("conditions")

@@ -5,9 +5,11 @@ import streamlit as st
 from explorer.comparison.file import Comparison
 from explorer.figures.oracle import oracle_bound
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import is_dark
 
 
+@part("Oracle")
 def oracle_section(comparison: Comparison) -> None:
     """Draw what the comparison holds of the last layer's oracle."""
     rows = comparison.rows("oracle")

@@ -4,8 +4,10 @@ import streamlit as st
 
 from explorer.comparison.file import Comparison
 from explorer.figures.comparison import badges
+from explorer.pages.components.part import part
 
 
+@part("Replay")
 def replay_section(comparison: Comparison) -> None:
     """Draw the tables of what was replayed."""
     table = comparison.table

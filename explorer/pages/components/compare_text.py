@@ -8,6 +8,7 @@ import streamlit as st
 from explorer.comparison.file import Comparison
 from explorer.figures.comparison import marked
 from explorer.pages import address
+from explorer.pages.components.part import part
 from explorer.pages.components.token_strip import Legend, Token, reveal, token_strip
 
 NATIVE = "native"
@@ -15,6 +16,7 @@ _ALL = "all"
 _MODES = ("live", "replay")
 
 
+@part("Two routers, token by token")
 def two_routers(comparison: Comparison) -> None:
     """Draw a text of the comparison, tinted by how far two routers disagree about its tokens."""
     choices, texts = comparison.rows("choices"), comparison.rows("texts")

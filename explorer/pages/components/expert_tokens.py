@@ -8,6 +8,7 @@ from explorer.figures.text import visible as visible_name
 from explorer.pages import address
 from explorer.pages.components import token_strip
 from explorer.pages.components.concordance import Line, concordance
+from explorer.pages.components.part import part
 from explorer.pages.components.save_slice import save_slice
 from explorer.pages.state import View, ask
 from explorer.pages.wording import expert_label
@@ -22,6 +23,7 @@ from explorer.queries.load import expert_load
 SHOWN = 60
 
 
+@part("Tokens of the expert")
 def expert_tokens_section(view: View) -> None:
     """Draw the section, or nothing where no expert is chosen."""
     info = view.run.site_info(view.layer, view.site)

@@ -6,6 +6,7 @@ import streamlit as st
 from explorer.figures.two_runs import against
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.state import View, is_dark
 from explorer.two_runs import MAX_SEGMENTS, TwoModels
 
@@ -16,6 +17,7 @@ _QUANTITIES = {
 }
 
 
+@part("The same text in both models")
 def stretches_section(view: View, found: TwoModels) -> None:
     """Draw how two models route the same stretches of text; there must be some."""
     routed, longest = found.co_routing, found.stretches.groupby("prompt").size().max()

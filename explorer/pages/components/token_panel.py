@@ -10,6 +10,7 @@ from explorer.figures.theme import PinKey
 from explorer.figures.tokens import score_bars, token_routes
 from explorer.pages import address
 from explorer.pages.components.chart import chart
+from explorer.pages.components.part import part
 from explorer.pages.components.visible import visible
 from explorer.pages.state import View, ask, is_dark
 from explorer.pages.wording import (
@@ -21,6 +22,7 @@ from explorer.pages.wording import (
 from explorer.queries.tokens import token_experts, token_gates, token_scores
 
 
+@part("Token")
 def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> None:
     """Draw the panel of one token.
 
@@ -77,6 +79,7 @@ def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
     return parts
 
 
+@part("Scores of the experts")
 def _scores(view: View, token_id: int, text: str | None, score_function: str) -> None:
     scores = ask(view, token_scores, token_id=token_id, layer=view.layer, site=view.site)
     if not scores["recorded"].any():
