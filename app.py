@@ -20,12 +20,12 @@ PAGES = {
 
 # the server imports ``app`` once; a visit of a page runs the script below it
 if __name__ != "__main__":
-    from explorer.pages import guard
+    from explorer.ui import guard
 
     app = st.App(__file__, middleware=guard.MIDDLEWARE, lifespan=guard.lifespan)
 else:
     from explorer import service
-    from explorer.pages import access, address, problems, saved, shell
+    from explorer.ui import access, address, problems, saved, shell
 
     st.set_page_config(page_title="RouteScope", page_icon=str(shell.LOGO), layout="wide")
     access.begin()

@@ -10,11 +10,11 @@ __all__ = ["CaptureConfig", "record"]
 
 def __getattr__(name: str) -> Any:
     if name == "record":
-        from capture.session import record
+        from capture.recorder.session import record
 
         return record
     if name == "CaptureConfig":
-        from capture.config import CaptureConfig
+        from capture.recorder.config import CaptureConfig
 
         return CaptureConfig
     raise AttributeError(f"module 'capture' has no attribute {name!r}")

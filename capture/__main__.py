@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from capture.config import (
+from capture.errors import CaptureCancelled, CaptureError
+from capture.interrupts import Terminated
+from capture.recorder.config import (
     DEFAULT_ATTENTION_BINS,
     DEFAULT_ATTENTION_PROMPTS,
     DEFAULT_ATTENTION_TOP_KEYS,
     DEFAULT_SAMPLE_TOKENS,
     DTYPES,
 )
-from capture.errors import CaptureCancelled, CaptureError
-from capture.interrupts import Terminated
 
 ERROR = 2
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, as shells expect
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _capture(arguments: Sequence[str]) -> int:
     options = _capture_parser().parse_args(arguments)
     out = _default_out(options.model) if options.out is None else options.out
-    from capture.session import record
+    from capture.recorder.session import record
 
     path = record(
         options.model,

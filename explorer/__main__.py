@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from capture.errors import CaptureError
-from explorer import commands
-from explorer.conditions import cli as conditions
+from explorer.commands import compare as commands
+from explorer.commands import conditions, report
 from explorer.errors import ComparisonCancelled, ExplorerError
-from explorer.report import command as report
 
 ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect

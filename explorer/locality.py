@@ -12,11 +12,11 @@ import pandas as pd
 
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
-from explorer.figures.text import visible
 from explorer.metrics.agreement import chance_any_repeat
 from explorer.metrics.locality import repetition
 from explorer.queries.load import routing
 from explorer.run import Run, open_run
+from explorer.ui.text import visible
 
 ERROR = 2
 

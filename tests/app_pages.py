@@ -26,7 +26,7 @@ def opened(page="overview", **query):
     if page in RENAMED:
         app.run()
     if page != "overview":
-        app.switch_page(f"explorer/pages/{page}.py")
+        app.switch_page(f"explorer/pages/{page}/page.py")
     for name, value in query.items():
         app.query_params[name] = value
     app.run()

@@ -10,7 +10,7 @@ is a single test that runs the whole file in a new Python with ``TRITON_INTERPRE
 what that run printed. The file itself holds ordinary tests that call
 ``op(..., backend="triton")`` on CPU tensors and know nothing of this. One of them runs alone with
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_kernels_gate_triton.py -k ties
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/test_kernels_gate_triton.py -k ties
 
 In that process ``torch.empty``, ``torch.empty_like`` and ``Tensor.new_empty`` are poisoned (see
 ``poisoned_memory``), so a kernel that leaves a piece of its output unwritten fails; other test
@@ -196,7 +196,7 @@ def served_runs(tmp_path_factory):
     """Make a folder with a run of known routing, and one of 40 layers with 64 experts."""
     from synthetic import write_run
 
-    from capture import bench
+    from capture.bench import store as bench
 
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "known.duckdb", level="attention")

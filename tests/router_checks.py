@@ -36,6 +36,7 @@ from explorer.routers import (
     TrainedRouter,
     fit_layers,
 )
+from explorer.routers.learning.context import CurveRow, TrainingCancelled
 from explorer.routers.native import TopKRouter
 from explorer.routers.probe import (
     EXPERTS,
@@ -48,7 +49,6 @@ from explorer.routers.probe import (
     toy_targets,
     toy_tokens,
 )
-from explorer.routers.training import CurveRow, TrainingCancelled
 
 HOSTS = {
     "softmax": {"score_function": "softmax"},

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "capture": {"kernels", "capture"},
     "explorer": {"kernels", "capture", "explorer"},
 }
-STREAMLIT_ONLY_IN = ("app.py", "explorer/pages/")
+STREAMLIT_ONLY_IN = ("app.py", "explorer/pages/", "explorer/ui/")
 MAX_LINES = 600
 SOURCES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 

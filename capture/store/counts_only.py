@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from capture.errors import StoreError
-from capture.names import model_name
+from capture.model_names import model_name
 from capture.paths import given_path
 from capture.quoting import first_line
 from capture.store import schema

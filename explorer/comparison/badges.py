@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from capture.dependence import MIDDLE, ROUNDING, dependence
-from capture.parts import gate_parts
-from capture.rules import RouteInputs, Rule
-from capture.selftest import probe_tokens
-from capture.sites import Site
-from capture.switches import plain_forward
+from capture.model.selftest import probe_tokens
+from capture.model.sites import Site
+from capture.model.switches import plain_forward
+from capture.swap.dependence import MIDDLE, ROUNDING, dependence
+from capture.swap.parts import gate_parts
+from capture.swap.rules import RouteInputs, Rule
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.measure import Spy
 from explorer.routers import Router, RouterInputs, route_layers

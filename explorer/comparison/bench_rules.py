@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from capture.live import Latency, latency
-from capture.models import load_model, loading_bars
-from capture.prompts import read_prompts
-from capture.selftest import attach
-from capture.sites import Site
-from capture.tokens import tokenize
+from capture.model.load import load_model, loading_bars
+from capture.model.selftest import attach
+from capture.model.sites import Site
+from capture.model.tokens import tokenize
+from capture.prompts.records import read_prompts
+from capture.swap.live import Latency, latency
 from explorer.comparison.lab import Lab
 from explorer.comparison.names import RouterSpec, parse_router, split_routers
 from explorer.comparison.texts import Split, Texts

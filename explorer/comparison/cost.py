@@ -1,6 +1,6 @@
 """What a rule costs: operations, bytes that have to be moved, and a proxy of energy.
 
-Operations are those of :mod:`capture.flops`, with the experts that ran and the rule's own. Bytes
+Operations are those of :mod:`capture.model.flops`, with the experts that ran and the rule's own. Bytes
 and energy are estimates for decoding, relative to the unchanged model, and nothing else.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from capture.flops import LayerFlops, ModelFlops
+from capture.model.flops import LayerFlops, ModelFlops
 
 Key = tuple[int, int]  # layer, site
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from capture.live import token_losses
-from capture.rules import Choice, NativeRule, RouteInputs
-from capture.sites import Site
-from capture.swap import swap
+from capture.model.sites import Site
+from capture.swap.live import token_losses
+from capture.swap.routers import swap
+from capture.swap.rules import Choice, NativeRule, RouteInputs
 from explorer.comparison.importance import ATTENTION, LivePart, measured_parts
 from explorer.comparison.names import RouterSpec, make_router
 from explorer.comparison.texts import Texts

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from capture.context import Passes
-from capture.flops import decoder_layers, head_count
-from capture.live import token_losses
-from capture.parts import gate_parts, output_layers, part_modules
-from capture.rules import RouteInputs, as_rows
-from capture.sites import Site
+from capture.model.context import Passes
+from capture.model.flops import decoder_layers, head_count
+from capture.model.sites import Site
+from capture.swap.live import token_losses
+from capture.swap.parts import gate_parts, output_layers, part_modules
+from capture.swap.rules import RouteInputs, as_rows
 from explorer.comparison.texts import Texts
 from explorer.errors import RouterError
 from explorer.routers import Decision, PartMask, RouterInputs

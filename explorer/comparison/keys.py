@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.models import DEMO
+from capture.model.load import DEMO
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent.parent
 # code that decides about the numbers in a comparison
 SOURCES = (
-    *("explorer/routers", "explorer/comparison", "explorer/conditions", "explorer/metrics"),
+    *("explorer/routers", "explorer/comparison", "explorer/metrics"),
     *("capture", "kernels"),
 )
 BLOCK, BLOCKS = 2**16, 1024  # of a file of weights: bytes at a time, and how often

@@ -11,16 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture import inputs
-from capture.flops import counted_flops, model_flops
-from capture.live import Kept, Latency, latency, summed, token_losses
-from capture.losses import SequenceLosses
-from capture.models import LoadedModel
-from capture.parts import gate_parts
-from capture.rules import NativeRule, Rule
-from capture.sites import Site
-from capture.swap import SiteCount, swap
-from capture.switches import plain_forward
+from capture.model import inputs
+from capture.model.flops import counted_flops, model_flops
+from capture.model.load import LoadedModel
+from capture.model.sites import Site
+from capture.model.switches import plain_forward
+from capture.swap.live import Kept, Latency, latency, summed, token_losses
+from capture.swap.losses import SequenceLosses
+from capture.swap.parts import gate_parts
+from capture.swap.routers import SiteCount, swap
+from capture.swap.rules import NativeRule, Rule
 from explorer.comparison.cost import Cost, Usage, cost_of
 from explorer.comparison.fitting import FitData, Fitted
 from explorer.comparison.importance import LivePart

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture.rules import Choice, RouteInputs, Rule, reads_of
+from capture.swap.rules import Choice, RouteInputs, Rule, reads_of
 from explorer.metrics import agreement as agree
 
 Key = tuple[int, int]  # layer, site

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture.live import summed
-from capture.losses import SequenceLosses, loss_change
-from capture.sites import text_config
+from capture.model.sites import text_config
+from capture.swap.live import summed
+from capture.swap.losses import SequenceLosses, loss_change
 from explorer.comparison.lab import Lab
 from explorer.errors import ComparisonError
 from explorer.routers import RouterInfo, RouterInputs, Routing, RoutingRouter

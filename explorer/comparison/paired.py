@@ -7,14 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.losses import (
-    LossChange,
-    SequenceLosses,
-    critical,
-    loss_change,
-    ratio_variance,
-)
 from capture.quoting import quoted
+from capture.swap.losses import LossChange, SequenceLosses, critical, loss_change, ratio_variance
 from explorer.comparison.file import Comparison
 from explorer.errors import ComparisonError
 
@@ -36,7 +30,7 @@ class Paired(NamedTuple):
         Loss of ``router`` minus loss of ``other``, means over their seeds; below 0 ``router`` is
         better.
     standard_error : float, nats a token
-        Of the differences between texts, see :func:`capture.losses.loss_change`.
+        Of the differences between texts, see :func:`capture.swap.losses.loss_change`.
     spread : float, nats a token
         Standard deviation of ``router``'s loss over its seeds; nan for fewer than two.
     seeds : int

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture.errors import CaptureError
-from capture.names import model_name
+from capture.model_names import model_name
 from explorer.comparison import keys
 from explorer.comparison.badges import Badges, badges
 from explorer.comparison.controls import controls_of
@@ -35,11 +35,11 @@ from explorer.comparison.tables import CONDITION_TABLES, FORMAT_VERSION, Rows, e
 from explorer.comparison.texts import recorded_texts, split_texts
 from explorer.errors import ComparisonCancelled, ExplorerError
 from explorer.routers import PartRouter, TrainedRouter
-from explorer.routers.training import TrainingCancelled
+from explorer.routers.learning.context import TrainingCancelled
 from explorer.run import Run
 
 if TYPE_CHECKING:
-    from capture.models import LoadedModel
+    from capture.model.load import LoadedModel
 
 Stop = Callable[[], bool]
 PACKAGES = ("torch", "transformers", "numpy", "scikit-learn", "duckdb")
@@ -257,8 +257,8 @@ class Session:
     def lab(self) -> Lab:
         """The loaded model, with the unchanged model's own run."""
         if self._lab is None:
-            from capture.models import load_model, loading_bars
-            from capture.selftest import attach
+            from capture.model.load import load_model, loading_bars
+            from capture.model.selftest import attach
 
             self.reporter.loading("loading the model")
             with loading_bars(shown=False):

@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.preparation import vocab_size
-from capture.prompts import read_prompts
-from capture.tokens import tokenize
+from capture.model.tokens import tokenize
+from capture.prompts.records import read_prompts
+from capture.recorder.preparation import vocab_size
 from explorer.errors import ComparisonError, RouterError
 from explorer.run import UNLABELLED, Run
 
 if TYPE_CHECKING:
-    from capture.models import LoadedModel
+    from capture.model.load import LoadedModel
 
 DEMO = "demo"
 LONGEST = 512  # tokens of a sequence; attention that rules ask for grows with the square

@@ -5,7 +5,7 @@ browser): of a run that was opened just now, with empty caches; again; with a do
 empty caches; and with a text that prompts must contain, as if no page had been open before.
 Compare runs takes the next run of the folder as B. What the browser takes to draw is not in it;
 ``--browser`` times a start of the app and switches of page in one. A large run: ``python -m
-capture.bench store --rows 10000000 --repeats 1 --folder FOLDER --keep``, and with ``--seed 1`` the
+capture.bench.store store --rows 10000000 --repeats 1 --folder FOLDER --keep``, and with ``--seed 1`` the
 same texts in another model of its shape.
 """
 
@@ -57,7 +57,7 @@ def measure(path: Path, search: str) -> list[Timed]:
     """Time every page of a run, with ``search`` as the text that prompts must contain."""
     from streamlit.testing.v1 import AppTest
 
-    from explorer.pages import state
+    from explorer.ui import state
 
     with open_run(path) as run:
         domain = next((name for name in run.domains if name), None)
@@ -96,7 +96,7 @@ def _show(app: "AppTest", run: str, page: str, **filters: str) -> Seconds:
     app.query_params.update({"run": run, **filters})
     # pages are known to Streamlit after a first run only, which shows the overview
     if page != "overview":
-        app.switch_page(f"explorer/pages/{page}.py")
+        app.switch_page(f"explorer/pages/{page}/page.py")
     clock, busy = time.perf_counter(), time.process_time()
     app.run()
     seconds = Seconds(time.perf_counter() - clock, time.process_time() - busy)

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from explorer.queries._where import Params, Part, conditions
 from explorer.queries.load import load_of
+from explorer.queries.where import Params, Part, conditions
 from explorer.run import Run
 
 

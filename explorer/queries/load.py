@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from explorer.errors import RunError
-from explorer.queries._where import Params, Part, conditions
+from explorer.queries.where import Params, Part, conditions
 from explorer.run import Run
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from explorer.errors import RunError
-from explorer.queries._where import Part, conditions
+from explorer.queries.where import Part, conditions
 from explorer.run import Run
 
 

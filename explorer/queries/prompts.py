@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from explorer.queries._where import Params, Part, prompt_conditions
+from explorer.queries.where import Params, Part, prompt_conditions
 from explorer.run import Run
 
 SHOWN = 2_000  # characters of a prompt in a list; all of its tokens have the whole text

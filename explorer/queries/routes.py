@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from explorer.queries._where import PLACES, near_prompt
+from explorer.queries.where import PLACES, near_prompt
 from explorer.run import Run
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capture.names import model_name
+from capture.model_names import model_name
 from explorer import service
 from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section
@@ -32,7 +32,7 @@ RUN_PAGES: tuple[tuple[str, dict[str, str], str], ...] = (
     ("clusters", {"map": "prompts"}, "prompts"),
     ("clusters", {"map": "experts"}, "experts"),
 )
-_PRINT = (sys.executable, "-m", "explorer.pages.printing")
+_PRINT = (sys.executable, "-m", "explorer.ui.printing")
 # a page takes a core for a second or two: reports wait for each other
 _one_at_a_time = threading.Lock()
 

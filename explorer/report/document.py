@@ -1,4 +1,4 @@
-"""The HTML of a report, from blocks as ``explorer.pages.printing`` describes them.
+"""The HTML of a report, from blocks as ``explorer.ui.printing`` describes them.
 
 Nothing of a run is believed: every text is escaped, and the file's own policy lets the browser run
 the two scripts that are named there by their digests, load nothing, and send nothing.

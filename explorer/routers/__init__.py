@@ -30,7 +30,7 @@ gate_training  how gates learn on the model's own loss
 trained_gates  the gates that do
 rl_online   REINFORCE and Q-learning over layers, all layers at once
 training    routers that learn on the model's own loss, and what they are given
-live        a router as ``capture.swap`` takes it (imported on its own)
+live        a router as ``capture.swap.routers`` takes it (imported on its own)
 recorded    what routers need, from a run file (imported on its own)
 
 Importing this package imports torch; ``import explorer`` does not import this package.
@@ -74,9 +74,9 @@ from explorer.routers.base import (
     Site,
 )
 from explorer.routers.layers import AcrossLayers, fit_layers, route_layers
+from explorer.routers.learning.context import TrainedRouter, TrainingCancelled, TrainingSession
 from explorer.routers.probe import Verdict, probe
 from explorer.routers.selectors import Selector, Threshold, TopK, TopP
-from explorer.routers.training import TrainedRouter, TrainingCancelled, TrainingSession
 
 __all__ = [
     "FAMILIES",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from explorer.routers.base import ROUTERS, RouterInfo, RouterInputs, Routing, RoutingRouter
-from explorer.routers.distill import DISTILLED, Student
+from explorer.routers.learning.imitation import DISTILLED, Student
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, chosen_formula
@@ -97,7 +97,7 @@ class ExpertKeyRouter(Student):
     rank : int
         Width of query and keys.
     **options
-        Of :class:`explorer.routers.distill.Student`.
+        Of :class:`explorer.routers.learning.imitation.Student`.
     """
 
     info = RouterInfo(

@@ -240,7 +240,7 @@ class RouterInfo:
     fits : {"statistics", "distilled", "trained"} or None
         What ``fit`` does: nothing (None), counts and means, gradient steps towards the target's
         decisions, or, with ``train`` in its place, learning on the model's own loss; see
-        :mod:`explorer.routers.training`.
+        :mod:`explorer.routers.learning.context`.
     causal : bool
         Whether a token's decision depends on itself and earlier tokens of its sequence only.
         Declared here; :mod:`explorer.routers.probe` finds out.

@@ -123,7 +123,7 @@ class KMeansRouter(TableRouter):
         differs=(
             "The source divides whole documents and trains a language model for each cluster; "
             "here tokens of one cluster share experts of one model. The source's own: python -m "
-            "explorer.routers.from_scratch.ensemble."
+            "explorer.survey.from_scratch.ensemble."
         ),
         needs=frozenset({"hidden"}),
         fits="statistics",

@@ -16,7 +16,7 @@ from explorer.routers.base import (
     RouterInfo,
     RouterInputs,
 )
-from explorer.routers.distill import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
+from explorer.routers.learning.imitation import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
 from explorer.routers.parts import check_keep, quantile_threshold
 from explorer.routers.scores import target_importance
 

@@ -1,4 +1,4 @@
-"""Put a router into a running model: from what ``capture.swap`` knows to what routers are told."""
+"""Put a router into a running model: from what ``capture.swap.routers`` knows to what routers are told."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from capture.rules import OWN_ROUTER, Choice, RouteInputs
+from capture.swap.rules import OWN_ROUTER, Choice, RouteInputs
 from explorer.errors import RouterError
 from explorer.routers.base import Decision, Router, RouterInputs, Routing
 from explorer.routers.native import host_best
@@ -177,7 +177,7 @@ def _bare(inputs: RouteInputs) -> RouterInputs:
 
 
 class LiveRule:
-    """A router as ``capture.swap`` takes it.
+    """A router as ``capture.swap.routers`` takes it.
 
     Parameters
     ----------

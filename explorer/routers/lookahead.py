@@ -15,7 +15,8 @@ from explorer.routers.base import (
     RoutingRouter,
     Site,
 )
-from explorer.routers.distill import (
+from explorer.routers.layers import AcrossLayers
+from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     DISTILLED,
     LEARNING_RATE,
@@ -24,7 +25,6 @@ from explorer.routers.distill import (
     imitation_loss,
     seeded,
 )
-from explorer.routers.layers import AcrossLayers
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, target_scores, weigh
 

@@ -14,7 +14,7 @@ from explorer.routers.base import (
     RouterInfo,
     RouterInputs,
 )
-from explorer.routers.distill import STEPS, learn_shares, seeded
+from explorer.routers.learning.imitation import STEPS, learn_shares, seeded
 from explorer.routers.parts import check_keep
 from explorer.routers.scores import target_importance
 from explorer.routers.selectors import TopK

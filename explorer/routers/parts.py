@@ -19,7 +19,8 @@ from explorer.routers.base import (
     RouterInputs,
     Site,
 )
-from explorer.routers.distill import (
+from explorer.routers.layers import AcrossLayers
+from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     LEARNING_RATE,
     STEPS,
@@ -27,7 +28,6 @@ from explorer.routers.distill import (
     learn_shares,
     seeded,
 )
-from explorer.routers.layers import AcrossLayers
 from explorer.routers.scores import target_importance
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK, chosen_formula
 from explorer.routers.tokens import choose_tokens, sequence_rows, with_selector

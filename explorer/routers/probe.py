@@ -27,8 +27,8 @@ from explorer.routers.base import (
     Site,
 )
 from explorer.routers.layers import fit_layers, route_layers
+from explorer.routers.learning.context import TrainedRouter, TrainingSession
 from explorer.routers.native import TopKRouter
-from explorer.routers.training import TrainedRouter, TrainingSession
 
 VOCABULARY = 40
 HIDDEN = 16
@@ -227,7 +227,7 @@ def toy_session(*, seed: int = 0, n_sequences: int = 6, length: int = 16) -> Tra
     """
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    from capture.selftest import attach
+    from capture.model.selftest import attach
 
     config = OlmoeConfig(
         vocab_size=VOCABULARY,

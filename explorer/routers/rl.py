@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from explorer.routers.base import MODEL_K, ROUTERS, RouterInfo, Site
-from explorer.routers.rl_actions import ActionKind, CostKind, StateKind, make_actions
-from explorer.routers.rl_base import ActionRouter
-from explorer.routers.rl_explore import Log, explore
-from explorer.routers.rl_learn import (
+from explorer.routers.learning.actions import ActionKind, CostKind, StateKind, make_actions
+from explorer.routers.learning.context import CurveRow, TrainingSession
+from explorer.routers.learning.exploration import Log, explore
+from explorer.routers.learning.objectives import (
     CLIP,
     ips_reward,
     is_point,
@@ -20,7 +20,7 @@ from explorer.routers.rl_learn import (
     policy_entropy,
     q_loss,
 )
-from explorer.routers.training import CurveRow, TrainingSession
+from explorer.routers.rl_base import ActionRouter
 
 TOKENS, PASSES, WATCHED = 120_000, 1, 8192
 ENTROPY_BONUS = 0.002

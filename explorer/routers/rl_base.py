@@ -7,8 +7,7 @@ from torch import nn
 
 from explorer.errors import RouterError
 from explorer.routers.base import RouterInputs, Routing, RoutingRouter, Site
-from explorer.routers.distill import seeded
-from explorer.routers.rl_actions import (
+from explorer.routers.learning.actions import (
     STATISTICS,
     ActionKind,
     CostKind,
@@ -17,8 +16,9 @@ from explorer.routers.rl_actions import (
     make_actions,
     state_and_best,
 )
-from explorer.routers.rl_learn import StateNet
-from explorer.routers.training import CurveRow, TrainedRouter, TrainingSession
+from explorer.routers.learning.context import CurveRow, TrainedRouter, TrainingSession
+from explorer.routers.learning.imitation import seeded
+from explorer.routers.learning.objectives import StateNet
 
 
 class ActionRouter(TrainedRouter, RoutingRouter):
@@ -39,7 +39,7 @@ class ActionRouter(TrainedRouter, RoutingRouter):
     state : {"full", "gate"}
         [hidden, p1, p2, p1 - p2, H(p)], or the last four only.
     cost : {"experts", "flops", "ms"}
-        See :func:`explorer.routers.rl_actions.action_costs`.
+        See :func:`explorer.routers.learning.actions.action_costs`.
     width : int
         Of the network's hidden layer.
     steps, seed : int

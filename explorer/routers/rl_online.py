@@ -14,11 +14,10 @@ import numpy.typing as npt
 import torch
 
 from explorer.routers.base import ROUTERS, Site
-from explorer.routers.rl import ENTROPY_BONUS, PolicyGradientRouter
-from explorer.routers.rl_actions import ActionKind, CostKind, StateKind
-from explorer.routers.rl_base import ActionRouter
-from explorer.routers.rl_explore import Acting, Passes
-from explorer.routers.rl_learn import (
+from explorer.routers.learning.actions import ActionKind, CostKind, StateKind
+from explorer.routers.learning.context import TrainingSession
+from explorer.routers.learning.exploration import Acting, Passes
+from explorer.routers.learning.objectives import (
     LayerQ,
     Step,
     is_point,
@@ -26,7 +25,8 @@ from explorer.routers.rl_learn import (
     policy_entropy,
     score_function_loss,
 )
-from explorer.routers.training import TrainingSession
+from explorer.routers.rl import ENTROPY_BONUS, PolicyGradientRouter
+from explorer.routers.rl_base import ActionRouter
 
 LEARNING_RATE = 3e-3
 KEPT_BATCHES = 24  # of the replay memory

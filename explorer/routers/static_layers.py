@@ -4,10 +4,9 @@ from math import ceil
 
 import torch
 
-from capture.live import summed, token_losses
-from capture.parts import gate_parts, part_modules
-from capture.rules import RouteInputs
-from explorer.conditions.subsets import best_to_drop
+from capture.swap.live import summed, token_losses
+from capture.swap.parts import gate_parts, part_modules
+from capture.swap.rules import RouteInputs
 from explorer.routers.base import (
     ROUTERS,
     Part,
@@ -16,9 +15,10 @@ from explorer.routers.base import (
     RouterInfo,
     RouterInputs,
 )
+from explorer.routers.learning.context import CURVE_POINTS, TrainedRouter, TrainingSession
+from explorer.routers.learning.exploration import Passes
 from explorer.routers.parts import check_keep
-from explorer.routers.rl_explore import Passes
-from explorer.routers.training import CURVE_POINTS, TrainedRouter, TrainingSession
+from explorer.routers.subsets import best_to_drop
 
 TOKENS = 8192  # of the fit split that subsets are judged on
 MOST_SUBSETS = 256

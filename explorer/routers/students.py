@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from explorer.routers.base import ROUTERS, RouterInfo
-from explorer.routers.distill import DISTILLED, Student
+from explorer.routers.learning.imitation import DISTILLED, Student
 
 
 @ROUTERS.add("distilled_linear")

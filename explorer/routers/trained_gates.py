@@ -6,8 +6,8 @@ from dataclasses import replace
 from torch import nn
 
 from explorer.routers.base import ROUTERS, Part, RouterInfo
-from explorer.routers.gate_training import BATCH_TOKENS, STEPS, TrainedGate
 from explorer.routers.gating import Kind
+from explorer.routers.learning.gates import BATCH_TOKENS, STEPS, TrainedGate
 from explorer.routers.recurrent import GTrXLGate, Recurrence
 
 _INFO = RouterInfo(

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capture.config import (
+from capture.prompts.records import Prompt
+from capture.recorder.config import (
     DEFAULT_ATTENTION_BINS,
     DEFAULT_ATTENTION_PROMPTS,
     DEFAULT_ATTENTION_TOP_KEYS,
 )
-from capture.estimate import AttentionSize, Estimate, estimate
-from capture.prompts import Prompt
-from capture.sampling import plan_attention
+from capture.recorder.estimate import AttentionSize, Estimate, estimate
+from capture.recorder.sampling import plan_attention
 from capture.store.records import Level, SiteInfo
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent.parent / "capture" / "demo" / "weights"

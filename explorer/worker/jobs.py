@@ -92,9 +92,9 @@ def _recover(request: RecoverRequest, report: Report) -> str:
 
 def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bool]) -> str:
     # neither needs torch, and either is seconds of imports that a capture can do without
-    from explorer.clusters.features import Source
-    from explorer.clusters.projection import MapOptions
-    from explorer.clusters.work import make_clusters, make_map, make_rerouted
+    from explorer.maps.features import Source
+    from explorer.maps.projection import MapOptions
+    from explorer.maps.work import make_clusters, make_map, make_rerouted
 
     def on_progress(message: str, part: float) -> None:
         if cancelled():
@@ -172,7 +172,7 @@ def _refuse_unnamed_model(request: CompareRequest) -> None:
 def _conditions(
     request: CompareRequest, path: str, report: Report, cancelled: Callable[[], bool]
 ) -> None:
-    from explorer.conditions.api import measure_conditions
+    from explorer.comparison.conditions.api import measure_conditions
 
     def say(what: str) -> None:
         if cancelled():
@@ -190,7 +190,7 @@ def _conditions(
 
 
 def _cosines(request: CosinesRequest, report: Report, cancelled: Callable[[], bool]) -> str:
-    from explorer.likeness import measure
+    from explorer.worker.likeness import measure
 
     def on_progress(message: str, part: float) -> None:
         if cancelled():

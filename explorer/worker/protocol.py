@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from capture.names import model_name
+from capture.model_names import model_name
 
 DEMO_MODEL = "demo"  # what runs of the embedded model call it
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -91,7 +91,7 @@ class ProjectRequest:
     run : str
         Path of the run file.
     unit, feature, layer, site
-        See ``explorer.clusters.features.Source``.
+        See ``explorer.maps.features.Source``.
     method : str
         ``""`` for a map, else how to group: ``kmeans``, ``gmm`` or ``hdbscan``.
     router : str
@@ -184,7 +184,7 @@ class CosinesRequest:
     Attributes
     ----------
     out : str
-        Path in the cache, from ``explorer.likeness.cosines_path``.
+        Path in the cache, from ``explorer.worker.likeness.cosines_path``.
     run : str
         Path of the run file.
     model : str

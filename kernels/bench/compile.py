@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for every target without a GPU, and what its machine code costs.
 
 ``python -m kernels.bench --compile`` writes the table ``compile.csv`` that the README of this
-package shows; ``tests/test_kernels_compile.py`` holds each row to its limits.
+package shows; ``tests/bench/test_kernels_compile.py`` holds each row to its limits.
 """
 
 import json

@@ -1,0 +1,288 @@
+"""What every level costs in time and memory, beside the model's own way to put out its insides.
+
+``python -m capture.bench.store levels`` prints the table; this module run as a program measures one cell
+of it, in a process of its own, because the peak of a process's memory belongs to all it did.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from capture.bench.memory import start_peak, stop_peak
+from capture.bench.overhead import Bench, plain, prepare, recorded, timed
+from capture.prompts.records import Prompt, read_prompts
+from capture.recorder.config import CaptureConfig
+
+MIB = 2**20
+PLAIN = "plain"  # forward and loss
+OUTPUTS = "eager+outputs"  # output_attentions and output_router_logits, with eager attention
+ROWS = (PLAIN, "stats", "ids", "scores", "attention", OUTPUTS)
+DEMO_CONTEXT = 1024
+SHORT = 16  # tokens of the prompt that warms everything up
+RANDOM_VOCABULARY = 100  # token ids of random prompts, which every vocabulary has
+TINY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+OLMOE: dict[str, Any] = {  # OLMoE-1B-7B
+    "vocab_size": 50_304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+QWEN3_30B: dict[str, Any] = {  # Qwen3-30B-A3B, 8 of its 48 layers
+    "vocab_size": 151_936,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+SHAPES = ("demo", "tiny", "olmoe", "qwen3-30b-8layers")
+
+
+class Cell(NamedTuple):
+    """One measurement: a row of the table at one prompt length."""
+
+    row: str
+    shape: str
+    device: str
+    length: int
+    tokens: int
+    batch_tokens: int | None
+    repeats: int
+    decode: int
+    attention_prompts: int
+    threads: int | None
+
+
+def levels_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of the measurement."""
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="demo", help="all but demo have random weights")
+    add("--device", default="cpu", help="cpu (float32) or cuda (bfloat16)")
+    add("--rows", nargs="+", choices=ROWS, default=ROWS)
+    add("--lengths", type=int, nargs="+", default=[256, 1024, 4096], help="tokens of a prompt")
+    add("--tokens", type=int, default=16384, help="prompt tokens of one pass over all prompts")
+    add("--batch-tokens", type=int, help="of a forward pass (default: as capture chooses)")
+    add("--decode", type=int, default=0, metavar="N", help="decode N tokens after each prompt")
+    add("--attention-prompts", type=int, default=64, help="as in a capture")
+    add("--repeats", type=int, default=5, help="pairs; the median is reported")
+    add("--threads", type=int, help="of torch (default: torch's own choice)")
+
+
+def levels(options: argparse.Namespace) -> None:
+    """Time and peak memory of every level, and of eager attention with all outputs."""
+    what = f"then {options.decode} tokens decoded" if options.decode else "forward and loss"
+    _say(
+        f"{options.shape} on {options.device}; {options.tokens:,} prompt tokens, {what}; median of "
+        f"{options.repeats} pairs (plain, row) in one process; memory: peak above the loaded model"
+    )
+    _say(
+        f"{'tokens':>7}  {'row':14}{'wall':>7}  {'min-max':13}{'cores':>7}{'plain s':>9}"
+        f"{'peak':>13}"
+    )
+    for length in options.lengths:
+        if options.shape == "demo" and length > DEMO_CONTEXT:
+            _say(
+                f"{length:>7}  (a random model of the demo's shape: the demo reads {DEMO_CONTEXT})"
+            )
+        for row in options.rows:
+            if row == OUTPUTS and options.decode:
+                continue
+            cell = Cell(
+                row, options.shape, options.device, length, options.tokens, options.batch_tokens,
+                options.repeats, options.decode, options.attention_prompts, options.threads,
+            )  # fmt: skip
+            _say_cell(cell, _in_own_process(cell))
+
+
+def _in_own_process(cell: Cell) -> dict[str, Any]:
+    command = [sys.executable, "-m", "capture.bench.levels", json.dumps(cell._asdict())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _say_cell(cell: Cell, found: dict[str, Any]) -> None:
+    wall, cores = found["wall"], found["cores"]
+    spread = f"{min(wall):.2f}-{max(wall):.2f}"
+    _say(
+        f"{cell.length:>7}  {cell.row:14}{statistics.median(wall):>7.3f}  {spread:13}"
+        f"{statistics.median(cores):>7.3f}{found['plain']:>9.2f}{found['peak'] / MIB:>9.1f} MiB"
+    )
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Measure one cell in this process: ratios to plain passes that alternate with it, and peak."""
+    import torch
+
+    if cell.threads:
+        torch.set_num_threads(cell.threads)
+    bench, small = _benches(cell)
+    device = bench.loaded.model.device
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = partial(_loop if cell.decode else plain, bench)
+        # libraries are loaded and kernels compiled before memory is looked at
+        _row(cell.row, small, Path(folder))()
+        baseline()
+        run = _row(cell.row, bench, Path(folder))
+        before = start_peak(device)
+        run()
+        peak = stop_peak(device) - before
+        pairs = [(timed(bench, baseline), timed(bench, run)) for _ in range(cell.repeats)]
+    return {
+        "wall": [after.wall / first.wall for first, after in pairs],
+        "cores": [after.cores / first.cores for first, after in pairs],
+        "plain": statistics.median(first.wall for first, _ in pairs),
+        "peak": peak,
+    }
+
+
+def _row(row: str, bench: Bench, folder: Path) -> Callable[[], None]:
+    """Return what a row of the table runs."""
+    if row == OUTPUTS:
+        return partial(_with_outputs, bench)
+    if row == PLAIN:
+        return partial(_loop if bench.config.generate else plain, bench)
+    return partial(recorded, bench, folder)
+
+
+def _benches(cell: Cell) -> tuple[Bench, Bench]:
+    """Load or make the model, with prompts of the length wanted and with one short prompt."""
+    import numpy as np
+
+    from capture.model.load import LoadedModel, load_model
+
+    count = max(1, cell.tokens // cell.length)
+    loaded = None
+    if cell.shape == "demo" and cell.length + cell.decode <= DEMO_CONTEXT:
+        loaded = load_model("demo", device=cell.device)
+        texts = [prompt.text or "" for prompt in read_prompts("demo")]
+        assert loaded.tokenizer is not None
+        ids = np.concatenate(loaded.tokenizer(texts)["input_ids"])
+        ids = np.resize(ids, (count, cell.length))
+    else:
+        model = _random_model(cell.shape, cell.device, cell.length + cell.decode)
+        loaded = LoadedModel(model, None, f"random {cell.shape}", None)
+        ids = np.random.default_rng(0).integers(5, RANDOM_VOCABULARY, (count, cell.length))
+    prompts = [Prompt(None, tuple(row), f"d{i % 4}", None) for i, row in enumerate(ids.tolist())]
+    level: Any = cell.row if cell.row not in (PLAIN, OUTPUTS) else "ids"
+    config = CaptureConfig(
+        level=level,
+        sample_tokens=0,
+        batch_tokens=cell.batch_tokens,
+        generate=cell.decode,
+        attention_prompts=cell.attention_prompts,
+    )
+    short = prompts[0]._replace(ids=tuple(ids[0, :SHORT].tolist()))
+    return prepare(loaded, prompts, config), prepare(loaded, [short], config)
+
+
+def _random_model(shape: str, device: str, context: int) -> Any:
+    """Make a model of a published shape with random weights."""
+    import torch
+    from transformers import AutoConfig, OlmoeConfig, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM as Model
+
+    from capture.model.load import DEMO, refuse_kernels_package
+
+    refuse_kernels_package()
+    ends: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config: Any
+    if shape == "demo":
+        config = AutoConfig.from_pretrained(DEMO)
+    elif shape == "qwen3-30b-8layers":
+        config = Qwen3MoeConfig(**QWEN3_30B, **ends)
+    else:
+        config = OlmoeConfig(**(TINY if shape == "tiny" else OLMOE), **ends)
+    config.max_position_embeddings = max(context, config.max_position_embeddings)
+    torch.manual_seed(0)
+    with torch.device(device):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model: Any = Model
+        return model.from_config(config, dtype=dtype).eval()
+
+
+def _with_outputs(bench: Bench) -> None:
+    """Run forward and loss with eager attention, and every attention map and router score."""
+    import torch
+
+    from capture.model.batching import pad_batch
+    from capture.model.forward import Runner
+    from capture.model.selftest import probe_tokens
+    from capture.model.token_losses import Head
+
+    model: Any = bench.loaded.model
+    ids = [prompt.ids for prompt in bench.plan.prompts]
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode(), Head(model).open(probe_tokens(model)[:1]) as head:
+            runner = Runner(model, head)
+            runner.model = partial(model, output_attentions=True, output_router_logits=True)
+            for prompts in bench.plan.batches():
+                batch = pad_batch(prompts, ids, side="right", pad_id=bench.plan.pad_id)
+                runner.prompts(batch).loss.cpu()
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _loop(bench: Bench) -> None:
+    """Run the loop of a capture, decoding included, with nothing observed and nothing written."""
+    from capture.model.forward import Runner
+    from capture.model.hooks import Taps
+    from capture.model.selftest import probe_tokens
+    from capture.model.token_losses import Head
+    from capture.recorder.assemble import DecodeStep, Step
+    from capture.recorder.loop import HiddenRows, Recording
+    from capture.recorder.transfer import WriterThread
+
+    def look(step: Step) -> None:
+        arrays = step.parcel.open()
+        if isinstance(step, DecodeStep) and not arrays["goes_on"].any():
+            step.all_ended.set()
+
+    model = bench.loaded.model
+    thread: WriterThread[Step] = WriterThread(look)
+    with Head(model).open(probe_tokens(model)[:1]) as head:
+        Recording(
+            runner=Runner(model, head),
+            taps=Taps(()),
+            hidden_rows=HiddenRows(),
+            sites=(),
+            groups=(),
+            plan=bench.plan,
+            thread=thread,
+            advance=lambda: None,
+            check=lambda: None,
+        ).run()
+    thread.close()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _say(json.dumps(measure(Cell(**json.loads(sys.argv[1])))))

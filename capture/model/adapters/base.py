@@ -1,0 +1,143 @@
+"""What an adapter is: how one kind of MoE block is recognised and listened to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from capture.model.record_op import CHOICE, IDS, RUN, SCORES, record
+
+
+class Parts(NamedTuple):
+    """The pieces of one MoE block that an adapter recognised.
+
+    Attributes
+    ----------
+    router : Module
+        Scores the experts.
+    experts : Module
+        Holds the experts' weights; equals the block itself where they have no module.
+    n_experts : int
+        Routed experts, as many as the router's scores have columns.
+    top_k : int
+        Experts per token.
+    score_function : str or None
+        Fixed by the family, or None: the self-test measures it.
+    """
+
+    router: nn.Module
+    experts: nn.Module
+    n_experts: int
+    top_k: int
+    score_function: str | None = None
+
+
+@dataclass(slots=True)
+class Channel:
+    """What one site put out during one forward pass; hooks fill it, ``Taps.take`` empties it.
+
+    Attributes
+    ----------
+    scores : Tensor [..., E] or None
+        As the router put them out.
+    hidden : Tensor [R', D] or None
+        Router inputs of the wanted rows, copied.
+    expert_ids, weights : Tensor [R, K] or None
+        In the model's order; -1 = empty slot.
+    n_scored, n_routed : int
+        How often the router and the experts ran.
+    problems : list of str
+        What a hook could not read; ``Taps.take`` refuses the forward pass with it.
+    rows : Rows or None
+        Which router inputs are wanted; None = none.
+    translate : callable or None
+        Turns the ids and weights that the experts were told into the ids to record.
+    number : int
+        By which compiled code names this channel, see :mod:`capture.model.record_op`.
+    sink : Tensor [1]
+        What the custom op claims to write to, so that compilers neither drop nor move it.
+    """
+
+    scores: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    expert_ids: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    n_scored: int = 0
+    n_routed: int = 0
+    problems: list[str] = field(default_factory=list)
+    rows: "Rows | None" = None
+    translate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    number: int = field(default_factory=count().__next__)
+    sink: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
+
+    def put_choice(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Keep what the experts were told to do: ids [..., K] and weights [..., K]."""
+        if torch.compiler.is_compiling():
+            record(self.sink, [expert_ids.detach(), weights.detach()], self.number, CHOICE)
+            return
+        self.put_ids(expert_ids, weights)
+        self.put_run()
+
+    def put_ids(self, expert_ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Keep ids [..., K] and weights [..., K], where another hook sees the experts run."""
+        if torch.compiler.is_compiling():
+            record(self.sink, [expert_ids.detach(), weights.detach()], self.number, IDS)
+            return
+        self.expert_ids, self.weights = expert_ids.detach(), weights.detach()
+        if self.translate is not None:
+            self.expert_ids = self.translate(self.expert_ids, self.weights)
+
+    def put_run(self) -> None:
+        """Count a run of the experts."""
+        if torch.compiler.is_compiling():
+            record(self.sink, [], self.number, RUN)
+            return
+        self.n_routed += 1
+
+    def put_scores(self, scores: torch.Tensor | None, hidden: torch.Tensor | None) -> None:
+        """Keep the router's scores [..., E] and copy the wanted rows of its input [..., D]."""
+        if torch.compiler.is_compiling():
+            given = {"scores": scores, "hidden": hidden}
+            names = [name for name, value in given.items() if value is not None]
+            values = [value.detach() for value in given.values() if value is not None]
+            record(self.sink, values, self.number, " ".join([SCORES, *names]))
+            return
+        self.scores = None if scores is None else scores.detach()
+        rows = None if self.rows is None else self.rows()
+        if rows is not None and hidden is not None:
+            flat = hidden.detach().reshape(-1, hidden.shape[-1])
+            # copied now: the block may go on to write into this tensor, and the rest is not wanted
+            self.hidden = flat.index_select(0, rows.to(flat.device, non_blocking=True))
+        self.n_scored += 1
+
+    def clear(self) -> None:
+        """Forget the forward pass."""
+        self.scores = self.hidden = self.expert_ids = self.weights = None
+        self.n_scored = self.n_routed = 0
+        self.problems.clear()
+
+
+class Rows(Protocol):
+    """Tells which rows of the router's input a forward pass should keep."""
+
+    def __call__(self) -> torch.Tensor | None:
+        """Return row indices [R'], int64, or None for no rows."""
+        ...
+
+
+class Adapter(Protocol):
+    """One kind of MoE block."""
+
+    name: str
+
+    def find(self, block: nn.Module, config: object) -> Parts | None:
+        """Return the parts of ``block`` when it is of this kind, by its structure."""
+        ...
+
+    def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
+        """Install hooks that fill ``channel`` and never change what the model computes."""
+        ...

@@ -1,0 +1,42 @@
+"""ZAYA: one more class than experts, "skip", which the router hides as expert 0 with weight 0."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from capture.model.adapters.base import Channel, Parts
+from capture.model.adapters.standard import StandardAdapter
+from capture.model.wrappers import inner
+
+
+class SkipExpertAdapter:
+    """Count "skip this block" as one more expert, with the highest id and weight 0.
+
+    The router scores E experts and the class E, "skip"; where that class is chosen, the experts
+    are told expert 0 with weight 0, which a naive count takes for expert 0. A softmax never gives
+    exactly 0 to a class it chose by itself, so weight 0 marks the skipped tokens.
+    """
+
+    name = "skip-expert"
+    _standard = StandardAdapter()
+
+    def find(self, block: nn.Module, config: object) -> Parts | None:
+        """Recognise a standard block whose router has exactly one class more than experts."""
+        parts = self._standard.find(block, config)
+        scorer = inner(parts.router) if parts else None
+        classes = getattr(scorer, "num_router_classes", None)
+        experts = getattr(scorer, "num_experts", None)
+        if parts is None or not isinstance(experts, int) or classes != experts + 1:
+            return None
+        return parts._replace(n_experts=classes)
+
+    def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
+        """Listen as usual, and name the skipped slots."""
+
+        def named(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return ids.masked_fill((weights == 0) & (ids == 0), parts.n_experts - 1)
+
+        channel.translate = named
+        return self._standard.listen(parts, channel)

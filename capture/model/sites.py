@@ -1,0 +1,239 @@
+"""Find a model's MoE sites: every block that owns a router and experts, by structure."""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.errors import SiteError
+from capture.model import wrappers
+from capture.model.adapters import ADAPTERS, Adapter, Parts
+from capture.model.adapters import attributes as probe
+from capture.model.routed import LAYER_LISTS, suspects
+from capture.store.records import SiteInfo
+
+log = logging.getLogger(__name__)
+
+# parts of a multi-modal or multi-token model that a forward pass over text does not run
+OTHER_STACKS = (
+    "visual", "vision_tower", "vision_model", "vision_moe", "audio_tower", "talker", "code2wav",
+    "mtp",
+)  # fmt: skip
+SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+SHARED_COUNTS = (
+    "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
+)  # fmt: skip
+
+
+LIST = (
+    ": its experts are a list of modules, each called with tokens of its own, as in code for "
+    "transformers 4. Load the model with the class that transformers has for it "
+    "(trust_remote_code=False), whose experts are told ids and weights"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One router with its experts, and how to listen to it.
+
+    Attributes
+    ----------
+    info : SiteInfo
+        What the run file stores. ``score_function`` is "other" until the self-test measured it.
+    parent : Module
+        The block that owns both.
+    parts : Parts
+        Router, experts and their counts.
+    adapter : Adapter
+        Knows where ids, weights and scores appear.
+    selection_bias : Tensor [E] or None
+        Added to the scores for the choice only. The model's own tensor: read it, never write.
+    n_groups, top_groups : int or None
+        The choice is made within the best ``top_groups`` of ``n_groups`` equal groups.
+    margin_known : bool
+        Whether the self-test could explain every choice by scores, bias and groups. Where it is
+        False, margins are not known (hash routing, families with a rule of their own).
+    """
+
+    info: SiteInfo
+    parent: nn.Module
+    parts: Parts
+    adapter: Adapter
+    selection_bias: torch.Tensor | None = None
+    n_groups: int | None = None
+    top_groups: int | None = None
+    margin_known: bool = False
+
+    def choice(self) -> dict[str, Any] | None:
+        """Return what besides the scores decides about the choice, for ``run.notes``.
+
+        Returns
+        -------
+        dict or None
+            ``layer``, ``site``, and where there are such ``selection_bias`` (list of E numbers),
+            ``n_groups`` and ``top_groups``. None where scores alone decide, as far as is known.
+        """
+        if self.selection_bias is None and self.n_groups is None:
+            return None
+        found: dict[str, Any] = {"layer": self.info.layer, "site": self.info.site}
+        if self.selection_bias is not None:
+            # nine digits say a float32 exactly
+            values = self.selection_bias.detach().float().cpu().tolist()
+            found["selection_bias"] = [float(f"{value:.9g}") for value in values]
+        if self.n_groups is not None:
+            found |= {"n_groups": self.n_groups, "top_groups": self.top_groups}
+        return found
+
+    @property
+    def router(self) -> nn.Module:
+        """The module that scores the experts."""
+        return self.parts.router
+
+    @property
+    def experts(self) -> nn.Module:
+        """The module that holds the experts."""
+        return self.parts.experts
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Return the MoE sites of a text model, in the order of its layers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder-only language model.
+
+    Raises
+    ------
+    SiteError
+        If there is no MoE layer, the model is an encoder-decoder, or a block that routes has no
+        place where ids and weights can be read.
+    """
+    name = type(model).__name__
+    config = text_config(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise SiteError(
+            f"A decoder-only language model was expected, but {name} is an encoder-decoder, which "
+            "capture cannot run on prompts alone. Choose a causal language model."
+        )
+    found = []
+    for module, parent, adapter, parts in _blocks(model, config):
+        found.append((layer_of(module), module, parent, adapter, parts))
+    if not found:
+        raise SiteError(
+            f"A mixture-of-experts model was expected, but {name} has no MoE layers: no block "
+            "owns a router and experts. Choose a model with routed experts, such as 'demo'."
+        )
+    count: dict[int, int] = {}
+    sites = []
+    for layer, module, parent, adapter, parts in found:
+        index = count.get(layer, 0)
+        count[layer] = index + 1
+        sites.append(_site(model, config, (layer, index, module), parent, adapter, parts))
+    return sorted(sites, key=lambda s: (s.info.layer, s.info.site))
+
+
+def text_config(model: nn.Module) -> object:
+    """Return the configuration of the model's language part."""
+    config = getattr(model, "config", None)
+    get = getattr(config, "get_text_config", None)
+    return get(decoder=True) if callable(get) else config
+
+
+def layer_of(module: str) -> int:
+    """Return the decoder layer in a module's name: the first number after ``layers`` or the like.
+
+    A model without such a list has one layer, 0.
+    """
+    words = module.split(".")
+    for word, number in pairwise(words):
+        if word in LAYER_LISTS and number.isdigit():
+            return int(number)
+    number_anywhere = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(number_anywhere.group(1)) if number_anywhere else 0
+
+
+def _blocks(model: nn.Module, config: object) -> Iterator[tuple[str, nn.Module, Adapter, Parts]]:
+    """Yield every block that an adapter recognises; refuse one that routes unrecognised."""
+    unknown: list[tuple[str, nn.Module]] = []
+    blocks: set[nn.Module] = set()
+    known: set[nn.Module] = wrappers.idle(model)
+    for module, parent in model.named_modules():
+        if set(module.split(".")) & set(OTHER_STACKS):
+            known.add(parent)
+        if parent in known:
+            continue
+        for adapter in ADAPTERS:
+            parts = adapter.find(parent, config)
+            if parts is not None:
+                blocks.add(parent)
+                known.update((*parts.router.modules(), *parts.experts.modules()))
+                yield module, parent, adapter, parts
+                break
+        else:
+            if any(name == "experts" or "router" in name for name, _ in parent.named_children()):
+                unknown.append((module, parent))
+    for module, parent in unknown:
+        if parent not in known and (known | blocks).isdisjoint(parent.children()):
+            is_list = isinstance(getattr(parent, "experts", None), nn.ModuleList | nn.ModuleDict)
+            raise SiteError(
+                f"{module} ({type(parent).__name__}) routes to experts, but no place was found "
+                f"where ids and weights can be read{LIST if is_list else ''}. This architecture "
+                "is not supported."
+            )
+    for suspect in suspects(model, known, blocks):
+        beside = f" beside {suspect.gate}" if suspect.gate else ""
+        kind = type(model.get_submodule(suspect.module)).__name__
+        raise SiteError(
+            f"{suspect.module} ({kind}) seems to route: {suspect.parts} holds {suspect.size} "
+            f"parts of one shape{beside}. No place was found where ids and weights can be read, "
+            "and a run would lack them. This architecture is not supported."
+        )
+
+
+def _site(
+    model: nn.Module,
+    config: object,
+    place: tuple[int, int, str],
+    parent: nn.Module,
+    adapter: Adapter,
+    parts: Parts,
+) -> Site:
+    layer, index, module = place
+    info = SiteInfo(
+        layer=layer,
+        site=index,
+        module=module,
+        n_experts=parts.n_experts,
+        top_k=parts.top_k,
+        n_shared_experts=_n_shared(model, config, module, parent),
+        score_function=parts.score_function or "other",
+    )
+    router = wrappers.inner(parts.router)
+    groups = probe.groups(router, parts.n_experts)
+    return Site(
+        info=info,
+        parent=parent,
+        parts=parts,
+        adapter=adapter,
+        selection_bias=probe.selection_bias(parent, router, parts.n_experts),
+        n_groups=groups[0] if groups else None,
+        top_groups=groups[1] if groups else None,
+    )
+
+
+def _n_shared(model: nn.Module, config: object, module: str, parent: nn.Module) -> int:
+    """Return how many always-on experts a block has, inside it or beside it."""
+    owners = [parent]
+    if "." in module:
+        owners.append(model.get_submodule(module.rsplit(".", 1)[0]))
+    names = [n for o in owners for n in SHARED_NAMES if isinstance(getattr(o, n, None), nn.Module)]
+    if not names:
+        return 0
+    counted = probe.first_int([config], SHARED_COUNTS)
+    return counted or 1

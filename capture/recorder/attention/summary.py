@@ -1,0 +1,302 @@
+"""Summarise where the heads of a model look while it runs, for chosen prompts and layers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from capture.errors import SiteError
+from capture.model.forward import to_device
+from capture.recorder.attention.calls import AttentionCall, Listener, listen
+from kernels.attention import AttentionOutput, attention
+
+# arguments of attention functions that weigh keys by more than queries, keys and positions
+UNKNOWN_ARGUMENTS = {
+    "position_bias": "it adds a learned bias to every weight",
+    "indices": "it attends to keys that another module picks",
+    "block_indices": "it attends to blocks of keys that another module picks",
+}
+MASK_BLOCK = 256  # queries of a mask that are looked at together
+# a prompt's first queries whose heaviest keys are kept: what a page can show, and no more than
+# the map takes on disk
+TOP_QUERIES = 512
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention module whose weights follow from its queries and keys.
+
+    Attributes
+    ----------
+    layer : int
+    name : str
+        Full name of the module.
+    module : Module
+    heads : tuple of int
+        Heads to record, ascending.
+    n_heads : int
+    layer_window : int or None
+        A query of this layer sees keys at a distance below this, where the model does not tell
+        its attention function.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    heads: tuple[int, ...]
+    n_heads: int
+    layer_window: int | None = None
+
+
+class Rule(NamedTuple):
+    """How weights follow from queries and keys in one call."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+def rule_of(module: nn.Module, call: AttentionCall, layer_window: int | None) -> Rule:
+    """Read the rule from the arguments of a call.
+
+    Raises
+    ------
+    ValueError
+        If queries and keys do not make the weights; the message is the reason.
+    """
+    options = call.options
+    for name, reason in UNKNOWN_ARGUMENTS.items():
+        if options.get(name) is not None:
+            raise ValueError(reason)
+    if call.key.shape[2] != call.query.shape[2]:
+        raise ValueError("its keys are not the tokens of the prompt")
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError("a token sees later ones")
+    scaling = options.get("scaling")
+    sinks = options.get("s_aux")
+    return Rule(
+        scaling=float(call.query.shape[-1] ** -0.5 if scaling is None else scaling),
+        window=options.get("sliding_window", layer_window),
+        softcap=options.get("softcap"),
+        sinks=options.get("sinks") if sinks is None else sinks,
+    )
+
+
+class PromptRow(NamedTuple):
+    """Where one prompt lies in a batch: columns ``start`` to ``start + length`` of row ``row``."""
+
+    prompt: int
+    row: int
+    start: int
+    length: int
+
+
+class AttentionOptions(NamedTuple):
+    """What to keep of the attention of a prompt; as in :class:`capture.CaptureConfig`."""
+
+    bins: int
+    every: int
+    top_keys: int
+
+
+class Summary(NamedTuple):
+    """The attention of one prompt at one site, on the device, without the batch axis.
+
+    Attributes
+    ----------
+    statistics : Tensor [4, H]
+        Means over the queries: entropy, sink mass, mean distance, window mass.
+    maps : Tensor [H, n, n]
+    received : Tensor [H, n]
+    top_ids : Tensor [H, Q, K]
+    top_weights : Tensor [H, Q, K]
+    """
+
+    statistics: torch.Tensor
+    maps: torch.Tensor
+    received: torch.Tensor
+    top_ids: torch.Tensor
+    top_weights: torch.Tensor
+
+
+class AttentionTaps:
+    """Summarises the attention of chosen prompts while the model runs.
+
+    Attributes
+    ----------
+    sites : tuple of AttentionSite
+    options : AttentionOptions
+    rows : sequence of PromptRow
+        The prompts of the next forward pass to look at; set it before, and it is empty after
+        :meth:`take`.
+    """
+
+    def __init__(self, sites: Sequence[AttentionSite], options: AttentionOptions) -> None:
+        self.sites = tuple(sites)
+        self.options = options
+        self.rows: Sequence[PromptRow] = ()
+        self._found: dict[int, list[Summary]] = {}
+        self._doubts: dict[tuple[int, int, int | None], torch.Tensor] = {}
+
+    @contextmanager
+    def open(self) -> Iterator["AttentionTaps"]:
+        """Listen to every site inside the block."""
+
+        def listener(index: int) -> Listener:
+            return lambda call: self._on_call(index, call)
+
+        with listen({site.module: listener(i) for i, site in enumerate(self.sites)}):
+            yield self
+
+    def take(self) -> tuple[list[list[Summary]], list[torch.Tensor]]:
+        """Return the summaries of every site, prompt by prompt, since the last call.
+
+        Returns
+        -------
+        summaries : list over sites of lists over ``rows``
+        doubts : list of Tensor [], bool
+            True where a mask hides other keys than the site's rule says: the summaries are not
+            those of the model then.
+
+        Raises
+        ------
+        SiteError
+            If a site did not run.
+        """
+        rows, found, doubts = self.rows, self._found, list(self._doubts.values())
+        self.rows, self._found, self._doubts = (), {}, {}
+        if not rows:
+            return [], []
+        for index, site in enumerate(self.sites):
+            if len(found.get(index, ())) != len(rows):
+                raise SiteError(
+                    f"{site.name} should run its attention once in a forward pass, but gave "
+                    f"{len(found.get(index, ()))} of {len(rows)} prompts. A compiled model hides "
+                    "its attention; run it uncompiled, or record level 'scores'."
+                )
+        return [found[index] for index in range(len(self.sites))], doubts
+
+    def _on_call(self, index: int, call: AttentionCall) -> None:
+        if not self.rows:
+            return
+        site = self.sites[index]
+        try:
+            rule = rule_of(site.module, call, site.layer_window)
+        except ValueError as error:
+            raise SiteError(
+                f"The attention of {site.name} cannot be recorded: {error}. Leave its layer out "
+                "(attention_layers)."
+            ) from None
+        for row in self.rows:
+            self._doubt(site, call, row, rule.window)
+            out = summarise(call, row, rule, site.heads, self.options)
+            self._found.setdefault(index, []).append(out)
+
+    def _doubt(
+        self, site: AttentionSite, call: AttentionCall, row: PromptRow, window: int | None
+    ) -> None:
+        """Compare the mask with the rule, once for all sites that share them."""
+        key = (id(call.mask), row.row, window)
+        if key not in self._doubts:
+            wrong = mask_differs(call.mask, row, window, implementation_of(site.module))
+            if wrong is not None:
+                self._doubts[key] = wrong
+
+
+def implementation_of(module: nn.Module) -> str:
+    """Return the name of the attention function that a module asks for."""
+    return str(getattr(getattr(module, "config", None), "_attn_implementation", None) or "sdpa")
+
+
+def mask_differs(
+    mask: Any, row: PromptRow, window: int | None, implementation: str
+) -> torch.Tensor | None:
+    """Return whether a mask hides other keys of a prompt than causality and the window do.
+
+    Returns
+    -------
+    Tensor [], bool, or None
+        None where there is no mask to look at, and none is missing: flash and flex functions get a
+        rule, not a mask, and sdpa without one is causal.
+    """
+    if implementation.startswith(("flash", "flex")) or "|" in implementation:
+        return None
+    start, length = row.start, row.length
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        sees_all = implementation == "sdpa" and (window is None or window >= length)
+        return None if sees_all or length == 1 else torch.ones((), dtype=torch.bool)
+    batch = mask[min(row.row, mask.shape[0] - 1)]
+    hidden = batch[:, start : start + length, start : start + length]  # [1 or H, T, T]
+    position = torch.arange(length, device=mask.device)
+    wrong = torch.zeros((), dtype=torch.bool, device=mask.device)
+    for first in range(0, length, MASK_BLOCK):
+        block = hidden[:, first : first + MASK_BLOCK]
+        distance = position[first : first + MASK_BLOCK, None] - position
+        seen = distance >= 0
+        if window is not None:
+            seen &= distance < window
+        if mask.dtype == torch.bool:
+            wrong |= (block != seen).any()
+        else:
+            wrong |= torch.where(seen, block != 0, block > torch.finfo(mask.dtype).min / 2).any()
+    return wrong
+
+
+def summarise(
+    call: AttentionCall,
+    row: PromptRow,
+    rule: Rule,
+    heads: Sequence[int],
+    options: AttentionOptions,
+    backend: str = "auto",
+) -> Summary:
+    """Summarise the weights of one prompt's real tokens, as if it were alone in its batch."""
+    out = weights_of(call, row, rule, heads, options, backend)
+    kept = min(TOP_QUERIES, len(out.queries))
+    statistics = (out.entropy, out.sink_mass, out.mean_distance, out.window_mass)
+    return Summary(
+        statistics=torch.stack([values[0] for values in statistics]).mean(dim=-1),
+        maps=out.map[0],
+        received=out.received[0],
+        top_ids=out.top_ids[0, :, :kept].contiguous(),
+        top_weights=out.top_weights[0, :, :kept].contiguous(),
+    )
+
+
+def weights_of(
+    call: AttentionCall,
+    row: PromptRow,
+    rule: Rule,
+    heads: Sequence[int],
+    options: AttentionOptions,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """Run the kernel on one prompt's real tokens and the chosen heads."""
+    columns = slice(row.start, row.start + row.length)
+    query = call.query[row.row : row.row + 1, :, columns]
+    key = call.key[row.row : row.row + 1, :, columns]
+    sinks = rule.sinks
+    if len(heads) < query.shape[1]:
+        chosen = to_device(np.array(heads, dtype=np.int64), query.device)
+        shared = query.shape[1] // key.shape[1]
+        query = query.index_select(1, chosen)
+        key = key.index_select(1, torch.div(chosen, shared, rounding_mode="floor"))
+        sinks = None if sinks is None else sinks.index_select(0, chosen)
+    return attention(
+        query,
+        key.to(query.dtype),
+        scaling=rule.scaling,
+        window=rule.window,
+        softcap=rule.softcap,
+        sinks=sinks,
+        bins=options.bins,
+        every=options.every,
+        top_keys=options.top_keys,
+        backend=backend,
+    )

@@ -1,0 +1,467 @@
+"""One capture from start to end: load, test, estimate, record, check, close."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from capture.errors import CaptureCancelled, CaptureError
+from capture.interrupts import Interrupts, Terminated, remembered_interrupts
+from capture.model.token_text import can_decode, has_offsets
+from capture.model.tokens import tokenize
+from capture.paths import check_rank, given_path
+from capture.prompts.records import Prompt, PromptSource, read_prompts
+from capture.recorder import preparation
+from capture.recorder.config import (
+    DEFAULT_ATTENTION_BINS,
+    DEFAULT_ATTENTION_PROMPTS,
+    DEFAULT_ATTENTION_TOP_KEYS,
+    DEFAULT_SAMPLE_TOKENS,
+    CaptureConfig,
+)
+from capture.recorder.estimate import check_space
+from capture.recorder.progress import Progress, Reporter
+from capture.recorder.sampling import plan_sample
+from capture.store import PromptInfo, RunWriter
+from capture.store.files import check_new
+from capture.store.records import Level
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from capture.model.load import LoadedModel
+    from capture.model.sites import Site
+    from capture.recorder.assemble import Step
+    from capture.recorder.loop import Plan
+    from capture.recorder.transfer import WriterThread
+
+__all__ = ["Progress", "record"]
+
+log = logging.getLogger(__name__)
+
+NO_TEXT = "The tokenizer {name} cannot decode, so the text of tokens is not known."
+BY_DECODING = (
+    "The tokenizer {name} gives no character offsets: the text of tokens was found by decoding."
+)
+SPELLED = (
+    "{count} prompts spell out special tokens that the tokenizer adds by itself, such as the first "
+    "of a chat template; those were not added once more."
+)
+
+
+SAME_LENGTH = (
+    "The model does not heed padding, so only prompts of one length were decoded together."
+)
+
+
+class _Cancelled(Exception):
+    """The caller's ``cancel`` said so."""
+
+
+class Stopper(NamedTuple):
+    """What may end a capture early: a signal, or the caller's ``cancel``."""
+
+    interrupts: Interrupts
+    cancel: Callable[[], bool] | None = None
+
+    def is_cancelled(self) -> bool:
+        """Whether the caller says so."""
+        return self.cancel is not None and self.cancel()
+
+    def check(self) -> None:
+        """Raise when the recording is to end."""
+        if self.interrupts.last is not None:
+            raise self.interrupts.last
+        if self.is_cancelled():
+            raise _Cancelled
+
+
+def record(
+    model: "str | Path | PreTrainedModel",
+    prompts: PromptSource,
+    out: str | Path,
+    *,
+    level: Level = "ids",
+    sample_tokens: int = DEFAULT_SAMPLE_TOKENS,
+    generate: int = 0,
+    batch_tokens: int | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    compile: bool = False,
+    seed: int = 0,
+    attention_prompts: int = DEFAULT_ATTENTION_PROMPTS,
+    attention_layers: Sequence[int] | None = None,
+    attention_heads: Sequence[int] | None = None,
+    attention_every: int = 1,
+    attention_bins: int = DEFAULT_ATTENTION_BINS,
+    attention_top_keys: int = DEFAULT_ATTENTION_TOP_KEYS,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    progress: bool | Callable[[Progress], None] = True,
+    cancel: Callable[[], bool] | None = None,
+) -> Path:
+    """Record the routing of a mixture-of-experts model on some prompts as a run file.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        ``"demo"``, a Hugging Face id, a local folder, or a loaded model in evaluation mode.
+    prompts : str, Path or iterable
+        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; a .txt, .csv, .jsonl or .parquet file; or
+        strings, token-id lists and records with ``text`` (or ``ids``) and ``domain``.
+    out : str or Path
+        The run file; it must not exist. While recording, its name ends in ``.partial``.
+    level, sample_tokens, generate, batch_tokens, max_length, dtype, device, revision, \
+trust_remote_code, allow_pickle, compile, seed, attention_prompts, attention_layers, \
+attention_heads, attention_every, attention_bins, attention_top_keys
+        As in :class:`capture.CaptureConfig`.
+    tokenizer : tokenizer, optional
+        For a loaded model that does not know where its tokenizer lies.
+    progress : bool or callable
+        True draws a bar on standard error; a callable gets :class:`Progress` reports.
+    cancel : callable, optional
+        Asked before every forward pass; True ends the capture.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    CaptureCancelled
+        If ``cancel`` said so or Ctrl-C was pressed. What was recorded is closed as an incomplete
+        run, whose path is the error's ``path``; None when there was nothing yet.
+    CaptureError
+        If an option, the prompts, the model or the file cannot work. Whatever fails after the
+        first forward pass leaves ``OUT.partial`` for ``python -m capture recover``.
+    """
+    config = CaptureConfig(
+        level=level,
+        sample_tokens=sample_tokens,
+        generate=generate,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        compile=compile,
+        seed=seed,
+        attention_prompts=attention_prompts,
+        attention_layers=None if attention_layers is None else tuple(attention_layers),
+        attention_heads=None if attention_heads is None else tuple(attention_heads),
+        attention_every=attention_every,
+        attention_bins=attention_bins,
+        attention_top_keys=attention_top_keys,
+    )
+    path = given_path(out, "the run file")
+    reporter = Reporter(progress)
+    with closing(reporter), remembered_interrupts() as interrupts:
+        stop = Stopper(interrupts, cancel)
+        return _record(model, prompts, path, config, tokenizer, reporter, stop)
+
+
+def _record(
+    model: "str | Path | PreTrainedModel",
+    source: PromptSource,
+    out: Path,
+    config: CaptureConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    reporter: Reporter,
+    stop: "Stopper",
+) -> Path:
+    check_rank(out)
+    check_new(out)
+    given = read_prompts(source)
+    name = model if isinstance(model, str | Path) else type(model).__name__
+    started = time.monotonic()
+    reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
+    loaded = _load(model, config, tokenizer, reporter)
+    from capture.model.compiled import default_compiler, suspended
+
+    with suspended(loaded.model) as was_compiled:
+        if loaded.compiler is None and (was_compiled or config.compile):
+            loaded = loaded._replace(compiler=default_compiler)
+        return _capture(loaded, given, out, config, reporter, stop, started)
+
+
+def _capture(
+    loaded: "LoadedModel",
+    given: list[Prompt],
+    out: Path,
+    config: CaptureConfig,
+    reporter: Reporter,
+    stop: "Stopper",
+    started: float,
+) -> Path:
+    """Record with a model that is loaded, and not compiled yet."""
+    from capture.model.selftest import attach
+
+    prompts = tokenize(
+        given,
+        loaded.tokenizer,
+        vocab_size=preparation.vocab_size(loaded),
+        max_length=preparation.max_length(loaded, config),
+    )
+    reporter.enter("self-test", "Testing that every router can be tapped.")
+    sites = attach(loaded.model)
+    sample = plan_sample(
+        [p.domain for p in prompts],
+        [len(p.ids) for p in prompts],
+        config.sample_tokens,
+        config.seed,
+    )
+    attention = preparation.plan_attention(prompts, sites, loaded, config)
+    cost = preparation.cost_of(prompts, sites, loaded, config, sample, attention)
+    check_space(cost, out)
+    if stop.is_cancelled():
+        raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
+    info = preparation.describe_run(loaded, config, sample, attention)
+    rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
+    plan = preparation.plan_recording(prompts, sample, loaded, config, attention, sites)
+    layers = attention.found.layers if attention is not None else ()
+    writer = RunWriter.create(out, info, [site.info for site in sites], rows, layers)
+    try:
+        session = _Session(loaded, sites, plan, writer, reporter, attention)
+        session.seconds_before = time.monotonic() - started
+        reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
+    except BaseException:
+        writer.discard()
+        raise
+    return session.run(stop)
+
+
+def _load(
+    model: "str | Path | PreTrainedModel",
+    config: CaptureConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    reporter: Reporter,
+) -> "LoadedModel":
+    from capture.model.load import load_model, loading_bars
+
+    with loading_bars(shown=reporter.draws):
+        loaded = load_model(
+            model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            allow_pickle=config.allow_pickle,
+        )
+    return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer)
+
+
+class _Session:
+    """The recording of one run, from the first forward pass to the closed file."""
+
+    def __init__(
+        self,
+        loaded: "LoadedModel",
+        sites: "list[Site]",
+        plan: "Plan",
+        writer: RunWriter,
+        reporter: Reporter,
+        attention: "preparation.AttentionPlan | None" = None,
+    ) -> None:
+        from capture.recorder.assemble import Assembler
+        from capture.recorder.observe import group_sites
+
+        self.loaded = loaded
+        self.sites = sites
+        self.plan = plan
+        self.writer = writer
+        self.reporter = reporter
+        self.seconds_before = 0.0
+        self.groups = group_sites(sites)
+        self.attention = attention
+        self.assembler = Assembler(
+            append=writer.append,
+            append_pairs=writer.append_pairs,
+            append_attention=writer.append_attention,
+            attention=attention.taps if attention is not None else None,
+            groups=self.groups,
+            prompts=plan.prompts,
+            level=plan.level,
+            tokenizer=loaded.tokenizer if can_decode(loaded.tokenizer) else None,
+        )
+
+    def run(self, stop: Stopper) -> Path:
+        """Record, and close the file whatever happens; see :func:`record`."""
+        from capture.recorder.transfer import WriterThread
+
+        started = time.monotonic()
+        thread: WriterThread[Step] = WriterThread(self._consume, idle=self._keep_up)
+        why: BaseException | None = None
+        try:
+            try:
+                self._record(thread, stop)
+            except (KeyboardInterrupt, _Cancelled) as error:
+                why = error
+            with stop.interrupts.closing(self._say_closing):
+                path = self._close(thread, started, why)
+        except CaptureCancelled:
+            raise
+        except BaseException as error:
+            self._keep(thread, error)
+            raise
+        if why is not None:
+            raise CaptureCancelled(
+                f"{_named(why)}: {self._counted()} were recorded and are kept as the incomplete "
+                f"run {path}.",
+                path,
+            ) from why
+        self.reporter.enter("done", f"{path}: {self._counted()} recorded.")
+        return path
+
+    def _consume(self, step: "Step") -> None:
+        self.assembler.consume(step)
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        """Commit what has waited long enough; on the writer's thread."""
+        if self.writer.is_due:
+            self.assembler.settle()
+            self.writer.flush()
+
+    def _close(
+        self, thread: "WriterThread[Step]", started: float, why: BaseException | None
+    ) -> Path:
+        """Store what is still on its way, and finish the file."""
+        self.reporter.enter("writing", f"Closing {self.writer.out}.")
+        thread.close()
+        self.assembler.flush()
+        if why is not None and not self.assembler.forwards:
+            self.writer.discard()
+            raise CaptureCancelled(
+                f"{_named(why)} before anything was recorded; nothing is kept."
+            ) from why
+        self.writer.flush()
+        self.reporter.stored(self.writer.stored_tokens)
+        if why is None:
+            self._check_counts()
+        return self._finish(started, complete=why is None)
+
+    def _say_closing(self) -> None:
+        self.reporter.enter(
+            "writing",
+            f"{self.writer.out} is being closed, which goes on; to stop at once, and leave it to "
+            "python -m capture recover, interrupt once more.",
+        )
+
+    def _counted(self) -> str:
+        return f"{self.assembler.prompt_tokens + self.assembler.generated_tokens:,} tokens"
+
+    def _record(self, thread: "WriterThread[Step]", stop: Stopper) -> None:
+        from capture.model.compiled import compiled
+        from capture.model.forward import Runner
+        from capture.model.hooks import tap
+        from capture.model.selftest import probe_tokens
+        from capture.model.token_losses import Head
+        from capture.recorder.loop import HiddenRows, Recording
+
+        hidden_rows = HiddenRows()
+        model = self.loaded.model
+        with (
+            Head(model).open(probe_tokens(model)[:1]) as head,
+            tap(self.sites, hidden_rows=hidden_rows) as taps,
+            compiled(model, self.loaded.compiler),
+            ExitStack() as stack,
+        ):
+            if self.attention is not None:
+                stack.enter_context(self.attention.taps.open())
+            Recording(
+                runner=Runner(model, head),
+                taps=taps,
+                hidden_rows=hidden_rows,
+                sites=self.sites,
+                groups=self.groups,
+                plan=self.plan,
+                thread=thread,
+                advance=lambda: self.reporter.stored(self.writer.stored_tokens),
+                check=stop.check,
+                attention=self.attention.taps if self.attention is not None else None,
+            ).run()
+
+    def _check_counts(self) -> None:
+        """Refuse to call a run complete that lacks a prompt token."""
+        expected = sum(len(prompt.ids) for prompt in self.plan.prompts)
+        if self.assembler.prompt_tokens != expected:
+            raise CaptureError(
+                f"{expected} prompt tokens were to be recorded, but "
+                f"{self.assembler.prompt_tokens} were. Please report this."
+            )
+
+    def _finish(self, started: float, *, complete: bool) -> Path:
+        notes: dict[str, Any] = {
+            "seconds_before_recording": round(self.seconds_before, 3),
+            "forward_passes": self.assembler.forwards,
+            "sampled_tokens": self.assembler.sampled_tokens,
+        }
+        notes |= self._text_notes()
+        if self.plan.same_length:
+            notes["padding"] = SAME_LENGTH
+        if any(site.selection_bias is not None for site in self.sites):
+            notes["selection_bias"] = "Margins include the bias that routers add for the choice."
+        choices = [choice for site in self.sites if (choice := site.choice()) is not None]
+        if choices:
+            notes["choice"] = choices
+        if self.attention is not None and self.attention.without:
+            notes["attention"] = self.attention.without
+        return self.writer.finish(
+            seconds=time.monotonic() - started, complete=complete, notes=notes
+        )
+
+    def _text_notes(self) -> dict[str, str]:
+        """Say what is unusual about the text of tokens."""
+        tokenizer, notes = self.loaded.tokenizer, {}
+        if tokenizer is not None and not has_offsets(tokenizer):
+            told = NO_TEXT if self.assembler.tokenizer is None else BY_DECODING
+            notes["text"] = told.format(name=type(tokenizer).__name__)
+        spelled = sum(prompt.spelled > 0 for prompt in self.plan.prompts)
+        if spelled:
+            notes["special_tokens"] = SPELLED.format(count=f"{spelled:,}")
+        return notes
+
+    def _keep(self, thread: "WriterThread[Step]", error: BaseException) -> None:
+        """After a failure, commit what can be committed and leave the partial file."""
+        if _is_same_file(self.writer.partial, self.writer.out):
+            self.writer.partial.unlink()  # the run is whole and has its name
+            return
+        for step in (thread.close, self.assembler.flush, self.writer.flush):
+            try:
+                step()
+            except Exception as second:
+                if second is not error:
+                    log.warning("While keeping what was recorded: %s", second)
+        if not self.assembler.forwards:
+            self.writer.discard()
+            return
+        self.writer.abandon()
+        if "recover" not in str(error) and self.writer.partial.exists():
+            error.add_note(
+                f"What was recorded is in {self.writer.partial}. Close it with: "
+                f"python -m capture recover '{self.writer.partial}'"
+            )
+
+
+def _named(why: BaseException) -> str:
+    """Return how a capture ended that did not come to its end."""
+    if isinstance(why, Terminated):
+        return "Terminated"
+    return "Interrupted" if isinstance(why, KeyboardInterrupt) else "Cancelled"
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    """Whether both names are there, of one file: a rename that was cut in half."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False

@@ -1,0 +1,125 @@
+"""What conditions learn from: the routers' inputs and the experts' outputs on a fit split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from capture.model.adapters.standard import StandardAdapter
+from capture.model.sites import Site
+from capture.swap.live import sequence_losses
+from capture.swap.routers import site_key, swap
+from capture.swap.rules import Choice, NativeRule, RouteInputs
+from explorer.comparison.conditions.base import Sequence_, Subject
+from explorer.errors import ConditionError
+from explorer.routers.base import RouterInputs, Routing
+from explorer.routers.live import from_live
+
+Key = tuple[int, int]  # layer, site
+ROWS = 16_384  # (token, expert) pairs that are computed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one router did on ``T`` tokens of the fit split.
+
+    Attributes
+    ----------
+    site : Site
+    inputs : RouterInputs
+        On the CPU, with the model's own decision as ``native``.
+    """
+
+    site: Site
+    inputs: RouterInputs
+
+
+def collect(
+    subject: Subject, sequences: Sequence[Sequence_], *, tokens: int, seed: int = 0
+) -> dict[Key, Seen]:
+    """Run texts through the model and keep what every router saw for the same sampled tokens.
+
+    Parameters
+    ----------
+    subject : Subject
+    sequences : sequence of array [S], int32
+        Whole texts are drawn until there are enough tokens.
+    tokens : int
+        How many to keep; all where there are fewer.
+    seed : int
+        Draws the texts.
+
+    Raises
+    ------
+    ConditionError
+        If there is no text of two tokens.
+    """
+    usable = [one for one in sequences if len(one) > 1]
+    if not usable:
+        raise ConditionError("Texts of at least two tokens were expected in the fit split.")
+    order = np.random.default_rng(seed).permutation(len(usable))
+    ends = np.cumsum([len(usable[i]) for i in order])
+    picked = [usable[i] for i in order[: int(np.searchsorted(ends, tokens)) + 1]]
+    parts: dict[Key, list[RouteInputs]] = {site_key(site): [] for site in subject.sites}
+
+    def keep(inputs: RouteInputs, _: Choice) -> None:
+        parts[inputs.layer, inputs.site].append(inputs)
+
+    def native() -> object:
+        return swap(subject.model, subject.sites, NativeRule(), on_choice=keep)
+
+    sequence_losses(subject.model, picked, swapped=native)  # type: ignore[arg-type]
+    return {
+        site_key(site): Seen(site, _joined(parts[site_key(site)], tokens)) for site in subject.sites
+    }
+
+
+def _joined(parts: Sequence[RouteInputs], tokens: int) -> RouterInputs:
+    """Join the passes of one router into one set of inputs."""
+    each = [from_live(part) for part in parts]
+    first = each[0]
+    joined: dict[str, Any] = {"native": None, "previous": None, "previous_state": None}
+    for name in ("hidden", "logits", "token_ids", "positions", "starts"):
+        values = [getattr(one, name) for one in each]
+        joined[name] = None if any(v is None for v in values) else torch.cat(values)[:tokens].cpu()
+    fields = zip(*(one.decision()[:3] for one in each), strict=True)
+    routing = Routing(*(torch.cat(values)[:tokens].cpu().clone() for values in fields))
+    return replace(first, **{**joined, "native": routing})
+
+
+def expert_outputs(seen: Seen, hidden: torch.Tensor) -> torch.Tensor:
+    """Run every expert on every token, whatever the router says.
+
+    Parameters
+    ----------
+    seen : Seen
+    hidden : Tensor [T, D]
+
+    Returns
+    -------
+    Tensor [T, E, D], float32
+        Before they are weighed.
+
+    Raises
+    ------
+    ConditionError
+        If the family's experts cannot be called one by one.
+    """
+    site = seen.site
+    if type(site.adapter) is not StandardAdapter:
+        raise ConditionError(
+            f"{site.info.module}: experts that can be called with ids and weights were expected, "
+            f"but this family ({site.adapter.name}) does it otherwise. Choose experts by frequency "
+            "or at random instead."
+        )
+    n_experts, weight = site.info.n_experts, next(site.experts.parameters())
+    outputs = []
+    with torch.inference_mode():
+        for rows in torch.split(hidden.to(weight), max(1, ROWS // n_experts)):
+            ids = torch.arange(n_experts, device=rows.device).repeat(len(rows))[:, None]
+            ones = torch.ones(ids.shape, dtype=rows.dtype, device=rows.device)
+            out = site.experts(rows.repeat_interleave(n_experts, dim=0), ids, ones)
+            outputs.append(out.reshape(len(rows), n_experts, -1).float().cpu())
+    return torch.cat(outputs)

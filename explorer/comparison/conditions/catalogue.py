@@ -1,0 +1,96 @@
+"""All conditions, registered, and made from text such as ``quantised(bits=4)``."""
+
+import inspect
+from collections.abc import Iterable
+
+from capture.quoting import cut, first_line, quoted
+from explorer.comparison.conditions import heads, low_rank, merging, precision, pruning, quantise
+from explorer.comparison.conditions.base import CONDITIONS, Condition, ConditionInfo, Subject
+from explorer.comparison.names import parse_router
+from explorer.errors import ConditionError, RouterError
+
+# what a run is measured under when nobody says otherwise
+USUAL = (
+    "precision(dtype='bfloat16')",
+    "precision(dtype='float16')",
+    "precision(dtype='bfloat16', parts='router')",
+    "precision(dtype='bfloat16', parts='attention')",
+    "precision(dtype='bfloat16', parts='experts')",
+    "quantised(bits=8)",
+    "quantised(bits=4)",
+    "quantised(bits=3)",
+    "quantised(bits=4, parts='router')",
+    "prune_frequency(keep=0.75)",
+    "prune_reap(keep=0.75)",
+    "prune_naee(keep=0.75)",
+    "prune_random(keep=0.75)",
+    "prune_heads(keep=0.75)",
+    "prune_heads_random(keep=0.75)",
+    "low_rank(share=0.5)",
+    "low_rank(share=0.25)",
+    "low_rank(share=0.125)",
+    "merge(keep=0.75)",
+)
+
+
+def make_condition(text: str) -> Condition:
+    """Make a condition from its name, with arguments where they differ from the defaults.
+
+    Raises
+    ------
+    UnknownNameError
+        If no condition has the name.
+    ConditionError
+        If it takes no such argument, or not with this value.
+    """
+    try:
+        name, options = parse_router(text)
+    except RouterError as error:
+        raise ConditionError(
+            f"A condition such as merge or quantised(bits=4) was expected, got {quoted(text)}."
+        ) from error
+    factory = CONDITIONS[name]
+    known = list(inspect.signature(factory).parameters)
+    for option in options:
+        if option not in known:
+            raise ConditionError(
+                f"Condition {quoted(name)} takes no argument {quoted(option)}. "
+                f"It takes: {', '.join(known)}."
+            )
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise ConditionError(f"{cut(text)} cannot be made: {first_line(error)}.") from None
+
+
+def make_conditions(texts: Iterable[str]) -> list[Condition]:
+    """Make conditions; each label must be there once.
+
+    Raises
+    ------
+    ConditionError
+        If two are the same, or one cannot be made.
+    """
+    made = [make_condition(text) for text in texts]
+    labels = [one.label for one in made]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice:
+        raise ConditionError(f"Different conditions were expected, got {twice} twice.")
+    return made
+
+
+__all__ = [
+    "CONDITIONS",
+    "USUAL",
+    "Condition",
+    "ConditionInfo",
+    "Subject",
+    "heads",
+    "low_rank",
+    "make_condition",
+    "make_conditions",
+    "merging",
+    "precision",
+    "pruning",
+    "quantise",
+]

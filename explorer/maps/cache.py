@@ -1,0 +1,112 @@
+"""Maps and clusters kept between starts, in the user's cache folder and never in a run file.
+
+A file is named after the content of the vectors and everything that shapes the result, so that a
+name is never right for other content, and any run with the same vectors finds it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from explorer.maps.projection import MapOptions, versions
+
+# raised when the same vectors and options come to give another result
+VERSION = 2
+KEPT_FILES = 300  # the oldest beyond these are removed when one is added
+_FACTS = b"routescope map"
+
+
+class Kept(NamedTuple):
+    """What a file of the cache holds.
+
+    Attributes
+    ----------
+    columns : dict of str to array [N]
+        One value per point, in the order of ``features.read_points``.
+    facts : dict
+    """
+
+    columns: dict[str, npt.NDArray[Any]]
+    facts: dict[str, Any]
+
+
+def folder() -> Path:
+    """Return the folder; it need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "routescope" / "maps"
+
+
+def map_path(digest: str, options: MapOptions) -> Path:
+    """Return where the map of vectors with this digest is kept."""
+    return _path("map", digest, options._asdict())
+
+
+def clusters_path(digest: str, method: str, n_clusters: int, seed: int) -> Path:
+    """Return where the clusters of vectors with this digest are kept."""
+    options: dict[str, Any] = {"method": method, "seed": seed}
+    if method != "hdbscan":
+        options["n_clusters"] = n_clusters
+    return _path("clusters", digest, options)
+
+
+def router_path(digest: str, fingerprint: str, router: str, seed: int) -> Path:
+    """Return where another router's choices for the tokens of these vectors are kept.
+
+    Parameters
+    ----------
+    fingerprint : str
+        Of the run: routers read more of it than the vectors of the map.
+    """
+    return _path("router", digest, {"run": fingerprint, "router": router, "seed": seed})
+
+
+def _path(kind: str, digest: str, options: dict[str, Any]) -> Path:
+    text = json.dumps([VERSION, kind, digest, options, versions()], sort_keys=True)
+    name = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return folder() / f"{kind}-{name}.parquet"
+
+
+def write(path: Path, columns: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Path:
+    """Write a file in one step; one that is there is replaced by the same content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({name: pa.array(column) for name, column in columns.items()})
+    table = table.replace_schema_metadata({_FACTS: json.dumps(facts).encode()})
+    number, name = tempfile.mkstemp(prefix=".", suffix=".parquet", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    _forget(path.parent)
+    return path
+
+
+def read(path: Path, n_points: int) -> Kept | None:
+    """Return what a file holds, None where there is none or it is not what it should be."""
+    try:
+        table = pq.read_table(path)
+        facts = json.loads((table.schema.metadata or {})[_FACTS])
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+    if table.num_rows != n_points or not isinstance(facts, dict):
+        return None
+    columns = {name: np.asarray(table[name].to_numpy()) for name in table.column_names}
+    return Kept(columns, facts)
+
+
+def _forget(where: Path) -> None:
+    files = sorted(where.glob("*-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+    for file in files[:-KEPT_FILES]:
+        with contextlib.suppress(OSError):
+            file.unlink()

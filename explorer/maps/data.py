@@ -1,0 +1,319 @@
+"""What maps are made of: recorded vectors of tokens, and routing counts of prompts and experts."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from explorer.errors import RunError
+from explorer.queries.part import Part
+from explorer.queries.where import conditions, prompt_conditions
+from explorer.run import Run
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Feature = Literal["hidden", "scores"]
+
+# numbers of a table of prompts by experts; a larger one would not fit beside everything else
+MAX_NUMBERS = 100_000_000
+# assignments that are counted for it; more would take minutes
+MAX_ASSIGNMENTS = 100_000_000
+
+
+class Vectors(NamedTuple):
+    """One vector per token.
+
+    Attributes
+    ----------
+    token_ids : array [N]
+        Rising.
+    values : array [N, D]
+        nan where a router ruled an expert out.
+    """
+
+    token_ids: Ids
+    values: Floats
+
+
+class Signatures(NamedTuple):
+    """How the tokens of each prompt were spread over the experts of all routers.
+
+    Attributes
+    ----------
+    prompt_ids : array [P]
+        Rising; prompts with at least one assignment.
+    counts : array [P, M]
+        Assignments of the prompt's tokens to each unit.
+    units : array [M, 3]
+        Layer, site and expert.
+    n_all : int
+        Prompts there are; more than P when only every n-th was counted.
+    """
+
+    prompt_ids: Ids
+    counts: Floats
+    units: Ids
+    n_all: int
+
+
+def vector_counts(run: Run, layer: int, *, site: int = 0) -> dict[str, int]:
+    """Return how many tokens have a vector of each kind at a router; absent kinds have 0."""
+    return {
+        feature: int(
+            run.query(
+                f"SELECT count(*) AS n FROM {feature} WHERE layer = $layer AND site = $site",
+                {"layer": layer, "site": site},
+            )["n"].iloc[0]
+        )
+        for feature in ("hidden", "scores")
+    }
+
+
+def token_vectors(run: Run, feature: Feature, layer: int, *, site: int = 0) -> Vectors:
+    """Return the recorded vectors of a router.
+
+    Parameters
+    ----------
+    feature : {"hidden", "scores"}
+        What the router read, or what it put out for every expert.
+
+    Raises
+    ------
+    RunError
+        If none were recorded.
+    """
+    rows = run.table(
+        f"SELECT token_id, {feature} AS v FROM {feature} "
+        "WHERE layer = $layer AND site = $site ORDER BY token_id",
+        {"layer": layer, "site": site},
+    )
+    if not rows.num_rows:
+        raise RunError(
+            f"{run.path.name} holds no {feature} of layer {layer}. Record it again with: "
+            "python -m capture MODEL --sample-tokens 50000"
+        )
+    flat = np.concatenate(
+        [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in rows["v"].chunks]
+    )
+    values = np.asarray(flat, dtype=np.float32).reshape(rows.num_rows, -1)
+    return Vectors(rows["token_id"].to_numpy().astype(np.int64), values)
+
+
+def signatures(run: Run) -> Signatures:
+    """Count the assignments of every prompt to every (layer, expert).
+
+    Of a large run every n-th prompt is counted, with all of its tokens.
+
+    Raises
+    ------
+    RunError
+        If expert ids were not recorded.
+    """
+    if not run.records_ids:
+        raise RunError(
+            "This run was recorded at level stats: it does not know which prompt went to which "
+            "expert. Record it again with --level ids."
+        )
+    widths = [site.n_experts for site in run.sites]
+    first = np.cumsum([0, *widths])
+    n_all = int(run.query("SELECT count(*) AS n FROM prompts")["n"].iloc[0])
+    n_assignments = int(run.info["n_tokens"]) * sum(site.top_k for site in run.sites)
+    step = max(-(-n_all * int(first[-1]) // MAX_NUMBERS), -(-n_assignments // MAX_ASSIGNMENTS), 1)
+    rows = run.table(
+        """
+        SELECT prompt_id, layer, site, expert_id, count(*) AS n
+        FROM assignments
+        JOIN (SELECT token_id, prompt_id FROM tokens WHERE prompt_id % $step = 0) USING (token_id)
+        GROUP BY ALL ORDER BY prompt_id
+        """,
+        {"step": step},
+    )
+    prompt, layer, site, expert, n = (
+        rows[name].to_numpy().astype(np.int64) for name in rows.column_names
+    )
+    prompts, row = np.unique(prompt, return_inverse=True)
+    counts = np.zeros((len(prompts), int(first[-1])), dtype=np.float32)
+    for place, info in enumerate(run.sites):
+        here = (layer == info.layer) & (site == info.site)
+        counts[row[here], first[place] + expert[here]] = n[here]
+    units = [(s.layer, s.site, e) for s in run.sites for e in range(s.n_experts)]
+    return Signatures(prompts, counts, np.array(units, dtype=np.int64), n_all)
+
+
+def token_facts(run: Run, feature: Feature, layer: int, *, site: int = 0) -> pa.Table:
+    """Return what is known of the tokens with a vector, in the order of ``token_vectors``.
+
+    Returns
+    -------
+    Table
+        ``token_id``, ``prompt_id``, ``position``, ``phase``, ``domain`` (``""`` = none),
+        ``text``, and at this router ``expert`` (the heaviest), ``weight`` and ``entropy`` (gate
+        entropy, nats); NULL where it was not recorded.
+    """
+    return run.table(
+        f"""
+        WITH wanted AS (
+            SELECT token_id FROM {feature} WHERE layer = $layer AND site = $site
+        ), gate AS (
+            SELECT token_id, entropy FROM gates WHERE layer = $layer AND site = $site
+        ), top AS (
+            SELECT token_id, expert_id, weight FROM assignments
+            WHERE layer = $layer AND site = $site AND slot = 0
+        )
+        SELECT token_id, prompt_id, position, phase, coalesce(domain, '') AS domain,
+            tokens.text AS text, expert_id AS expert, weight, entropy
+        FROM wanted JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
+            LEFT JOIN gate USING (token_id) LEFT JOIN top USING (token_id)
+        ORDER BY token_id
+        """,
+        {"layer": layer, "site": site},
+    )
+
+
+def prompt_facts(run: Run, layer: int, *, site: int = 0) -> pa.Table:
+    """Return what is known of each prompt, by rising ``prompt_id``.
+
+    Returns
+    -------
+    Table
+        ``prompt_id``, ``domain``, ``text`` (its beginning), ``tokens``, and at this router the
+        mean gate ``entropy`` (nats) and the ``expert`` that most tokens have as their heaviest.
+    """
+    return run.table(
+        """
+        WITH gate AS (
+            SELECT prompt_id, avg(entropy) AS entropy FROM gates JOIN tokens USING (token_id)
+            WHERE layer = $layer AND site = $site GROUP BY prompt_id
+        ), top AS (
+            SELECT prompt_id, mode(expert_id) AS expert
+            FROM assignments JOIN tokens USING (token_id)
+            WHERE layer = $layer AND site = $site AND slot = 0 GROUP BY prompt_id
+        )
+        SELECT prompt_id, coalesce(domain, '') AS domain, left(text, 160) AS text,
+            n_tokens AS tokens, expert, entropy
+        FROM prompts JOIN prompt_sizes USING (prompt_id)
+            LEFT JOIN gate USING (prompt_id) LEFT JOIN top USING (prompt_id)
+        ORDER BY prompt_id
+        """,
+        {"layer": layer, "site": site},
+    )
+
+
+def matching_tokens(
+    run: Run, *, domain: str | None = None, phase: str | None = None, part: Part | None = None
+) -> Ids | None:
+    """Return the tokens that the filters leave, rising; None = all."""
+    where, params = conditions(domain=domain, phase=phase, part=part)
+    if where == "true":
+        return None
+    rows = run.table(
+        f"SELECT token_id FROM tokens JOIN prompts USING (prompt_id) WHERE {where} ORDER BY ALL",
+        params,
+    )
+    return np.asarray(rows["token_id"].to_numpy(), dtype=np.int64)
+
+
+def expert_counts(
+    run: Run,
+    layer: int,
+    *,
+    site: int = 0,
+    ids: Ids | None = None,
+    of: Literal["tokens", "prompts"] = "tokens",
+    feature: Feature | None = None,
+    domain: str | None = None,
+    phase: str | None = None,
+    part: Part | None = None,
+) -> pd.DataFrame:
+    """Count assignments per prompt and expert at one router.
+
+    Parameters
+    ----------
+    ids : array, optional
+        Of these tokens, or of all tokens of these prompts, as ``of`` says.
+    feature : {"hidden", "scores"}, optional
+        Only of tokens with such a vector.
+
+    Returns
+    -------
+    DataFrame
+        ``prompt_id``, ``expert_id``, ``assignments``.
+    """
+    where, params = conditions(layer=layer, site=site, domain=domain, phase=phase, part=part)
+    if ids is not None:
+        column = "token_id" if of == "tokens" else "prompt_id"
+        where += f" AND {column} IN (SELECT unnest($ids::BIGINT[]))"
+        params["ids"] = ids
+    if feature is not None:
+        where += (
+            f" AND token_id IN (SELECT token_id FROM {feature} "
+            "WHERE layer = $layer AND site = $site)"
+        )
+    return run.query(
+        f"""
+        SELECT prompt_id, expert_id, count(*) AS assignments
+        FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
+        WHERE {where} GROUP BY ALL ORDER BY ALL
+        """,
+        params,
+    )
+
+
+def expert_domains(run: Run) -> pd.DataFrame:
+    """Count assignments per (layer, expert) and domain, from the run's totals.
+
+    Returns
+    -------
+    DataFrame
+        ``layer``, ``site``, ``expert_id``, ``domain`` (``""`` = none), ``assignments``.
+    """
+    return run.query(
+        "SELECT layer, site, expert_id, coalesce(domain, '') AS domain, "
+        "sum(assignments)::BIGINT AS assignments FROM expert_load_by GROUP BY ALL ORDER BY ALL"
+    )
+
+
+def expert_facts(run: Run) -> pa.Table:
+    """Return what is known of each (layer, expert) unit, by layer, site and expert.
+
+    Returns
+    -------
+    Table
+        ``layer``, ``site``, ``expert_id``, ``assignments``, ``ratio`` (share of its router's
+        assignments over the uniform share), ``domain``: the one whose assignments go to this
+        expert most often, against all domains; and ``lift``, how much more often.
+    """
+    return run.table(
+        """
+        WITH by_domain AS (
+            SELECT layer, site, expert_id, coalesce(domain, '') AS domain,
+                sum(assignments) AS n
+            FROM expert_load_by GROUP BY ALL
+        ), shares AS (
+            SELECT *, n / nullif(sum(n) OVER (PARTITION BY layer, site, domain), 0) AS of_domain,
+                sum(n) OVER (PARTITION BY layer, site, expert_id) AS assignments,
+                sum(n) OVER (PARTITION BY layer, site) AS of_site
+            FROM by_domain
+        ), typical AS (
+            SELECT layer, site, expert_id, arg_max(domain, of_domain) AS domain,
+                max(of_domain) / nullif(any_value(assignments / of_site), 0) AS lift
+            FROM shares WHERE assignments > 0 GROUP BY ALL
+        )
+        SELECT e.layer, e.site, e.expert_id, e.assignments,
+            e.assignments * n_experts
+                / nullif(sum(e.assignments) OVER (PARTITION BY e.layer, e.site), 0) AS ratio,
+            domain, lift
+        FROM expert_load e JOIN sites USING (layer, site)
+            LEFT JOIN typical USING (layer, site, expert_id)
+        ORDER BY ALL
+        """
+    )
+
+
+def matching_prompts(run: Run, *, domain: str | None = None, part: Part | None = None) -> Ids:
+    """Return the prompts that the filters leave, rising."""
+    where, params = prompt_conditions(domain=domain, part=part)
+    rows = run.table(f"SELECT prompt_id FROM prompts WHERE {where} ORDER BY ALL", params)
+    return np.asarray(rows["prompt_id"].to_numpy(), dtype=np.int64)

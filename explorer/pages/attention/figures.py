@@ -1,0 +1,262 @@
+"""Figures of attention: which heads look where, and the whole map of one head on a prompt."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.metrics.heads import RECENT, HeadBaseline
+from explorer.pages.attention.data import HAS_MAP, HeadMap
+from explorer.registry import Registry
+from explorer.ui import theme
+from explorer.ui.caption import Scope
+from explorer.ui.heatmap import MAX_CELLS, Scale, clickable_heatmap, ground, ticks
+from explorer.ui.number import number
+from explorer.ui.text import label
+
+Floats = npt.NDArray[np.float64]
+
+# weights span orders of magnitude: colours are log10, and the lowest takes all that is less
+_LOG_LOW = -3
+WEIGHT_SCALE = Scale(
+    title="share of the query's attention",
+    low=_LOG_LOW,
+    high=0,
+    ticks={-3: "≤ 0.1 %", -2: "1 %", -1: "10 %", 0: "100 %"},
+)
+_HEAD_LABELS = 16  # beside each other on half a page
+
+
+class Measure(NamedTuple):
+    """A statistic of a head.
+
+    Attributes
+    ----------
+    label : str
+        With its unit.
+    meaning : str
+        One sentence for a newcomer.
+    high : float or None
+        Upper end of the scale where it is known beforehand.
+    """
+
+    label: str
+    meaning: str
+    high: float | None
+
+
+MEASURES: Registry[Measure] = Registry("measure of a head")
+for _name, _measure in {
+    "entropy": Measure(
+        "attention entropy (nats)",
+        "How widely a head spreads its attention: 0 = all on one token.",
+        None,
+    ),
+    "sink_mass": Measure(
+        "attention on the first token (share)",
+        "Heads that have nothing to look for often rest on the prompt's first token, the sink.",
+        1.0,
+    ),
+    "mean_distance": Measure(
+        "mean distance (tokens)",
+        "How far back a head looks, on average over its attention.",
+        None,
+    ),
+    "window_mass": Measure(
+        f"attention on the last {RECENT} tokens (share)",
+        f"How much of its attention stays near: on the token itself and the {RECENT - 1} before.",
+        1.0,
+    ),
+}.items():
+    MEASURES.add(_name)(_measure)
+
+
+def head_name(layer: int, head: int) -> str:
+    """Return how a head is called."""
+    return f"L{layer}.H{head}"
+
+
+def head_overview(
+    stats: pd.DataFrame,
+    layers: pd.DataFrame,
+    measure: str,
+    *,
+    baseline: HeadBaseline,
+    scope: Scope,
+    n_prompts: int,
+    chosen: tuple[int, int] | None = None,
+    dark: bool = False,
+) -> go.Figure:
+    """Draw a statistic of every head of every layer.
+
+    Parameters
+    ----------
+    stats, layers : DataFrame
+        From ``queries.attention.head_stats`` and ``attention_layers``.
+    measure : str
+        A name in ``MEASURES``.
+    chosen : (layer, head), optional
+        Outlined.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, head, value]; heads without one cannot be clicked.
+    """
+    kind = MEASURES[measure]
+    rows = {int(layer): row for row, layer in enumerate(layers["layer"])}
+    heads = layers["heads"].dropna()
+    width = max(int(heads.max()) if len(heads) else 0, int(stats["head"].max()) + 1)
+    z = np.full((len(rows), width), np.nan)
+    ids = np.full((len(rows), width, 3), np.nan)
+    at = stats["layer"].map(rows).to_numpy(dtype=np.int64), stats["head"].to_numpy(dtype=np.int64)
+    z[at] = stats[measure].to_numpy(dtype=np.float64)
+    ids[at] = stats[["layer", "head", measure]].to_numpy(dtype=np.float64)
+    uniform = float(getattr(baseline, measure))
+    top = np.nanmax(np.append(z, uniform)) if kind.high is None else kind.high
+    figure = clickable_heatmap(
+        z,
+        ids=ids,
+        hover="layer %{customdata[0]}, head %{customdata[1]}<br>"
+        + kind.label
+        + ": %{customdata[2]:.3g}",
+        x_labels=[str(head) for head in range(width)],
+        y_labels=[str(layer) for layer in layers["layer"]],
+        x_title="attention head",
+        y_title="decoder layer",
+        scale=Scale(kind.label, 0.0, float(top) or 1.0),
+        dark=dark,
+    )
+    figure.update_traces(colorbar_title_text="", selector={"type": "heatmap"})
+    figure.update_xaxes(**ticks([str(head) for head in range(width)], room=_HEAD_LABELS))
+    for row, mixer in enumerate(layers["kind"]):
+        if mixer != HAS_MAP:
+            figure.add_annotation(
+                x=(width - 1) / 2,
+                y=row,
+                text=f"{label(mixer)}: no attention map",
+                showarrow=False,
+                font={"size": 10},
+            )
+    if chosen is not None and chosen[0] in rows:
+        frame(figure, chosen[1] - 0.5, chosen[1] + 0.5, rows[chosen[0]], rows[chosen[0]], dark)
+    theme.finish(
+        figure,
+        title=f"Every head: {kind.label}",
+        caption=scope.caption(
+            f"mean over {n_prompts:,} prompts",
+            f"uniform attention: {number(uniform)}",
+            *(["grey: not recorded, or no attention map"] if np.isnan(z).any() else []),
+            "click a head for its map",
+        ),
+        dark=dark,
+        height=int(np.clip(170 + 22 * len(rows), 330, 1000)),
+        caption_width=70,
+    )
+    return ground(figure, dark)
+
+
+def head_heatmap(
+    found: HeadMap,
+    *,
+    name: str,
+    scope: Scope,
+    window: range | None = None,
+    dark: bool = False,
+) -> go.Figure:
+    """Draw the whole pooled map of one head on one prompt.
+
+    Parameters
+    ----------
+    found : HeadMap
+        From ``queries.attention.head_map``.
+    name : str
+        Of the head.
+    window : range, optional
+        Tokens that are shown beside it, framed.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [query, key, share]: the first tokens of both blocks.
+    """
+    width = found.bin_width
+    z, ids = cells_of(found, range(len(found.weights)))
+    positions = [f"{first:,}" for first in range(len(z) * width)]
+    here = "token %{customdata[0]:d}" + (" to %{customdata[3]:d}" if width > 1 else "")
+    there = "token %{customdata[1]:d}" + (" to %{customdata[4]:d}" if width > 1 else "")
+    figure = clickable_heatmap(
+        z,
+        ids=ids,
+        hover=f"{here} attends to {there}:<br>%{{customdata[2]:.2%}} of its attention",
+        missing_hover=f"{here}: no query used",
+        x_labels=positions,
+        y_labels=positions,
+        x_title="key (position in the prompt)",
+        y_title="query (position in the prompt)",
+        scale=WEIGHT_SCALE,
+        dark=dark,
+        cell=width,
+    )
+    figure.update_xaxes(**ticks(positions, room=9))
+    figure.update_yaxes(**ticks(positions, room=12))
+    if window is not None and len(window) < found.tokens:
+        ends = window.start - 0.5, window.stop - 0.5
+        frame(figure, *ends, window.start, window.stop - 1, dark)
+    blocks = "exact" if width == 1 else f"a cell = mean over {width} × {width} tokens"
+    cut = [f"the first {len(positions):,} of {found.tokens:,} tokens"]
+    theme.finish(
+        figure,
+        title=f"{name} on the whole prompt (share of a query's attention)",
+        caption=scope.caption(
+            *(cut if len(positions) < found.tokens else []),
+            blocks,
+            "rows sum to 1",
+            "uniform: 1 / keys so far",
+            "grey: later tokens",
+        ),
+        dark=dark,
+        height=440,
+        caption_width=70,
+    )
+    return ground(figure, dark)
+
+
+def cells_of(found: HeadMap, blocks: range) -> tuple[Floats, Floats]:
+    """Return the colours and ids of the cells of some blocks; nan for keys after the query."""
+    part = slice(blocks.start, blocks.stop)
+    weights = found.weights[part, part]
+    if weights.size > MAX_CELLS:
+        return cells_of(found, blocks[: int(MAX_CELLS**0.5)])
+    width, last = found.bin_width, found.tokens - 1
+    first = np.arange(blocks.start, blocks.stop) * width
+    query, key = np.meshgrid(first, first, indexing="ij")
+    columns = [query, key, weights]
+    if width > 1:
+        columns += [np.minimum(query + width - 1, last), np.minimum(key + width - 1, last)]
+    ids = np.stack(columns, axis=2).astype(np.float64)
+    later = key > query
+    ids[later] = np.nan
+    return np.where(later, np.nan, log_weight(weights)), ids
+
+
+def log_weight(weights: Floats) -> Floats:
+    """Return weights as the colours have them: log10 within the scale."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.clip(np.log10(weights), _LOG_LOW, 0))
+
+
+def frame(
+    figure: go.Figure, left: float, right: float, top: float, bottom: float, dark: bool
+) -> None:
+    """Frame cells from one side to the other, and from the row ``top`` to the row ``bottom``."""
+    figure.add_shape(
+        type="rect",
+        x0=left,
+        x1=right,
+        y0=top - 0.5,
+        y1=bottom + 0.5,
+        line={"color": theme.foreground(dark), "width": 2},
+    )

@@ -1,0 +1,255 @@
+"""Attention: which heads look where, one head on one prompt, and whether routing follows it."""
+
+import pandas as pd
+import streamlit as st
+
+from explorer import service
+from explorer.metrics.heads import uniform_head
+from explorer.pages.attention.data import (
+    HAS_MAP,
+    attention_layers,
+    attention_prompts,
+    head_map,
+    head_stats,
+)
+from explorer.pages.attention.figures import MEASURES, head_heatmap, head_name, head_overview
+from explorer.pages.attention.keys import attended_keys_panel
+from explorer.pages.attention.together import routing_together_section
+from explorer.pages.attention.window import window_controls, window_map, window_of, window_text
+from explorer.pages.tokens.data import tokens
+from explorer.ui import address
+from explorer.ui.caption import Scope
+from explorer.ui.chart import chart
+from explorer.ui.number import span
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, ask, is_dark, several_sites
+from explorer.ui.wording import prompt_name
+
+_MEASURES = {
+    "entropy": "Entropy",
+    "sink_mass": "First token",
+    "mean_distance": "Distance",
+    "window_mass": "Nearby",
+}
+# a prompt of so many tokens is worth a first look
+_WORTH = 24
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    if ask(view, attention_prompts).empty:
+        _not_recorded()
+        return
+    prompts = ask(view, attention_prompts, **view.prompt_filters)
+    st.markdown(
+        "Before a layer's router chooses experts, the layer's attention **heads** gather "
+        "information from earlier tokens. Below is where each head looks; click one for its map."
+    )
+    if view.phase == "generated":
+        st.caption(
+            "Attention is recorded while a prompt is read: the filter *Generated* does not apply "
+            "to this page."
+        )
+    if prompts.empty:
+        st.info("No prompt of these filters has attention recorded. Change them at the side.")
+        return
+    head = _chosen_head(view)
+    left, right = st.columns(2, gap="large")
+    with left:
+        _overview(view, prompts, head)
+    with right:
+        prompt = _pick_prompt(prompts)
+        listed = _prompt_tokens(view, prompt)
+        token_id = _pick_token(listed)
+        position = int((listed["token_id"] == token_id).to_numpy().argmax())
+        window = window_of(position, prompt)
+        _whole_map(view, prompt, head, listed, window)
+    st.caption(
+        ":material/info: Attention is not an explanation: it says which tokens a head read from, "
+        "not what it took from them, nor whether that changed the model's answer."
+    )
+    _head_on_prompt(view, prompt, head, listed, position, window)
+    routing_together_section(view, head)
+
+
+def _not_recorded() -> None:
+    st.info(
+        "This run holds no attention maps: record them with "
+        "`python -m capture MODEL --prompts FILE --out RUN --level attention`, or on the Capture "
+        "page with the level *attention*.",
+        icon=":material/info:",
+    )
+    if service.may_write():
+        st.page_link(
+            "explorer/pages/capture/page.py",
+            label="Capture with attention",
+            icon=":material/arrow_forward:",
+        )
+
+
+def _chosen_head(view: View) -> tuple[int, int]:
+    """Return the head of the address; by default the first one of the layer at the side."""
+    stats = view.of_layers(ask(view, head_stats))
+    names = {
+        f"{layer}.{head}": (int(layer), int(head))
+        for layer, head in zip(stats["layer"], stats["head"], strict=True)
+    }
+    here = [name for name, (layer, _) in names.items() if layer == view.layer]
+    default = (here or list(names))[0]
+    return names[address.pick("head", list(names), default=default, what="head")]
+
+
+@part("All heads")
+def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
+    measure = address.choose(
+        st.segmented_control,
+        "measure",
+        "Of every head",
+        list(_MEASURES),
+        default="entropy",
+        show=_MEASURES.__getitem__,
+        help="  \n".join(f"**{_MEASURES[m]}**: {MEASURES[m].meaning}" for m in _MEASURES),
+    )
+    stats = view.of_layers(ask(view, head_stats, **view.prompt_filters))
+    layers = view.of_layers(ask(view, attention_layers))
+    queries = int(stats["queries"].max())
+    figure = head_overview(
+        stats,
+        layers,
+        measure,
+        baseline=uniform_head(zip(prompts["tokens"], prompts["every"], strict=True)),
+        scope=_scope(view, queries)._replace(layers=view.layers),
+        n_prompts=len(prompts),
+        chosen=head,
+        dark=is_dark(),
+    )
+    chart(
+        figure,
+        key="heads",
+        alt=f"Heatmap of {len(layers)} layers by attention heads: {MEASURES[measure].label}, "
+        f"{span(stats[measure])}. Click: the head's map.",
+        table=stats,
+        on_click=lambda data: _go_to_head(view, int(data[0]), int(data[1])),
+    )
+    without = layers[layers["kind"] != HAS_MAP]
+    if len(without):
+        kinds = ", ".join(sorted({address.plain(kind) for kind in without["kind"]}))
+        st.caption(
+            f"{len(without)} of {len(layers)} layers mix tokens by {kinds}: they have no attention "
+            "map."
+        )
+
+
+def _go_to_head(view: View, layer: int, head: int) -> None:
+    address.write("head", f"{layer}.{head}")
+    # the experts shown beside a head are those of its own layer, where that has a router
+    if layer in view.run.layers:
+        address.write("layer", f"{layer}.0" if several_sites(view.run) else str(layer))
+
+
+def _scope(view: View, n_tokens: int) -> Scope:
+    phase = "prompt" if len(view.run.phases) > 1 else None
+    return view.scope(n_tokens)._replace(phase=phase)
+
+
+def _pick_prompt(prompts: pd.DataFrame) -> pd.Series:
+    rows = {str(row["prompt_id"]): row for _, row in prompts.iterrows()}
+    wanted = address.read("prompt")
+    if wanted and wanted not in rows:
+        address.note(
+            f"Attention was not recorded for the prompt “{wanted[:20]}”; showing another one."
+        )
+        _change_prompt("")
+    first = _default_prompt(prompts)
+    key = address.choose(
+        st.selectbox,
+        "prompt",
+        "Prompt (those with attention)",
+        list(rows),
+        default=str(first),
+        show=lambda key: prompt_name(rows[key]),
+        on_write=_change_prompt,
+    )
+    return rows[key]
+
+
+def _default_prompt(prompts: pd.DataFrame) -> int:
+    """Return the longest prompt whose map is exact, else one that has something to look at."""
+    worth = prompts[prompts["tokens"] >= _WORTH]
+    exact = worth[worth["bin_width"] == 1]
+    if len(exact):
+        return int(exact.loc[exact["tokens"].idxmax(), "prompt_id"])
+    return int((worth if len(worth) else prompts)["prompt_id"].iloc[0])
+
+
+def _change_prompt(key: str) -> None:
+    address.write("prompt", key)
+    address.write("token", "")
+
+
+def _prompt_tokens(view: View, prompt: pd.Series) -> pd.DataFrame:
+    listed = ask(view, tokens, prompt_id=int(prompt["prompt_id"]))
+    return listed[listed["phase"] == "prompt"].reset_index(drop=True)
+
+
+def _pick_token(listed: pd.DataFrame) -> int:
+    """Return the token of the address, by default one that has a few tokens before it."""
+    default = str(listed["token_id"].iloc[min(len(listed) - 1, 12)])
+    known = set(listed["token_id"].astype(str))
+    return int(address.pick("token", sorted(known), default=default, what="token of this prompt"))
+
+
+@part("Map of the head")
+def _whole_map(
+    view: View,
+    prompt: pd.Series,
+    head: tuple[int, int],
+    listed: pd.DataFrame,
+    window: range,
+) -> None:
+    found = ask(view, head_map, prompt_id=int(prompt["prompt_id"]), layer=head[0], head=head[1])
+    ids = listed["token_id"].tolist()
+    chart(
+        head_heatmap(
+            found,
+            name=head_name(*head),
+            scope=_prompt_scope(view, prompt),
+            window=window,
+            dark=is_dark(),
+        ),
+        key="head map",
+        alt=f"Heatmap of {len(found.weights)} blocks of queries by as many blocks of keys: the "
+        f"share of attention of {head_name(*head)} on prompt {prompt['prompt_id']}. Click: the "
+        "token.",
+        table=pd.DataFrame(found.weights),
+        on_click=lambda data: address.write("token", str(ids[int(data[0])])),
+    )
+
+
+def _prompt_scope(view: View, prompt: pd.Series) -> Scope:
+    scope = _scope(view, int(prompt["tokens"])).without_filters()
+    return scope._replace(domain=prompt["domain"] or None)
+
+
+@part("The head, token by token")
+def _head_on_prompt(
+    view: View,
+    prompt: pd.Series,
+    head: tuple[int, int],
+    listed: pd.DataFrame,
+    position: int,
+    window: range,
+) -> None:
+    st.subheader(f"{head_name(*head)}, token by token", anchor=False)
+    show = window_controls(int(prompt["tokens"]), int(prompt["bin_width"]))
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        window_text(view, prompt, head, listed, position, window)
+    with right, st.container(key="token panel"):
+        attended_keys_panel(view, prompt, head, listed, position)
+    window_map(view, prompt, head, listed, position, window, _prompt_scope(view, prompt), show)
+
+
+render()

@@ -1,0 +1,362 @@
+"""Capture: from prompts to a run that can be looked at."""
+
+import re
+from typing import Any, NamedTuple
+
+import pandas as pd
+import streamlit as st
+
+from capture.errors import PromptError
+from capture.prompts.records import Prompt, read_prompts, read_prompts_bytes
+from capture.recorder.estimate import human_bytes
+from explorer import service
+from explorer.pages.capture.attention_options import DEFAULTS, attention_options
+from explorer.ui import address
+from explorer.ui.job import follow
+from explorer.ui.state import SUFFIX, exists, new_name, run_names, runs_folder
+from explorer.ui.uploaded import TYPES, prompts_of
+from explorer.ui.visible import one_line
+from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
+from explorer.worker.cost import SIZE_OPTIONS, cost
+
+PREVIEWED = 6
+MAX_GENERATE = 512
+NAME = re.compile(r"\w[\w.-]{0,59}")
+_SOURCES = {"type": "Type", "upload": "Upload a file", "demo": "Demo prompts"}
+_LEVELS = {
+    "stats": ("stats", "Totals per expert only; the smallest file."),
+    "ids": ("ids", "Experts, weights and four statistics of every token. The usual choice."),
+    "scores": ("scores", "Also every expert's score for every token."),
+    "attention": (
+        "attention",
+        "Also where the attention heads look, for some of the prompts; takes longer.",
+    ),
+}
+_DEMO, _OTHER = "demo", "other"
+_EXAMPLE = (
+    "The court held that the contract was void.\n"
+    "def mean(values): return sum(values) / len(values)\n"
+    "Der Zug nach Hamburg fährt um acht Uhr."
+)
+
+
+class Plan(NamedTuple):
+    """What the form says."""
+
+    prompts: list[Prompt]
+    model: str
+    level: str
+    generate: int
+    sample_tokens: int
+    name: str
+    attention: dict[str, Any]
+    problem: str
+
+
+def render() -> None:
+    """Draw the page."""
+    st.markdown(
+        "Let a model read prompts and record what its routers do. The result is a **run**: one "
+        "file in the runs folder, which the other pages show."
+    )
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        prompts = _prompts()
+        model = _model()
+        plan = _options(prompts, model)
+        _start(plan)
+    with right:
+        _jobs()
+        _unfinished()
+
+
+def _prompts() -> list[Prompt]:
+    st.subheader("1 · Prompts", anchor=False)
+    source = st.segmented_control(
+        "Where the prompts come from",
+        list(_SOURCES),
+        default="type",
+        required=True,
+        format_func=_SOURCES.__getitem__,
+        label_visibility="collapsed",
+        key="source",
+    )
+    try:
+        prompts = _read(source or "type")
+    except PromptError as error:
+        st.error(address.plain(str(error)), icon=":material/error:")
+        return []
+    if prompts and source != "type":
+        _preview(prompts)
+    return prompts
+
+
+def _read(source: str) -> list[Prompt]:
+    if source == "demo":
+        return _demo_prompts()
+    if source == "upload":
+        upload = st.file_uploader(
+            "A file of prompts",
+            type=TYPES,
+            help="txt: one prompt a line, or blocks between blank lines. csv, jsonl, parquet: a "
+            "column `text`, and `domain` if you like.",
+            key="upload",
+        )
+        return prompts_of(upload)
+    text = st.text_area(
+        "Prompts, one a line (or blocks between blank lines)",
+        height=150,
+        placeholder=_EXAMPLE,
+        key="typed",
+    )
+    return read_prompts_bytes("typed.txt", text.encode()) if text.strip() else []
+
+
+@st.cache_data(max_entries=1, show_spinner=False)
+def _demo_prompts() -> list[Prompt]:
+    return read_prompts("demo")
+
+
+def _preview(prompts: list[Prompt]) -> None:
+    domains = sorted({prompt.domain for prompt in prompts if prompt.domain})
+    texts = ["" if p.text is None else one_line(p.text, 120) for p in prompts[:PREVIEWED]]
+    st.dataframe(
+        pd.DataFrame({"domain": [p.domain or "" for p in prompts[:PREVIEWED]], "text": texts}),
+        hide_index=True,
+        alt="The first prompts",
+        column_config={"domain": st.column_config.TextColumn("Domain", width=90), "text": "Text"},
+    )
+    more = f"The first {PREVIEWED} of " if len(prompts) > PREVIEWED else ""
+    st.caption(f"{more}{len(prompts):,} prompts in {max(1, len(domains)):,} domains.")
+
+
+def _model() -> str:
+    st.subheader("2 · Model", anchor=False)
+    kind = st.radio(
+        "Model",
+        [_DEMO, _OTHER],
+        format_func={_DEMO: "Demo model", _OTHER: "Another model"}.__getitem__,
+        captions=[
+            "Comes with RouteScope; runs in seconds.",
+            "From the Hugging Face hub or a folder.",
+        ],
+        horizontal=True,
+        label_visibility="collapsed",
+        key="model kind",
+    )
+    if kind == _DEMO:
+        return "demo"
+    model = st.text_input(
+        "Hub id or folder", placeholder="allenai/OLMoE-1B-7B-0125", key="model name"
+    ).strip()
+    st.warning(
+        "The model is loaded on the machine that runs this app, and is downloaded first if it is "
+        "not there: that can take many gigabytes and minutes. Only safetensors weights are "
+        "loaded and no code of the model's authors is run.",
+        icon=":material/warning:",
+    )
+    return model
+
+
+def _options(prompts: list[Prompt], model: str) -> Plan:
+    st.subheader("3 · What to record", anchor=False)
+    level = st.segmented_control(
+        "Level",
+        list(_LEVELS),
+        default="ids",
+        required=True,
+        format_func=lambda name: _LEVELS[name][0],
+        help="  \n".join(f"**{name}**: {text}" for name, (_, text) in _LEVELS.items()),
+        key="level choice",
+    )
+    st.caption(_LEVELS[level or "ids"][1])
+    attention, problem = dict(DEFAULTS), ""
+    if level == "attention":
+        attention, problem = attention_options()
+    first, second, third = st.columns(3)
+    generate = first.number_input(
+        "Generate per prompt",
+        min_value=0,
+        max_value=MAX_GENERATE,
+        value=0,
+        help="Tokens that the model writes after each prompt; they are recorded too.",
+        key="generate",
+    )
+    sample = second.number_input(
+        "Sampled tokens",
+        min_value=0,
+        value=50_000,
+        step=10_000,
+        help="For so many tokens every expert's score and the router's input are kept as well, "
+        "whatever the level. 0 = none.",
+        key="sample",
+    )
+    wish = re.sub(r"[^\w.-]+", "-", model.split("/")[-1]).strip("-.") or "run"
+    name = third.text_input(
+        "Name of the run",
+        value=new_name(runs_folder(), "mine" if model == "demo" else wish[:50]),
+        help="Letters, digits, dots, dashes and underscores.",
+        key=f"name {len(run_names())} {model}",
+    ).strip()
+    return Plan(
+        prompts, model, level or "ids", int(generate), int(sample), name, attention, problem
+    )
+
+
+def _start(plan: Plan) -> None:
+    problem = _problem(plan)
+    if plan.prompts and plan.model:
+        st.info(_cost_text(plan), icon=":material/database:")
+    if problem:
+        st.caption(problem)
+    if st.button("Start capture", type="primary", disabled=bool(problem), key="start"):
+        out = runs_folder() / f"{plan.name}{SUFFIX}"
+        records: list[dict[str, Any]] = [_record(prompt) for prompt in plan.prompts]
+        request = CaptureRequest(
+            str(out),
+            plan.model,
+            records,
+            plan.level,
+            plan.generate,
+            plan.sample_tokens,
+            **plan.attention,
+        )
+        job = service.submit(request)
+        address.write("job", str(job.job_id))
+        st.rerun()
+
+
+def _problem(plan: Plan) -> str:
+    if not plan.prompts:
+        return "Give at least one prompt to start."
+    if not plan.model:
+        return "Name a model to start."
+    if plan.problem:
+        return plan.problem
+    if not NAME.fullmatch(plan.name):
+        return (
+            "The name of the run must start with a letter or digit and hold at most 60 letters, "
+            "digits, dots, dashes and underscores."
+        )
+    if plan.name != new_name(runs_folder(), plan.name):
+        return f"There is a run named {plan.name} already; runs are never overwritten."
+    return ""
+
+
+def _record(prompt: Prompt) -> dict[str, Any]:
+    known = {
+        "text": prompt.text,
+        "ids": None if prompt.ids is None else list(prompt.ids),
+        "domain": prompt.domain,
+        "source": prompt.source,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _cost_text(plan: Plan) -> str:
+    found = _cost(plan)
+    if found is None:
+        return (
+            "The size of the run is not known before the model is loaded; it is then shown under "
+            "the progress bar, and nothing is recorded if the disk is too small."
+        )
+    estimate, counted = found
+    per_token = ", ".join(f"{name} {v:,.0f} B" for name, v in estimate.bytes_per_token.items())
+    sample = ""
+    if estimate.sample_tokens:
+        sample = (
+            f", of which {human_bytes(estimate.sample_bytes)} for the sample of "
+            f"{estimate.sample_tokens:,} tokens"
+        )
+    attention = ""
+    if estimate.attended_prompts:
+        attention = (
+            f"{' and' if sample else ', of which'} {human_bytes(estimate.attention_bytes)} for "
+            f"the attention of {estimate.attended_prompts:,} prompts"
+        )
+    about = "" if counted else "about "
+    return (
+        f"**{len(plan.prompts):,} prompts, {about}{estimate.tokens:,} tokens: about "
+        f"{human_bytes(estimate.total_bytes)}**{sample}{attention}.  \n"
+        f"Per token by level: {per_token}."
+    )
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _cost(plan: Plan) -> Any:
+    return cost(
+        plan.model,
+        plan.prompts,
+        level=plan.level,  # type: ignore[arg-type]
+        generate=plan.generate,
+        sample_tokens=plan.sample_tokens,
+        **{name: plan.attention[name] for name in SIZE_OPTIONS},
+    )
+
+
+def _jobs() -> None:
+    st.subheader("Captures", anchor=False)
+    # a map or a comparison is no capture
+    kinds = (CaptureRequest, RecoverRequest)
+    jobs = {
+        str(job.job_id): job for job in shared_worker().jobs() if isinstance(job.request, kinds)
+    }
+    chosen = address.read("job")
+    if chosen and chosen not in jobs:
+        st.info("The capture of this link is not known any more: the app was restarted since.")
+        address.write("job", "")
+    first = jobs.get(chosen) or next((job for job in jobs.values() if job.active), None)
+    if first is None and not jobs:
+        st.caption("None yet since the app was started.")
+    if first is not None:
+        ended = follow(first.job_id, key="capture")
+        if ended is not None and ended.path and exists(ended.path):
+            _open_button(ended, primary=True)
+    others = [job for job in jobs.values() if first is None or job.job_id != first.job_id]
+    if others:
+        more = "" if first is None else " more"
+        with st.expander(f"{len(others)}{more} since the app was started", expanded=first is None):
+            for job in others:
+                _one_line(job)
+
+
+def _one_line(job: Job) -> None:
+    left, right = st.columns([3, 1], vertical_alignment="center")
+    left.markdown(f"**{address.plain(job.request.title)}** · {job.state}")
+    with right:
+        if job.active:
+            if st.button("Stop", key=f"stop {job.job_id}", width="stretch"):
+                service.cancel(job.job_id)
+                st.rerun()
+        elif job.path and exists(job.path):
+            _open_button(job, primary=False)
+
+
+def _open_button(job: Job, *, primary: bool) -> None:
+    if st.button(
+        "Open the run" if primary else "Open",
+        type="primary" if primary else "secondary",
+        key=f"open {job.job_id}",
+    ):
+        st.switch_page("explorer/pages/overview/page.py", query_params={"run": job.request.title})
+
+
+def _unfinished() -> None:
+    """Offer to close the files that killed captures left behind."""
+    writing = {job.request.out for job in shared_worker().jobs() if job.active}
+    files = service.own_files(runs_folder(), f"*{SUFFIX}.partial")
+    left = [f for f in files if str(f).removesuffix(".partial") not in writing]
+    if not left:
+        return
+    st.subheader("Unfinished captures", anchor=False)
+    st.caption("Files of captures that were killed, or that another program is writing now.")
+    for path in left:
+        name, button = st.columns([3, 1], vertical_alignment="center")
+        name.markdown(f"**{address.plain(path.name)}** · {human_bytes(path.stat().st_size)}")
+        if button.button("Recover", key=f"recover {path.name}", width="stretch"):
+            job = service.submit(RecoverRequest(str(path)))
+            address.write("job", str(job.job_id))
+            st.rerun()
+
+
+render()

@@ -1,0 +1,364 @@
+"""Clusters: a map of tokens, prompts or experts, what is near what, and how far to trust it."""
+
+import html
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import streamlit as st
+
+from explorer.comparison.catalogue import catalogue
+from explorer.errors import RunError
+from explorer.maps import regions
+from explorer.maps.data import vector_counts
+from explorer.maps.features import Source
+from explorer.maps.points import PointTable
+from explorer.maps.prepare import Prepared, prepare
+from explorer.maps.projection import FEWEST
+from explorer.pages.clusters.figures import map_density, map_points
+from explorer.pages.clusters.points import (
+    AMOUNTS,
+    HUES,
+    MAX_POINTS,
+    Hue,
+    amount_range,
+    drawn_points,
+    hue_of,
+    id_names,
+    point_table,
+)
+from explorer.pages.clusters.quality import METHODS, quality_panel
+from explorer.pages.clusters.selection import selection_section
+from explorer.pages.clusters.work import Made, Wanted, made
+from explorer.ui import address, jump
+from explorer.ui.address import domain_key
+from explorer.ui.caption import Caption
+from explorer.ui.chart import chart
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, ask, is_dark
+
+BINS = 240  # of a density map, along its longer side
+_UNITS = {"tokens": "Tokens", "prompts": "Prompts", "experts": "Experts"}
+_FEATURES = {"hidden": "Router inputs", "scores": "Router scores"}
+_LAYOUTS = {"umap": "UMAP", "pca": "PCA"}
+_GROUPS = ("6", "12", "24", "48")
+_NO_UMAP = (
+    f"UMAP needs {FEWEST} different vectors of two numbers or more, and there are fewer here: the "
+    "picture is the PCA."
+)
+_OTHER_REGION = (
+    "The link names a region that is not of this picture: it was drawn on another map, on the "
+    "other layout, or before the vectors changed. Nothing is selected."
+)
+# what a run knows of a router's inputs
+_RECORDED = {"hidden", "logits", "native", "token_ids", "starts", "positions"}
+_WHAT = {
+    "tokens": "A point is a **token**, described by what the router of the chosen layer read or "
+    "by its score for every expert. Near points are tokens that the router sees alike.",
+    "prompts": "A point is a **prompt**, described by how its tokens were spread over the "
+    "experts of all layers. Near points are prompts that use the same experts.",
+    "experts": "A point is an **expert** of a layer, described by the prompts that its tokens "
+    "came from. Near points are experts that serve the same prompts, in whichever layer.",
+}
+
+
+class Asked(NamedTuple):
+    """What the controls say."""
+
+    wanted: Wanted
+    layout: str
+    hue: str
+
+    @property
+    def source(self) -> Source:
+        """Where the vectors come from."""
+        return self.wanted.source
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    jump.follow()
+    asked = _controls(view)
+    if asked is None:
+        return
+    st.markdown(_WHAT[asked.source.unit])
+    try:
+        prepared = ask(view, prepare, source=asked.source)
+    except RunError as error:
+        st.info(address.plain(str(error)), icon=":material/info:")
+        return
+    if len(prepared.ids) < 2:
+        st.info("There are fewer than two points, so there is nothing to map.")
+        return
+    if prepared.is_point:
+        st.info(
+            f"All {len(prepared.ids):,} vectors are equal, so that the map is one point and the "
+            f"{asked.source.unit} are one cluster.",
+            icon=":material/info:",
+        )
+    elif asked.layout == "umap" and not prepared.has_umap:
+        st.info(_NO_UMAP, icon=":material/info:")
+    _picture(view, asked, prepared, made(view, asked.wanted, prepared))
+
+
+def _controls(view: View) -> Asked | None:
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        unit = _choose("map", "Map of", _UNITS, "tokens", "hue")
+        feature = "hidden"
+        if unit == "tokens":
+            counts = ask(view, vector_counts, layer=view.layer, site=view.site)
+            there = {name: text for name, text in _FEATURES.items() if counts[name]}
+            if there:
+                feature = _choose("vectors", "By", there, next(iter(there)))
+        layout = _choose("layout", "Layout", _LAYOUTS, "umap")
+        hues = dict(HUES[unit])
+        hue = address.choose(
+            st.selectbox,
+            "hue",
+            "Colour",
+            list(hues),
+            default=next(iter(hues)),
+            show=hues.__getitem__,
+            width=150,
+        )
+        method = address.choose(
+            st.selectbox,
+            "method",
+            "Clusters",
+            list(METHODS),
+            default="kmeans",
+            show=METHODS.__getitem__,
+            width=150,
+            help="Found among the vectors themselves, not on their picture.",
+        )
+        groups = "12"
+        if method != "hdbscan":
+            groups = address.choose(
+                st.selectbox,
+                "groups",
+                "How many",
+                _GROUPS,
+                default="12",
+                show=lambda n: n,
+                width=90,
+            )
+    if unit == "tokens" and not there:
+        _not_recorded(view)
+        return None
+    source = Source(unit, feature, view.layer, view.site)  # type: ignore[arg-type]
+    router = _router() if hue == "router" else ""
+    return Asked(Wanted(source, method, int(groups), router), layout, hue)
+
+
+def _router() -> str:
+    """Let the reader choose whose choices the map shows."""
+    with st.spinner("Listing the routers…"):
+        titles = {
+            str(card["name"]): str(card["title"])
+            for card in catalogue()
+            if card["part"] == "expert"
+            and card["fits"] != "trained"
+            and {*card["needs"]} <= _RECORDED
+        }
+    return address.choose(
+        st.selectbox,
+        "other",
+        "Router",
+        list(titles),
+        default="kmeans",
+        show=titles.__getitem__,
+        width=240,
+        help="Fitted on half of the prompts where it has to be, then asked about every mapped "
+        "token: which expert would it weigh most?",
+    )
+
+
+def _choose(name: str, text: str, choices: dict[str, str], default: str, *limits: str) -> str:
+    """Draw one choice; those that it ``limits`` go back to their defaults when it changes."""
+
+    def write(value: str) -> None:
+        for other in limits:
+            address.write(other, "")
+        address.write(name, "" if value == default else value)
+
+    return address.choose(
+        st.segmented_control,
+        name,
+        text,
+        list(choices),
+        default=default,
+        show=choices.__getitem__,
+        on_write=write,
+    )
+
+
+def _not_recorded(view: View) -> None:
+    """Say what is missing and how to record it."""
+    st.info(
+        f"This run holds no router inputs and no scores of layer {view.site_name}, so its tokens "
+        "cannot be mapped. They are kept for a sample of tokens, unless a capture is told not to.",
+        icon=":material/info:",
+    )
+    st.code(
+        "python -m capture MODEL --prompts FILE --out RUN.duckdb --sample-tokens 50000",
+        language="bash",
+    )
+    if view.run.records_ids:
+        st.caption("Maps of **Prompts** and **Experts** need expert ids only: this run has them.")
+
+
+def _picture(view: View, asked: Asked, prepared: Prepared, there: Made) -> None:
+    is_umap = asked.layout == "umap" and there.layout is not None
+    xy = prepared.flat
+    if is_umap and there.layout is not None:
+        xy = np.stack([there.layout.columns["x"], there.layout.columns["y"]], axis=1)
+    extra: dict[str, Any] = {}
+    wanted = asked.wanted
+    if there.clusters is not None:
+        name = f"{wanted.method} {wanted.n_clusters}"
+        extra["cluster"] = (name, pa.array(there.clusters.columns["cluster"]))
+    if there.choices is not None:
+        chosen = there.choices.columns["router"]
+        extra["router"] = (wanted.router, pa.array(chosen, mask=chosen < 0))
+    layout = "UMAP" if is_umap else "PCA"
+    table = point_table(view, asked.source, prepared, xy, layout, extra)
+    left, right = st.columns([4, 1], gap="large")
+    hue = asked.hue
+    if hue in ("cluster", "router") and hue not in extra:
+        left.caption(f"Coloured by domain until the {HUES['tokens'][hue].lower()} is known.")
+        hue = "domain"
+    title = HUES[asked.source.unit][hue]
+    if hue == "router":
+        title = f"the expert of {wanted.router}"
+    with left:
+        region = _region(prepared, layout)
+        if region is None and address.read("region"):
+            st.info(_OTHER_REGION, icon=":material/info:")
+        _figure(view, asked, prepared, table, hue_of(view, hue, title), layout, region)
+    with right:
+        quality_panel(asked.source, wanted.method, prepared, there.layout, there.clusters, layout)
+    selection_section(view, asked.source, table, region)
+
+
+def _tag(prepared: Prepared, layout: str) -> str:
+    """Return the name of a picture: a region of one means nothing on another."""
+    return f"{prepared.digest[:8]}{layout[0].lower()}"
+
+
+def _region(prepared: Prepared, layout: str) -> regions.Region | None:
+    tag, _, text = address.read("region").partition(":")
+    return regions.read(text) if tag == _tag(prepared, layout) else None
+
+
+def _figure(
+    view: View,
+    asked: Asked,
+    prepared: Prepared,
+    table: PointTable,
+    hue: Hue,
+    layout: str,
+    region: regions.Region | None,
+) -> None:
+    unit = asked.source.unit
+    tag = _tag(prepared, layout)
+    key = f"map {tag}"
+    state: Any = st.session_state.get(key)
+    # what was drawn in this session shows itself
+    outlined = None if state and regions.drawn(state["selection"]) else region
+    common: dict[str, Any] = {
+        "caption": _caption(view, asked, table, layout),
+        "extent": table.extent(),
+        "region": outlined,
+        "dark": is_dark(),
+    }
+
+    def on_region(selection: Any) -> None:
+        found = regions.drawn(selection)
+        address.write("region", f"{tag}:{regions.write(found)}" if found else "")
+
+    title = f"{layout} of {unit}"
+    if unit == "tokens":
+        title += f": {_FEATURES[asked.source.feature].lower()} of layer {view.site_name}"
+    if table.n_shown > MAX_POINTS:
+        figure = _density(table, hue, title, common)
+        drawn = "density map"
+    else:
+        points = drawn_points(table, asked.source, hue, view)
+        figure = map_points(
+            points.x,
+            points.y,
+            points.shown,
+            texts=points.texts,
+            color=points.color,
+            title=f"{title}, coloured by {hue.title.lower()}",
+            **common,
+        )
+        drawn = "scatter plot"
+    columns = list(dict.fromkeys([*id_names(asked.source).split(", "), "x", "y", hue.column]))
+    chart(
+        figure,
+        key=key,
+        alt=f"{layout} {drawn} of {table.n_shown:,} {unit}, coloured by {hue.title.lower()}. Draw "
+        "a box or a line to list what is inside.",
+        table=lambda: table.rows(", ".join(columns)),
+        on_region=on_region,
+    )
+
+
+def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) -> Any:
+    if hue.is_amount:
+        low, high = amount_range(table, hue)
+        return map_density(
+            table.density(BINS, mean=hue.column),
+            value_title=f"mean {AMOUNTS[hue.column]}",
+            low=low,
+            high=high,
+            title=f"{title}: mean {hue.title.lower()} of the points of each bin",
+            **common,
+        )
+    values = table.values(hue.column)["value"].tolist()
+    keys = [domain_key(value) if hue.column == "domain" else str(value) for value in values]
+    names = dict(zip(keys, hue.names(values), strict=True))
+    chosen = address.choose(
+        st.selectbox,
+        "value",
+        f"Show where {hue.title.lower()} is",
+        ["", *names],
+        default="",
+        show=lambda name: html.unescape(names[name]) if name else "any: how many points",
+        width=320,
+    )
+    if not chosen:
+        return map_density(
+            table.density(BINS), title=f"{title}: number of points in each bin", **common
+        )
+    value = values[keys.index(chosen)]
+    return map_density(
+        table.density(BINS, share=(hue.column, value)),
+        value_title="share of the points",
+        title=f"{title}: share of {names[chosen]}",
+        **common,
+    )
+
+
+def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> Caption:
+    unit = asked.source.unit
+    parts = [f"{table.n_shown:,} of {table.n_points:,} mapped {unit}"]
+    acting = view.scope(table.n_shown, over_layers=unit == "experts")
+    # experts are mapped by all of their tokens, prompts by whole ones
+    if unit == "experts":
+        acting = acting.without_filters()
+    if unit != "tokens":
+        acting = acting._replace(phase=None)
+    said = ", ".join(view.scope(table.n_shown).filters())
+    if said and unit != "experts":
+        parts.append(f"filters: {said}")
+    if unit == "tokens":
+        parts.append("padding excluded")
+    parts.append("axes have no unit" if layout == "UMAP" else "first two principal components")
+    parts.append("draw a box or a line to see what is inside")
+    return Caption("; ".join(parts), acting.filter_values())
+
+
+render()

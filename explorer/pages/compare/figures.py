@@ -1,0 +1,309 @@
+"""Figures of a comparison of routers: fronts, and how routers learned."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.comparison.paired import CONTROLS
+from explorer.registry import Registry
+from explorer.ui import theme
+from explorer.ui.names import labels
+from explorer.ui.text import label
+
+# colour and form of a family: told apart without colour as well
+FAMILIES = {
+    "attention": ("blue", "circle"),
+    "clustering": ("orange", "square"),
+    "gating": ("green", "diamond"),
+    "rl": ("purple", "star"),
+    "literature": ("sky", "triangle-up"),
+    "control": ("grey", "x-thin-open"),
+}
+FAMILY_NAMES = {"rl": "reinforcement learning"}
+_FLAGS = ("causal", "batch_dependent", "simulated")
+_MARKER = 11
+_MOST_LAMBDAS = 8
+_LABELLED = 14  # points with a name beside them; more overlap
+
+
+class Axis(NamedTuple):
+    """A column of a comparison, as an axis.
+
+    Attributes
+    ----------
+    title : str
+        With unit.
+    native : float
+        Where the model's own router is.
+    meaning : str
+        One sentence for a newcomer.
+    """
+
+    title: str
+    native: float
+    meaning: str
+
+
+AXES: Registry[Axis] = Registry("cost")
+for _name, _axis in {
+    "flops_ratio": Axis(
+        "FLOPs a token (share of the model's own)",
+        1.0,
+        "Multiplications and additions that ran, in the whole model, the router's own included.",
+    ),
+    "expert_flops_ratio": Axis(
+        "expert FLOPs a token (share of the model's own)",
+        1.0,
+        "Multiplications and additions of the experts only.",
+    ),
+    "latency_ratio": Axis(
+        "measured time of a forward pass (share of the model's own)",
+        1.0,
+        "Wall time on this machine, in turns with the unchanged model; small models are bound by "
+        "other things than experts.",
+    ),
+    "max_violation": Axis(
+        "MaxVio (busiest expert's excess, fair shares; mean of layers)",
+        float("nan"),
+        "How far the busiest expert is above a fair share; 0 = even.",
+    ),
+    "agreement": Axis(
+        "agreement (share of the model's own experts that were chosen)",
+        1.0,
+        "Agreement is a poor predictor of loss: see how the points lie.",
+    ),
+}.items():
+    AXES.add(_name)(_axis)
+
+
+def family_name(family: str) -> str:
+    """Return what a family is called."""
+    return FAMILY_NAMES.get(family, family)
+
+
+def badges(row: "pd.Series[object]") -> list[str]:
+    """Return what must be said of a router wherever it appears."""
+    known = {name: not pd.isna(row[name]) and bool(row[name]) for name in _FLAGS}
+    found = ["not causal"] if not known["causal"] and not pd.isna(row["causal"]) else []
+    found += ["depends on the batch"] if known["batch_dependent"] else []
+    return found + (["simulated"] if known["simulated"] else [])
+
+
+def marked(results: pd.DataFrame) -> dict[str, str]:
+    """Return how routers are called where there is no room for badges: with a † for any badge."""
+    wearing = {str(row["router"]) for _, row in results.iterrows() if badges(row)}
+    return {str(name): f"{name} †" if name in wearing else str(name) for name in results["router"]}
+
+
+def front(
+    results: pd.DataFrame, *, cost: str, native_loss: float, tokens: int, dark: bool = False
+) -> go.Figure:
+    """Draw the change in loss of routers over what they cost.
+
+    Parameters
+    ----------
+    results : DataFrame
+        Rows of a comparison's ``results`` with all layers swapped, one a router and seed.
+    cost : str
+        A name in ``AXES``.
+    native_loss : float, nats a token
+    tokens : int
+        Tokens that the loss is of.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [row number in ``results``].
+    """
+    axis = AXES[cost]
+    figure = go.Figure()
+    ours = results[results["family"] != "control"]
+    named = len(ours) <= _LABELLED
+    for family, (name, symbol) in FAMILIES.items():
+        color = theme.hue(name, dark)
+        rows = results[results["family"] == family]
+        if rows.empty:
+            continue
+        numbers = results.index.get_indexer(rows.index)
+        figure.add_trace(
+            go.Scatter(
+                x=rows[cost].to_numpy(dtype=np.float64),
+                y=rows["loss_change"].to_numpy(dtype=np.float64),
+                error_y={
+                    "array": _margin(rows).to_numpy(dtype=np.float64),
+                    "thickness": 1.2,
+                    "width": 3,
+                },
+                mode="markers+text" if named and family != "control" else "markers",
+                text=labels(rows["router"].tolist(), limit=22),
+                textposition="top center",
+                textfont={"size": 10},
+                customdata=numbers[:, None],
+                hovertext=[_hover(row) for _, row in rows.iterrows()],
+                hovertemplate="%{hovertext}<extra></extra>",
+                marker={
+                    "color": color,
+                    "symbol": symbol,
+                    "size": _MARKER,
+                    "line": {"color": color, "width": 2.5 if family == "control" else 0},
+                },
+                name=label(family_name(family)),
+            )
+        )
+    figure.add_hline(0.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})
+    if not np.isnan(axis.native):
+        figure.add_vline(
+            axis.native, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"}
+        )
+    best = pareto(results, cost)
+    figure.add_trace(
+        go.Scatter(
+            x=best[cost].to_numpy(dtype=np.float64),
+            y=best["loss_change"].to_numpy(dtype=np.float64),
+            mode="lines",
+            line={"color": theme.foreground(dark), "width": 1},
+            name="front: nothing is cheaper and better",
+            hoverinfo="skip",
+        )
+    )
+    low, high = _extent(ours if len(ours) else results)
+    above = int((results["loss_change"] > high).sum())
+    figure.update_xaxes(title=axis.title)
+    figure.update_yaxes(
+        title="change in loss (nats a token; 0 = the model's own router)", range=[low, high]
+    )
+    figure.update_layout(clickmode="event+select", dragmode="zoom", hovermode="closest")
+    return theme.finish(
+        figure,
+        title="What routers cost and what they save",
+        caption=f"n = {tokens:,} held-out tokens; bars: 95 % interval of the paired "
+        f"difference over texts; the model's own loss is {native_loss:.3f}"
+        + (
+            f"; {above} {'point lies' if above == 1 else 'points lie'} above: double-click to see "
+            "all"
+            if above
+            else ""
+        ),
+        dark=dark,
+        height=480,
+        legend=True,
+    )
+
+
+def _extent(rows: pd.DataFrame) -> tuple[float, float]:
+    """Return the range of the losses, with room for bars and names; chance would squeeze it."""
+    error = _margin(rows).fillna(0.0)
+    low = min(0.0, float((rows["loss_change"] - error).min()))
+    high = max(0.0, float((rows["loss_change"] + error).max()))
+    room = 0.08 * max(high - low, 1e-3)
+    return low - room, high + 2 * room
+
+
+def _margin(rows: pd.DataFrame) -> "pd.Series[float]":
+    """Return half of the 95 % interval; files of older formats hold the standard error only."""
+    twice = 2 * rows["loss_se"].astype(float)
+    return rows["loss_margin"].astype(float).fillna(twice) if "loss_margin" in rows else twice
+
+
+def pareto(results: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Return the rows that no other row beats in both cost and loss, cheapest first.
+
+    Controls and rules whose loss cannot be compared (not causal) take no part.
+    """
+    rows = results[(results["family"] != "control") & ~results["causal"].eq(False)]
+    rows = rows.dropna(subset=[cost, "loss_change"]).sort_values([cost, "loss_change"])
+    lowest = rows["loss_change"].cummin()
+    return rows[(rows["loss_change"] == lowest) & ~lowest.duplicated()]
+
+
+def _hover(row: "pd.Series[object]") -> str:
+    """Return the lines of a hover, escaped."""
+    seed = "" if pd.isna(row["seed"]) else f", seed {row['seed']}"
+    lines = [
+        f"<b>{label(str(row['router']), limit=60)}</b>{seed}",
+        f"change in loss {_number(row['loss_change'], '+.4f')} ± {_number(row['loss_se'], '.4f')}",
+        f"experts a token {_number(row['experts_per_token'], '.3f')}",
+        f"FLOPs × {_number(row['flops_ratio'], '.3f')}, time × "
+        f"{_number(row['latency_ratio'], '.2f')}",
+        f"agreement {_number(row['agreement'], '.3f')}, MaxVio "
+        f"{_number(row['max_violation'], '.2f')}",
+    ]
+    kind = row.get("harder")
+    if isinstance(kind, str) and kind:
+        lines.append(f"harder control (chance, {CONTROLS[kind]}) {_number(row[kind], '+.4f')}")
+    if isinstance(row["control_of"], str):
+        kind = str(row["control"]).replace("_", " ")
+        lines.append(f"control, {kind} of {label(row['control_of'], limit=60)}")
+    return "<br>".join([*lines, *badges(row)])
+
+
+def _number(value: object, form: str) -> str:
+    return "not measured" if value is None or pd.isna(value) else format(float(str(value)), form)
+
+
+CURVES = {
+    "reward": "reward (nats a token, less the cost)",
+    "policy_entropy": "policy entropy (nats)",
+    "gate_rate": "share of parts that run",
+}
+
+
+def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figure:
+    """Draw how a router learned: one line per router, seed and lambda.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Table ``curves`` of a comparison; rows of single layers are averaged.
+    quantity : str
+        A name in ``CURVES``.
+    """
+    figure = go.Figure()
+    keys = ["router", "lambda", "seed"]
+    # a gate's price moves while it learns: then lambda tells steps apart, not trainings
+    moving = rows.groupby("router")["lambda"].transform("nunique") > _MOST_LAMBDAS
+    rows = rows.assign(**{"lambda": rows["lambda"].mask(moving)})
+    means = rows.groupby([*keys, "step"], dropna=False, sort=True)[quantity].mean().reset_index()
+    dashes = ("solid", "dash", "dot", "dashdot", "longdash")
+    routers = list(dict.fromkeys(means["router"]))
+    names = labels([str(router) for router in routers], limit=30)
+    for (router, weight), group in means.groupby(["router", "lambda"], dropna=False, sort=False):
+        number = routers.index(router)
+        for shade, (seed, line) in enumerate(group.groupby("seed", dropna=False)):
+            cost = "" if pd.isna(weight) else f", λ = {weight:g}"
+            figure.add_trace(
+                go.Scatter(
+                    x=line["step"],
+                    y=line[quantity].to_numpy(dtype=np.float64),
+                    mode="lines",
+                    opacity=1.0 if shade == 0 else 0.55,
+                    line={
+                        "color": theme.hues(dark)[number % theme.N_HUES],
+                        "dash": dashes[_place(group, means, router) % len(dashes)],
+                        "width": 1.8,
+                    },
+                    name=f"{names[number]}{cost}",
+                    legendgroup=f"{router} {weight}",
+                    showlegend=shade == 0,
+                    hovertemplate=f"step %{{x}}: %{{y:.4g}} (seed {seed})<extra></extra>",
+                )
+            )
+    figure.update_xaxes(title="training step")
+    figure.update_yaxes(title=CURVES[quantity])
+    figure.update_layout(
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    )
+    return theme.finish(
+        figure,
+        title=f"While learning: {CURVES[quantity]}",
+        caption="faint lines: further seeds; means over layers; click a name to hide its line",
+        dark=dark,
+    )
+
+
+def _place(group: pd.DataFrame, means: pd.DataFrame, router: object) -> int:
+    """Return which of a router's costs this is."""
+    weights = list(dict.fromkeys(means.loc[means["router"] == router, "lambda"].fillna(-1.0)))
+    return weights.index(group["lambda"].fillna(-1.0).iloc[0])

@@ -1,0 +1,252 @@
+"""What to compare: routers, settings, and the button that starts it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from capture.errors import PromptError
+from capture.prompts.records import read_prompts_bytes
+from capture.quoting import cut, quoted
+from explorer import service
+from explorer.comparison.catalogue import catalogue
+from explorer.comparison.names import parse_router, split_routers
+from explorer.errors import ComparisonError, RouterError, UnknownNameError
+from explorer.pages.compare.figures import family_name
+from explorer.run import Run
+from explorer.ui import address
+from explorer.ui.job import follow
+from explorer.ui.state import SUFFIX, View, new_name, runs_folder
+from explorer.ui.uploaded import TYPES, prompts_of
+from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
+from explorer.worker.protocol import DEMO_MODEL
+
+_TOKENS = (2_000, 5_000, 10_000, 30_000, 100_000)
+# explorer.comparison.conditions.catalogue.USUAL, which imports torch
+CONDITION_CHOICES = (
+    "precision(dtype='bfloat16')",
+    "precision(dtype='float16')",
+    "precision(dtype='bfloat16', parts='router')",
+    "precision(dtype='bfloat16', parts='attention')",
+    "precision(dtype='bfloat16', parts='experts')",
+    "quantised(bits=8)",
+    "quantised(bits=4)",
+    "quantised(bits=3)",
+    "quantised(bits=4, parts='router')",
+    "prune_frequency(keep=0.75)",
+    "prune_reap(keep=0.75)",
+    "prune_naee(keep=0.75)",
+    "prune_random(keep=0.75)",
+    "prune_heads(keep=0.75)",
+    "prune_heads_random(keep=0.75)",
+    "low_rank(share=0.5)",
+    "low_rank(share=0.25)",
+    "low_rank(share=0.125)",
+    "merge(keep=0.75)",
+)
+_WATCHED = "comparison in progress"
+_RUN, _TYPED, _FILE = "run", "typed", "file"
+_SOURCES = {_RUN: "This run", _TYPED: "Typed prompts", _FILE: "Uploaded prompts"}
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the form says."""
+
+    routers: list[str]
+    options: dict[str, Any]
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    problem: str = ""
+
+
+def start_comparison(view: View, *, first: bool) -> None:
+    """Draw the job in progress, and the form for a new one to those who may write.
+
+    Parameters
+    ----------
+    first : bool
+        There is no comparison yet, so that the form is open.
+    """
+    job = _job()
+    if job is not None:
+        if job.active:
+            st.session_state[_WATCHED] = job.job_id
+        ended = follow(job.job_id, key="compare")
+        if ended is None:
+            return
+        if ended.path:
+            run = getattr(ended.request, "run", "")
+            if run and run != str(view.run.path):
+                _open(ended)
+            elif st.session_state.pop(_WATCHED, None) == ended.job_id:
+                address.write("comparison", Path(ended.path).name)
+    if not service.may_write():
+        return
+    with st.expander("New comparison", expanded=first, icon=":material/add:"):
+        wanted = _form(view.run)
+        if st.button("Compare", type="primary", disabled=bool(wanted.problem)):
+            _start(view, wanted)
+        if wanted.problem:
+            st.caption(address.plain(wanted.problem))
+        st.caption(
+            "The same from a terminal: `python -m explorer compare RUN --routers ... --live`. "
+            "Routers that the file has already are not computed again."
+        )
+
+
+def _job() -> Job | None:
+    """Return the comparison that the address names, or the newest active one."""
+    jobs = [job for job in shared_worker().jobs() if isinstance(job.request, CompareRequest)]
+    wanted = address.read("job")
+    named = next((job for job in jobs if str(job.job_id) == wanted), None)
+    return named or next((job for job in jobs if job.active), None)
+
+
+def _open(job: Job) -> None:
+    name = Path(job.request.run).stem if isinstance(job.request, CompareRequest) else ""
+    if name and st.button(f"Open {address.plain(name)}", icon=":material/open_in_new:"):
+        address.write_run(name)
+        st.rerun()
+
+
+def _form(run: Run) -> _Wanted:
+    # an export without text has nothing to route or to predict
+    sources = [source for source in _SOURCES if source != _RUN or not run.counts_only]
+    source = st.segmented_control(
+        "Text to compare on",
+        sources,
+        default=sources[0],
+        required=True,
+        format_func=_SOURCES.__getitem__,
+        help="Prompts of your own are recorded with the demo model first, then compared on.",
+        key="compare source",
+    )
+    prompts, problem = _prompts(source or sources[0])
+    routers, wrong = _routers()
+    conditions = st.multiselect(
+        "Conditions",
+        CONDITION_CHOICES,
+        placeholder="None: only routers",
+        help="Each is measured as a 2 × 2: its weights or the model's, with its routing or the "
+        "model's. All of them take minutes.",
+        key="compare conditions",
+    )
+    left, middle, right = st.columns(3)
+    tokens = left.select_slider(
+        "Held-out tokens",
+        _TOKENS,
+        value=10_000,
+        format_func=lambda n: f"{n:,}",
+        help="More tokens, smaller standard errors, more time.",
+        key="compare tokens",
+    )
+    seeds = middle.select_slider(
+        "Seeds of random rules", (1, 2, 3, 5), value=1, key="compare seeds"
+    )
+    with right:
+        layers = st.checkbox("Also one layer at a time", key="compare layers")
+        latency = st.checkbox("Measure time", value=True, key="compare latency")
+        oracle = st.checkbox(
+            "Bound of the last layer",
+            help="Every set of experts is tried in the last layer, and the next token chooses: "
+            "what no router can reach. One forward pass a set.",
+            key="compare oracle",
+        )
+    options = _loading(run) if source == _RUN else {}
+    options |= {
+        "tokens": tokens,
+        "fit_tokens": 2 * tokens,
+        "seeds": list(range(seeds)),
+        "layers": layers,
+        "latency": latency,
+        "oracle": oracle,
+        "conditions": conditions,
+    }
+    return _Wanted(routers, options, prompts, problem or wrong)
+
+
+def _loading(run: Run) -> dict[str, Any]:
+    """Ask whether the model that the run names may be loaded; without it, replay is left.
+
+    A run may come from a stranger, and so may the name in it.
+    """
+    named = str(run.info["model"])
+    if named == DEMO_MODEL:
+        return {}
+    allowed = st.checkbox(
+        f"Load the model {address.plain(cut(named, 120))} to compare live",
+        help="The run names it. It is loaded on the machine that runs this app, and downloaded "
+        "first if it is not there. Without it, routers are compared by replay of what was "
+        "recorded: agreement and balance, no loss.",
+        key=f"compare loads {named}",
+    )
+    return {"model": named} if allowed else {"live": False}
+
+
+def _prompts(source: str) -> tuple[list[dict[str, Any]], str]:
+    """Return typed or uploaded prompts, and what is wrong with them."""
+    if source == _RUN:
+        return [], ""
+    try:
+        if source == _FILE:
+            upload = st.file_uploader("A file of prompts", type=TYPES, key="compare file")
+            found = prompts_of(upload)
+        else:
+            text = st.text_area("Prompts, one a line", height=120, key="compare typed")
+            found = read_prompts_bytes("typed.txt", text.encode()) if text.strip() else []
+    except PromptError as error:
+        return [], str(error)
+    records = [
+        {"text": prompt.text} | ({"domain": prompt.domain} if prompt.domain else {})
+        for prompt in found
+        if prompt.text
+    ]
+    few = "Give at least four prompts: rules are fitted on some and reported on the others."
+    return records, "" if len(records) >= 4 else few
+
+
+def _routers() -> tuple[list[str], str]:
+    """Return the chosen routers, none = the usual set, and what is wrong with them."""
+    try:
+        with st.spinner("Listing the routers…"):
+            cards = catalogue()
+    except ComparisonError as error:
+        return [], str(error)
+    families = {card["name"]: str(card["family"]) for card in cards}
+    titles = {card["name"]: str(card["title"]) for card in cards}
+    offered = [card["name"] for card in cards if not card.get("shelved")]
+    picked = st.multiselect(
+        "Routers",
+        sorted(offered, key=lambda name: (families[name], name)),
+        format_func=lambda name: f"{name} · {family_name(families[name])} · {titles[name]}",
+        placeholder="Nothing chosen: some of every family",
+        key="compare routers",
+    )
+    typed = st.text_input(
+        "With arguments",
+        placeholder="top_k(k=1), kmeans(n_clusters=128), top_p(p=0.5)",
+        help="Any router of the list with values of its own, divided by commas.",
+        key="compare typed routers",
+    )
+    extra = split_routers(typed)
+    try:
+        for text in extra:
+            spec = parse_router(text)
+            if spec.name not in families:
+                raise UnknownNameError(f"There is no router {quoted(spec.name)} in the list above.")
+    except (RouterError, UnknownNameError) as error:
+        return [], str(error)
+    return [*picked, *extra], ""
+
+
+def _start(view: View, wanted: _Wanted) -> None:
+    run, capture = str(view.run.path), None
+    if wanted.prompts:
+        folder = runs_folder()
+        run = str(folder / f"{new_name(folder, 'compared')}{SUFFIX}")
+        capture = CaptureRequest(run, prompts=wanted.prompts)
+    request = CompareRequest(run, wanted.routers, capture=capture, **wanted.options)
+    job = service.submit(request)
+    address.write("job", str(job.job_id))
+    st.rerun()

@@ -1,0 +1,214 @@
+"""Figures of two runs against each other."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.ui import theme
+from explorer.ui.caption import Scope, site_name
+from explorer.ui.heatmap import Scale, clickable_heatmap
+from explorer.ui.text import label
+
+_OCTAVES = 3
+_CHANGE = Scale(
+    title="share in B / share in A",
+    low=-_OCTAVES,
+    high=_OCTAVES,
+    neutral=0.0,
+    ticks={-3: "≤ 1/8×", -2: "1/4×", -1: "1/2×", 0: "1×", 1: "2×", 2: "4×", 3: "≥ 8×"},
+)
+SIDES = {"a": ("A", "blue", "circle"), "b": ("B", "vermillion", "square")}
+
+
+def change_heatmap(change: pd.DataFrame, *, caption: str, dark: bool = False) -> go.Figure:
+    """Draw how each expert's share of its layer changed from A to B.
+
+    Parameters
+    ----------
+    change : DataFrame
+        From ``explorer.pages.compare_runs.two_runs.load_change``.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, share A, share B].
+    """
+    places = list(dict.fromkeys(zip(change["layer"], change["site"], strict=True)))
+    several = any(site > 0 for _, site in places)
+    width = int(change["n_experts"].max())
+    row = change.groupby(["layer", "site"], sort=False).ngroup().to_numpy()
+    cells = row, change["expert_id"].to_numpy(dtype=np.int64)
+    z = np.full((len(places), width), np.nan)
+    z[cells] = change["change"]
+    ids = np.full((len(places), width, 5), np.nan)
+    ids[cells] = change[["layer", "site", "expert_id", "share_a", "share_b"]].to_numpy(np.float64)
+    figure = clickable_heatmap(
+        z,
+        ids=ids,
+        hover="layer %{customdata[0]}, expert %{customdata[2]}<br>share A %{customdata[3]:.2%}, "
+        "share B %{customdata[4]:.2%}",
+        missing_hover="no such expert",
+        x_labels=[str(expert) for expert in range(width)],
+        y_labels=[site_name(*place, several=several) for place in places],
+        x_title="expert",
+        y_title="decoder layer",
+        scale=_CHANGE,
+        dark=dark,
+    )
+    return theme.finish(
+        figure,
+        title="Where the load went: share in B over share in A (log2)",
+        caption=caption,
+        dark=dark,
+        height=150 + 22 * max(8, len(places)),
+    )
+
+
+def over_layers(
+    tables: dict[str, pd.DataFrame], column: str, *, title: str, caption: str, dark: bool = False
+) -> go.Figure:
+    """Draw a quantity over the layers of both runs, on the same axes.
+
+    Parameters
+    ----------
+    tables : dict
+        ``"a"`` and ``"b"``: rows with ``layer, site`` and the column, in order.
+    """
+    figure = go.Figure()
+    several = any(bool((table["site"] > 0).any()) for table in tables.values())
+    for side, table in tables.items():
+        name, color, symbol = SIDES[side]
+        names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
+        figure.add_trace(
+            go.Scatter(
+                x=np.arange(len(table)),
+                y=table[column].to_numpy(dtype=np.float64),
+                customdata=names,
+                mode="lines+markers",
+                marker={"symbol": symbol, "size": 8},
+                line={"color": theme.hue(color, dark), "dash": "solid" if side == "a" else "dash"},
+                name=name,
+                hovertemplate="layer %{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>",
+            )
+        )
+    longest = max(tables.values(), key=len)
+    labels = [site_name(row.layer, row.site, several=several) for row in longest.itertuples()]
+    step = max(1, -(-len(labels) // 24))
+    figure.update_xaxes(
+        title="decoder layer (n-th with a router)",
+        tickvals=np.arange(len(labels))[::step],
+        ticktext=labels[::step],
+    )
+    # the figure's title has the name; both are too long for the height
+    figure.update_yaxes(title=title.partition(" (")[2].rstrip(")") or title, rangemode="tozero")
+    return theme.finish(
+        figure, title=title, caption=caption, dark=dark, legend=True, caption_width=60
+    )
+
+
+def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
+    """Draw how often the same tokens keep their experts, layer by layer.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``explorer.pages.compare_runs.two_runs.token_divergence``.
+    scope : Scope
+        Of the first run's tokens.
+    """
+    tokens, common = int(table["tokens"].max()), int(table["common"].max())
+    spread = f"{tokens:,} of {common:,} common tokens, evenly spread"
+    several = bool((table["site"] > 0).any())
+    names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
+    figure = go.Figure()
+    lines = {
+        "jaccard": ("Jaccard of the sets", theme.hue("blue", dark), "solid", "circle"),
+        "exact_set": ("same set", theme.hue("orange", dark), "dash", "square"),
+        "top_1": ("same first expert", theme.hue("green", dark), "dot", "diamond"),
+        "chance": ("Jaccard of random sets", theme.foreground(dark), "dot", "line-ew"),
+    }
+    if "js" in table:
+        name = "divergence of the weights (Jensen-Shannon, nats)"
+        lines["js"] = (name, theme.hue("purple", dark), "dashdot", "triangle-up")
+    for column, (name, color, dash, symbol) in lines.items():
+        figure.add_trace(
+            go.Scatter(
+                x=np.arange(len(table)),
+                y=table[column].to_numpy(dtype=np.float64),
+                mode="lines+markers",
+                marker={"symbol": symbol, "size": 8},
+                line={"color": color, "dash": dash},
+                name=name,
+                hovertemplate="%{y:.3f}<extra>%{fullData.name}</extra>",
+            )
+        )
+    step = max(1, -(-len(names) // 24))
+    figure.update_xaxes(
+        title="decoder layer", tickvals=np.arange(len(names))[::step], ticktext=names[::step]
+    )
+    figure.update_yaxes(title="share of tokens, or mean", range=[0, 1.04])
+    return theme.finish(
+        figure,
+        title="The same tokens in both runs: how far their experts agree (0 to 1)",
+        caption=scope.caption(
+            "at the same place of the same prompts", *([spread] if tokens < common else [])
+        ),
+        dark=dark,
+        legend=True,
+    )
+
+
+def against(
+    stretches: pd.DataFrame,
+    quantity: str,
+    *,
+    title: str,
+    scope: Scope,
+    prompts: str,
+    dark: bool = False,
+) -> go.Figure:
+    """Draw a quantity of model B over that of model A, one point a stretch of text.
+
+    Parameters
+    ----------
+    stretches : DataFrame
+        From ``explorer.pages.compare_runs.two_runs.two_models``.
+    quantity : {"entropy", "margin", "loss"}
+    scope : Scope
+        Of the first run's tokens.
+    prompts : str
+        How many there are.
+    """
+    known = stretches.dropna(subset=[f"{quantity}_a", f"{quantity}_b"])
+    tokens = known[["tokens_a", "tokens_b"]].sum()
+    shown = known.iloc[:: max(1, -(-len(known) // 4000))]
+    figure = go.Figure(
+        go.Scattergl(
+            x=shown[f"{quantity}_a"].to_numpy(dtype=np.float64),
+            y=shown[f"{quantity}_b"].to_numpy(dtype=np.float64),
+            mode="markers",
+            marker={"size": 5, "color": theme.accent(dark), "opacity": 0.45},
+            hovertext=[label(text, limit=40, spaces=True) for text in shown["text"]],
+            hovertemplate="%{hovertext}<br>A %{x:.3f}, B %{y:.3f}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title=f"{title} in A")
+    figure.update_yaxes(title=f"{title} in B")
+    notes = [
+        f"n is of A, and {int(tokens['tokens_b']):,} in B",
+        f"{len(known):,} stretches of {prompts}",
+        *([f"{len(shown):,} of them are drawn"] if len(shown) < len(known) else []),
+        *(
+            [f"{len(stretches) - len(known):,} without a value"]
+            if len(known) < len(stretches)
+            else []
+        ),
+        "sums over the tokens of a stretch" if quantity == "loss" else "means over layers",
+    ]
+    return theme.finish(
+        figure,
+        title=f"{title[:1].upper()}{title[1:]}: both models on the same stretches",
+        caption=scope._replace(n_tokens=int(tokens["tokens_a"])).caption(*notes),
+        dark=dark,
+        caption_width=60,
+    )

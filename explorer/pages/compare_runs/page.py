@@ -1,0 +1,366 @@
+"""Compare runs: the same model twice, or two models on the same text."""
+
+import functools
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from capture.errors import CaptureError
+from explorer.errors import ExplorerError
+from explorer.pages.compare_runs.data import common_prompts
+from explorer.pages.compare_runs.figures import change_heatmap, divergence_over_layers
+from explorer.pages.compare_runs.loads import caption_of, lines_section, loads_and_gates
+from explorer.pages.compare_runs.stretches import stretches_section
+from explorer.pages.compare_runs.two_runs import (
+    TwoModels,
+    differences,
+    load_change,
+    prompt_divergence,
+    relation,
+    token_divergence,
+    two_models,
+)
+from explorer.pages.load_balance.figures import load_heatmap
+from explorer.queries.part import Part
+from explorer.run import Run
+from explorer.ui import address, jump, state
+from explorer.ui.chart import chart
+from explorer.ui.number import number
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, is_dark
+from explorer.ui.token_strip import Legend, Token, reveal, token_strip
+from explorer.ui.visible import one_line
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    jump.follow()
+    st.markdown(
+        "**A** is the run at the side; choose **B** here. Two recordings of one model (other "
+        "prompts, a later checkpoint, another precision) are compared expert by expert; two "
+        "different models only by what does not depend on the names of their experts."
+    )
+    other = _other(view)
+    if other is None:
+        return
+    kind = relation(view.run, other.run)
+    _differences(view, other)
+    if _same_experts(kind.same_shape, kind.same_model):
+        _same_model(view, other)
+    else:
+        _two_models(view, other)
+
+
+def _other(view: View) -> View | None:
+    names = [name for name in state.run_names() if name != view.name]
+    if not names:
+        st.info(
+            "There is one run only. Record the same model on other prompts, or another model on "
+            "the same prompts, on the page Capture.",
+            icon=":material/info:",
+        )
+        return None
+    if address.read("against") == view.name:
+        address.write("against", "")  # B became A at the side
+    name = address.choose(
+        st.selectbox,
+        "against",
+        "B",
+        names,
+        default=state.default_run(names),
+        show=lambda name: name,
+    )
+    # written even if it is the default, which changes with the runs of the folder
+    address.write("against", name)
+    try:
+        run, key = state.opened(name)
+    except (CaptureError, ExplorerError) as error:
+        st.error(address.plain(str(error)), icon=":material/error:")
+        return None
+    layer, site = run.sites[0].layer, run.sites[0].site
+    there = View(run, name, key, view.domain, view.phase, layer, site, view.part, view.layers)
+    return _applicable(there).sampled()
+
+
+def _applicable(other: View) -> View:
+    """Take off the filters of A that cannot act on the loads of B, and say so."""
+    run, said = other.run, []
+    if other.domain is not None and other.domain not in run.domains:
+        said.append("B has no prompts of the chosen domain: its loads are of all its prompts.")
+        other = replace(other, domain=None)
+    part = other.part
+    if part is not None and part.slice is not None:
+        # a slice holds tokens of one run, so that it says nothing of the other
+        said.append("The slice at the side is of A alone: loads of B are counted without it.")
+        part = Part(search=part.search) if part.search else None
+    if part is not None and not run.records_ids:
+        said.append("B was recorded at level stats: its loads are counted without the search.")
+        part = None
+    if other.layers is not None and not any(other.shows(site.layer) for site in run.sites):
+        said.append("B has no router in the range of layers: all of its layers are shown.")
+        other = replace(other, layers=None)
+    if said:
+        st.caption(" ".join(said))
+    return replace(other, part=part)
+
+
+@part("What differs between the recordings")
+def _differences(view: View, other: View) -> None:
+    table = differences(view.run, other.run)
+    with st.expander(f"What differs between the recordings ({len(table)})"):
+        st.dataframe(table, hide_index=True, alt="What differs between the two recordings")
+
+
+def _same_experts(same_shape: bool, same_model: bool) -> bool:
+    """Return whether experts are compared by their ids, and say why not."""
+    if not same_shape:
+        st.info(
+            "These are different models: expert 3 of one has nothing to do with expert 3 of the "
+            "other, so that no figure here compares experts by their ids.",
+            icon=":material/info:",
+        )
+        return False
+    wanted = address.choose(
+        st.segmented_control,
+        "ids",
+        "Expert ids",
+        ["same", "unrelated"],
+        default="same" if same_model else "unrelated",
+        show={"same": "Mean the same in A and B", "unrelated": "Unrelated"}.__getitem__,
+        help="The same in runs of one model and of checkpoints of one training; unrelated in "
+        "models that were trained apart, even if they are of one shape.",
+    )
+    return wanted == "same"
+
+
+def _same_model(view: View, other: View) -> None:
+    # each takes a while in large runs; a link to a token shows its tokens
+    by = address.choose(
+        st.segmented_control,
+        "by",
+        "Compare",
+        ["experts", "tokens"],
+        default="tokens" if address.read("spot") or address.read("shared") else "experts",
+        show={"experts": "Expert by expert", "tokens": "Token by token"}.__getitem__,
+    )
+    if by == "tokens":
+        _same_tokens(view, other)
+    else:
+        _expert_by_expert(view, other)
+
+
+def _expert_by_expert(view: View, other: View) -> None:
+    sides = {"a": view.sampled(), "b": other}
+    both = loads_and_gates(sides)
+    loads = both.loads
+    if not all(load["assignments"].sum() for load in loads.values()):
+        st.info("No token of this selection is in both runs. Change the filters at the side.")
+        return
+    change = load_change(loads["a"], loads["b"])
+    chart(
+        change_heatmap(
+            change,
+            caption=caption_of(sides, "1× = unchanged", "click a cell for the expert in A"),
+            dark=is_dark(),
+        ),
+        key="load change",
+        alt=f"Heatmap: share of each of {len(change)} experts in B over its share in A; "
+        f"{int((change['change'].abs() >= 1).sum())} at least doubled or halved.",
+        table=change,
+        on_click=functools.partial(jump.aim, view),
+    )
+    for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
+        figure = load_heatmap(
+            load, scope=sides[name].scope(over_layers=True), caption_width=60, dark=is_dark()
+        )
+        figure.update_layout(title_text=f"{name.upper()}: load (× uniform share)")
+        with column:
+            chart(
+                figure,
+                key=f"load {name}",
+                alt=f"Load of every expert in {name.upper()}, on the scale of the other.",
+                table=load,
+                on_click=functools.partial(jump.aim, sides[name]),
+            )
+    lines_section(both, caption_of(sides))
+
+
+def _same_tokens(view: View, other: View) -> None:
+    st.subheader("The same tokens in both runs", anchor=False)
+    _phase_note(view)
+    prompts = _of_two(view, other, "prompts", **view.prompt_filters)
+    if _none_matches(view, len(prompts)):
+        return
+    if prompts.empty or not (view.run.records_ids and other.run.records_ids):
+        st.info(
+            "The runs have no prompt in common whose tokens were recorded, so that their tokens "
+            "cannot be compared. Record the same prompts, at level `ids` or above.",
+            icon=":material/info:",
+        )
+        return
+    read = address.choose(
+        st.segmented_control,
+        "read",
+        "What of a token is compared",
+        ["experts", "weights"],
+        default="experts",
+        show={"experts": "Experts", "weights": "Experts and weights"}.__getitem__,
+        help="Combine weights are half of what a run holds: with them it takes longer.",
+    )
+    reading = {"weights": read == "weights", **view.prompt_filters}
+    table = _of_two(view, other, "divergence", prompts, **reading)
+    if table.empty:
+        st.info(
+            "The common prompts were split into other tokens: these are not the same model."
+            if view.part is None or view.part.slice is None
+            else "No prompt token of the slice is in both runs."
+        )
+        return
+    table = view.of_layers(table)
+    scope = view.scope(int(table["tokens"].max()), over_layers=True)._replace(phase="prompt")
+    chart(
+        divergence_over_layers(table, scope=scope, dark=is_dark()),
+        key="divergence",
+        alt=f"Agreement of the experts of {int(table['tokens'].max()):,} common tokens over "
+        f"layers: mean Jaccard {number(table['jaccard'].mean(), '.3f')}.",
+        table=table,
+    )
+    rows = {str(row["prompt_a"]): row for row in prompts.to_dict("records")}
+    key = address.choose(
+        st.selectbox,
+        "shared",
+        "Prompt in both runs",
+        list(rows),
+        default=next(iter(rows)),
+        show=lambda key: f"{rows[key]['domain'] or ''} · {one_line(rows[key]['text'], 90)}",
+    )
+    if view.part is not None and view.part.slice is not None:
+        st.caption("The prompt is shown whole, with tokens that are not of the slice.")
+    _strip(view, other, rows[key])
+
+
+def _phase_note(view: View) -> None:
+    if view.phase == "generated":
+        st.caption(
+            "Only tokens of prompts are compared with each other, as what was generated need not "
+            "be the same text: the phase at the side does not act on them."
+        )
+
+
+def _none_matches(view: View, n_prompts: int) -> bool:
+    """Say that no prompt of both runs is of the view, if there are some that are not."""
+    if n_prompts or (view.domain is None and view.part is None):
+        return False
+    st.info("No prompt that both runs hold matches the filters at the side.")
+    return True
+
+
+@part("The prompt, token by token")
+def _strip(view: View, other: View, prompt: dict[Hashable, Any]) -> None:
+    prompts = int(prompt["prompt_a"]), int(prompt["prompt_b"])
+    tokens = _divergence_of(view.key, other.key, view.run, other.run, *prompts, view.layers)
+    of_range = "" if view.layers is None else f" from {view.layers[0]} to {view.layers[1]}"
+    if tokens.empty:
+        st.info("No token of this prompt is in both runs.")
+        return
+    differing = tokens[tokens["jaccard"] < 1]
+    wanted = address.read("spot")
+    positions = set(tokens["position"])
+    first = int((differing if len(differing) else tokens)["position"].iloc[0])
+    here = int(wanted) if wanted.isdecimal() and int(wanted) in positions else first
+    token_strip(
+        [
+            Token(
+                int(row.position),
+                "" if row.text is None else str(row.text),
+                1 - float(row.jaccard),
+                f"Jaccard {number(row.jaccard, '.2f')}",
+            )
+            for row in tokens.itertuples()
+        ],
+        selected=here,
+        legend=Legend(f"1 - Jaccard, mean of layers{of_range}", "same experts", "none shared"),
+        label="The prompt, tinted by how far the experts of its tokens differ",
+        key="two runs strip",
+        on_pick=lambda position: address.write("spot", str(position)),
+    )
+    row = tokens[tokens["position"] == here].iloc[0]
+    where = (
+        f"its experts are the same in all layers{of_range}"
+        if np.isnan(row["first_layer"])
+        else f"its experts differ from layer {int(row['first_layer'])} on"
+    )
+    losses = ", ".join(
+        f"{value:.3f} nats in {name}"
+        for name, value in (("A", row["loss_a"]), ("B", row["loss_b"]))
+        if not pd.isna(value)
+    )
+    known = f" Loss of the next token: {losses}." if losses else ""
+    st.markdown(f"Token {here}: Jaccard {number(row['jaccard'], '.2f')}; {where}." + known)
+    if len(differing) and st.button("Go to the first divergence", icon=":material/first_page:"):
+        address.write("spot", str(first))
+        reveal()
+        st.rerun()
+
+
+def _two_models(view: View, other: View) -> None:
+    _phase_note(view)
+    with st.spinner("Aligning the texts by their characters…"):
+        layers = (view.layers, other.layers)
+        found: TwoModels = _of_two(view, other, "models", layers=layers, **view.prompt_filters)
+    if found.stretches.empty and _none_matches(view, found.common):
+        return
+    if found.stretches.empty:
+        st.info(
+            "The runs have no prompt in common whose text was recorded, so that the models cannot "
+            "be compared on the same text. Record the same prompts with both.",
+            icon=":material/info:",
+        )
+        return
+    stretches_section(view, found)
+    sides = {"a": view.sampled(), "b": other}
+    lines_section(loads_and_gates(sides), caption_of(sides))
+
+
+def _of_two(
+    view: View, other: View, question: str, prompts: pd.DataFrame | None = None, **arguments: Any
+) -> Any:
+    """Return an answer, remembered until one of the files changes."""
+    return _answer(view.key, other.key, question, arguments, view.run, other.run, prompts)
+
+
+@st.cache_data(max_entries=20, show_spinner=False, hash_funcs={Part: lambda part: part.key})
+def _answer(
+    key_a: state.Key,
+    key_b: state.Key,
+    question: str,
+    arguments: dict[str, Any],
+    _a: Run,
+    _b: Run,
+    _prompts: pd.DataFrame | None,
+) -> Any:
+    if question == "divergence":
+        return token_divergence(_a, _b, prompts=_prompts, **arguments)
+    return {"prompts": common_prompts, "models": two_models}[question](_a, _b, **arguments)
+
+
+@st.cache_data(max_entries=50, show_spinner=False)
+def _divergence_of(
+    key_a: state.Key,
+    key_b: state.Key,
+    _a: Run,
+    _b: Run,
+    prompt_a: int,
+    prompt_b: int,
+    layers: tuple[int, int] | None,
+) -> pd.DataFrame:
+    return prompt_divergence(_a, _b, prompt_a, prompt_b, layers=layers)
+
+
+render()

@@ -1,0 +1,248 @@
+"""Figures of what experts are for: shares with their intervals, and all experts of all layers."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.ui import theme
+from explorer.ui.caption import Scope, site_hover, site_name
+from explorer.ui.heatmap import Scale, clickable_heatmap, ground
+from explorer.ui.text import domain_label
+
+_ROW = 24  # pixels of a row of dots
+_CAPTION_WIDTH = 75  # characters on half a page
+
+
+class Axis(NamedTuple):
+    """The axis of a figure of dots.
+
+    Attributes
+    ----------
+    title : str
+    reference : float
+        Where a dotted line is drawn; nan = nowhere.
+    reference_text : str
+    percent : bool
+        Values are shares; else ratios.
+    """
+
+    title: str
+    reference: float
+    reference_text: str
+    percent: bool = True
+
+
+def interval_dots(
+    rows: pd.DataFrame,
+    axis: Axis,
+    *,
+    title: str,
+    scope: Scope,
+    notes: Sequence[str] = (),
+    y_title: str = "",
+    dark: bool = False,
+) -> go.Figure:
+    """Draw one dot with its interval per row, the first row at the top.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``label`` and ``hover`` (escaped), ``value``, ``low``, ``high`` (missing = no interval),
+        and maybe ``expected``, which is drawn as a diamond.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [row].
+    """
+    y, known = np.arange(len(rows)), not math.isnan(axis.reference)
+    value = rows["value"].to_numpy(dtype=np.float64)
+    high, low = (rows[name].to_numpy(dtype=np.float64) for name in ("high", "low"))
+    ids = y[:, None].astype(np.float64)
+    figure = go.Figure()
+    if "expected" in rows:
+        figure.add_trace(
+            go.Scatter(
+                x=rows["expected"].to_numpy(dtype=np.float64),
+                y=y,
+                mode="markers",
+                marker={"symbol": "diamond-open", "size": 9, "color": theme.foreground(dark)},
+                name="by chance",
+                hoverinfo="skip",
+            )
+        )
+    figure.add_trace(
+        go.Scatter(
+            x=value,
+            y=y,
+            mode="markers",
+            marker={"size": 10, "color": theme.accent(dark)},
+            error_x={
+                "type": "data",
+                "array": np.nan_to_num(high - value).clip(0),
+                "arrayminus": np.nan_to_num(value - low).clip(0),
+                "thickness": 1.5,
+                "width": 3,
+            },
+            customdata=ids,
+            text=rows["hover"].tolist(),
+            hovertemplate="%{text}<extra></extra>",
+            name="measured",
+        )
+    )
+    if known:
+        figure.add_vline(axis.reference, line={"dash": "dot", "color": theme.foreground(dark)})
+    figure.update_xaxes(
+        title=axis.title, rangemode="tozero", tickformat=".0%" if axis.percent else None
+    )
+    figure.update_yaxes(
+        title=y_title,
+        range=[len(rows) - 0.5, -0.5],
+        tickmode="array",
+        tickvals=y,
+        ticktext=rows["label"].tolist(),
+        showgrid=False,
+    )
+    figure.update_layout(
+        clickmode="event+select",
+        hovermode="closest",
+        showlegend="expected" in rows,
+    )
+    return theme.finish(
+        figure,
+        title=title,
+        caption=scope.caption(*([f"dotted: {axis.reference_text}"] if known else []), *notes),
+        dark=dark,
+        caption_width=_CAPTION_WIDTH,
+        height=int(np.clip(150 + _ROW * len(rows), 240, 900)),
+        legend="expected" in rows,
+    )
+
+
+def divergence_heatmap(found: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
+    """Draw how far the domains of every expert's tokens are from those of all tokens.
+
+    Parameters
+    ----------
+    found : DataFrame
+        From ``specialization.divergences``.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, divergence, assignments, lift].
+    """
+    sites = list(dict.fromkeys(zip(found["layer"], found["site"], strict=True)))
+    several = len({layer for layer, _ in sites}) < len(sites)
+    width = int(found["expert_id"].max()) + 1
+    z = np.full((len(sites), width), np.nan)
+    ids = np.full((len(sites), width, 6), np.nan)
+    texts = [["" for _ in range(width)] for _ in sites]
+    columns = ["layer", "site", "expert_id", "divergence", "assignments", "lift"]
+    for row, (_, part) in enumerate(found.groupby(["layer", "site"], sort=False)):
+        experts = part["expert_id"].to_numpy(dtype=np.int64)
+        z[row, experts] = part["divergence"].to_numpy(dtype=np.float64)
+        ids[row, experts] = part[columns].to_numpy(dtype=np.float64)
+        for expert, domain in zip(experts.tolist(), part["domain"], strict=True):
+            texts[row][expert] = domain_label(domain)
+    here = site_hover(several=several)
+    figure = clickable_heatmap(
+        z,
+        ids=ids,
+        hover=here + ", expert %{customdata[2]}<br>%{customdata[3]:.3f} nats from the mix of all "
+        "tokens<br>most above it: %{text}, %{customdata[5]:.1f}×<br>%{customdata[4]:,d} "
+        "assignments",
+        missing_hover=here + ", expert %{customdata[2]}: no assignment of these tokens",
+        hover_text=[text for row in texts for text in row],
+        x_labels=[str(expert) for expert in range(width)],
+        y_labels=[site_name(layer, site, several=several) for layer, site in sites],
+        x_title="expert",
+        y_title="decoder layer.router" if several else "decoder layer",
+        scale=Scale("nats", 0.0, max(0.1, float(np.nanmax(z, initial=0)))),
+        dark=dark,
+    )
+    theme.finish(
+        figure,
+        title="Domain specialisation of every expert (KL divergence from the mix of all, nats)",
+        caption=scope.caption("0 = serves the domains as they come", "click a cell for the expert"),
+        dark=dark,
+        height=int(np.clip(150 + 26 * len(sites), 300, 900)),
+    )
+    return ground(figure, dark)
+
+
+def layer_lines(
+    found: pd.DataFrame,
+    measure: str,
+    *,
+    title: str,
+    y_title: str,
+    percent: bool,
+    scope: Scope,
+    notes: Sequence[str] = (),
+    dark: bool = False,
+) -> go.Figure:
+    """Draw a measure of every layer beside what shuffled labels give.
+
+    Parameters
+    ----------
+    found : DataFrame
+        From ``specialization.layers_of``.
+    measure : str
+        A column that has ``_floor``, ``_floor_low`` and ``_floor_high`` beside it.
+    """
+    several = (found["site"] > 0).any()
+    x = np.arange(len(found))
+    floor = {
+        part: found[f"{measure}_floor{part}"].to_numpy(float) for part in ("", "_low", "_high")
+    }
+    form = ".1%" if percent else ".3f"
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=x,
+                y=floor[""],
+                mode="lines+markers",
+                line={"dash": "dot", "color": theme.foreground(dark)},
+                error_y={
+                    "type": "data",
+                    "array": floor["_high"] - floor[""],
+                    "arrayminus": floor[""] - floor["_low"],
+                },
+                hovertemplate="shuffled labels: %{y:" + form + "}<extra></extra>",
+                name="shuffled labels",
+            ),
+            go.Scatter(
+                x=x,
+                y=found[measure].to_numpy(dtype=np.float64),
+                mode="lines+markers",
+                line={"color": theme.accent(dark), "width": 3},
+                hovertemplate="measured: %{y:" + form + "}<extra></extra>",
+                name="measured",
+            ),
+        ]
+    )
+    names = [
+        site_name(layer, site, several=several)
+        for layer, site in zip(found["layer"], found["site"], strict=True)
+    ]
+    figure.update_xaxes(
+        title="decoder layer.router" if several else "decoder layer",
+        tickmode="array",
+        tickvals=x[:: max(1, len(x) // 30)],
+        ticktext=names[:: max(1, len(x) // 30)],
+    )
+    figure.update_yaxes(title=y_title, rangemode="tozero", tickformat=".0%" if percent else None)
+    return theme.finish(
+        figure,
+        title=title,
+        caption=scope.caption(*notes),
+        dark=dark,
+        height=340,
+        legend=True,
+        caption_width=_CAPTION_WIDTH,
+    )

@@ -1,0 +1,330 @@
+"""Experts: what one expert is for, how specialised all of them are, and who takes a text."""
+
+import math
+
+import pandas as pd
+import streamlit as st
+
+from explorer.errors import RunError
+from explorer.metrics.pairs import pair_uplift
+from explorer.metrics.specialization import MIN_COUNT, MIN_PROMPTS, wilson
+from explorer.pages.experts.figures import Axis, interval_dots
+from explorer.pages.experts.layers import all_experts_section
+from explorer.pages.experts.search import text_section
+from explorer.pages.experts.specialization import shares_of, vocabulary_of
+from explorer.pages.experts.weights import weights_section
+from explorer.pages.flow.data import coactivation
+from explorer.queries.load import expert_load
+from explorer.ui import address, jump
+from explorer.ui.chart import chart
+from explorer.ui.expert_tokens import expert_lines
+from explorer.ui.glossary import help_text
+from explorer.ui.names import domain_labels, labels
+from explorer.ui.number import ABSENT, number, span
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, ask, is_dark
+from explorer.ui.wording import expert_label
+
+_ABOUT = {"expert": "One expert", "all": "All experts", "text": "Find by text"}
+_LISTED = 30  # domains in a figure
+_WORDS = 18
+_PARTNERS = 12
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    jump.follow()
+    st.markdown(
+        "An expert that takes one kind of token more often than others is **specialised**. Few "
+        "tokens make any expert look so: every share comes with its interval, or with what chance "
+        "alone would give."
+    )
+    about = address.choose(
+        st.segmented_control,
+        "about",
+        "Show",
+        list(_ABOUT),
+        default="expert",
+        show=_ABOUT.__getitem__,
+        label_visibility="collapsed",
+    )
+    if about == "all":
+        all_experts_section(view)
+    elif about == "text":
+        text_section(view)
+    else:
+        _one_expert(view)
+
+
+def _one_expert(view: View) -> None:
+    load = ask(view, expert_load, layer=view.layer, site=view.site, **view.filters)
+    expert = _choose_expert(view, load)
+    row = load[load["expert_id"] == expert].iloc[0]
+    name = expert_label(view.site_name, expert)
+    _tiles(view, load, row)
+    if not row["assignments"]:
+        st.info(f"None of these tokens went to {name}. Change the filters, or choose another one.")
+        weights_section(view, expert)
+        return
+    left, right = st.columns(2, gap="large")
+    with left:
+        _shares(view, expert, "domain")
+        _shares(view, expert, "phase")
+    with right:
+        _vocabulary(view, expert, name)
+        _partners(view, expert)
+    st.subheader(f"Tokens of {name} in their contexts", anchor=False)
+    if view.run.records_ids:
+        expert_lines(view, expert, name, jump.aim_at_token, shown=30)
+    else:
+        st.info(_NO_IDS, icon=":material/info:")
+    weights_section(view, expert)
+
+
+_NO_IDS = (
+    "Which tokens they were is not recorded at level `stats`; capture with `--level ids` to see "
+    "them and their vocabulary."
+)
+
+
+def _choose_expert(view: View, load: pd.DataFrame) -> int:
+    ratios = dict(zip(load["expert_id"], load["ratio"], strict=True))
+    names = {
+        str(expert): expert_label(view.site_name, expert)
+        + ("" if math.isnan(ratio) else f" · {ratio:.2f}× fair share")
+        for expert, ratio in ratios.items()
+    }
+    busiest = str(load.loc[load["assignments"].idxmax(), "expert_id"])
+    chosen = address.choose(
+        st.selectbox,
+        "id",
+        f"Expert of layer {view.site_name}",
+        list(names),
+        default=busiest,
+        show=lambda key: names.get(key, key),
+        help="Choose the layer at the side. Type a number to search.",
+    )
+    return int(chosen)
+
+
+@part("Key figures")
+def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
+    n_tokens = view.scope().n_tokens
+    hits, top_k = int(row["assignments"]), int(row["top_k"])
+    share = hits / n_tokens if n_tokens else float("nan")
+    low, high = wilson(min(hits, n_tokens), n_tokens)
+    tiles = st.columns(4)
+    tiles[0].metric(
+        "Tokens that chose it",
+        f"{hits:,}",
+        border=True,
+        delta=f"of {n_tokens:,}",
+        delta_color="off",
+        delta_arrow="off",
+        help="Tokens of the filters at the side; padding is never recorded.",
+    )
+    tiles[1].metric(
+        "Share of the tokens",
+        number(share, ".2%"),
+        border=True,
+        delta=f"{number(float(low), '.2%')} to {number(float(high), '.2%')}; "
+        f"uniform {top_k / len(load):.2%}",
+        delta_color="off",
+        delta_arrow="off",
+        help="With the 90 % interval of Wilson, for tokens taken as independent. A router that "
+        "chose at random would give every expert top-k / experts of the tokens.",
+    )
+    tiles[2].metric(
+        "Load",
+        ABSENT if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}× fair share",
+        border=True,
+        delta=f"rank {int((load['assignments'] > hits).sum()) + 1} of {len(load)}",
+        delta_color="off",
+        delta_arrow="off",
+        help=help_text("load") + "  \nRank 1 = busiest.",
+    )
+    tiles[3].metric(
+        "Mean combine weight",
+        f"{row['weight_sum'] / hits:.3f}" if hits else ABSENT,
+        border=True,
+        delta=f"of {top_k} chosen" if top_k > 1 else "the only one chosen",
+        delta_color="off",
+        delta_arrow="off",
+        help=help_text("combine_weight") + "  \nHere the mean over its tokens.",
+    )
+
+
+@part("Specialisation")
+def _shares(view: View, expert: int, by: str) -> None:
+    """Draw the share of every domain's (or phase's) tokens that choose the expert."""
+    kinds, chosen = {
+        "domain": (view.run.domains, view.domain),
+        "phase": (view.run.phases, view.phase),
+    }[by]
+    if len(kinds) < 2 or chosen is not None:
+        return
+    place = {"layer": view.layer, "site": view.site}
+    table = ask(view, shares_of, expert_id=expert, by=by, **place, **view.filters)
+    rows, every = table.iloc[:-1].head(_LISTED), table.iloc[-1]
+    if rows.empty:
+        return
+    names = domain_labels(list(rows[by])) if by == "domain" else list(rows[by].map(str))
+    shown = rows.assign(
+        label=names,
+        value=rows["share"],
+        hover=[
+            f"{n}: {row.hits:,} of {row.tokens:,} tokens = {row.share:.1%}<br>90 % interval "
+            f"{row.low:.1%} to {row.high:.1%}, from {row.interval}"
+            for n, row in zip(names, rows.itertuples(), strict=True)
+        ],
+    )
+    few = (rows["interval"] == "tokens").any()
+    how = f"90 % intervals from {'tokens where prompts are few' if few else 'prompts'}"
+    more = len(table) - 1 - len(rows)
+    chart(
+        interval_dots(
+            shown,
+            Axis(
+                f"share of the {by}'s tokens",
+                float(every["share"]),
+                f"all tokens {number(every['share'], '.1%')}",
+            ),
+            title=f"{by.capitalize()} specialisation (share of the {by}'s tokens)",
+            scope=view.scope(),
+            notes=[how, *([f"{more} more {by}s in the table"] if more else [])],
+            dark=is_dark(),
+        ),
+        key=f"shares by {by}",
+        alt=f"Dots with intervals: the share of each {by}'s tokens that choose the expert, "
+        f"{span(rows['share'], '.1%')}; of all tokens {number(every['share'], '.1%')}.",
+        table=table,
+    )
+    if few and by == "domain":
+        st.caption(
+            f"Tokens of a prompt are alike, so intervals come from drawing prompts; with fewer "
+            f"than {MIN_PROMPTS} prompts, tokens are taken as independent, which is too narrow."
+        )
+
+
+@part("Vocabulary")
+def _vocabulary(view: View, expert: int, name: str) -> None:
+    if not view.run.records_ids:
+        st.info(_NO_IDS, icon=":material/info:")
+        return
+    place = {"layer": view.layer, "site": view.site}
+    table, floor = ask(view, vocabulary_of, expert_id=expert, **place, **view.filters)
+    if table.empty:
+        st.info(
+            f"No vocabulary entry of its tokens occurs {MIN_COUNT} times here: too few to say "
+            "anything of."
+        )
+        return
+    rows = table.head(_WORDS)
+    # of one text there may be several entries, such as the bytes of a character
+    names = labels(
+        [
+            f"id {token}" if text is None else text
+            for text, token in zip(rows["text"], rows["token"], strict=True)
+        ],
+        limit=18,
+        spaces=True,
+        of=rows["token"].tolist(),
+    )
+    shown = rows.assign(
+        label=names,
+        value=rows["share"],
+        hover=[
+            f"“{n}”: {row.assignments:,} of {row.occurrences:,} occurrences = {row.share:.0%}"
+            for n, row in zip(names, rows.itertuples(), strict=True)
+        ],
+    )
+    chart(
+        interval_dots(
+            shown,
+            Axis(
+                "share of the occurrences that choose the expert",
+                floor.mean,
+                f"largest by chance {number(floor.mean, '.0%')}",
+            ),
+            title="Vocabulary specialisation (share of an entry's occurrences)",
+            scope=view.scope(),
+            notes=[
+                f"entries that occur at least {MIN_COUNT} times",
+                "90 % intervals from tokens",
+            ],
+            y_title="vocabulary entry",
+            dark=is_dark(),
+        ),
+        key="vocabulary",
+        alt=f"Dots: the {len(rows)} vocabulary entries that choose {name} most often, "
+        f"{span(rows['share'], '.0%')} of their occurrences; by chance the luckiest entry has "
+        f"{number(floor.mean, '.0%')}.",
+        table=table,
+    )
+    above = int((table["share"] > floor.high).sum())
+    st.caption(
+        f"{above if above < len(table) else f'At least {above}'} entries are above what the "
+        "luckiest one has when the expert's tokens are drawn at random "
+        f"({number(floor.low, '.0%')} to {number(floor.high, '.0%')} in 9 of 10 draws)."
+    )
+
+
+@part("Co-activation")
+def _partners(view: View, expert: int) -> None:
+    """Draw the experts that are chosen together with this one."""
+    if view.run.site_info(view.layer, view.site).top_k < 2:
+        return
+    place = {"layer": view.layer, "site": view.site}
+    try:
+        counts = ask(view, coactivation, **place, **view.filters)
+    except RunError as error:
+        st.info(address.plain(str(error)), icon=":material/info:")
+        return
+    uplift = pair_uplift(counts.tokens)
+    mine = int(counts.tokens[expert, expert])
+    low, high = wilson(counts.tokens[expert], mine)
+    table = pd.DataFrame(
+        {
+            "expert": range(len(counts.tokens)),
+            "tokens": counts.tokens[expert],
+            "value": counts.tokens[expert] / max(1, mine),
+            "low": low,
+            "high": high,
+            "expected": uplift.expected[expert] / max(1, mine),
+            "ratio": uplift.ratio[expert],
+        }
+    ).drop(index=expert)
+    rows = table.sort_values(["value", "expert"], ascending=[False, True]).head(_PARTNERS)
+    rows = rows.assign(
+        label=[expert_label(view.site_name, e) for e in rows["expert"]],
+        hover=[
+            f"{expert_label(view.site_name, row.expert)}: {row.tokens:,} of {mine:,} tokens = "
+            f"{row.value:.1%}"
+            + ("" if math.isnan(row.ratio) else f"<br>{row.ratio:.2f}× what the loads give")
+            + "<br>click for this expert"
+            for row in rows.itertuples()
+        ],
+    ).reset_index(drop=True)
+    scope = view.scope(counts.n_tokens)
+    chart(
+        interval_dots(
+            rows,
+            Axis("share of its tokens that also choose the other", math.nan, ""),
+            title="Co-activation (share of its tokens)",
+            scope=scope,
+            notes=["diamonds: what the loads alone give"],
+            dark=is_dark(),
+        ),
+        key="partners",
+        alt=f"Dots: the {len(rows)} experts that most often serve the same tokens, "
+        f"{span(rows['value'], '.1%')} of them. Click: that expert.",
+        table=table,
+        on_click=lambda data: address.write("id", str(int(rows["expert"].iloc[int(data[0])]))),
+    )
+    if counts.n_tokens < counts.n_all:
+        st.caption(f"Counted from {counts.n_tokens:,} of {counts.n_all:,} tokens.")
+
+
+render()

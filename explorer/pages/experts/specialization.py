@@ -1,0 +1,256 @@
+"""Metrics of specialisation applied to the answers of queries: one expert, all experts, a text."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from explorer.metrics.load import Floor
+from explorer.metrics.specialization import (
+    MIN_COUNT,
+    MIN_PROMPTS,
+    by_prompt,
+    divergence,
+    favourite_share,
+    information,
+    shuffled_favourite,
+    shuffled_information,
+    shuffled_top,
+    wilson,
+)
+from explorer.pages.experts.specialization_data import (
+    Found,
+    Sample,
+    expert_hits,
+    loads_by_domain,
+    occurrences,
+    route_sample,
+    tokens_of_text,
+)
+from explorer.queries.experts import expert_vocabulary
+from explorer.queries.load import expert_load
+from explorer.queries.overview import token_count
+from explorer.queries.part import Part
+from explorer.run import Run
+
+# fewest tokens of a text that went to an expert before its lift means anything
+MIN_HITS = 5
+
+
+def shares_of(run: Run, layer: int, expert_id: int, *, by: str, **filters: Any) -> pd.DataFrame:
+    """Return the specialisation of an expert for every domain, or for both phases.
+
+    Parameters
+    ----------
+    by : {"domain", "phase"}
+    **filters
+        As ``queries.specialization.expert_hits`` takes them.
+
+    Returns
+    -------
+    DataFrame
+        ``by``, ``prompts``, ``tokens``, ``hits``, ``share`` = hits / tokens, ``low``, ``high``
+        (90 % interval), ``interval`` (``prompts`` or ``tokens``: what was taken as independent);
+        largest share first. The last row, with ``by`` missing, is of all together.
+    """
+    rows = expert_hits(run, layer, expert_id, **filters)
+    found: list[dict[Hashable, Any]] = []
+    groups: list[tuple[Any, pd.DataFrame]] = list(rows.groupby(by, sort=True)) if len(rows) else []
+    for name, part in [*groups, (None, rows)]:
+        whole = part.groupby("prompt_id", dropna=False)[["tokens", "hits"]].sum()
+        tokens, hits = int(whole["tokens"].sum()), int(whole["hits"].sum())
+        prompts = int(part["prompt_id"].nunique())
+        low, high = by_prompt(whole["hits"], whole["tokens"])
+        found.append(
+            {
+                by: name,
+                "prompts": prompts if run.records_ids else pd.NA,
+                "tokens": tokens,
+                "hits": hits,
+                "share": hits / tokens if tokens else float("nan"),
+                "low": float(low),
+                "high": float(high),
+                "interval": "prompts" if prompts >= MIN_PROMPTS else "tokens",
+            }
+        )
+    table = pd.DataFrame(found)
+    ordered = table.iloc[:-1].sort_values(["share", by], ascending=[False, True])
+    return pd.concat([ordered, table.iloc[-1:]], ignore_index=True)
+
+
+def vocabulary_of(
+    run: Run, layer: int, expert_id: int, *, min_count: int = MIN_COUNT, **filters: Any
+) -> tuple[pd.DataFrame, Floor]:
+    """Return the vocabulary entries of an expert, and what its luckiest one would have by chance.
+
+    Returns
+    -------
+    DataFrame
+        Of ``queries.experts.expert_vocabulary``, with ``low`` and ``high`` (90 %, tokens taken as
+        independent).
+    Floor
+        The largest share of any entry when as many tokens are drawn at random.
+    """
+    found = expert_vocabulary(run, layer, expert_id, min_count=min_count, limit=40, **filters)
+    where = {name: filters[name] for name in ("domain", "phase", "part") if name in filters}
+    every = occurrences(run, **where)["tokens"]
+    often = every[every >= min_count]
+    rest = int(every.sum() - often.sum())
+    hits = expert_hits(run, layer, expert_id, **filters)["hits"].sum() if len(every) else 0
+    floor = shuffled_top([*often.tolist(), rest], int(hits))
+    low, high = wilson(found["assignments"], found["occurrences"])
+    return found.assign(low=low, high=high), floor
+
+
+def divergences(run: Run, **filters: Any) -> pd.DataFrame:
+    """Return how far the domains of every expert's tokens are from those of all tokens.
+
+    Returns
+    -------
+    DataFrame
+        ``layer``, ``site``, ``expert_id``, ``assignments``, ``divergence`` (nats; missing for an
+        idle expert), ``domain`` (where its share is furthest above the layer's) and ``lift`` (how
+        many times). No rows where fewer than two domains occur.
+    """
+    counts = loads_by_domain(run, **filters)
+    rows = []
+    for (layer, site), part in counts.groupby(["layer", "site"]):
+        table = part.pivot_table(
+            index="domain", columns="expert_id", values="assignments", aggfunc="sum", fill_value=0
+        ).reindex(columns=range(run.site_info(layer, site).n_experts), fill_value=0)
+        if len(table) < 2:
+            continue
+        values = table.to_numpy(dtype=np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            lift = (values / values.sum(axis=0)) / (
+                values.sum(axis=1, keepdims=True) / values.sum()
+            )
+        best = np.nan_to_num(lift, nan=-1).argmax(axis=0)
+        rows.append(
+            pd.DataFrame(
+                {
+                    "layer": layer,
+                    "site": site,
+                    "expert_id": range(values.shape[1]),
+                    "assignments": values.sum(axis=0).astype(np.int64),
+                    "divergence": divergence(values),
+                    "domain": table.index.to_numpy()[best],
+                    "lift": lift[best, np.arange(values.shape[1])],
+                }
+            )
+        )
+    names = ["layer", "site", "expert_id", "assignments", "divergence", "domain", "lift"]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=names)
+
+
+def layers_of(run: Run, *, min_count: int = MIN_COUNT, **filters: Any) -> tuple[pd.DataFrame, int]:
+    """Return the specialisation of every layer, with the floors of shuffled labels.
+
+    Returns
+    -------
+    DataFrame
+        ``layer``, ``site``, ``n_experts``, ``top_k``; ``vocabulary`` (mean share of the favourite
+        expert) and ``information`` (domain and expert, nats), each also with ``_floor``,
+        ``_floor_low`` and ``_floor_high``; missing where not enough was recorded.
+    int
+        Every so manieth token was looked at.
+    """
+    sample = route_sample(run, **filters)
+    entry = np.unique(sample.tokens["token"], return_inverse=True)[1]
+    prompt_numbers = np.unique(sample.tokens["prompt_id"], return_inverse=True)[1]
+    first = np.unique(prompt_numbers, return_index=True)[1]
+    names = sample.tokens["domain"].to_numpy(dtype=object)
+    labels = np.unique(names[first].astype(str), return_inverse=True)[1]
+    rows = []
+    for info in run.sites:
+        mine = _routes(sample, info.layer, info.site)
+        row: dict[Hashable, Any] = {
+            "layer": info.layer,
+            "site": info.site,
+            "n_experts": info.n_experts,
+            "top_k": info.top_k,
+        }
+        row |= _with_floor("vocabulary", *_vocabulary(mine, entry, info.n_experts, min_count))
+        row |= _with_floor(
+            "information", *_information(mine, prompt_numbers, labels, info.n_experts)
+        )
+        rows.append(row)
+    return pd.DataFrame(rows), sample.step
+
+
+def _routes(sample: Sample, layer: int, site: int) -> pd.DataFrame:
+    routes = sample.routes
+    return routes[(routes["layer"] == layer) & (routes["site"] == site)]
+
+
+def _vocabulary(
+    routes: pd.DataFrame, entry: Any, n_experts: int, min_count: int
+) -> tuple[float, Floor]:
+    rows, experts = routes["row"].to_numpy(), routes["expert_id"].to_numpy()
+    often = np.bincount(entry) if len(entry) else np.zeros(0, np.int64)
+    if not len(rows):
+        return _MISSING
+    value = favourite_share(entry[rows], experts, often, n_experts, min_count=min_count)
+    return value, shuffled_favourite(rows, experts, entry, n_experts, min_count=min_count)
+
+
+def _information(
+    routes: pd.DataFrame, prompt_numbers: Any, labels: Any, n_experts: int
+) -> tuple[float, Floor]:
+    if not len(routes) or len(np.unique(labels)) < 2:
+        return _MISSING
+    cells = prompt_numbers[routes["row"].to_numpy()] * n_experts + routes["expert_id"].to_numpy()
+    counts = np.bincount(cells, minlength=len(labels) * n_experts).reshape(-1, n_experts)
+    grouped = np.zeros((int(labels.max()) + 1, n_experts))
+    np.add.at(grouped, labels, counts)
+    return information(grouped), shuffled_information(counts, labels)
+
+
+_MISSING = (float("nan"), Floor(float("nan"), float("nan"), float("nan")))
+
+
+def _with_floor(name: str, value: float, floor: Floor) -> dict[Hashable, Any]:
+    return {
+        name: value,
+        f"{name}_floor": floor.mean,
+        f"{name}_floor_low": floor.low,
+        f"{name}_floor_high": floor.high,
+    }
+
+
+def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, Found]:
+    """Return which experts the tokens of a word or phrase go to more often than other tokens.
+
+    Returns
+    -------
+    DataFrame
+        Every (layer, site, expert) that took at least ``MIN_HITS`` of these tokens: ``layer``,
+        ``site``, ``expert_id``, ``hits``, ``tokens``, ``share`` = hits / tokens, ``base`` (share
+        of all tokens of the filters), ``lift`` = share / base, ``low``, ``high`` (of the lift,
+        90 %, tokens taken as independent). Those whose lift is surely largest come first.
+    Found
+        The tokens, from ``queries.specialization.tokens_of_text``.
+    """
+    found = tokens_of_text(run, text, **filters)
+    names = ["layer", "site", "expert_id", "hits", "tokens", "share", "base", "lift", "low", "high"]
+    n = len(found.token_ids)
+    if not n:
+        return pd.DataFrame(columns=names), found
+    part = Part(token_ids=found.token_ids)
+    here = expert_load(run, part=part, weights=False)
+    every = expert_load(run, weights=False, **filters)
+    n_all = token_count(run, **filters)
+    table = here[["layer", "site", "expert_id"]].assign(
+        hits=here["assignments"],
+        tokens=n,
+        share=here["assignments"] / n,
+        base=every["assignments"] / n_all,
+    )
+    table = table[(table["hits"] >= MIN_HITS) & (table["base"] > 0)]
+    low, high = wilson(table["hits"], table["tokens"])
+    table = table.assign(
+        lift=table["share"] / table["base"], low=low / table["base"], high=high / table["base"]
+    )
+    ordered = table.sort_values(["low", "layer", "expert_id"], ascending=[False, True, True])
+    return ordered.reset_index(drop=True)[names], found

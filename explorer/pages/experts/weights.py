@@ -1,0 +1,138 @@
+"""Neighbours of an expert in the weights' space: whose router row and whose weights are alike."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from capture.model_names import model_name
+from explorer import service
+from explorer.errors import ExplorerError
+from explorer.pages.experts.figures import Axis, interval_dots
+from explorer.ui import address, problems
+from explorer.ui.caption import Scope
+from explorer.ui.chart import chart
+from explorer.ui.job import follow
+from explorer.ui.number import number, span
+from explorer.ui.part import part
+from explorer.ui.state import Key, View, is_dark
+from explorer.ui.wording import expert_label
+from explorer.worker import CosinesRequest, likeness, shared_worker
+
+_SHOWN = 8
+_TITLES = {
+    "router": "Router rows alike (cosine)",
+    "experts": "Expert weights alike (cosine)",
+}
+_MISSING = {
+    "router": "This router has no matrix with one row per expert.",
+    "experts": "These experts are stored in a way that cannot be compared.",
+}
+
+
+@part("Weights")
+def weights_section(view: View, expert: int) -> None:
+    """Draw the section, or what is needed for it."""
+    st.subheader("Neighbours in the weights' space", anchor=False)
+    path = likeness.cosines_path(view.run)
+    if not path.is_file():
+        _offer(view, path)
+        return
+    status = path.stat()
+    key = (str(path), status.st_mtime_ns, status.st_size)
+    try:
+        table = _cosines(key, view.layer, view.site)
+    except ExplorerError as error:
+        st.error(address.plain(str(error)), icon=":material/error:")
+        return
+    st.markdown(
+        "Experts with router rows alike are chosen for alike tokens. Experts that were trained "
+        "from different starts have weights of cosine near 0 even where they do alike work, since "
+        "the neurons of an expert can stand in any order."
+    )
+    places = st.columns(2, gap="large")
+    for place, kind in zip(places, likeness.KINDS, strict=True):
+        with place:
+            _neighbours(view, expert, table[table["kind"] == kind], kind)
+
+
+@st.cache_data(max_entries=100, show_spinner=False)
+def _cosines(key: Key, layer: int, site: int) -> pd.DataFrame:
+    return likeness.read_cosines(Path(key[0]), layer, site)
+
+
+def _offer(view: View, path: Path) -> None:
+    """Say that the weights were not looked at yet, and how to."""
+    jobs = [job for job in shared_worker().jobs() if job.request.out == str(path)]
+    if jobs and (jobs[0].active or not jobs[0].path):
+        follow(jobs[0].job_id, key="weights")
+        if jobs[0].active:
+            return
+    model = address.plain(model_name(str(view.run.info["model"])))
+    if not service.may_write():
+        st.info(
+            f"Not available: a run holds no weights, and nobody has compared those of {model} "
+            "here yet. That loads the model, which this server does not do for viewers.",
+            icon=":material/info:",
+        )
+        return
+    st.info(
+        f"A run holds no weights. Comparing them loads the model {model} once, in the background; "
+        "the result is kept.",
+        icon=":material/info:",
+    )
+    st.button("Compare the weights", on_click=_start, args=(view, path))
+
+
+@problems.in_callback
+def _start(view: View, path: Path) -> None:
+    info = view.run.info
+    service.submit(
+        CosinesRequest(str(path), str(view.run.path), str(info["model"]), info["revision"])
+    )
+
+
+def _neighbours(view: View, expert: int, table: pd.DataFrame, kind: str) -> None:
+    if table.empty:
+        st.info(_MISSING[kind], icon=":material/info:")
+        return
+    others = table[table["a"] != table["b"]]["cosine"].to_numpy(dtype=np.float64)
+    if np.isnan(others).all():
+        st.info("This layer has no two experts whose weights can be compared.")
+        return
+    mine = table[(table["a"] == expert) & (table["b"] != expert)]
+    rows = mine.sort_values(["cosine", "b"], ascending=[False, True]).head(_SHOWN)
+    names = [expert_label(view.site_name, number) for number in rows["b"]]
+    shown = rows.assign(
+        label=names,
+        value=rows["cosine"],
+        low=np.nan,
+        high=np.nan,
+        hover=[
+            f"{name}: cosine {number(value, '.3f')}<br>click for this expert"
+            for name, value in zip(names, rows["cosine"], strict=True)
+        ],
+    )
+    middle = float(np.nanmean(others))
+    figure = interval_dots(
+        shown,
+        Axis("cosine", middle, f"mean of the layer's pairs {middle:.3f}", percent=False),
+        title=_TITLES[kind],
+        scope=Scope(0),
+        dark=is_dark(),
+    )
+    # nothing here is counted over tokens
+    figure.update_layout(
+        title_subtitle_text=f"the model's weights, no tokens; dotted: mean of the layer's pairs "
+        f"{middle:.3f}"
+    )
+    chart(
+        figure,
+        key=f"alike {kind}",
+        alt=f"Dots: the {len(rows)} experts of the layer whose {kind} weights are most alike, "
+        f"cosine {span(rows['cosine'], '.3f')}; mean of all pairs "
+        f"{middle:.3f}. Click: that expert.",
+        table=mine,
+        on_click=lambda data: address.write("id", str(int(rows["b"].iloc[int(data[0])]))),
+    )

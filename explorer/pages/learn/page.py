@@ -1,0 +1,321 @@
+"""Learn: a short tour on the open run, how to read every page, and the glossary."""
+
+from collections.abc import Callable
+
+import pandas as pd
+import streamlit as st
+from streamlit.errors import StreamlitPageNotFoundError
+
+from explorer.pages.experts.figures import Axis, interval_dots
+from explorer.pages.experts.specialization import divergences, shares_of
+from explorer.pages.load_balance.figures import load_bars
+from explorer.pages.tokens.data import token_experts, token_gates, token_scores, tokens
+from explorer.pages.tokens.figures import score_bars, token_routes
+from explorer.queries.load import expert_load
+from explorer.queries.prompts import prompts
+from explorer.ui import address
+from explorer.ui.chart import chart
+from explorer.ui.glossary import TERMS
+from explorer.ui.names import domain_labels
+from explorer.ui.number import number
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, ask, balance_of, is_dark
+from explorer.ui.text import visible
+from explorer.ui.wording import certainty_sentence, expert_label, probabilities, routing_sentence
+
+_STEPS = {
+    "router": "1 · What is a router?",
+    "load": "2 · Who gets the work?",
+    "specialisation": "3 · What is an expert for?",
+    "path": "4 · From layer to layer",
+    "pages": "5 · Which page answers what?",
+}
+_PAGES = {
+    "overview": "What is in this run, and is any expert overloaded or idle?",
+    "tokens": "Which experts did this very word go to, and how sure was the router?",
+    "experts": "What is this expert for? Which experts fire on this word?",
+    "load_balance": "Is the work shared evenly, and what would a limit drop?",
+    "attention": "Which earlier tokens does a head look at, and does routing follow?",
+    "flow": "Which experts follow each other, and which serve the same token?",
+    "clusters": "Which tokens, prompts or experts are alike?",
+    "compare": "What would another router do on the same tokens?",
+    "compare_runs": "What differs between two runs, token by token and layer by layer?",
+    "trends": "How did routing come about while the model was trained?",
+    "share": "How do I show somebody else what I see?",
+    "capture": "How do I record prompts of my own?",
+}
+_SHOWN = 8  # domains in the small figure
+_EXAMPLE = 12  # tokens before the example's
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    _asked()
+    step = address.choose(
+        st.segmented_control,
+        "step",
+        "The tour",
+        list(_STEPS),
+        default="router",
+        show=_STEPS.__getitem__,
+        label_visibility="collapsed",
+    )
+    steps: dict[str, Callable[[View], None]] = {
+        "router": _router,
+        "load": _load,
+        "specialisation": _specialisation,
+        "path": _path,
+        "pages": _which_page,
+    }
+    steps[step](view)
+    _next(step)
+    _glossary()
+
+
+def _asked() -> None:
+    """Explain the word that a figure's "?" asked for."""
+    name = address.read("term")
+    if not name:
+        return
+    if name not in TERMS:
+        address.note(f"The link names the word “{name[:60]}”, which is not in the glossary.")
+        address.write("term", "")
+        return
+    term = TERMS[name]
+    with st.container(border=True, key="asked term"):
+        st.markdown(f"**{term.title}**: {term.text}")
+        for other in term.also:
+            st.markdown(f"**{TERMS[other].title}**: {TERMS[other].text}")
+
+
+def _next(step: str) -> None:
+    names = list(_STEPS)
+    place = names.index(step)
+    if place + 1 < len(names):
+        following = names[place + 1]
+        st.button(
+            f"Next: {_STEPS[following].split('· ')[1]}",
+            on_click=lambda: address.write("step", following),
+        )
+
+
+def _example(view: View) -> "pd.Series | None":
+    """Return a token in the middle of a prompt, for the steps that look at one."""
+    if not view.run.records_ids:
+        return None
+    listed = ask(view, prompts, limit=50, **view.prompt_filters)
+    fitting = listed[listed["tokens"] > _EXAMPLE]
+    if listed.empty:
+        return None
+    chosen = (fitting if len(fitting) else listed).iloc[0]
+    found = ask(view, tokens, prompt_id=int(chosen["prompt_id"]))
+    if found.empty:
+        return None
+    row = found.iloc[min(_EXAMPLE, len(found) - 1)].copy()
+    around = found["text"].iloc[: min(_EXAMPLE, len(found) - 1)]
+    row["before"] = "".join(text or "" for text in around)
+    return row
+
+
+@part("What is a router?")
+def _router(view: View) -> None:
+    info = view.run.site_info(view.layer, view.site)
+    st.markdown(
+        "A language model reads text in pieces, **tokens**, and applies its **layers** to each of "
+        "them, one after the other. In a *mixture-of-experts* model a layer holds several small "
+        f"networks, **experts**: here {info.n_experts} in layer {view.site_name}. A token visits "
+        f"only {info.top_k} of them. The **router** chooses which: it scores every expert for the "
+        "token and takes the best."
+    )
+    token = _example(view)
+    if token is None:
+        st.info("This run keeps no single tokens, so there is none to show the choice for.")
+        return
+    token_id = int(token["token_id"])
+    text = token["text"]
+    st.markdown(
+        f"Take this token: {address.plain(visible(token['before']))} "
+        f":primary-background[{address.plain(visible(text, spaces=True))}]"
+    )
+    experts = ask(view, token_experts, token_id=token_id)
+    here = experts[(experts["layer"] == view.layer) & (experts["site"] == view.site)]
+    gates = ask(view, token_gates, token_id=token_id)
+    gate = gates[(gates["layer"] == view.layer) & (gates["site"] == view.site)].iloc[0]
+    st.markdown(
+        routing_sentence(here, site_name=view.site_name, n_experts=info.n_experts)
+        + " "
+        + certainty_sentence(
+            normalized_entropy=float(gate["normalized_entropy"]),
+            margin=float(gate["margin"]),
+            topk_mass=float(gate["topk_mass"]),
+            top_k=info.top_k,
+        )
+    )
+    scores = ask(view, token_scores, token_id=token_id, layer=view.layer, site=view.site)
+    if not scores["recorded"].any():
+        return
+    values, unit, baseline = probabilities(
+        scores["score"].to_numpy(dtype="float64"), str(gate["score_function"])
+    )
+    table = scores.assign(value=values)
+    chart(
+        score_bars(
+            table,
+            layer=view.site_name,
+            token_text=text,
+            unit=unit,
+            baseline=baseline,
+            column="value",
+            dark=is_dark(),
+        ),
+        key="scores",
+        alt=f"Bars: the scores of all {len(scores)} experts for one token, highest first; the "
+        "chosen ones in another colour.",
+        table=table.drop(columns="recorded"),
+    )
+    st.page_link("explorer/pages/tokens/page.py", label="See every token of a prompt on **Tokens**")
+
+
+@part("Who gets the work?")
+def _load(view: View) -> None:
+    sampled = view.sampled()
+    load = ask(sampled, expert_load, weights=False, **sampled.filters)
+    here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
+    balance = balance_of(sampled, sampled.of_layers(load))
+    row = balance[(balance["layer"] == view.layer) & (balance["site"] == view.site)].iloc[0]
+    if not here["assignments"].sum():
+        st.info("These tokens have no assignment in this layer. Change the filters at the side.")
+        return
+    busiest = here.loc[here["assignments"].idxmax()]
+    st.markdown(
+        f"If all {len(here)} experts of layer {view.site_name} got the same, each would have its "
+        f"**fair share**, 1 of {len(here)}. The busiest here, "
+        f"{expert_label(view.site_name, int(busiest['expert_id']))}, has "
+        f"**{number(busiest['ratio'], '.2f')}× its fair share**. Is that much? A router that "
+        "threw dice would not be perfectly even either: with as many tokens, its busiest expert "
+        f"would have {number(1 + row['max_violation_floor'], '.2f')}×. That is what **by chance** "
+        "means on every page: compare with it before believing a pattern."
+    )
+    chart(
+        load_bars(here, scope=sampled.scope(), layer=view.site_name, dark=is_dark()),
+        key="load bars",
+        alt=f"Bars: share of assignments of {len(here)} experts, busiest first; a fair share is "
+        f"{1 / len(here):.1%}.",
+        table=here.drop(columns=["n_experts", "top_k"]),
+    )
+    st.page_link("explorer/pages/load_balance/page.py", label="Measure it on **Load balance**")
+
+
+@part("What is an expert for?")
+def _specialisation(view: View) -> None:
+    st.markdown(
+        "Nobody tells an expert what to do; in training, each becomes better at what it happens to "
+        "get. Some end up **specialised**: they take one kind of text far more often than others."
+    )
+    sampled = view.sampled()
+    filters = sampled.filters | {"domain": None}
+    found = ask(sampled, divergences, **filters)
+    here = found[(found["layer"] == view.layer) & (found["site"] == view.site)]
+    if here["divergence"].isna().all():
+        st.info("Domains are compared here, and the prompts of this run have fewer than two.")
+        return
+    special = here.loc[here["divergence"].idxmax()]
+    expert = int(special["expert_id"])
+    name = expert_label(view.site_name, expert)
+    place = {"layer": view.layer, "site": view.site}
+    whole = view.filters | {"domain": None}
+    table = ask(view, shares_of, expert_id=expert, by="domain", **place, **whole)
+    rows, every = table.iloc[:-1].head(_SHOWN), table.iloc[-1]
+    names = domain_labels(list(rows["domain"]))
+    st.markdown(
+        f"In layer {view.site_name} the most special one is **{name}**: "
+        f"{number(rows['share'].iloc[0], '.0%')} of the tokens of "
+        f"{address.plain(names[0])} choose it, and {number(every['share'], '.0%')} of "
+        "all. The line through each dot is its **interval**: where the true share may well lie."
+    )
+    chart(
+        interval_dots(
+            rows.assign(
+                label=names,
+                value=rows["share"],
+                hover=[f"{n}: {s:.1%}" for n, s in zip(names, rows["share"], strict=True)],
+            ),
+            Axis(
+                "share of the domain's tokens",
+                float(every["share"]),
+                f"all tokens {number(every['share'], '.1%')}",
+            ),
+            title=f"Who chooses {name} (share of the domain's tokens)",
+            scope=view.scope(int(every["tokens"]))._replace(domain=None),
+            dark=is_dark(),
+        ),
+        key="shares by domain",
+        alt=f"Dots: share of each domain's tokens that choose {name}.",
+        table=table,
+    )
+    st.page_link(
+        "explorer/pages/experts/page.py",
+        label=f"See what {name} takes on **Experts**",
+        query_params={"layer": address.read("layer") or view.site_name, "id": str(expert)},
+    )
+
+
+@part("From layer to layer")
+def _path(view: View) -> None:
+    st.markdown(
+        "Every layer has a router of its own, so a token takes a **path**: some experts in the "
+        "first layer, others in the next. Expert 3 of one layer has nothing in common with expert "
+        "3 of another, which is why they are called by both numbers, such as L2.E3."
+    )
+    token = _example(view)
+    if token is None:
+        st.info("This run keeps no single tokens, so there is no path to show.")
+        return
+    experts = view.of_layers(ask(view, token_experts, token_id=int(token["token_id"])))
+    chart(
+        token_routes(experts, token_text=token["text"], dark=is_dark()),
+        key="token routes",
+        alt="Bars, one per layer: the experts of the token and their share of its weight.",
+        table=experts,
+    )
+    st.page_link("explorer/pages/flow/page.py", label="See the paths of all tokens on **Flow**")
+
+
+@part("Which page answers what?")
+def _which_page(_view: View) -> None:
+    st.markdown(
+        "The filters at the side act on all pages: phase, domain, a text that prompts contain, a "
+        "saved slice, and the layers. The address in your browser holds all of it, so a link shows "
+        "somebody else what you see. Every figure has its numbers as a table below it, and a **?** "
+        "that explains it here."
+    )
+    for name, question in _PAGES.items():
+        left, right = st.columns([1, 4], vertical_alignment="center")
+        with left:
+            _link(name)
+        right.markdown(question)
+
+
+def _link(name: str) -> None:
+    path, title = f"explorer/pages/{name}/page.py", name.replace("_", " ").capitalize()
+    try:
+        st.page_link(path, label=f"**{title}**")
+    except StreamlitPageNotFoundError:
+        # nobody records on a read-only server
+        st.markdown(f"**{title}** (not on this server)")
+
+
+@part("Glossary")
+def _glossary() -> None:
+    st.subheader("Glossary", anchor="glossary")
+    terms = sorted((TERMS[name] for name in TERMS), key=lambda term: term.title.lower())
+    half = -(-len(terms) // 2)
+    for column, shown in zip(st.columns(2, gap="large"), (terms[:half], terms[half:]), strict=True):
+        with column:
+            for term in shown:
+                st.markdown(f"**{term.title}**: {term.text}")
+
+
+render()

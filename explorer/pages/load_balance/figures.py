@@ -1,0 +1,306 @@
+"""Figures of load: who gets how much work."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.metrics.load import Floor, lorenz_curve
+from explorer.ui import theme
+from explorer.ui.caption import Scope, site_hover, site_name
+from explorer.ui.heatmap import Scale, clickable_heatmap, ground, outline
+from explorer.ui.names import domain_labels
+from explorer.ui.number import number
+
+# log2 of share / uniform; a fixed range, so that figures compare
+_OCTAVES = 3
+RATIO_SCALE = Scale(
+    title="× uniform share",
+    low=-_OCTAVES,
+    high=_OCTAVES,
+    neutral=0.0,
+    ticks={-3: "≤ 1/8×", -2: "1/4×", -1: "1/2×", 0: "1×", 1: "2×", 2: "4×", 3: "≥ 8×"},
+)
+_CELL_HOVER = (
+    "%{customdata[4]:,d} assignments<br>share %{customdata[3]:.3%} = %{customdata[5]:.2f}× uniform"
+)
+
+
+def load_heatmap(
+    load: pd.DataFrame,
+    *,
+    scope: Scope,
+    order: str = "expert",
+    pins: Sequence[theme.PinKey] = (),
+    caption_width: int = theme.CAPTION_WIDTH,
+    dark: bool = False,
+) -> go.Figure:
+    """Draw how much work every expert of every layer got, against a fair share.
+
+    Parameters
+    ----------
+    load : DataFrame
+        From ``queries.load.expert_load``.
+    order : {"expert", "load"}
+        Experts by id, or each layer's experts by falling load.
+    pins : sequence of (layer, site, expert)
+    caption_width : int, characters
+        Of a line; less on half a page.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, share, assignments, ratio, rank].
+    """
+    sites = list(dict.fromkeys(zip(load["layer"], load["site"], strict=True)))
+    several = len({layer for layer, _ in sites}) < len(sites)
+    width = int(load["n_experts"].max()) if len(load) else 0
+    of_site = load.groupby(["layer", "site"], sort=False)
+    rank = of_site["assignments"].rank(method="first", ascending=False)
+    row = of_site.ngroup().to_numpy()
+    column = rank.to_numpy(dtype=np.int64) - 1 if order == "load" else of_site.cumcount().to_numpy()
+    listed = load[["layer", "site", "expert_id", "share", "assignments", "ratio"]].assign(rank=rank)
+    ids = np.full((len(sites), width, 7), np.nan)
+    ids[row, column] = listed.to_numpy(dtype=np.float64)
+    z = log_ratio(ids[:, :, 5])
+    here = site_hover(several=several)
+    figure = clickable_heatmap(
+        z,
+        ids=ids,
+        hover=here
+        + ", expert %{customdata[2]}<br>"
+        + _CELL_HOVER
+        + "<br>rank %{customdata[6]} in its layer",
+        missing_hover=here + ": no assignment of these tokens",
+        x_labels=[str(column) for column in range(width)],
+        y_labels=[site_name(layer, site, several=several) for layer, site in sites],
+        x_title="expert" if order == "expert" else "experts of each layer by falling load (rank)",
+        y_title="decoder layer.router" if several else "decoder layer",
+        scale=RATIO_SCALE,
+        dark=dark,
+    )
+    drawn = 0
+    for pin, color in theme.pin_colors(pins, dark).items():
+        # axes are in cells: x = column, y = row
+        places = [(x, y) for y, x in np.argwhere((ids[:, :, :3] == pin).all(axis=2)).tolist()]
+        if places:
+            outline(figure, places, color, pin_name(pin))
+            drawn += 1
+    uniform = _uniform_text(load)
+    absent = ["grey: no such expert"] if np.isnan(ids[:, :, 0]).any() else []
+    theme.finish(
+        figure,
+        title="Load of every expert (share of its layer's assignments / uniform share)",
+        caption=scope.caption(
+            f"1× = uniform share {uniform}", *absent, "click a cell for the expert"
+        ),
+        dark=dark,
+        height=int(np.clip(150 + 26 * len(sites), 300, 900)),
+        legend=drawn > 0,
+        caption_width=caption_width,
+    )
+    return ground(figure, dark, diverging=True)
+
+
+def log_ratio(ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return log2 of share / uniform within the scale; an idle expert is at its lower end."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.clip(np.log2(ratio), -_OCTAVES, _OCTAVES))
+
+
+def pin_name(pin: theme.PinKey) -> str:
+    """Return how a pinned expert is called in legends."""
+    layer, site, expert = pin
+    return f"layer {site_name(layer, site, several=site > 0)}, expert {expert}"
+
+
+def load_bars(
+    load: pd.DataFrame,
+    *,
+    scope: Scope,
+    pins: Sequence[theme.PinKey] = (),
+    layer: str = "",
+    dark: bool = False,
+) -> go.Figure:
+    """Draw the shares of one site's experts, most loaded first, with the uniform share as a line.
+
+    Parameters
+    ----------
+    load : DataFrame
+        From ``queries.load.expert_load`` for one layer and site.
+    layer : str, optional
+        How the site is called; by default as the load says.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, share, assignments, ratio].
+    """
+    rows = load.sort_values(["assignments", "expert_id"], ascending=[False, True])
+    columns = ["layer", "site", "expert_id", "share", "assignments", "ratio"]
+    colors = theme.pin_colors(pins, dark)
+    keys = list(zip(rows["layer"], rows["site"], rows["expert_id"], strict=True))
+    fair = 1 / len(rows) if len(rows) else float("nan")
+    position = np.arange(len(rows))
+    figure = go.Figure(
+        go.Bar(
+            x=position,
+            y=rows["share"].to_numpy(dtype=np.float64),
+            customdata=rows[columns].to_numpy(dtype=np.float64),
+            marker={
+                "color": [colors.get(key, theme.accent(dark)) for key in keys],
+                # one of the colours of pins is the colour of all bars
+                "line": {
+                    "color": theme.foreground(dark),
+                    "width": [2 if key in colors else 0 for key in keys],
+                },
+            },
+            hovertemplate="expert %{customdata[2]}<br>" + _CELL_HOVER + "<extra></extra>",
+            name="share of assignments",
+        )
+    )
+    figure.add_hline(
+        fair,
+        line={"dash": "dot", "color": theme.foreground(dark)},
+        annotation_text=f"uniform share {fair:.2%}",
+        annotation_position="top right",
+    )
+    step = 1 if len(rows) <= 60 else -(-len(rows) // 32)
+    experts = rows["expert_id"].tolist()
+    figure.update_xaxes(
+        title="expert id, most loaded first",
+        range=[-0.6, len(rows) - 0.4],
+        tickmode="array",
+        tickvals=position[::step],
+        ticktext=[str(expert) for expert in experts[::step]],
+        tickangle=0 if len(rows) <= 32 else -90,
+    )
+    figure.update_yaxes(title="share of assignments", tickformat=".1%", rangemode="tozero")
+    figure.update_layout(clickmode="event+select", showlegend=False)
+    return theme.finish(
+        figure,
+        title=f"Load of the experts of layer {layer or _layer(load)} (share of assignments)",
+        caption=scope.caption(f"dotted: uniform share {fair:.2%}"),
+        dark=dark,
+    )
+
+
+def lorenz(load: pd.DataFrame, *, scope: Scope, layer: str = "", dark: bool = False) -> go.Figure:
+    """Draw the Lorenz curve of one site: how much work the least loaded experts do together."""
+    curve = lorenz_curve(load["assignments"])
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=[0, 1],
+                y=[0, 1],
+                mode="lines",
+                line={"dash": "dot", "color": theme.foreground(dark)},
+                name="uniform",
+                hoverinfo="skip",
+            ),
+            go.Scatter(
+                x=curve.experts,
+                y=curve.load,
+                mode="lines",
+                line={"color": theme.accent(dark), "width": 3},
+                fill="tonexty",
+                name="measured",
+                hovertemplate="the least loaded %{x:.0%} of the experts<br>do %{y:.1%} of the work"
+                "<extra></extra>",
+            ),
+        ]
+    )
+    # inside, so that the plot is as high as the bars beside it
+    figure.update_layout(legend={"orientation": "v", "x": 0.02, "y": 0.98, "yanchor": "top"})
+    figure.update_xaxes(title="share of experts, least loaded first", tickformat=".0%")
+    figure.update_yaxes(title="share of assignments", tickformat=".0%")
+    return theme.finish(
+        figure,
+        title=f"Lorenz curve of layer {layer or _layer(load)} (cumulative share of assignments)",
+        # as long as that of the bars beside it, so that both plots begin at one height
+        caption=scope.caption(f"dotted: uniform share {1 / max(1, len(load)):.2%}"),
+        dark=dark,
+    )
+
+
+def domain_heatmap(
+    load: pd.DataFrame, *, scope: Scope, by: str = "domain", layer: str = "", dark: bool = False
+) -> go.Figure:
+    """Draw the load of one site's experts in each domain (or phase), against a fair share.
+
+    Parameters
+    ----------
+    load : DataFrame
+        From ``queries.load.expert_load_by_domain`` or ``expert_load_by_phase``.
+    by : {"domain", "phase"}
+        The column that makes the rows.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, share, assignments, ratio, row].
+    """
+    parts = list(dict.fromkeys(load[by]))
+    width = int(load["n_experts"].max()) if len(load) else 0
+    columns = ["layer", "site", "expert_id", "share", "assignments", "ratio"]
+    ids = load[columns].to_numpy(dtype=np.float64).reshape(len(parts), width, len(columns))
+    rows = np.broadcast_to(np.arange(len(parts))[:, None, None], (len(parts), width, 1))
+    ids = np.concatenate([ids, rows], axis=2)
+    totals = load.groupby(by, sort=False)["assignments"].sum()
+    names = domain_labels(parts)
+    figure = clickable_heatmap(
+        log_ratio(ids[:, :, 5]),
+        ids=ids,
+        hover="%{text}, expert %{customdata[2]}<br>" + _CELL_HOVER,
+        missing_hover="%{text}: no assignment",
+        hover_text=[name for name in names for _ in range(width)],
+        x_labels=[str(column) for column in range(width)],
+        y_labels=[
+            f"{name} ({_short(int(totals[part]))})" for name, part in zip(names, parts, strict=True)
+        ],
+        x_title="expert",
+        y_title=f"{by} (assignments)",
+        scale=RATIO_SCALE,
+        dark=dark,
+    )
+    theme.finish(
+        figure,
+        title=f"Load by {by} in layer {layer or _layer(load)} "
+        f"(share of the {by}'s assignments / uniform share)",
+        caption=scope.caption(
+            f"1× = uniform share {_uniform_text(load)}", "click a cell for the expert"
+        ),
+        dark=dark,
+        height=int(np.clip(150 + 26 * len(parts), 300, 900)),
+    )
+    return ground(figure, dark, diverging=True)
+
+
+def floor_note(floor: Floor) -> str:
+    """Return what uniform routing of the same tokens gives, for captions and help texts."""
+    return (
+        f"uniform routing of as many tokens gives {number(floor.mean)} "
+        f"({number(floor.low)} to {number(floor.high)} in 9 of 10 draws)"
+    )
+
+
+def _layer(load: pd.DataFrame) -> str:
+    if load.empty:
+        return "–"
+    layer, site = int(load["layer"].iloc[0]), int(load["site"].iloc[0])
+    return site_name(layer, site, several=site > 0)
+
+
+def _uniform_text(load: pd.DataFrame) -> str:
+    widths = sorted(set(load["n_experts"]))
+    return " or ".join(f"1/{width}" for width in widths)
+
+
+def _short(count: int) -> str:
+    """Return a count in at most four digits."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)

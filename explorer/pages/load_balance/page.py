@@ -1,0 +1,304 @@
+"""Load balance: whether the experts of a layer share the work, and what a limit would drop."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from explorer.metrics.load import Floor
+from explorer.pages.load_balance.balance_figures import (
+    METRIC_TEXTS,
+    balance_over_layers,
+    capacity_curve,
+)
+from explorer.pages.load_balance.data import capacity_table, smallest_safe_factor
+from explorer.pages.load_balance.figures import domain_heatmap, floor_note, load_bars, lorenz
+from explorer.pages.load_balance.serving import serving_section
+from explorer.queries.load import (
+    expert_load,
+    expert_load_by_domain,
+    expert_load_by_phase,
+    routing,
+)
+from explorer.run import Run
+from explorer.ui import address, jump, problems
+from explorer.ui.address import domain_key
+from explorer.ui.chart import chart
+from explorer.ui.number import number, span
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, ask, balance_of, is_dark
+from explorer.ui.text import domain_name
+from explorer.ui.wording import undefined_load
+
+# tokens that the capacity figure reads; more would make the page wait
+MAX_CAPACITY_TOKENS = 30_000
+FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
+_PLACEMENT = ("gpus", "nodes", "expert_groups", "replicas")
+_TILES = {
+    "max_violation": "MaxVio",
+    "coefficient_of_variation": "Coefficient of variation",
+    "gini": "Gini",
+    "normalized_entropy": "Load entropy",
+    "dead_experts": "Dead experts",
+}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view().sampled()
+    jump.follow()
+    load = view.of_layers(ask(view, expert_load, weights=False, **view.filters))
+    st.markdown(
+        "When every expert of a layer gets the same share of the tokens, no expert waits for "
+        "another and none is wasted. A finite number of tokens is never perfectly even: "
+        "**by chance** is what uniform random routing of as many tokens would show."
+    )
+    # a link to a placement shows it
+    serves = any(address.read(name) for name in _PLACEMENT)
+    topic = address.choose(
+        st.segmented_control,
+        "topic",
+        "Topic",
+        ["layers", "serving"],
+        default="serving" if serves else "layers",
+        show={"layers": "Layers and capacity", "serving": "Serving: GPUs and batches"}.__getitem__,
+    )
+    if topic == "serving" and not load["assignments"].sum():
+        st.info("These tokens have no assignment in any layer. Change the filters at the side.")
+    elif topic == "serving":
+        serving_section(view, load)
+    else:
+        _layers(view, load)
+
+
+def _layers(view: View, load: pd.DataFrame) -> None:
+    here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
+    balance = balance_of(view, load)
+    st.subheader(f"Layer {view.site_name}", anchor=False)
+    _tiles(view, balance)
+    if not here["assignments"].sum():
+        st.info("These tokens have no assignment in this layer. Change the filters at the side.")
+        return
+    left, right = st.columns(2, gap="medium")
+    with left:
+        _bars(view, here)
+    with right:
+        _lorenz(view, here)
+    _by_part(view)
+    st.subheader("All layers", anchor=False)
+    _over_layers(view, balance)
+    st.subheader(f"Capacity limit in layer {view.site_name}", anchor=False)
+    _capacity(view)
+
+
+@part("Measures of balance")
+def _tiles(view: View, balance: pd.DataFrame) -> None:
+    row = balance[(balance["layer"] == view.layer) & (balance["site"] == view.site)].iloc[0]
+    for column, (name, label) in zip(st.columns(len(_TILES)), _TILES.items(), strict=True):
+        value, floor = row[name], row[f"{name}_floor"]
+        whole = name == "dead_experts"
+        shown = number(value, ".0f" if whole else ".3f")
+        column.metric(
+            label,
+            shown + (f" of {int(row['n_experts'])}" if whole else ""),
+            border=True,
+            delta=f"by chance {number(floor, '.1f' if whole else '.3f')}"
+            if math.isfinite(value)
+            else undefined_load(int(row["n_experts"])),
+            delta_color="off",
+            delta_arrow="off",
+            help=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
+        )
+    worst = Floor(*(float(row[f"max_violation_floor{part}"]) for part in ("", "_low", "_high")))
+    if math.isfinite(worst.mean):
+        st.caption(f"MaxVio: {floor_note(worst)}.")
+
+
+@part("Load of the experts")
+def _bars(view: View, here: pd.DataFrame) -> None:
+    chart(
+        load_bars(here, scope=view.scope(), layer=view.site_name, dark=is_dark()),
+        key="load bars",
+        alt=f"Bars: share of assignments of each of {len(here)} experts of layer "
+        f"{view.site_name}, busiest first, from {here['share'].max():.1%} to "
+        f"{here['share'].min():.1%}; a fair share is {1 / len(here):.1%}. Click: its tokens.",
+        table=here.drop(columns=["n_experts", "top_k"]),
+        on_click=lambda data: jump.aim(view, data),
+    )
+
+
+@part("Lorenz curve")
+def _lorenz(view: View, here: pd.DataFrame) -> None:
+    ordered = here.sort_values("assignments")[["expert_id", "assignments"]]
+    chart(
+        lorenz(here, scope=view.scope(), layer=view.site_name, dark=is_dark()),
+        key="lorenz",
+        alt=f"Lorenz curve of layer {view.site_name}: the least loaded half of the experts does "
+        f"{_half_share(ordered['assignments']):.0%} of the work.",
+        table=ordered.assign(
+            cumulative_share=ordered["assignments"].cumsum() / ordered["assignments"].sum()
+        ),
+    )
+
+
+def _half_share(ordered: "pd.Series[int]") -> float:
+    return float(ordered.iloc[: len(ordered) // 2].sum() / max(1, ordered.sum()))
+
+
+@part("Load by domain and phase")
+def _by_part(view: View) -> None:
+    """Draw the load of the layer in each domain and phase, where there are several."""
+    place = {"layer": view.layer, "site": view.site}
+    if len(view.run.domains) > 1 and view.domain is None:
+        load = ask(view, expert_load_by_domain, phase=view.phase, part=view.part, **place)
+        _part(view, load, "domain")
+    if len(view.run.phases) > 1 and view.phase is None:
+        load = ask(view, expert_load_by_phase, **view.prompt_filters, **place)
+        _part(view, load, "phase")
+
+
+def _part(view: View, load: pd.DataFrame, by: str) -> None:
+    parts = list(dict.fromkeys(load[by]))
+
+    def go_to(data: list[float]) -> None:
+        part = parts[int(data[6])]
+        address.write(by, domain_key(part) if by == "domain" else part)
+        jump.aim(view, data)
+
+    chart(
+        domain_heatmap(load, scope=view.scope(), by=by, layer=view.site_name, dark=is_dark()),
+        key=f"load by {by}",
+        alt=f"Heatmap of {load[by].nunique()} {by}s by experts of layer {view.site_name}: share "
+        f"of the {by}'s assignments over the uniform share. Click: its tokens.",
+        table=load.drop(columns=["layer", "site", "n_experts"]).assign(
+            **{by: [domain_name(part) for part in load[by]]}
+        ),
+        on_click=go_to,
+    )
+
+
+@part("All layers")
+def _over_layers(view: View, balance: pd.DataFrame) -> None:
+    metric = address.choose(
+        st.segmented_control,
+        "metric",
+        "Measure",
+        list(_TILES),
+        default="max_violation",
+        show=_TILES.__getitem__,
+    )
+    columns = [metric, f"{metric}_floor", f"{metric}_floor_low", f"{metric}_floor_high"]
+    if balance[metric].isna().all():
+        st.info(f"{_TILES[metric]}: {undefined_load(int(balance['n_experts'].max()))}.")
+        return
+    chart(
+        balance_over_layers(balance, metric, scope=view.scope(over_layers=True), dark=is_dark()),
+        key="over layers",
+        alt=f"{METRIC_TEXTS[metric].label} of {len(balance)} layers, "
+        f"{span(balance[metric])}, with the values that uniform routing would give.",
+        table=balance[["layer", "site", "n_experts", "top_k", "assignments", *columns]],
+    )
+
+
+@st.fragment
+@part("Capacity limit")
+def _capacity(view: View) -> None:
+    # a part that is drawn alone is not within the page's own
+    with problems.said():
+        _draw_capacity(view)
+
+
+def _draw_capacity(view: View) -> None:
+    if not view.run.records_ids:
+        st.info(
+            "What a limit drops depends on the order of the tokens, which is not recorded at "
+            "level `stats`. Capture with `--level ids`.",
+            icon=":material/info:",
+        )
+        return
+    curve, zero_from, n_batches, n_tokens, n_all = ask(
+        view,
+        capacity_of,
+        layer=view.layer,
+        site=view.site,
+        phase=view.phase,
+    )
+    if curve.empty or curve["assignments"].isna().all():
+        st.info("No token of this phase was recorded.")
+        return
+    batches = "batch" if n_batches == 1 else "batches"
+    st.markdown(
+        "A **capacity factor** of 1.25 means that every expert has room for 1.25 times its fair "
+        "share of a batch; assignments beyond that are dropped, as many training and serving "
+        "systems do. A batch is one forward pass, as it was recorded and whatever its domain: "
+        f"here {n_batches:,} {batches} of {n_tokens / n_batches:,.0f} tokens on average."
+    )
+    factor = _factor()
+    row = curve.iloc[(curve["capacity_factor"] - factor).abs().argmin()]
+    st.markdown(
+        f"With a capacity factor of **{factor:.2f}**, counted per batch, "
+        f"**{row['assignments']:.1%}** of all assignments are dropped. If an expert keeps the "
+        f"tokens that come first (policy *position*), {number(row['weight_position'], '.1%')} of "
+        f"the combine weight is lost and {row['tokens_position']:.2%} of the tokens lose every "
+        "expert; if it keeps those with the largest weight (policy *probs*), "
+        f"{number(row['weight_probs'], '.1%')} and {row['tokens_probs']:.2%}. From "
+        f"factor {zero_from:.2f} on nothing is dropped."
+    )
+    scope = view.scope(n_tokens).without_filters()
+    if n_tokens < n_all:
+        st.caption(f"Computed from the first {n_tokens:,} of {n_all:,} tokens, whole batches.")
+    chart(
+        capacity_curve(
+            curve,
+            layer=view.site_name,
+            capacity_factor=factor,
+            zero_from=zero_from,
+            n_batches=n_batches,
+            scope=scope,
+            dark=is_dark(),
+        ),
+        key="capacity",
+        alt=f"Share of assignments, weight and tokens dropped over capacity factors from "
+        f"{FACTORS[0]} to {FACTORS[-1]} in layer {view.site_name}.",
+        table=curve,
+    )
+
+
+def _factor() -> float:
+    """Draw the slider, which is kept in the address."""
+    asked = address.read("factor")
+    default = 1.25
+    value = next((f for f in FACTORS if f"{f:g}" == asked), None)
+    if asked and value is None:
+        address.note("The link names a capacity factor that is not on the scale; showing 1.25.")
+        address.write("factor", "")
+    key = "address:factor"
+    st.session_state[key] = default if value is None else value
+    st.select_slider(
+        "Capacity factor",
+        FACTORS,
+        key=key,
+        format_func=lambda f: f"{f:.2f}",
+        on_change=lambda: address.write("factor", f"{st.session_state[key]:g}"),
+    )
+    return float(default if value is None else value)
+
+
+def capacity_of(
+    run: Run, *, layer: int, site: int, phase: str | None
+) -> tuple[pd.DataFrame, float, int, int, int]:
+    """Return the capacity curve of a site, the safe factor, batches, tokens used, and all."""
+    chosen = routing(run, layer, site=site, phase=phase, max_tokens=MAX_CAPACITY_TOKENS)
+    n_experts = run.site_info(layer, site).n_experts
+    return (
+        capacity_table(chosen, n_experts, FACTORS),
+        smallest_safe_factor(chosen, n_experts),
+        len(np.unique(chosen.batch)),
+        len(chosen.token_id),
+        chosen.n_tokens,
+    )
+
+
+render()

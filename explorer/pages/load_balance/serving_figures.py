@@ -1,0 +1,217 @@
+"""Figures for serving: GPUs under placements, what decode batches read, coverage."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.ui import theme
+from explorer.ui.caption import Scope, site_name
+
+# characters of a caption line on half a page
+_CAPTION = 60
+_DASHES = {"in order": "dot", "EPLB, by node": "dash", "EPLB, global": "solid"}
+_PATTERNS = {"in order": "/", "EPLB, by node": ".", "EPLB, global": ""}
+_HUES = {"in order": "grey", "EPLB, by node": "orange", "EPLB, global": "blue"}
+
+
+def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = False) -> go.Figure:
+    """Draw the load of each GPU in one layer, under each placement.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rows of one site of ``explorer.pages.load_balance.serving_data.gpu_table``.
+    """
+    figure = go.Figure()
+    for policy, rows in table.groupby("policy", sort=False):
+        figure.add_trace(
+            go.Bar(
+                x=rows["gpu"].to_numpy(),
+                y=rows["ratio"].to_numpy(dtype=np.float64),
+                customdata=rows["load"].to_numpy(dtype=np.float64),
+                marker={
+                    "color": theme.hue(_HUES[str(policy)], dark),
+                    "pattern": {"shape": _PATTERNS[str(policy)], "solidity": 0.25},
+                },
+                name=str(policy),
+                hovertemplate="GPU %{x}: × %{y:.3f}, %{customdata:,.0f} assignments"
+                "<extra>%{fullData.name}</extra>",
+            )
+        )
+    figure.add_hline(1.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})
+    figure.update_xaxes(title="GPU", dtick=1 if table["gpu"].max() < 33 else None)
+    figure.update_yaxes(title="load (× mean of the GPUs)", rangemode="tozero")
+    return theme.finish(
+        figure,
+        title=f"Load of each GPU in layer {layer} (× mean)",
+        caption=scope.caption("1 = even; the tallest bar is how long the layer takes"),
+        dark=dark,
+        legend=True,
+        caption_width=_CAPTION,
+    )
+
+
+def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
+    """Draw the balancedness of every layer under each placement.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``explorer.pages.load_balance.serving_data.balance_of_gpus``.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site].
+    """
+    several = bool((table["site"] > 0).any())
+    places = table[["layer", "site"]].drop_duplicates().reset_index(drop=True)
+    names = [site_name(row.layer, row.site, several=several) for row in places.itertuples()]
+    figure = go.Figure()
+    for policy, rows in table.groupby("policy", sort=False):
+        figure.add_trace(
+            go.Scatter(
+                x=np.arange(len(rows)),
+                y=rows["balancedness"].to_numpy(dtype=np.float64),
+                customdata=np.column_stack([rows[["layer", "site"]], rows["straggler"]]),
+                mode="lines+markers",
+                line={
+                    "color": theme.hue(_HUES[str(policy)], dark),
+                    "dash": _DASHES[str(policy)],
+                    "width": 2,
+                },
+                name=str(policy),
+                hovertemplate="layer %{customdata[0]}: %{y:.3f}, straggler × %{customdata[2]:.2f}"
+                "<extra>%{fullData.name}</extra>",
+            )
+        )
+    step = max(1, -(-len(names) // 24))
+    figure.update_xaxes(
+        title="decoder layer",
+        tickmode="array",
+        tickvals=np.arange(len(names))[::step],
+        ticktext=names[::step],
+    )
+    figure.update_yaxes(title="balancedness (mean / largest GPU load)", range=[0, 1.04])
+    figure.update_layout(clickmode="event+select")
+    return theme.finish(
+        figure,
+        title="Balancedness of the GPUs over layers (1 = even)",
+        caption=scope.caption("its inverse is the straggler factor"),
+        dark=dark,
+        legend=True,
+        caption_width=_CAPTION,
+    )
+
+
+def decode_reads(
+    table: pd.DataFrame,
+    *,
+    n_experts: int,
+    layer: str,
+    scope: Scope,
+    notes: tuple[str, ...],
+    dark: bool = False,
+) -> go.Figure:
+    """Draw how many different experts a decode batch reads.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``explorer.pages.load_balance.serving_data.decode_reads``.
+    notes : tuple of str
+        What else the caption says of the tokens: how the batches were put together.
+    """
+    x = table["batch"].to_numpy()
+    figure = go.Figure()
+    for name, fill in (("low", None), ("high", "tonexty")):
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=table[name].to_numpy(),
+                mode="lines",
+                line={"width": 0},
+                fill=fill,
+                fillcolor="rgba(128, 128, 128, 0.3)",
+                showlegend=False,
+                hoverinfo="skip",
+            )
+        )
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=table["uniform"].to_numpy(),
+            mode="lines",
+            line={"color": theme.foreground(dark), "dash": "dot"},
+            name="uniform routing",
+            hovertemplate="uniform: %{y:.1f}<extra></extra>",
+        )
+    )
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=table["measured"].to_numpy(),
+            customdata=table["batches"].to_numpy(),
+            mode="lines+markers",
+            line={"color": theme.accent(dark), "width": 2.5},
+            name="measured (grey: 5th to 95th percentile)",
+            hovertemplate="%{x} tokens: %{y:.1f} experts, mean of %{customdata:,} batches"
+            "<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="tokens decoded together", type="log", tickvals=x, ticktext=x)
+    figure.update_yaxes(title=f"different experts (of {n_experts})", rangemode="tozero")
+    return theme.finish(
+        figure,
+        title=f"Experts that a decode batch reads in layer {layer} (count)",
+        caption=scope.caption(*notes),
+        dark=dark,
+        legend=True,
+        caption_width=_CAPTION,
+    )
+
+
+def coverage(
+    table: pd.DataFrame,
+    *,
+    layer: str,
+    scope: Scope,
+    notes: tuple[str, ...] = (),
+    dark: bool = False,
+) -> go.Figure:
+    """Draw which share of a layer's experts the first tokens touched.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``explorer.pages.load_balance.serving_data.coverage_curve``.
+    notes : tuple of str
+        What else the caption says of the tokens.
+    """
+    figure = go.Figure()
+    for name, column, dash, color in (
+        ("uniform routing", "uniform", "dot", theme.foreground(dark)),
+        ("measured", "share", "solid", theme.accent(dark)),
+    ):
+        figure.add_trace(
+            go.Scatter(
+                x=table["tokens"].to_numpy(),
+                y=table[column].to_numpy(dtype=np.float64),
+                mode="lines",
+                line={"color": color, "dash": dash, "width": 2, "shape": "hv"},
+                name=name,
+                hovertemplate="%{x:,} tokens: %{y:.1%}<extra>%{fullData.name}</extra>",
+            )
+        )
+    figure.update_xaxes(title="tokens, in the order of the forward passes", type="log", dtick=1)
+    figure.update_yaxes(title="experts touched (share)", tickformat=".0%", range=[0, 1.04])
+    return theme.finish(
+        figure,
+        title=f"Coverage: experts touched so far in layer {layer} (share)",
+        caption=scope.caption(
+            *notes, "what is soon touched by all traffic cannot be left out of memory"
+        ),
+        dark=dark,
+        legend=True,
+        caption_width=_CAPTION,
+    )

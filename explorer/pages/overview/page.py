@@ -1,0 +1,230 @@
+"""Overview: what this run is, its key figures, and the load of every expert."""
+
+import pandas as pd
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from capture.model_names import model_name
+from explorer.pages.load_balance.figures import load_heatmap
+from explorer.queries.load import expert_load
+from explorer.queries.overview import domain_counts, gate_means
+from explorer.queries.prompts import prompt_count
+from explorer.ui import address, jump
+from explorer.ui.chart import chart
+from explorer.ui.glossary import help_text
+from explorer.ui.number import ABSENT, number, span
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, ask, balance_of, is_dark
+from explorer.ui.text import domain_name, visible
+from explorer.ui.wording import undefined_load
+
+_ORDERS = {"expert": "by id", "load": "by load"}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view().sampled()
+    jump.follow()
+    st.markdown(_introduction(view))
+    load = view.of_layers(ask(view, expert_load, weights=False, **view.filters))
+    _key_figures(view, load)
+    _load_map(view, load)
+    details, domains = st.columns([3, 2], gap="large")
+    with details:
+        _about(view)
+    with domains:
+        _domains(view)
+
+
+def _introduction(view: View) -> str:
+    sites = view.run.sites
+    first = sites[0]
+    same = len({(s.n_experts, s.top_k) for s in sites}) == 1
+    layers = len(view.run.layers)
+    each = f"each of {layers} layers" if layers > 1 else f"layer {first.layer}"
+    if same:
+        many = f"**{first.top_k} of {first.n_experts} experts** in {each}"
+    else:
+        fewest, most = min(s.n_experts for s in sites), max(s.n_experts for s in sites)
+        many = f"a few of {fewest} to {most} experts in {each}"
+    shared = (
+        " Shared experts, which every token visits, are not counted here."
+        if any(s.n_shared_experts for s in sites)
+        else ""
+    )
+    return (
+        f"Each token visits {many}; a small **router** in every layer chooses which. This page "
+        f"shows how the work was shared: click a cell to see what that expert is for.{shared}"
+    )
+
+
+@part("Key figures")
+def _key_figures(view: View, load: pd.DataFrame) -> None:
+    scope = view.scope()
+    balance = balance_of(view, load)
+    gates = view.of_layers(ask(view, gate_means, statistics=("entropy",), **view.filters))
+    tiles = st.columns(5)
+    tiles[0].metric(
+        "Tokens",
+        f"{scope.n_tokens:,}",
+        border=True,
+        delta=f"of {ask(view, prompt_count, **view.prompt_filters):,} prompts",
+        delta_color="off",
+        delta_arrow="off",
+        help="Real tokens behind the figures; padding is never recorded.",
+    )
+    worst = balance.dropna(subset=["max_violation"])
+    why = undefined_load(int(balance["n_experts"].max()) if len(worst) else 0)
+    if len(worst):
+        row = worst.loc[worst["max_violation"].idxmax()]
+        _tile(
+            tiles[1],
+            "Busiest expert",
+            f"{1 + row['max_violation']:.2f}× fair share",
+            f"layer {int(row['layer'])}; by chance "
+            f"{number(1 + row['max_violation_floor'], '.2f')}×",
+            help_text("load", "by_chance"),
+        )
+    else:
+        _tile(tiles[1], "Busiest expert", ABSENT, why, help_text("load", "by_chance"))
+    even, chance = (worst[f"normalized_entropy{part}"].mean() for part in ("", "_floor"))
+    _tile(
+        tiles[2],
+        "Load entropy",
+        number(even, ".1%"),
+        why if pd.isna(even) else f"by chance {number(chance, '.1%')}",
+        help_text("load_entropy")
+        + "  \nHere the mean over layers of the entropy of the shares, over its largest value.",
+    )
+    routed = balance.dropna(subset=["dead_experts"])
+    tiles[3].metric(
+        "Dead experts",
+        f"{int(routed['dead_experts'].sum())} of {int(routed['n_experts'].sum())}",
+        border=True,
+        delta=f"by chance {routed['dead_experts_floor'].sum():.1f}",
+        delta_color="off",
+        delta_arrow="off",
+        help=help_text("dead_expert") + "  \nHere of all layers together.",
+    )
+    entropy = gates["normalized_entropy"].mean()
+    alone = int(balance["n_experts"].max()) == 1
+    tiles[4].metric(
+        "Gate entropy",
+        ABSENT if alone else "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
+        border=True,
+        delta=undefined_load(1) if alone else "0 % = sure",
+        delta_color="off",
+        delta_arrow="off",
+        help=help_text("gate_entropy")
+        + "  \nHere the mean over tokens and layers, over its largest value, ln(experts).",
+    )
+
+
+def _tile(place: DeltaGenerator, title: str, value: str, below: str, about: str) -> None:
+    place.metric(
+        title,
+        value,
+        border=True,
+        delta=below,
+        delta_color="off",
+        delta_arrow="off",
+        help=about,
+    )
+
+
+@part("Load of every expert")
+def _load_map(view: View, load: pd.DataFrame) -> None:
+    order = address.choose(
+        st.segmented_control,
+        "order",
+        "Order of the experts",
+        list(_ORDERS),
+        default="expert",
+        show=_ORDERS.__getitem__,
+        help="By id, or each layer's experts from the busiest to the idlest.",
+    )
+    figure = load_heatmap(load, scope=view.scope(over_layers=True), order=order, dark=is_dark())
+    chart(
+        figure,
+        key="load map",
+        alt=f"Heatmap of {load['layer'].nunique()} layers by experts: share of the layer's "
+        f"assignments over the uniform share, {span(load['ratio'], '.2f')} times.",
+        table=load.drop(columns=["n_experts", "top_k"]),
+        on_click=lambda data: jump.aim(view, data),
+    )
+
+
+@part("About this run")
+def _about(view: View) -> None:
+    info, sites = view.run.info, view.run.sites
+    experts = sorted({s.n_experts for s in sites})
+    rows = {
+        "Model": f"{model_name(info['model'])} ({info['architecture']})",
+        "Routers": f"{len(sites)} in {len(view.run.layers)} layers, each choosing "
+        f"{_range([s.top_k for s in sites])} of {_range(experts)} experts"
+        + (f", {_range([s.n_shared_experts for s in sites])} shared" if _shared(view) else ""),
+        "Score function": ", ".join(sorted({s.score_function for s in sites})),
+        "Recorded": f"{info['n_tokens']:,} tokens of {info['n_prompts']:,} prompts"
+        f" ({info['n_generated']:,} generated)",
+        "Level": f"{info['level']} ({_LEVELS.get(info['level'], '')})",
+        "Cut prompts": f"{info['n_truncated_prompts']:,} longer than the model's context",
+        "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
+        "Ran on": f"{info['device']}, {info['dtype']}, {_duration(info['seconds'])}, "
+        f"{info['started_at']:%Y-%m-%d %H:%M} UTC",
+        "File": f"{view.run.path.name}, {view.key[2] / 1e6:,.1f} MB",
+    }
+    st.subheader("About this run", anchor=False)
+    frame = pd.DataFrame({"what": list(rows), "value": [visible(str(v)) for v in rows.values()]})
+    st.dataframe(
+        frame,
+        hide_index=True,
+        alt="What is known of this run",
+        column_config={
+            "what": st.column_config.TextColumn("What", width=110),
+            "value": st.column_config.TextColumn("Value", width="large"),
+        },
+    )
+
+
+_LEVELS = {
+    "stats": "totals per expert",
+    "ids": "experts and weights of every token",
+    "scores": "every expert's score for every token",
+    "attention": "scores, and attention maps of some prompts",
+}
+
+
+def _duration(seconds: float | None) -> str:
+    return "time not recorded" if seconds is None else f"in {seconds:.0f} s"
+
+
+def _shared(view: View) -> bool:
+    return any(s.n_shared_experts for s in view.run.sites)
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+@part("Prompts by domain")
+def _domains(view: View) -> None:
+    counts = ask(view, domain_counts)
+    st.subheader("Prompts by domain, without filters", anchor=False)
+    shown = counts.assign(domain=[domain_name(d) for d in counts["domain"]])
+    st.dataframe(
+        shown[["domain", "prompts", "tokens", "mean_loss"]],
+        hide_index=True,
+        alt="Prompts, tokens and loss of each domain",
+        placeholder="not recorded",
+        column_config={
+            "domain": "Domain",
+            "prompts": "Prompts",
+            "tokens": "Tokens",
+            "mean_loss": st.column_config.NumberColumn("Loss (nats/token)", format="%.2f"),
+        },
+    )
+
+
+render()

@@ -1,0 +1,233 @@
+"""Share: saved views, reports, runs without their text, and runs from somebody else."""
+
+import re
+
+import streamlit as st
+
+from capture.errors import CaptureError
+from capture.store import MIN_PROMPTS, MIN_TOKENS
+from explorer import service, views
+from explorer.errors import ExplorerError
+from explorer.report import make_report
+from explorer.ui import access, address, problems, saved
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import SUFFIX, View, new_name, run_names, runs_folder
+from explorer.views import SavedView
+
+# a longer list makes the page slow to draw
+MAX_LISTED = 50
+_SAID = "said on the share page"
+# the newest report of the session: of which button, why it failed, its bytes
+_REPORT = "report of the share page"
+
+
+def render() -> None:
+    """Draw the page."""
+    st.markdown(
+        "What a page shows is in its address: copy it from the browser and send it, or save it "
+        "under a name. A **report** is one file that shows the same without this app."
+    )
+    st.caption(f":material/group: {access.statement()}")
+    said = st.session_state.pop(_SAID, "")
+    if said:
+        st.success(address.plain(said), icon=":material/check_circle:")
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        _views()
+    view = current_view()
+    with right:
+        _run_report(view)
+        if service.may_write():
+            _without_text(view)
+            _upload()
+        if access.has_login():
+            _account()
+
+
+@part("Saved views")
+def _views() -> None:
+    st.subheader("Saved views", anchor=False)
+    found, damaged = views.list_views(runs_folder())
+    if not found:
+        how = (
+            "Set a page up as you want others to see it, then press *Save this view* at the side."
+            if service.may_write()
+            else "Those who may write here can save what a page shows under a name."
+        )
+        st.info(f"No view is saved yet. {how}", icon=":material/bookmark:")
+    runs = run_names()
+    for view in found[:MAX_LISTED]:
+        _one_view(view, runs)
+    if len(found) > MAX_LISTED:
+        st.caption(f"The newest {MAX_LISTED} of {len(found):,} are shown; older ones open by link.")
+    for view_id in damaged:
+        left, right = st.columns([4, 1], vertical_alignment="center")
+        left.warning(
+            f"The saved view {address.plain(view_id)} cannot be read.", icon=":material/warning:"
+        )
+        if service.may_write():
+            right.button("Delete", key=f"delete {view_id}", on_click=_delete, args=(view_id,))
+
+
+def _one_view(view: SavedView, runs: list[str]) -> None:
+    with st.container(border=True, key=f"view {view.view_id}"):
+        run = view.params.get("run", "")
+        where = address.plain(f"{view.page.replace('-', ' ')} of {run}")
+        st.markdown(
+            f"**{address.plain(view.name)}**  \n{where} · {address.plain(saved.by_line(view))}"
+        )
+        if view.note:
+            st.markdown(address.plain(view.note, lines=True))
+        saved.warn_of_changes(view)
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.page_link(
+                "explorer/pages/overview/page.py",
+                label="Open",
+                icon=":material/open_in_new:",
+                query_params={"view": view.view_id},
+            )
+            if run in runs:
+                _report_button("Report", run, view)
+            if service.may_write():
+                with st.popover("Delete", icon=":material/delete:"):
+                    st.markdown("Its link will not work any more.")
+                    st.button(
+                        "Delete the view",
+                        key=f"delete {view.view_id}",
+                        on_click=_delete,
+                        args=(view.view_id,),
+                    )
+
+
+@problems.in_callback
+def _delete(view_id: str) -> None:
+    views.delete_view(runs_folder(), view_id)
+    st.session_state[_SAID] = "The view was deleted."
+
+
+def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
+    """Draw the button that makes a report; then what came of it: a download, or why there is none.
+
+    A download button that makes its file when it is pressed says nothing while it works, and
+    writes its problems to the server's console only.
+    """
+    key = f"report of {view.view_id if view else run}"
+    if st.button(label, icon=":material/description:", key=key):
+        st.session_state[_REPORT] = (key, "", b"")
+        try:
+            with st.spinner("Making the report…"):
+                made_now = make_report(service.run_file(runs_folder(), run), view)
+            said = "; ".join(f"{title}: {why}" for title, why in made_now.failed.items())
+            st.session_state[_REPORT] = (key, said, made_now.text.encode())
+        except (CaptureError, ExplorerError, OSError) as error:
+            st.session_state[_REPORT] = (key, str(error), b"")
+    made, problem, report = st.session_state.get(_REPORT, ("", "", b""))
+    if made != key:
+        return
+    if problem and not report:
+        st.error(address.plain(problem), icon=":material/error:")
+        return
+    if problem:
+        st.warning(
+            f"These sections could not be made whole: {address.plain(problem)}",
+            icon=":material/warning:",
+        )
+    name = re.sub(r"[^\w.-]+", "-", f"{run} {view.name if view else ''}").strip("-.")
+    st.download_button(
+        f"Download · {len(report) / 1e6:.1f} MB",
+        report,
+        file_name=f"{name[:80] or 'report'}.html",
+        mime="text/html",
+        type="primary",
+        icon=":material/download:",
+        on_click="ignore",
+        key=f"download {key}",
+    )
+
+
+@part("Report")
+def _run_report(view: View) -> None:
+    st.subheader("Report", anchor=False)
+    st.markdown(
+        f"The main pages of **{address.plain(view.name)}** as one HTML file: figures to zoom and "
+        "hover, light and dark, no network needed. It takes a few seconds to make."
+    )
+    _report_button("Report of this run", view.name)
+
+
+@part("Counts only")
+def _without_text(view: View) -> None:
+    st.subheader("Counts only", anchor=False)
+    if view.run.counts_only:
+        st.markdown("This run is such an export: it holds no text.")
+        return
+    st.markdown(
+        "A copy of this run for people who may not read its prompts: sums per expert, domain and "
+        "phase. It holds no text, no token ids, and nothing else that is known per token, because "
+        f"routing alone can give tokens away. There are sums only of {MIN_TOKENS} tokens from "
+        f"{MIN_PROMPTS} prompts or more: smaller domains are put together without their names, "
+        "and a phase that is smaller in all is left out."
+    )
+    key = "counts name"
+    st.text_input("Name of the copy", new_name(runs_folder(), f"{view.name}-counts"), key=key)
+    st.button("Make the copy", icon=":material/visibility_off:", on_click=_export, args=(view, key))
+    _say_problem(key)
+
+
+def _export(view: View, key: str) -> None:
+    name = str(st.session_state[key]).strip()
+    try:
+        out = service.run_path(runs_folder(), name)
+        service.export_counts(view.run.path, out)
+    except (CaptureError, ExplorerError) as error:
+        st.session_state[f"problem of {key}"] = str(error)
+        return
+    st.session_state[_SAID] = f"The run {name} holds the counts of {view.name}, and no text."
+
+
+@part("Upload")
+def _upload() -> None:
+    st.subheader("A run from somebody else", anchor=False)
+    given = st.file_uploader(
+        "A run file",
+        type=[SUFFIX.removeprefix(".")],
+        max_upload_size=service.MAX_UPLOAD,
+        key="run upload",
+        help="It is checked before it is kept; nothing that the file brings along is run.",
+    )
+    if given is None:
+        return
+    wish = re.sub(r"[^\w.-]+", "-", given.name.removesuffix(SUFFIX)).strip("-.")
+    key = f"upload name {given.file_id}"
+    st.text_input("Its name here", new_name(runs_folder(), wish[:50] or "run"), key=key)
+    st.button("Keep the run", type="primary", on_click=_keep, args=(given, key))
+    _say_problem(key)
+
+
+def _keep(given: "st.runtime.uploaded_file_manager.UploadedFile", key: str) -> None:
+    name = str(st.session_state[key]).strip()
+    try:
+        given.seek(0)
+        service.keep_upload(runs_folder(), name, given)
+    except ExplorerError as error:
+        st.session_state[f"problem of {key}"] = str(error)
+        return
+    st.session_state[_SAID] = f"The run {name} was checked and kept. Choose it at the side."
+
+
+def _say_problem(key: str) -> None:
+    problem = st.session_state.pop(f"problem of {key}", "")
+    if problem:
+        st.error(address.plain(problem), icon=":material/error:")
+
+
+def _account() -> None:
+    st.subheader("You", anchor=False)
+    viewer = access.who()
+    st.markdown(f"Logged in as {address.plain(viewer.name)}, role **{viewer.role}**.")
+    if st.button("Log out"):
+        st.logout()
+
+
+render()

@@ -1,0 +1,271 @@
+"""Figures of tokens: a prompt's tokens over the layers, and one token's experts and scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.errors import ExplorerError
+from explorer.pages.tokens.data import Quantity
+from explorer.ui import theme
+from explorer.ui.caption import Scope, site_hover, site_name
+from explorer.ui.heatmap import MAX_CELLS, MAX_LABELS, Scale, clickable_heatmap, ground
+from explorer.ui.number import number
+from explorer.ui.text import label
+
+# more tokens than this are too narrow to be clicked, and slow to draw
+MAX_TOKENS = 256
+# of a score vector, more bars than this have no room for ids
+_LABELLED_BARS = 40
+# characters of a caption's line in the panel of a token
+_NARROW = 50
+# of a bar of many layers
+_ROW, _LOW_ROW, _MANY_ROWS = 26, 18, 24  # pixels, pixels, layers
+
+
+def tokens_shown(n_tokens: int, n_sites: int, *, start: int = 0) -> range:
+    """Return which tokens of a prompt fit in a heatmap, from ``start`` on."""
+    width = min(MAX_TOKENS, MAX_CELLS // max(1, n_sites))
+    start = max(0, min(start, n_tokens - width))
+    return range(start, min(n_tokens, start + width))
+
+
+def token_layer_heatmap(
+    values: pd.DataFrame,
+    quantity: Quantity,
+    *,
+    scope: Scope,
+    start: int = 0,
+    dark: bool = False,
+) -> go.Figure:
+    """Draw a quantity of every token of a prompt at every layer.
+
+    Parameters
+    ----------
+    values : DataFrame
+        From ``queries.tokens.token_quantity``.
+    start : int
+        First token shown, for prompts that do not fit; the caption says how many are shown.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, token_id, position, value].
+    """
+    sites = list(dict.fromkeys(zip(values["layer"], values["site"], strict=True)))
+    several = any(site > 0 for _, site in sites)
+    n_tokens = len(values) // len(sites) if sites else 0
+    shown = tokens_shown(n_tokens, len(sites), start=start)
+    window = slice(shown.start, shown.stop)
+    columns = ["layer", "site", "token_id", "position", "value"]
+    ids = values[columns].to_numpy(dtype=np.float64)
+    ids = ids.reshape(len(sites), n_tokens, len(columns))[:, window]
+    texts = [label(text, spaces=True) for text in values["text"].iloc[:n_tokens]][window]
+    named = len(texts) <= MAX_LABELS and values["text"].notna().any()
+    ticks = texts if named else [f"{int(p)}" for p in ids[0, :, 3]]
+    where = "token %{customdata[3]}: %{text}<br>" + site_hover(several=several)
+    figure = clickable_heatmap(
+        ids[:, :, 4],
+        ids=ids,
+        hover=f"{where}<br>" + quantity.label.replace("%", "&#37;") + ": %{customdata[4]:.4g}",
+        missing_hover=f"{where}<br>not recorded",
+        hover_text=texts * len(sites),
+        x_labels=ticks,
+        y_labels=[site_name(layer, site, several=several) for layer, site in sites],
+        x_title="token" if ticks is texts else "position of the token in the prompt",
+        y_title="decoder layer.router" if several else "decoder layer",
+        scale=quantity_scale(values["value"], quantity),
+        dark=dark,
+    )
+    if ticks is texts:
+        figure.update_xaxes(tickangle=-60)
+    part = f"tokens {shown.start + 1:,} to {shown.stop:,} of {n_tokens:,} shown"
+    theme.finish(
+        figure,
+        title=f"Each token at each layer: {quantity.label}",
+        caption=scope.caption(
+            *([] if len(shown) == n_tokens else [part]),
+            *([quantity.uniform] if quantity.uniform else []),
+            "grey: not recorded",
+            "click a cell for the token",
+        ),
+        dark=dark,
+        height=int(np.clip(200 + 24 * len(sites), 340, 900)),
+    )
+    return ground(figure, dark)
+
+
+def quantity_scale(values: "pd.Series[float]", quantity: Quantity) -> Scale:
+    """Return the colours of a quantity: its own ends where known, else those of the data."""
+    known = values.dropna()
+    low = quantity.low if quantity.low is not None else float(known.min()) if len(known) else 0.0
+    high = quantity.high if quantity.high is not None else float(known.max()) if len(known) else 1.0
+    return Scale(quantity.label, low, high if high > low else low + 1.0)
+
+
+def score_bars(
+    scores: pd.DataFrame,
+    *,
+    layer: str,
+    token_text: str | None,
+    unit: str,
+    baseline: float | None = None,
+    order: str = "score",
+    column: str = "score",
+    dark: bool = False,
+) -> go.Figure:
+    """Draw every expert's score of one token at one layer, the chosen experts marked.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        From ``queries.tokens.token_scores``; must hold scores.
+    layer : str
+    token_text : str or None
+        As recorded; escaped here.
+    unit : str
+        What the scores are, such as "logit" or "probability".
+    baseline : float, optional
+        Value at which all experts would be equal, drawn as a line.
+    order : {"score", "expert"}
+    column : str
+        The column to draw; a page may add one with probabilities.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [expert, weight].
+    """
+    if not scores["recorded"].any():
+        raise ExplorerError(
+            "The scores of this token were not recorded, so there is nothing to draw. "
+            "Record with --level scores, or with a larger --sample-tokens."
+        )
+    by = [column, "expert_id"] if order == "score" else ["expert_id"]
+    rows = scores.sort_values(by, ascending=[False, True] if order == "score" else True)
+    position = np.arange(len(rows))
+    figure = go.Figure()
+    chosen = rows["slot"].notna().to_numpy()
+    for mask, name, color in (
+        (chosen, "chosen", theme.hue("orange", dark)),
+        (~chosen, "not chosen", theme.accent(dark)),
+    ):
+        part = rows[mask]
+        weight = part["weight"].to_numpy(dtype=np.float64)
+        weighed = "<br>combine weight %{customdata[1]:.3f}" if name == "chosen" else ""
+        figure.add_trace(
+            go.Bar(
+                x=position[mask],
+                width=0.85,
+                y=part[column].to_numpy(dtype=np.float64),
+                customdata=np.stack([part["expert_id"].to_numpy(dtype=np.float64), weight], 1),
+                marker={"color": color},
+                name=name,
+                hovertemplate=f"expert %{{customdata[0]}} ({name})<br>{unit} %{{y:.4g}}{weighed}"
+                "<extra></extra>",
+            )
+        )
+    if baseline is not None:
+        figure.add_hline(
+            baseline,
+            line={"dash": "dot", "color": theme.foreground(dark)},
+            annotation_text=f"all equal: {number(baseline)}",
+        )
+    step = 1 if len(rows) <= _LABELLED_BARS else -(-len(rows) // 16)
+    experts = rows["expert_id"].tolist()
+    figure.update_xaxes(
+        title="expert, highest score first" if order == "score" else "expert",
+        range=[-0.6, len(rows) - 0.4],
+        tickmode="array",
+        tickvals=position[::step],
+        ticktext=[str(expert) for expert in experts[::step]],
+    )
+    figure.update_yaxes(title=unit)
+    figure.update_layout(barmode="overlay")
+    return theme.finish(
+        figure,
+        # the panel is narrow, and the axis says the unit in full
+        title=f"Scores in layer {layer} ({unit.partition(' (')[0]})",
+        caption=f"n = 1 token: {label(token_text, spaces=True)}; {int(chosen.sum())} chosen",
+        dark=dark,
+        caption_width=_NARROW,
+        height=320,
+        legend=True,
+    )
+
+
+def token_routes(
+    experts: pd.DataFrame,
+    *,
+    token_text: str | None,
+    pins: Sequence[theme.PinKey] = (),
+    dark: bool = False,
+) -> go.Figure:
+    """Draw the experts of one token layer by layer, as bars of their share of the weight.
+
+    Parameters
+    ----------
+    experts : DataFrame
+        From ``queries.tokens.token_experts``.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, weight].
+    """
+    sites = list(dict.fromkeys(zip(experts["layer"], experts["site"], strict=True)))
+    several = any(site > 0 for _, site in sites)
+    row_of = {place: row for row, place in enumerate(sites)}
+    colors = theme.pin_colors(pins, dark)
+    figure = go.Figure()
+    for slot, part in experts.groupby("slot"):
+        places = list(zip(part["layer"], part["site"], strict=True))
+        keys = list(zip(part["layer"], part["site"], part["expert_id"], strict=True))
+        paint = [colors.get(key, theme.accent(dark)) for key in keys]
+        opacity = max(0.35, 0.95 - 0.12 * int(slot))
+        figure.add_trace(
+            go.Bar(
+                y=[row_of[place] for place in places],
+                x=part["weight_share"].to_numpy(dtype=np.float64),
+                orientation="h",
+                text=[str(expert) for expert in part["expert_id"]],
+                textposition="inside",
+                insidetextanchor="middle",
+                textangle=0,
+                insidetextfont={"color": [theme.text_on(color, opacity, dark) for color in paint]},
+                customdata=part[["layer", "site", "expert_id", "weight"]].to_numpy(dtype=float),
+                marker={
+                    "color": paint,
+                    "opacity": opacity,
+                    "line": {
+                        "width": [3 if key in colors else 1 for key in keys],
+                        "color": theme.foreground(dark),
+                    },
+                },
+                name=f"choice {int(slot) + 1}",
+                hovertemplate=site_hover(several=several) + ", expert %{customdata[2]}<br>"
+                "combine weight %{customdata[3]:.4f} (%{x:.1%} of the token's)<extra></extra>",
+                showlegend=False,
+            )
+        )
+    figure.update_xaxes(title="share of the token's combine weight", tickformat=".0%")
+    figure.update_yaxes(
+        title="decoder layer.router" if several else "decoder layer",
+        tickmode="array",
+        tickvals=list(range(len(sites))),
+        ticktext=[site_name(layer, site, several=several) for layer, site in sites],
+        autorange="reversed",
+    )
+    figure.update_layout(barmode="stack", bargap=0.12, clickmode="event+select")
+    return theme.finish(
+        figure,
+        title="Experts of one token, layer by layer (share of its combine weight)",
+        caption=f"n = 1 token: {label(token_text, spaces=True)}; numbers are expert ids; "
+        "equal bars = all chosen experts alike",
+        dark=dark,
+        caption_width=_NARROW,
+        height=int(
+            np.clip(130 + (_ROW if len(sites) <= _MANY_ROWS else _LOW_ROW) * len(sites), 260, 1400)
+        ),
+    )

@@ -1,0 +1,366 @@
+"""Tokens: a prompt's own text, coloured by what the routers did; a token's experts; an expert's."""
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from explorer.pages.tokens.data import QUANTITIES, Pin, token_quantity, tokens
+from explorer.pages.tokens.figures import quantity_scale, token_layer_heatmap, tokens_shown
+from explorer.pages.tokens.panel import token_panel
+from explorer.queries.prompts import prompt, prompt_count, prompts
+from explorer.queries.routes import prompt_experts
+from explorer.ui import address, theme
+from explorer.ui.caption import Scope
+from explorer.ui.chart import chart
+from explorer.ui.expert_tokens import expert_tokens_section
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, ask, is_dark, several_sites
+from explorer.ui.token_strip import Legend, Token, token_strip
+from explorer.ui.wording import expert_label, prompt_name
+
+# a picker with more entries gets slow in the browser; the search narrows the list down
+MAX_LISTED = 1000
+# longer prompts are shown in part, around the chosen token
+MAX_STRIP = 4096
+MAX_PINS = theme.N_HUES
+_COLORS = {
+    "entropy": "Gate entropy",
+    "margin": "Margin",
+    "top1_weight": "Top-1 weight",
+    "pinned_weight": "Pinned experts",
+}
+_SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    if view.run.counts_only:
+        _text_left_out()
+        return
+    st.markdown(
+        "A model reads text in pieces, its **tokens**. Below is a prompt as the model saw it; "
+        "click a token to see which experts it went to, and how sure the router was."
+    )
+    expert_tokens_section(view)
+    chosen = _pick_prompt(view)
+    if chosen is None:
+        return
+    prompt_id = int(chosen["prompt_id"])
+    listed = ask(view, tokens, prompt_id=prompt_id)
+    listed.attrs["prompt_id"] = prompt_id
+    if listed.empty:
+        st.info("No token of this prompt was recorded: the capture stopped before it.")
+        return
+    if not view.run.records_ids:
+        st.info(
+            "This run was recorded at level `stats`: it has totals per expert, and nothing per "
+            "token. Capture the prompts again with `--level ids` to see their tokens here.",
+            icon=":material/info:",
+        )
+        return
+    token_id = _selected(listed, view)
+    quantity, pins, values = _colouring(view, chosen)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        _strip(view, listed, values, quantity, pins, token_id)
+        _heatmap(view, chosen, values, quantity, token_id, listed)
+    with right, st.container(key="token panel"):
+        token_panel(view, listed[listed["token_id"] == token_id].iloc[0], pins)
+
+
+def _text_left_out() -> None:
+    """Say what there is instead of tokens in a run of counts only."""
+    st.markdown(
+        "This page reads prompts token by token, and this run holds neither their text nor what "
+        "the routers did with each token. The sums that were kept are on these pages:"
+    )
+    for page, title in (
+        ("overview", "Overview"),
+        ("load_balance", "Load balance"),
+        ("flow", "Flow"),
+    ):
+        st.page_link(
+            f"explorer/pages/{page}/page.py",
+            label=title,
+            icon=":material/arrow_forward:",
+            query_params=address.kept(),
+        )
+
+
+def _pick_prompt(view: View) -> "pd.Series | None":
+    total = ask(view, prompt_count, **view.prompt_filters)
+    found = ask(view, prompts, limit=MAX_LISTED, **view.prompt_filters)
+    wanted = address.read("prompt")
+    listed = set(found["prompt_id"].astype(str))
+    if wanted.isdecimal() and wanted not in listed and view.part is None:
+        # a link may name a prompt beyond the list
+        linked = ask(view, prompt, prompt_id=min(int(wanted), 2**31 - 1))
+        if len(linked) and view.domain in (None, linked["domain"].iloc[0]):
+            found = pd.concat([linked, found])
+    if found.empty:
+        st.info("No prompt matches. Change the filters at the side.")
+        return None
+    if total > MAX_LISTED:
+        st.caption(
+            f"The first {MAX_LISTED:,} of {total:,} prompts are listed: search at the side for a "
+            "text that the others contain."
+        )
+    rows = {str(row["prompt_id"]): row for _, row in found.iterrows()}
+    names = {key: prompt_name(row) for key, row in rows.items()}
+    first = _default_prompt(found)
+    key = address.choose(
+        st.selectbox,
+        "prompt",
+        "Prompt",
+        list(rows),
+        default=first,
+        show=lambda key: names.get(key, key),
+        on_write=_change_prompt,
+        help="Type to search in the list.",
+    )
+    return rows[key]
+
+
+def _default_prompt(found: pd.DataFrame) -> str:
+    """Return the first prompt that has text to look at, rather than a single word."""
+    fitting = found[found["tokens"] >= 12]
+    return str((fitting if len(fitting) else found)["prompt_id"].iloc[0])
+
+
+def _change_prompt(key: str) -> None:
+    address.write("prompt", key)
+    address.write("token", "")
+
+
+def _selected(listed: pd.DataFrame, view: View) -> int:
+    """Return the token of the address; by default an early one, so that a panel is there."""
+    middle = int(listed["token_id"].iloc[min(len(listed) - 1, 5)])
+    if (of_slice := _of_slice(view)) is not None:
+        middle = int(listed["token_id"][listed["token_id"].isin(of_slice)].iloc[0])
+    known = set(listed["token_id"].astype(str))
+    return int(address.pick("token", sorted(known), default=str(middle), what="token"))
+
+
+def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFrame]:
+    """Draw the choice of colours; return the quantity, the pins, and its values."""
+    row = st.container(horizontal=True, vertical_alignment="bottom", gap="medium")
+    with row:
+        quantity = address.choose(
+            st.segmented_control,
+            "color",
+            "Colour by",
+            list(_COLORS),
+            default="entropy",
+            show=_COLORS.__getitem__,
+            help="  \n".join(f"**{_COLORS[q]}**: {QUANTITIES[q].meaning}" for q in _COLORS),
+        )
+    pins: list[Pin] = []
+    if quantity == "pinned_weight":
+        pins = _pick_pins(view)
+        if not pins:
+            st.caption("Pin at least one expert; until then the text is coloured by gate entropy.")
+            quantity = "entropy"
+    prompt_id = int(chosen["prompt_id"])
+    values = ask(view, token_quantity, prompt_id=prompt_id, quantity=quantity, pinned=tuple(pins))
+    values = view.of_layers(values)
+    with row:
+        scope = address.choose(
+            st.segmented_control,
+            "scope",
+            "At",
+            list(_SCOPES),
+            default="layer",
+            show=lambda s: f"Layer {view.site_name}" if s == "layer" else _SCOPES[s],
+        )
+    st.session_state["strip scope"] = scope
+    return quantity, pins, values
+
+
+def _pick_pins(view: View) -> list[Pin]:
+    several = several_sites(view.run)
+    names = {
+        f"{s.layer}.{s.site}.{e}": expert_label(
+            f"{s.layer}.{s.site}" if several else str(s.layer), e
+        )
+        for s in view.run.sites
+        for e in range(s.n_experts)
+    }
+    asked = [pin for pin in address.read("pins").split(",") if pin]
+    kept = [pin for pin in dict.fromkeys(asked) if pin in names][:MAX_PINS]
+    if kept != asked:
+        address.note("Some pinned experts of the link are not in this run; they were left out.")
+        address.write("pins", ",".join(kept))
+    key = "address:pins"
+    st.session_state[key] = kept
+    st.multiselect(
+        "Pinned experts",
+        list(names),
+        key=key,
+        format_func=names.__getitem__,
+        max_selections=MAX_PINS,
+        placeholder="Choose up to eight, such as L3.E12",
+        on_change=lambda: address.write("pins", ",".join(st.session_state[key])),
+    )
+    return [(int(a), int(b), int(c)) for a, b, c in (pin.split(".") for pin in kept)]
+
+
+@part("The prompt, token by token")
+def _strip(
+    view: View,
+    listed: pd.DataFrame,
+    values: pd.DataFrame,
+    quantity: str,
+    pins: list[Pin],
+    token_id: int,
+) -> None:
+    scope = st.session_state["strip scope"]
+    scale = quantity_scale(values["value"], QUANTITIES[quantity])
+    here = values
+    if scope == "layer":
+        here = values[(values["layer"] == view.layer) & (values["site"] == view.site)]
+    if (of_slice := _of_slice(view)) is not None:
+        here = here[here["token_id"].isin(of_slice)]
+    level = here.groupby("token_id")["value"].mean()
+    hues = _pin_hues(view, listed, pins, scope) if pins else {}
+    hints = _hints(view, listed, level, QUANTITIES[quantity].label)
+    start = _window_start(listed, token_id)
+    shown = listed.iloc[start : start + MAX_STRIP]
+    if len(shown) < len(listed):
+        st.caption(f"Tokens {start:,} to {start + len(shown) - 1:,} of {len(listed):,} are shown.")
+    strip = []
+    for row in shown.itertuples():
+        value = float(level.get(row.token_id, float("nan")))
+        known = value == value
+        part = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low))) if known else None
+        text = f"⟨{row.token}⟩" if row.text is None else row.text
+        hue = hues.get(row.token_id)
+        written = row.phase == "generated"
+        strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written))
+    where = f"layer {view.site_name}" if scope == "layer" else _mean_of(view)
+    legend = Legend(
+        f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}"
+    )
+    if pins:
+        several = several_sites(view.run)
+        swatches = tuple(
+            (color, expert_label(f"{a}.{b}" if several else str(a), c))
+            for (a, b, c), color in zip(pins, theme.hues(is_dark()), strict=False)
+        )
+        legend = Legend("Went to a pinned expert:", swatches=swatches)
+    token_strip(
+        strip,
+        selected=token_id,
+        legend=legend,
+        label="Tokens of the prompt. Arrow keys step, Enter chooses.",
+        key="strip",
+        on_pick=lambda picked: address.write("token", str(picked)),
+    )
+
+
+def _mean_of(view: View) -> str:
+    if view.layers is None:
+        return "mean of the layers"
+    return f"mean of the layers {view.layers[0]} to {view.layers[1]}"
+
+
+def _of_slice(view: View) -> "npt.NDArray[np.int64] | None":
+    """Return the tokens of the slice, which alone are tinted; None without one."""
+    return None if view.part is None else view.part.token_ids
+
+
+def _window_start(listed: pd.DataFrame, token_id: int) -> int:
+    """Return the first token shown, so that the chosen one is inside."""
+    place = int((listed["token_id"] == token_id).to_numpy().argmax())
+    return (place // MAX_STRIP) * MAX_STRIP
+
+
+def _pin_hues(view: View, listed: pd.DataFrame, pins: list[Pin], scope: str) -> dict[int, str]:
+    """Return the colour of the pinned expert that each token gave most weight to."""
+    prompt_id = int(listed.attrs["prompt_id"])
+    best: dict[int, tuple[float, str]] = {}
+    for pin, color in zip(pins, theme.hues(is_dark()), strict=False):
+        if scope == "layer" and pin[:2] != (view.layer, view.site):
+            continue
+        found = ask(view, prompt_experts, prompt_id=prompt_id, layer=pin[0], site=pin[1])
+        for row in found[found["expert_id"] == pin[2]].itertuples():
+            if row.weight > best.get(row.token_id, (0.0, ""))[0]:
+                best[row.token_id] = (row.weight, color)
+    return {token_id: color for token_id, (_, color) in best.items()}
+
+
+def _hints(
+    view: View, listed: pd.DataFrame, level: "pd.Series[float]", label: str
+) -> dict[int, str]:
+    """Say of each token where it went at the layer of the view."""
+    prompt_id = int(listed.attrs["prompt_id"])
+    found = ask(view, prompt_experts, prompt_id=prompt_id, layer=view.layer, site=view.site)
+    routes: dict[int, list[str]] = {}
+    for row in found.itertuples():
+        share = "" if pd.isna(row.weight_share) else f" {row.weight_share:.0%}"
+        routes.setdefault(row.token_id, []).append(
+            expert_label(view.site_name, row.expert_id) + share
+        )
+    hints = {}
+    missing = f"{label} not recorded" if _of_slice(view) is None else "not of the slice"
+    for row in listed.itertuples():
+        value = float(level.get(row.token_id, float("nan")))
+        amount = f"{label} {value:.3g}" if value == value else missing
+        where = ", ".join(routes.get(row.token_id, [])) or "no expert"
+        hints[row.token_id] = f"token {row.position}, {row.phase}: {where}; {amount}"
+    return hints
+
+
+@part("Tokens by layer")
+def _heatmap(
+    view: View,
+    chosen: pd.Series,
+    values: pd.DataFrame,
+    quantity: str,
+    token_id: int,
+    listed: pd.DataFrame,
+) -> None:
+    place = int((listed["token_id"] == token_id).to_numpy().argmax())
+    domain = chosen["domain"] or None
+    figure = token_layer_heatmap(
+        values,
+        QUANTITIES[quantity],
+        scope=Scope(len(listed), domain, None, bool(view.run.info["complete"]), layers=view.layers),
+        start=max(0, place - 60),
+        dark=is_dark(),
+    )
+    # the title says what the colours are
+    figure.update_traces(colorbar_title_text="", selector={"type": "heatmap"})
+    _mark(figure, view, values, len(listed), place)
+    chart(
+        figure,
+        key="token map",
+        alt=f"Heatmap of {len(listed)} tokens by {values['layer'].nunique()} layers: "
+        f"{QUANTITIES[quantity].label}.",
+        table=values.drop(columns="token_id"),
+        on_click=lambda data: _go_to_cell(view, data),
+    )
+
+
+def _mark(figure: go.Figure, view: View, values: pd.DataFrame, n_tokens: int, place: int) -> None:
+    """Outline the chosen token's cell at the chosen layer."""
+    sites = list(dict.fromkeys(zip(values["layer"], values["site"], strict=True)))
+    shown = tokens_shown(n_tokens, len(sites), start=max(0, place - 60))
+    x, y = place - shown.start, sites.index((view.layer, view.site))
+    line = {"color": theme.foreground(is_dark()), "width": 1}
+    figure.add_vrect(x0=x - 0.5, x1=x + 0.5, line=line)
+    figure.add_shape(
+        type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line=line | {"width": 3}
+    )
+
+
+def _go_to_cell(view: View, data: list[float]) -> None:
+    layer, site, token_id = (int(value) for value in data[:3])
+    address.write("layer", f"{layer}.{site}" if several_sites(view.run) else str(layer))
+    address.write("token", str(token_id))
+
+
+render()

@@ -1,0 +1,123 @@
+"""Figures of checkpoints: quantities of every layer over the training."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from explorer.registry import Registry
+from explorer.ui import theme
+from explorer.ui.caption import site_name
+from explorer.ui.names import labels
+
+
+class Trend(NamedTuple):
+    """A quantity that is followed over checkpoints: its title with unit, and what it means."""
+
+    title: str
+    meaning: str
+
+
+TRENDS: Registry[Trend] = Registry("trend")
+for _name, _trend in {
+    "saturation": Trend(
+        "router saturation (share of the last checkpoint's experts)",
+        "Of the experts that the last checkpoint chooses for a token, how many this one chose; "
+        "1 = the routing is settled.",
+    ),
+    "max_violation": Trend(
+        "MaxVio (busiest expert's excess, fair shares)",
+        "How far the busiest expert is above a fair share; 0 = even.",
+    ),
+    "normalized_entropy": Trend(
+        "load entropy (share of ln E)", "How evenly the load is spread; 1 = even."
+    ),
+    "domain_information": Trend(
+        "information between domain and expert (nats)",
+        "How much the expert of a token says about its domain; a random router has some too, "
+        "since domains use other words.",
+    ),
+}.items():
+    TRENDS.add(_name)(_trend)
+
+
+def tokens_of(table: pd.DataFrame, quantity: str) -> dict[str, int]:
+    """Return how many tokens each checkpoint's values are of; empty where it is not known.
+
+    Saturation is of the tokens that are shared with the last checkpoint, all else of its own.
+    """
+    column = "shared" if quantity == "saturation" else "tokens"
+    if column not in table:
+        return {}
+    known = table.drop_duplicates("name")
+    return {
+        str(name): 0 if pd.isna(n) else int(n)
+        for name, n in zip(known["name"], known[column], strict=True)
+    }
+
+
+def trend_lines(
+    table: pd.DataFrame, quantity: str, *, caption: str, dark: bool = False
+) -> go.Figure:
+    """Draw a quantity over checkpoints, one line a layer.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``explorer.pages.trends.data.trend_table``.
+    quantity : str
+        A name in ``TRENDS``.
+    """
+    trend = TRENDS[quantity]
+    counts = tokens_of(table, quantity)
+    several = bool((table["site"] > 0).any())
+    order = list(dict.fromkeys(table["name"]))
+    places = list(dict.fromkeys(zip(table["layer"], table["site"], strict=True)))
+    # early layers dark, late ones bright
+    shades = theme.marks(len(places), dark)
+    figure = go.Figure()
+    for place, color in zip(places, shades, strict=True):
+        rows = table[(table["layer"] == place[0]) & (table["site"] == place[1])]
+        name = site_name(*place, several=several)
+        figure.add_trace(
+            go.Scatter(
+                x=[order.index(one) for one in rows["name"]],
+                y=rows[quantity].to_numpy(dtype=np.float64),
+                mode="lines+markers",
+                line={"color": color, "width": 2},
+                marker={"symbol": (places.index(place)) % 8, "size": 7},
+                name=f"layer {name}",
+                customdata=[f"n = {counts[one]:,}" if counts else "" for one in rows["name"]],
+                hovertemplate=f"layer {name}: %{{y:.3f}}<br>%{{customdata}}<extra>%{{x}}</extra>",
+            )
+        )
+    if quantity == "saturation":
+        figure.add_hline(
+            float(table["chance"].mean()),
+            line={"color": theme.foreground(dark), "width": 1, "dash": "dot"},
+            annotation_text="by chance",
+        )
+    known = table.drop_duplicates("name").set_index("name")
+    stages = known["stage"].nunique() > 1
+    shown = dict(zip(order, labels(order, limit=18), strict=True))
+    names = [
+        shown[name]
+        if pd.isna(known.loc[name, "step"])
+        else (f"stage {known.loc[name, 'stage']}: " if stages else "")
+        + f"{int(known.loc[name, 'step']):,}"
+        for name in order
+    ]
+    figure.update_xaxes(
+        title="training step of the checkpoint (evenly spaced)",
+        tickvals=list(range(len(order))),
+        ticktext=names,
+    )
+    # the figure's title has the name; both are too long for the height
+    unit = trend.title.partition(" (")[2].rstrip(")")
+    figure.update_yaxes(title=unit, rangemode="tozero")
+    figure.update_layout(
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    )
+    title = f"{trend.title[:1].upper()}{trend.title[1:]}"
+    return theme.finish(figure, title=title, caption=caption, dark=dark, height=440)

@@ -1,0 +1,201 @@
+"""Trends: how routing changed over the checkpoints of a training."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import streamlit as st
+
+from capture.demo import TRENDS as DEMO_TRENDS
+from capture.errors import CaptureError
+from explorer.errors import ExplorerError, RunError
+from explorer.pages.trends.data import MAX_TOKENS, in_order, trend_table
+from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
+from explorer.run import Run, open_run
+from explorer.ui import address, state
+from explorer.ui.caption import Caption
+from explorer.ui.chart import chart
+from explorer.ui.names import labels
+from explorer.ui.number import number
+from explorer.ui.part import part
+from explorer.ui.shell import current_view
+from explorer.ui.state import View, is_dark
+from explorer.ui.text import label
+from explorer.views import join
+
+_LISTED = 6  # checkpoints whose numbers of tokens are told one by one
+_DEMO, _FOLDER = "demo", "folder"
+_SOURCES = {_DEMO: "The demo model's training", _FOLDER: "Runs of this folder"}
+
+
+def render() -> None:
+    """Draw the page."""
+    view = current_view()
+    st.markdown(
+        "Record the same prompts with several checkpoints of one model, and see when its routers "
+        "settled, whether the load stayed even, and when experts took up domains. A number after "
+        "`step` in a run's name is its training step."
+    )
+    source = address.choose(
+        st.segmented_control,
+        "source",
+        "Checkpoints",
+        list(_SOURCES),
+        default=_DEMO,
+        show=_SOURCES.__getitem__,
+    )
+    if source == _DEMO:
+        address.write("runs", "")  # of the folder, which is not shown
+    named = _demo_runs() if source == _DEMO else _folder_runs()
+    if len(named) < 2:
+        st.info(
+            "Trends need at least two runs. Record each checkpoint on the same prompts: "
+            "`python -m capture CHECKPOINT --prompts FILE --out runs/step_1000.duckdb`.",
+            icon=":material/info:",
+        )
+        return
+    try:
+        checkpoints = in_order(named)
+        keys = tuple((name, str(run.path), run.fingerprint) for name, run in named)
+        with st.spinner("Measuring every checkpoint…"):
+            table = view.of_layers(_measured(keys, view.domain, view.phase, named))
+    except RunError as error:
+        st.error(address.plain(str(error)), icon=":material/error:")
+        return
+    without = _named(table[table["tokens"] == 0])
+    if table.empty or without:
+        st.info(f"No token of this selection: {without}. Change the filters at the side.")
+        return
+    if view.part is not None:
+        st.caption("The search and the slice at the side do not act on checkpoints.")
+    _figure(view, table, [one.name for one in checkpoints])
+
+
+def _named(rows: pd.DataFrame) -> str:
+    """Return the names of the checkpoints of some rows, for Markdown."""
+    return ", ".join(f"{address.plain(name)}" for name in dict.fromkeys(rows["name"]))
+
+
+@part("Figure")
+def _figure(view: View, table: pd.DataFrame, names: list[str]) -> None:
+    quantity = address.choose(
+        st.segmented_control,
+        "trend",
+        "Quantity",
+        list(TRENDS),
+        default="saturation",
+        show=_short,
+    )
+    st.caption(TRENDS[quantity].meaning)
+    if quantity == "saturation":
+        _not_shared(table, names[-1])
+        only_last = table[table["name"] != names[-1]][quantity].isna().all()
+    if table[quantity].isna().all() or (quantity == "saturation" and only_last):
+        st.info(
+            "There is nothing to draw: saturation needs the same prompts in several runs, at level "
+            "`ids` or above; information needs prompts of several domains; load entropy needs "
+            "more than one expert.",
+            icon=":material/info:",
+        )
+        return
+    chart(
+        trend_lines(table, quantity, caption=_caption(view, table, quantity), dark=is_dark()),
+        key=f"trend {quantity}",
+        alt=f"{TRENDS[quantity].title} over {len(names)} checkpoints, one line for each of "
+        f"{table['layer'].nunique()} layers; at the last one "
+        f"{number(table[table['name'] == names[-1]][quantity].mean(), '.3f')} on average.",
+        table=table,
+    )
+
+
+def _not_shared(table: pd.DataFrame, last: str) -> None:
+    """Say which checkpoints have nothing in common with the last one, and which no ids."""
+    others = table[table["name"] != last]
+    for rows, said in (
+        (others[others["shared"] == 0], f"No prompt in common with {address.plain(last)}: "),
+        (others[others["shared"].isna()], "Experts of tokens were not recorded here or there: "),
+    ):
+        if len(rows):
+            st.info(f"{said}{_named(rows)}. Saturation is not defined for them.")
+
+
+def _caption(view: View, table: pd.DataFrame, quantity: str) -> Caption:
+    """Say how many tokens each checkpoint's values are of, and which filters act."""
+    counts = tokens_of(table, quantity)
+    most = max(counts.values())
+    what = "tokens"
+    scope = view.scope(most, over_layers=True)._replace(search=None, slice=None, step=1)
+    if quantity == "saturation":
+        what = "prompt tokens shared with the last checkpoint"
+        if most >= MAX_TOKENS:
+            what += f" (at most {MAX_TOKENS:,}, evenly spread)"
+        scope = scope._replace(phase="prompt")
+    of = "".join(f"; {name}: {label(value)}" for name, value in scope.filter_values().items())
+    return Caption(
+        f"n = {_numbers(counts)} {what}{of}; padding excluded; one line a layer",
+        scope.filter_values(),
+    )
+
+
+def _numbers(counts: dict[str, int]) -> str:
+    """Write the number of each checkpoint's tokens: one for all where they are the same."""
+    if len(set(counts.values())) == 1:
+        return f"{max(counts.values()):,} of each checkpoint,"
+    if len(counts) > _LISTED:
+        low, high = min(counts.values()), max(counts.values())
+        return f"{low:,} to {high:,} (each checkpoint's own: in the table, and under the mouse)"
+    names = labels(list(counts), limit=18)
+    each = [f"{n:,} ({name})" for name, n in zip(names, counts.values(), strict=True)]
+    return ", ".join(each)
+
+
+def _short(quantity: str) -> str:
+    """Return a quantity's title without its unit."""
+    title = TRENDS[quantity].title.partition(" (")[0]
+    return title[:1].upper() + title[1:]
+
+
+def _demo_runs() -> list[tuple[str, Run]]:
+    paths = sorted(DEMO_TRENDS.glob("*.duckdb"))
+    return list(zip([path.stem for path in paths], _opened(tuple(paths)), strict=True))
+
+
+def _folder_runs() -> list[tuple[str, Run]]:
+    names = state.run_names()
+    stepped = sorted(name for name in names if "step" in name)
+    chosen = address.choose_several(
+        st.multiselect, "runs", "Runs", names, default=stepped, what="run"
+    )
+    # written even if it is the default, which changes with the runs of the folder
+    address.write("runs", join(chosen))
+    found = []
+    for name in chosen:
+        try:
+            found.append((name, state.opened(name)[0]))
+        except (CaptureError, ExplorerError) as error:
+            st.error(address.plain(str(error)), icon=":material/error:")
+    return found
+
+
+def _close(runs: list[Run]) -> None:
+    for run in runs:
+        run.close()
+
+
+@st.cache_resource(show_spinner=False, on_release=_close)
+def _opened(paths: tuple[Path, ...]) -> list[Run]:
+    with ThreadPoolExecutor() as pool:  # DuckDB opens files side by side
+        return list(pool.map(open_run, paths))
+
+
+@st.cache_data(max_entries=10, show_spinner=False)
+def _measured(
+    keys: tuple[tuple[str, str, str], ...],
+    domain: str | None,
+    phase: str | None,
+    _named: list[tuple[str, Run]],
+) -> pd.DataFrame:
+    return trend_table(in_order(_named), domain=domain, phase=phase)
+
+
+render()

@@ -1,0 +1,296 @@
+"""Exploration: run the frozen model with other actions than its own, and log what that changes.
+
+In a pass of :func:`explore` the actions of one layer are drawn at random and all other layers do
+what the model does. A token's reward then has one cause, its own action, beside the noise of the
+other tokens' actions, which is independent of it. Drawn in all layers at once, as
+:class:`Acting` does for the online learners, many actions share one reward.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from capture.model.batching import PaddedBatch, pad_batch, plan_batches
+from capture.model.forward import Runner, next_in_prompt
+from capture.model.inputs import input_device
+from capture.model.selftest import probe_tokens
+from capture.model.sites import text_config
+from capture.model.switches import plain_forward
+from capture.model.token_losses import Head
+from capture.swap.routers import swap
+from capture.swap.rules import Choice, RouteInputs, Rule
+from explorer.errors import RouterError
+from explorer.routers.base import RouterInputs, Site
+from explorer.routers.learning.actions import Actions, state_and_best
+from explorer.routers.learning.context import TrainingSession
+from explorer.routers.live import Convention, from_live
+
+BATCH_TOKENS = 2048
+OTHER_WEIGHT, NATIVE_WEIGHT, EMPTY_WEIGHT = 8.0, 2.0, 1.0
+
+Pick = Callable[[Site, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Log:
+    """What one layer's exploration found, for ``N`` tokens in ``P`` passes.
+
+    Attributes
+    ----------
+    states : Tensor [N, D + 4], float32
+        As :func:`explorer.routers.learning.actions.state_of` gives them; the same in every pass.
+    allowed : Tensor [N, A], bool
+    actions : Tensor [P, N], int64
+    propensity : Tensor [P, N], float32
+        With which probability the action was drawn.
+    change : Tensor [P, N], float32, nats
+        Loss of the token's next token, minus what it is when the model does what it does.
+    """
+
+    states: torch.Tensor
+    allowed: torch.Tensor
+    actions: torch.Tensor
+    propensity: torch.Tensor
+    change: torch.Tensor
+
+
+class NoExperts:
+    """A rule that runs no expert."""
+
+    def route(self, inputs: RouteInputs, /) -> Choice:
+        """Return one empty slot for each token."""
+        ids = torch.full((len(inputs.hidden), 1), -1, device=inputs.hidden.device)
+        return Choice(ids, inputs.hidden.new_zeros(len(inputs.hidden), 1))
+
+
+class Acting:
+    """A rule that takes an action at some sites, and the model's own elsewhere.
+
+    Parameters
+    ----------
+    actions : mapping of (layer, site) to Actions
+    pick : callable
+        Takes site, states [T, F] and allowed actions [T, A], and returns actions [T].
+    only : collection of (layer, site), optional
+        Sites that act; all of them are seen.
+
+    Attributes
+    ----------
+    seen : dict of (layer, site) to (states, allowed, taken)
+        Of the latest pass; ``taken`` [T] is the model's own action where the site did not act.
+    """
+
+    def __init__(self, actions: Mapping[Site, Actions], pick: Pick) -> None:
+        self.actions = actions
+        self.pick = pick
+        self.only: Sequence[Site] | None = None
+        self.seen: dict[Site, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._conventions: dict[Site, Convention] = {}
+
+    def route(self, inputs: RouteInputs, /) -> Any:
+        """Act on the tokens of one layer in one pass."""
+        place = (inputs.layer, inputs.site)
+        known = self._known(place, inputs)
+        own = self.actions[place]
+        states, scores, best = state_and_best(known, own, "full")
+        allowed = own.allowed(best)
+        if self.only is not None and place not in self.only:
+            self.seen[place] = states, allowed, torch.full((len(states),), own.native)
+            return inputs.native
+        taken = self.pick(place, states, allowed)
+        self.seen[place] = states, allowed, taken
+        return own.routing(scores, best, taken, known)
+
+    def _known(self, place: Site, inputs: RouteInputs) -> RouterInputs:
+        known = from_live(inputs, self._conventions.get(place))
+        # found once, in a pass with many tokens
+        self._conventions.setdefault(place, Convention(known.renormalize, known.scaling))
+        return known
+
+
+class Passes:
+    """Forward passes over the session's texts, with losses token by token.
+
+    Parameters
+    ----------
+    session : TrainingSession
+    n_tokens : int or None
+        About so many tokens of the session's texts, drawn by its seed; None = all.
+    batch_tokens : int
+
+    Attributes
+    ----------
+    batches : list of arrays
+        Numbers of each batch's sequences, in random order.
+    """
+
+    def __init__(
+        self,
+        session: TrainingSession,
+        *,
+        n_tokens: int | None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        generator = np.random.default_rng(session.seed)
+        self.session = session
+        self.ids = [np.asarray(sequence, dtype=np.int32) for sequence in session.sequences]
+        longest = np.array([len(one) for one in self.ids])
+        order = generator.permutation(np.flatnonzero(longest >= 2))
+        if not len(order):
+            raise RouterError("Texts of at least two tokens were expected, so that one has a next.")
+        if n_tokens is not None:
+            total = np.cumsum(longest[order])
+            order = order[: int(np.searchsorted(total, n_tokens)) + 1]
+        lengths = longest[order].tolist()
+        planned = plan_batches(lengths, batch_tokens)
+        self.batches = [np.sort(order[planned[at]]) for at in generator.permutation(len(planned))]
+        self._pad = int(getattr(text_config(session.model), "pad_token_id", None) or 0)
+        self._runner: Runner | None = None
+
+    @contextmanager
+    def open(self, rule: Rule) -> Iterator["Passes"]:
+        """Put a rule into the model until the block is left."""
+        model = self.session.model
+        with torch.no_grad(), Head(model).open(probe_tokens(model)[:1]) as head:
+            self._runner = Runner(model, head)
+            with swap(model, self.session.sites, rule, checked=False):
+                yield self
+            self._runner = None
+
+    def losses(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Run a batch and return the loss of its tokens [M] that have a next one, nats."""
+        if self._runner is None:
+            raise RouterError("Losses are known while the passes are open: with passes.open(rule).")
+        return self._runner.prompts(self._padded(numbers)).loss
+
+    def model_loss(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Run a batch on the model as it is and return its mean loss, with its gradient, nats."""
+        batch = self._padded(numbers)
+        device = input_device(self.session.model)
+        ids = torch.from_numpy(batch.input_ids).to(device)
+        mask = torch.from_numpy(batch.mask).to(device) if batch.is_padded else None
+        with plain_forward(self.session.model):
+            output = self.session.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        rows = torch.from_numpy(batch.rows[next_in_prompt(batch)]).to(device)
+        logits = output.logits.flatten(0, 1)[rows.to(output.logits.device)].float()
+        targets = ids.flatten()[rows + 1].to(logits.device)
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+    def kept(self, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return which of a batch's real tokens [T] have a next one."""
+        return torch.from_numpy(next_in_prompt(self._padded(numbers)))
+
+    def _padded(self, numbers: npt.NDArray[np.int64]) -> PaddedBatch:
+        return pad_batch(numbers, self.ids, side="right", pad_id=self._pad)
+
+
+def explore(
+    session: TrainingSession,
+    actions: Mapping[Site, Actions],
+    *,
+    n_tokens: int,
+    passes: int,
+    seed: int,
+) -> dict[Site, Log]:
+    """Randomise one layer's actions at a time and log states, actions, propensities and changes.
+
+    Parameters
+    ----------
+    session : TrainingSession
+    actions : mapping of (layer, site) to Actions
+    n_tokens : int
+        About so many tokens of the fit split.
+    passes : int
+        Random actions of each token and layer, see :func:`exploration_weights`. The random
+        numbers of a token's passes are spread evenly, so that its actions differ.
+    seed : int
+        Of the random actions.
+
+    Notes
+    -----
+    ``(1 + layers * passes) * n_tokens`` tokens run through the model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {place: exploration_weights(each) for place, each in actions.items()}
+    drawn: dict[str, torch.Tensor] = {}
+
+    def pick(place: Site, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        taken, drawn["propensity"] = drawn_action(weights[place], allowed, drawn["uniform"])
+        return taken
+
+    rule = Acting(actions, pick)
+    runs = Passes(session, n_tokens=n_tokens)
+    logs: dict[Site, list[list[torch.Tensor]]] = {place: [] for place in actions}
+    with runs.open(rule):
+        for done, numbers in enumerate(runs.batches):
+            rule.only = ()
+            keep = runs.kept(numbers)
+            native = runs.losses(numbers)
+            seen = dict(rule.seen)
+            for at, place in enumerate(actions):
+                session.report(
+                    (done + at / len(actions)) / len(runs.batches), "exploring one layer at a time"
+                )
+                rule.only = (place,)
+                first = torch.rand(len(keep), generator=generator)
+                found = []
+                for number in range(passes):
+                    drawn["uniform"] = (first + number / passes) % 1.0
+                    change = runs.losses(numbers) - native
+                    taken = _kept(rule.seen[place][2], keep)
+                    found.append((taken, _kept(drawn["propensity"], keep), change))
+                states, allowed, _ = (_kept(each, keep) for each in seen[place])
+                by_pass = [torch.stack(each) for each in zip(*found, strict=True)]
+                logs[place].append([states, allowed, *by_pass])
+    return {place: _log(parts) for place, parts in logs.items()}
+
+
+def _kept(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    return values[keep.to(values.device)]
+
+
+def exploration_weights(actions: Actions) -> torch.Tensor:
+    """Return how often each action is explored, [A], as weights that sum to 1.
+
+    Eight to two to one: what the model does is known to change nothing but by the other tokens'
+    actions, and a token that runs no expert spoils what the tokens after it see, and so all
+    rewards of the pass.
+    """
+    weights = torch.full((len(actions.used),), OTHER_WEIGHT)
+    weights[actions.native] = NATIVE_WEIGHT
+    weights[actions.n_experts == 0] = EMPTY_WEIGHT
+    return weights / weights.sum()
+
+
+def drawn_action(
+    weights: torch.Tensor, allowed: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return actions [T] drawn by their weights from the allowed ones, and their probabilities.
+
+    Parameters
+    ----------
+    weights : Tensor [A]
+    allowed : Tensor [T, A], bool
+    uniform : Tensor [T]
+        Random numbers in [0, 1).
+    """
+    shares = weights.to(allowed.device) * allowed
+    shares = shares / shares.sum(dim=-1, keepdim=True)
+    # an action is passed by when its whole share lies below the number; rounding may leave the
+    # last cumulative share below 1
+    taken = (uniform.to(allowed.device).unsqueeze(-1) >= shares.cumsum(dim=-1)).sum(dim=-1)
+    last = torch.where(allowed, torch.arange(allowed.shape[-1], device=allowed.device), 0)
+    taken = torch.minimum(taken, last.amax(dim=-1))
+    return taken, shares.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
+
+
+def _log(parts: Sequence[Sequence[torch.Tensor]]) -> Log:
+    """Join the batches' states, allowed actions, and what was drawn in each pass."""
+    states, allowed = (torch.cat([part[at] for part in parts]) for at in (0, 1))
+    drawn = (torch.cat([part[at] for part in parts], dim=1) for at in (2, 3, 4))
+    return Log(states, allowed, *drawn)

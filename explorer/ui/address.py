@@ -1,0 +1,267 @@
+"""What a page shows is kept in its address, so that a link reopens the same view.
+
+The address is the only truth: widgets are set from it before they are drawn, and write to it
+when they change. Leaving a page and coming back within a session restores what it showed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import streamlit as st
+
+from explorer import views
+from explorer.text import plain as plain
+from explorer.ui.names import distinct
+
+GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
+PAGE_NAMES: dict[str, tuple[str, ...]] = {
+    "overview": ("order",),
+    "experts": ("id", "about", "find"),
+    "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
+    "load-balance": ("topic", "metric", "factor", "gpus", "nodes", "expert_groups", "replicas"),
+    "attention": ("measure", "head", "prompt", "token", "window", "show"),
+    "flow": ("steps", "flows", "pair"),
+    "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "other", "value", "region"),
+    "compare": (
+        *(
+            "comparison",
+            "families",
+            "controls",
+            "axis",
+            "router",
+            "beside",
+            "curve",
+            "learner",
+            "told",
+            "a",
+            "b",
+            "text",
+            "swapped",
+            "at",
+        ),
+        "job",
+    ),
+    "compare-runs": ("against", "ids", "by", "read", "shared", "spot", "quantity"),
+    "trends": ("source", "runs", "trend"),
+    "capture": ("job",),
+    "share": (),
+    "learn": ("step", "term"),
+}
+# what means nothing in another run
+OF_A_RUN = (
+    *GLOBAL_NAMES[1:],
+    "prompt",
+    "token",
+    "pins",
+    "expert",
+    "id",
+    "head",
+    "pair",
+    "value",
+    "region",
+    "comparison",
+    "families",
+    "router",
+    "beside",
+    "told",
+    "a",
+    "b",
+    "text",
+    "at",
+    "shared",
+    "spot",
+    "learner",
+)
+_NO_DOMAIN = "(none)"
+_MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
+
+
+def begin(page: str) -> None:
+    """Start a script run: after a change of page, put back what the session knows of it."""
+    state = st.session_state
+    memory: dict[str, str] = state.setdefault(_MEMORY, {})
+    if _PAGE in state and state[_PAGE] != page:
+        for name in (*GLOBAL_NAMES, *PAGE_NAMES[page]):
+            if name not in st.query_params and memory.get(name):
+                st.query_params[name] = memory[name]
+    state[_PAGE] = page
+
+
+def page() -> str:
+    """Return the page that is open, as its address calls it."""
+    return str(st.session_state[_PAGE])
+
+
+def names_of(page: str) -> tuple[str, ...]:
+    """Return what the address of a page may hold."""
+    return (*GLOBAL_NAMES, *PAGE_NAMES.get(page, ()))
+
+
+def restart(params: Mapping[str, str]) -> None:
+    """Forget what the session showed, and remember this address instead."""
+    st.session_state[_MEMORY] = dict(params)
+
+
+def place_notes() -> None:
+    """Reserve the place where notes are drawn, whichever part of the page makes them."""
+    st.session_state[_NOTES] = st.container()
+
+
+def read(name: str) -> str:
+    """Return a value of the address, "" when it is not there."""
+    value = str(st.query_params.get(name, ""))
+    st.session_state.setdefault(_MEMORY, {})[name] = value
+    return value
+
+
+def write(name: str, value: str) -> None:
+    """Change a value of the address; "" takes it out."""
+    st.session_state.setdefault(_MEMORY, {})[name] = value
+    if value:
+        st.query_params[name] = value
+    elif name in st.query_params:
+        del st.query_params[name]
+
+
+def domain_key(domain: str) -> str:
+    """Return a domain as an address has it, where "" means all domains.
+
+    Prompts without a domain are ``(none)``; a domain that is called so has a sign before it.
+    """
+    if not domain:
+        return _NO_DOMAIN
+    return f"={domain}" if domain.lstrip("=") == _NO_DOMAIN else domain
+
+
+def kept(*left_out: str) -> dict[str, str]:
+    """Return the filters that a link to another page takes with it."""
+    values = {name: read(name) for name in GLOBAL_NAMES if name not in left_out}
+    return {name: value for name, value in values.items() if value}
+
+
+def write_run(name: str) -> None:
+    """Change the run, and forget what was chosen in the one before."""
+    for other in OF_A_RUN:
+        write(other, "")
+    write("run", name)
+
+
+def pick(name: str, choices: Sequence[str], *, default: str, what: str) -> str:
+    """Return a value of the address if it is among the choices, else the default with a note."""
+    value = read(name)
+    if not value or value in choices:
+        return value or default
+    note(f"The link names the {what} “{value[:60]}”, which is not here; showing the default.")
+    write(name, "")
+    return default
+
+
+def number(name: str, allowed: range, *, default: int | None, what: str) -> int | None:
+    """Return a whole number of the address if it is allowed, else the default with a note."""
+    value = read(name)
+    if not value:
+        return default
+    if value.isascii() and value.isdecimal() and len(value) < 12 and int(value) in allowed:
+        return int(value)
+    note(f"The link names the {what} “{value[:60]}”, which is not here; showing the default.")
+    write(name, "")
+    return default
+
+
+def choose(
+    widget: Callable[..., Any],
+    name: str,
+    label: str,
+    choices: Sequence[str],
+    *,
+    default: str,
+    show: Callable[[str], str],
+    on_write: Callable[[str], None] | None = None,
+    **options: Any,
+) -> str:
+    """Draw a widget of one choice that reads from the address and writes to it.
+
+    Parameters
+    ----------
+    widget : callable
+        ``st.selectbox``, ``st.segmented_control``, ``st.radio`` or the like.
+    on_write : callable, optional
+        Called with the new value instead of writing it under ``name``.
+    """
+    value = pick(name, choices, default=default, what=label.lower())
+    key = f"address:{name}"
+    st.session_state[key] = value
+    # a widget finds a choice by what it shows: no two may look alike
+    shown = dict(zip(choices, distinct([show(choice) for choice in choices]), strict=True))
+
+    def changed() -> None:
+        new = st.session_state[key]
+        # a segmented control lets go of its choice when it is clicked again
+        new = default if new is None else new
+        if on_write is not None:
+            on_write(new)
+        else:
+            write(name, "" if new == default else new)
+
+    widget(
+        label,
+        choices,
+        key=key,
+        format_func=lambda choice: shown.get(choice, choice),
+        on_change=changed,
+        **options,
+    )
+    return value
+
+
+def several(name: str, choices: Sequence[str], *, default: Sequence[str], what: str) -> list[str]:
+    """Return names of the address that are among the choices, with a note about the others."""
+    value = read(name)
+    if not value:
+        return list(default)
+    asked = views.split(value)
+    found = [one for one in asked if one in choices]
+    for one in asked:
+        if one not in choices:
+            note(f"The link names the {what} “{one[:60]}”, which is not here; it was left out.")
+    if asked and not found:
+        found = list(default)
+    if found != asked:
+        write(name, views.join(found))
+    return found
+
+
+def choose_several(
+    widget: Callable[..., Any],
+    name: str,
+    label: str,
+    choices: Sequence[str],
+    *,
+    default: Sequence[str],
+    what: str,
+    **options: Any,
+) -> list[str]:
+    """Draw a widget of several choices that reads from the address and writes to it.
+
+    Parameters
+    ----------
+    widget : callable
+        ``st.multiselect``, ``st.pills`` or the like.
+    what : str
+        One choice, as notes call it.
+    """
+    value = several(name, choices, default=default, what=what)
+    key = f"address:{name}"
+    st.session_state[key] = value
+
+    def changed() -> None:
+        new = list(st.session_state[key])
+        write(name, "" if set(new) == set(default) else views.join(new))
+
+    widget(label, choices, key=key, on_change=changed, **options)
+    return value
+
+
+def note(text: str) -> None:
+    """Say something at the top of the page, such as that the link could not be followed."""
+    st.session_state[_NOTES].info(plain(text), icon=":material/info:")

@@ -1,0 +1,229 @@
+"""A figure on a page, with its text for screen readers, its numbers as a table, and downloads."""
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from explorer.text import cell
+from explorer.ui import address, printing
+from explorer.ui.glossary import help_text, term_of
+
+# of the picture that the camera above a figure saves; kept for all figures of a session
+_FORMAT = "format of pictures"
+_LISTED = 100_000  # rows of a table on a page; downloads have all
+_FORMATS = {"png": "PNG", "svg": "SVG"}
+_LONGEST = 120  # characters of a file's name
+_LAYER = re.compile(r"\blayer (\d+(?:\.\d+)?)\b")
+_CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+
+
+def chart(
+    figure: go.Figure,
+    *,
+    key: str,
+    alt: str,
+    table: pd.DataFrame | Callable[[], pd.DataFrame],
+    on_click: Callable[[list[float]], None] | None = None,
+    on_region: Callable[[Any], None] | None = None,
+) -> None:
+    """Draw a figure and its table.
+
+    Parameters
+    ----------
+    alt : str
+        What the figure shows, in a sentence; plain text.
+    table : DataFrame or callable
+        The numbers of the figure; a function where making them takes a while.
+    on_click : callable, optional
+        Called before the rerun with the ``customdata`` of a mark that was clicked.
+    on_region : callable, optional
+        Called instead with the selection, as Streamlit has it, when a box or a line was drawn or
+        taken away.
+    """
+
+    def drawn() -> None:
+        state: Any = st.session_state.get(key)
+        if on_region is not None:
+            on_region(state["selection"] if state else {})
+
+    def clicked() -> None:
+        state: Any = st.session_state.get(key)
+        points = state["selection"]["points"] if state else []
+        if points and on_click is not None and points[0].get("customdata"):
+            on_click(_numbers(points[0]["customdata"]))
+
+    source = _source(figure, key)
+    if on_region is not None:
+        st.plotly_chart(
+            figure,
+            key=key,
+            theme=None,
+            config=_config(source) | {"modeBarButtonsToRemove": []},
+            alt=alt,
+            on_select=drawn,
+            selection_mode=("box", "lasso"),
+        )
+    elif on_click is None:
+        st.plotly_chart(figure, key=key, theme=None, config=_config(source), alt=alt)
+    else:
+        st.plotly_chart(
+            figure,
+            key=key,
+            theme=None,
+            config=_config(source),
+            alt=alt,
+            on_select=clicked,
+            selection_mode="points",
+        )
+    row = st.container(horizontal=True, gap="xsmall", vertical_alignment="center")
+    # the rows travel only when somebody opens it: those of a large heatmap are megabytes
+    box = row.expander(
+        "Table",
+        icon=":material/table:",
+        key=f"table of {key}",
+        on_change="rerun",
+        expanded=printing.theme() is not None,
+    )
+    if box.open:
+        table = table() if callable(table) else table
+        # a report cuts the table itself, and says how many rows there are
+        shown = table if printing.theme() else table.head(_LISTED)
+        box.dataframe(shown, hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded")
+    name = term_of(key)
+    row.page_link(
+        "explorer/pages/learn/page.py",
+        label="?",
+        help=help_text(name),
+        query_params=address.kept() | {"term": name},
+    )
+    menu = row.popover(
+        "",
+        icon=":material/download:",
+        help="Download the figure or its data",
+        key=f"downloads of {key}",
+        on_change="rerun",
+    )
+    if menu.open:
+        with menu:
+            _downloads(table() if callable(table) else table, key, source)
+
+
+class _Source(NamedTuple):
+    """What an export is of: its columns of provenance, and the beginning of its file's name."""
+
+    columns: dict[str, str]
+    file_name: str
+
+
+def _source(figure: go.Figure, key: str) -> _Source:
+    """Say what a figure is of: the runs of the page, and what chose its tokens."""
+    page = address.page()
+    columns = {"run": st.query_params.get("run", "")}
+    if page == "compare-runs":
+        columns["run_b"] = st.query_params.get("against", "")
+    if page == "compare":
+        columns["comparison"] = st.query_params.get("comparison", "")
+    known = (figure.layout.meta or {}).get("filters", {})
+    filters = {name: html.unescape(value) for name, value in known.items()}
+    title = html.unescape(str(figure.layout.title.text or ""))
+    columns = {name: value for name, value in columns.items() if value}
+    parts = [*columns.values(), key]
+    if layer := _LAYER.search(title):
+        columns["of_layer"] = layer[1]
+        parts.append(f"layer {layer[1]}")
+    parts += [f"{name} {value}" for name, value in filters.items()]
+    columns |= {f"filter_{name}": value for name, value in filters.items()}
+    return _Source(columns, _file_name(parts))
+
+
+def _config(source: _Source) -> dict[str, Any]:
+    """Return plotly's options; the camera saves twice the pixels of the screen."""
+    picture = {
+        "format": st.session_state.get(_FORMAT) or "png",
+        "scale": 2,
+        "filename": source.file_name,
+    }
+    return _CONFIG | {"toImageButtonOptions": picture}
+
+
+def _file_name(parts: list[str]) -> str:
+    """Return a harmless name; of a long one the end is a digest, so that it is of this alone."""
+    said = " ".join(parts)
+    name = re.sub(r"[^\w.-]+", "-", said).strip("-.") or "figure"
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}-{hashlib.blake2b(said.encode(), digest_size=4).hexdigest()}"
+
+
+def _downloads(table: pd.DataFrame, key: str, source: _Source) -> None:
+    """Offer the data behind a figure, written only when somebody asks for it."""
+    table = with_source(table, source.columns)
+    kinds: dict[str, tuple[Callable[[], bytes], str]] = {
+        "CSV": (lambda: csv(table), "text/csv"),
+        "Parquet": (lambda: parquet(table), "application/vnd.apache.parquet"),
+    }
+    st.markdown(f"**Data** · {len(table):,} rows")
+    with st.container(horizontal=True):
+        for kind, (data, mime) in kinds.items():
+            st.download_button(
+                kind,
+                data,
+                file_name=f"{source.file_name}.{kind.lower()}",
+                mime=mime,
+                on_click="ignore",
+                key=f"{kind} of {key}",
+            )
+    widget = f"{_FORMAT} of {key}"
+    st.session_state[widget] = st.session_state.get(_FORMAT) or "png"
+
+    def changed() -> None:
+        st.session_state[_FORMAT] = st.session_state[widget]
+
+    st.segmented_control(
+        "Picture: the camera above the figure saves",
+        list(_FORMATS),
+        format_func=_FORMATS.__getitem__,
+        required=True,
+        key=widget,
+        on_change=changed,
+    )
+
+
+def with_source(table: pd.DataFrame, source: Mapping[str, str]) -> pd.DataFrame:
+    """Return a table with what it is of in columns at its end: runs, layer and filters."""
+    taken = {str(name) for name in table.columns}
+    columns = {f"{name}_of_figure" if name in taken else name: v for name, v in source.items()}
+    return table.assign(**columns)
+
+
+def csv(table: pd.DataFrame) -> bytes:
+    """Return a table as a CSV file that is safe to open in a spreadsheet."""
+    shown = table.set_axis([str(cell(str(name))) for name in table.columns], axis=1)
+    for place, kind in enumerate(table.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            shown.isetitem(place, table.iloc[:, place].astype(object).map(cell))
+    return str(shown.to_csv(index=False)).encode()
+
+
+def parquet(table: pd.DataFrame) -> bytes:
+    """Return a table as a Parquet file, whose columns have names, not numbers."""
+    buffer = io.BytesIO()
+    table.set_axis([str(name) for name in table.columns], axis=1).to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _numbers(customdata: Any) -> list[float]:
+    """Return the numbers of a mark; a browser sends binary arrays as {"0": .., "1": ..}.
+
+    A number that is missing is sent as null.
+    """
+    if isinstance(customdata, dict):
+        customdata = [customdata[key] for key in sorted(customdata, key=int)]
+    return [float("nan") if value is None else float(value) for value in customdata]

@@ -1,0 +1,234 @@
+"""The bar at the side: the run, and the filters that act on all pages."""
+
+import streamlit as st
+
+from capture.errors import CaptureError
+from explorer import service, slices
+from explorer.errors import ExplorerError
+from explorer.queries.part import Part
+from explorer.run import Run
+from explorer.ui import address, problems, state
+from explorer.ui.caption import site_name
+from explorer.ui.glossary import help_text
+from explorer.ui.state import PHASES, Problem, View, several_sites
+from explorer.ui.text import domain_name, visible
+
+MAX_SEARCH = 200
+_NEEDS_IDS = (
+    "This run was recorded at level stats: its totals know no prompts, so the search and the "
+    "slice of the link do not apply."
+)
+
+
+def select_view() -> View | Problem | None:
+    """Draw the bar at the side and return what it says; None when the folder has no run."""
+    names = state.run_names()
+    if not names:
+        address.write_run("")
+        return None
+    with st.sidebar:
+        name = address.choose(
+            st.selectbox,
+            "run",
+            "Run",
+            names,
+            default=state.default_run(names),
+            show=lambda name: name,
+            on_write=address.write_run,
+            help=help_text("run"),
+        )
+        address.write("run", name)
+        _list_refused(names)
+        # the bar stays, to choose another run
+        try:
+            run, key = state.opened(name)
+        except (CaptureError, ExplorerError) as error:
+            return Problem(str(error))
+        phase = _select_phase(run)
+        domain = _select_domain(run)
+        part = _select_part(run)
+        layers = _select_layers(run)
+        layer, site = _select_site(run, layers)
+    return View(run, name, key, domain, phase, layer, site, part, layers)
+
+
+def _list_refused(names: list[str]) -> None:
+    """List the files that were found to be no sound runs, each with the reason."""
+    refused = state.refused(names)
+    if refused:
+        one = len(refused) == 1
+        with st.expander(f"{len(refused)} file{'' if one else 's'} cannot be shown"):
+            for name, reason in refused.items():
+                st.caption(f"**{address.plain(name)}** · {address.plain(reason)}")
+
+
+def _select_phase(run: Run) -> str | None:
+    if run.phases == ["prompt"] or not run.phases:
+        return address.pick("phase", ["prompt"], default="", what="phase") or None
+    phase = address.choose(
+        st.segmented_control,
+        "phase",
+        "Phase",
+        ["", *run.phases],
+        default="",
+        show=PHASES.__getitem__,
+        help=help_text("phase"),
+    )
+    return phase or None
+
+
+def _select_domain(run: Run) -> str | None:
+    if run.domains in ([], [""]):
+        return None
+    domains = {address.domain_key(domain): domain for domain in run.domains}
+    value = address.choose(
+        st.selectbox,
+        "domain",
+        "Domain",
+        ["", *domains],
+        default="",
+        show=lambda key: domain_name(domains[key]) if key else "All domains",
+        help=help_text("domain"),
+    )
+    return domains.get(value)
+
+
+def _select_part(run: Run) -> Part | None:
+    """Draw the search in the prompts and the choice of a slice."""
+    if not run.records_ids:
+        if address.read("search") or address.read("slice"):
+            address.note(_NEEDS_IDS)
+            address.write("search", "")
+            address.write("slice", "")
+        return None
+    search = _search()
+    chosen = _select_slice(run)
+    if not search and chosen is None:
+        return None
+    if chosen is None:
+        return Part(search)
+    return Part(
+        search or None,
+        chosen.info.name,
+        chosen.info.created,
+        token_ids=chosen.token_ids,
+    )
+
+
+def _search() -> str:
+    key = "address:search"
+    st.session_state[key] = address.read("search")[:MAX_SEARCH]
+    st.text_input(
+        "Prompts that contain",
+        key=key,
+        max_chars=MAX_SEARCH,
+        placeholder="any text",
+        help="Upper or lower case; press Enter. All pages show the tokens of these prompts only.",
+        on_change=lambda: address.write("search", st.session_state[key]),
+    )
+    return str(st.session_state[key])
+
+
+def _select_slice(run: Run) -> slices.Slice | None:
+    """Draw the choice of a slice where the run has some; return the one chosen."""
+    known = _listed(run, slices.version(run))
+    usable = [info for info in known if not info.problem]
+    wanted = address.read("slice")
+    if not usable and not wanted:
+        return None
+    name = address.choose(
+        st.selectbox,
+        "slice",
+        "Slice",
+        ["", *(info.name for info in usable)],
+        default="",
+        show=lambda name: visible(name) if name else "All tokens",
+        help=help_text("slice"),
+    )
+    if not name:
+        return None
+    try:
+        chosen = slices.load_slice(run, name)
+    except ExplorerError as error:
+        address.note(str(error))
+        address.write("slice", "")
+        return None
+    _about(run, chosen.info)
+    return chosen
+
+
+@st.cache_data(max_entries=32, show_spinner=False, hash_funcs={Run: lambda run: run.fingerprint})
+def _listed(run: Run, version: int) -> list[slices.SliceInfo]:
+    return slices.list_slices(run)
+
+
+def _about(run: Run, info: slices.SliceInfo) -> None:
+    with st.popover("About this slice", icon=":material/info:", width="stretch"):
+        by = f" by {address.plain(info.author)}" if info.author else ""
+        st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {address.plain(info.created[:10])}.")
+        if info.note:
+            st.markdown(address.plain(info.note, lines=True))
+        if service.may_write():
+            st.button("Delete the slice", on_click=_delete, args=(run, info.name))
+
+
+@problems.in_callback
+def _delete(run: Run, name: str) -> None:
+    slices.delete_slice(run, name)
+    address.write("slice", "")
+
+
+def _select_layers(run: Run) -> tuple[int, int] | None:
+    """Draw the range of layers; None = all of them."""
+    names = [str(layer) for layer in run.layers]
+    if len(names) < 2:
+        return None
+    left, right = st.columns(2)
+    with left:
+        first = _select_end("from", "Layers from", names, names[0])
+    with right:
+        last = _select_end("to", "to", names[names.index(first) :], names[-1])
+    return None if (first, last) == (names[0], names[-1]) else (int(first), int(last))
+
+
+def _select_end(name: str, label: str, choices: list[str], default: str) -> str:
+    def change(value: str) -> None:
+        address.write(name, "" if value == default else value)
+        # what was chosen outside of the range is not shown any more
+        for other in ("layer", "head", *(["to"] if name == "from" else [])):
+            number = address.read(other).split(".")[0]
+            outside = number.isdecimal() and (
+                int(number) < int(value) if name == "from" else int(number) > int(value)
+            )
+            if outside:
+                address.write(other, "")
+
+    return address.choose(
+        st.selectbox,
+        name,
+        label,
+        choices,
+        default=default,
+        show=lambda layer: layer,
+        on_write=change,
+        help="Figures over layers show this range only." if name == "from" else None,
+    )
+
+
+def _select_site(run: Run, layers: tuple[int, int] | None) -> tuple[int, int]:
+    several = several_sites(run)
+    sites = {
+        site_name(s.layer, s.site, several=several): (s.layer, s.site)
+        for s in run.sites
+        if layers is None or layers[0] <= s.layer <= layers[1]
+    }
+    name = address.choose(
+        st.selectbox,
+        "layer",
+        "Layer",
+        list(sites),
+        default=next(iter(sites)),
+        show=lambda name: f"Layer {name}",
+        help="The decoder layer whose router the pages look at.",
+    )
+    return sites[name]

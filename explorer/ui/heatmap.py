@@ -1,0 +1,208 @@
+"""A heatmap whose cells can be clicked."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+
+from explorer.errors import ExplorerError
+from explorer.ui import theme
+
+# a browser takes seconds to draw more, and every cell is also a point of the click layer
+MAX_CELLS = 60_000
+# above this many, labels overlap
+MAX_LABELS = 60
+_LABELS_SHOWN = 16
+# a click counts for the nearest marker within this many pixels, which on a grid is its own cell
+_CLICK_REACH = 80
+
+
+class Scale(NamedTuple):
+    """Colours of a heatmap.
+
+    Attributes
+    ----------
+    title : str
+        Of the colour bar, with unit.
+    low, high : float
+        Ends of the scale; values beyond take the colour of the end.
+    neutral : float or None
+        Middle of a diverging scale; None for a sequential one.
+    ticks : dict, optional
+        Value -> label of the colour bar.
+    """
+
+    title: str
+    low: float
+    high: float
+    neutral: float | None = None
+    ticks: dict[float, str] | None = None
+
+
+def clickable_heatmap(
+    z: npt.NDArray[np.float64],
+    *,
+    ids: npt.NDArray[Any],
+    hover: str,
+    missing_hover: str = "nothing recorded",
+    hover_text: Sequence[str] | None = None,
+    x_labels: Sequence[str],
+    y_labels: Sequence[str],
+    x_title: str,
+    y_title: str,
+    scale: Scale,
+    dark: bool,
+    cell: int = 1,
+) -> go.Figure:
+    """Draw a heatmap under a layer of near-invisible markers that carry the ids of the cells.
+
+    Streamlit gets nothing from a click on a heatmap (streamlit#8760), but does from a click on
+    a marker. Axes are integer positions with tick texts, since plotly merges equal categories
+    (plotly.js#1516).
+
+    Parameters
+    ----------
+    z : array [Y, X]
+        nan = missing, drawn as grey ground. The first row is drawn at the top.
+    ids : array [Y, X, C], numbers
+        What a click returns as ``customdata``. A cell whose first id is nan cannot be clicked:
+        a layer may have fewer experts than another.
+    hover : str
+        Hover template; ``%{customdata[0]}`` and so on are the ids, ``%{text}`` the hover text.
+    missing_hover : str
+        The same for cells whose value is nan.
+    hover_text : sequence [Y * X] of str, optional
+        Escaped.
+    x_labels, y_labels : sequences [X * cell], [Y * cell] of str
+        Escaped.
+    cell : int
+        Positions of the axes that a cell is wide and high, for blocks of tokens.
+
+    Raises
+    ------
+    ExplorerError
+        For more cells than a browser can draw.
+    """
+    rows, columns = z.shape
+    if z.size > MAX_CELLS:
+        raise ExplorerError(
+            f"Expected at most {MAX_CELLS:,} cells in a heatmap, got {rows:,} x {columns:,}. "
+            "Show a part of the rows or columns."
+        )
+    figure = go.Figure(
+        go.Heatmap(
+            z=z,
+            x=_centres(columns, cell),
+            y=_centres(rows, cell),
+            colorscale=theme.SEQUENTIAL if scale.neutral is None else theme.diverging(dark),
+            zmin=scale.low,
+            zmax=scale.high,
+            hoverinfo="skip",
+            colorbar=_colorbar(scale),
+        )
+    )
+    figure.add_traces(list(_click_layers(z, ids, hover, missing_hover, hover_text, cell)))
+    figure.update_xaxes(title=x_title, range=[-0.5, columns * cell - 0.5], **ticks(x_labels))
+    figure.update_yaxes(title=y_title, range=[rows * cell - 0.5, -0.5], **ticks(y_labels))
+    figure.update_layout(
+        clickmode="event+select",
+        dragmode="zoom",
+        hovermode="closest",
+        hoverdistance=_CLICK_REACH,
+    )
+    return figure
+
+
+def _centres(cells: int, cell: int) -> npt.NDArray[Any]:
+    """Return the middles of cells that are so many positions wide, in as few bytes as will do."""
+    if cell % 2:
+        return np.arange(cells) * cell + cell // 2
+    return (np.arange(cells) * cell + (cell - 1) / 2).astype(np.float32)
+
+
+def _click_layers(
+    z: npt.NDArray[np.float64],
+    ids: npt.NDArray[Any],
+    hover: str,
+    missing_hover: str,
+    hover_text: Sequence[str] | None,
+    cell: int,
+) -> Iterator[go.Scatter]:
+    """Yield the markers of the cells with a value, and of those without one."""
+    flat = ids.reshape(z.size, ids.shape[-1]).astype(np.float64)
+    # half the bytes, where every whole number stays what it is
+    if np.nanmax(np.abs(flat), initial=0) < 2**24:
+        flat = flat.astype(np.float32)
+    exists = ~np.isnan(flat[:, 0])
+    known = ~np.isnan(z.ravel())
+    for name, mask, template in (
+        ("cells", exists & known, hover),
+        ("cells without a value", exists & ~known, missing_hover),
+    ):
+        cells = np.flatnonzero(mask)
+        if not len(cells):
+            continue
+        # fully transparent markers get no clicks; by default a selection fades all others
+        faint = {"opacity": 0.001}
+        yield go.Scatter(
+            x=_centres(z.shape[1], cell)[cells % z.shape[1]],
+            y=_centres(z.shape[0], cell)[cells // z.shape[1]],
+            mode="markers",
+            # the nearest one takes the click, however small, and whether or not it is drawn; to
+            # draw thousands takes a second, and WebGL, which browsers allow few times, as long
+            marker={"size": 1, "maxdisplayed": 1, **faint},
+            selected={"marker": faint},
+            unselected={"marker": faint},
+            customdata=flat[cells],
+            text=None if hover_text is None else [hover_text[cell] for cell in cells.tolist()],
+            hovertemplate=template + "<extra></extra>",
+            showlegend=False,
+            name=name,
+        )
+
+
+def ground(figure: go.Figure, dark: bool, *, diverging: bool = False) -> go.Figure:
+    """Paint the ground of missing cells; call after ``theme.finish``."""
+    figure.update_layout(plot_bgcolor=theme.missing(dark, sequential=not diverging))
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def outline(
+    figure: go.Figure, cells: Sequence[tuple[float, float]], color: str, name: str
+) -> go.Figure:
+    """Mark cells (x, y) with an outline of one colour and a legend entry ``name`` (escaped)."""
+    figure.add_trace(
+        go.Scatter(
+            x=[x for x, _ in cells],
+            y=[y for _, y in cells],
+            mode="markers",
+            marker={"symbol": "square-open", "size": 13, "color": color, "line": {"width": 3}},
+            name=name,
+            hoverinfo="skip",
+        )
+    )
+    return figure
+
+
+def ticks(labels: Sequence[str], *, room: int = MAX_LABELS) -> dict[str, Any]:
+    """Return tick positions and texts, thinned where more than ``room`` would overlap."""
+    few = _LABELS_SHOWN if room == MAX_LABELS else room
+    step = 1 if len(labels) <= room else -(-len(labels) // few)
+    shown = list(range(0, len(labels), step))
+    return {
+        "tickmode": "array",
+        "tickvals": shown,
+        "ticktext": [labels[i] for i in shown],
+        "tickfont": {"size": 10},
+    }
+
+
+def _colorbar(scale: Scale) -> dict[str, Any]:
+    bar: dict[str, Any] = {"title": {"text": scale.title, "side": "right"}, "thickness": 14}
+    if scale.ticks:
+        bar |= {"tickvals": list(scale.ticks), "ticktext": list(scale.ticks.values())}
+    return bar

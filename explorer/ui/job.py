@@ -1,0 +1,104 @@
+"""A job of the worker on a page: how far it is, a button to stop it, and how it ended."""
+
+import streamlit as st
+
+from explorer import service
+from explorer.ui import problems
+from explorer.ui.address import plain
+from explorer.worker import Job, JobProgress, shared_worker
+
+POLL_SECONDS = 0.5
+_STAGES = {
+    "starting": "Starting the worker process",
+    "loading": "Loading the model",
+    "self-test": "Checking that every router can be recorded",
+    "recording": "Recording",
+    "writing": "Closing the run file",
+    "mapping": "Working",
+    "done": "Done",
+}
+
+
+def follow(job_id: int, *, key: str) -> Job | None:
+    """Show a job until it ends; return it when it has ended, after saying how.
+
+    While the job is active, the page asks twice a second and draws only this part again; when it
+    ends, the whole page runs again.
+    """
+    job = shared_worker().job(job_id)
+    if job is None:
+        st.info("This capture is not known any more; the app was restarted.")
+        return None
+    if job.active:
+        _watch(job_id, key)
+        return None
+    _show_end(job)
+    return job
+
+
+@st.fragment(run_every=POLL_SECONDS)
+def _watch(job_id: int, key: str) -> None:
+    # a part that is drawn alone is not within the page's own
+    with problems.said():
+        _draw(job_id, key)
+
+
+def _draw(job_id: int, key: str) -> None:
+    job = shared_worker().job(job_id)
+    if job is None or not job.active:
+        st.rerun()
+        return
+    with st.container(border=True):
+        left, right = st.columns([5, 1], vertical_alignment="center")
+        left.markdown(f"**{plain(job.request.title)}** · {_headline(job)}")
+        if service.may_write() and right.button(
+            "Stop", key=f"stop {key}", disabled=job.cancelling, width="stretch"
+        ):
+            service.cancel(job_id)
+            st.rerun(scope="fragment")
+        st.progress(fraction(job.progress), text=_figures(job.progress))
+        if job.progress.message:
+            st.caption(plain(job.progress.message))
+
+
+def fraction(progress: JobProgress) -> float:
+    """Return how much of a job is done, 0..1; loading and closing take a small part."""
+    if progress.part is not None:
+        return min(1.0, max(0.0, progress.part))
+    if progress.stage == "recording" and progress.tokens_total:
+        return 0.1 + 0.85 * min(1.0, progress.tokens_done / progress.tokens_total)
+    return {"loading": 0.03, "self-test": 0.08, "writing": 0.97, "done": 1.0}.get(
+        progress.stage, 0.0
+    )
+
+
+def _headline(job: Job) -> str:
+    if job.cancelling:
+        return "stopping after the current forward pass…"
+    if job.state == "queued":
+        return "waiting for the job before it…"
+    return _STAGES.get(job.progress.stage, "Working") + "…"
+
+
+def _figures(progress: JobProgress) -> str:
+    if progress.stage != "recording" or not progress.tokens_total:
+        return " "
+    text = f"{progress.tokens_done:,} of {progress.tokens_total:,} tokens"
+    if progress.tokens_per_second:
+        text += f" · {progress.tokens_per_second:,.0f} tokens/s"
+    if progress.seconds_left is not None:
+        text += f" · about {progress.seconds_left:.0f} s left"
+    return text
+
+
+def _show_end(job: Job) -> None:
+    name = plain(job.request.title)
+    if job.state == "done":
+        tokens = job.progress.tokens_done
+        counted = f": {tokens:,} tokens recorded" if tokens else ""
+        st.success(f"**{name}** is ready{counted}.", icon=":material/check_circle:")
+    elif job.state == "cancelled":
+        kept = " What was recorded until then is kept." if job.path else ""
+        st.warning(f"**{name}** was stopped.{kept} {plain(job.error)}", icon=":material/stop:")
+    else:
+        st.error(f"**{name}** failed. {plain(job.error)}", icon=":material/error:")

@@ -1,0 +1,179 @@
+"""Saved views on the pages: opening one by its link, saying what it is, and saving a new one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import streamlit as st
+from streamlit.navigation.page import StreamlitPage
+
+from capture.quoting import quoted
+from explorer import service, views
+from explorer.errors import ExplorerError
+from explorer.ui import access, address, state
+from explorer.views import SavedView
+
+_ADDRESS = "view"  # its name in the address
+_PROBLEM, _MADE = "problem of the saved view", "saved just now"
+# pages that show no view of a run
+NOT_SAVED = ("capture", "share", "learn")
+
+
+def follow(pages: Sequence[StreamlitPage]) -> None:
+    """Go where a link to a saved view leads, if the address is one."""
+    view_id = st.query_params.get(_ADDRESS, "")
+    # once it is open, the address names what it shows too
+    if not view_id or "run" in st.query_params:
+        return
+    try:
+        view = views.load_view(state.runs_folder(), view_id)
+        target = next((p for p in pages if (p.url_path or "overview") == view.page), None)
+        if target is None or view.page in NOT_SAVED:
+            raise ExplorerError(
+                f"The saved view “{view.name}” is of a page that is not here: {quoted(view.page)}."
+            )
+    except ExplorerError as error:
+        st.session_state[_PROBLEM] = str(error)
+        del st.query_params[_ADDRESS]
+        return
+    there = {n: v for n, v in view.params.items() if n in address.names_of(view.page) and v}
+    address.restart(there)
+    st.switch_page(target, query_params={**there, _ADDRESS: view_id})
+
+
+def banner() -> None:
+    """Say which saved view this is, and whether its choices or its data changed since then."""
+    problem = st.session_state.pop(_PROBLEM, "")
+    if problem:
+        address.note(problem)
+    view_id = st.query_params.get(_ADDRESS, "")
+    if not view_id:
+        return
+    try:
+        view = views.load_view(state.runs_folder(), view_id)
+    except ExplorerError as error:
+        address.note(str(error))
+        del st.query_params[_ADDRESS]
+        return
+    other = _changed_choices(view)
+    if other:
+        _no_longer(view_id, other)
+        return
+    with st.container(border=True, key="saved view"):
+        st.markdown(
+            f":material/bookmark: **{address.plain(view.name)}** · {address.plain(by_line(view))}"
+        )
+        if view.note:
+            st.markdown(address.plain(view.note, lines=True))
+    warn_of_changes(view)
+
+
+def _changed_choices(view: SavedView) -> list[str]:
+    """Return what of the address is not as the view has it."""
+    page = address.page()
+    if view.page != page:
+        return ["page"]
+    # a job that is under way is no choice
+    names = [name for name in address.names_of(page) if name != "job"]
+    found = {name: st.query_params.get(name, "") for name in names}
+    # a view that names no run, which may be one from elsewhere, is of whichever is open
+    asked = {"run": found["run"]} | view.params
+    return [name for name in names if found[name] != asked.get(name, "")]
+
+
+def _no_longer(view_id: str, changed: list[str]) -> None:
+    """Say that this is not the view any more, whose name and note would stand above other data."""
+    with st.container(border=True, key="saved view", horizontal=True, vertical_alignment="center"):
+        st.markdown(
+            ":material/bookmark_remove: This is no longer the saved view that was opened: "
+            + ", ".join(f"`{name}`" for name in changed)
+            + (" was" if len(changed) == 1 else " were")
+            + " changed."
+        )
+        st.page_link(
+            "explorer/pages/overview/page.py",
+            label="Back to the view",
+            icon=":material/undo:",
+            query_params={_ADDRESS: view_id},
+        )
+
+
+def warn_of_changes(view: SavedView) -> None:
+    """Warn when a run, the slice or the comparison of a view is not what it was."""
+    changed = views.changed(view, state.runs_folder(), digest=_digest)
+    if changed:
+        names = ", ".join(address.plain(name) for name in changed)
+        st.warning(
+            f"The data changed since this view was saved: {names}. What is shown may differ from "
+            "what the note says.",
+            icon=":material/warning:",
+        )
+
+
+def by_line(view: SavedView) -> str:
+    """Say who saved a view and when."""
+    by = f"saved by {view.author}" if view.author else "saved"
+    return f"{by} on {view.created[:10]}"
+
+
+def _digest(path: Path) -> str:
+    """Return what a file is, which is read again only when it changed."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ExplorerError(f"{path.name} cannot be read: {error.strerror}.") from None
+    return _known_digest(str(path), status.st_mtime_ns, status.st_size)
+
+
+# as many as the runs that one view may name
+@st.cache_data(max_entries=1_000, show_spinner=False)
+def _known_digest(path: str, changed_at: int, size: int) -> str:
+    return views.digest(Path(path))
+
+
+def save_form(page: str) -> None:
+    """Draw the button that saves what the page shows, for those who may."""
+    if page in NOT_SAVED or not service.may_write():
+        return
+    with st.sidebar.popover("Save this view", icon=":material/bookmark_add:", width="stretch"):
+        with st.form("save view", border=False, clear_on_submit=True):
+            st.text_input("Name", key="view name", max_chars=views.MAX_NAME)
+            st.text_area("Note", key="view note", max_chars=views.MAX_NOTE, height=90)
+            st.text_input("Author", access.who().name, key="view author", max_chars=80)
+            st.form_submit_button("Save", type="primary", on_click=_save, args=(page,))
+        made = st.session_state.get(_MADE)
+        if isinstance(made, SavedView):
+            st.markdown(f"Saved as **{address.plain(made.name)}**. Its link:")
+            st.code(link_to(made), language=None, wrap_lines=True)
+        elif made:
+            st.error(address.plain(made), icon=":material/error:")
+
+
+def _save(page: str) -> None:
+    given = st.session_state
+    params = {n: v for n, v in st.query_params.items() if n in address.names_of(page)}
+    try:
+        made: SavedView | str = views.save_view(
+            state.runs_folder(),
+            given["view name"],
+            page=page,
+            params=params,
+            runs=runs_of(params),
+            note=given["view note"],
+            author=given["view author"],
+        )
+    except ExplorerError as error:
+        made = str(error)
+    given[_MADE] = made
+
+
+def runs_of(params: Mapping[str, str]) -> dict[str, Path]:
+    """Return the files of the runs that an address names."""
+    there = set(state.run_names())
+    folder = state.runs_folder()
+    return {n: service.run_file(folder, n) for n in views.runs_named(params) if n in there}
+
+
+def link_to(view: SavedView) -> str:
+    """Return the link that opens a view, on the server that this browser asks."""
+    there = str(st.context.url or "").split("?")[0].rstrip("/")
+    return f"{there.removesuffix('/' + address.page())}/?{_ADDRESS}={view.view_id}"

@@ -1,0 +1,160 @@
+"""The Experts page: its numbers, its search, and the weights that a run does not hold."""
+
+import json
+
+import numpy as np
+import pytest
+from app_pages import charts, notes, opened, query
+from synthetic import IDLE, write_run
+
+from explorer import service
+from explorer.maps import cache
+from explorer.run import open_run
+from explorer.slices import load_slice
+from explorer.worker import CosinesRequest, likeness
+
+
+@pytest.fixture
+def known(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_run(runs / "known.duckdb")
+
+
+def titles(app):
+    return [json.loads(chart.spec)["layout"]["title"]["text"] for chart in charts(app)]
+
+
+def tile(app, name):
+    return next(metric for metric in app.metric if metric.label == name)
+
+
+def test_the_busiest_expert_of_the_layer_comes_first(known):
+    app = opened("experts", layer="1.0")
+    loads = [0] * 6
+    for _, _, expert, _ in known.assignments(1, 0):
+        loads[expert] += 1
+    assert app.selectbox(key="address:id").value == str(int(np.argmax(loads)))
+    assert tile(app, "Tokens that chose it").value == str(max(loads))
+    assert tile(app, "Share of the tokens").value == f"{max(loads) / len(known.tokens):.2%}"
+    assert tile(app, "Load").value == f"{max(loads) / (sum(loads) / 6):.2f}× fair share"
+
+
+def test_numbers_are_those_of_the_filters(known):
+    app = opened("experts", layer="3.0", id="2", search="court")
+    rows = [r for r in known.assignments(3, 0) if r[0]["prompt_id"] == 0 and r[2] == 2]
+    assert tile(app, "Tokens that chose it").value == str(len(rows))
+    weights = sum(weight for *_, weight in rows) / len(rows)
+    assert tile(app, "Mean combine weight").value == f"{weights:.3f}"
+
+
+def test_domains_and_phases_are_compared_unless_one_is_chosen(known):
+    assert {"Domain specialisation (share of the domain's tokens)"} <= set(
+        titles(opened("experts", layer="1.0"))
+    )
+    chosen = titles(opened("experts", layer="1.0", domain="law", phase="prompt"))
+    assert not [title for title in chosen if title.startswith(("Domain", "Phase"))]
+
+
+def test_an_expert_that_nobody_visited(known):
+    app = opened("experts", layer="1.0", id=str(IDLE[2]))
+    assert "None of these tokens went to L1.0.E5" in notes(app)
+    assert tile(app, "Mean combine weight").value == "–"
+
+
+@pytest.mark.parametrize("layer", ["1.0", "3.1"])
+def test_all_experts_and_layers(known, layer):
+    app = opened("experts", about="all", layer=layer)
+    shown = titles(app)
+    assert shown[0].startswith("Domain specialisation of every expert")
+    assert shown[-1].startswith("Domain and expert")
+
+
+def test_all_experts_at_one_domain_say_why_there_is_no_map(known):
+    assert "take the domain filter off" in notes(opened("experts", about="all", domain="law"))
+
+
+def test_the_experts_of_a_text(known, monkeypatch):
+    monkeypatch.setattr("explorer.pages.experts.specialization.MIN_HITS", 1)
+    app = opened("experts", about="text")
+    assert "Type a word" in notes(app)
+    app.text_input(key="address:find").set_value("a a").run()
+    assert query(app, "find") == "a a"
+    assert any("occurrences, made of" in block.value for block in app.markdown)
+    assert titles(app) == ["Experts of the text (share of its tokens / share of all tokens)"]
+    app.text_input(key="address:find").set_value("<script>").run()
+    assert all("<script" not in chart.spec for chart in charts(app))
+    app.text_input(key="address:find").set_value("no such text").run()
+    assert "does not occur" in notes(app)
+
+
+def test_weights_are_compared_in_the_background_and_then_shown(known, worker):
+    app = opened("experts", layer="1.0", id="0")
+    (button,) = (b for b in app.button if b.label == "Compare the weights")
+    button.click().run()
+    (job,) = worker.jobs()
+    assert isinstance(job.request, CosinesRequest) and job.request.model == "synthetic"
+    with open_run(known.path) as run:
+        path = likeness.cosines_path(run)
+    assert job.request.out == str(path)
+    a, b = (part.ravel().astype(np.int32) for part in np.indices((6, 6)))
+    columns = {
+        "layer": np.ones(36, np.int32),
+        "site": np.zeros(36, np.int32),
+        "kind": np.full(36, "router", dtype=object),
+        "a": a,
+        "b": b,
+        "cosine": np.where(a == b, 1, 1 / (1 + np.abs(a - b))).astype(np.float32),
+    }
+    cache.write(path, columns, {})
+    app = opened("experts", layer="1.0", id="0")
+    chart = next(c for c in charts(app) if "Router rows alike" in c.spec)
+    labels = json.loads(chart.spec)["layout"]["yaxis"]["ticktext"]
+    assert labels == [f"L1.0.E{expert}" for expert in range(1, 6)]
+    assert "cannot be compared" in notes(app)
+
+
+def save(app, name):
+    next(box for box in app.text_input if box.label == "Save as slice").set_value(name)
+    next(button for button in app.button if button.label == "Save slice").click()
+    app.run()
+    assert not app.exception
+    return " ".join(box.value for box in (*app.success, *app.error))
+
+
+def test_the_tokens_of_an_expert_and_of_a_text_are_saved_as_slices(known):
+    hits = [r[0]["token_id"] for r in known.assignments(3, 0, domain="code") if r[2] == 2]
+    for page, where in (("experts", {"id": "2"}), ("tokens", {"expert": "2"})):
+        app = opened(page, layer="3.0", domain="code", **where)
+        assert f"{page} of 2" in save(app, f"{page} of 2")
+        assert "is a slice" in save(app, f"{page} of 2")
+        with open_run(known.path) as run:
+            assert load_slice(run, f"{page} of 2").token_ids.tolist() == sorted(hits)
+    app = opened("experts", about="text", find="court")
+    save(app, "courts")
+    with open_run(known.path) as run:
+        (token,) = load_slice(run, "courts").token_ids
+    assert [one["text"] for one in known.tokens if one["token_id"] == token] == [" court"]
+    # it is offered at the side at once, and limits the page
+    app = opened("experts", layer="3.0", id="2", slice="experts of 2")
+    assert tile(app, "Share of the tokens").value == "100.00%"
+
+
+def test_viewers_do_not_load_models(known, monkeypatch):
+    from explorer.ui import access
+
+    monkeypatch.setattr(access, "read_only_option", lambda: True)
+    try:
+        app = opened("experts", layer="1.0")
+        assert "Not available: a run holds no weights" in notes(app)
+        writing = ("Compare the weights", "Save slice")
+        assert not [b for b in app.button if b.label in writing]
+    finally:
+        service.configure(service.Policy())
+
+
+def test_a_run_of_totals_says_what_it_lacks(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_run(runs / "stats.duckdb", level="stats")
+    for about in ("expert", "all", "text"):
+        app = opened("experts", about=about, layer="1.0")
+        assert not app.error and "--level ids" in notes(app)

@@ -1,0 +1,82 @@
+"""Trends: how many tokens each run has, and runs that share no prompt."""
+
+import json
+import sys
+
+import pytest
+import streamlit as st
+import synthetic
+from synthetic import write_run
+from test_app_pages import charts, notes, opened
+
+from explorer import open_run
+from explorer.pages.trends.data import in_order, trend_table
+from explorer.queries.overview import token_count
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return the folder of three runs: the second has fewer prompts, the first others."""
+    monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(tmp_path)])
+    every = synthetic.PROMPTS
+    others = [(domain, [f"other {piece}" for piece in pieces]) for domain, pieces in every]
+    cut = [(domain, pieces if n != 5 else ["else"]) for n, (domain, pieces) in enumerate(every)]
+    for seed, (step, prompts) in enumerate(((10, others), (20, cut), (30, every))):
+        monkeypatch.setattr(synthetic, "PROMPTS", prompts)
+        write_run(tmp_path / f"step_{step}.duckdb", seed=seed)
+    yield tmp_path
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+def shown(app):
+    (chart,) = charts(app)
+    figure = json.loads(chart.spec)
+    caption = figure["layout"]["title"]["subtitle"]["text"].replace("<br>", "; ")
+    return figure["data"][0]["customdata"], caption
+
+
+def test_each_checkpoint_has_its_own_n(folder):
+    with (
+        open_run(folder / "step_10.duckdb") as a,
+        open_run(folder / "step_20.duckdb") as b,
+        open_run(folder / "step_30.duckdb") as c,
+    ):
+        table = trend_table(in_order([("step_10", a), ("step_20", b), ("step_30", c)]))
+        tokens = [token_count(run) for run in (a, b, c)]
+    counts = table.drop_duplicates("name")
+    assert counts["tokens"].tolist() == tokens and len(set(tokens)) == 2
+    # the last one shares all of its prompt tokens with itself
+    none, same, every = counts["shared"].tolist()
+    assert none == 0 < same < every == sum(len(pieces) for _, pieces in synthetic.PROMPTS)
+    hovers, caption = shown(opened("trends", source="folder", trend="max_violation"))
+    said = ", ".join(f"{n} (step_{step})" for step, n in zip((10, 20, 30), tokens, strict=True))
+    assert f"n = {said} tokens; padding excluded" in caption
+    assert hovers == [f"n = {n}" for n in tokens]
+    hovers, caption = shown(opened("trends", source="folder"))
+    said = f"n = 0 (step_10), {same} (step_20), {every} (step_30)"
+    assert f"{said} prompt tokens shared with the last checkpoint" in caption
+    assert hovers == ["n = 0", f"n = {same}", f"n = {every}"]
+
+
+def test_runs_without_shared_prompts_say_so(folder):
+    app = opened("trends", source="folder")
+    assert "No prompt in common with step_30: step_10." in notes(app)
+    assert "step_20." not in notes(app)
+    (folder / "step_20.duckdb").unlink()
+    app = opened("trends", source="folder")
+    # the last one is like itself, which is no news
+    assert not charts(app) and "There is nothing to draw" in notes(app)
+
+
+def test_a_run_without_a_token_of_the_selection_is_named(folder, monkeypatch):
+    prompts = [("rare", ["only", " here"]), *synthetic.PROMPTS[1:]]
+    monkeypatch.setattr(synthetic, "PROMPTS", prompts)
+    write_run(folder / "step_40.duckdb", seed=4)
+    app = opened("trends", source="folder", run="step_40", domain="rare", trend="max_violation")
+    assert "No token of this selection: step_10, step_20, step_30." in notes(app)
+
+
+def test_one_filter_is_said_where_it_acts(folder):
+    _, caption = shown(opened("trends", source="folder", domain="code", trend="max_violation"))
+    assert "domain: code" in caption

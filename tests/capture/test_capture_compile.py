@@ -1,0 +1,171 @@
+"""Models that run through torch.compile are recorded as they are without it."""
+
+import shutil
+
+import duckdb
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+import capture
+from capture.errors import ConfigError
+from capture.model.hooks import tap
+from capture.model.selftest import attach
+
+PROMPTS = [{"ids": [*range(5, 5 + n)], "domain": "ab"[n % 2]} for n in (9, 7, 9, 3)]
+ROUTES = "SELECT token_id, layer, site, slot, expert_id FROM assignments ORDER BY ALL"
+NUMBERS = (
+    "SELECT weight, entropy, margin, logsumexp, topk_mass FROM assignments"
+    " JOIN gates USING (token_id, layer, site) ORDER BY token_id, layer, site, slot"
+)
+HIDDEN = "SELECT hidden FROM hidden ORDER BY token_id, layer, site"
+LOSSES = "SELECT loss FROM tokens WHERE loss IS NOT NULL ORDER BY token_id"
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs a C++ compiler (g++)"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def record(model, folder, name, **options):
+    out = folder / name
+    options = {"sample_tokens": 8, "batch_tokens": 20, **options}
+    return capture.record(model, PROMPTS, out, progress=False, **options)
+
+
+def ask(run, sql):
+    with duckdb.connect(str(run), read_only=True) as connection:
+        return connection.sql(sql).fetchall()
+
+
+def numbers(run, sql):
+    return np.array(ask(run, sql), np.float64)
+
+
+def assert_same_run(run, expected):
+    assert len(ask(run, ROUTES)) > 0
+    assert ask(run, ROUTES) == ask(expected, ROUTES)
+    for sql in (NUMBERS, LOSSES):
+        # half precision in the file
+        np.testing.assert_allclose(numbers(run, sql), numbers(expected, sql), rtol=2e-3, atol=1e-4)
+    hidden = [np.array([row for (row,) in ask(path, HIDDEN)]) for path in (run, expected)]
+    assert len(hidden[0]) > 0
+    np.testing.assert_allclose(*hidden, atol=1e-4)
+
+
+def two_layers():
+    """Every layer is traced on its own, which takes a second."""
+    return tiny_models.build("mixtral", num_hidden_layers=2)
+
+
+class Counting:
+    """A backend that runs the traced graph as it is, and counts the graphs."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph
+
+
+@pytest.mark.parametrize("name", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "mixtral"])
+def test_a_compiled_model_is_recorded_like_the_model(tmp_path, name):
+    model = two_layers() if name == "mixtral" else tiny_models.build(name)
+    expected = record(model, tmp_path, "plain")
+    backend = Counting()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    run = record(compiled, tmp_path, "compiled")
+    assert backend.graphs > 0, "the recorded passes did not run compiled"
+    assert_same_run(run, expected)
+
+
+@pytest.mark.slow
+def test_no_hook_stays_in_the_callers_compiled_code(tmp_path):
+    model = two_layers()
+    backend = Counting()
+    compiled = torch.compile(model, backend=backend)
+    ids = tiny_models.tokens()
+    with torch.no_grad():
+        before = compiled(input_ids=ids).logits
+        record(compiled, tmp_path, "run")
+        assert all(module._compiled_call_impl is None for module in model.modules())
+        graphs = backend.graphs
+        after = compiled(input_ids=ids).logits
+        assert backend.graphs > graphs, "the code that was traced with hooks is still used"
+        traced = torch._dynamo.export(model)(input_ids=ids, use_cache=False).graph_module.code
+    assert "routescope" not in traced
+    assert torch.equal(before, after)
+
+
+def test_a_model_that_was_compiled_before_is_traced_again(tmp_path):
+    """Code compiled without hooks would record nothing."""
+    model = two_layers()
+    expected = record(model, tmp_path, "plain")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(input_ids=tiny_models.tokens(), use_cache=False)
+    assert_same_run(record(compiled, tmp_path, "compiled"), expected)
+
+
+def test_a_model_compiled_in_place_gets_its_compilation_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("capture.model.compiled.default_compiler", torch.compile(backend="eager"))
+    model = two_layers()
+    expected = record(model, tmp_path, "plain")
+    model.model.layers[1].compile(backend="eager")
+    call = model.model.layers[1]._compiled_call_impl
+    assert_same_run(record(model, tmp_path, "compiled"), expected)
+    assert model.model.layers[1]._compiled_call_impl is call
+    assert model.model._compiled_call_impl is None
+
+
+def test_a_compiled_model_can_generate(tmp_path):
+    model = two_layers()
+    expected = record(model, tmp_path, "plain", generate=3)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same_run(record(compiled, tmp_path, "compiled", generate=3), expected)
+
+
+def test_the_op_copies_what_it_is_given():
+    """Compiled code writes into its buffers again."""
+    model = two_layers()
+    sites = attach(model)[:1]
+    with torch.no_grad(), tap(sites) as taps:
+        channel = taps._channels[0]
+        ids, weights = torch.ones(4, 3, dtype=torch.int64), torch.rand(4, 3)
+        expected = weights.clone()
+
+        @torch.compile(backend="eager", fullgraph=True)
+        def step(ids, weights, scores):
+            channel.put_choice(ids, weights)
+            channel.put_scores(scores, None)
+
+        step(ids, weights, torch.zeros(4, 8))
+        weights.zero_()
+        (seen,) = taps.take()
+    assert torch.equal(seen.weights, expected)
+
+
+def test_level_attention_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Leave out compile, or choose level 'scores'"):
+        record("demo", tmp_path, "run", level="attention", compile=True)
+
+
+@pytest.mark.slow
+@needs_compiler
+# PyTorch's own import of inductor
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_inductor_records_what_the_plain_model_does(tmp_path):
+    model = tiny_models.build("mixtral", num_hidden_layers=1)
+    prompts = [{"ids": [*range(5, 17)]} for _ in range(2)]
+    options = {"progress": False, "sample_tokens": 8}
+    expected = capture.record(model, prompts, tmp_path / "plain", **options)
+    run = capture.record(model, prompts, tmp_path / "run", compile=True, **options)
+    assert_same_run(run, expected)

@@ -1,0 +1,119 @@
+"""Names that are empty, that mean a home folder, and that several processes share."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+import capture
+from capture.__main__ import main
+from capture.errors import CaptureError, ModelError, PromptError, StoreError
+from capture.model.load import load_model
+from capture.paths import check_rank, given_path
+from capture.prompts.records import read_prompts
+from capture.store import migrate, recover
+from explorer.__main__ import main as explorer
+from explorer.errors import RunError
+from explorer.run import open_run
+
+ROOT = Path(__file__).parents[2]
+EMPTY = "A name was expected for .*unset shell variable"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Stand in a folder that holds what an empty name would mean."""
+    (tmp_path / "requirements.txt").write_text("torch\nsecret-package\n")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_refused_everywhere(name, folder):
+    before = sorted(folder.iterdir())
+    for call, error in (
+        (lambda: read_prompts(name), PromptError),
+        (lambda: capture.record("demo", name, "run.duckdb", progress=False), PromptError),
+        (lambda: capture.record("demo", ["x"], name, progress=False), CaptureError),
+        (lambda: recover(name), StoreError),
+        (lambda: migrate(name, "new.duckdb"), StoreError),
+        (lambda: migrate("old.duckdb", name), StoreError),
+        (lambda: open_run(name), RunError),
+    ):
+        with pytest.raises(error, match=EMPTY):
+            call()
+    with pytest.raises(ModelError, match="A model folder was expected"):
+        load_model(name)
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--prompts", ""], ["demo", "--out", ""], [""], ["recover", ""], ["migrate", "", "b"]],
+)
+def test_an_empty_argument_is_refused(arguments, folder, capsys):
+    assert main(arguments) == 2
+    assert re.search("A (name|model folder) was expected", capsys.readouterr().err)
+
+
+def test_the_explorer_refuses_one_too(folder, capsys):
+    for arguments in (["report", "", "--out", "x.html"], ["report", "x.duckdb", "--out", ""]):
+        with pytest.raises(SystemExit):
+            explorer(arguments)
+        assert "A name was expected for" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_found_where_no_shell_did(folder):
+    (folder / "texts.txt").write_text("one\ntwo\n")
+    assert [p.text for p in read_prompts("~/texts.txt")] == ["one", "two"]
+    assert given_path("~/a", "a file") == folder / "a"
+    model = tiny_models.build("mixtral")
+    assert capture.record(model, [[5, 6]], "~/run.duckdb", progress=False) == folder / "run.duckdb"
+    with open_run("~/run.duckdb") as run:
+        assert run.info["n_tokens"] == 2
+    assert not (folder / "~").exists()
+    with pytest.raises(CaptureError, match=r"no such home folder\. Write \./~nobody"):
+        given_path("~nobody-here/a", "a file")
+
+
+def test_a_name_may_have_spaces_and_tildes_inside():
+    assert given_path("a b~c", "a file") == Path("a b~c")
+    assert given_path(Path("."), "a file") == Path(".")
+
+
+def test_several_processes_need_several_run_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(CaptureError, match=rf"process {rank} of 2 .*run-rank{rank}\.duckdb"):
+            check_rank(tmp_path / "run.duckdb")
+        check_rank(tmp_path / f"run-rank{rank}.duckdb")
+    with pytest.raises(CaptureError, match="process 1 of 2"):
+        check_rank(tmp_path / "run-rank11.duckdb")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_rank(tmp_path / "run.duckdb")
+
+
+@pytest.mark.slow
+def test_torchrun_with_one_out_is_refused_in_every_process(tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "capture", "demo"]
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(tmp_path / "run.duckdb"), "--quiet"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode
+    assert all("One process records one run" in line for line in errors)
+    assert errors
+    assert "recover" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,263 @@
+"""Writing goes through one place, which refuses it where it is not allowed."""
+
+import ast
+import inspect
+import io
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import duckdb
+import pytest
+from synthetic import NASTY, PROMPTS, write_run
+
+from capture.errors import StoreError
+from explorer import service
+from explorer.errors import ExplorerError, NotAllowedError
+from explorer.run import open_run
+from explorer.ui.access import viewer_of
+from explorer.worker import CaptureRequest, RecoverRequest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _writing_again():
+    yield
+    service.configure(service.Policy())
+
+
+@pytest.fixture(params=["read-only", "viewer"])
+def refusing(request):
+    if request.param == "read-only":
+        service.configure(service.Policy(read_only=True))
+        return "--read-only"
+    service.configure(service.Policy(role=lambda: "viewer"))
+    return "role editor"
+
+
+RUN = Path(tempfile.mkdtemp()) / "known.duckdb"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _run():
+    write_run(RUN)
+    yield
+    shutil.rmtree(RUN.parent)
+
+
+CALLS = {
+    "submit": lambda folder: service.submit(CaptureRequest(str(folder / "new.duckdb"))),
+    "cancel": lambda folder: service.cancel(1),
+    "write_new": lambda folder: service.write_new(folder / "new", b"1", what="Writing"),
+    "write_json": lambda folder: service.write_json(folder / "new", {"a": 1}, what="Writing"),
+    "keep_upload": lambda folder: service.keep_upload(folder, "up", io.BytesIO(RUN.read_bytes())),
+    "export_counts": lambda folder: service.export_counts(RUN, folder / "counts.duckdb"),
+    "remove": lambda folder: service.remove(folder / "kept", what="Removing"),
+}
+PATHS = {"run_path", "in_folder", "run_file", "own_files"}
+ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only"} | PATHS
+
+
+def test_every_service_that_writes_is_tried_below():
+    functions = {
+        name
+        for name, value in vars(service).items()
+        if inspect.isfunction(value)
+        and value.__module__ == "explorer.service"
+        and not name.startswith("_")
+    }
+    assert functions == set(CALLS) | ASKING
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_write_service_called_directly_is_refused(refusing, worker, tmp_path, name):
+    (tmp_path / "kept").write_text("kept")
+    with pytest.raises(NotAllowedError, match=refusing):
+        CALLS[name](tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert not worker.jobs()
+    assert not service.may_write()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_editor_may_do_all_of_it(worker, tmp_path, name):
+    (tmp_path / "kept").write_text("kept")
+    CALLS[name](tmp_path)
+    done = bool(worker.jobs()) or {path.name for path in tmp_path.iterdir()} != {"kept"}
+    assert done or name == "cancel"
+
+
+def test_a_recovery_is_a_write_too(refusing, worker, tmp_path):
+    with pytest.raises(NotAllowedError):
+        service.submit(RecoverRequest(str(tmp_path / "a.duckdb.partial")))
+
+
+def test_a_file_is_written_whole_and_never_over_another(tmp_path):
+    path = service.write_new(tmp_path / "sub" / "a", b"one", what="Writing")
+    with pytest.raises(ExplorerError, match="not overwritten"):
+        service.write_new(path, b"two", what="Writing")
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_the_role_is_asked_for_every_write(tmp_path):
+    roles = iter(["editor", "viewer"])
+    service.configure(service.Policy(role=lambda: next(roles)))
+    service.write_new(tmp_path / "a", b"", what="Writing")
+    with pytest.raises(NotAllowedError):
+        service.write_new(tmp_path / "b", b"", what="Writing")
+
+
+WRITING = {"write_text", "write_bytes", "mkdir", "unlink", "rename", "rmdir"}
+OF_THE_WORKER = {"submit", "cancel"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "explorer" / "pages").rglob("*.py")), ids=str)
+def test_a_page_writes_through_the_service_only(path):
+    calls = [
+        node.func
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    wrong = [
+        ast.unparse(call)
+        for call in calls
+        if call.attr in WRITING
+        or (call.attr in OF_THE_WORKER and "worker" in ast.unparse(call.value))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("claims", "settings", "role"),
+    [
+        ({"email": "Ann@Example.org"}, {"editors": ["ann@example.org"]}, "editor"),
+        ({"email": "bob@example.org"}, {"editors": ["ann@example.org"]}, "viewer"),
+        ({"email": "bob@example.org"}, {"editors": ["@example.org"]}, "editor"),
+        ({"email": "bob@example.org"}, {"editors": "bob@example.org"}, "editor"),
+        ({"email": "bob@evil.org"}, {"viewers": ["@example.org"]}, None),
+        ({"email": "bob@example.org.evil.org"}, {"viewers": ["@example.org"]}, None),
+        ({"email": "bob@example.org"}, {"viewers": ["@example.org"]}, "viewer"),
+        (
+            {"email": "ann@example.org", "email_verified": False},
+            {"editors": ["ann@example.org"]},
+            "viewer",
+        ),
+        ({}, {"editors": [""], "viewers": ["@"]}, None),
+        ({"email": "bob@example.org"}, {"viewers": []}, None),
+    ],
+)
+def test_roles_come_from_the_configuration(claims, settings, role):
+    assert viewer_of({"email_verified": True} | claims, settings).role == role
+
+
+def test_an_upload_is_kept_as_it_is(tmp_path):
+    path = service.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
+    assert path.read_bytes() == RUN.read_bytes()
+    with pytest.raises(ExplorerError, match="never overwritten"):
+        service.keep_upload(tmp_path, "theirs", io.BytesIO(b"other"))
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs.duckdb"]
+
+
+@pytest.mark.parametrize("name", ["../up", "", ".hidden", "a/b", "a" * 61, "up.duckdb/..", "<b>"])
+def test_an_upload_cannot_choose_its_place(tmp_path, name):
+    with pytest.raises(ExplorerError, match="name of a run"):
+        service.keep_upload(tmp_path, name, io.BytesIO(b""))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        (None, "it is none"),
+        ("DELETE FROM packed.prompt WHERE prompt_id = 2", "tokens of no prompt"),
+        ("UPDATE packed.run SET config = 'x'", "config are no JSON"),
+        ("UPDATE packed.run SET level = '<b>'", "its level"),
+        ("UPDATE packed.token SET token_id = 0", "there twice"),
+        ("UPDATE packed.token SET phase = 'dreamt'", "phases"),
+        ("UPDATE packed.batch SET tokens = 1000000000", "batches"),
+        ("UPDATE packed.site SET n_experts = 60000 WHERE layer = 1", "sums of a router"),
+        ("UPDATE packed.score SET scores = [1.0]", "another number of experts"),
+        ("UPDATE packed.coactivation SET tokens = [1]", "counts of pairs"),
+        (
+            "UPDATE packed.rollup SET assignments = list_transform(assignments, lambda x: -1)",
+            "negative",
+        ),
+        ("UPDATE packed.run SET schema_version = 99", "Update RouteScope"),
+        ("DROP VIEW tokens; ALTER TABLE packed.token ADD COLUMN more VARCHAR", "packed.token"),
+    ],
+)
+def test_an_upload_that_is_no_sound_run_is_not_kept(tmp_path, statement, said):
+    bad = tmp_path / "bad"
+    shutil.copyfile(RUN, bad)
+    if statement is None:
+        bad.write_bytes(b"not a database" * 1000)
+    else:
+        with duckdb.connect(str(bad)) as connection:
+            connection.execute(statement)
+    folder = tmp_path / "runs"
+    with pytest.raises(ExplorerError, match=said) as caught:
+        service.keep_upload(folder, "theirs", io.BytesIO(bad.read_bytes()))
+    assert ".upload-" not in str(caught.value)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret/private", "/etc/private", "sub/run", "..", ".", "", "a\0b", "x" * 300]
+)
+def test_a_name_never_leads_out_of_the_runs_folder(tmp_path, name):
+    folder = tmp_path / "runs"
+    for other in (folder / "sub", tmp_path / "secret"):
+        other.mkdir(parents=True)
+        (other / "private.duckdb").write_bytes(b"x")
+    (folder / "sub" / "run.duckdb").write_bytes(b"x")
+    with pytest.raises(ExplorerError, match="leads out of it"):
+        service.in_folder(folder, name)
+    with pytest.raises(ExplorerError, match=r"leads out of it|was removed"):
+        service.run_file(folder, name)
+
+
+def test_a_run_of_the_folder_is_found_whatever_its_name(tmp_path):
+    for name in ("known", "a, b % c", "..more", "Größe\nמילה"):
+        path = tmp_path / f"{name}.duckdb"
+        path.write_bytes(b"x")
+        assert service.run_file(tmp_path, name) == path
+    with pytest.raises(ExplorerError, match="was removed"):
+        service.run_file(tmp_path, "gone")
+
+
+def test_an_upload_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "MAX_UPLOAD", 0.01)
+    with pytest.raises(ExplorerError, match=r"more than 0\.01 MB"):
+        service.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_counts_only_export_holds_no_text_and_the_same_counts(tmp_path, monkeypatch):
+    # what is left out of small runs has tests of its own: tests/capture/test_capture_counts_only.py
+    for least in ("MIN_TOKENS", "MIN_PROMPTS"):
+        monkeypatch.setattr(sys.modules["capture.store.counts_only"], least, 1)
+    deep = write_run(tmp_path / "deep.duckdb", level="attention")
+    out = service.export_counts(deep.path, tmp_path / "counts.duckdb")
+    with open_run(deep.path) as run, open_run(out) as counts:
+        assert counts.counts_only and not run.counts_only
+        for view in ("expert_load_by", "coactivation", "transitions", "sites", "prompt_sizes"):
+            sql = f"SELECT * FROM {view} ORDER BY ALL"
+            assert counts.table(sql) == run.table(sql)
+        left = counts.query("SELECT count(text) + count(token) + count(loss) AS n FROM tokens")
+        assert left["n"].tolist() == [0]
+        assert counts.query("SELECT count(*) AS n FROM tokens")["n"].tolist() == [33]
+        assert counts.query("SELECT count(text) + count(source) AS n FROM prompts")["n"][0] == 0
+        for view in ("assignments", "scores", "hidden", "attention_maps", "attention_top_keys"):
+            assert counts.query(f"SELECT * FROM {view}").empty, view
+    content = out.read_bytes()
+    words = {NASTY, *(text for _, pieces in PROMPTS for text in pieces if len(text.strip()) > 3)}
+    assert len(words) > 4
+    assert not [word for word in words if word.strip().encode() in content]
+    with pytest.raises(StoreError, match="never overwritten"):
+        service.export_counts(deep.path, out)
+    # tokens have ids again wherever they were not left out
+    with duckdb.connect(str(out), read_only=True) as connection:
+        assert connection.sql("SELECT DISTINCT token FROM tokens").fetchall() == [(None,)]

@@ -1,0 +1,71 @@
+"""What somebody uploads as prompts: a thousand malformed files, each read or refused in a line."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from malformed_prompts import ENDINGS, malformed, sound
+
+from explorer.worker import prompts as upload
+from explorer.worker.client import ROOT
+
+COUNT = 1000
+MB = 2**20
+# what the process of an upload does, for many files in turn
+_READ = """
+import json, resource, sys
+import pyarrow.parquet, capture.prompts.files
+from malformed_prompts import malformed
+from explorer.worker import prompts
+prompts.limit_memory()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for name, data in malformed(int(sys.argv[1])):
+    print(name, prompts.answer(name, data), flush=True)
+print("grew", (peak() - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_the_files_before_their_mutation_are_read():
+    for ending, data in sound().items():
+        assert len(json.loads(upload.answer(f"a{ending}", data))["prompts"]) >= 5
+
+
+def test_a_thousand_malformed_uploads_are_read_or_refused_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", _READ, str(COUNT)],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *lines, last = done.stdout.splitlines()
+    assert done.returncode == 0, (len(lines), last[:200], done.stderr[-2000:])
+    assert int(last.removeprefix("grew ")) < 256 * MB
+    assert len(lines) == COUNT
+    outcomes = Counter()
+    for line in lines:
+        name, _, answer = line.partition(" ")
+        found = json.loads(answer)
+        outcomes[Path(name).suffix, next(iter(found))] += 1
+        if "error" in found:
+            said = found["error"]
+            # it names the file, is one line, and quotes a line of it at most
+            assert name in said and len(said.splitlines()) == 1 and len(said) < 400, said
+        else:
+            assert found["prompts"]
+            for text, ids, domain, source in found["prompts"]:
+                assert (text is None) != (ids is None), name
+                assert text is None or text.encode(), name
+                assert ids is None or all(0 <= one < 2**31 for one in ids), name
+                assert source and (domain is None or domain.strip()), name
+    # mutations that all pass, or that all fail, show nothing
+    for ending in ENDINGS:
+        assert outcomes[ending, "error"] > 40 and outcomes[ending, "prompts"] > 10, outcomes
+
+
+def test_the_mutations_are_the_same_each_time():
+    assert list(malformed(40)) == list(malformed(40))

@@ -1,0 +1,218 @@
+"""The worker: a real process without a model, driven through the protocol."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from explorer.errors import WorkerError
+from explorer.worker import CaptureRequest, JobProgress, RecoverRequest, WorkerClient
+from explorer.worker.client import ROOT
+from explorer.worker.cost import CHARACTERS_PER_TOKEN, cost
+from explorer.worker.protocol import encode, pack_request, unpack_request
+
+# what a job does is told by its model name, so that no test needs a real model
+FAKE = """
+    import os, sys, time
+    from capture.errors import ModelError
+    from explorer.worker import process
+    from explorer.worker.jobs import Cancelled
+    from explorer.worker.protocol import JobProgress
+
+    def run_job(request, report, cancelled):
+        print("a library prints this", flush=True)
+        word = request.model
+        if word == "quick":
+            report(JobProgress("recording", 5, 10, 2.5, 2.0, "half"))
+            return request.out
+        if word == "refused":
+            raise ModelError("No such model; give another.")
+        if word == "bug":
+            raise ValueError("surprise")
+        if word == "dies":
+            os.kill(os.getpid(), 9)
+        if word == "prompts":
+            return str(len(request.prompts)) + request.prompts[0]["text"]
+        report(JobProgress("recording", 1, 10))
+        for _ in range(600):
+            if cancelled() and word != "deaf":
+                raise Cancelled("Stopped.", request.out)
+            time.sleep(0.05)
+        return request.out
+
+    process.run_job = run_job
+    process.serve()
+"""
+
+
+@pytest.fixture
+def client():
+    worker = WorkerClient([sys.executable, "-c", textwrap.dedent(FAKE)], cancel_seconds=60.0)
+    yield worker
+    worker.close()
+
+
+def submit(client, word, out="none/a.duckdb", prompts="demo"):
+    return client.submit(CaptureRequest(out, word, prompts)).job_id
+
+
+def until_running(client, job_id):
+    deadline = time.monotonic() + 60
+    while client.job(job_id).progress.stage != "recording":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_job_reports_progress_and_its_file(client):
+    job = client.wait(submit(client, "quick"), 60)
+    assert (job.state, job.path) == ("done", "none/a.duckdb")
+    assert job.progress == JobProgress("recording", 5, 10, 2.5, 2.0, "half")
+
+
+def test_refusals_are_messages_and_bugs_name_their_kind(client):
+    refused = client.wait(submit(client, "refused"), 60)
+    assert (refused.state, refused.error) == ("failed", "No such model; give another.")
+    bug = client.wait(submit(client, "bug"), 60)
+    assert bug.error.startswith("ValueError: surprise")
+
+
+def test_one_process_runs_jobs_in_order(client):
+    first, second = submit(client, "slow", "/a"), submit(client, "quick", "/b")
+    until_running(client, first)
+    pid = client.pid
+    assert client.job(second).state == "queued"
+    client.cancel(first)
+    assert client.wait(first, 60).state == "cancelled"
+    assert client.wait(second, 60).state == "done"
+    assert client.pid == pid
+
+
+def test_a_second_request_for_the_same_file_joins_the_first(client):
+    first = submit(client, "slow", "/a")
+    assert submit(client, "slow", "/a") == first
+    client.cancel(first)
+    client.wait(first, 60)
+    assert submit(client, "quick", "/a") != first
+
+
+def test_cancelling_a_waiting_job_never_starts_it(client):
+    first, second = submit(client, "slow", "/a"), submit(client, "quick", "/b")
+    client.cancel(second)
+    assert client.job(second).state == "cancelled"
+    client.cancel(first)
+    assert client.wait(first, 60).path == "/a"
+
+
+def test_a_job_that_does_not_stop_loses_its_process(client):
+    client._cancel_seconds = 0.5
+    job_id = submit(client, "deaf")
+    until_running(client, job_id)
+    client.cancel(job_id)
+    job = client.wait(job_id, 60)
+    assert job.state == "cancelled"
+    assert "did not end by itself" in job.error
+    assert client.wait(submit(client, "quick"), 60).state == "done"
+
+
+def test_a_dying_worker_takes_only_its_job_and_says_what_is_left(client, tmp_path):
+    out = tmp_path / "mine.duckdb"
+    (tmp_path / "mine.duckdb.partial").touch()
+    died, waiting = submit(client, "dies", str(out)), submit(client, "quick", "/b")
+    job = client.wait(died, 60)
+    assert job.state == "failed"
+    assert "signal 9" in job.error
+    assert "mine.duckdb.partial" in job.error
+    assert client.wait(waiting, 60).state == "done"
+
+
+def test_sigterm_ends_the_job_and_keeps_what_it_recorded(client):
+    job_id = submit(client, "slow", "/a")
+    until_running(client, job_id)
+    os.kill(client.pid, signal.SIGTERM)
+    job = client.wait(job_id, 60)
+    assert (job.state, job.path) == ("cancelled", "/a")
+
+
+def test_prompts_of_any_script_arrive_whole(client):
+    text = "שלום <b>\n🙂\u202e"
+    job = client.wait(submit(client, "prompts", prompts=[{"text": text}]), 60)
+    assert job.path == "1" + text
+
+
+def test_closing_ends_the_process_and_refuses_new_jobs():
+    worker = WorkerClient([sys.executable, "-c", textwrap.dedent(FAKE)], cancel_seconds=5.0)
+    job_id = submit(worker, "slow")
+    until_running(worker, job_id)
+    worker.close()
+    assert worker.pid is None
+    with pytest.raises(WorkerError, match="restart the app"):
+        submit(worker, "quick")
+
+
+def test_a_command_that_cannot_start_is_a_message():
+    worker = WorkerClient(["/nonexistent/python"])
+    job = worker.wait(submit(worker, "quick"), 5)
+    assert job.state == "failed"
+    assert "could not be started" in job.error
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "request_", [CaptureRequest("/a.duckdb", generate=3), RecoverRequest("/a.duckdb.partial")]
+)
+def test_requests_survive_the_wire(request_):
+    assert unpack_request(json.loads(encode(pack_request(request_)))) == request_
+    assert request_.title == "a"
+
+
+def test_the_apps_side_imports_no_torch():
+    code = "import sys, explorer.worker, explorer.worker.cost; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_cost_of_the_demo_model_is_counted_without_loading_it():
+    from capture.prompts.records import read_prompts
+
+    prompts = read_prompts(["one two three", {"text": "four", "domain": "d"}])
+    found = cost("demo", prompts, level="ids", generate=10, sample_tokens=5)
+    assert found.counted
+    assert 20 + 4 <= found.estimate.tokens < 40
+    assert found.estimate.sample_tokens == 5
+
+
+def test_the_cost_of_a_model_without_tokenizer_is_guessed(tmp_path):
+    from capture.prompts.records import read_prompts
+
+    config = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = cost(str(tmp_path), read_prompts(["x" * 400]), level="stats")
+    assert not found.counted
+    assert found.estimate.tokens == int(400 / CHARACTERS_PER_TOKEN) + 1
+    (tmp_path / "config.json").write_text("{}")
+    assert cost(str(tmp_path), read_prompts(["x"]), level="stats") is None
+    assert cost("no/such model!", read_prompts(["x"]), level="stats") is None
+
+
+@pytest.mark.slow
+def test_a_real_capture_runs_in_the_worker_and_cancel_keeps_what_was_recorded(tmp_path):
+    from capture.store import RunReader
+
+    worker = WorkerClient()
+    try:
+        out = tmp_path / "run.duckdb"
+        request = CaptureRequest(str(out), prompts=[{"text": "Once upon a time"}], sample_tokens=0)
+        job = worker.wait(worker.submit(request).job_id, 120)
+        assert job.state == "done", job.error
+        with RunReader.open(out) as run:
+            assert run.info["n_prompts"] == 1
+        again = worker.wait(worker.submit(request).job_id, 60)
+        assert again.state == "failed"
+        assert "run.duckdb" in again.error
+    finally:
+        worker.close()
