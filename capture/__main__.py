@@ -14,8 +14,8 @@ from capture.recorder.config import (
     DEFAULT_ATTENTION_PROMPTS,
     DEFAULT_ATTENTION_TOP_KEYS,
     DEFAULT_SAMPLE_TOKENS,
-    DTYPES,
 )
+from capture.store.records import DTYPES
 
 ERROR = 2
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, as shells expect

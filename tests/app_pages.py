@@ -4,8 +4,6 @@ from explorer.worker import WorkerClient
 from explorer.worker.client import ROOT
 
 APP = str(ROOT / "app.py")
-# their address is not the name of their file, so that AppTest must have run once to know them
-RENAMED = ("load_balance", "compare_runs")
 
 
 class FakeWorker(WorkerClient):
@@ -21,12 +19,12 @@ class FakeWorker(WorkerClient):
 def opened(page="overview", **query):
     """Open a page by a link, which runs nothing else, and check that it shows no exception."""
     from streamlit.testing.v1 import AppTest
+    from streamlit.util import calc_hash
 
     app = AppTest.from_file(APP, default_timeout=60)
-    if page in RENAMED:
-        app.run()
     if page != "overview":
-        app.switch_page(f"explorer/pages/{page}/page.py")
+        # `switch_page` knows pages by their files after a first run only, which would show another
+        app._page_hash = calc_hash(page.replace("_", "-"))
     for name, value in query.items():
         app.query_params[name] = value
     app.run()

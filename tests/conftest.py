@@ -196,12 +196,12 @@ def served_runs(tmp_path_factory):
     """Make a folder with a run of known routing, and one of 40 layers with 64 experts."""
     from synthetic import write_run
 
-    from capture.bench import store as bench
+    from capture.bench import store
 
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "known.duckdb", level="attention")
-    shape = bench.Shape(layers=40, experts=64, slots=2, tokens=600)
-    bench.write_run(folder / "large.duckdb", shape, bench.make_forwards(shape, count=1, seed=0), 2)
+    shape = store.Shape(layers=40, experts=64, slots=2, tokens=600)
+    store.write_run(folder / "large.duckdb", shape, store.make_forwards(shape, count=1, seed=0), 2)
     return folder
 
 

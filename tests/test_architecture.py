@@ -15,6 +15,18 @@ MAY_IMPORT = {
 }
 STREAMLIT_ONLY_IN = ("app.py", "explorer/pages/", "explorer/ui/")
 MAX_LINES = 600
+# folders and modules of a package, lowest first: each may import what stands before it, lazily too
+ORDER = {
+    "capture": (
+        *("errors", "interrupts", "quoting", "model_names", "paths"),
+        *("prompts", "store", "model", "recorder", "swap", "demo", "bench", "__main__"),
+    ),
+    "explorer": (
+        *("errors", "text", "registry", "metrics", "run", "queries", "routers", "comparison"),
+        *("maps", "survey", "worker", "service", "slices", "views", "report", "ui", "pages"),
+        *("locality", "commands", "__main__"),
+    ),
+}
 SOURCES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))
 
 
@@ -24,6 +36,76 @@ def imported_modules(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield "." * node.level + (node.module or "")
+
+
+def place(name):
+    """Return the package of a module and where its folder stands in ``ORDER``; the package's own
+    names (``from capture import record``) are free to all, because they load on first use."""
+    package, _, rest = name.partition(".")
+    part = rest.split(".")[0]
+    return (package, ORDER[package].index(part)) if package in ORDER and part else None
+
+
+def of_source(path):
+    """Return the dotted name of a module file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(path):
+    """Yield every module that a file imports, also as ``from folder import module``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            for alias in node.names:
+                below = ROOT.joinpath(*node.module.split("."), alias.name)
+                if below.is_dir() or below.with_suffix(".py").is_file():
+                    yield f"{node.module}.{alias.name}"
+
+
+def test_arrows_point_down_between_folders():
+    wrong = [
+        f"{of_source(path)} imports {name}"
+        for path in SOURCES
+        if (own := place(of_source(path)))
+        for name in sorted(set(imported_names(path)))
+        if (other := place(name)) and own[0] == other[0] and own[1] < other[1]
+    ]
+    assert wrong == []
+
+
+def test_every_folder_and_module_has_a_place():
+    for package, names in ORDER.items():
+        found = {
+            path.stem
+            for path in (ROOT / package).iterdir()
+            if path.suffix == ".py" or (path / "__init__.py").is_file()
+        }
+        assert found - {"__init__"} == set(names)
+
+
+def test_only_the_app_opens_a_page():
+    pages = {of_source(path) for path in (ROOT / "explorer" / "pages").glob("*/page.py")}
+    assert len(pages) > 10
+    assert [
+        f"{of_source(path)} imports {name}"
+        for path in SOURCES
+        for name in set(imported_names(path)) & pages
+    ] == []
+
+
+def test_what_pages_ask_and_draw_needs_no_streamlit():
+    code = "import sys\n" + "".join(
+        f"import {of_source(path)}\n"
+        for path in sorted((ROOT / "explorer" / "pages").rglob("*.py"))
+        if path.stem == "data" or path.stem.endswith(("_data", "figure", "figures"))
+    )
+    assert code.count("import") > 20
+    code += "assert not {'torch', 'transformers', 'streamlit'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def offences(path):

@@ -1,6 +1,6 @@
 """How much memory recorded attention takes, by length of the prompt, each in a process of its own.
 
-``python -m capture.bench.store attention-memory`` prints the table; this module run as a program
+``python -m capture.bench attention-memory`` prints the table; this module run as a program
 measures one cell of it.
 """
 

@@ -1,6 +1,6 @@
 """What every level costs in time and memory, beside the model's own way to put out its insides.
 
-``python -m capture.bench.store levels`` prints the table; this module run as a program measures one cell
+``python -m capture.bench levels`` prints the table; this module run as a program measures one cell
 of it, in a process of its own, because the peak of a process's memory belongs to all it did.
 """
 

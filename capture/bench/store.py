@@ -1,10 +1,4 @@
-"""Measurements of capture, each against a named baseline in the same run.
-
-``python -m capture.bench.store store`` prints how fast routing rows reach a run file and what one row
-takes on disk. ``overhead`` prints how much longer a model takes while it is recorded,
-``attention-memory`` how much memory recorded attention takes. A further measurement is one more
-entry of ``COMMANDS``.
-"""
+"""How fast routing rows reach a run file, and what one row takes on disk, against plain lists."""
 
 import argparse
 import itertools
@@ -12,7 +6,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +14,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from capture.bench.attention import attention_memory, attention_memory_options
-from capture.bench.levels import levels, levels_options
-from capture.bench.overhead import overhead, overhead_options
 from capture.store import (
     ForwardRows,
     PromptInfo,
@@ -62,27 +53,14 @@ class Result(NamedTuple):
     size: int
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the measurement that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m capture.bench.store", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="MEASUREMENT")
-    for name, (describe, run) in COMMANDS.items():
-        command = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
-        describe(command)
-        command.set_defaults(run=run)
-    options = parser.parse_args(arguments)
-    run_chosen: Callable[[argparse.Namespace], None] = options.run
-    run_chosen(options)
-    return 0
-
-
 def say(line: str) -> None:
     """Print one line at once, so that a long measurement shows its progress."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
-def _store_options(parser: argparse.ArgumentParser) -> None:
+def store_options(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`store` reads."""
     parser.add_argument("--rows", type=int, default=4_000_000, help="(token, layer) rows to write")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--experts", type=int, default=128)
@@ -315,18 +293,3 @@ def say_queries(path: Path, shape: Shape, n_forwards: int) -> None:
                 run.query(sql)
                 seconds.append(time.perf_counter() - started)
             say(f"  {name:30s} {statistics.median(seconds) * 1e3:8.1f} ms")
-
-
-COMMANDS: dict[
-    str,
-    tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]],
-] = {
-    "store": (_store_options, store),
-    "overhead": (overhead_options, overhead),
-    "levels": (levels_options, levels),
-    "attention-memory": (attention_memory_options, attention_memory),
-}
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

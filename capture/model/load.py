@@ -11,7 +11,7 @@ from capture.errors import ModelError
 from capture.model.folder import check_model_folder, check_numbers, odd_one, read_document
 from capture.paths import given_path
 from capture.quoting import cut, first_line, quoted
-from capture.recorder.config import DTYPES
+from capture.store.records import DTYPES
 
 if TYPE_CHECKING:
     import torch

@@ -5,13 +5,12 @@ from typing import Any
 
 from capture.errors import ConfigError
 from capture.quoting import quoted
-from capture.store.records import LEVELS, Level
+from capture.store.records import DTYPES, LEVELS, Level
 
 DEFAULT_SAMPLE_TOKENS = 50_000
 DEFAULT_ATTENTION_PROMPTS = 64
 DEFAULT_ATTENTION_BINS = 64
 DEFAULT_ATTENTION_TOP_KEYS = 4
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

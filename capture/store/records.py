@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 Level = Literal["stats", "ids", "scores", "attention"]
 LEVELS: tuple[Level, ...] = ("stats", "ids", "scores", "attention")
+DTYPES = ("float32", "bfloat16", "float16")
 Phase = Literal["prompt", "generated"]
 Vectors = tuple[npt.NDArray[np.int64], Sequence[npt.NDArray[np.float32]]]
 

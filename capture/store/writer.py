@@ -44,7 +44,7 @@ COMMIT_BYTES = 256 * 2**20
 # a killed capture loses what came since; a commit takes about 20 ms
 COMMIT_SECONDS = 1.0
 # smaller than DuckDB's 256 KiB: a short run stays small and a row takes 31.5 bytes, not 35.3; with
-# 16 KiB DuckDB leaves token_id uncompressed (python -m capture.bench.store store)
+# 16 KiB DuckDB leaves token_id uncompressed (python -m capture.bench store)
 BLOCK_SIZE = 32_768
 # the model needs the memory more than the cache of a file that is only written
 MEMORY = "2GiB"

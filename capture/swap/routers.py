@@ -176,15 +176,15 @@ def swap(
     """Put ``rule`` in the place of the model's routers until the block is left.
 
     The model's own router runs as far as the rule reads it (``reads`` of
-    :class:`capture.swap.rules.Rule`), or all of it where ``on_choice`` or somebody else listens. Experts
-    run on filled slots only; a layer in which no slot is filled does not run them at all.
+    :class:`capture.swap.rules.Rule`), or all of it where ``on_choice`` or somebody else listens.
+    Experts run on filled slots only; a layer in which no slot is filled does not run them at all.
 
     Parameters
     ----------
     model : PreTrainedModel
         In evaluation mode, not compiled.
     sites : sequence of Site or None
-        All sites of the model, from :func:`capture.model.selftest.attach`, or None to find them now.
+        All sites of the model, from :func:`capture.model.selftest.attach`; None finds them now.
     rule : Rule, mapping or RoutingTape
         One rule for every site, or one for each layer (``{layer: rule}``) or site
         (``{(layer, site): rule}``); sites without one keep their router. A tape forces the

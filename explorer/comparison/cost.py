@@ -1,7 +1,7 @@
 """What a rule costs: operations, bytes that have to be moved, and a proxy of energy.
 
-Operations are those of :mod:`capture.model.flops`, with the experts that ran and the rule's own. Bytes
-and energy are estimates for decoding, relative to the unchanged model, and nothing else.
+Operations are those of :mod:`capture.model.flops`, with the experts that ran and the rule's own.
+Bytes and energy are estimates for decoding, relative to the unchanged model, and nothing else.
 """
 
 from collections.abc import Mapping

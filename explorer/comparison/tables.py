@@ -26,7 +26,8 @@ _BALANCE = (
 )
 
 _LIKENESS = dict.fromkeys(("kl", "agreement", "exact_set"), "DOUBLE")
-# what conditions do, see explorer.comparison.conditions; rows are named by condition or student, not by UNIT
+# what conditions do (explorer.comparison.conditions); rows are named by condition or student, not
+# by UNIT
 CONDITION_TABLES = ("conditions", "flips", "flip_margins", "students", "student_layers")
 
 TABLES: dict[str, dict[str, str]] = {

@@ -5,7 +5,7 @@ browser): of a run that was opened just now, with empty caches; again; with a do
 empty caches; and with a text that prompts must contain, as if no page had been open before.
 Compare runs takes the next run of the folder as B. What the browser takes to draw is not in it;
 ``--browser`` times a start of the app and switches of page in one. A large run: ``python -m
-capture.bench.store store --rows 10000000 --repeats 1 --folder FOLDER --keep``, and with ``--seed 1`` the
+capture.bench store --rows 10000000 --repeats 1 --folder FOLDER --keep``, and with ``--seed 1`` the
 same texts in another model of its shape.
 """
 

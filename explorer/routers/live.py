@@ -1,4 +1,4 @@
-"""Put a router into a running model: from what ``capture.swap.routers`` knows to what routers are told."""
+"""Put a router into a running model: from what ``capture.swap`` knows to what routers are told."""
 
 from dataclasses import replace
 from functools import cached_property

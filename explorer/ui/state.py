@@ -15,7 +15,7 @@ from capture.paths import given_path
 from capture.quoting import quoted
 from explorer import service
 from explorer.errors import ExplorerError, RunError
-from explorer.pages.load_balance.data import balance_table
+from explorer.queries.balance import balance_table
 from explorer.queries.overview import token_count
 from explorer.queries.part import Part
 from explorer.run import Run, open_run

@@ -19,12 +19,12 @@ from synthetic import write_run
 from capture.errors import CaptureError, StoreError
 from capture.store import RunReader, check_run, checking
 from capture.store.sandbox import in_file, open_sandbox
+from explorer import pages
 from explorer.errors import ExplorerError
 from explorer.run import open_run
-from explorer.ui import address, problems, state
+from explorer.ui import address, state
 
-FOLDER = Path(problems.__file__).parent
-PAGES = [path.stem for path in sorted(FOLDER.glob("*.py")) if "\nrender()" in path.read_text()]
+PAGES = sorted(page.parent.name for page in Path(pages.__path__[0]).glob("*/page.py"))
 # a router's input for each stored score; the writer of the tests stores none
 HIDDEN = (
     "INSERT INTO packed.hidden SELECT token_id, layer, site,"

@@ -104,7 +104,8 @@ def test_the_page_has_an_address():
 
 def keys_of_charts():
     """Yield how the key of every chart of the app begins, and whether that is all of it."""
-    for path in sorted((ROOT / "explorer" / "pages").rglob("*.py")):
+    folders = (ROOT / "explorer" / "pages", ROOT / "explorer" / "ui")
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "chart":
                 (key,) = [word.value for word in call.keywords if word.arg == "key"]

@@ -54,7 +54,7 @@ PAYLOADS = (
     "`evil`",
 )
 EVIL = " ".join(PAYLOADS)
-PAGES = sorted(path.stem for path in (ROOT / "explorer" / "pages").glob("*.py"))
+PAGES = sorted(path.parent.name for path in (ROOT / "explorer" / "pages").glob("*/page.py"))
 PAGES = [page for page in PAGES if f'"{page}": (' in (ROOT / "app.py").read_text()]
 LIVE = (
     *("http://", "HTTPS://", "www.", "eve@", "](", "<b>", ":material/skull", ":material_skull"),

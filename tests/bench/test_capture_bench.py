@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from capture.bench import levels as bench_levels
-from capture.bench import store as bench
+from capture.bench import __main__ as command
+from capture.bench import levels, store
 from capture.store import RunReader, writer
 
 
@@ -11,7 +11,7 @@ def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
     small = "--rows 1500 --layers 3 --experts 16 --top-k 2 --batch-tokens 100 --repeats 1"
     arguments = ["store", *small.split(), "--folder", str(tmp_path), "--keep"]
 
-    assert bench.main(arguments) == 0
+    assert command.main(arguments) == 0
 
     lines = capsys.readouterr().out.splitlines()
     for name in ("packed (RunWriter)", "lists (baseline)"):
@@ -28,20 +28,20 @@ def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
 
 
 def test_a_slow_capture_does_not_grow_with_its_commits(monkeypatch, tmp_path):
-    shape = bench.Shape(layers=12, experts=128, slots=8, tokens=512)
-    pool = bench.make_forwards(shape, count=2, seed=0)
-    once = bench.write_run(tmp_path / "once", shape, pool, 12)
+    shape = store.Shape(layers=12, experts=128, slots=8, tokens=512)
+    pool = store.make_forwards(shape, count=2, seed=0)
+    once = store.write_run(tmp_path / "once", shape, pool, 12)
     monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
-    often = bench.write_run(tmp_path / "often", shape, pool, 12)
+    often = store.write_run(tmp_path / "often", shape, pool, 12)
     # with a copy of the pairs for each commit it would be 2.4 times as large
     assert often.size < 1.4 * once.size
 
 
 def test_prompts_of_the_bench_are_texts_that_its_tokens_join_to(tmp_path):
-    shape = bench.Shape(layers=2, experts=8, slots=2, tokens=700)
+    shape = store.Shape(layers=2, experts=8, slots=2, tokens=700)
     for seed in (0, 1):
-        pool = bench.make_forwards(shape, count=2, seed=seed)
-        bench.write_run(tmp_path / f"{seed}", shape, pool, 3)
+        pool = store.make_forwards(shape, count=2, seed=seed)
+        store.write_run(tmp_path / f"{seed}", shape, pool, 3)
     with RunReader.open(tmp_path / "0") as first, RunReader.open(tmp_path / "1") as second:
         prompts, joined, other = (
             run.query(sql).to_pylist()
@@ -64,41 +64,41 @@ def test_prompts_of_the_bench_are_texts_that_its_tokens_join_to(tmp_path):
 
 def test_an_unknown_measurement_lists_the_known_ones(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["nonsense"])
+        command.main(["nonsense"])
     assert "store" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_memory_of_attention_is_measured_beside_a_capture_without(capsys):
-    assert bench.main(["attention-memory", "--tokens", "200"]) == 0
+    assert command.main(["attention-memory", "--tokens", "200"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     tokens, plain, attention, more, *_ = (float(n) for n in re.findall(r"-?[\d.]+", line))
     assert tokens == 200 and plain > 0 and attention > 0
     assert more == pytest.approx(attention - plain, abs=0.11)
 
 
-CELL = bench_levels.Cell("ids", "tiny", "cpu", 24, 48, None, 1, 0, 64, 1)
+CELL = levels.Cell("ids", "tiny", "cpu", 24, 48, None, 1, 0, 64, 1)
 
 
-@pytest.mark.parametrize("row", bench_levels.ROWS)
+@pytest.mark.parametrize("row", levels.ROWS)
 def test_every_level_is_measured_against_plain_passes(row):
-    found = bench_levels.measure(CELL._replace(row=row))
+    found = levels.measure(CELL._replace(row=row))
     assert len(found["wall"]) == len(found["cores"]) == 1
     assert found["wall"][0] > 0 and found["cores"][0] > 0 and found["plain"] > 0
     assert isinstance(found["peak"], int)
 
 
 def test_eager_attention_is_put_back():
-    bench, _ = bench_levels._benches(CELL)
+    bench, _ = levels._benches(CELL)
     before = bench.loaded.model.config._attn_implementation
-    bench_levels._with_outputs(bench)
+    levels._with_outputs(bench)
     assert bench.loaded.model.config._attn_implementation == before != "eager"
 
 
 @pytest.mark.slow
 def test_a_cell_is_measured_in_a_process_of_its_own(capsys):
     options = "levels --shape tiny --lengths 8 --tokens 16 --repeats 1 --decode 3 --rows ids"
-    assert bench.main(options.split()) == 0
+    assert command.main(options.split()) == 0
     (row,) = capsys.readouterr().out.splitlines()[2:]
     assert row.split()[:2] == ["8", "ids"] and row.split()[-1] == "MiB"
 
@@ -107,7 +107,7 @@ def test_overhead_is_measured_in_pairs(capsys, tmp_path):
     prompts = tmp_path / "few.txt"
     prompts.write_text("Two short prompts\nare enough here\n", encoding="utf-8")
     options = f"overhead --prompts {prompts} --copies 1 --repeats 1 --level stats"
-    assert bench.main(options.split()) == 0
+    assert command.main(options.split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"pair 1: plain [\d.]+ s, capture [\d.]+ s, ratio [\d.]+", "\n".join(lines))
     assert lines[-2].startswith("overhead, wall: median")

@@ -10,9 +10,9 @@ from capture.errors import SwapError
 from capture.model.flops import counted_flops, decoder_layers, model_flops
 from capture.model.selftest import attach
 from capture.model.sites import find_sites
-from capture.model.weights import bytes_read, count_weights, distinct_experts, energy_proxy
 from capture.swap.routers import swap
 from capture.swap.rules import NativeRule
+from capture.swap.weights import bytes_read, count_weights, distinct_experts, energy_proxy
 
 ROWS, LENGTH = 2, 7
 TOKENS = ROWS * LENGTH

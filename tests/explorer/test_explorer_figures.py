@@ -17,12 +17,11 @@ from explorer.errors import ExplorerError, UnknownNameError
 from explorer.metrics import capacity
 from explorer.metrics import load as load_metrics
 from explorer.pages.load_balance import balance_figures
-from explorer.pages.load_balance import data as balance
 from explorer.pages.load_balance import figures as load_figures
 from explorer.pages.tokens import data as tokens
 from explorer.pages.tokens import figures as token_figures
 from explorer.pages.trends.figures import trend_lines
-from explorer.queries import load
+from explorer.queries import balance, load
 from explorer.run import open_run
 from explorer.ui import heatmap, theme
 from explorer.ui.caption import Scope

@@ -15,7 +15,7 @@ from explorer.run import open_run
 
 ROOT = Path(__file__).parents[2]
 # pages may import Streamlit (what else they import is tested with them); the others run models
-OTHERS = {"pages", "worker", "routers", "comparison", "conditions", "rerouted.py"}
+OTHERS = {"pages", "ui", "worker", "routers", "comparison", "survey", "commands", "rerouted.py"}
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for path in (ROOT / "explorer").rglob("*.py")

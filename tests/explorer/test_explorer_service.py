@@ -114,7 +114,10 @@ WRITING = {"write_text", "write_bytes", "mkdir", "unlink", "rename", "rmdir"}
 OF_THE_WORKER = {"submit", "cancel"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "explorer" / "pages").rglob("*.py")), ids=str)
+PAGES = [*(ROOT / "explorer" / "pages").rglob("*.py"), *(ROOT / "explorer" / "ui").rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", sorted(PAGES), ids=str)
 def test_a_page_writes_through_the_service_only(path):
     calls = [
         node.func

@@ -61,7 +61,7 @@ def balance_over_layers(
     Parameters
     ----------
     table : DataFrame
-        From ``explorer.pages.load_balance.data.balance_table``.
+        From ``explorer.queries.balance.balance_table``.
     metric : str
         A name in ``METRIC_TEXTS``.
 
@@ -148,7 +148,7 @@ def capacity_curve(
     Parameters
     ----------
     curve : DataFrame
-        From ``explorer.pages.load_balance.data.capacity_table``.
+        From ``explorer.queries.balance.capacity_table``.
     layer : str
     capacity_factor : float
         The chosen one, marked.

@@ -12,9 +12,9 @@ from explorer.pages.load_balance.balance_figures import (
     balance_over_layers,
     capacity_curve,
 )
-from explorer.pages.load_balance.data import capacity_table, smallest_safe_factor
 from explorer.pages.load_balance.figures import domain_heatmap, floor_note, load_bars, lorenz
 from explorer.pages.load_balance.serving import serving_section
+from explorer.queries.balance import capacity_table, smallest_safe_factor
 from explorer.queries.load import (
     expert_load,
     expert_load_by_domain,

@@ -1,0 +1,1 @@
+"""What ``python -m explorer`` does: one module a command. Nothing else imports them."""

@@ -1,0 +1,1 @@
+"""Attention: which heads look where, one head on one prompt, and whether routing follows it."""

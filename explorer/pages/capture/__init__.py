@@ -1,0 +1,1 @@
+"""Capture: from prompts to a run that can be looked at."""

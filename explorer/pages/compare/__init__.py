@@ -1,0 +1,1 @@
+"""Compare: other routers in the model's place, what they cost and what they save."""

@@ -1,0 +1,1 @@
+"""Compare runs: the same model twice, or two models on the same text."""

@@ -1,0 +1,1 @@
+"""Overview: what this run is, its key figures, and the load of every expert."""

@@ -1,0 +1,1 @@
+"""Trends: how routing changed over the checkpoints of a training."""

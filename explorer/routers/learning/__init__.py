@@ -1,0 +1,1 @@
+"""How routers learn: by imitation, on the model's own loss, and by exploration with rewards."""
