@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
 from explorer.text import unpieced
+from explorer.ui.number import ABSENT, ABSENT_NOTE
 
 Block = Mapping[str, Any]
 
@@ -174,7 +175,11 @@ def _table(block: Block) -> str:
     )
     body = "".join("<tr>" + "".join(map(_cell, row, numbers)) + "</tr>" for row in block["rows"])
     shown, total = len(block["rows"]), int(block["total"])
-    more = f"<caption>The first {shown:,} of {total:,} rows.</caption>" if shown < total else ""
+    said = [f"The first {shown:,} of {total:,} rows."] if shown < total else []
+    # the others say below themselves what a dash is
+    if block["folded"] and any(_is_absent(value) for row in block["rows"] for value in row):
+        said.append(ABSENT_NOTE)
+    more = f"<caption>{' '.join(said)}</caption>" if said else ""
     alt = html.escape(_CLICK.sub("", block["alt"]))
     table = (
         f'<div class="scroll"><table aria-label="{alt}">{more}<thead><tr>{head}</tr></thead>'
@@ -183,9 +188,13 @@ def _table(block: Block) -> str:
     return f"<details><summary>Table</summary>{table}</details>" if block["folded"] else table
 
 
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _cell(value: Any, number: bool = False) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return '<td class="absent">not recorded</td>'
+    if _is_absent(value):
+        return f'<td class="absent">{ABSENT}</td>'
     if isinstance(value, float):
         return f'<td class="number">{value:.6g}</td>'
     if isinstance(value, int) and not isinstance(value, bool):

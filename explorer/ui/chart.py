@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from explorer.text import cell
 from explorer.ui import address, printing
 from explorer.ui.glossary import help_text, term_of
+from explorer.ui.number import ABSENT, ABSENT_NOTE
 
 # of the picture that the camera above a figure saves; kept for all figures of a session
 _FORMAT = "format of pictures"
@@ -95,7 +97,9 @@ def chart(
         table = table() if callable(table) else table
         # a report cuts the table itself, and says how many rows there are
         shown = table if printing.theme() else table.head(_LISTED)
-        box.dataframe(shown, hide_index=True, alt=f"Table of: {alt}", placeholder="not recorded")
+        box.dataframe(shown, hide_index=True, alt=f"Table of: {alt}", placeholder=ABSENT)
+        if printing.theme() is None:
+            explain_dash(shown, box)
     name = term_of(key)
     row.page_link(
         "explorer/pages/learn/page.py",
@@ -113,6 +117,12 @@ def chart(
     if menu.open:
         with menu:
             _downloads(table() if callable(table) else table, key, source)
+
+
+def explain_dash(table: pd.DataFrame, place: DeltaGenerator | None = None) -> None:
+    """Say what a dash means below a table that has one."""
+    if table.isna().any(axis=None):
+        (place or st).caption(ABSENT_NOTE)
 
 
 class _Source(NamedTuple):

@@ -25,6 +25,24 @@ def undefined_load(n_experts: int) -> str:
     return "not defined for one expert" if n_experts == 1 else "no assignment of these tokens"
 
 
+def absent_gate(quantity: str, n_experts: int, top_k: int) -> str:
+    """Say why a token has no value at a router: it is not defined there, or was not recorded.
+
+    Parameters
+    ----------
+    quantity : str
+        A name in ``queries.tokens.QUANTITIES``.
+    """
+    if quantity == "entropy" and n_experts == 1:
+        return "not defined for one expert"
+    if quantity == "margin" and top_k >= n_experts:
+        return "not defined, as no expert is left out"
+    return {
+        "top1_weight": "no expert was chosen",
+        "pinned_weight": "no expert is pinned there",
+    }.get(quantity, "not recorded")
+
+
 def prompt_name(row: pd.Series) -> str:
     """Return a prompt on one line, for a list to choose from."""
     text = "(token ids, no text)" if row["text"] is None else one_line(row["text"], 90)
@@ -59,9 +77,11 @@ def routing_sentence(experts: pd.DataFrame, *, site_name: str, n_experts: int) -
 
 
 def certainty_sentence(
-    *, normalized_entropy: float, margin: float, topk_mass: float, top_k: int
+    *, normalized_entropy: float, margin: float, topk_mass: float, n_experts: int, top_k: int
 ) -> str:
-    """Say how sure the router was; nan where a number was not recorded."""
+    """Say how sure the router was; nan where a number is not defined or was not recorded."""
+    if n_experts == 1:
+        return "With one expert there is no choice: gate entropy and margin are not defined."
     if math.isnan(normalized_entropy):
         return "How sure it was is not known: its gate entropy was not recorded."
     amount = f"(gate entropy {normalized_entropy:.0%}; 0 % = sure, 100 % = all experts alike)"
@@ -79,6 +99,8 @@ def certainty_sentence(
     text += "."
     if not math.isnan(margin):
         text += f" The last choice was ahead of the next expert by {margin:.3g} in score."
+    elif top_k >= n_experts:
+        text += " No expert is left out, so that no margin is defined."
     return text
 
 

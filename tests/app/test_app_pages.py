@@ -513,7 +513,7 @@ def test_plain_text_has_no_markdown_left():
 def test_certainty_is_in_words():
     def say(entropy):
         return wording.certainty_sentence(
-            normalized_entropy=entropy, margin=0.1, topk_mass=0.5, top_k=2
+            normalized_entropy=entropy, margin=0.1, topk_mass=0.5, n_experts=8, top_k=2
         )
 
     assert "was sure" in say(0.1)

@@ -261,11 +261,12 @@ def test_markdown_of_a_page_becomes_safe_html(text, shown):
 def test_what_is_missing_is_said_and_never_0():
     table = {
         **{"kind": "table", "columns": ["<a>"], "rows": [[None], [float("nan")], [0.0], ["<b>"]]},
-        **{"total": 9, "alt": '"', "folded": False},
+        **{"total": 9, "alt": '"', "folded": True},
     }
     text = section([table])
-    assert text.count("not recorded") == 2 and ">0</td>" in text
+    assert text.count('<td class="absent">–</td>') == 2 and ">0</td>" in text
     assert "&lt;a&gt;" in text and "&lt;b&gt;" in text and "first 4 of 9 rows" in text
+    assert text.count("– = not recorded, or not defined there") == 1
 
 
 def test_numbers_of_a_table_are_written_as_on_the_page(tmp_path):
@@ -304,7 +305,7 @@ def test_numbers_of_a_table_are_written_as_on_the_page(tmp_path):
     }
     text = section([{"kind": "table", "total": 2, "alt": "", "folded": False, **block}])
     assert text.count('<th scope="col" class="number">') == 3
-    assert '<td dir="auto" class="number">12.3%</td>' in text and "not recorded" in text
+    assert '<td dir="auto" class="number">12.3%</td>' in text and "–" in text
 
 
 def test_columns_keep_their_widths_and_fill_a_line_alone():

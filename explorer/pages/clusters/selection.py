@@ -14,8 +14,9 @@ from explorer.pages.clusters.figures import lift_bars
 from explorer.pages.clusters.points import id_names
 from explorer.queries.prompts import prompt_tokens
 from explorer.ui import address, jump, printing
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, explain_dash
 from explorer.ui.names import domain_labels
+from explorer.ui.number import ABSENT
 from explorer.ui.part import part
 from explorer.ui.save_slice import save_slice
 from explorer.ui.state import View, ask, is_dark
@@ -81,7 +82,7 @@ def _list(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.in
         hide_index=True,
         height=430,
         alt=f"Table of the selected {source.unit}; choose a row to go there",
-        placeholder="not recorded",
+        placeholder=ABSENT,
         on_select=picked,
         selection_mode="single-row",
         column_config={
@@ -91,6 +92,7 @@ def _list(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.in
             "Lift": st.column_config.NumberColumn(format="%.2f ×"),
         },
     )
+    explain_dash(shown)
     said = f"All {len(rows):,}" if step == 1 else f"Every {step:,}th of {len(rows):,}"
     st.caption(f"{said}, in the order of the run. Choose a row to go to it.")
 

@@ -11,6 +11,7 @@ from explorer.pages.compare.condition_figures import (
 )
 from explorer.ui import address
 from explorer.ui.chart import chart
+from explorer.ui.number import ABSENT
 from explorer.ui.part import part
 from explorer.ui.state import is_dark
 
@@ -100,5 +101,5 @@ def _students(students: pd.DataFrame) -> None:
         hide_index=True,
         column_config={"student": "Student", **numbers},
         alt="Routers distilled from the model's gate: agreement and change in loss",
-        placeholder="not measured",
+        placeholder=ABSENT,
     )

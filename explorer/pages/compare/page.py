@@ -22,6 +22,7 @@ from explorer.pages.compare.start import start_comparison
 from explorer.pages.compare.text import two_routers
 from explorer.ui import address
 from explorer.ui.chart import chart
+from explorer.ui.number import ABSENT
 from explorer.ui.part import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
@@ -248,7 +249,7 @@ def _table(shown: pd.DataFrame) -> None:
         column_config=columns,
         alt="Routers with their change in loss, compute, agreement and balance; click a title to "
         "sort, and the box of a row for its card",
-        placeholder="–",
+        placeholder=ABSENT,
         key="routers",
         on_select=go_to,
         selection_mode="single-row",
@@ -256,8 +257,9 @@ def _table(shown: pd.DataFrame) -> None:
     said = [badge for badge in _BADGE_TEXTS if frame["badges"].str.contains(badge).any()]
     for badge in said:
         st.caption(f":material/warning: **{badge}**: {_BADGE_TEXTS[badge]}.")
+    dashes = frame.drop(columns="seed").isna().any(axis=None)
     st.caption(
-        ("– = not measured. " if frame.drop(columns="seed").isna().any(axis=None) else "")
+        (f"{ABSENT} = not measured, or not defined for this rule. " if dashes else "")
         + "± SE: of the differences between texts, and between domains, as texts of one domain may "
         "be alike. Chance: the change in loss of random rules that compute as much on average, or "
         "in each layer; the harder control is the one that loses less, and is what a rule has to "

@@ -4,6 +4,7 @@ import streamlit as st
 
 from explorer.comparison.file import Comparison
 from explorer.pages.compare.figures import badges
+from explorer.ui.number import ABSENT
 from explorer.ui.part import part
 
 
@@ -45,8 +46,10 @@ def replay_section(comparison: Comparison) -> None:
             for name, title in names.items()
         },
         alt="Routers by replay: agreement with the model's own choice, balance and compute",
-        placeholder="not measured",
+        placeholder=ABSENT,
     )
+    if rows[list(names)].isna().any(axis=None):
+        st.caption(f"{ABSENT} = not measured, or not defined for this rule.")
     domains = comparison.domains.query("mode == 'replay'")
     if domains["domain"].nunique() > 1:
         means = domains.pivot_table("agreement", "router", "domain", sort=False)

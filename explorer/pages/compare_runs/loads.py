@@ -76,7 +76,10 @@ def lines_section(both: Both, caption: str) -> None:
     ):
         with column:
             if all(table[quantity].isna().all() for table in tables.values()):
-                st.info(f"{title}: not recorded in these runs.")
+                st.info(
+                    f"{title}: not recorded in these runs, or not defined: one expert, "
+                    "or no assignment."
+                )
                 continue
             chart(
                 over_layers(tables, quantity, title=title, caption=caption, dark=is_dark()),

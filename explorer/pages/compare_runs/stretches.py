@@ -53,7 +53,10 @@ def stretches_section(view: View, found: TwoModels) -> None:
 def _figure(view: View, found: TwoModels, quantity: str, prompts: str) -> None:
     title = _QUANTITIES[quantity]
     if found.stretches[[f"{quantity}_a", f"{quantity}_b"]].isna().any(axis=1).all():
-        st.info(f"{title.capitalize()}: not recorded for any stretch in both runs.")
+        st.info(
+            f"{title.capitalize()}: for no stretch in both runs, as it was not recorded, or is not "
+            "defined: one expert, or no expert that is left out."
+        )
         return
     # prompts are aligned as a whole; a loss is of no layer
     scope = view.scope(0, over_layers=quantity != "loss")

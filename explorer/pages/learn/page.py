@@ -150,6 +150,7 @@ def _router(view: View) -> None:
             normalized_entropy=float(gate["normalized_entropy"]),
             margin=float(gate["margin"]),
             topk_mass=float(gate["topk_mass"]),
+            n_experts=info.n_experts,
             top_k=info.top_k,
         )
     )

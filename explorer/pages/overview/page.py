@@ -217,7 +217,7 @@ def _domains(view: View) -> None:
         shown[["domain", "prompts", "tokens", "mean_loss"]],
         hide_index=True,
         alt="Prompts, tokens and loss of each domain",
-        placeholder="not recorded",
+        placeholder=ABSENT,
         column_config={
             "domain": "Domain",
             "prompts": "Prompts",
@@ -225,6 +225,8 @@ def _domains(view: View) -> None:
             "mean_loss": st.column_config.NumberColumn("Loss (nats/token)", format="%.2f"),
         },
     )
+    if shown["mean_loss"].isna().any():
+        st.caption(f"{ABSENT} = not recorded, or every prompt of the domain is one token.")
 
 
 render()

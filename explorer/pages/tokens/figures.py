@@ -37,6 +37,7 @@ def token_layer_heatmap(
     *,
     scope: Scope,
     start: int = 0,
+    missing: str = "not recorded",
     dark: bool = False,
 ) -> go.Figure:
     """Draw a quantity of every token of a prompt at every layer.
@@ -47,6 +48,8 @@ def token_layer_heatmap(
         From ``queries.tokens.token_quantity``.
     start : int
         First token shown, for prompts that do not fit; the caption says how many are shown.
+    missing : str
+        Why a cell has no value.
 
     Returns
     -------
@@ -69,7 +72,7 @@ def token_layer_heatmap(
         ids[:, :, 4],
         ids=ids,
         hover=f"{where}<br>" + quantity.label.replace("%", "&#37;") + ": %{customdata[4]:.4g}",
-        missing_hover=f"{where}<br>not recorded",
+        missing_hover=f"{where}<br>{missing}",
         hover_text=texts * len(sites),
         x_labels=ticks,
         y_labels=[site_name(layer, site, several=several) for layer, site in sites],
@@ -87,7 +90,7 @@ def token_layer_heatmap(
         caption=scope.caption(
             *([] if len(shown) == n_tokens else [part]),
             *([quantity.uniform] if quantity.uniform else []),
-            "grey: not recorded",
+            *([f"grey: {missing}"] if values["value"].isna().any() else []),
             "click a cell for the token",
         ),
         dark=dark,

@@ -19,7 +19,7 @@ from explorer.ui.part import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark, several_sites
 from explorer.ui.token_strip import Legend, Token, token_strip
-from explorer.ui.wording import expert_label, prompt_name
+from explorer.ui.wording import absent_gate, expert_label, prompt_name
 
 # a picker with more entries gets slow in the browser; the search narrows the list down
 MAX_LISTED = 1000
@@ -226,7 +226,8 @@ def _strip(
         here = here[here["token_id"].isin(of_slice)]
     level = here.groupby("token_id")["value"].mean()
     hues = _pin_hues(view, listed, pins, scope) if pins else {}
-    hints = _hints(view, listed, level, QUANTITIES[quantity].label)
+    absent = _absent(view, here, quantity)
+    hints = _hints(view, listed, level, QUANTITIES[quantity].label, absent)
     start = _window_start(listed, token_id)
     shown = listed.iloc[start : start + MAX_STRIP]
     if len(shown) < len(listed):
@@ -292,8 +293,16 @@ def _pin_hues(view: View, listed: pd.DataFrame, pins: list[Pin], scope: str) -> 
     return {token_id: color for token_id, (_, color) in best.items()}
 
 
+def _absent(view: View, values: pd.DataFrame, quantity: str) -> str:
+    """Say why some of the values are missing: what is so of each router that has none."""
+    places = values[values["value"].isna()][["layer", "site"]].drop_duplicates()
+    found = [view.run.site_info(int(layer), int(site)) for layer, site in places.to_numpy()]
+    reasons = dict.fromkeys(absent_gate(quantity, info.n_experts, info.top_k) for info in found)
+    return ", or ".join(reasons) or "not recorded"
+
+
 def _hints(
-    view: View, listed: pd.DataFrame, level: "pd.Series[float]", label: str
+    view: View, listed: pd.DataFrame, level: "pd.Series[float]", label: str, absent: str
 ) -> dict[int, str]:
     """Say of each token where it went at the layer of the view."""
     prompt_id = int(listed.attrs["prompt_id"])
@@ -305,7 +314,7 @@ def _hints(
             expert_label(view.site_name, row.expert_id) + share
         )
     hints = {}
-    missing = f"{label} not recorded" if _of_slice(view) is None else "not of the slice"
+    missing = f"{label}: {absent}" if _of_slice(view) is None else "not of the slice"
     for row in listed.itertuples():
         value = float(level.get(row.token_id, float("nan")))
         amount = f"{label} {value:.3g}" if value == value else missing
@@ -330,6 +339,7 @@ def _heatmap(
         QUANTITIES[quantity],
         scope=Scope(len(listed), domain, None, bool(view.run.info["complete"]), layers=view.layers),
         start=max(0, place - 60),
+        missing=_absent(view, values, quantity),
         dark=is_dark(),
     )
     # the title says what the colours are

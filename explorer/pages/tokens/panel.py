@@ -43,6 +43,7 @@ def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> No
             normalized_entropy=float(gate["normalized_entropy"]),
             margin=float(gate["margin"]),
             topk_mass=float(gate["topk_mass"]),
+            n_experts=int(gate["n_experts"]),
             top_k=int(gate["top_k"]),
         )
         + _beside(token, experts)
