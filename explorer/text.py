@@ -10,6 +10,13 @@ import unicodedata
 from collections.abc import Callable
 from itertools import pairwise
 
+ABSENT = "–"  # in the place of a value that there is none of
+# under a table whose dashes are of several kinds
+ABSENT_NOTE = (
+    f"{ABSENT} = not recorded, or not defined there: for one expert, without an assignment, or "
+    "where no expert is left out."
+)
+
 # without ink by category: controls, formats, no character at all, private, half of a character,
 # separators; a plain space is the one among them that is text
 _HIDDEN = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"})

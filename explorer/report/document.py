@@ -17,8 +17,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from plotly.offline import get_plotlyjs
 
-from explorer.text import unpieced
-from explorer.ui.number import ABSENT, ABSENT_NOTE
+from explorer.text import ABSENT, ABSENT_NOTE, unpieced
 
 Block = Mapping[str, Any]
 

@@ -12,10 +12,9 @@ import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from explorer.text import cell
+from explorer.text import ABSENT, ABSENT_NOTE, cell
 from explorer.ui import address, printing
 from explorer.ui.glossary import help_text, term_of
-from explorer.ui.number import ABSENT, ABSENT_NOTE
 
 # of the picture that the camera above a figure saves; kept for all figures of a session
 _FORMAT = "format of pictures"

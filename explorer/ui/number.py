@@ -5,12 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-ABSENT = "–"
-# under a table whose dashes are of several kinds
-ABSENT_NOTE = (
-    f"{ABSENT} = not recorded, or not defined there: for one expert, without an assignment, or "
-    "where no expert is left out."
-)
+from explorer.text import ABSENT
 
 
 def number(value: float | None, form: str = ".3g") -> str:

@@ -10,8 +10,8 @@ from app_pages import charts, opened
 from synthetic import write_run
 
 from capture.store import SiteInfo
+from explorer.text import ABSENT_NOTE
 from explorer.ui import chart, wording
-from explorer.ui.number import ABSENT_NOTE
 
 ONE = (SiteInfo(0, 0, "model.layers.0.mlp", 1, 1, 0, "softmax"),)
 

@@ -274,7 +274,7 @@ def test_numbers_of_a_table_are_written_as_on_the_page(tmp_path):
     script = """if True:
         import pandas as pd
         from streamlit.testing.v1 import AppTest
-        from explorer.pages import printing
+        from explorer.ui import printing
 
         def page():
             import pandas as pd
@@ -468,7 +468,8 @@ def test_a_section_that_fails_is_named_and_the_others_are_there(
 def test_a_page_that_fails_as_a_whole_takes_no_other_one_down(runs, monkeypatch):
     pages = [page for page in RUN_PAGES if page[0] in ("overview", "load-balance")]
     monkeypatch.setattr(build, "RUN_PAGES", pages)
-    breaks = BREAK.replace("figures.load as", "pages.state as").replace("lorenz", "balance_of")
+    breaks = BREAK.replace("pages.load_balance.figures as", "ui.state as")
+    breaks = breaks.replace("lorenz", "balance_of")
     breaks = breaks.format(error="KeyError('gone')")
     monkeypatch.setattr(build, "_PRINT", (sys.executable, "-c", breaks))
     made = build.make_report(runs / "known.duckdb")

@@ -37,7 +37,7 @@ def test_a_thousand_malformed_uploads_are_read_or_refused_in_one_line():
     done = subprocess.run(
         [sys.executable, "-c", _READ, str(COUNT)],
         cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": f"{ROOT}:{Path(__file__).parent.parent}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

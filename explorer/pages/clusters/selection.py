@@ -13,10 +13,10 @@ from explorer.metrics.lift import MIN_COUNT, Lift, lift
 from explorer.pages.clusters.figures import lift_bars
 from explorer.pages.clusters.points import id_names
 from explorer.queries.prompts import prompt_tokens
+from explorer.text import ABSENT
 from explorer.ui import address, jump, printing
 from explorer.ui.chart import chart, explain_dash
 from explorer.ui.names import domain_labels
-from explorer.ui.number import ABSENT
 from explorer.ui.part import part
 from explorer.ui.save_slice import save_slice
 from explorer.ui.state import View, ask, is_dark

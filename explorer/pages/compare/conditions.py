@@ -9,9 +9,9 @@ from explorer.pages.compare.condition_figures import (
     flips_over_layers,
     loss_two_by_two,
 )
+from explorer.text import ABSENT
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.number import ABSENT
 from explorer.ui.part import part
 from explorer.ui.state import is_dark
 

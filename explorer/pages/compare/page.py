@@ -20,9 +20,9 @@ from explorer.pages.compare.oracle import oracle_section
 from explorer.pages.compare.replay import replay_section
 from explorer.pages.compare.start import start_comparison
 from explorer.pages.compare.text import two_routers
+from explorer.text import ABSENT
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.number import ABSENT
 from explorer.ui.part import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark

@@ -4,7 +4,7 @@ import streamlit as st
 
 from explorer.comparison.file import Comparison
 from explorer.pages.compare.figures import badges
-from explorer.ui.number import ABSENT
+from explorer.text import ABSENT
 from explorer.ui.part import part
 
 

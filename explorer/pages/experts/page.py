@@ -15,12 +15,13 @@ from explorer.pages.experts.specialization import shares_of, vocabulary_of
 from explorer.pages.experts.weights import weights_section
 from explorer.pages.flow.data import coactivation
 from explorer.queries.load import expert_load
+from explorer.text import ABSENT
 from explorer.ui import address, jump
 from explorer.ui.chart import chart
 from explorer.ui.expert_tokens import expert_lines
 from explorer.ui.glossary import help_text
 from explorer.ui.names import domain_labels, labels
-from explorer.ui.number import ABSENT, number, span
+from explorer.ui.number import number, span
 from explorer.ui.part import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark

@@ -9,10 +9,11 @@ from explorer.pages.load_balance.figures import load_heatmap
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means
 from explorer.queries.prompts import prompt_count
+from explorer.text import ABSENT
 from explorer.ui import address, jump
 from explorer.ui.chart import chart
 from explorer.ui.glossary import help_text
-from explorer.ui.number import ABSENT, number, span
+from explorer.ui.number import number, span
 from explorer.ui.part import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
