@@ -1,4 +1,4 @@
-"""Ctrl-C and a request to end that are never lost, and do not tear a file that is being closed."""
+"""Ctrl-C and a request to end: never lost, no torn file, and told apart from errors of DuckDB."""
 
 import signal
 import threading
@@ -62,3 +62,18 @@ def remembered_interrupts() -> Iterator[Interrupts]:
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
+
+
+# what DuckDB raises instead, as a bare RuntimeError
+_INTERRUPTED = "Query interrupted"
+
+
+@contextmanager
+def as_keyboard_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt where DuckDB says that a query was interrupted."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _INTERRUPTED not in str(error):
+            raise
+        raise KeyboardInterrupt from error

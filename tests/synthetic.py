@@ -23,7 +23,7 @@ from capture.store import (
     SiteRows,
     TokenRows,
 )
-from capture.store.pairs import count_pairs
+from capture.store.sums import count_pairs
 
 SITES = (
     SiteInfo(1, 0, "model.layers.1.mlp", 6, 2, 1, "softmax"),

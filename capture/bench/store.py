@@ -24,7 +24,7 @@ from capture.store import (
     SiteRows,
     TokenRows,
 )
-from capture.store.pairs import count_pairs
+from capture.store.sums import count_pairs
 
 PROMPT_TOKENS = 512
 # forward passes that differ; each is a domain of its own

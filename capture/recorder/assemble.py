@@ -17,7 +17,6 @@ from capture.recorder.attention.summary import AttentionTaps, PromptRow
 from capture.recorder.observe import SiteGroup
 from capture.recorder.pairs import Stretch, by_site
 from capture.recorder.transfer import Arrays, Parcel
-from capture.store.gate_sums import STATISTICS
 from capture.store.records import (
     LEVELS,
     AttentionRows,
@@ -27,6 +26,7 @@ from capture.store.records import (
     SiteBlock,
     TokenRows,
 )
+from capture.store.schema import STATISTICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,6 @@
 """The run file: one DuckDB database per capture, written once, read by many."""
 
-from capture.store.checking import check_run
+from capture.store.check import check_run
 from capture.store.counts_only import MIN_PROMPTS, MIN_TOKENS, counts_only
 from capture.store.migrations import migrate
 from capture.store.reader import RunReader

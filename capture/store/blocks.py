@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from capture.errors import StoreError
 from capture.store.codec import NO_WEIGHT, encode_half, encode_weights, id_dtype
-from capture.store.gate_sums import STATISTICS
 from capture.store.records import LEVELS, Level, SiteBlock, SiteInfo, SiteRows, Vectors
+from capture.store.schema import STATISTICS
 
 
 def as_block(rows: SiteBlock | SiteRows, site: SiteInfo) -> SiteBlock:

@@ -22,15 +22,15 @@ import numpy as np
 import pyarrow as pa
 
 from capture.errors import StoreError
+from capture.interrupts import as_keyboard_interrupt
 from capture.model_names import model_name
 from capture.paths import given_path
 from capture.quoting import first_line
 from capture.store import schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole
-from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.opening import SAFE
 from capture.store.reader import RunReader
+from capture.store.sandbox import SAFE
 from capture.store.writer import BLOCK_SIZE
 
 # what a counts-only run says of itself in ``run.notes``

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from capture.errors import StoreError
-from capture.store.opening import connect
+from capture.store.sandbox import connect
 
 SUFFIX = ".partial"
 # of files that are being made and have no name yet; no page lists them

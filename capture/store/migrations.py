@@ -8,15 +8,14 @@ from typing import NamedTuple
 import duckdb
 
 from capture.errors import SchemaVersionError, StoreError
+from capture.interrupts import as_keyboard_interrupt
 from capture.paths import given_path
-from capture.store import gate_sums, schema
+from capture.store import schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole
-from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.opening import connect
-from capture.store.pairs import pairs_of_rows, store_pairs
 from capture.store.records import LEVELS, SiteInfo
-from capture.store.sandbox import check_old
+from capture.store.sandbox import check_old, connect
+from capture.store.sums import pairs_of_rows, store_pairs
 
 
 class Step(NamedTuple):
@@ -41,7 +40,7 @@ def _add_pairs_and_attention(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _add_gate_sums(connection: duckdb.DuckDBPyConnection) -> None:
     """Add the sums of version 3, counted from the rows."""
-    for statement in (gate_sums.TABLE, gate_sums.VIEW, gate_sums.STORE):
+    for statement in (schema.GATE_SUM_TABLE, schema.GATE_SUM_VIEW, schema.STORE_GATE_SUMS):
         connection.execute(statement)
 
 

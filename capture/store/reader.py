@@ -15,10 +15,9 @@ import pyarrow as pa
 from capture.errors import StoreError
 from capture.quoting import first_line, quoted
 from capture.store import schema
-from capture.store.checking import UNREADABLE, check_values, limited
-from capture.store.opening import not_a_run
+from capture.store.check import UNREADABLE, check_values, limited
 from capture.store.records import SiteInfo
-from capture.store.sandbox import open_sandbox
+from capture.store.sandbox import not_a_run, open_sandbox
 
 SECONDS = 120.0  # what a query may take
 

@@ -10,16 +10,15 @@ from pathlib import Path
 import duckdb
 
 from capture.errors import StoreError
+from capture.interrupts import as_keyboard_interrupt
 from capture.paths import given_path
-from capture.store import gate_sums, schema
-from capture.store.accounting import check_counts
+from capture.store import schema
+from capture.store.check import check_counts
 from capture.store.codec import Layout
 from capture.store.files import SUFFIX, check_free, holds_nothing, is_own_file, publish
-from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.opening import first_line, not_a_run
-from capture.store.pairs import pairs_of_rows, store_pairs
 from capture.store.records import LEVELS, SiteInfo
-from capture.store.sandbox import FILE, in_file, open_sandbox
+from capture.store.sandbox import FILE, first_line, in_file, not_a_run, open_sandbox
+from capture.store.sums import pairs_of_rows, store_pairs
 
 
 @as_keyboard_interrupt()
@@ -111,7 +110,7 @@ def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("COMMIT")
     seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
     connection.execute("BEGIN")
-    connection.execute(in_file(gate_sums.STORE))
+    connection.execute(in_file(schema.STORE_GATE_SUMS))
     connection.execute(in_file(schema.CLOSE_RUN), [seconds, False])
     connection.execute("COMMIT")
     connection.execute(f"CHECKPOINT {FILE}")

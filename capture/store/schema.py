@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from capture.store import gate_sums
 from capture.store.codec import (
     Layout,
     sql_count_filled,
@@ -19,12 +18,10 @@ from capture.store.codec import (
     sql_weight,
     sql_weight_code,
 )
-from capture.store.gate_sums import STATISTICS
 
 SCHEMA_VERSION = 3
 OLDEST_READ = 2  # files of older versions have to be migrated
-# tables that files of OLDEST_READ lack -> the SELECT that is read instead
-STAND_INS = {gate_sums.TABLE_NAME: gate_sums.SELECT}
+STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
 NO_TOKEN = -1  # a token id that was left out; readers show it as NULL
 
 
@@ -266,6 +263,55 @@ CREATE VIEW attention_top_keys AS
     ) WHERE distance IS NOT NULL;
 """
 
+# Sums of the routers' statistics, so that no page reads every row: counted from the rows when a
+# run is closed. A file of an older version is read through the same SELECT: slower, and equal.
+GATE_SUM = "gate_sum"
+
+GATE_SUM_TABLE = f"""
+CREATE TABLE packed.{GATE_SUM} (
+    layer INTEGER NOT NULL, site INTEGER NOT NULL, domain VARCHAR, phase VARCHAR NOT NULL,
+    statistic VARCHAR NOT NULL, tokens BIGINT NOT NULL, total DOUBLE NOT NULL
+);
+"""
+GATE_SUM_VIEW = f"""
+CREATE VIEW gate_sums AS
+    SELECT layer, site, domain, phase, statistic, tokens, total FROM packed.{GATE_SUM};
+"""
+
+
+def _counted(statistic: str) -> str:
+    return (
+        f"SELECT layer, site, domain, phase, '{statistic}' AS statistic,"
+        f" count({statistic}) AS tokens, sum({sql_half(statistic)})::DOUBLE AS total"
+        " FROM packed.route JOIN packed.token USING (token_id)"
+        f" JOIN packed.prompt USING (prompt_id) WHERE {statistic} IS NOT NULL"
+        " GROUP BY layer, site, domain, phase"
+    )
+
+
+# one branch per statistic: who asks for one reads the column of that one only
+SELECT_GATE_SUMS = " UNION ALL ".join(_counted(name) for name in STATISTICS)
+# all of them in one pass over the rows
+_ALL = ", ".join(
+    f"count({name}) AS tokens_{name}, sum({sql_half(name)})::DOUBLE AS total_{name}"
+    for name in STATISTICS
+)
+_APART = " UNION ALL ".join(
+    f"SELECT layer, site, domain, phase, '{name}', tokens_{name}, total_{name} FROM sums"
+    f" WHERE tokens_{name} > 0"
+    for name in STATISTICS
+)
+# a sum that was there before is of fewer rows
+STORE_GATE_SUMS = (
+    f"DELETE FROM packed.{GATE_SUM};"
+    f" INSERT INTO packed.{GATE_SUM} WITH sums AS MATERIALIZED ("
+    f"SELECT layer, site, domain, phase, {_ALL} FROM packed.route"
+    " JOIN packed.token USING (token_id) JOIN packed.prompt USING (prompt_id)"
+    f" GROUP BY layer, site, domain, phase) {_APART}"
+)
+# tables that files of OLDEST_READ lack -> the SELECT that is read instead
+STAND_INS = {GATE_SUM: SELECT_GATE_SUMS}
+
 # the accounting check compares these with what was handed in
 COUNT_TOKENS = "SELECT count(*), count(DISTINCT token_id) FROM packed.token"
 TOKEN_RANGE = "SELECT coalesce(min(token_id), 0), coalesce(max(token_id), -1) FROM packed.token"
@@ -383,7 +429,7 @@ def statements_of_version_2() -> Sequence[str]:
 def create_statements(layout: Layout) -> Sequence[str]:
     """Write the statements that make an empty run file."""
     growing = _create(tables(layout))
-    fixed = [_FIXED_TABLES, _ATTENTION_LAYERS, gate_sums.TABLE]
+    fixed = [_FIXED_TABLES, _ATTENTION_LAYERS, GATE_SUM_TABLE]
     return [*fixed, *growing, *view_statements(layout)]
 
 
@@ -394,7 +440,7 @@ def view_statements(layout: Layout) -> Sequence[str]:
         _FIXED_VIEWS,
         _PAIR_VIEWS,
         _ATTENTION_VIEWS,
-        gate_sums.VIEW,
+        GATE_SUM_VIEW,
         f"CREATE VIEW assignments AS {_assignments(layout)}",
         f"CREATE VIEW gates AS SELECT token_id, layer, site, {statistics} FROM packed.route",
     ]

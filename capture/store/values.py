@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from capture.store.codec import Layout
-from capture.store.gate_sums import STATISTICS
-from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, NO_TOKEN
+from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, NO_TOKEN, STATISTICS
 
 # characters
 MAX_NAME = 1_000  # of a model, a module, a domain, a token

@@ -13,15 +13,12 @@ import duckdb
 import pyarrow as pa
 
 from capture.errors import StoreError
+from capture.interrupts import as_keyboard_interrupt
 from capture.quoting import quoted
-from capture.store import gate_sums, schema
-from capture.store.accounting import check_counts, check_diagonal
-from capture.store.attention_rows import AttentionBuilder, layer_rows
+from capture.store import schema
+from capture.store.check import check_counts, check_diagonal
 from capture.store.codec import layout_for
 from capture.store.files import check_new, give_name, partial_of, publish, remove_partial, unnamed
-from capture.store.interrupts import as_keyboard_interrupt
-from capture.store.opening import first_line
-from capture.store.pairs import PairTotals, pairs_of_rows, store_pairs
 from capture.store.records import (
     LEVELS,
     AttentionLayer,
@@ -32,8 +29,9 @@ from capture.store.records import (
     RunInfo,
     SiteInfo,
 )
-from capture.store.rollup import Rollup
-from capture.store.rows import RowBuilder, clean, strings
+from capture.store.sandbox import first_line
+from capture.store.sums import PairTotals, Rollup, pairs_of_rows, store_pairs
+from capture.store.tables import AttentionBuilder, RowBuilder, clean, layer_rows, strings
 
 _log = logging.getLogger(__name__)
 
@@ -363,7 +361,7 @@ class RunWriter:
         if complete and self._pairs:
             check_diagonal(connection, self._sites)
         with self._transaction():
-            connection.execute(gate_sums.STORE)
+            connection.execute(schema.STORE_GATE_SUMS)
             connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
             if backends is not None:
                 connection.execute(schema.SET_BACKENDS, [as_json(dict(backends))])

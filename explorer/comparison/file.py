@@ -18,10 +18,9 @@ import pandas as pd
 import pyarrow as pa
 
 from capture.quoting import first_line, quoted
-from capture.store.checking import UNREADABLE, limited
+from capture.store.check import UNREADABLE, limited
 from capture.store.files import is_own_file
-from capture.store.opening import LOCKED
-from capture.store.sandbox import attach, tables_in
+from capture.store.sandbox import LOCKED, attach, tables_in
 from explorer.comparison.tables import (
     COLUMNS_SINCE,
     FORMAT_VERSION,

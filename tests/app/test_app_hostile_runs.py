@@ -17,7 +17,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic import write_run
 
 from capture.errors import CaptureError, StoreError
-from capture.store import RunReader, check_run, checking
+from capture.store import RunReader, check, check_run
 from capture.store.sandbox import in_file, open_sandbox
 from explorer import pages
 from explorer.errors import ExplorerError
@@ -66,7 +66,7 @@ def test_values_that_contradict_each_other_are_refused(inside, name):
     try:
         for statement in REFUSED[name].split("; "):
             connection.execute(in_file(statement))
-        found = checking.contradiction(path, connection)
+        found = check.contradiction(path, connection)
     finally:
         connection.execute("ROLLBACK")
     assert found is not None
@@ -75,7 +75,7 @@ def test_values_that_contradict_each_other_are_refused(inside, name):
 
 
 def test_taken_back_the_changes_leave_a_sound_file(inside):
-    assert checking.contradiction(*inside) is None
+    assert check.contradiction(*inside) is None
 
 
 def changed(sound, path, statements):
@@ -125,9 +125,9 @@ def test_large_values_are_refused_too(sound, tmp_path, statement, said):
 def test_a_file_is_checked_once_until_it_changes(sound, tmp_path, monkeypatch):
     path = changed(sound, tmp_path / "run.duckdb", [])
     asked = []
-    real = checking.contradiction
+    real = check.contradiction
     monkeypatch.setattr(
-        checking, "contradiction", lambda *args, **more: asked.append(1) or real(*args, **more)
+        check, "contradiction", lambda *args, **more: asked.append(1) or real(*args, **more)
     )
     for _ in range(3):
         open_run(path).close()
@@ -144,9 +144,9 @@ def test_a_check_and_a_query_take_so_long_and_no_more(sound, monkeypatch):
     forever = "SELECT count(*) FROM range(1000000000) AS a, range(1000000000) AS b"
     with open_sandbox(sound) as connection:
         monkeypatch.setattr(
-            checking, "_check", lambda path, connection: connection.sql(forever).fetchall()
+            check, "_check", lambda path, connection: connection.sql(forever).fetchall()
         )
-        found = checking.contradiction(sound, connection, seconds=0.2)
+        found = check.contradiction(sound, connection, seconds=0.2)
     assert "could not be checked within 0.2 s" in str(found)
     monkeypatch.setattr("capture.store.reader.SECONDS", 0.2)
     with RunReader.open(sound) as run:

@@ -16,8 +16,8 @@ from test_capture_store_processes import spawn
 from capture.errors import StoreError
 from capture.store import PairSums, RunReader, migrate, next_sites, recover, schema
 from capture.store import writer as writer_module
-from capture.store.attention_rows import pack_maps
-from capture.store.pairs import count_pairs
+from capture.store.sums import count_pairs
+from capture.store.tables import pack_maps
 
 # two sites in layer 4: transitions lead to the last one of a layer
 SITES = [make_site(1, 5, 2), make_site(4, 300, 3), make_site(4, 3, 1, site=1), make_site(6, 7, 2)]
@@ -84,7 +84,7 @@ def test_pairs_handed_over_now_and_then_equal_a_self_join(out, random):
 
 
 def test_pairs_that_were_not_handed_over_are_counted_from_the_rows(out, random, monkeypatch):
-    monkeypatch.setattr("capture.store.pairs.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("capture.store.sums.CHUNK_TOKENS", 5)
     write(out, SITES, [make_forward(n * BATCH, BATCH, SITES, random) for n in range(3)])
     check_pairs(out)
 

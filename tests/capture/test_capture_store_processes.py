@@ -50,7 +50,7 @@ with RunReader.open(sys.argv[1]) as run:
 
 def spawn(code, *arguments):
     """Start a Python process that finds our packages and the tests' helpers."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "capture")))
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
