@@ -36,7 +36,7 @@ from explorer.routers import (
     TrainedRouter,
     fit_layers,
 )
-from explorer.routers.learning.context import CurveRow, TrainingCancelled
+from explorer.routers.learning.training import CurveRow, TrainingCancelled
 from explorer.routers.native import TopKRouter
 from explorer.routers.probe import (
     EXPERTS,

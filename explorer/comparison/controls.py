@@ -10,7 +10,7 @@ from explorer.comparison.fitting import Fitted
 from explorer.comparison.lab import Lab, Outcome
 from explorer.comparison.measure import SiteSums
 from explorer.routers import ROUTERS, PartMask, Router, RouterInputs
-from explorer.routers.baseline import MatchedRandomRouter
+from explorer.routers.controls import MatchedRandomRouter
 
 Key = tuple[int, int]  # layer, site
 ControlKind = Literal["equal_compute", "matched_per_layer"]

@@ -35,7 +35,7 @@ from explorer.comparison.tables import CONDITION_TABLES, FORMAT_VERSION, Rows, e
 from explorer.comparison.texts import recorded_texts, split_texts
 from explorer.errors import ComparisonCancelled, ExplorerError
 from explorer.routers import PartRouter, TrainedRouter
-from explorer.routers.learning.context import TrainingCancelled
+from explorer.routers.learning.training import TrainingCancelled
 from explorer.run import Run
 
 if TYPE_CHECKING:

@@ -1,68 +1,57 @@
 """Routers: rules that send tokens to experts, or to other parts of a model.
 
-base        the contract, and the registry ``ROUTERS``
-layers      fitting every layer, or one router for all layers
+contract    what a router is, the registry ``ROUTERS``, fitting every layer
 scores      what the host model makes of logits
 selectors   top-k, threshold, top-p
+sequences   what a token may know of its sequence
 probe       whether a rule looks into the future or at other sequences
-native      the model's own decision, and top-k of its scores
-literature  noise, one expert, biases, groups
+live        a router as ``capture.swap.routers`` takes it (imported on its own)
+recorded    what routers need, from a run file (imported on its own)
+subsets     the best subset to drop, by trying
+
+The rules, a file a family:
+
+native      the model's own decision, other k, noise, one expert
+deepseek    loss-free bias, groups of experts
 thresholds  top-p, skipping, ReLU
 hashing     the token id alone decides
 assignment  rules that look at a batch: expert choice, balanced assignment, Sinkhorn, capacity
-baseline    controls
-clusters    K-means and Gaussian mixtures of hidden states
-clustering  tables of experts per cluster
-cluster_gates  a short list, or a linear router, per cluster
-neighbours  what similar recorded inputs did
-distill     the fit loop of routers that learn by imitation
-students    linear and cosine gates, distilled
+distilled   linear and cosine students of the model's gate, and look-ahead
 attention   expert keys, attention among experts
-parts       heads and layers chosen by attention
-tokens      which tokens run a layer: selectors over the tokens of a sequence
-part_controls  chance and constants for heads and layers
-static_layers  the same blocks dropped for all tokens, found by trying
+heads_and_layers  heads and layers chosen by attention
+clustering  tables of experts, a short list, or a linear router per cluster
+clusters    the clusters themselves, and the nearest recorded tokens
 gating      gates before layers, heads and experts
 recurrent   a state that runs through the layers
-lookahead   a layer's experts from what the layer before saw
 rl          policy gradient and Q-learning from exploration of one layer at a time
-gate_training  how gates learn on the model's own loss
-trained_gates  the gates that do
 rl_online   REINFORCE and Q-learning over layers, all layers at once
-training    routers that learn on the model's own loss, and what they are given
-live        a router as ``capture.swap.routers`` takes it (imported on its own)
-recorded    what routers need, from a run file (imported on its own)
+controls    chance and constants
+learning    how routers learn: by imitation, or on the model's own loss; and gates that do
 
 Importing this package imports torch; ``import explorer`` does not import this package.
 """
 
 from explorer.routers import (
-    amod,
     assignment,
     attention,
-    baseline,
-    cluster_gates,
     clustering,
+    clusters,
+    controls,
+    deepseek,
+    distilled,
     gating,
     hashing,
-    literature,
-    lookahead,
-    moh,
+    heads_and_layers,
     native,
-    neighbours,
-    part_controls,
-    parts,
     recurrent,
     rl,
     rl_online,
-    static_layers,
-    students,
     thresholds,
-    trained_gates,
 )
-from explorer.routers.base import (
+from explorer.routers.contract import (
     FAMILIES,
     ROUTERS,
+    AcrossLayers,
     Decision,
     PartMask,
     PartRouter,
@@ -72,9 +61,11 @@ from explorer.routers.base import (
     Routing,
     RoutingRouter,
     Site,
+    fit_layers,
+    route_layers,
 )
-from explorer.routers.layers import AcrossLayers, fit_layers, route_layers
-from explorer.routers.learning.context import TrainedRouter, TrainingCancelled, TrainingSession
+from explorer.routers.learning import gates
+from explorer.routers.learning.training import TrainedRouter, TrainingCancelled, TrainingSession
 from explorer.routers.probe import Verdict, probe
 from explorer.routers.selectors import Selector, Threshold, TopK, TopP
 
@@ -99,29 +90,23 @@ __all__ = [
     "TrainingCancelled",
     "TrainingSession",
     "Verdict",
-    "amod",
     "assignment",
     "attention",
-    "baseline",
-    "cluster_gates",
     "clustering",
+    "clusters",
+    "controls",
+    "deepseek",
+    "distilled",
     "fit_layers",
+    "gates",
     "gating",
     "hashing",
-    "literature",
-    "lookahead",
-    "moh",
+    "heads_and_layers",
     "native",
-    "neighbours",
-    "part_controls",
-    "parts",
     "probe",
     "recurrent",
     "rl",
     "rl_online",
     "route_layers",
-    "static_layers",
-    "students",
     "thresholds",
-    "trained_gates",
 ]

@@ -7,14 +7,6 @@ from typing import Literal
 import torch
 
 from explorer.errors import RouterError
-from explorer.routers.base import (
-    ROUTERS,
-    Decision,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-)
 from explorer.routers.clusters import (
     SPANNING,
     GaussianClusters,
@@ -22,9 +14,23 @@ from explorer.routers.clusters import (
     Level,
     points_of,
 )
-from explorer.routers.native import choose
-from explorer.routers.scores import slots, target_scores, weigh
-from explorer.routers.selectors import Selector
+from explorer.routers.contract import (
+    ROUTERS,
+    Decision,
+    RouterInfo,
+    RouterInputs,
+    Routing,
+    RoutingRouter,
+)
+from explorer.routers.native import choice_scores, choose, host_choice
+from explorer.routers.scores import (
+    slots,
+    student_scores,
+    target_logits,
+    target_scores,
+    weigh,
+)
+from explorer.routers.selectors import Selector, TopK
 
 MAX_POINTS = 20_000
 
@@ -317,3 +323,245 @@ class MixtureRouter(TableRouter):
         n_components = self.mixture_.count if self.fitted else self.n_components
         density = 4.0 * d if self.covariance == "diag" else 2.0 * d * d
         return n_components * (density + 2.0 * n_experts)
+
+
+@ROUTERS.add("cluster_shortlist")
+class ShortlistRouter(TableRouter):
+    """Let the model's own gate choose, but only among the experts of the token's cluster.
+
+    Parameters
+    ----------
+    n_clusters : int
+    shortlist : int, optional
+        Experts per cluster, at most all; None = twice as many as a token takes.
+    seed : int
+    """
+
+    info = RouterInfo(
+        name="cluster_shortlist",
+        family="clustering",
+        title="Cluster shortlist and gate",
+        summary=(
+            "A token's cluster gives a short list of experts, and the model's own gate chooses "
+            "among them. The whole gate is computed: the weights need all its scores."
+        ),
+        formula="L = TopK(T_c, m);  S = TopK(p_e : e in L, k)",
+        paper="2509.10513",
+        differs=(
+            "The source's groups of experts and their routers are trained, for clusters of texts; "
+            "here tokens are clustered, and the model's own gate says which experts a cluster "
+            "gets."
+        ),
+        needs=frozenset({"hidden", "logits"}),
+        fits="statistics",
+        identity={"shortlist": 10**9},  # as many as there are
+    )
+
+    def __init__(
+        self, *, n_clusters: int = 128, shortlist: int | None = None, seed: int = 0
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.shortlist = shortlist
+        self.seed = seed
+
+    def _fit_clusters(self, points: torch.Tensor) -> None:
+        self.clusters_ = KMeansClusters(self.n_clusters, self.seed, MAX_POINTS)
+        self.clusters_.fit(points)
+
+    def _shares(self, points: torch.Tensor) -> torch.Tensor:
+        return self.clusters_.shares(points, 0.1)
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        super()._fit(inputs, target)
+        wanted = 2 * inputs.top_k if self.shortlist is None else self.shortlist
+        if wanted < inputs.top_k:
+            raise RouterError(
+                f"Expected a shortlist of at least {inputs.top_k} experts, got {wanted}."
+            )
+        self.listed_ = TopK(min(wanted, inputs.n_experts)).mask(self.table_)
+
+    def _mixed(self, shares: torch.Tensor) -> torch.Tensor:
+        best = shares.argmax(-1, keepdim=True)
+        return torch.zeros_like(shares).scatter(-1, best, 1.0)
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        cluster = self.clusters_.distances(inputs.tensor("hidden").float()).argmin(dim=-1)
+        scores, choice = host_choice(inputs)
+        listed = self.listed_[cluster]
+        # experts outside the model's groups come after all others: where the short list holds too
+        # few of these groups, it goes before the groups
+        anywhere = choice_scores(scores, replace(inputs, n_groups=None))
+        inside = choice > -torch.inf
+        worst = choice.where(inside, 0.0).amin(dim=-1, keepdim=True)
+        last = worst - 1.0 - anywhere.amax(dim=-1, keepdim=True) + anywhere
+        order = choice.where(inside, last).masked_fill(~listed, -torch.inf)
+        ids = TopK(inputs.top_k).ids(scores, order)
+        return slots(scores, ids, weigh(scores, ids, inputs))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the distances and of the model's own gate."""
+        n_clusters = self.clusters_.count if self.fitted else self.n_clusters
+        return 2.0 * d * (n_clusters + n_experts)
+
+
+@ROUTERS.add("cluster_linear")
+class ClusterLinearRouter(RoutingRouter):
+    """Give every cluster of hidden states a linear router of its own, fitted to the model's logits.
+
+    Parameters
+    ----------
+    n_clusters : int
+        One is a single linear router for all tokens.
+    rank : int, optional
+        Of each router's matrix; None = full.
+    ridge : float
+        Pulls each cluster's router towards the one fitted on all tokens, relative to the spread
+        of the cluster's hidden states; with a rank, towards no dependence on the token.
+    seed : int
+
+    Notes
+    -----
+    Differs from the source, whose routers are trained with their experts. A linear teacher is
+    recovered exactly by one full router, so the family's point shows at low rank only: there the
+    clusters' routers together say what one of the same rank cannot.
+    """
+
+    info = RouterInfo(
+        name="cluster_linear",
+        family="clustering",
+        title="A linear router per cluster",
+        summary=(
+            "K-means gives a token to a cluster, and the cluster's own linear router chooses the "
+            "experts. Fitted by least squares to the model's logits."
+        ),
+        formula="c = argmin |h - mu_c|;  z = W_c h + b_c;  S = TopK(score(z), k)",
+        paper="2509.10513",
+        differs=(
+            "The source clusters whole texts and trains each cluster's router with its experts; "
+            "here tokens are clustered, and all routers imitate the model's gate."
+        ),
+        needs=frozenset({"hidden"}),
+        fits="statistics",
+        identity="Fitted to the model's logits, which it comes close to.",
+    )
+
+    def __init__(
+        self,
+        *,
+        n_clusters: int = 8,
+        rank: int | None = None,
+        ridge: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        if rank is not None and rank < 1:
+            raise RouterError(f"Expected a rank of at least 1, got {rank}. None is full rank.")
+        self.n_clusters = n_clusters
+        self.rank = rank
+        self.ridge = ridge
+        self.seed = seed
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        hidden = inputs.tensor("hidden").double()
+        logits = target_logits(inputs, target).double()
+        self.clusters_ = KMeansClusters(self.n_clusters, self.seed, MAX_POINTS)
+        self.clusters_.fit(hidden.float())
+        cluster = self.clusters_.distances(hidden.float()).argmin(dim=-1)
+        nothing = torch.zeros(hidden.shape[1], logits.shape[1], dtype=torch.float64)
+        overall = regress(hidden, logits, nothing, self.ridge, self.rank)
+        prior = overall[0][0] if self.rank is None else nothing
+        self.gates_ = []
+        for number in range(self.clusters_.count):
+            mine = cluster == number
+            if not bool(mine.any()):
+                factors, bias = overall
+            else:
+                factors, bias = regress(hidden[mine], logits[mine], prior, self.ridge, self.rank)
+            self.gates_.append(([each.float() for each in factors], bias.float()))
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        hidden = inputs.tensor("hidden").float()
+        cluster = self.clusters_.distances(hidden).argmin(dim=-1)
+        logits = torch.zeros(len(hidden), inputs.n_experts, device=hidden.device)
+        for number, (factors, bias) in enumerate(self.gates_):
+            mine = cluster == number
+            values = hidden[mine]
+            for factor in factors:
+                values = values @ factor
+            logits[mine] = values + bias
+        scores = student_scores(logits, inputs)
+        ids = choose(scores, inputs)
+        return slots(scores, ids, weigh(scores, ids, inputs))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the distances and of one cluster's router."""
+        n_clusters = self.clusters_.count if self.fitted else self.n_clusters
+        router = 2.0 * d * n_experts
+        if self.rank is not None and self.rank < min(d, n_experts):
+            router = 2.0 * self.rank * (d + n_experts)
+        return 2.0 * d * n_clusters + router
+
+
+def regress(
+    hidden: torch.Tensor,
+    logits: torch.Tensor,
+    prior: torch.Tensor,
+    ridge: float,
+    rank: int | None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Fit logits linearly to hidden states, near a prior, at most of some rank.
+
+    Parameters
+    ----------
+    hidden : Tensor [N, D], float64
+    logits : Tensor [N, E], float64
+    prior : Tensor [D, E], float64
+    ridge : float
+        Relative to the mean square of the centred hidden states' coordinates.
+    rank : int or None
+        The best approximation of the fitted values by so many directions (reduced-rank
+        regression).
+
+    Returns
+    -------
+    factors : list of Tensor
+        Whose product is the weight [D, E]: itself, or [D, rank] and [rank, E].
+    bias : Tensor [E]
+    """
+    centre, level = hidden.mean(dim=0), logits.mean(dim=0)
+    x = hidden - centre
+    gram = x.T @ x
+    size = float(gram.diagonal().mean())
+    gram.diagonal().add_(ridge * size + 1e-9)
+    weight = prior + torch.linalg.solve(gram, x.T @ (logits - level - x @ prior))
+    factors = [weight]
+    if rank is not None and rank < min(weight.shape):
+        fitted = x @ weight
+        directions = torch.linalg.eigh(fitted.T @ fitted).eigenvectors[:, -rank:]
+        factors = [weight @ directions, directions.T]
+        weight = factors[0] @ factors[1]
+    return factors, level - centre @ weight
+
+
+@ROUTERS.add("cluster_low_rank")
+class ClusterLowRankRouter(ClusterLinearRouter):
+    """Give every cluster a linear router of low rank."""
+
+    info = replace(
+        ClusterLinearRouter.info,
+        name="cluster_low_rank",
+        differs=(
+            "The source clusters whole texts and trains each cluster's router with its experts; "
+            "here tokens are clustered, and routers of low rank imitate the model's gate."
+        ),
+        title="A low-rank router per cluster",
+        summary=(
+            "As a linear router per cluster, but each of low rank: small routers that together "
+            "say what one small router cannot."
+        ),
+        formula="c = argmin |h - mu_c|;  z = A_c B_c h + b_c, rank r;  S = TopK(score(z), k)",
+    )
+
+    def __init__(
+        self, *, n_clusters: int = 8, rank: int = 4, ridge: float = 1e-3, seed: int = 0
+    ) -> None:
+        super().__init__(n_clusters=n_clusters, rank=rank, ridge=ridge, seed=seed)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from explorer.errors import RouterError
-from explorer.routers.base import (
+from explorer.routers.contract import (
     ROUTERS,
     Decision,
     Part,
@@ -16,8 +16,8 @@ from explorer.routers.base import (
     RouterInfo,
     RouterInputs,
 )
+from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
-from explorer.routers.parts import check_keep, quantile_threshold
 from explorer.routers.scores import target_importance
 
 Kind = Literal["sigmoid", "hard_concrete"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from explorer.routers.base import (
+from explorer.routers.contract import (
     ROUTERS,
     Decision,
     RouterInfo,

@@ -8,7 +8,7 @@ import torch
 
 from capture.swap.rules import OWN_ROUTER, Choice, RouteInputs
 from explorer.errors import RouterError
-from explorer.routers.base import Decision, Router, RouterInputs, Routing
+from explorer.routers.contract import Decision, Router, RouterInputs, Routing
 from explorer.routers.native import host_best
 from explorer.routers.scores import host_scores
 

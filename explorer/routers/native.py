@@ -1,11 +1,12 @@
-"""The model's own decision, and the rules that stay closest to it."""
+"""The model's own decision, and the rules that stay closest to it: other k, noise, one expert."""
 
 from dataclasses import replace
+from math import log
 
 import torch
 
 from explorer.errors import RouterError
-from explorer.routers.base import (
+from explorer.routers.contract import (
     MODEL_K,
     ROUTERS,
     RouterInfo,
@@ -15,6 +16,7 @@ from explorer.routers.base import (
 )
 from explorer.routers.scores import host_scores, slots, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK
+from explorer.routers.sequences import normal, token_keys
 
 
 class GateRouter(RoutingRouter):
@@ -190,3 +192,90 @@ class TopKRouter(GateRouter):
         selector = self.selector or TopK(inputs.top_k if self.k is None else self.k)
         ids = selector.ids(scores, choice)
         return slots(scores, ids, weigh(scores, ids, inputs))
+
+
+@ROUTERS.add("noisy_top_k")
+class NoisyTopKRouter(GateRouter):
+    """Add normal noise to the logits and take the best.
+
+    Parameters
+    ----------
+    noise : float
+        Standard deviation. The default is what the source starts training with,
+        ``softplus(0) = ln 2``.
+    k : int, optional
+        Experts per token; None = as many as the model takes.
+    seed : int
+
+    Notes
+    -----
+    Differs from the source: there a second linear map, trained with the model, sets the noise of
+    each expert and token. A model that was not trained so has none, and here one number serves
+    as a probe of how much noise its routing bears.
+    """
+
+    info = RouterInfo(
+        name="noisy_top_k",
+        family="literature",
+        title="Noisy top-k",
+        summary="The model's own gate with normal noise on its logits. Shows how much it bears.",
+        formula="S = TopK(W h + noise * N(0, 1), k)",
+        paper="1701.06538, eq. 4",
+        differs=(
+            "The size of the noise is given, where the source learns it for each token and expert."
+        ),
+        needs=frozenset({"logits", "token_ids", "starts"}),
+        identity={"noise": 0.0},
+    )
+
+    def __init__(self, *, noise: float = log(2), k: int | None = None, seed: int = 0) -> None:
+        self.noise = noise
+        self.k = k
+        self.seed = seed
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        logits = inputs.tensor("logits").float()
+        noise = normal(token_keys(inputs, self.seed), inputs.n_experts) * self.noise
+        if inputs.score_function == "probabilities":
+            # noise on their logarithms, with the sum that they had
+            noisy = logits * noise.exp()
+            noisy = noisy * (logits.sum(-1, keepdim=True) / noisy.sum(-1, keepdim=True))
+        else:
+            noisy = logits + noise
+        scores, ids = host_best(replace(inputs, logits=noisy), self.k)
+        return slots(scores, ids, weigh(scores, ids, inputs))
+
+
+@ROUTERS.add("switch")
+class SwitchRouter(GateRouter):
+    """Send every token to its single best expert, weighted with that expert's raw score.
+
+    Parameters
+    ----------
+    renormalize : bool
+        Whether the one weight becomes 1, as a model that renormalises would have it; the source
+        keeps the probability.
+    """
+
+    info = RouterInfo(
+        name="switch",
+        family="literature",
+        title="Switch (top-1)",
+        summary="One expert per token, weighted with its probability. Half the experts of top-2.",
+        formula="e = argmax p;  w = p_e",
+        paper="2101.03961, eq. 1-2",
+        differs="No capacity: nothing is dropped.",
+        needs=frozenset({"logits"}),
+        weighing="at_most",
+        identity="One expert for every token; only a model of one expert is repeated by it.",
+    )
+
+    def __init__(self, *, renormalize: bool = False) -> None:
+        self.renormalize = renormalize
+        if renormalize:
+            self.info = replace(self.info, formula="e = argmax p;  w = 1", weighing="own")
+
+    def _route(self, inputs: RouterInputs) -> Routing:
+        scores, ids = host_best(inputs, 1)
+        weights = torch.ones_like(scores[:, :1]) if self.renormalize else scores.gather(-1, ids)
+        return slots(scores, ids, weights * inputs.scaling)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from explorer.routers.base import (
+from explorer.routers.contract import (
     Decision,
     PartMask,
     PartRouter,
@@ -25,9 +25,10 @@ from explorer.routers.base import (
     RouterInputs,
     Routing,
     Site,
+    fit_layers,
+    route_layers,
 )
-from explorer.routers.layers import fit_layers, route_layers
-from explorer.routers.learning.context import TrainedRouter, TrainingSession
+from explorer.routers.learning.training import TrainedRouter, TrainingSession
 from explorer.routers.native import TopKRouter
 
 VOCABULARY = 40

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from explorer.errors import RouterError
-from explorer.routers.base import RouterInputs, Routing
+from explorer.routers.contract import RouterInputs, Routing
 from explorer.routers.live import Convention, convention_of, with_groups_as_counted
 from explorer.routers.scores import host_scores
 from explorer.run import UNLABELLED, Run

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from explorer.errors import RouterError
-from explorer.routers.base import (
+from explorer.routers.contract import (
     ROUTERS,
+    AcrossLayers,
     Decision,
     Part,
     PartMask,
@@ -19,7 +20,7 @@ from explorer.routers.base import (
     RoutingRouter,
     Site,
 )
-from explorer.routers.layers import AcrossLayers
+from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     DISTILLED,
@@ -30,7 +31,6 @@ from explorer.routers.learning.imitation import (
     seeded,
 )
 from explorer.routers.native import choose
-from explorer.routers.parts import check_keep, quantile_threshold
 from explorer.routers.scores import slots, student_scores, target_importance, target_scores, weigh
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from explorer.routers.base import ROUTERS, Site
+from explorer.routers.contract import ROUTERS, Site
 from explorer.routers.learning.actions import ActionKind, CostKind, StateKind
-from explorer.routers.learning.context import TrainingSession
 from explorer.routers.learning.exploration import Acting, Passes
 from explorer.routers.learning.objectives import (
     LayerQ,
@@ -25,8 +24,8 @@ from explorer.routers.learning.objectives import (
     policy_entropy,
     score_function_loss,
 )
-from explorer.routers.rl import ENTROPY_BONUS, PolicyGradientRouter
-from explorer.routers.rl_base import ActionRouter
+from explorer.routers.learning.training import TrainingSession
+from explorer.routers.rl import ENTROPY_BONUS, ActionRouter, PolicyGradientRouter
 
 LEARNING_RATE = 3e-3
 KEPT_BATCHES = 24  # of the replay memory

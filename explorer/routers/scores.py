@@ -3,7 +3,7 @@
 import torch
 
 from explorer.errors import RouterError
-from explorer.routers.base import Decision, PartMask, RouterInputs, Routing
+from explorer.routers.contract import Decision, PartMask, RouterInputs, Routing
 
 # a sum of weights below this is no sum to divide by; DeepSeek-V3's gate adds it for that reason
 _TINY = 1e-20

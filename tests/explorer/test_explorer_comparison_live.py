@@ -25,7 +25,7 @@ from explorer.comparison.texts import Split, Texts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, RouterError
 from explorer.metrics.load import max_violation
 from explorer.routers import PartMask, RouterInfo
-from explorer.routers.base import PartRouter
+from explorer.routers.contract import PartRouter
 from explorer.routers.live import LiveRule
 from explorer.routers.native import TopKRouter
 

@@ -44,7 +44,7 @@ from explorer.comparison.conditions.quantise import Quantised, fake_quantise
 from explorer.comparison.conditions.trace import traced
 from explorer.comparison.conditions.weights import part_parameters
 from explorer.errors import ConditionError, UnknownNameError
-from explorer.routers.base import PartMask, Routing
+from explorer.routers.contract import PartMask, Routing
 from explorer.routers.subsets import best_to_drop
 
 FAMILIES = ("olmoe", "mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3", "granitemoe")

@@ -23,7 +23,7 @@ from explorer.comparison.conditions.quantise import Quantised
 from explorer.comparison.conditions.students import likeness, measure_students
 from explorer.comparison.conditions.trace import Trace, gate_entropy, margin
 from explorer.errors import ConditionError
-from explorer.routers.base import Routing
+from explorer.routers.contract import Routing
 from explorer.routers.probe import toy_layers, toy_tokens
 from explorer.survey.likeness import compare_routing, in_common, information, routed, text_of_tokens
 from explorer.survey.smaller import DistilSettings, cached, distil, start_smaller, windows

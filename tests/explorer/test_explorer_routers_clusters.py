@@ -13,7 +13,7 @@ from test_explorer_routers_rules import sets
 
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, RouterInputs, TopP
-from explorer.routers.cluster_gates import regress
+from explorer.routers.clustering import regress
 from explorer.routers.clusters import GaussianClusters, KMeansClusters, points_of
 from explorer.routers.probe import toy_layers, toy_tokens
 

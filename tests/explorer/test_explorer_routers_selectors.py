@@ -13,7 +13,7 @@ from test_explorer_routers_clusters import FIT, HELD_OUT
 from explorer.comparison.names import make_router, parse_router
 from explorer.routers import ROUTERS, Selector, Threshold, TopK, TopP, probe
 from explorer.routers.probe import LAYERS, toy_layers, toy_targets, toy_tokens
-from explorer.routers.tokens import choose_tokens
+from explorer.routers.sequences import choose_tokens
 
 LAYER_RULES = ("layer_attention", "attention_received", "attention_given")
 RULES = ("gate_row_attention", "expert_key_attention", "yuan_attention", "head_attention")

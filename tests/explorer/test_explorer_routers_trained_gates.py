@@ -11,10 +11,10 @@ from capture.swap.live import summed, token_losses
 from capture.swap.parts import gate_parts
 from capture.swap.routers import swap
 from explorer.routers import ROUTERS, PartMask
+from explorer.routers.controls import _Closed
 from explorer.routers.learning.gates import open_probability, weighed
 from explorer.routers.live import LiveRule
 from explorer.routers.probe import toy_session
-from explorer.routers.static_layers import _Closed
 
 GATES = ("layer_gate_trained", "head_gate_trained", "expert_gate_trained", "gtrxl_gate_trained")
 WHERE = {"layer": "block", "head": "head"}

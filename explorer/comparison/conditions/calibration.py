@@ -14,7 +14,7 @@ from capture.swap.routers import site_key, swap
 from capture.swap.rules import Choice, NativeRule, RouteInputs
 from explorer.comparison.conditions.base import Sequence_, Subject
 from explorer.errors import ConditionError
-from explorer.routers.base import RouterInputs, Routing
+from explorer.routers.contract import RouterInputs, Routing
 from explorer.routers.live import from_live
 
 Key = tuple[int, int]  # layer, site

@@ -20,7 +20,7 @@ from explorer.comparison.conditions.base import (
 )
 from explorer.comparison.conditions.calibration import Key, Seen, collect, expert_outputs
 from explorer.errors import ConditionError
-from explorer.routers.base import RouterInfo, RouterInputs, Routing
+from explorer.routers.contract import RouterInfo, RouterInputs, Routing
 from explorer.routers.live import LiveRule
 from explorer.routers.native import GateRouter, host_best
 from explorer.routers.scores import slots, weigh

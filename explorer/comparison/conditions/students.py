@@ -14,8 +14,14 @@ from capture.swap.losses import loss_change
 from capture.swap.routers import swap
 from explorer.comparison.conditions.base import Sequence_, Subject
 from explorer.comparison.conditions.calibration import Key, Seen, collect
-from explorer.routers.base import ROUTERS, Router, RouterInputs, Routing
-from explorer.routers.layers import fit_layers, route_layers
+from explorer.routers.contract import (
+    ROUTERS,
+    Router,
+    RouterInputs,
+    Routing,
+    fit_layers,
+    route_layers,
+)
 from explorer.routers.learning.imitation import imitation_loss
 from explorer.routers.live import LiveRule
 

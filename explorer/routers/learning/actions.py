@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from explorer.errors import RouterError
-from explorer.routers.base import RouterInputs, Routing, Site
+from explorer.routers.contract import RouterInputs, Routing, Site
 from explorer.routers.native import choose
 from explorer.routers.scores import host_scores, slots, weigh
 
 if TYPE_CHECKING:
-    from explorer.routers.learning.context import TrainingSession
+    from explorer.routers.learning.training import TrainingSession
 
 ActionKind = Literal["count", "subset", "skip"]
 StateKind = Literal["full", "gate"]

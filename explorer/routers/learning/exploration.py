@@ -25,9 +25,9 @@ from capture.model.token_losses import Head
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, RouteInputs, Rule
 from explorer.errors import RouterError
-from explorer.routers.base import RouterInputs, Site
+from explorer.routers.contract import RouterInputs, Site
 from explorer.routers.learning.actions import Actions, state_and_best
-from explorer.routers.learning.context import TrainingSession
+from explorer.routers.learning.training import TrainingSession
 from explorer.routers.live import Convention, from_live
 
 BATCH_TOKENS = 2048

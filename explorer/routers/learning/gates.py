@@ -1,12 +1,14 @@
-"""How gates learn on the model's own loss, by straight-through gradients through the model.
+"""Gates that learn on the model's own loss: before blocks, heads and experts, and a recurrent one.
 
-In training every part is computed and multiplied by its gate, so that a closed gate still learns
-what it keeps away. Afterwards closed parts do not run (heads do; they are masked).
+Gradients go straight through. In training every part is computed and multiplied by its gate, so
+that a closed gate still learns what it keeps away. Afterwards closed parts do not run (heads do;
+they are masked).
 """
 
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,22 +21,26 @@ from capture.swap.parts import gate_parts, part_modules
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, RouteInputs
 from explorer.errors import RouterError
-from explorer.routers.base import (
+from explorer.routers.contract import (
+    ROUTERS,
     Part,
     PartMask,
     PartRouter,
+    RouterInfo,
     RouterInputs,
     Site,
 )
 from explorer.routers.gating import HIGH, LOW, TEMPERATURE, Kind, hard_concrete, straight_through
-from explorer.routers.learning.context import TrainedRouter, TrainingSession
+from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.exploration import Passes
 from explorer.routers.learning.imitation import seeded
 from explorer.routers.learning.objectives import is_point
-from explorer.routers.parts import check_keep, quantile_threshold
+from explorer.routers.learning.training import TrainedRouter, TrainingSession
+from explorer.routers.recurrent import GTrXLGate, Recurrence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
 
 STEPS, BATCH_TOKENS, LEARNING_RATE = 250, 1024, 1e-2
 PRICE_RATE = 0.05  # how fast the price of an open gate follows the rate
@@ -316,3 +322,146 @@ def _frozen(model: nn.Module) -> "Iterator[None]":
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+_INFO = RouterInfo(
+    name="layer_gate_trained",
+    family="gating",
+    title="Layer gate, trained on the loss",
+    summary=(
+        "A gate decides for each token whether the MoE block of a layer runs. It is trained on "
+        "the frozen model's loss, with a price that holds the share of open gates."
+    ),
+    formula="g = [sigmoid(w h + b) >= theta], d g := d sigmoid;  min CE + price (mean g - keep)",
+    paper="2410.13184",
+    differs=(
+        "The price of an open gate follows the share of open gates, where the source's is fixed; "
+        "only MoE blocks are closed."
+    ),
+    needs=frozenset({"hidden"}),
+    fits="trained",
+    across_layers=True,
+    identity={"keep": 1.0},
+)
+
+
+@ROUTERS.add("layer_gate_trained")
+class TrainedLayerGate(TrainedGate):
+    """Decide for each token whether the MoE block of a layer runs, by a gate trained on the loss.
+
+    Notes
+    -----
+    As in the source, but the price of an open gate follows the share of open gates, where the
+    source adds a fixed penalty above its target and ends where that leaves it; and the threshold
+    is moved at the end until the share is met. Closed blocks do not run, where the source's code
+    computes and multiplies. Run it live with ``gate_parts(..., part="block")``.
+    """
+
+    part: Part = "layer"
+    info = _INFO
+
+
+@ROUTERS.add("head_gate_trained")
+class TrainedHeadGate(TrainedGate):
+    """Decide for each token which heads count, by hard-concrete gates trained on the loss."""
+
+    part: Part = "head"
+    info = replace(
+        _INFO,
+        name="head_gate_trained",
+        title="Head gates, trained on the loss",
+        summary=(
+            "A gate for each attention head and token, of a kind that reaches 0 and 1 by itself. "
+            "Trained on the frozen model's loss; closed heads are masked, not skipped."
+        ),
+        formula="g = clip(1.2 sigmoid(w h + b) - 0.1, 0, 1);  min CE + price (P(g > 0) - keep)",
+        paper="1905.09418; 1712.01312, eq. 10-13",
+        differs="The sources' gates are the same for all tokens; here each token has its own.",
+    )
+
+    def __init__(
+        self,
+        *,
+        keep: float = 0.75,
+        kind: Kind = "hard_concrete",
+        steps: int = STEPS,
+        batch_tokens: int = BATCH_TOKENS,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(keep=keep, kind=kind, steps=steps, batch_tokens=batch_tokens, seed=seed)
+
+
+@ROUTERS.add("expert_gate_trained")
+class TrainedExpertGate(TrainedGate):
+    """Decide for each chosen expert whether it runs for the token, by a gate trained on the loss.
+
+    Notes
+    -----
+    ``keep`` is the share of the model's own choices that run. Weights of the experts that are
+    left stay what they were.
+    """
+
+    part: Part = "expert"
+    info = replace(
+        _INFO,
+        name="expert_gate_trained",
+        differs=(
+            "The source gates attention and MLPs; here single experts among those that the model "
+            "chose."
+        ),
+        title="Expert gates, trained on the loss",
+        summary=(
+            "A gate for each expert and token decides which of the chosen experts run. Trained on "
+            "the frozen model's loss."
+        ),
+        formula="g = [sigmoid(W h + b) >= theta];  out = sum_S w_e g_e expert_e(h)",
+    )
+
+
+@ROUTERS.add("gtrxl_gate_trained")
+class TrainedGTrXLGate(TrainedGate):
+    """The layer gate with a stream from layer to layer, updated by GTrXL's gate.
+
+    Parameters
+    ----------
+    width : int
+        Of the stream.
+    """
+
+    part: Part = "layer"
+    info = replace(
+        _INFO,
+        name="gtrxl_gate_trained",
+        title="GTrXL layer gate, trained on the loss",
+        summary=(
+            "A small stream of the token passes from layer to layer through GTrXL's gate and "
+            "decides whether each MoE block runs. Trained on the frozen model's loss."
+        ),
+        formula="x_l = GTrXL(x_{l-1}, P_l h_l);  g = [sigmoid(w_l x_l + b_l) >= theta]",
+        paper="1910.06764; 2410.13184",
+        differs=(
+            "One source's gate replaces residual sums, the other's reads the token alone; here "
+            "GTrXL carries a narrow stream that opens and closes MoE blocks."
+        ),
+    )
+
+    def __init__(
+        self,
+        *,
+        keep: float = 0.75,
+        kind: Kind = "sigmoid",
+        width: int = 32,
+        steps: int = STEPS,
+        batch_tokens: int = BATCH_TOKENS,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(keep=keep, kind=kind, steps=steps, batch_tokens=batch_tokens, seed=seed)
+        self.width = width
+
+    def make(self, d: int, outputs: Sequence[int]) -> nn.Module:
+        """Make a projection and a readout of each layer, and one gate for the stream."""
+        return Recurrence(d, outputs, GTrXLGate(self.width), self.width)
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the projection, the gate and the readout."""
+        return 2.0 * self.width * (d + 6 * self.width + 1)

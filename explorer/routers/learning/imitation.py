@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from explorer.errors import RouterError
-from explorer.routers.base import Decision, RouterInfo, RouterInputs, Routing, RoutingRouter
+from explorer.routers.contract import Decision, RouterInfo, RouterInputs, Routing, RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, target_scores, weigh
 from explorer.routers.selectors import Selector, chosen_formula

@@ -10,8 +10,8 @@ from torch import nn
 
 from explorer.errors import RouterError
 from explorer.routers.learning.actions import STATISTICS
-from explorer.routers.learning.context import CURVE_POINTS
 from explorer.routers.learning.exploration import Log
+from explorer.routers.learning.training import CURVE_POINTS
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.02
 BATCH_TOKENS = 2048

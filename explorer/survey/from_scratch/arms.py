@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from explorer.routers.assignment import CapacityByPositionRouter, ExpertChoiceRouter
-from explorer.routers.base import RouterInfo, RouterInputs, Routing, RoutingRouter
+from explorer.routers.contract import RouterInfo, RouterInputs, Routing, RoutingRouter
 from explorer.routers.hashing import HashRouter
 from explorer.routers.native import TopKRouter
 from explorer.routers.thresholds import ReluRouter
@@ -36,7 +36,7 @@ class Arm:
         Makes the rule that chooses experts, the same in every layer.
     n_experts, top_k : int
     score_function, renormalize
-        The model's convention, see :class:`explorer.routers.base.RouterInputs`.
+        The model's convention, see :class:`explorer.routers.contract.RouterInputs`.
     gate : {"linear", "yuan", "none"}
         What makes the logits.
     key : {"token", "previous", "next", "bigram", "position"}

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from explorer.routers.attention import YuanAttention
-from explorer.routers.base import RouterInputs, Routing, RoutingRouter
+from explorer.routers.contract import RouterInputs, Routing, RoutingRouter
 from explorer.routers.native import host_best
 from explorer.routers.scores import host_scores
 from explorer.survey.from_scratch.arms import Arm

@@ -19,7 +19,7 @@ from capture.prompts.records import read_prompts
 from explorer.comparison.keys import code_fingerprint
 from explorer.errors import RouterError
 from explorer.metrics.load import max_violation
-from explorer.routers.base import RoutingRouter
+from explorer.routers.contract import RoutingRouter
 from explorer.survey.from_scratch.arms import ARMS, Arm, Ints, Key, TableRouter, make_table
 from explorer.survey.from_scratch.model import Facts, ScratchModel, Shape
 

@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from explorer.errors import RouterError
-from explorer.routers.base import Decision, RouterInputs, Site
-from explorer.routers.layers import AcrossLayers
+from explorer.routers.contract import AcrossLayers, Decision, RouterInputs, Site
 
 if TYPE_CHECKING:
     from capture.model.sites import Site as ModelSite

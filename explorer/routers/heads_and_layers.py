@@ -1,4 +1,4 @@
-"""Attention-based rules for heads and layers: keys of parts, and attention that tokens receive."""
+"""Heads and layers chosen by attention: keys of parts, and attention that tokens receive."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +9,9 @@ from torch import nn
 
 from explorer.errors import RouterError
 from explorer.routers.attention import KeyAttention
-from explorer.routers.base import (
+from explorer.routers.contract import (
     ROUTERS,
+    AcrossLayers,
     Decision,
     Part,
     PartMask,
@@ -19,7 +20,6 @@ from explorer.routers.base import (
     RouterInputs,
     Site,
 )
-from explorer.routers.layers import AcrossLayers
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     LEARNING_RATE,
@@ -30,7 +30,7 @@ from explorer.routers.learning.imitation import (
 )
 from explorer.routers.scores import target_importance
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK, chosen_formula
-from explorer.routers.tokens import choose_tokens, sequence_rows, with_selector
+from explorer.routers.sequences import choose_tokens, sequence_rows, with_selector
 
 
 def check_keep(keep: float) -> float:
@@ -161,7 +161,7 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
         Share of (token, layer) pairs that run, over all layers together: the layers compete.
     selector : Selector, optional
         Another way to choose, on ``a_l``, 0..1; replaces ``keep``. See
-        :func:`explorer.routers.tokens.choose_tokens`.
+        :func:`explorer.routers.sequences.choose_tokens`.
     rank : int
         Width of query and keys.
     steps, seed : int
@@ -262,7 +262,7 @@ class AttentionReceivedRouter(PartRouter):
     selector : Selector, optional
         Another way to choose, on what a token receives; replaces ``keep``. Every query of a
         sequence gives 1 in all, so that the mean token receives 1: ``Threshold(1.0)`` keeps those
-        above the mean. See :func:`explorer.routers.tokens.choose_tokens`.
+        above the mean. See :func:`explorer.routers.sequences.choose_tokens`.
 
     Notes
     -----
@@ -321,7 +321,7 @@ class AttentionGivenRouter(PartRouter):
     selector : Selector, optional
         Another way to choose, on the share of the fit split's tokens that score lower, 0..1;
         replaces ``keep``. ``Threshold(0.25)`` keeps about 75 % of the tokens. See
-        :func:`explorer.routers.tokens.choose_tokens`.
+        :func:`explorer.routers.sequences.choose_tokens`.
     statistic : str
         Which statistic of a token's own row of attention decides.
     highest : bool
@@ -384,3 +384,106 @@ class AttentionGivenRouter(PartRouter):
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
         """Return the operations of one row's entropy, some thousand keys at most."""
         return 3.0 * 2048
+
+
+@ROUTERS.add("moh_heads")
+class MoHRouter(PartRouter):
+    """Keep the first heads of every layer on, and choose among the others by a linear gate.
+
+    Parameters
+    ----------
+    keep : float
+        Share of the heads that each token uses, the shared ones among them, rounded up.
+    shared : float
+        Share of the heads that every token uses: the first ones, as the source takes them in a
+        model that was trained without.
+    steps, seed : int
+        Of the fit, whose target is each routed head's share of the routed heads' output norms.
+    """
+
+    part: Part = "head"
+    info = RouterInfo(
+        name="moh_heads",
+        family="attention",
+        title="Mixture of heads with shared heads (MoH)",
+        summary=(
+            "The first heads of a layer are on for every token, and a linear gate chooses among "
+            "the others. It is learned from how much each of them contributes."
+        ),
+        formula="a = softmax(W_r h);  heads = the first m and TopK(a, n - m)",
+        paper="2410.11842, section 3.2",
+        differs=(
+            "The source trains the gate with the model and weighs heads in two stages, shared "
+            "against routed; here the model is frozen, and a head that is on counts in full."
+        ),
+        needs=frozenset({"hidden"}),
+        fits="distilled",
+        identity={"keep": 1.0},
+    )
+
+    def __init__(
+        self, *, keep: float = 0.75, shared: float = 0.5, steps: int = STEPS, seed: int = 0
+    ) -> None:
+        self.keep = check_keep(keep)
+        self.shared = check_keep(shared)
+        self.steps = steps
+        self.seed = seed
+
+    def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
+        hidden = inputs.tensor("hidden").float()
+        importance = target_importance(target, self.part)
+        heads = importance.shape[-1]
+        # at least one head is routed, or there is nothing to choose
+        self.always_ = min(round(self.shared * heads), heads - 1)
+        routed = importance[:, self.always_ :]
+        width, n_routed = hidden.shape[-1], heads - self.always_
+        gate = seeded(lambda: nn.Linear(width, n_routed, bias=False), self.seed)
+        self.losses_ = learn_shares(gate, hidden, routed, steps=self.steps, seed=self.seed)
+        self.gate_ = gate
+
+    def _route(self, inputs: RouterInputs) -> PartMask:
+        scores = self.gate_(inputs.tensor("hidden").float()).softmax(dim=-1)
+        heads = self.always_ + scores.shape[-1]
+        routed = max(ceil(self.keep * heads - 1e-9), self.always_, 1) - self.always_
+        chosen = TopK(routed).mask(scores) if routed else torch.zeros_like(scores)
+        always = torch.ones(len(scores), self.always_, device=scores.device)
+        return PartMask(self.part, torch.cat((always, chosen.float()), dim=-1))
+
+    def flops(self, n_experts: int, d: int, top_k: int) -> float:
+        """Return the operations of the linear gate; two routed heads before the fit."""
+        return 2.0 * d * (self.gate_.out_features if self.fitted else 2)
+
+
+@ROUTERS.add("a_mod")
+class AModRouter(AttentionReceivedRouter):
+    """Run a layer for the tokens that receive most attention in the layer before it.
+
+    Parameters
+    ----------
+    keep : float
+        Share of each sequence's tokens, rounded up.
+    selector : Selector, optional
+        As of :class:`AttentionReceivedRouter`.
+
+    Notes
+    -----
+    Layers without a map before them run for all tokens: the first one, and where whole layers are
+    gated every second one, as in the source, since a layer that some tokens skip has no map. A
+    comparison leaves them alone.
+    """
+
+    preceding = True
+    info = replace(
+        AttentionReceivedRouter.info,
+        name="a_mod",
+        title="Attention received in the layer before (A-MoD)",
+        summary=(
+            "Runs a layer for the tokens that received most attention in the layer before; the "
+            "first layer runs for all. Later tokens decide about earlier ones."
+        ),
+        formula="s_t = sum over queries of a_(l-1)[query, t];  run l for t if s_t in TopC(s)",
+        differs=(
+            "Made for images, and trained with; here a trained language model skips its MoE "
+            "blocks, or with --skip layer whole layers as in the source."
+        ),
+    )
