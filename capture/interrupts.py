@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+# what DuckDB raises instead, as a bare RuntimeError
+_INTERRUPTED = "Query interrupted"
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came: a container is stopped, or a job is preempted."""
@@ -62,10 +65,6 @@ def remembered_interrupts() -> Iterator[Interrupts]:
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
-
-
-# what DuckDB raises instead, as a bare RuntimeError
-_INTERRUPTED = "Query interrupted"
 
 
 @contextmanager

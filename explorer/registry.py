@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.errors import UnknownNameError
 
 T = TypeVar("T")

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from capture.errors import CaptureError
-from capture.quoting import quoted
+from capture.errors import CaptureError, quoted
 from capture.store import check_run, counts_only
 from capture.store.files import is_own_file
 from explorer import worker

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capture.quoting import first_line, quoted
+from capture.errors import first_line, quoted
 from capture.store.files import is_own_file
 from explorer import service
 from explorer.errors import ExplorerError, RunError

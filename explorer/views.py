@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from capture.store.files import is_own_file
 from explorer import service, slices
 from explorer.errors import ExplorerError

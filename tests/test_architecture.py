@@ -18,8 +18,8 @@ MAX_LINES = 600
 # folders and modules of a package, lowest first: each may import what stands before it, lazily too
 ORDER = {
     "capture": (
-        *("errors", "interrupts", "quoting", "model_names", "paths"),
-        *("prompts", "store", "model", "recorder", "swap", "demo", "bench", "__main__"),
+        *("errors", "interrupts", "paths", "prompts", "store", "model", "recorder", "swap"),
+        *("demo", "bench", "__main__"),
     ),
     "explorer": (
         *("errors", "text", "registry", "metrics", "run", "queries", "routers", "comparison"),

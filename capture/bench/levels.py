@@ -5,6 +5,7 @@ of it, in a process of its own, because the peak of a process's memory belongs t
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -13,13 +14,17 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from capture.bench.memory import start_peak, stop_peak
 from capture.bench.overhead import Bench, plain, prepare, recorded, timed
-from capture.prompts.records import Prompt, read_prompts
+from capture.prompts.reading import Prompt, read_prompts
 from capture.recorder.config import CaptureConfig
 
+if TYPE_CHECKING:
+    import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
 MIB = 2**20
 PLAIN = "plain"  # forward and loss
 OUTPUTS = "eager+outputs"  # output_attentions and output_router_logits, with eager attention
@@ -58,6 +63,39 @@ QWEN3_30B: dict[str, Any] = {  # Qwen3-30B-A3B, 8 of its 48 layers
     "norm_topk_prob": True,
 }
 SHAPES = ("demo", "tiny", "olmoe", "qwen3-30b-8layers")
+
+
+def start_peak(device: "torch.device") -> int:
+    """Forget the peak so far and return what is in use now, bytes.
+
+    On a CPU that is the process's resident memory as Linux counts it, on CUDA what PyTorch has
+    allocated on the device.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    CLEAR.write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def stop_peak(device: "torch.device") -> int:
+    """Return the most that was in use since :func:`start_peak`, bytes."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    for line in STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"This measurement needs {name} in {STATUS}, as Linux has it.")
 
 
 class Cell(NamedTuple):
@@ -227,10 +265,8 @@ def _with_outputs(bench: Bench) -> None:
     """Run forward and loss with eager attention, and every attention map and router score."""
     import torch
 
-    from capture.model.batching import pad_batch
-    from capture.model.forward import Runner
+    from capture.model.forward import Head, Runner, pad_batch
     from capture.model.selftest import probe_tokens
-    from capture.model.token_losses import Head
 
     model: Any = bench.loaded.model
     ids = [prompt.ids for prompt in bench.plan.prompts]
@@ -249,10 +285,9 @@ def _with_outputs(bench: Bench) -> None:
 
 def _loop(bench: Bench) -> None:
     """Run the loop of a capture, decoding included, with nothing observed and nothing written."""
-    from capture.model.forward import Runner
+    from capture.model.forward import Head, Runner
     from capture.model.hooks import Taps
     from capture.model.selftest import probe_tokens
-    from capture.model.token_losses import Head
     from capture.recorder.assemble import DecodeStep, Step
     from capture.recorder.loop import HiddenRows, Recording
     from capture.recorder.transfer import WriterThread

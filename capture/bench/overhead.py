@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.model.tokens import TokenizedPrompt, tokenize
-from capture.prompts.records import Prompt, read_prompts
+from capture.prompts.reading import Prompt, read_prompts
 from capture.recorder.config import CaptureConfig
 from capture.recorder.progress import Reporter
 from capture.recorder.sampling import plan_sample
@@ -118,10 +118,8 @@ def plain(bench: Bench) -> None:
     """Run the same batches and losses, without anything of capture but the loop."""
     import torch
 
-    from capture.model.batching import pad_batch
-    from capture.model.forward import Runner
+    from capture.model.forward import Head, Runner, pad_batch
     from capture.model.selftest import probe_tokens
-    from capture.model.token_losses import Head
     from capture.recorder.preparation import vocab_size
 
     model, plan = bench.loaded.model, bench.plan

@@ -11,11 +11,10 @@ from capture.demo import FIGURES, TRENDS, WEIGHTS, work_folder
 from capture.demo.card import write_card
 from capture.demo.corpus import prepare, ship
 from capture.demo.evaluate import evaluate
-from capture.demo.fetch import fetch
 from capture.demo.snapshots import install, list_snapshots, record_snapshots
+from capture.demo.sources import fetch
 from capture.demo.tokenizer import encode_corpus, train_tokenizer
-from capture.demo.trainer import Recipe, train
-from capture.demo.workers import launch
+from capture.demo.trainer import Recipe, launch, train
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from capture.errors import SwapError
-from capture.model.routed import LAYER_LISTS
-from capture.model.sites import OTHER_STACKS, SHARED_NAMES, Site, text_config
+from capture.model.sites import LAYER_LISTS, OTHER_STACKS, SHARED_NAMES, Site, text_config
 
 Key = tuple[int, int]  # layer, site
 

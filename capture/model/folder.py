@@ -11,8 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.errors import ModelError
-from capture.quoting import cut, quoted
+from capture.errors import ModelError, cut, quoted
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from capture.errors import SiteError
+from capture.model import attributes as probe
 from capture.model.adapters import Channel
-from capture.model.adapters import attributes as probe
-from capture.model.record_op import listening
+from capture.model.adapters.base import listening
 from capture.model.sites import Site
 
 _tapped: WeakSet[nn.Module] = WeakSet()

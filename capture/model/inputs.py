@@ -1,12 +1,27 @@
-"""What a language model can be fed, and where its token ids go."""
+"""What a language model can be fed, and how to run it plainly, whatever its configuration adds."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from capture.errors import ModelError
-from capture.model.wrappers import inner
+from capture.model.attributes import inner
+
+# what a forward pass puts out besides its logits; none of it changes what the model computes,
+# but it costs memory, moves the outputs' places and breaks decoding (aux losses need no cache)
+EXTRAS = (
+    "output_attentions", "output_cross_attentions", "output_hidden_states",
+    "output_router_logits", "output_router_probs", "output_auxiliary_logits",
+)  # fmt: skip
+PLAIN: Mapping[str, Any] = {
+    **dict.fromkeys(EXTRAS, False),
+    "return_dict": True,
+    # callers say with every call whether they want a cache; this one is for modules further down
+    "use_cache": True,
+}
 
 
 def embedding_weight(model: nn.Module) -> torch.Tensor:
@@ -45,3 +60,55 @@ def input_device(model: nn.Module) -> torch.device:
     """Return where token ids go: beside the embedding, or the CPU while that is offloaded."""
     device = embedding_weight(model).device
     return torch.device("cpu") if device.type == "meta" else device
+
+
+@contextmanager
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """Switch off what a configuration adds to the forward pass, until the block is left.
+
+    Switches live in the model's configuration, in those nested in it, in those that modules keep
+    for themselves, and on modules. All are as before afterwards, whatever happens inside.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Or any module; without a configuration nothing happens.
+
+    Notes
+    -----
+    Values are changed in the objects' own dictionaries: setters of a configuration refuse some
+    combinations, such as attention maps beside a fast implementation, that a user may have made.
+    """
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    for owner in _owners(model):
+        for name, plain in PLAIN.items():
+            for key in (name, f"_{name}"):  # configurations keep some behind a property
+                value = owner.get(key)
+                if (isinstance(value, bool | int | list) or value is None) and key in owner:
+                    changed.append((owner, key, value))
+                    owner[key] = plain
+    try:
+        yield
+    finally:
+        for owner, key, value in reversed(changed):
+            owner[key] = value
+
+
+def _owners(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the attributes of every module and of every configuration below the model."""
+    owners: list[dict[str, Any]] = []
+    waiting: list[object] = []
+    for module in model.modules():
+        own = vars(module)
+        owners.append(own)
+        waiting += [own[name] for name in ("config", "generation_config") if name in own]
+    seen: set[int] = set()
+    while waiting:
+        config = waiting.pop()
+        if id(config) in seen or not hasattr(config, "__dict__"):
+            continue
+        seen.add(id(config))
+        own = vars(config)
+        owners.append(own)
+        waiting += [value for value in own.values() if hasattr(type(value), "get_text_config")]
+    return owners

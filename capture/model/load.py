@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from capture.errors import ModelError
+from capture.errors import ModelError, cut, first_line, quoted
 from capture.model.folder import check_model_folder, check_numbers, odd_one, read_document
 from capture.paths import given_path
-from capture.quoting import cut, first_line, quoted
 from capture.store.records import DTYPES
 
 if TYPE_CHECKING:

@@ -1,24 +1,29 @@
-"""Find a model's MoE sites: every block that owns a router and experts, by structure."""
+"""Find a model's MoE sites: every block that owns a router and experts, by structure.
+
+A block that seems to route by its parameters, whatever they are called, and is no site is refused:
+a run would lack it.
+"""
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from capture.errors import SiteError
-from capture.model import wrappers
+from capture.model import attributes
+from capture.model import attributes as probe
 from capture.model.adapters import ADAPTERS, Adapter, Parts
-from capture.model.adapters import attributes as probe
-from capture.model.routed import LAYER_LISTS, suspects
 from capture.store.records import SiteInfo
 
+STACK, MATRIX = 3, 2  # axes
+# lists of layers are stacks too, but nothing chooses among them
+LAYER_LISTS = ("layers", "layer", "blocks", "block", "h")
 log = logging.getLogger(__name__)
-
 # parts of a multi-modal or multi-token model that a forward pass over text does not run
 OTHER_STACKS = (
     "visual", "vision_tower", "vision_model", "vision_moe", "audio_tower", "talker", "code2wav",
@@ -28,13 +33,107 @@ SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 SHARED_COUNTS = (
     "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
 )  # fmt: skip
-
-
 LIST = (
     ": its experts are a list of modules, each called with tokens of its own, as in code for "
     "transformers 4. Load the model with the class that transformers has for it "
     "(trust_remote_code=False), whose experts are told ids and weights"
 )
+
+
+class Suspect(NamedTuple):
+    """A block that has several parts of one shape, and what may choose among them.
+
+    Attributes
+    ----------
+    module : str
+    parts : str
+        Name of the list or parameter that holds them.
+    size : int
+    gate : str
+        Parameter with as many rows or columns; empty where only a name tells.
+    """
+
+    module: str
+    parts: str
+    size: int
+    gate: str
+
+
+class _Stack(NamedTuple):
+    name: str
+    size: int
+    parameters: set[torch.Tensor]
+
+
+def suspects(model: nn.Module, known: Set[nn.Module], blocks: Set[nn.Module]) -> Iterator[Suspect]:
+    """Yield blocks that no site explains although they seem to route.
+
+    Parameters
+    ----------
+    model : Module
+    known : set of Module
+        Routers and experts of the sites with all that is in them, and what does not run.
+    blocks : set of Module
+        The blocks that own those.
+    """
+    explained: set[torch.Tensor] = {p for module in known for p in module.parameters(recurse=False)}
+    parents = {c: module for module in model.modules() for c in module.children()}
+    for name, module in model.named_modules():
+        if module in known:
+            continue
+        for stack in _stacks(module):
+            if stack.parameters & explained:
+                continue
+            gate = _gate(module, parents.get(module), stack, explained)
+            is_named = "expert" in f"{name}.{stack.name}".lower()
+            if gate or (is_named and not _inside(module, blocks, parents)):
+                yield Suspect(name, stack.name, stack.size, gate)
+
+
+def _inside(module: nn.Module, blocks: Set[nn.Module], parents: dict[nn.Module, nn.Module]) -> bool:
+    """Whether a module is one of the blocks or lies in one: shared experts, a second layer."""
+    at: nn.Module | None = module
+    while at is not None:
+        if at in blocks:
+            return True
+        at = parents.get(at)
+    return False
+
+
+def _stacks(module: nn.Module) -> Iterator[_Stack]:
+    """Yield what a module has several of in one shape: modules of a list, slices of a tensor."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return
+    for name, part in module.named_children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) and name not in LAYER_LISTS:
+            shapes = [[p.shape for p in one.parameters()] for one in part.children()]
+            alike = len(shapes) > 1 and all(shape == shapes[0] for shape in shapes)
+            if alike and any(len(shape) >= MATRIX for shape in shapes[0]):
+                yield _Stack(name, len(shapes), set(part.parameters()))
+        elif not isinstance(part, nn.modules.conv._ConvNd):
+            yield from _tensors(part, f"{name}.")
+    yield from _tensors(module, "")
+
+
+def _tensors(module: nn.Module, prefix: str) -> Iterator[_Stack]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == STACK and min(parameter.shape) > 1:
+            yield _Stack(f"{prefix}{name}", parameter.shape[0], {parameter})
+
+
+def _gate(
+    module: nn.Module, parent: nn.Module | None, stack: _Stack, explained: set[torch.Tensor]
+) -> str:
+    """Return the matrix that has a row or column for every part, or nothing."""
+    near: list[tuple[str, torch.Tensor]] = list(module.named_parameters())
+    for name, beside in parent.named_children() if parent is not None else ():
+        if isinstance(beside, nn.Linear):
+            near += [(f"../{name}", beside.weight)]
+    for name, parameter in near:
+        is_own = parameter in stack.parameters or parameter in explained
+        if not is_own and parameter.ndim == MATRIX and stack.size in parameter.shape:
+            return name
+    return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +261,7 @@ def _blocks(model: nn.Module, config: object) -> Iterator[tuple[str, nn.Module, 
     """Yield every block that an adapter recognises; refuse one that routes unrecognised."""
     unknown: list[tuple[str, nn.Module]] = []
     blocks: set[nn.Module] = set()
-    known: set[nn.Module] = wrappers.idle(model)
+    known: set[nn.Module] = attributes.idle(model)
     for module, parent in model.named_modules():
         if set(module.split(".")) & set(OTHER_STACKS):
             known.add(parent)
@@ -214,7 +313,7 @@ def _site(
         n_shared_experts=_n_shared(model, config, module, parent),
         score_function=parts.score_function or "other",
     )
-    router = wrappers.inner(parts.router)
+    router = attributes.inner(parts.router)
     groups = probe.groups(router, parts.n_experts)
     return Site(
         info=info,

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from capture.model.batching import Ints, PaddedBatch
-from capture.model.forward import next_in_prompt
+from capture.model.forward import Ints, PaddedBatch, next_in_prompt
 from capture.model.token_text import decode_pieces
 from capture.model.tokens import TokenizedPrompt
 from capture.recorder.attention.parcel import unpack_attention

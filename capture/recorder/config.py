@@ -3,8 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from capture.errors import ConfigError
-from capture.quoting import quoted
+from capture.errors import ConfigError, quoted
 from capture.store.records import DTYPES, LEVELS, Level
 
 DEFAULT_SAMPLE_TOKENS = 50_000

@@ -11,9 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture.model.batching import Ints, PaddedBatch, pad_batch, plan_batches
 from capture.model.compiled import uncompiled_steps
-from capture.model.forward import PromptPass, Runner, keeps, to_device
+from capture.model.forward import (
+    Ints,
+    PaddedBatch,
+    PromptPass,
+    Runner,
+    keeps,
+    pad_batch,
+    plan_batches,
+    to_device,
+)
 from capture.model.hooks import Taps
 from capture.model.inputs import vocabulary
 from capture.model.sites import Site
@@ -76,7 +84,7 @@ class Plan:
         Parameters
         ----------
         limit : int or None, tokens
-            A further bound, from :meth:`capture.model.token_losses.Head.limit`.
+            A further bound, from :meth:`capture.model.forward.Head.limit`.
         """
         budget = self.batch_tokens if limit is None else min(limit, self.batch_tokens)
         lengths = [len(prompt.ids) for prompt in self.prompts]

@@ -14,7 +14,7 @@ from capture.interrupts import Interrupts, Terminated, remembered_interrupts
 from capture.model.token_text import can_decode, has_offsets
 from capture.model.tokens import tokenize
 from capture.paths import check_rank, given_path
-from capture.prompts.records import Prompt, PromptSource, read_prompts
+from capture.prompts.reading import Prompt, PromptSource, read_prompts
 from capture.recorder import preparation
 from capture.recorder.config import (
     DEFAULT_ATTENTION_BINS,
@@ -362,10 +362,9 @@ class _Session:
 
     def _record(self, thread: "WriterThread[Step]", stop: Stopper) -> None:
         from capture.model.compiled import compiled
-        from capture.model.forward import Runner
+        from capture.model.forward import Head, Runner
         from capture.model.hooks import tap
         from capture.model.selftest import probe_tokens
-        from capture.model.token_losses import Head
         from capture.recorder.loop import HiddenRows, Recording
 
         hidden_rows = HiddenRows()

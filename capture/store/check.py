@@ -19,8 +19,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from capture.errors import StoreError
-from capture.quoting import quoted
+from capture.errors import StoreError, quoted
 from capture.store import schema, values
 from capture.store.blocks import describe
 from capture.store.codec import Layout, unpack_ids
@@ -37,6 +36,7 @@ _ROWS = 2**17  # routes that are unpacked at a time
 _REMEMBERED = 1_000  # files
 _lock = threading.Lock()
 _verdicts: dict["Identity", StoreError | None] = {}
+_ADVICE = "The partial file stays; report this, it is a defect of the capture."
 
 
 class Identity(NamedTuple):
@@ -254,9 +254,6 @@ def _check_text(connection: duckdb.DuckDBPyConnection) -> None:
     for table, columns in _TEXTS.items():
         read = ", ".join(f"max(strlen(decode(encode({column}))))" for column in columns)
         connection.sql(f"SELECT {read} FROM packed.{table}").fetchall()
-
-
-_ADVICE = "The partial file stays; report this, it is a defect of the capture."
 
 
 def check_counts(

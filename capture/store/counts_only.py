@@ -21,11 +21,9 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from capture.errors import StoreError
+from capture.errors import StoreError, first_line
 from capture.interrupts import as_keyboard_interrupt
-from capture.model_names import model_name
-from capture.paths import given_path
-from capture.quoting import first_line
+from capture.paths import given_path, model_name
 from capture.store import schema
 from capture.store.codec import Layout
 from capture.store.files import check_new, made_whole

@@ -12,8 +12,7 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
-from capture.errors import StoreError
-from capture.quoting import first_line, quoted
+from capture.errors import StoreError, first_line, quoted
 from capture.store import schema
 from capture.store.check import UNREADABLE, check_values, limited
 from capture.store.records import SiteInfo

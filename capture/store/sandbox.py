@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import duckdb
 
-from capture import quoting
+from capture import errors
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import schema
 from capture.store.codec import Layout
@@ -30,6 +30,25 @@ LOCKED = SAFE | {"enable_external_access": "false", "lock_configuration": "true"
 
 # what a system says when a write finds no room
 _NO_ROOM = ("No space left", "File too large", "quota exceeded")
+MEMORY = "1GB"  # of one connection; what does not fit is spilled
+SPILLED = "16GB"
+_LOCK = "SET enable_external_access = false; SET lock_configuration = true"
+FILE = "run_file"
+# the whole name: a file may hold a macro that is called as the function is
+_TABLES = (
+    "SELECT table_name, sql FROM system.main.duckdb_tables()"
+    " WHERE database_name = ? AND schema_name = ?"
+)
+_INDEXES = "SELECT count(*) FROM system.main.duckdb_indexes() WHERE database_name = ?"
+_MACROS = "SELECT count(*) FROM system.main.duckdb_functions() WHERE database_name = ?"
+_SCHEMA = "packed"
+FIRST_RELEASED = 1  # schema version
+# columns that are not read as they are stored
+_READ = {("token", "token"): f"nullif(token, {schema.NO_TOKEN}) AS token"}
+MAX_SITES = 4_096
+MAX_EXPERTS = 65_534  # the largest number of experts that a packed id can name
+MAX_EXPERTS_IN_ALL = 2**20
+MAX_SLOTS = 1_024
 
 
 def check_file(path: Path) -> None:
@@ -71,7 +90,7 @@ def cannot_open(path: Path, error: duckdb.Error) -> StoreError:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, without the full stop."""
-    return quoting.first_line(error).rstrip(".")
+    return errors.first_line(error).rstrip(".")
 
 
 def check_version(
@@ -111,32 +130,11 @@ def read_version(
 
 def not_a_run(path: Path, reason: Exception | str) -> StoreError:
     """Make the error for a file that is not a run file."""
-    reason = quoting.first_line(reason)
+    reason = errors.first_line(reason)
     return StoreError(
         f"A run file was expected at {path}, but it is none ({reason}). Record one with: "
         "python -m capture MODEL --prompts FILE --out RUN"
     )
-
-
-MEMORY = "1GB"  # of one connection; what does not fit is spilled
-SPILLED = "16GB"
-_LOCK = "SET enable_external_access = false; SET lock_configuration = true"
-FILE = "run_file"
-# the whole name: a file may hold a macro that is called as the function is
-_TABLES = (
-    "SELECT table_name, sql FROM system.main.duckdb_tables()"
-    " WHERE database_name = ? AND schema_name = ?"
-)
-_INDEXES = "SELECT count(*) FROM system.main.duckdb_indexes() WHERE database_name = ?"
-_MACROS = "SELECT count(*) FROM system.main.duckdb_functions() WHERE database_name = ?"
-_SCHEMA = "packed"
-FIRST_RELEASED = 1  # schema version
-# columns that are not read as they are stored
-_READ = {("token", "token"): f"nullif(token, {schema.NO_TOKEN}) AS token"}
-MAX_SITES = 4_096
-MAX_EXPERTS = 65_534  # the largest number of experts that a packed id can name
-MAX_EXPERTS_IN_ALL = 2**20
-MAX_SLOTS = 1_024
 
 
 def attach(path: Path, name: str, *, read_only: bool = True) -> duckdb.DuckDBPyConnection:

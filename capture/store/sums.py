@@ -16,6 +16,10 @@ from capture.store.schema import Column
 from capture.store.tables import as_table
 
 _Key = tuple[tuple[int, ...], str | None, str]  # indices of the sites, domain, phase
+# tokens whose rows are unpacked at a time; 64 layers of top-8 take 64 MB
+CHUNK_TOKENS = 16_384
+MAX_CELLS = 2**28  # of all matrices together, 2 GB; 400 sites of 512 experts take less than half
+Counts = npt.NDArray[np.int64]
 
 
 class _Sums:
@@ -89,13 +93,6 @@ class Rollup:
             for values, column in zip(by_column, columns, strict=True)
         ]
         return pa.Table.from_arrays(arrays, names=[column.name for column in columns])
-
-
-# tokens whose rows are unpacked at a time; 64 layers of top-8 take 64 MB
-CHUNK_TOKENS = 16_384
-MAX_CELLS = 2**28  # of all matrices together, 2 GB; 400 sites of 512 experts take less than half
-
-Counts = npt.NDArray[np.int64]
 
 
 class PairTotals:

@@ -28,6 +28,8 @@ from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, STATISTICS, Co
 MAX_TOKEN_ID = 2**31 - 1
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HALF_INFINITY = 0x7C00  # the exponent of infinity in float16
+# float32 sums of a row of shares
+ROW_TOLERANCE = 1e-4
 
 
 def clean(text: str | None) -> str | None:
@@ -235,10 +237,6 @@ def _lists(values: npt.NDArray[np.float32]) -> pa.Array:
     ruled_out = np.isneginf(flat)
     items = pa.array(flat, pa.float32(), mask=ruled_out if ruled_out.any() else None)
     return pa.LargeListArray.from_arrays(pa.array(offsets), items)
-
-
-# float32 sums of a row of shares
-ROW_TOLERANCE = 1e-4
 
 
 class AttentionBuilder:

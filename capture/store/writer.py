@@ -12,9 +12,8 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
-from capture.errors import StoreError
+from capture.errors import StoreError, quoted
 from capture.interrupts import as_keyboard_interrupt
-from capture.quoting import quoted
 from capture.store import schema
 from capture.store.check import check_counts, check_diagonal
 from capture.store.codec import layout_for

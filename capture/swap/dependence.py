@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from capture.model.inputs import plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
-from capture.model.switches import plain_forward
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import Choice, RouteInputs, Rule, choice_of
 

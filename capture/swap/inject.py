@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from capture.errors import SwapError
-from capture.model.adapters import attributes as probe
+from capture.model import attributes as probe
 from capture.model.adapters.jetmoe import FIELDS, SortedTokensAdapter, unsorted
 from capture.model.adapters.llama4 import ScaledInputAdapter
 from capture.model.adapters.standard import StandardAdapter, scores_of
 from capture.model.adapters.zaya import SkipExpertAdapter
+from capture.model.attributes import inner
 from capture.model.sites import Site
-from capture.model.wrappers import inner
 from capture.swap.own_router import OwnRouter
 from capture.swap.rules import Choice
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from capture.model.adapters.attributes import flat_rows
 from capture.model.adapters.standard import scores_of
+from capture.model.attributes import flat_rows
 from capture.model.sites import Site
 from capture.swap.rules import own_gate
 

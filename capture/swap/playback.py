@@ -7,7 +7,7 @@ import torch
 
 from capture.errors import SwapError
 from capture.model.adapters import Channel
-from capture.model.adapters.attributes import flat_rows
+from capture.model.attributes import flat_rows
 from capture.model.context import PassTokens
 from capture.model.sites import Site
 from capture.swap.rules import Choice

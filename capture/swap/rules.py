@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from capture.errors import SwapError
-from capture.model.adapters import attributes as probe
+from capture.model import attributes as probe
 from capture.model.sites import Site
 from capture.swap.attention import NAMES, AttentionRows
 

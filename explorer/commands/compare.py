@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from capture.quoting import quoted
+from capture.errors import quoted
 
 if TYPE_CHECKING:
     import pandas as pd

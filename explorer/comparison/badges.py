@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from capture.model.inputs import plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
-from capture.model.switches import plain_forward
 from capture.swap.dependence import MIDDLE, ROUNDING, dependence
-from capture.swap.parts import gate_parts
+from capture.swap.part_gates import gate_parts
 from capture.swap.rules import RouteInputs, Rule
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.measure import Spy

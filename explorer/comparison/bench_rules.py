@@ -19,8 +19,8 @@ from capture.model.load import load_model, loading_bars
 from capture.model.selftest import attach
 from capture.model.sites import Site
 from capture.model.tokens import tokenize
-from capture.prompts.records import read_prompts
-from capture.swap.live import Latency, latency
+from capture.prompts.reading import read_prompts
+from capture.swap.measure import Latency, latency
 from explorer.comparison.lab import Lab
 from explorer.comparison.names import RouterSpec, parse_router, split_routers
 from explorer.comparison.texts import Split, Texts

@@ -17,7 +17,7 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
-from capture.quoting import first_line, quoted
+from capture.errors import first_line, quoted
 from capture.store.check import UNREADABLE, limited
 from capture.store.files import is_own_file
 from capture.store.sandbox import LOCKED, attach, tables_in

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from capture.model.sites import Site
-from capture.swap.live import token_losses
+from capture.swap.measure import token_losses
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, NativeRule, RouteInputs
 from explorer.comparison.importance import ATTENTION, LivePart, measured_parts

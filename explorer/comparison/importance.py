@@ -11,8 +11,8 @@ from torch import nn
 from capture.model.context import Passes
 from capture.model.flops import decoder_layers, head_count
 from capture.model.sites import Site
-from capture.swap.live import token_losses
-from capture.swap.parts import gate_parts, output_layers, part_modules
+from capture.swap.measure import token_losses
+from capture.swap.part_gates import gate_parts, output_layers, part_modules
 from capture.swap.rules import RouteInputs, as_rows
 from explorer.comparison.texts import Texts
 from explorer.errors import RouterError

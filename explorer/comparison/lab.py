@@ -13,12 +13,12 @@ import torch
 
 from capture.model import inputs
 from capture.model.flops import counted_flops, model_flops
+from capture.model.inputs import plain_forward
 from capture.model.load import LoadedModel
 from capture.model.sites import Site
-from capture.model.switches import plain_forward
-from capture.swap.live import Kept, Latency, latency, summed, token_losses
 from capture.swap.losses import SequenceLosses
-from capture.swap.parts import gate_parts
+from capture.swap.measure import Kept, Latency, latency, summed, token_losses
+from capture.swap.part_gates import gate_parts
 from capture.swap.routers import SiteCount, swap
 from capture.swap.rules import NativeRule, Rule
 from explorer.comparison.cost import Cost, Usage, cost_of

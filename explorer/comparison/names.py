@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from capture.quoting import cut, first_line, quoted
+from capture.errors import cut, first_line, quoted
 from explorer.errors import RouterError
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from capture.model.sites import text_config
-from capture.swap.live import summed
 from capture.swap.losses import SequenceLosses, loss_change
+from capture.swap.measure import summed
 from explorer.comparison.lab import Lab
 from explorer.errors import ComparisonError
 from explorer.routers import RouterInfo, RouterInputs, Routing, RoutingRouter

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from capture.swap.losses import LossChange, SequenceLosses, critical, loss_change, ratio_variance
 from explorer.comparison.file import Comparison
 from explorer.errors import ComparisonError

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.comparison.names import RouterSpec, parse_router, takes_seed
 from explorer.errors import ComparisonError
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import torch
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.comparison.badges import recorded_badges
 from explorer.comparison.replay_rows import domain_rows, over_layers, site_row, token_rows
 from explorer.errors import RouterError

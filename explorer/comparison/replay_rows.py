@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.comparison.measure import entropy_of_shares, mean_of_known, shares_of
 from explorer.comparison.texts import SHARED_TOKENS
 from explorer.errors import RouterError

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from capture.swap.live import Latency
 from capture.swap.losses import SequenceLosses, loss_change
+from capture.swap.measure import Latency
 from explorer.comparison.badges import Badges
 from explorer.comparison.fitting import Fitted
 from explorer.comparison.lab import Lab, Outcome

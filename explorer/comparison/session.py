@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture.errors import CaptureError
-from capture.model_names import model_name
+from capture.paths import model_name
 from explorer.comparison import keys
 from explorer.comparison.badges import Badges, badges
 from explorer.comparison.controls import controls_of

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from capture.model.tokens import tokenize
-from capture.prompts.records import read_prompts
+from capture.prompts.reading import read_prompts
 from capture.recorder.preparation import vocab_size
 from explorer.errors import ComparisonError, RouterError
 from explorer.run import UNLABELLED, Run

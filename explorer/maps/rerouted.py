@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.comparison.names import make_router, parse_router
 from explorer.errors import RouterError
 from explorer.maps.data import Ids

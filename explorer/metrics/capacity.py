@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.errors import MetricError
 from explorer.metrics.load import expert_capacity
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.errors import MetricError
 
 Floats = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capture.model_names import model_name
+from capture.paths import model_name
 from explorer import service
 from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 import torch
 
-from capture.swap.live import summed, token_losses
-from capture.swap.parts import gate_parts, part_modules
+from capture.swap.measure import summed, token_losses
+from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.rules import RouteInputs
 from explorer.errors import RouterError
 from explorer.routers.contract import (

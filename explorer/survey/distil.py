@@ -15,8 +15,8 @@ import pandas as pd
 
 from capture.errors import CaptureError
 from capture.model.load import load_model, loading_bars
-from capture.swap.live import sequence_losses
 from capture.swap.losses import loss_change
+from capture.swap.measure import sequence_losses
 from explorer.comparison.api import demo_run
 from explorer.comparison.conditions.base import Subject
 from explorer.comparison.texts import split_texts

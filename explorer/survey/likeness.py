@@ -8,9 +8,9 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from capture.model.batching import pad_batch, plan_batches
-from capture.swap.live import BATCH_TOKENS, Kept, sequence_losses
+from capture.model.forward import pad_batch, plan_batches
 from capture.swap.losses import SequenceLosses
+from capture.swap.measure import BATCH_TOKENS, Kept, sequence_losses
 from capture.swap.routers import site_key
 from explorer.comparison.conditions.base import Subject
 from explorer.comparison.conditions.trace import Floats, Ids, Key, Trace, traced

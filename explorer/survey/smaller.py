@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from capture.model.adapters.attributes import EXPERT_COUNTS
-from capture.model.inputs import input_device
+from capture.errors import quoted
+from capture.model.attributes import EXPERT_COUNTS
+from capture.model.inputs import input_device, plain_forward
 from capture.model.sites import layer_of, text_config
-from capture.model.switches import plain_forward
-from capture.quoting import quoted
 from explorer.comparison.conditions.base import Sequence_, Subject
 from explorer.comparison.conditions.calibration import collect
 from explorer.comparison.conditions.pruning import CALIBRATION_TOKENS, load_of

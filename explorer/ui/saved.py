@@ -6,7 +6,7 @@ from pathlib import Path
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer import service, views
 from explorer.errors import ExplorerError
 from explorer.ui import access, address, state

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 import streamlit as st
 
-from capture.errors import CaptureError
+from capture.errors import CaptureError, quoted
 from capture.paths import given_path
-from capture.quoting import quoted
 from explorer import service
 from explorer.errors import ExplorerError, RunError
 from explorer.queries.balance import balance_table

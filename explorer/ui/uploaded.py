@@ -3,7 +3,7 @@
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from capture.prompts.records import Prompt
+from capture.prompts.reading import Prompt
 from explorer.worker.prompts import read_upload
 
 TYPES = ["txt", "csv", "jsonl", "parquet"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capture.prompts.records import Prompt
+from capture.prompts.reading import Prompt
 from capture.recorder.config import (
     DEFAULT_ATTENTION_BINS,
     DEFAULT_ATTENTION_PROMPTS,

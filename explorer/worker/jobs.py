@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from capture.errors import CaptureCancelled
-from capture.quoting import quoted
+from capture.errors import CaptureCancelled, quoted
 from explorer.worker.protocol import (
     DEMO_MODEL,
     CaptureRequest,

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capture.quoting import first_line, quoted
+from capture.errors import first_line, quoted
 from capture.store import SiteInfo
 from explorer.errors import ExplorerError
 from explorer.maps import cache

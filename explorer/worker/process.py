@@ -10,8 +10,7 @@ import time
 import traceback
 from typing import IO, Any
 
-from capture.errors import CaptureError
-from capture.quoting import first_line
+from capture.errors import CaptureError, first_line
 from explorer.errors import ExplorerError
 from explorer.worker.jobs import Cancelled, run_job
 from explorer.worker.protocol import JobProgress, encode, unpack_request

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from capture.model_names import model_name
+from capture.paths import model_name
 
 DEMO_MODEL = "demo"  # what runs of the embedded model call it
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]

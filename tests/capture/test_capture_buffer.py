@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.errors import StoreError
-from capture.model.batching import pad_batch, plan_batches
+from capture.model.forward import pad_batch, plan_batches
 from capture.recorder.transfer import ALIGNMENT, NUMPY_TYPES, Staging, WriterThread, pack
 
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import build
 
 import capture
-from capture.model_names import model_name
+from capture.paths import model_name
 from capture.store import MIN_PROMPTS, MIN_TOKENS, counts_only
 
 TOGETHER = "(domains put together)"

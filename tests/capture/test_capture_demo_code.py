@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from capture.demo import evaluate
-from capture.demo.ablation import masked_expert, measure_harm
 from capture.demo.batches import (
     LONG_EVERY,
     LONG_WINDOW,
@@ -18,9 +17,15 @@ from capture.demo.batches import (
     domain_order,
 )
 from capture.demo.cluster_router import cluster_router
-from capture.demo.corpus import cap_bytes, cut_pieces, is_held_out, split_documents
-from capture.demo.extract import cut_blocks, strip_html
-from capture.demo.fetch import unpack
+from capture.demo.corpus import (
+    cap_bytes,
+    cut_blocks,
+    cut_pieces,
+    is_held_out,
+    split_documents,
+    strip_html,
+)
+from capture.demo.evaluate import masked_expert, measure_harm
 from capture.demo.model import random_model, save_weights, sorted_experts
 from capture.demo.routing import (
     Windows,
@@ -34,7 +39,7 @@ from capture.demo.routing import (
     window_losses,
 )
 from capture.demo.snapshots import list_snapshots, read_stages
-from capture.demo.sources import DOMAIN_NAMES, DOMAINS, PACKAGES
+from capture.demo.sources import DOMAIN_NAMES, DOMAINS, PACKAGES, unpack
 from capture.demo.trainer import Recipe, Trainer, balance_loss
 
 

@@ -11,8 +11,8 @@ from test_capture_swap import Counting, Emptied, Nothing, Top
 from capture.errors import SwapError
 from capture.model.selftest import attach
 from capture.swap.dependence import Dependence, dependence
-from capture.swap.live import Kept, latency, sequence_losses
 from capture.swap.losses import SequenceLosses, loss_change
+from capture.swap.measure import Kept, latency, sequence_losses
 from capture.swap.playback import recorded
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, NativeRule

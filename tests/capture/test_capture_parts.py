@@ -9,7 +9,7 @@ from test_capture_swap import Counting, logits_of
 from capture.errors import SwapError
 from capture.model.flops import counted_flops, model_flops
 from capture.model.selftest import attach
-from capture.swap.parts import gate_parts
+from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from capture.swap.rules import NativeRule
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from capture.errors import PromptError
-from capture.prompts import records as reading
-from capture.prompts.records import read_prompts, read_prompts_bytes
+from capture.prompts import reading
+from capture.prompts.reading import read_prompts, read_prompts_bytes
 from explorer.worker import prompts as upload
 from explorer.worker.prompts import read_upload
 
@@ -26,9 +26,9 @@ def peak_of(code):
     """Run code in a new process and return by how many bytes its memory grew at most."""
     script = (
         "import resource, sys\n"
-        "import pyarrow.parquet, capture.prompts.files\n"
+        "import pyarrow.parquet, capture.prompts.reading\n"
         "from capture.errors import PromptError\n"
-        "from capture.prompts.records import read_prompts\n"
+        "from capture.prompts.reading import read_prompts\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"{code}\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -45,7 +45,7 @@ def peak_of(code):
 
 def refused(path, most):
     return (
-        f"import capture.prompts.records; capture.prompts.records.MAX_BYTES = {most}\n"
+        f"import capture.prompts.reading; capture.prompts.reading.MAX_BYTES = {most}\n"
         f"try: read_prompts({str(path)!r})\n"
         "except PromptError as error: assert 'Divide' in str(error)\n"
         "else: raise SystemExit('it was read')"

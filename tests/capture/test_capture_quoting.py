@@ -2,8 +2,7 @@
 
 import pytest
 
-from capture.errors import CaptureError
-from capture.quoting import cut, first_line, quoted
+from capture.errors import CaptureError, cut, first_line, quoted
 from capture.recorder.config import CaptureConfig
 from explorer.comparison.names import parse_router, split_routers
 from explorer.errors import ExplorerError

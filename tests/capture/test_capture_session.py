@@ -117,7 +117,7 @@ def test_padded_batches_equal_each_prompt_alone(tmp_path, model_type):
 @pytest.mark.parametrize("model_type", sorted(tiny_models.REQUIRED))
 def test_losses_are_the_models_own(tmp_path, model_type, monkeypatch):
     monkeypatch.setattr(
-        "capture.model.token_losses.LOGIT_BYTES", {"cpu": 64 * 4 * 5}
+        "capture.model.forward.LOGIT_BYTES", {"cpu": 64 * 4 * 5}
     )  # five rows at a time
     model, prompts = tiny(model_type), unequal(4)
     path = record(model, prompts, tmp_path / "a.duckdb", batch_tokens=10_000)
@@ -146,7 +146,7 @@ def test_a_head_that_does_more_is_left_to_the_model(tmp_path, monkeypatch):
         return output
 
     model.forward = doubled
-    monkeypatch.setattr("capture.model.token_losses.ALL_LOGIT_BYTES", 30 * 64 * 4)  # thirty tokens
+    monkeypatch.setattr("capture.model.forward.ALL_LOGIT_BYTES", 30 * 64 * 4)  # thirty tokens
     path = record(model, prompts, tmp_path / "b.duckdb", batch_tokens=1000)
     assert table(path, "SELECT max(tokens) <= 30 ok FROM batches")["ok"] == [True]
     losses = [table(p, "SELECT loss FROM tokens ORDER BY token_id")["loss"] for p in (plain, path)]

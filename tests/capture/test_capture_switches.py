@@ -10,11 +10,11 @@ import torch
 
 import capture
 from capture.errors import CaptureError
+from capture.model.inputs import plain_forward
 from capture.model.load import load_model
 from capture.model.selftest import attach
-from capture.model.switches import plain_forward
-from capture.swap.live import sequence_losses
-from capture.swap.parts import gate_parts
+from capture.swap.measure import sequence_losses
+from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from capture.swap.rules import Choice
 

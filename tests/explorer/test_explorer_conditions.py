@@ -8,8 +8,8 @@ import pytest
 import tiny_models
 import torch
 
-from capture.swap.live import Kept, sequence_losses
-from capture.swap.parts import gate_parts
+from capture.swap.measure import Kept, sequence_losses
+from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from explorer.comparison.conditions import pruning
 from explorer.comparison.conditions.base import Subject

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capture.model.selftest import attach
-from capture.swap.parts import gate_parts
+from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from explorer import routers
 from explorer.__main__ import main

@@ -8,7 +8,7 @@ import pytest
 import torch
 from checks import assert_close
 
-from capture.swap.live import token_losses
+from capture.swap.measure import token_losses
 from capture.swap.routers import swap
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS

@@ -7,7 +7,7 @@ from checks import assert_close
 from test_capture_swap import logits_of
 
 from capture.model.selftest import attach
-from capture.swap.parts import gate_parts
+from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from explorer.routers import ROUTERS
 from explorer.routers.live import LiveRule

@@ -7,8 +7,8 @@ import pytest
 import torch
 from checks import assert_close
 
-from capture.swap.live import summed, token_losses
-from capture.swap.parts import gate_parts
+from capture.swap.measure import summed, token_losses
+from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from explorer.routers import ROUTERS, PartMask
 from explorer.routers.controls import _Closed

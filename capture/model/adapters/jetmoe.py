@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from capture.model.adapters import attributes as probe
+from capture.model import attributes as probe
 from capture.model.adapters.base import Channel, Parts
 from capture.model.adapters.standard import router_of
-from capture.model.wrappers import child, inner
+from capture.model.attributes import child, inner
 
 FIELDS = 5
 

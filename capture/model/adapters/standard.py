@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from capture.model.adapters import attributes as probe
+from capture.model import attributes as probe
 from capture.model.adapters.base import Channel, Parts
-from capture.model.wrappers import child, inner
+from capture.model.attributes import child, inner
 
 ROUTER_NAMES = ("router", "gate")
 # hidden states, expert ids, weights

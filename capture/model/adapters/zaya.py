@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from capture.model.adapters.base import Channel, Parts
 from capture.model.adapters.standard import StandardAdapter
-from capture.model.wrappers import inner
+from capture.model.attributes import inner
 
 
 class SkipExpertAdapter:

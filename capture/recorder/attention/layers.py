@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from capture.errors import ConfigError
+from capture.model.inputs import plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import Site, text_config
-from capture.model.switches import plain_forward
 from capture.recorder.attention.calls import AttentionCall, Listener, listen
 from capture.recorder.attention.summary import (
     AttentionOptions,

@@ -9,7 +9,7 @@ import torch
 
 from capture.model.adapters.standard import StandardAdapter
 from capture.model.sites import Site
-from capture.swap.live import sequence_losses
+from capture.swap.measure import sequence_losses
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import Choice, NativeRule, RouteInputs
 from explorer.comparison.conditions.base import Sequence_, Subject

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable
 
-from capture.quoting import cut, first_line, quoted
+from capture.errors import cut, first_line, quoted
 from explorer.comparison.conditions import heads, low_rank, merging, precision, pruning, quantise
 from explorer.comparison.conditions.base import CONDITIONS, Condition, ConditionInfo, Subject
 from explorer.comparison.names import parse_router

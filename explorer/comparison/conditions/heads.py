@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from capture.model.flops import attention_modules, decoder_layers, head_count
-from capture.swap.live import sequence_losses
-from capture.swap.parts import OUTPUT_NAMES
+from capture.swap.measure import sequence_losses
+from capture.swap.part_gates import OUTPUT_NAMES
 from explorer.comparison.conditions.base import (
     CONDITIONS,
     Applied,

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.swap.live import Kept, sequence_losses
 from capture.swap.losses import SequenceLosses, loss_change
+from capture.swap.measure import Kept, sequence_losses
 from capture.swap.routers import swap
 from explorer.comparison.conditions.base import Applied, Condition, Subject, model_bytes
 from explorer.comparison.conditions.flips import flip_rows, margin_rows

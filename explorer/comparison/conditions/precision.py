@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from capture.quoting import quoted
+from capture.errors import quoted
 from explorer.comparison.conditions.base import (
     CONDITIONS,
     Applied,

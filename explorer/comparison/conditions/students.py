@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from capture.swap.live import sequence_losses
 from capture.swap.losses import loss_change
+from capture.swap.measure import sequence_losses
 from capture.swap.routers import swap
 from explorer.comparison.conditions.base import Sequence_, Subject
 from explorer.comparison.conditions.calibration import Key, Seen, collect

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from capture.model import inputs, wrappers
+from capture.model import attributes, inputs
 from capture.model.flops import ATTENTION_NAMES, decoder_layers
 from capture.model.sites import Site
 from explorer.comparison.conditions.base import Subject
@@ -100,7 +100,7 @@ def input_axis(subject: Subject, parameter: nn.Parameter) -> int:
 
 def _is_transposed(experts: nn.Module, subject: Subject) -> bool:
     """Whether experts hold [E, in, out]; said by transformers, else seen from the widths."""
-    said = getattr(wrappers.inner(experts), "is_transposed", None)
+    said = getattr(attributes.inner(experts), "is_transposed", None)
     if isinstance(said, bool):
         return said
     first = next((p for p in experts.parameters() if p.ndim == STACK), None)

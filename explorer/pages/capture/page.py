@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from capture.errors import PromptError
-from capture.prompts.records import Prompt, read_prompts, read_prompts_bytes
+from capture.prompts.reading import Prompt, read_prompts, read_prompts_bytes
 from capture.recorder.estimate import human_bytes
 from explorer import service
 from explorer.pages.capture.attention_options import DEFAULTS, attention_options

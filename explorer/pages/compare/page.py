@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from capture.model_names import model_name
+from capture.paths import model_name
 from explorer import service
 from explorer.comparison.file import Comparison, comparisons_of, open_comparison
 from explorer.comparison.paired import CONTROLS, with_controls

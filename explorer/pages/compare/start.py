@@ -6,9 +6,8 @@ from typing import Any
 
 import streamlit as st
 
-from capture.errors import PromptError
-from capture.prompts.records import read_prompts_bytes
-from capture.quoting import cut, quoted
+from capture.errors import PromptError, cut, quoted
+from capture.prompts.reading import read_prompts_bytes
 from explorer import service
 from explorer.comparison.catalogue import catalogue
 from explorer.comparison.names import parse_router, split_routers

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.model_names import model_name
+from capture.paths import model_name
 from explorer.metrics import agreement, alignment
 from explorer.pages.compare_runs.data import (
     Chosen,

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from capture.model_names import model_name
+from capture.paths import model_name
 from explorer import service
 from explorer.errors import ExplorerError
 from explorer.pages.experts.figures import Axis, interval_dots

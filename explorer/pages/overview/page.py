@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from capture.model_names import model_name
+from capture.paths import model_name
 from explorer.pages.load_balance.figures import load_heatmap
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means

@@ -191,7 +191,7 @@ def expert_milliseconds(
     session: "TrainingSession", actions: Mapping[Site, Actions], *, batch_tokens: int = 2048
 ) -> dict[Site, list[float]]:
     """Return the milliseconds that a site's experts take with 0, 1, 2, ... experts a token."""
-    from capture.model.switches import plain_forward
+    from capture.model.inputs import plain_forward
     from capture.swap.routers import swap
     from explorer.routers.learning.exploration import NoExperts
     from explorer.routers.live import LiveRule

@@ -15,13 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture.model.batching import PaddedBatch, pad_batch, plan_batches
-from capture.model.forward import Runner, next_in_prompt
-from capture.model.inputs import input_device
+from capture.model.forward import Head, PaddedBatch, Runner, next_in_prompt, pad_batch, plan_batches
+from capture.model.inputs import input_device, plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import text_config
-from capture.model.switches import plain_forward
-from capture.model.token_losses import Head
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, RouteInputs, Rule
 from explorer.errors import RouterError

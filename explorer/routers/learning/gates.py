@@ -17,7 +17,7 @@ from torch import nn
 from capture.model.inputs import input_device
 from capture.model.sites import text_config
 from capture.swap.inject import n_computing
-from capture.swap.parts import gate_parts, part_modules
+from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, RouteInputs
 from explorer.errors import RouterError

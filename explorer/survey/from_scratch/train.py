@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn import functional
 
 from capture.demo.tokenizer import PATTERN, SPECIAL_TOKENS, encode_texts
-from capture.prompts.records import read_prompts
+from capture.prompts.reading import read_prompts
 from explorer.comparison.keys import code_fingerprint
 from explorer.errors import RouterError
 from explorer.metrics.load import max_violation

@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from capture.errors import SwapError
-from capture.model.batching import pad_batch, plan_batches
-from capture.model.forward import Runner, next_in_prompt
+from capture.model.forward import Head, Runner, next_in_prompt, pad_batch, plan_batches
+from capture.model.inputs import plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import text_config
-from capture.model.switches import plain_forward
-from capture.model.token_losses import Head
 from capture.swap.losses import SequenceLosses
 
 BATCH_TOKENS = 4096

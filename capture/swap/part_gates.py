@@ -1,10 +1,11 @@
 """Gate layers, MoE blocks and attention heads token by token: what is gated to 0 does not run.
 
-Heads are the exception: they are computed and then multiplied, so that nothing is saved. A gate
-over heads is *simulated* and says so, and so is every gate that is masked for training.
+A layer that some tokens skip runs on the rows of the others, taken out of every argument. Heads are
+the exception: they are computed and then multiplied, so that nothing is saved. A gate over heads is
+*simulated* and says so, and so is every gate that is masked for training.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,16 +16,273 @@ from torch import nn
 from capture.errors import SwapError
 from capture.model.context import Passes, PassTokens
 from capture.model.flops import attention_modules, decoder_layers, head_count
+from capture.model.inputs import plain_forward
 from capture.model.selftest import attach, probe_tokens
 from capture.model.sites import Site
-from capture.model.switches import plain_forward
 from capture.swap.attention import LiveAttention
-from capture.swap.inject import Forward, forward_replaced
-from capture.swap.part_counts import Gated, Part, PartCount, Reached, count_experts
-from capture.swap.row_subset import Kept, kept_rows, on_kept_rows
-from capture.swap.rules import RouteInputs, Rule, as_rows, gate_of, with_attention
+from capture.swap.inject import Forward, can_inject, flat_choice, forward_replaced, injected
+from capture.swap.routers import Key, SiteCount, site_key
+from capture.swap.rules import (
+    OWN_ROUTER,
+    Choice,
+    RouteInputs,
+    Rule,
+    as_rows,
+    gate_of,
+    with_attention,
+)
 
+CACHES = ("past_key_values", "past_key_value")
+MASK_DIMS = 4
+Part = Literal["head", "layer", "block"]
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Rows of a batch [B, S] packed into [B', S'], sequences without a kept token left out.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        B and S; 1 and R where rows are not told apart by sequence.
+    sequences : Tensor [B'], int64
+    index : Tensor [B', S'], int64
+        Places in the sequence; the places after a sequence's last token repeat it.
+    filled : Tensor [B', S'], bool
+        False where a place repeats.
+    """
+
+    shape: tuple[int, int]
+    sequences: torch.Tensor
+    index: torch.Tensor
+    filled: torch.Tensor
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that are computed."""
+        return self.index.numel()
+
+    @property
+    def place(self) -> torch.Tensor:
+        """Return the row of the batch [N] of every kept token."""
+        rows: torch.Tensor = self.sequences[:, None] * self.shape[1] + self.index
+        return rows[self.filled]
+
+    def real(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the kept tokens [N, D] of an output [B' * S' rows, D]."""
+        return rows.reshape(-1, rows.shape[-1])[self.filled.flatten()]
+
+    def take(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the kept rows of ``value`` [B or 1, S, ...]."""
+        whole = value.expand(self.shape[0], *value.shape[1:])
+        return whole[self.sequences[:, None], self.index]
+
+
+def kept_rows(keep: torch.Tensor, shape: torch.Size, *, flat: bool) -> Kept:
+    """Pack the rows to keep.
+
+    Parameters
+    ----------
+    keep : Tensor [R], bool
+    shape : Size
+        Of the hidden states [..., D].
+    flat : bool
+        Take all rows as one sequence: right where rows do not see each other.
+    """
+    batch, length = (1, len(keep)) if flat or len(shape) < len("BSD") else (shape[0], shape[1])
+    grid = keep.reshape(batch, length)
+    counts = grid.sum(dim=-1)
+    sequences = counts.nonzero().flatten()
+    longest = int(counts.max()) if len(sequences) else 0
+    grid, counts = grid[sequences], counts[sequences]
+    # a stable sort brings the kept places to the front, in their order
+    order = (~grid).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :longest]
+    last = order.gather(-1, (counts - 1).clamp_min(0)[:, None])
+    filled = torch.arange(longest, device=keep.device) < counts[:, None]
+    return Kept((batch, length), sequences, torch.where(filled, order, last), filled)
+
+
+def on_kept_rows(
+    stock: Callable[..., Any],
+    kept: Kept,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    place: str,
+) -> Any:
+    """Call ``stock`` with the kept rows of its arguments.
+
+    Raises
+    ------
+    SwapError
+        If an argument's rows cannot be told, or there is a cache that the others would miss.
+    """
+    if any(kwargs.get(name) is not None for name in CACHES):
+        raise SwapError(
+            f"{place}: tokens that skip a layer would be missing in its cache. Call the model "
+            "with use_cache=False."
+        )
+    hidden = args[0] if args else kwargs["hidden_states"]
+    first = kept.take(hidden.reshape(*kept.shape, hidden.shape[-1]))
+    if hidden.ndim < len("BSD"):
+        first = first[0]
+    take = _Take(kept, place)
+    if args:
+        rest = tuple(take(f"argument {i}", v) for i, v in enumerate(args[1:], start=1))
+        return stock(first, *rest, **{k: take(k, v) for k, v in kwargs.items()})
+    others = {k: take(k, v) for k, v in kwargs.items() if k != "hidden_states"}
+    return stock(hidden_states=first, **others)
+
+
+@dataclass(frozen=True)
+class _Take:
+    """Takes the kept rows out of one argument, by its shape."""
+
+    kept: Kept
+    place: str
+
+    def __call__(self, name: str, value: Any) -> Any:
+        batch, length = self.kept.shape
+        if isinstance(value, tuple | list):
+            return type(value)(self(name, v) for v in value)
+        if isinstance(value, dict):
+            return {k: self(name, v) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.ndim == MASK_DIMS and value.shape[1] == 1 and value.shape[2:] == (length, length):
+            return self._mask(value)
+        if value.ndim > 1 and value.shape[0] in (1, batch) and value.shape[1] == length:
+            return self.kept.take(value)
+        raise SwapError(
+            f"{self.place}: some tokens cannot skip it, because its {name} of shape "
+            f"{list(value.shape)} has no rows for tokens. Skip it for all tokens or for none."
+        )
+
+    def _mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """Take rows and columns of a mask [B or 1, 1, S, S]; repeated places are seen by nobody."""
+        kept = self.kept
+        whole = mask.expand(kept.shape[0], 1, *mask.shape[2:])[kept.sequences, 0]
+        numbers = torch.arange(len(kept.sequences), device=mask.device)[:, None, None]
+        taken = whole[numbers, kept.index[:, :, None], kept.index[:, None, :]]
+        hidden = ~kept.filled[:, None, :]
+        no: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return taken.masked_fill(hidden, no)[:, None]
+
+
+@dataclass
+class PartCount:
+    """What one layer executed since its gate was put in.
+
+    Attributes
+    ----------
+    passes : int
+    tokens : int
+        Real tokens that came by.
+    kept : float
+        Tokens that used the part; for heads, the mean over heads.
+    rows : int
+        Rows that were computed, padding between sequences of different length included.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    kept: float = 0.0
+    rows: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the real tokens that used the part."""
+        return self.kept / max(self.tokens, 1)
+
+
+@dataclass
+class Gated:
+    """Open gates.
+
+    Attributes
+    ----------
+    part : {"head", "layer", "block"}
+    simulated : bool
+        Whether gated parts were computed all the same, as heads are.
+    counts : dict of int to PartCount
+        By decoder layer.
+    sites : dict of (layer, site) to SiteCount
+        What the experts executed. ``tokens`` and ``passes`` are those that came to the site, so
+        a token that skipped it is not among them. Sites whose kind cannot be reached are missing.
+    """
+
+    part: Part
+    simulated: bool
+    counts: dict[int, PartCount] = field(default_factory=dict)
+    sites: dict[Key, SiteCount] = field(default_factory=dict)
+
+    @property
+    def per_token(self) -> float:
+        """Parts that a token used, summed over layers; a layer's heads count as one."""
+        return sum(count.share for count in self.counts.values())
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the model."""
+        return max((count.passes for count in self.counts.values()), default=0)
+
+
+class Reached:
+    """Which rows that come to a layer now are tokens.
+
+    Attributes
+    ----------
+    rows : Tensor [R], bool, or None
+        Where some tokens skip the layer, the rows that are no filling; None = as the pass has it.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.rows: torch.Tensor | None = None
+
+    @contextmanager
+    def only(self, kept: Kept) -> Iterator[None]:
+        """Take it that only some tokens come, until the block is left."""
+        self.rows = kept.filled.flatten()
+        try:
+            yield
+        finally:
+            self.rows = None
+
+    def real(self, device: torch.device) -> torch.Tensor | None:
+        """Return what tells tokens from other rows, None where all rows are tokens."""
+        return self.passes.tokens.on(device).real if self.rows is None else self.rows.to(device)
+
+
+def count_experts(gated: Gated, sites: Sequence[Site], reached: Reached, stack: ExitStack) -> None:
+    """Count in ``gated.sites`` what experts execute, until the stack is left."""
+    for site in sites:
+        if can_inject(site):
+            counter = _Counter(SiteCount.of(site), reached)
+            gated.sites[site_key(site)] = counter.count
+            stack.enter_context(injected(site, counter))
+
+
+class _Counter:
+    """Leaves the model's own choice as it is, and counts it."""
+
+    replays = True
+    reads = OWN_ROUTER
+    hears = False
+
+    def __init__(self, count: SiteCount, reached: Reached) -> None:
+        self.count, self.reached = count, reached
+
+    def see(self, hidden: torch.Tensor, scores: torch.Tensor | None) -> None:
+        """Take no interest in scores."""
+
+    def decide(self, native: Choice | None) -> Choice:
+        """Return the choice as it came."""
+        assert native is not None  # what reads it gets it
+        flat = flat_choice(native)
+        self.count.add(flat, self.reached.real(flat.expert_ids.device))
+        return native
 
 
 @contextmanager
