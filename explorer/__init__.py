@@ -5,11 +5,11 @@ Importing this package needs no torch; names that do load on first use.
 
 from typing import TYPE_CHECKING, Any
 
-from explorer.comparison.file import open_comparison
+from explorer.comparison.results_file import open_comparison
 from explorer.run import open_run
 
 if TYPE_CHECKING:
-    from explorer.comparison.api import compare
+    from explorer.comparison.compare import compare
     from explorer.routers import ROUTERS
 
 __all__ = ["ROUTERS", "compare", "open_comparison", "open_run"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return ROUTERS
     if name == "compare":
-        from explorer.comparison.api import compare
+        from explorer.comparison.compare import compare
 
         return compare
     raise AttributeError(f"module 'explorer' has no attribute {name!r}")

@@ -13,7 +13,7 @@ import pandas as pd
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
 from explorer.metrics.agreement import chance_any_repeat
-from explorer.metrics.locality import repetition
+from explorer.metrics.coactivation import repetition
 from explorer.queries.load import routing
 from explorer.run import Run, open_run
 from explorer.ui.text import visible
@@ -29,13 +29,13 @@ def locality(run: Run, *, seed: int = 0) -> pd.DataFrame:
     run : Run
         Recorded at level ``ids`` or above. Decoded tokens are left out.
     seed : int
-        Of the random partners, see :func:`explorer.metrics.locality.repetition`.
+        Of the random partners, see :func:`explorer.metrics.coactivation.repetition`.
 
     Returns
     -------
     DataFrame
         ``domain`` (``""`` = all texts), ``layer``, ``site``; ``first``, ``first_chance``, ``any``,
-        ``any_chance`` and ``pairs`` of :class:`explorer.metrics.locality.Repetition`; and
+        ``any_chance`` and ``pairs`` of :class:`explorer.metrics.coactivation.Repetition`; and
         ``first_even``, ``any_even``, what chance would give with equal loads.
     """
     tokens = run.query(

@@ -45,7 +45,7 @@ def test_capture_commands_parse(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m explorer ")])
 def test_explorer_commands_parse_and_name_routers_that_exist(command):
     from explorer.__main__ import make_parser
-    from explorer.comparison.names import parse_router, split_routers
+    from explorer.comparison.router_names import parse_router, split_routers
     from explorer.routers import ROUTERS
 
     options = make_parser().parse_args(shlex.split(command, comments=True)[3:])

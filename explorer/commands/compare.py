@@ -9,7 +9,7 @@ from capture.errors import quoted
 if TYPE_CHECKING:
     import pandas as pd
 
-    from explorer.comparison.file import Comparison
+    from explorer.comparison.results_file import Comparison
 
 COMPARE_EXAMPLES = """\
 examples:
@@ -88,10 +88,9 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(options: argparse.Namespace) -> Output:
     """Compare, and return the rows of the routers asked for."""
-    from explorer.comparison.api import compare
-    from explorer.comparison.names import load_router_file, split_routers
-    from explorer.comparison.paired import with_controls
-    from explorer.comparison.reach import reach
+    from explorer.comparison.compare import compare
+    from explorer.comparison.router_names import load_router_file, split_routers
+    from explorer.comparison.verdicts import reach, with_controls
     from explorer.errors import ComparisonError
 
     for path in options.router_file:
@@ -172,7 +171,7 @@ def _pick(
     options: argparse.Namespace, names: list[str] | None, seeds: list[int]
 ) -> tuple[list[str], list[str]] | None:
     """Return one setting of each rule and what to say of the choice, None if nobody asked."""
-    from explorer.comparison.pick import pick
+    from explorer.comparison.compare import pick
     from explorer.errors import ComparisonError
 
     if options.pick is None:
@@ -195,7 +194,7 @@ def _pick(
 
 def _asked(table: "pd.DataFrame", names: list[str] | None) -> "pd.DataFrame":
     """Return the rows of the routers asked for and of their controls."""
-    from explorer.comparison.plan import read_specs
+    from explorer.comparison.session import read_specs
 
     labels = {spec.label for spec in read_specs(names)} | {"random"}
     return table[table["router"].isin(labels) | table["control_of"].isin(labels)]
@@ -205,8 +204,8 @@ def _paired(comparison: "Comparison", table: "pd.DataFrame", against: str | None
     """Return the routers of a table beside their controls and beside one that was named."""
     import pandas as pd
 
-    from explorer.comparison.names import parse_router
-    from explorer.comparison.paired import against_controls, paired
+    from explorer.comparison.router_names import parse_router
+    from explorer.comparison.verdicts import against_controls, paired
 
     live = table[(table["mode"] == "live") & table["layer"].isna()]
     found = against_controls(comparison)
@@ -222,7 +221,7 @@ def _paired(comparison: "Comparison", table: "pd.DataFrame", against: str | None
 
 def _failed(comparison: "Comparison", names: list[str] | None) -> list[dict[str, Any]]:
     """Return what was asked for and could not be compared."""
-    from explorer.comparison.plan import read_specs
+    from explorer.comparison.session import read_specs
 
     labels = {spec.label for spec in read_specs(names)}
     units = comparison.rows("units")
@@ -262,7 +261,7 @@ def routers_arguments(parser: argparse.ArgumentParser) -> None:
 def run_routers(options: argparse.Namespace) -> Output:
     """Return the cards of all registered routers."""
     from explorer.comparison.catalogue import cards
-    from explorer.comparison.names import load_router_file
+    from explorer.comparison.router_names import load_router_file
 
     for path in options.router_file:
         load_router_file(path)

@@ -40,10 +40,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Output:
     """Measure, and return what is to be printed."""
-    from explorer.comparison.conditions.api import measure_conditions, read
     from explorer.comparison.conditions.catalogue import USUAL, make_conditions
-    from explorer.comparison.conditions.students import STUDENTS
-    from explorer.comparison.names import split_routers
+    from explorer.comparison.conditions.distilled_routers import STUDENTS
+    from explorer.comparison.conditions.measure import measure_conditions, read
+    from explorer.comparison.router_names import split_routers
 
     def chosen(text: str | None, usual: tuple[str, ...]) -> list[str]:
         if text is None:

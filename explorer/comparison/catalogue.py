@@ -22,8 +22,8 @@ def cards() -> list[dict[str, Any]]:
         ``needs`` (names of fields of ``RouterInputs``), ``weighing``, ``shelved`` and
         ``arguments`` with their defaults.
     """
-    from explorer.comparison.names import arguments_of
-    from explorer.comparison.rows import card
+    from explorer.comparison.live_results import card
+    from explorer.comparison.router_names import arguments_of
     from explorer.routers import ROUTERS
 
     found = []

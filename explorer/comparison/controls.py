@@ -6,9 +6,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from explorer.comparison.fitting import Fitted
-from explorer.comparison.lab import Lab, Outcome
-from explorer.comparison.measure import SiteSums
+from explorer.comparison.fit import Fitted
+from explorer.comparison.live import Lab, Outcome, SiteSums
 from explorer.routers import ROUTERS, PartMask, Router, RouterInputs
 from explorer.routers.controls import MatchedRandomRouter
 

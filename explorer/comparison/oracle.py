@@ -19,7 +19,7 @@ import torch
 from capture.model.sites import text_config
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import summed
-from explorer.comparison.lab import Lab
+from explorer.comparison.live import Lab
 from explorer.errors import ComparisonError
 from explorer.routers import RouterInfo, RouterInputs, Routing, RoutingRouter
 from explorer.routers.live import LiveRule

@@ -1,28 +1,24 @@
-"""One comparison from start to end: what is there already, what is missing, and where it goes."""
+"""One comparison from start to end: what is asked for, what is there already, what is missing."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from capture.errors import CaptureError
+from capture.errors import CaptureError, quoted
+from capture.model.load import DEMO
 from capture.paths import model_name
-from explorer.comparison import keys
-from explorer.comparison.badges import Badges, badges
+from explorer.comparison.causality import Badges, badges
 from explorer.comparison.controls import controls_of
-from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
-from explorer.comparison.fitting import Fitted
-from explorer.comparison.lab import Key, Lab, Outcome
-from explorer.comparison.names import RouterSpec, content_of, make_router
-from explorer.comparison.plan import Settings, Unit
-from explorer.comparison.progress import Reporter
-from explorer.comparison.replay import RecordedSplit, recorded_split, replay_router
-from explorer.comparison.replay_rows import choice_rows
-from explorer.comparison.rows import (
+from explorer.comparison.fit import Fitted
+from explorer.comparison.live import Key, Lab, Outcome
+from explorer.comparison.live_results import (
     Subject,
     card,
     choices,
@@ -31,15 +27,187 @@ from explorer.comparison.rows import (
     text_rows,
     token_losses,
 )
-from explorer.comparison.tables import CONDITION_TABLES, FORMAT_VERSION, Rows, empty_rows
-from explorer.comparison.texts import recorded_texts, split_texts
-from explorer.errors import ComparisonCancelled, ExplorerError
+from explorer.comparison.progress import Reporter
+from explorer.comparison.replay import RecordedSplit, choice_rows, recorded_split, replay_router
+from explorer.comparison.results_file import (
+    CONDITION_TABLES,
+    FORMAT_VERSION,
+    SUFFIX,
+    Rows,
+    empty_rows,
+    open_comparison,
+    write_comparison,
+)
+from explorer.comparison.router_names import (
+    RouterSpec,
+    content_of,
+    make_router,
+    parse_router,
+    takes_seed,
+)
+from explorer.comparison.text_split import recorded_texts, split_texts
+from explorer.errors import ComparisonCancelled, ComparisonError, ExplorerError
 from explorer.routers import PartRouter, TrainedRouter
 from explorer.routers.learning.training import TrainingCancelled
 from explorer.run import Run
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from capture.model.load import LoadedModel
+
+
+# Part of every file's key. Raise it when the same run, model and settings would give other numbers
+# than before: a rule, a fit, a metric, a choice of texts. Not for a new router, words or speed.
+RESULTS_VERSION = 1
+BLOCK, BLOCKS = 2**16, 1024  # of a file of weights: bytes at a time, and how often
+SAMPLED = 256  # values of each weight that are looked at
+
+
+def source_fingerprint(model: "str | Path | nn.Module", revision: str | None = None) -> str:
+    """Return a short name for a model, without loading it where it is a folder.
+
+    Parameters
+    ----------
+    model : str, Path or Module
+        ``"demo"``, a folder, a Hugging Face id, or a loaded model.
+    revision : str, optional
+        Of the Hugging Face id, which is all that is known of its weights here.
+    """
+    if not isinstance(model, str | Path):
+        return model_fingerprint(model)
+    folder = DEMO if model == "demo" else Path(model).expanduser()
+    found = hashlib.sha256()
+    if not folder.is_dir():
+        return hashlib.sha256(f"{model} {revision}".encode()).hexdigest()[:16]
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("config.json"))):
+        found.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            for at in range(0, path.stat().st_size, max(BLOCK, path.stat().st_size // BLOCKS)):
+                file.seek(at)
+                found.update(file.read(BLOCK))
+    return found.hexdigest()[:16]
+
+
+def model_fingerprint(model: "nn.Module") -> str:
+    """Return a short name for a model's weights, from values spread over each of them."""
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().flatten()
+            few = flat[:: max(1, flat.numel() // SAMPLED)][: SAMPLED + 1]
+            found.update(few.double().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """Return the part of a file's name that says what it depends on."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """Return a short name for what one router's rows depend on."""
+    return hashlib.sha256(repr(tuple(parts)).encode()).hexdigest()[:16]
+
+
+Mode = Literal["replay", "live", "live-layer"]
+
+# all four families, the literature beside them, and chance
+SENSIBLE = (
+    *("native", "top_k(k=1)", "top_p(p=0.5)", "expert_skipping"),
+    *("expert_key_attention", "yuan_attention", "head_attention"),
+    *("kmeans(n_clusters=128)", "cluster_shortlist", "cluster_linear"),
+    *("layer_gate_trained", "gru_recurrent"),
+    *("policy_gradient", "q_learning"),
+    *("hash_fitted", "expert_choice", "static_best", "random"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the numbers of a comparison depend on, beside run, model and routers.
+
+    Attributes
+    ----------
+    tokens, fit_tokens : int
+        At most so many to report on, and to fit on.
+    seed : int
+        Chooses texts and splits; routers have seeds of their own.
+    skip : {"block", "layer"}
+        What rules about layers skip: the MoE block, or the whole layer.
+    validation : bool
+        Whether reported on a part of the fit split, on which settings are chosen.
+    """
+
+    tokens: int = 10_000
+    fit_tokens: int = 20_000
+    seed: int = 0
+    skip: Literal["block", "layer"] = "block"
+    validation: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.tokens < 2 or self.fit_tokens < 2:
+            raise ComparisonError(
+                f"At least 2 tokens are needed to report on and to fit on, got {self.tokens} and "
+                f"{self.fit_tokens}."
+            )
+        if self.skip not in ("block", "layer"):
+            raise ComparisonError(f"Expected skip 'block' or 'layer', got {quoted(self.skip)}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings by name."""
+        return asdict(self)
+
+
+class Unit(NamedTuple):
+    """One router with one seed in one mode: what is computed at a time, and found again."""
+
+    spec: RouterSpec
+    seed: int | None
+    mode: Mode
+
+    @property
+    def name(self) -> tuple[str, int | None, str]:
+        """Router, seed and mode as the tables write them."""
+        return self.spec.label, self.seed, self.mode
+
+
+def read_specs(routers: Sequence[str] | None) -> list[RouterSpec]:
+    """Return routers by name, the sensible set for None, each once.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such router.
+    RouterError
+        If a name cannot be read.
+    """
+    from explorer.routers import ROUTERS
+
+    specs = [parse_router(text) for text in (SENSIBLE if routers is None else routers)]
+    if not specs:
+        raise ComparisonError(f"Expected at least one router. There are: {', '.join(ROUTERS)}.")
+    for spec in specs:
+        _ = ROUTERS[spec.name]
+    return list({spec.label: spec for spec in specs}.values())
+
+
+def units_of(
+    specs: Sequence[RouterSpec], *, modes: Sequence[Mode], seeds: Sequence[int]
+) -> list[Unit]:
+    """Return what there is to compute, router after router."""
+    if not seeds:
+        raise ComparisonError("Expected at least one seed, got none.")
+    return [
+        Unit(spec, seed, mode)
+        for spec in specs
+        for seed in (seeds if takes_seed(spec) else (None,))
+        for mode in modes
+    ]
+
 
 Stop = Callable[[], bool]
 PACKAGES = ("torch", "transformers", "numpy", "scikit-learn", "duckdb")
@@ -79,14 +247,14 @@ class Session:
         self.run, self.settings, self.model = run, settings, model
         self.controls, self.timed = controls, timed
         self.reporter, self.cancelled = reporter, cancelled
-        self.model_fingerprint = keys.source_fingerprint(model, run.info["revision"])
+        self.model_fingerprint = source_fingerprint(model, run.info["revision"])
         facts = {
             "run": run.fingerprint,
             "model": self.model_fingerprint,
-            "code": keys.code_fingerprint(),
+            "version": RESULTS_VERSION,
             **settings.as_dict(),
         }
-        self.path = folder / f"{run.path.stem}.{keys.key_of(facts)}{SUFFIX}"
+        self.path = folder / f"{run.path.stem}.{key_of(facts)}{SUFFIX}"
         self.rows: Rows = empty_rows()
         if self.path.is_file():
             with open_comparison(self.path) as known:
@@ -165,7 +333,7 @@ class Session:
     def _fingerprint(self, unit: Unit) -> str:
         code = content_of([unit.spec.name])
         live = () if unit.mode == "replay" else (self.controls, self.timed)
-        return keys.fingerprint((unit.spec.label, code, *live))
+        return fingerprint((unit.spec.label, code, *live))
 
     def _compute(self, unit: Unit, found: Rows) -> None:
         if unit.mode == "replay":

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 
 from capture.errors import quoted
-from explorer.comparison.names import make_router, parse_router
+from explorer.comparison.router_names import make_router, parse_router
 from explorer.errors import RouterError
 from explorer.maps.data import Ids
 from explorer.routers import PartRouter, Routing, fit_layers, route_layers

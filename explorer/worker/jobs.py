@@ -120,7 +120,7 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
         raise Cancelled("The comparison was stopped before it began.", None)
     _refuse_unnamed_model(request)
     report(JobProgress("loading", message="importing the model library"))
-    from explorer.comparison.api import compare
+    from explorer.comparison.compare import compare
     from explorer.errors import ComparisonCancelled
 
     def on_progress(progress: Any) -> None:
@@ -171,7 +171,7 @@ def _refuse_unnamed_model(request: CompareRequest) -> None:
 def _conditions(
     request: CompareRequest, path: str, report: Report, cancelled: Callable[[], bool]
 ) -> None:
-    from explorer.comparison.conditions.api import measure_conditions
+    from explorer.comparison.conditions.measure import measure_conditions
 
     def say(what: str) -> None:
         if cancelled():

@@ -11,8 +11,13 @@ from synthetic import SITES, write_run
 
 from capture.store import counts_only
 from explorer import compare
-from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
-from explorer.comparison.tables import FORMAT_VERSION, empty_rows
+from explorer.comparison.results_file import (
+    FORMAT_VERSION,
+    SUFFIX,
+    empty_rows,
+    open_comparison,
+    write_comparison,
+)
 from explorer.errors import ComparisonError
 from explorer.pages.compare import start as compare_start
 from explorer.ui import address

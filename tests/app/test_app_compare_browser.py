@@ -7,7 +7,7 @@ from browser import click_cell, serve, settle, token, visit
 from synthetic import NASTY, write_run
 from test_app_compare import write_results
 
-from explorer.comparison.file import open_comparison, write_comparison
+from explorer.comparison.results_file import open_comparison, write_comparison
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

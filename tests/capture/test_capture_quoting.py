@@ -4,7 +4,7 @@ import pytest
 
 from capture.errors import CaptureError, cut, first_line, quoted
 from capture.recorder.config import CaptureConfig
-from explorer.comparison.names import parse_router, split_routers
+from explorer.comparison.router_names import parse_router, split_routers
 from explorer.errors import ExplorerError
 from explorer.registry import Registry
 

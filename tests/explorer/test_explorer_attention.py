@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from synthetic import BIN_WIDTH, LAYERS, NASTY, PROMPTS, RANKS, WITHOUT_ATTENTION, write_run
 
 from explorer.errors import MetricError, RunError
-from explorer.metrics import heads
-from explorer.metrics import together as metrics
+from explorer.metrics import attention as heads
+from explorer.metrics import attention as metrics
 from explorer.pages.attention import data as queries
 from explorer.pages.attention import figures
 from explorer.pages.attention.together_data import prompt_routing, routing_together

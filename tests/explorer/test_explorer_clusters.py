@@ -23,7 +23,7 @@ from explorer.maps.projection import FEWEST, MapOptions, pca, project
 from explorer.maps.quality import cluster_domain, trustworthiness
 from explorer.maps.regions import Region, inside
 from explorer.maps.work import make_clusters, make_map
-from explorer.metrics.lift import MIN_COUNT, lift
+from explorer.metrics.specialization import MIN_WHOLE, lift
 
 ROOT = Path(__file__).parents[2]
 # a hundred epochs of a few hundred points take a tenth of a second
@@ -526,6 +526,6 @@ def test_lift_is_unsure_where_prompts_differ_and_unknown_where_counts_are_few():
     found = lift(part, [500, 500])
     assert found.lift.tolist() == pytest.approx([1, 1])
     assert found.low[0] < 0.8 and found.high[0] > 1.2
-    few = lift([[5, 5]], [MIN_COUNT - 1, 500])
+    few = lift([[5, 5]], [MIN_WHOLE - 1, 500])
     assert np.isnan(few.lift[0]) and few.lift[1] > 0
     assert np.isnan(lift(np.zeros((0, 2)), [500, 500]).lift).all()

@@ -18,8 +18,16 @@ from capture.model.sites import find_sites
 from explorer import open_comparison, open_run
 from explorer.__main__ import main
 from explorer.comparison.cost import Usage, cost_of
-from explorer.comparison.file import SUFFIX, comparisons_of, write_comparison
-from explorer.comparison.names import (
+from explorer.comparison.replay import recorded_split
+from explorer.comparison.results_file import (
+    FORMAT_VERSION,
+    SUFFIX,
+    TABLES,
+    comparisons_of,
+    empty_rows,
+    write_comparison,
+)
+from explorer.comparison.router_names import (
     arguments_of,
     load_router_file,
     make_router,
@@ -27,10 +35,8 @@ from explorer.comparison.names import (
     split_routers,
     takes_seed,
 )
-from explorer.comparison.paired import against_controls, paired
-from explorer.comparison.plan import SENSIBLE
-from explorer.comparison.replay import recorded_split
-from explorer.comparison.tables import FORMAT_VERSION, TABLES, empty_rows
+from explorer.comparison.session import SENSIBLE
+from explorer.comparison.verdicts import against_controls, paired
 from explorer.errors import ComparisonError, RouterError, UnknownNameError
 from explorer.routers import ROUTERS, TopP, fit_layers
 
@@ -247,7 +253,7 @@ def test_opening_needs_no_torch(tmp_path):
     write_comparison(path, some_rows())
     code = (
         f"import sys, explorer; explorer.open_comparison({str(path)!r}).table; "
-        "import explorer.comparison.names, explorer.worker; print('torch' in sys.modules)"
+        "import explorer.comparison.router_names, explorer.worker; print('torch' in sys.modules)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

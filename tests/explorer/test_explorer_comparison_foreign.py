@@ -3,9 +3,13 @@
 import duckdb
 import pytest
 
-from explorer.comparison import file as reading
-from explorer.comparison.file import open_comparison, write_comparison
-from explorer.comparison.tables import FORMAT_VERSION, empty_rows
+from explorer.comparison import results_file as reading
+from explorer.comparison.results_file import (
+    FORMAT_VERSION,
+    empty_rows,
+    open_comparison,
+    write_comparison,
+)
 from explorer.errors import ComparisonError
 
 FOREVER = "(SELECT count(*) FROM range(3000000000) AS a, range(1000) AS b) > 5"

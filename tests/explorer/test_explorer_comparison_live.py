@@ -12,16 +12,16 @@ from capture.model.selftest import attach
 from capture.prompts.reading import read_prompts
 from capture.swap.routers import swap
 from explorer import compare, open_comparison, open_run
-from explorer.comparison import lab as lab_module
-from explorer.comparison.badges import Badges, badges
+from explorer.comparison import live as lab_module
+from explorer.comparison.causality import Badges, badges
+from explorer.comparison.compare import pick
 from explorer.comparison.controls import controls_of
-from explorer.comparison.fitting import FitData, Fitted
-from explorer.comparison.lab import Lab
-from explorer.comparison.names import parse_router
-from explorer.comparison.pick import pick
-from explorer.comparison.rows import Subject, live_rows
-from explorer.comparison.tables import empty_rows
-from explorer.comparison.texts import Split, Texts, split_texts
+from explorer.comparison.fit import FitData, Fitted
+from explorer.comparison.live import Lab
+from explorer.comparison.live_results import Subject, live_rows
+from explorer.comparison.results_file import empty_rows
+from explorer.comparison.router_names import parse_router
+from explorer.comparison.text_split import Split, Texts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, RouterError
 from explorer.metrics.load import max_violation
 from explorer.routers import PartMask, RouterInfo

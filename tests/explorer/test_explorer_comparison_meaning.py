@@ -12,11 +12,10 @@ from capture.model.load import load_model
 from capture.model.selftest import attach
 from capture.swap.rules import Choice
 from explorer.comparison.controls import controls_of
-from explorer.comparison.fitting import Fitted
-from explorer.comparison.lab import Lab
-from explorer.comparison.measure import Chosen, Watcher
-from explorer.comparison.replay_rows import over_layers, site_row
-from explorer.comparison.texts import Split, Texts
+from explorer.comparison.fit import Fitted
+from explorer.comparison.live import Chosen, Lab, Watcher
+from explorer.comparison.replay import over_layers, site_row
+from explorer.comparison.text_split import Split, Texts
 from explorer.routers import RouterInputs, Routing
 from explorer.routers.native import TopKRouter
 

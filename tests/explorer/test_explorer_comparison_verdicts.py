@@ -7,16 +7,21 @@ import pytest
 from scipy.stats import t as student_t
 
 from capture.swap.losses import SequenceLosses, critical, loss_change
-from explorer.comparison.file import SUFFIX, open_comparison, write_comparison
-from explorer.comparison.paired import (
+from explorer.comparison.results_file import (
+    FORMAT_VERSION,
+    SUFFIX,
+    empty_rows,
+    open_comparison,
+    write_comparison,
+)
+from explorer.comparison.verdicts import (
     UNCLEAR,
     Paired,
     against_controls,
     paired,
+    reach,
     with_controls,
 )
-from explorer.comparison.reach import reach
-from explorer.comparison.tables import FORMAT_VERSION, empty_rows
 
 DRAWS = 2000
 

@@ -11,8 +11,7 @@ import torch
 from capture.swap.measure import Kept, sequence_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
-from explorer.comparison.conditions import pruning
-from explorer.comparison.conditions.base import Subject
+from explorer.comparison.conditions import expert_pruning as pruning
 from explorer.comparison.conditions.calibration import collect, expert_outputs
 from explorer.comparison.conditions.catalogue import (
     CONDITIONS,
@@ -20,17 +19,8 @@ from explorer.comparison.conditions.catalogue import (
     make_condition,
     make_conditions,
 )
-from explorer.comparison.conditions.heads import best_heads, find_heads, head_products
-from explorer.comparison.conditions.low_rank import LowRankExperts, truncated
-from explorer.comparison.conditions.measure import decomposition, measure, run_texts
-from explorer.comparison.conditions.merging import (
-    MergedExperts,
-    find_groups,
-    merged_stacks,
-    nearest_cores,
-)
-from explorer.comparison.conditions.precision import Precision
-from explorer.comparison.conditions.pruning import (
+from explorer.comparison.conditions.contract import Subject
+from explorer.comparison.conditions.expert_pruning import (
     FrequencyPruning,
     KeptExperts,
     RandomPruning,
@@ -40,9 +30,23 @@ from explorer.comparison.conditions.pruning import (
     reap_sums,
     reconstruction_error,
 )
-from explorer.comparison.conditions.quantise import Quantised, fake_quantise
-from explorer.comparison.conditions.trace import traced
-from explorer.comparison.conditions.weights import part_parameters
+from explorer.comparison.conditions.head_pruning import best_heads, find_heads, head_products
+from explorer.comparison.conditions.measure import decomposition, measure, run_texts
+from explorer.comparison.conditions.merging import (
+    MergedExperts,
+    find_groups,
+    merged_stacks,
+    nearest_cores,
+)
+from explorer.comparison.conditions.routing_changes import traced
+from explorer.comparison.conditions.weights import (
+    LowRankExperts,
+    Precision,
+    Quantised,
+    fake_quantise,
+    part_parameters,
+    truncated,
+)
 from explorer.errors import ConditionError, UnknownNameError
 from explorer.routers.contract import PartMask, Routing
 from explorer.routers.subsets import best_to_drop

@@ -9,24 +9,35 @@ from test_explorer_conditions import HELD_OUT, subject_of, texts
 from capture.model.hooks import SiteObservation
 from capture.model.sites import Site
 from capture.store import SiteInfo
-from explorer.comparison.conditions.base import Subject
-from explorer.comparison.conditions.flips import (
+from explorer.comparison.conditions.contract import Subject
+from explorer.comparison.conditions.distilled_routers import likeness, measure_students
+from explorer.comparison.conditions.measure import measure, run_texts
+from explorer.comparison.conditions.routing_changes import (
+    Trace,
     first_divergence,
+    gate_entropy,
+    margin,
     margin_auc,
     margin_bins,
     set_changed,
     slots_changed,
 )
-from explorer.comparison.conditions.measure import measure, run_texts
-from explorer.comparison.conditions.precision import Precision
-from explorer.comparison.conditions.quantise import Quantised
-from explorer.comparison.conditions.students import likeness, measure_students
-from explorer.comparison.conditions.trace import Trace, gate_entropy, margin
+from explorer.comparison.conditions.weights import Precision, Quantised
 from explorer.errors import ConditionError
 from explorer.routers.contract import Routing
 from explorer.routers.probe import toy_layers, toy_tokens
-from explorer.survey.likeness import compare_routing, in_common, information, routed, text_of_tokens
-from explorer.survey.smaller import DistilSettings, cached, distil, start_smaller, windows
+from explorer.survey.distil import (
+    DistilSettings,
+    cached,
+    compare_routing,
+    distil,
+    in_common,
+    information,
+    routed,
+    start_smaller,
+    text_of_tokens,
+    windows,
+)
 
 # ---- flips
 

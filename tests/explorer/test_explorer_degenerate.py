@@ -10,7 +10,7 @@ from explorer.maps.clustering import NOISE, cluster
 from explorer.maps.projection import FEWEST, MapOptions, distinct, has_umap, pca, project
 from explorer.maps.quality import FEWEST_MEASURED, trustworthiness
 from explorer.metrics.alignment import co_routing_agreement
-from explorer.survey.likeness import correlation
+from explorer.survey.distil import correlation
 
 FAST = MapOptions(n_landmarks=40, n_epochs=20)
 METHODS = ("kmeans", "gmm", "hdbscan")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from synthetic import NASTY, SITES, write_run
 
 from explorer.errors import MetricError, RunError
-from explorer.metrics import pairs as metrics
+from explorer.metrics import coactivation as metrics
 from explorer.pages.flow import data as queries
 from explorer.pages.flow import figures
 from explorer.run import open_run

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from explorer import service, slices, views
-from explorer.comparison.file import comparisons_of
+from explorer.comparison.results_file import comparisons_of
 from explorer.errors import ExplorerError
 
 

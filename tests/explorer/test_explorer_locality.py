@@ -6,7 +6,7 @@ from synthetic import write_run
 
 from explorer.locality import locality, main
 from explorer.metrics.agreement import chance_any_repeat
-from explorer.metrics.locality import repetition
+from explorer.metrics.coactivation import repetition
 from explorer.run import open_run
 
 

@@ -14,9 +14,9 @@ from capture.model.load import load_model
 from capture.model.selftest import attach
 from explorer.__main__ import main
 from explorer.comparison import oracle
-from explorer.comparison.lab import Lab
+from explorer.comparison.live import Lab
 from explorer.comparison.oracle import OneSet, last_layer_oracle, least_of
-from explorer.comparison.texts import Split, Texts
+from explorer.comparison.text_split import Split, Texts
 from explorer.errors import ComparisonError
 from explorer.pages.compare.oracle_figures import oracle_bound
 from explorer.routers.live import LiveRule

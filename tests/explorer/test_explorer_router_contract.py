@@ -13,7 +13,7 @@ import pytest
 import router_checks
 import torch
 
-from explorer.comparison.names import load_router_file
+from explorer.comparison.router_names import load_router_file
 from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
 from explorer.routers.native import TopKRouter
 from explorer.routers.probe import EXPERTS, HIDDEN, TOP_K

@@ -10,7 +10,7 @@ import torch
 from checks import assert_close
 
 from capture.swap.routers import swap
-from explorer.comparison.conditions.pruning import KeptExperts
+from explorer.comparison.conditions.expert_pruning import KeptExperts
 from explorer.errors import RouterError
 from explorer.routers import (
     ROUTERS,

@@ -10,7 +10,7 @@ from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from explorer import routers
 from explorer.__main__ import main
-from explorer.comparison.rows import source_of
+from explorer.comparison.live_results import source_of
 from explorer.routers import ROUTERS, PartMask, route_layers
 from explorer.routers.live import Convention, LiveRule
 from explorer.routers.probe import toy_layers, toy_tokens

@@ -10,7 +10,7 @@ import torch
 from checks import assert_close
 from test_explorer_routers_clusters import FIT, HELD_OUT
 
-from explorer.comparison.names import make_router, parse_router
+from explorer.comparison.router_names import make_router, parse_router
 from explorer.routers import ROUTERS, Selector, Threshold, TopK, TopP, probe
 from explorer.routers.probe import LAYERS, toy_layers, toy_targets, toy_tokens
 from explorer.routers.sequences import choose_tokens

@@ -1,25 +1,15 @@
 """Conditions of the survey: precision, quantisation, pruning, factorisation, merging, distillation.
 
-base         what a condition is, and the registry ``CONDITIONS``
+contract     what a condition is, and the registry ``CONDITIONS``
 catalogue    all of them, registered, and made from text
-weights      which part a weight belongs to, and replacing weights for a while
 calibration  what conditions learn from
-subsets      the best subset to drop, by trying all or greedily
-precision    16-bit weights and arithmetic, of the model or of a part
-quantise     8, 4 or 3 bits a weight
-pruning      experts that are never picked
-heads        attention heads that add nothing
-low_rank     experts' matrices as products of thin ones
-merging      experts averaged into others
-trace        what every router did in a run over texts
-flips        routing that changed, and how it follows from margins
-measure      loss with own and with forced routing, and routing flips
-students     routers that imitate the model's gate
-smaller      a smaller model that imitates the whole
-likeness     whether two models' routing is alike, whatever their experts' numbers
-api          all of it on the texts of a run, kept in its comparison file
-cli          the command ``python -m explorer conditions``
-distil       the command ``python -m explorer.survey.distil``
+weights      weights of a part of the model: precision, fewer bits, lower rank
+expert_pruning     experts that are never picked
+head_pruning       attention heads that add nothing
+merging            experts averaged into others
+distilled_routers  routers that imitate the model's gate
+routing_changes    what every router did in a run over texts, and what changed
+measure      loss with own and with forced routing, and flips, kept in the run's comparison file
 
 Importing this package needs no torch; names that do load on first use.
 """
@@ -27,7 +17,12 @@ Importing this package needs no torch; names that do load on first use.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from explorer.comparison.conditions.base import CONDITIONS, Condition, ConditionInfo, Subject
+    from explorer.comparison.conditions.contract import (
+        CONDITIONS,
+        Condition,
+        ConditionInfo,
+        Subject,
+    )
     from explorer.comparison.conditions.measure import ConditionTables, decomposition, measure
 
 __all__ = [

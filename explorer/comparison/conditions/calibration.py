@@ -12,7 +12,7 @@ from capture.model.sites import Site
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import Choice, NativeRule, RouteInputs
-from explorer.comparison.conditions.base import Sequence_, Subject
+from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.errors import ConditionError
 from explorer.routers.contract import RouterInputs, Routing
 from explorer.routers.live import from_live

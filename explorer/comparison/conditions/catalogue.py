@@ -4,9 +4,9 @@ import inspect
 from collections.abc import Iterable
 
 from capture.errors import cut, first_line, quoted
-from explorer.comparison.conditions import heads, low_rank, merging, precision, pruning, quantise
-from explorer.comparison.conditions.base import CONDITIONS, Condition, ConditionInfo, Subject
-from explorer.comparison.names import parse_router
+from explorer.comparison.conditions import expert_pruning, head_pruning, merging, weights
+from explorer.comparison.conditions.contract import CONDITIONS, Condition, ConditionInfo, Subject
+from explorer.comparison.router_names import parse_router
 from explorer.errors import ConditionError, RouterError
 
 # what a run is measured under when nobody says otherwise
@@ -85,12 +85,10 @@ __all__ = [
     "Condition",
     "ConditionInfo",
     "Subject",
-    "heads",
-    "low_rank",
+    "expert_pruning",
+    "head_pruning",
     "make_condition",
     "make_conditions",
     "merging",
-    "precision",
-    "pruning",
-    "quantise",
+    "weights",
 ]

@@ -1,20 +1,32 @@
-"""What a condition does to loss and routing: own and forced routing, flips, first divergence."""
+"""What conditions do to loss and routing, on the texts of a run, kept in its comparison file.
 
+Own and forced routing, routing that flips, and where it first diverged.
+"""
+
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from capture.model.load import load_model, loading_bars
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import Kept, sequence_losses
 from capture.swap.routers import swap
-from explorer.comparison.conditions.base import Applied, Condition, Subject, model_bytes
-from explorer.comparison.conditions.flips import flip_rows, margin_rows
-from explorer.comparison.conditions.trace import Trace, traced
+from explorer.comparison.compare import compare, demo_run
+from explorer.comparison.conditions.catalogue import USUAL, make_conditions
+from explorer.comparison.conditions.contract import Applied, Condition, Subject, model_bytes
+from explorer.comparison.conditions.distilled_routers import STUDENTS, measure_students
+from explorer.comparison.conditions.routing_changes import Trace, flip_rows, margin_rows, traced
+from explorer.comparison.results_file import CONDITION_TABLES, open_comparison, write_comparison
+from explorer.comparison.session import fingerprint
+from explorer.comparison.text_split import split_texts
 from explorer.errors import ConditionError
+from explorer.run import open_run
 
 # columns of each table, as they are documented in ConditionTables
 CONDITION_COLUMNS = (
@@ -252,3 +264,119 @@ def decomposition(tables: ConditionTables) -> pd.DataFrame:
         )
     columns = ["condition", "total", "weights", "routing", "interaction", "recovered"]
     return pd.DataFrame(rows, columns=columns)
+
+
+# As ``RESULTS_VERSION`` of explorer.comparison.session, for rows about conditions and students.
+CONDITIONS_VERSION = 1
+
+Records = dict[str, list[dict[str, Any]]]
+
+
+def measure_conditions(
+    run: str | Path = "demo",
+    conditions: Sequence[str] = USUAL,
+    *,
+    students: Sequence[str] = STUDENTS,
+    tokens: int = 50_000,
+    fit_tokens: int = 20_000,
+    seed: int = 0,
+    model: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Measure conditions and distilled routers, and keep them in the run's comparison file.
+
+    Parameters
+    ----------
+    run : str or Path
+        A run file, or ``"demo"``.
+    conditions : sequence of str
+        Such as ``quantised(bits=4)``.
+    students : sequence of str
+        Routers that are distilled from the model's gate.
+    tokens, fit_tokens : int
+        Of the held-out split, on which losses are reported, and of the fit split.
+    seed : int
+        Draws the texts.
+    model : str, optional
+        Default: the model that the run was recorded from.
+    progress : callable, optional
+        Told what is measured next.
+
+    Returns
+    -------
+    Path
+        Of the comparison file; tables ``conditions``, ``flips``, ``flip_margins`` and
+        ``students``. What it holds already, of the same version and options, is not measured again.
+    """
+    made = make_conditions(conditions)
+    path = demo_run() if str(run) == "demo" else Path(run)
+    settings: dict[str, Any] = {"tokens": tokens, "fit_tokens": fit_tokens, "seed": seed}
+    progress("the model's own router")
+    # one file with the routers that were compared on the same texts
+    with compare(
+        path, ["native"], live=True, replay=False, controls=False, latency=False, model=model,
+        progress=False, **settings,
+    ) as comparison:  # fmt: skip
+        file, rows = comparison.path, comparison.records()
+    wanted = {one.label: condition_fingerprint(one) for one in made}
+    known = {row["condition"]: row["fingerprint"] for row in rows["conditions"]}
+    missing = [one for one in made if known.get(one.label) != wanted[one.label]]
+    taught = {name: fingerprint((name, CONDITIONS_VERSION)) for name in students}
+    learned = {row["student"]: row["fingerprint"] for row in rows["students"]}
+    untaught = [name for name in students if learned.get(name) != taught[name]]
+    if not missing and not untaught:
+        return file
+    with open_run(path) as opened:
+        name = opened.info["model"] if model is None else model
+        with loading_bars(shown=False):
+            loaded = load_model(name)
+        split = split_texts(opened, loaded, **settings)
+    subject = Subject.of(loaded.model, split.fit.sequences)
+    base = run_texts(subject, split.report.sequences) if missing else None
+    for condition in missing:
+        tables = measure(subject, split.report.sequences, [condition], base=base, progress=progress)
+        found = {name: records(getattr(tables, name)) for name in tables._fields}
+        for row in found["conditions"]:
+            row["fingerprint"] = wanted.get(row["condition"], "")
+        keep(file, found)
+    if untaught:
+        learners = measure_students(
+            subject, split.report.sequences, untaught, seed=seed, fit_tokens=fit_tokens,
+            progress=progress,
+        )  # fmt: skip
+        taught_rows = [
+            {**row, "fingerprint": taught[row["student"]]} for row in records(learners.students)
+        ]
+        keep(file, {"students": taught_rows, "student_layers": records(learners.layers)})
+    return file
+
+
+def keep(file: Path, found: Records) -> None:
+    """Put rows into a comparison file, in the place of the same conditions' or students' rows."""
+    with open_comparison(file) as comparison:
+        rows = comparison.records()
+    for table, fresh in found.items():
+        name = "student" if table.startswith("student") else "condition"
+        labels = {row[name] for row in fresh}
+        rows[table] = [row for row in rows[table] if row[name] not in labels] + fresh
+    write_comparison(file, rows)
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows, missing values as None: a file holds no NaN."""
+    return [
+        {str(k): None if isinstance(v, float) and v != v else v for k, v in row.items()}
+        for row in frame.to_dict("records")
+    ]
+
+
+def read(file: Path) -> dict[str, pd.DataFrame]:
+    """Return the tables about conditions of a comparison file."""
+    with open_comparison(file) as comparison:
+        return {name: comparison.rows(name) for name in CONDITION_TABLES}
+
+
+def condition_fingerprint(condition: Condition) -> str:
+    """Return a short name for what a condition's rows depend on besides the file's own key."""
+    options = json.dumps(vars(condition), sort_keys=True, default=str)
+    return fingerprint((condition.info.name, options, CONDITIONS_VERSION))

@@ -10,15 +10,15 @@ from torch import nn
 
 from capture.model.flops import expert_parameters
 from capture.swap.routers import site_key
-from explorer.comparison.conditions.base import (
+from explorer.comparison.conditions.calibration import Key, Seen, collect
+from explorer.comparison.conditions.contract import (
     CONDITIONS,
     Applied,
     Condition,
     ConditionInfo,
     Subject,
 )
-from explorer.comparison.conditions.calibration import Key, Seen, collect
-from explorer.comparison.conditions.pruning import CALIBRATION_TOKENS, load_of
+from explorer.comparison.conditions.expert_pruning import CALIBRATION_TOKENS, load_of
 from explorer.comparison.conditions.weights import STACK, replaced
 from explorer.errors import ConditionError
 from explorer.routers.scores import host_logits

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
-from explorer.metrics.heads import RECENT, HeadBaseline
+from explorer.metrics.attention import RECENT, HeadBaseline
 from explorer.pages.attention.data import HAS_MAP, HeadMap
 from explorer.registry import Registry
 from explorer.ui import theme

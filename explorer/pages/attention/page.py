@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer import service
-from explorer.metrics.heads import uniform_head
+from explorer.metrics.attention import uniform_head
 from explorer.pages.attention.data import (
     HAS_MAP,
     attention_layers,

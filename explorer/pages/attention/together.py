@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import streamlit as st
 
-from explorer.metrics.together import MIN_PROMPTS
+from explorer.metrics.attention import MIN_PROMPTS
 from explorer.pages.attention.figures import head_name
 from explorer.pages.attention.together_data import HeadsTogether, routing_together
 from explorer.pages.attention.together_figure import together_figure

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from explorer.errors import RunError
-from explorer.metrics.together import PairTotals, chance_levels, pair_totals, together
+from explorer.metrics.attention import PairTotals, chance_levels, pair_totals, together
 from explorer.pages.attention.data import attention_prompts, layer_keys
 from explorer.pages.tokens.data import tokens
 from explorer.queries.part import Part

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pandas as pd
 import streamlit as st
 
-from explorer.metrics.pairs import routing_change
+from explorer.metrics.coactivation import routing_change
 from explorer.pages.attention.data import HeadMap, attended_keys, head_map, prompt_keys
 from explorer.pages.attention.figures import head_name
 from explorer.pages.attention.together_data import prompt_routing

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from explorer.maps.points import Density
 from explorer.maps.regions import Region
-from explorer.metrics.lift import Lift
+from explorer.metrics.specialization import Lift
 from explorer.ui import theme
 
 Floats = npt.NDArray[np.float64]

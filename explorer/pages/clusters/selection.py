@@ -9,7 +9,7 @@ from explorer.maps.data import expert_counts, expert_domains
 from explorer.maps.features import Source
 from explorer.maps.points import PointTable
 from explorer.maps.regions import Region
-from explorer.metrics.lift import MIN_COUNT, Lift, lift
+from explorer.metrics.specialization import MIN_WHOLE, Lift, lift
 from explorer.pages.clusters.figures import lift_bars
 from explorer.pages.clusters.points import id_names
 from explorer.queries.prompts import prompt_tokens
@@ -159,7 +159,7 @@ def _over_represented(
         title = f"Experts of layer {view.site_name}, over-represented first"
         each = "prompts"
     if np.isnan(found.lift).all():
-        st.info(f"None of the {what} has {MIN_COUNT} assignments: too few to compare.")
+        st.info(f"None of the {what} has {MIN_WHOLE} assignments: too few to compare.")
         return
     chart(
         lift_bars(
@@ -168,7 +168,7 @@ def _over_represented(
             ids,
             title=title,
             caption=f"lines: 9 of 10 draws of the {each} here; dotted: as often as in all; "
-            f"fewer than {MIN_COUNT} assignments: left out",
+            f"fewer than {MIN_WHOLE} assignments: left out",
             dark=is_dark(),
         ),
         key="lift",

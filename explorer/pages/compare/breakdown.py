@@ -5,8 +5,8 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from explorer.comparison.file import Comparison
-from explorer.comparison.paired import CONTROLS, with_controls
+from explorer.comparison.results_file import Comparison
+from explorer.comparison.verdicts import CONTROLS, with_controls
 from explorer.pages.compare.breakdown_figures import by_domain, by_layer, means_by
 from explorer.pages.compare.figures import marked
 from explorer.ui import address

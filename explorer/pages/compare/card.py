@@ -3,8 +3,8 @@
 import pandas as pd
 import streamlit as st
 
-from explorer.comparison.file import Comparison
-from explorer.comparison.paired import CONTROLS, Paired, against_controls, paired
+from explorer.comparison.results_file import Comparison
+from explorer.comparison.verdicts import CONTROLS, Paired, against_controls, paired
 from explorer.pages.compare.figures import badges, family_name
 from explorer.pages.compare.gate_figures import gate_histogram
 from explorer.pages.compare.text import NATIVE

@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from explorer.comparison.file import Comparison
+from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.condition_figures import (
     flip_margins,
     flips_over_layers,

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from explorer.comparison.paired import CONTROLS
+from explorer.comparison.verdicts import CONTROLS
 from explorer.registry import Registry
 from explorer.ui import theme
 from explorer.ui.names import labels

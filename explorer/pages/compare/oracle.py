@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from explorer.comparison.file import Comparison
+from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.oracle_figures import oracle_bound
 from explorer.ui.chart import chart
 from explorer.ui.part import part

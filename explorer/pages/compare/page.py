@@ -8,9 +8,8 @@ import streamlit as st
 
 from capture.paths import model_name
 from explorer import service
-from explorer.comparison.file import Comparison, comparisons_of, open_comparison
-from explorer.comparison.paired import CONTROLS, with_controls
-from explorer.comparison.reach import reach
+from explorer.comparison.results_file import Comparison, comparisons_of, open_comparison
+from explorer.comparison.verdicts import CONTROLS, reach, with_controls
 from explorer.errors import ComparisonError
 from explorer.pages.compare.breakdown import layers_and_domains
 from explorer.pages.compare.card import router_card
@@ -91,7 +90,7 @@ def render() -> None:
             list(files),
             default=next(iter(files)),
             show=lambda name: name,
-            help="One file for each model, code and settings; newest first.",
+            help="One file for each model and settings; newest first.",
         )
     # written even if it is the default, which changes when another comparison is made
     address.write("comparison", name)

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from explorer.comparison.file import Comparison
+from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.figures import badges
 from explorer.text import ABSENT
 from explorer.ui.part import part

@@ -10,7 +10,7 @@ from capture.errors import PromptError, cut, quoted
 from capture.prompts.reading import read_prompts_bytes
 from explorer import service
 from explorer.comparison.catalogue import catalogue
-from explorer.comparison.names import parse_router, split_routers
+from explorer.comparison.router_names import parse_router, split_routers
 from explorer.errors import ComparisonError, RouterError, UnknownNameError
 from explorer.pages.compare.figures import family_name
 from explorer.run import Run

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pandas as pd
 import streamlit as st
 
-from explorer.comparison.file import Comparison
+from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.figures import marked
 from explorer.ui import address
 from explorer.ui.part import part

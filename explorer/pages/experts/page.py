@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.errors import RunError
-from explorer.metrics.pairs import pair_uplift
+from explorer.metrics.coactivation import pair_uplift
 from explorer.metrics.specialization import MIN_COUNT, MIN_PROMPTS, wilson
 from explorer.pages.experts.figures import Axis, interval_dots
 from explorer.pages.experts.layers import all_experts_section

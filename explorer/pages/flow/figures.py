@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from explorer.metrics.pairs import MIN_EXPECTED, Uplift
+from explorer.metrics.coactivation import MIN_EXPECTED, Uplift
 from explorer.pages.load_balance.figures import RATIO_SCALE, log_ratio
 from explorer.ui import theme
 from explorer.ui.caption import Scope

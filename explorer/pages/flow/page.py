@@ -9,7 +9,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from explorer.errors import RunError
-from explorer.metrics.pairs import MIN_EXPECTED, pair_uplift, transition_uplift
+from explorer.metrics.coactivation import MIN_EXPECTED, pair_uplift, transition_uplift
 from explorer.pages.flow.data import PairCounts, coactivation, last_sites, transitions
 from explorer.pages.flow.figures import Pairs, pair_heatmap, sankey
 from explorer.pages.flow.pair_tokens import Pair, pair_tokens_section

@@ -5,9 +5,8 @@ the order in the papers that the routers come from. The rules are those of
 :mod:`explorer.routers`: what is swapped into a finished model elsewhere decides here while the
 model learns.
 
-arms    which router each model has, and what the papers found
+arms    which router each model has, what papers found, and whether models come in that order
 model   a transformer whose experts a rule chooses
 train   texts, training, held-out loss
 ensemble  one model for each cluster of texts, mixed by nearness (c-BTM)
-verdict  whether models come in the published order, told from the spread of the seeds
 """

@@ -13,9 +13,8 @@ import torch
 
 from capture.paths import path_argument
 from explorer.errors import ExplorerError, RouterError
-from explorer.survey.from_scratch.arms import ARMS, CLAIMS
+from explorer.survey.from_scratch.arms import ARMS, CLAIMS, arms_table, claims_table
 from explorer.survey.from_scratch.train import Setting, load_corpus, seeds_of, trained
-from explorer.survey.from_scratch.verdict import arms_table, claims_table
 
 SETTING = Setting()
 ERROR = 2

@@ -1,4 +1,4 @@
-"""Whether tokens that attend to each other route together.
+"""Attention and routing: what heads show by chance, and whether tokens that attend route together.
 
 A pair is a query and a key that it attends to. It *routes together* when the two tokens share at
 least one expert in a layer. Neighbouring tokens share experts anyway, so the share of such pairs
@@ -9,13 +9,66 @@ Left out on both sides: the query itself, which shares all its experts, and the 
 many heads attend to whatever it is (the attention sink).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from explorer.errors import MetricError
+
+# as kernels.attention counts them; tests hold them equal
+RECENT = 16  # keys, the query itself among them
+QUERY_BLOCK = 64  # queries; every n-th block is used
+
+
+class HeadBaseline(NamedTuple):
+    """Means over the used queries of uniform attention to all keys up to the query.
+
+    Attributes
+    ----------
+    entropy : float, nats
+    sink_mass, window_mass : float, 0..1
+    mean_distance : float, tokens
+    """
+
+    entropy: float
+    sink_mass: float
+    mean_distance: float
+    window_mass: float
+
+
+def uniform_head(prompts: Iterable[tuple[int, int]]) -> HeadBaseline:
+    """Return what uniform attention over a set of prompts gives.
+
+    Parameters
+    ----------
+    prompts : iterable of (tokens, every)
+        Length of each prompt, and that every n-th block of its queries is used.
+
+    Returns
+    -------
+    HeadBaseline
+        All nan without a query. A layer with a sliding window sees fewer keys than this.
+    """
+    parts = [used_queries(tokens, every) for tokens, every in prompts]
+    keys = np.concatenate(parts) + 1.0 if parts else np.zeros(0)
+    if not len(keys):
+        return HeadBaseline(*(float("nan"),) * 4)
+    return HeadBaseline(
+        entropy=float(np.log(keys).mean()),
+        sink_mass=float((1 / keys).mean()),
+        mean_distance=float(((keys - 1) / 2).mean()),
+        window_mass=float((np.minimum(keys, RECENT) / keys).mean()),
+    )
+
+
+def used_queries(tokens: int, every: int) -> npt.NDArray[np.int64]:
+    """Return the positions of the queries that were used."""
+    position = np.arange(tokens, dtype=np.int64)
+    used = (position // QUERY_BLOCK) % max(1, every) == 0
+    return np.asarray(position[used])
+
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

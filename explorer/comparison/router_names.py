@@ -15,6 +15,7 @@ from explorer.errors import RouterError
 if TYPE_CHECKING:
     from explorer.routers import Router
 
+
 SELECTORS = ("TopK", "Threshold", "TopP")
 _HOW = "Write a name, or a name with arguments, such as top_k(k=1) or kmeans(n_clusters=128)."
 

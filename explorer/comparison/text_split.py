@@ -16,6 +16,7 @@ from explorer.run import UNLABELLED, Run
 if TYPE_CHECKING:
     from capture.model.load import LoadedModel
 
+
 DEMO = "demo"
 LONGEST = 512  # tokens of a sequence; attention that rules ask for grows with the square
 FIT_SHARE = 0.75  # of the fit split that rules are fitted on while settings are chosen on the rest

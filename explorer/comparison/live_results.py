@@ -1,4 +1,4 @@
-"""From what was measured to the rows of a comparison's tables."""
+"""From a live run to the rows of a comparison's tables."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,12 +8,11 @@ import numpy.typing as npt
 
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import Latency
-from explorer.comparison.badges import Badges
-from explorer.comparison.fitting import Fitted
-from explorer.comparison.lab import Lab, Outcome
-from explorer.comparison.measure import Chosen, mean_of_known
-from explorer.comparison.tables import Rows
-from explorer.comparison.texts import SHARED_TOKENS
+from explorer.comparison.causality import Badges
+from explorer.comparison.fit import Fitted
+from explorer.comparison.live import Chosen, Lab, Outcome, mean_of_known
+from explorer.comparison.results_file import Rows
+from explorer.comparison.text_split import SHARED_TOKENS
 from explorer.metrics.load import (
     coefficient_of_variation,
     dead_experts,

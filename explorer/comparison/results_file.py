@@ -1,4 +1,4 @@
-"""The file of a comparison, beside its run: written whole, read by anybody, opened without torch.
+"""The file of a comparison, beside its run: its tables, written whole, read without torch.
 
 One DuckDB file per run, model and settings, named ``RUN.KEY.comparison``. It may come from a
 stranger, so it is attached as run files are, see ``capture.store.sandbox``: nothing that it brings
@@ -21,16 +21,276 @@ from capture.errors import first_line, quoted
 from capture.store.check import UNREADABLE, limited
 from capture.store.files import is_own_file
 from capture.store.sandbox import LOCKED, attach, tables_in
-from explorer.comparison.tables import (
-    COLUMNS_SINCE,
-    FORMAT_VERSION,
-    TABLES,
-    TABLES_SINCE,
-    Rows,
-    empty_rows,
-)
 from explorer.errors import ComparisonError
 from explorer.run import frame
+
+Rows = dict[str, list[dict[str, Any]]]
+
+FORMAT_VERSION = 5
+# what older files lack, by the first format that has it: columns, which read as NULL, and tables,
+# which read as empty
+COLUMNS_SINCE: dict[tuple[str, str], int] = {
+    ("results", "spanning_rate"): 2,
+    ("texts", "mode"): 4,
+    ("results", "loss_margin"): 5,
+    ("results", "loss_se_domain"): 5,
+    ("comparison", "head_flops_share"): 5,
+    ("comparison", "expert_flops_share"): 5,
+}
+TABLES_SINCE = {"oracle": 2, "spanning": 3, "gate_values": 3}
+
+# of one router, seed and mode; a result is computed again when its fingerprint changes
+UNIT = {"router": "VARCHAR", "seed": "INTEGER", "mode": "VARCHAR"}
+
+_AGREEMENT = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap")
+_BALANCE = (
+    *("max_violation", "max_violation_floor", "cv", "gini", "dead_experts", "load_entropy"),
+)
+
+_LIKENESS = dict.fromkeys(("kl", "agreement", "exact_set"), "DOUBLE")
+# what conditions do (explorer.comparison.conditions); rows are named by condition or student, not
+# by UNIT
+CONDITION_TABLES = ("conditions", "flips", "flip_margins", "students", "student_layers")
+
+TABLES: dict[str, dict[str, str]] = {
+    "comparison": {
+        "format_version": "INTEGER",
+        "created_at": "VARCHAR",
+        "run_name": "VARCHAR",
+        "run_fingerprint": "VARCHAR",
+        "model": "VARCHAR",
+        "model_fingerprint": "VARCHAR",
+        "architecture": "VARCHAR",
+        "dtype": "VARCHAR",
+        "device": "VARCHAR",
+        "n_layers": "INTEGER",
+        "n_experts": "INTEGER",
+        "top_k": "INTEGER",
+        "fit_source": "VARCHAR",
+        "fit_sequences": "BIGINT",
+        "fit_tokens": "BIGINT",
+        "report_source": "VARCHAR",
+        "report_sequences": "BIGINT",
+        "report_tokens": "BIGINT",
+        "native_loss": "DOUBLE",
+        "seed": "INTEGER",
+        "settings": "VARCHAR",
+        "packages": "VARCHAR",
+        "complete": "BOOLEAN",
+        "head_flops_share": "DOUBLE",
+        "expert_flops_share": "DOUBLE",
+    },
+    "routers": {
+        "router": "VARCHAR",
+        "name": "VARCHAR",
+        "family": "VARCHAR",
+        "title": "VARCHAR",
+        "summary": "VARCHAR",
+        "formula": "VARCHAR",
+        "paper": "VARCHAR",
+        "fits": "VARCHAR",
+        "part": "VARCHAR",
+        "causal_declared": "BOOLEAN",
+        "batch_dependent_declared": "BOOLEAN",
+        "variable_k": "BOOLEAN",
+        "control": "VARCHAR",
+        "control_of": "VARCHAR",
+    },
+    "results": {
+        **UNIT,
+        "family": "VARCHAR",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "condition": "VARCHAR",
+        "control": "VARCHAR",
+        "control_of": "VARCHAR",
+        "part": "VARCHAR",
+        "loss": "DOUBLE",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "perplexity_ratio": "DOUBLE",
+        "experts_per_token": "DOUBLE",
+        "parts_per_token": "DOUBLE",
+        "parts_share": "DOUBLE",
+        "distinct_experts": "DOUBLE",
+        "flops_per_token": "DOUBLE",
+        "flops_ratio": "DOUBLE",
+        "expert_flops_ratio": "DOUBLE",
+        "router_flops": "DOUBLE",
+        "counted_flops_ratio": "DOUBLE",
+        "latency_ms": "DOUBLE",
+        "latency_ratio": "DOUBLE",
+        "latency_low": "DOUBLE",
+        "latency_high": "DOUBLE",
+        "bytes_ratio": "DOUBLE",
+        "energy_ratio": "DOUBLE",
+        **dict.fromkeys(_AGREEMENT, "DOUBLE"),
+        "js": "DOUBLE",
+        "entropy": "DOUBLE",
+        **dict.fromkeys(_BALANCE, "DOUBLE"),
+        "causal": "BOOLEAN",
+        "batch_dependent": "BOOLEAN",
+        "simulated": "BOOLEAN",
+        "fit_tokens": "BIGINT",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
+        "fit_seconds": "DOUBLE",
+        "seconds": "DOUBLE",
+        "spanning_rate": "DOUBLE",
+        "loss_margin": "DOUBLE",
+        "loss_se_domain": "DOUBLE",
+    },
+    "domains": {
+        **UNIT,
+        "domain": "VARCHAR",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "experts_per_token": "DOUBLE",
+        "agreement": "DOUBLE",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
+    },
+    "sequences": {
+        **UNIT,
+        "layer": "INTEGER",
+        "sequence": "INTEGER",
+        "domain": "VARCHAR",
+        "tokens": "INTEGER",
+        "loss": "DOUBLE",
+        "loss_change": "DOUBLE",
+    },
+    "texts": {
+        "text_id": "INTEGER",
+        "domain": "VARCHAR",
+        "position": "INTEGER",
+        "token": "INTEGER",
+        "text": "VARCHAR",
+        "mode": "VARCHAR",
+    },
+    "choices": {
+        **UNIT,
+        "text_id": "INTEGER",
+        "position": "INTEGER",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "expert_ids": "SMALLINT[]",
+        "weights": "FLOAT[]",
+    },
+    "token_losses": {
+        **UNIT,
+        "text_id": "INTEGER",
+        "position": "INTEGER",
+        "loss": "FLOAT",
+    },
+    "curves": {
+        "router": "VARCHAR",
+        "seed": "INTEGER",
+        "lambda": "DOUBLE",
+        "step": "INTEGER",
+        "layer": "INTEGER",
+        "reward": "DOUBLE",
+        "policy_entropy": "DOUBLE",
+        "gate_rate": "DOUBLE",
+    },
+    "conditions": {
+        "condition": "VARCHAR",
+        "name": "VARCHAR",
+        "kind": "VARCHAR",
+        "weights": "VARCHAR",
+        "routing": "VARCHAR",
+        "loss": "DOUBLE",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "perplexity_ratio": "DOUBLE",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
+        "draws": "INTEGER",
+        "draw_spread": "DOUBLE",
+        "weight_bytes_ratio": "DOUBLE",
+        "method": "VARCHAR",
+        "calibrated": "BOOLEAN",
+        "simulated": "BOOLEAN",
+        "fingerprint": "VARCHAR",
+    },
+    "flips": {
+        "condition": "VARCHAR",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "tokens": "BIGINT",
+        "set_flips": "DOUBLE",
+        "top1_flips": "DOUBLE",
+        "slot_flips": "DOUBLE",
+        "margin_auc": "DOUBLE",
+        "first_divergence": "DOUBLE",
+    },
+    "flip_margins": {
+        "condition": "VARCHAR",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "bin": "INTEGER",
+        "margin_low": "DOUBLE",
+        "margin_high": "DOUBLE",
+        "tokens": "BIGINT",
+        "set_flips": "DOUBLE",
+    },
+    "students": {
+        "student": "VARCHAR",
+        "title": "VARCHAR",
+        **_LIKENESS,
+        "chance": "DOUBLE",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "perplexity_ratio": "DOUBLE",
+        "fit_tokens": "BIGINT",
+        "tokens": "BIGINT",
+        "fingerprint": "VARCHAR",
+    },
+    "student_layers": {
+        "student": "VARCHAR",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        **_LIKENESS,
+    },
+    "oracle": {
+        "kind": "VARCHAR",
+        "n": "INTEGER",
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "sets": "INTEGER",
+        "enumerated": "BOOLEAN",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
+        "native_best": "DOUBLE",
+        "native_rank": "DOUBLE",
+        "loss": "DOUBLE",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+    },
+    "spanning": {
+        **UNIT,
+        "layer": "INTEGER",
+        "site": "INTEGER",
+        "spanning": "BOOLEAN",
+        "loss_change": "DOUBLE",
+        "loss_se": "DOUBLE",
+        "tokens": "BIGINT",
+        "sequences": "BIGINT",
+    },
+    "gate_values": {
+        **UNIT,
+        "layer": "INTEGER",
+        "low": "DOUBLE",
+        "high": "DOUBLE",
+        "gates": "BIGINT",
+    },
+    "units": {**UNIT, "fingerprint": "VARCHAR", "error": "VARCHAR"},
+}
+
+
+def empty_rows() -> Rows:
+    """Return every table without a row."""
+    return {name: [] for name in TABLES}
+
 
 SUFFIX = ".comparison"
 _FILE = "comparison_file"
@@ -86,7 +346,7 @@ class Comparison:
         return self.rows("curves")
 
     def rows(self, table: str) -> pd.DataFrame:
-        """Return one table of the file, see :data:`explorer.comparison.tables.TABLES`."""
+        """Return one table of the file, see :data:`explorer.comparison.results_file.TABLES`."""
         if table not in TABLES:
             raise ComparisonError(f"Expected one of {', '.join(TABLES)}, got {quoted(table)}.")
         whole = [n for n, kind in TABLES[table].items() if kind in ("INTEGER", "BIGINT")]
@@ -279,6 +539,3 @@ def _insert(
     connection.register("incoming", pa.table(arrays, names=columns))
     connection.execute(f"INSERT INTO {name} ({listed}) SELECT {listed} FROM incoming")
     connection.unregister("incoming")
-
-
-__all__ = ["SUFFIX", "Comparison", "comparisons_of", "empty_rows", "open_comparison"]

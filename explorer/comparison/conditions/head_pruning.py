@@ -12,14 +12,14 @@ from torch import nn
 from capture.model.flops import attention_modules, decoder_layers, head_count
 from capture.swap.measure import sequence_losses
 from capture.swap.part_gates import OUTPUT_NAMES
-from explorer.comparison.conditions.base import (
+from explorer.comparison.conditions.contract import (
     CONDITIONS,
     Applied,
     Condition,
     ConditionInfo,
     Subject,
 )
-from explorer.comparison.conditions.pruning import RANDOM_SEEDS
+from explorer.comparison.conditions.expert_pruning import RANDOM_SEEDS
 from explorer.comparison.conditions.weights import replaced
 from explorer.errors import ConditionError
 from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop, check_share

@@ -1,4 +1,4 @@
-"""Find out on the model itself whether a fitted router looks ahead or at other sequences."""
+"""Whether a fitted router looks ahead or at other sequences, found on the model itself."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,8 +14,8 @@ from capture.model.sites import Site
 from capture.swap.dependence import MIDDLE, ROUNDING, dependence
 from capture.swap.part_gates import gate_parts
 from capture.swap.rules import RouteInputs, Rule
-from explorer.comparison.fitting import Fitted
-from explorer.comparison.measure import Spy
+from explorer.comparison.fit import Fitted
+from explorer.comparison.live import Spy
 from explorer.routers import Router, RouterInputs, route_layers
 from explorer.routers.live import LiveRule
 from explorer.routers.probe import dense

@@ -12,8 +12,8 @@ import torch
 from capture.swap.losses import loss_change
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import swap
-from explorer.comparison.conditions.base import Sequence_, Subject
 from explorer.comparison.conditions.calibration import Key, Seen, collect
+from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.routers.contract import (
     ROUTERS,
     Router,

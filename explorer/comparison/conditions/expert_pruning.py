@@ -11,14 +11,14 @@ import torch
 
 from capture.model.flops import expert_parameters
 from capture.swap.routers import site_key, swap
-from explorer.comparison.conditions.base import (
+from explorer.comparison.conditions.calibration import Key, Seen, collect, expert_outputs
+from explorer.comparison.conditions.contract import (
     CONDITIONS,
     Applied,
     Condition,
     ConditionInfo,
     Subject,
 )
-from explorer.comparison.conditions.calibration import Key, Seen, collect, expert_outputs
 from explorer.errors import ConditionError
 from explorer.routers.contract import RouterInfo, RouterInputs, Routing
 from explorer.routers.live import LiveRule
