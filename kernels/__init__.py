@@ -3,7 +3,7 @@
 Ops are imported when they are first used, so that reading the dispatch rules needs no torch.
 
 The package must not define a version and must not import transformers: transformers probes for a
-Hugging Face package of the same name, finds ours, and imports it (README, "Decisions").
+Hugging Face package of the same name, finds ours, and imports it (`.github/DECISIONS.md`, 3).
 """
 
 import importlib

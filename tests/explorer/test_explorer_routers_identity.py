@@ -1,7 +1,7 @@
 """With their identity setting, rules repeat models as they are built, not only toy ones."""
 
 import functools
-import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -147,13 +147,10 @@ def test_what_a_rule_forgets_to_say_about_its_identity_is_an_error():
         silent.identity_for(2)
 
 
-def test_the_readmes_example_repeats_every_host():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n([^`]*second_if_unsure.*?)```", readme, re.DOTALL)
-    names = {}
+def test_the_example_of_a_router_repeats_every_host():
+    example = Path(__file__).parents[2] / ".github" / "examples" / "own_router.py"
     try:
-        exec(compile(example, "my_router.py", "exec"), names)
-        router = names["SecondIfUnsure"]
+        router = runpy.run_path(str(example))["SecondIfUnsure"]
         inputs = biased()
         repeated = router(**router.info.identity_for(inputs.top_k)).route(inputs)
         assert torch.equal(repeated.expert_ids, inputs.native.expert_ids)
