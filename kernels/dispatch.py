@@ -5,8 +5,6 @@
     in Triton's interpreter, which is for tests: ``"auto"`` never picks it there.
 ``numba``
     Compiled loops, on CPU tensors.
-``sdpa``
-    PyTorch's fused attention, on CPU tensors.
 ``torch``
     The plain PyTorch definition of the op, on any device.
 """
@@ -14,15 +12,16 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import kernels
 from kernels.errors import KernelError
 
 if TYPE_CHECKING:
     import torch
 
-CPU_ONLY = ("numba", "sdpa")
+BACKENDS = ("triton", "numba", "torch")  # of every op, best first
 PACKAGES = ("triton", "numba")  # backends that need a package of their own name
 
 
@@ -80,15 +79,26 @@ def backend_for(op: str, device: "torch.device") -> str:
     KernelError
         If there is no such op.
     """
-    if op not in importlib.import_module("kernels").__all__:
+    if op not in kernels.__all__:
         raise KernelError(f"There is no op {op!r}. Choose one of kernels.__all__.")
-    backends = importlib.import_module(f"kernels.{op}").BACKENDS
-    return resolve_backend("auto", device=device, refusals=dict.fromkeys(backends))
+    return resolve_backend("auto", device=device, refusals=dict.fromkeys(BACKENDS))
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """Return what runs an op, ``OP_BACKEND`` of its module ``_BACKEND``, imported on first use.
+
+    A CPU-only install has no triton, and numba takes a second to load.
+    """
+    module, name = ("reference",) * 2 if backend == "torch" else (f"_{backend}", backend)
+    run: Callable[..., Any] = getattr(
+        importlib.import_module(f"kernels.ops.{op}.{module}"), f"{op}_{name}"
+    )
+    return run
 
 
 def _refusal(name: str, device: "torch.device") -> str | None:
     """Return why a backend cannot run on a device, whatever the inputs."""
-    if name in CPU_ONLY and device.type != "cpu":
+    if name == "numba" and device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {device}"
     if name == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"it needs CUDA tensors, these are on {device}"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from checks import assert_close
 
-from kernels.gate import gate, gate_batch
+from kernels.ops.gate import gate, gate_batch
 
 EXACT = ("expert_ids", "load")
 TOLERANCE = {  # absolute; relative to the largest value for the sums

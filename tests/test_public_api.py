@@ -59,7 +59,7 @@ def test_ops_import_their_backends_when_they_run():
 @pytest.mark.parametrize("op", kernels.__all__)
 def test_ops_share_their_shape(op):
     """An op names its backends in its docstring; the last one is the plain definition."""
-    backends = importlib.import_module(f"kernels.{op}").BACKENDS
+    backends = importlib.import_module(f"kernels.ops.{op}").BACKENDS
     function = getattr(kernels, op)
     option = inspect.signature(function).parameters["backend"]
     assert option.kind is inspect.Parameter.KEYWORD_ONLY and option.default == "auto"

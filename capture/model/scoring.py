@@ -4,7 +4,7 @@ from typing import cast
 
 import torch
 
-from kernels.gate import ScoreFunction, gate
+from kernels.ops.gate import ScoreFunction, gate
 
 # Llama 4 takes the sigmoid of each chosen logit; a rule that nobody knows is measured by the
 # softmax of its scores, which is defined for any finite scores

@@ -24,7 +24,7 @@ KEY_ROW_BYTES = 5  # token_id and layer of one row of keys
 QUERY_BLOCK, TOP_QUERIES = (
     64,
     512,
-)  # as kernels.attention and capture.recorder.attention.summary have them
+)  # as kernels.ops.attention and capture.recorder.attention.summary have them
 HEADROOM = 1.3  # a database file grows in blocks
 # up to here what is written stands in the log as well, uncompressed and so about twice as large,
 # until it is moved into the file

@@ -9,7 +9,7 @@ from capture.model.hooks import SiteObservation
 from capture.model.scoring import statistics_by
 from capture.model.sites import Site
 from capture.store.records import LEVELS, Level
-from kernels.gate import ScoreFunction, gate_batch
+from kernels.ops.gate import ScoreFunction, gate_batch
 
 
 class SiteGroup(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from capture.model.sites import Site
 from capture.recorder.observe import SiteGroup
 from capture.store.records import next_sites
-from kernels.coactivation import coactivation
+from kernels.ops.coactivation import coactivation
 
 # ids wait until there are so many tokens: a decoding step alone would cost more than it counts
 COUNT_TOKENS = 4096

@@ -4,8 +4,12 @@ import argparse
 import json
 import sys
 
+import torch
+
 import kernels
-from kernels.bench import compile_table, report
+from kernels.bench import cases, compile_table, report, results
+from kernels.bench.cases import BenchError
+from kernels.bench.timing import measure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,14 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.readme:
         report.update()
         return 0
-    if options.compile_for:
-        return _compile_for(options.compile_for)
-    return _compile(options) if options.compile else _time(options)
+    compiles = options.compile or options.compile_for
+    return _compile(options) if compiles else _time(options)
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from kernels.bench import compile as matrix
+    from kernels.bench import compile as matrix  # a CPU-only install has no triton
 
+    if options.compile_for:
+        for row in matrix.measure_target(options.compile_for):
+            print(json.dumps(vars(row)), flush=True)
+        return 0
     rows = matrix.measure_all()
     for row in rows:
         print(*vars(row).values(), sep="  ")
@@ -52,21 +59,7 @@ def _compile(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compile_for(target: str) -> int:
-    from kernels.bench import compile as matrix
-
-    for row in matrix.measure_target(target):
-        print(json.dumps(vars(row)), flush=True)
-    return 0
-
-
 def _time(options: argparse.Namespace) -> int:
-    import torch
-
-    from kernels.bench import cases, results
-    from kernels.bench.measure import measure
-    from kernels.bench.problems import BenchError
-
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -9,14 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.bench import sass
+from kernels.bench import machine_code
+from kernels.bench.compile_cases import Case, cases
 from kernels.bench.compile_table import COUNTED, Row
-from kernels.bench.launches import TARGETS, compile_launch, record_launches
+from kernels.bench.machine_code import TARGETS, compile_launch, record_launches
 
 WIDE_LOADS = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128")  # to registers, to shared memory
 PROCESSES = 2  # at a time; each takes about 500 MB
@@ -28,56 +28,6 @@ class CompileError(RuntimeError):
     """A kernel of the matrix could not be compiled."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How many machine instructions the warps may execute for each token, on :data:`COUNTED`.
-
-    Attributes
-    ----------
-    most : float
-        The limit.
-    trips : callable
-        From the launch's compile-time arguments to the rounds of each loop in the code.
-    tokens : callable
-        From the same to the tokens that one program serves.
-    """
-
-    most: float
-    trips: Callable[[dict[str, int]], Sequence[int]]
-    tokens: Callable[[dict[str, int]], int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel in one specialisation.
-
-    Attributes
-    ----------
-    kernel : str
-        Which of the launches that ``run`` makes, by the kernel's name.
-    name : str
-        What it is compiled for, as the table shows it.
-    run : callable
-        From the name of a target to anything; calls the op's Triton code on CPU tensors.
-    most_registers : int
-        Limit per thread on NVIDIA targets.
-    wide : int
-        How many 16-byte loads the code must at least hold on NVIDIA targets.
-    tensor_cores : bool
-        Whether products must run on tensor cores.
-    budget : Budget, optional
-        Limit on instructions per token.
-    """
-
-    kernel: str
-    name: str
-    run: Callable[[str], object]
-    most_registers: int = 255
-    wide: int = 0
-    tensor_cores: bool = False
-    budget: Budget | None = None
-
-
 def measure(case: Case, target: str) -> Row:
     """Compile a case for a target and return the table's line."""
     launches = [
@@ -87,12 +37,12 @@ def measure(case: Case, target: str) -> Row:
     ]
     if not launches:
         raise RuntimeError(f"{case.name} launches no kernel {case.kernel!r}.")
-    code = sass.read(compile_launch(launches[0], target))
+    code = machine_code.read(compile_launch(launches[0], target))
     nvidia = bool(code.instructions)
     cost = None
     if case.budget and target == COUNTED:
         constants = launches[0].constants()
-        executed = sass.executed(code, case.budget.trips(constants)) * code.warps
+        executed = machine_code.executed(code, case.budget.trips(constants)) * code.warps
         cost = round(executed / case.budget.tokens(constants), 1)
     return Row(
         kernel=case.kernel,
@@ -150,8 +100,6 @@ def _rows(run: subprocess.CompletedProcess[str], target: str) -> list[Row]:
 
 def measure_target(target: str) -> Iterator[Row]:
     """Compile every case for one target, in this process."""
-    from kernels.bench.compile_cases import cases
-
     for case in cases():
         try:
             yield measure(case, target)

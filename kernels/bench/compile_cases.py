@@ -1,17 +1,72 @@
 """Which kernels the compile matrix holds, in which shapes, and their limits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from kernels.bench.compile import Budget, Case
+from kernels.ops.attention import _triton as attention
+from kernels.ops.coactivation._triton import coactivation_triton
+from kernels.ops.gate._triton import gate_triton
+from kernels.ops.gate.types import GateInputs
+from kernels.ops.project_topk._triton import project_topk_triton
 
 TOKENS = 65536
 Run = Callable[[str], object]
 # what PyTorch says of the GPUs that the targets stand for
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many machine instructions the warps may execute for each token, on :data:`COUNTED`.
+
+    Attributes
+    ----------
+    most : float
+        The limit.
+    trips : callable
+        From the launch's compile-time arguments to the rounds of each loop in the code.
+    tokens : callable
+        From the same to the tokens that one program serves.
+    """
+
+    most: float
+    trips: Callable[[dict[str, int]], Sequence[int]]
+    tokens: Callable[[dict[str, int]], int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one specialisation.
+
+    Attributes
+    ----------
+    kernel : str
+        Which of the launches that ``run`` makes, by the kernel's name.
+    name : str
+        What it is compiled for, as the table shows it.
+    run : callable
+        From the name of a target to anything; calls the op's Triton code on CPU tensors.
+    most_registers : int
+        Limit per thread on NVIDIA targets.
+    wide : int
+        How many 16-byte loads the code must at least hold on NVIDIA targets.
+    tensor_cores : bool
+        Whether products must run on tensor cores.
+    budget : Budget, optional
+        Limit on instructions per token.
+    """
+
+    kernel: str
+    name: str
+    run: Callable[[str], object]
+    most_registers: int = 255
+    wide: int = 0
+    tensor_cores: bool = False
+    budget: Budget | None = None
 
 
 def cases() -> list[Case]:
@@ -69,9 +124,6 @@ def _gate_run(
     top_groups: int = 1,
 ) -> Run:
     def run(target: str) -> object:
-        from kernels.gate._triton import gate_triton
-        from kernels.gate.types import GateInputs
-
         return gate_triton(
             GateInputs(
                 n_tokens=TOKENS,
@@ -139,10 +191,8 @@ def _attention_run(
     n_tokens, heads = 8192, 4
 
     def run(target: str) -> object:
-        from kernels.attention import _launch
-
-        with patch.object(_launch, "capability", lambda device: CAPABILITIES[target]):
-            return _launch.attention_triton(
+        with patch.object(attention, "capability", lambda device: CAPABILITIES[target]):
+            return attention.attention_triton(
                 torch.zeros((1, heads, n_tokens, size), dtype=dtype),
                 torch.zeros((1, 1, n_tokens, size), dtype=dtype),
                 scaling=size**-0.5,
@@ -180,8 +230,6 @@ def _coactivation() -> list[Case]:
 
 def _coactivation_run(dtype: torch.dtype, k: int, n_experts: int, n_next: int) -> Run:
     def run(target: str) -> object:
-        from kernels.coactivation._triton import coactivation_triton
-
         ids = torch.zeros((2, TOKENS, k), dtype=dtype)
         return coactivation_triton(ids, ids, n_experts=n_experts, n_next_experts=n_next)
 
@@ -206,8 +254,6 @@ def _project_topk() -> list[Case]:
 
 def _project_topk_run(dtype: torch.dtype, k: int, n_experts: int) -> Run:
     def run(target: str) -> object:
-        from kernels.project_topk._triton import project_topk_triton
-
         return project_topk_triton(
             torch.zeros((64, 2048), dtype=dtype),
             torch.zeros((4, n_experts, 2048), dtype=dtype),

@@ -11,11 +11,10 @@ import torch
 
 import kernels
 from kernels.bench import baselines, cases, compile_table, report, results
-from kernels.bench.measure import measure
-from kernels.bench.problems import BenchError, Problem, Tolerance, disagreement
-from kernels.bench.timing import quantiles, time_in_turns
-from kernels.coactivation import CoactivationOutput
-from kernels.gate import gate
+from kernels.bench.cases import BenchError, Problem, Tolerance, disagreement
+from kernels.bench.timing import measure, quantiles, time_in_turns
+from kernels.ops.coactivation import CoactivationOutput
+from kernels.ops.gate import gate
 
 CPU = torch.device("cpu")
 README = report.README

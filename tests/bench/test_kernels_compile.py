@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (tests/requirements.txt)")
 
 from kernels.bench import compile as matrix
-from kernels.bench import compile_table, sass
+from kernels.bench import compile_table, machine_code
 from kernels.bench.compile_cases import cases
-from kernels.bench.launches import TARGETS
+from kernels.bench.machine_code import TARGETS
 
 pytestmark = pytest.mark.slow  # the first test compiles for all
 
@@ -90,7 +90,7 @@ def test_a_kernel_that_does_not_compile_is_named():
 
 
 def loop_code(*texts):
-    return sass.Code(1, 0, 0, 1, tuple((16 * i, text) for i, text in enumerate(texts)), 0)
+    return machine_code.Code(1, 0, 0, 1, tuple((16 * i, text) for i, text in enumerate(texts)), 0)
 
 
 def test_nested_loops_multiply_and_waits_do_not_count():
@@ -108,11 +108,13 @@ def test_nested_loops_multiply_and_waits_do_not_count():
         "@!P1 BRA 0xc0",
         "BRA 0x50",
     )
-    assert sass.loops(code) == [(16, 160), (32, 48)]
+    assert machine_code.loops(code) == [(16, 160), (32, 48)]
     # outside the loops: MOV, EXIT and the three behind it
-    assert sass.executed(code, [3, 5]) == 5 + 3 * (1 + 2 * 5 + 7)
-    with pytest.raises(sass.UnexpectedCodeError, match=r"2 loops, of \[10, 2\] instructions.* 1"):
-        sass.executed(code, [3])
+    assert machine_code.executed(code, [3, 5]) == 5 + 3 * (1 + 2 * 5 + 7)
+    with pytest.raises(
+        machine_code.UnexpectedCodeError, match=r"2 loops, of \[10, 2\] instructions.* 1"
+    ):
+        machine_code.executed(code, [3])
 
 
 def test_opcodes_without_predicates():

@@ -180,7 +180,7 @@ def test_skipped_blocks_of_queries_do_not_count():
 
 
 def test_the_constants_are_those_of_the_kernel():
-    attention = pytest.importorskip("kernels.attention")
+    attention = pytest.importorskip("kernels.ops.attention")
     assert heads.RECENT == attention.RECENT
     assert heads.QUERY_BLOCK == attention.QUERY_BLOCK
 

@@ -11,8 +11,8 @@ from checks import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import attention, bin_width, n_bins, used_queries
 from kernels.errors import KernelError
+from kernels.ops.attention import attention, bin_width, n_bins, used_queries
 
 LN = math.log
 

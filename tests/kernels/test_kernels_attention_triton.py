@@ -8,9 +8,9 @@ from attention_checks import assert_same, call, logsumexp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import attention
+from kernels.ops.attention import attention
 
-launch = importlib.import_module("kernels.attention._launch")
+launch = importlib.import_module("kernels.ops.attention._triton")
 
 
 def check(query, key, options, slack=1.0):

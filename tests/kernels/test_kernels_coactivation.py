@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import coactivation
-from kernels.coactivation import BACKENDS, reference
 from kernels.errors import KernelError
+from kernels.ops.coactivation import BACKENDS, reference
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "triton"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.coactivation import _triton as kernel
-from kernels.coactivation import coactivation, coactivation_reference
+from kernels.ops.coactivation import _triton as kernel
+from kernels.ops.coactivation import coactivation, coactivation_reference
 
 
 def check(ids, following, n_experts, n_next, valid=None):

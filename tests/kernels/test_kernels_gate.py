@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from capture.store.codec import encode_weights
 from kernels.errors import KernelError
-from kernels.gate import _numba, _numba_loops, gate_batch
-from kernels.gate import gate as gate_of_any_backend
-from kernels.gate.types import NO_WEIGHT
+from kernels.ops.gate import _numba, gate_batch
+from kernels.ops.gate import gate as gate_of_any_backend
+from kernels.ops.gate.types import NO_WEIGHT
 
 
 @pytest.fixture(params=["torch", "numba"])
@@ -322,8 +322,8 @@ def test_compiled_loops_need_no_place_to_keep_them(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: options
 
-    monkeypatch.setattr(_numba_loops, "njit", njit)
-    assert _numba_loops._compiled_and_kept(lambda: None)["nogil"] is True
+    monkeypatch.setattr(_numba, "njit", njit)
+    assert _numba._compiled_and_kept(lambda: None)["nogil"] is True
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import project_topk
 from kernels.errors import KernelError
-from kernels.project_topk import BACKENDS, _numba
+from kernels.ops.project_topk import BACKENDS, _numba
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "triton"]
 

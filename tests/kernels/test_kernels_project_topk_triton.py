@@ -7,7 +7,7 @@ import torch
 from checks import assert_close
 
 from kernels.errors import KernelError
-from kernels.project_topk import project_topk, project_topk_reference
+from kernels.ops.project_topk import project_topk, project_topk_reference
 
 
 def check(hidden, projections, top_k, bias=None):

@@ -18,7 +18,7 @@ from capture.recorder.attention.summary import (
 )
 from capture.recorder.transfer import Arrays
 from capture.store.records import AttentionRows, LayerAttention
-from kernels.attention import bin_width, n_bins, used_queries
+from kernels.ops.attention import bin_width, n_bins, used_queries
 
 FLOATS, IDS, DOUBTS = "attention.floats", "attention.ids", "attention.doubts"
 

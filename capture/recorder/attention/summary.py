@@ -12,7 +12,7 @@ from torch import nn
 from capture.errors import SiteError
 from capture.model.forward import to_device
 from capture.recorder.attention.calls import AttentionCall, Listener, listen
-from kernels.attention import AttentionOutput, attention
+from kernels.ops.attention import AttentionOutput, attention
 
 # arguments of attention functions that weigh keys by more than queries, keys and positions
 UNKNOWN_ARGUMENTS = {

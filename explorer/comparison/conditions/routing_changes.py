@@ -18,7 +18,7 @@ from capture.swap.playback import RoutingTape
 from capture.swap.routers import site_key
 from capture.swap.rules import Choice, as_rows
 from explorer.comparison.conditions.contract import Subject
-from kernels.gate import gate
+from kernels.ops.gate import gate
 
 Key = tuple[int, int]  # layer, site
 Ids = npt.NDArray[np.int64]

@@ -4,14 +4,17 @@ import math
 
 import torch
 
-from kernels.coactivation.reference import coactivation_reference
-from kernels.coactivation.types import EMPTY_CODES, ID_DTYPES, CoactivationOutput, wrong_id
-from kernels.dispatch import resolve_backend
+from kernels.dispatch import BACKENDS, implementation, resolve_backend
 from kernels.errors import KernelError
+from kernels.ops.coactivation.reference import (
+    EMPTY_CODES,
+    ID_DTYPES,
+    CoactivationOutput,
+    coactivation_reference,
+    wrong_id,
+)
 
 __all__ = ["BACKENDS", "CoactivationOutput", "coactivation", "coactivation_reference"]
-
-BACKENDS = ("triton", "numba", "torch")
 
 
 def coactivation(
@@ -71,19 +74,13 @@ def coactivation(
             f"got {valid.dtype} of shape {list(valid.shape)}."
         )
     name = resolve_backend(backend, device=expert_ids.device, refusals=dict.fromkeys(BACKENDS))
-    if name == "triton":  # a CPU install has no triton
-        from kernels.coactivation._triton import coactivation_triton as implementation
-    elif name == "numba":
-        from kernels.coactivation._numba import coactivation_numba as implementation
-    else:
-        implementation = coactivation_reference
     ids = _as_sites(expert_ids)
     following = None if next_expert_ids is None else _as_sites(next_expert_ids)
     if ids.device.type == "cpu" and name != "numba":  # numba looks while it counts
         _check_values(ids, "expert_ids", n_experts)
         if following is not None:
             _check_values(following, "next_expert_ids", n_next)
-    out = implementation(
+    out = implementation("coactivation", name)(
         ids,
         following,
         n_experts=n_experts,

@@ -1,8 +1,8 @@
-"""The definition of :func:`kernels.attention.attention`: plain PyTorch, all T x S weights."""
+"""The definition of :func:`kernels.attention`: plain PyTorch, all T x S weights."""
 
 import torch
 
-from kernels.attention.types import (
+from kernels.ops.attention.types import (
     RECENT,
     AttentionOutput,
     bin_width,
@@ -53,7 +53,7 @@ def attention_reference(
     every: int = 1,
     top_keys: int = 0,
 ) -> AttentionOutput:
-    """Compute what :func:`kernels.attention.attention` computes; inputs were checked there."""
+    """Compute what :func:`kernels.attention` computes; inputs were checked there."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     queries = used_queries(n_queries, n_keys, every, query.device)
     positions = queries + n_keys - n_queries

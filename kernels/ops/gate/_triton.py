@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gate._triton_parts import MERGE, NETWORKS
-from kernels.gate._triton_rows import gate_rows
-from kernels.gate._triton_tokens import observe_tokens, select_tokens
-from kernels.gate.types import SCORE_FUNCTIONS, GateBatchOutput, GateInputs
+from kernels.ops.gate._triton_parts import MERGE, NETWORKS
+from kernels.ops.gate._triton_rows import gate_rows
+from kernels.ops.gate._triton_tokens import observe_tokens, select_tokens
+from kernels.ops.gate.types import SCORE_FUNCTIONS, GateBatchOutput, GateInputs
 
 BLOCK = 128  # tokens of a program that has a thread per token
 WARPS = 4

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import interpreting
-from kernels.project_topk.types import ProjectTopkOutput
+from kernels.ops.project_topk.reference import ProjectTopkOutput
 
 MIN_BLOCK = 16  # a side of the smallest matrix product
 REMOVED = tl.constexpr(-(2**31))  # below the key of any float, -inf included

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.errors import KernelError
-from kernels.gate.types import SCORE_FUNCTIONS, GateInputs
+from kernels.ops.gate.types import SCORE_FUNCTIONS, GateInputs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -8,10 +8,10 @@ its expert id, so that the larger number is the better slot and equal weights go
 import triton
 import triton.language as tl
 
-from kernels.gate.types import NO_WEIGHT as _NO_WEIGHT
-from kernels.gate.types import WEIGHT_LARGEST_BITS as _WEIGHT_LARGEST_BITS
-from kernels.gate.types import WEIGHT_OFFSET as _WEIGHT_OFFSET
-from kernels.gate.types import WEIGHT_SHIFT as _WEIGHT_SHIFT
+from kernels.ops.gate.types import NO_WEIGHT as _NO_WEIGHT
+from kernels.ops.gate.types import WEIGHT_LARGEST_BITS as _WEIGHT_LARGEST_BITS
+from kernels.ops.gate.types import WEIGHT_OFFSET as _WEIGHT_OFFSET
+from kernels.ops.gate.types import WEIGHT_SHIFT as _WEIGHT_SHIFT
 
 # compare-exchange networks that sort descending, by number of slots (Knuth, TAOCP 3, 5.3.4)
 NETWORKS = {

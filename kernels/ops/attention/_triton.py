@@ -1,21 +1,110 @@
-"""Triton kernels of attention: one pass over the keys once each row's denominator is known.
+"""The Triton path of attention: kernels, their launch, and what is left to PyTorch.
 
-A program has ``BLOCK_M`` query positions of one head and walks over blocks of keys. With the log
-of the denominators no running maximum, no rescaling and no values are needed: weights are
-``exp2(score - denominator)`` and every statistic is a sum. Blocks that all rows see whole run in a
-loop without masks. Launches are in :mod:`kernels.attention._launch`.
+PyTorch finds where sequences begin, sums bins and lists top keys.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.types import RECENT
+from kernels.ops.attention.reference import visible_keys
+from kernels.ops.attention.types import (
+    QUERY_BLOCK,
+    RECENT,
+    AttentionOutput,
+    bin_width,
+    n_bins,
+    row_shares,
+    used_queries,
+)
 
+TOP_SCORES = 1 << 24  # scores the pass for the top keys holds at once, 64 MiB
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # score of a key that a query does not see; finite, since weight x score must be 0 then, not nan
 HIDDEN = tl.constexpr(-1.0e30)
 RECENT_KEYS = tl.constexpr(RECENT)
+
+
+def first_keys(sequences: torch.Tensor) -> torch.Tensor:
+    """Return the position of the first key of each key's sequence, [B, S] int32."""
+    ordered, order = sequences.sort(dim=-1, stable=True)
+    place = torch.arange(sequences.shape[-1], device=sequences.device).expand_as(order)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    start = torch.where(begins, place, 0).cummax(dim=-1).values
+    # a stable sort leaves each sequence's first key at its start
+    first = order.gather(-1, start)
+    return torch.empty_like(sequences).scatter_(-1, order, first.to(sequences.dtype))
+
+
+def pool(
+    parts: torch.Tensor,
+    base: int,
+    step: int,
+    block_m: int,
+    part_m: int,
+    part_n: int,
+    width: int,
+    count: int,
+) -> torch.Tensor:
+    """Sum the kernel's parts to bins, [B, H, n, n]."""
+    batch, heads, rows, columns = parts.shape
+    per_bin = width // part_n
+    # blocks of keys may end before the last bin does, or reach past it, with nothing there
+    padded = torch.nn.functional.pad(parts, (0, count * per_bin - columns))
+    keys = padded.view(batch, heads, rows, count, per_bin).sum(dim=-1)
+    per_tile = block_m // part_m
+    row = torch.arange(rows, device=parts.device)
+    tile = torch.div(row, per_tile, rounding_mode="floor")
+    place = base + tile * step + (row - tile * per_tile) * part_m
+    query_bin = torch.div(place, width, rounding_mode="floor").clamp_max(count)
+    # the last block may reach past the last bin; its rows there are zero
+    pooled = parts.new_zeros(batch, heads, count + 1, count)
+    return pooled.index_add_(2, query_bin, keys)[:, :, :count]
+
+
+def top_keys_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    totals: torch.Tensor,
+    positions: torch.Tensor,
+    sequences: torch.Tensor | None,
+    top_keys: int,
+    *,
+    scaling: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """List the heaviest keys of each used query: rows of scores, a chunk of queries at a time."""
+    batch, heads, n_queries, _ = query.shape
+    key_heads, n_keys = key.shape[1:3]
+    shape = (batch, heads, len(positions), top_keys)
+    ids = torch.full(shape, -1, dtype=torch.int32, device=query.device)
+    weights = query.new_zeros(shape, dtype=torch.float32)
+    kept = min(top_keys, n_keys)
+    if not (kept and ids.numel()):
+        return ids, weights
+    if sequences is None:
+        sequences = torch.ones((batch, n_keys), dtype=torch.int32, device=query.device)
+    keys = key.float().transpose(-1, -2)
+    chunk = max(1, TOP_SCORES // (batch * heads * n_keys))
+    for low in range(0, len(positions), chunk):
+        here = positions[low : low + chunk]
+        rows = query[:, :, here - (n_keys - n_queries)].float()
+        rows = rows.reshape(batch, key_heads, -1, rows.shape[-1])  # a key head's queries together
+        scores = (rows @ keys * scaling).view(batch, heads, len(here), n_keys)
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        visible = visible_keys(here, sequences, causal=causal, window=window)
+        scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
+        best, best_ids = scores.topk(kept, dim=-1)
+        weight = (best - totals[:, :, low : low + chunk].unsqueeze(-1)).exp()
+        weight = weight.masked_fill(best == -torch.inf, 0.0)  # totals of padding may be -inf too
+        weights[:, :, low : low + chunk, :kept] = weight
+        ids[:, :, low : low + chunk, :kept] = best_ids.int().masked_fill(weight == 0, -1)
+    return ids, weights
 
 
 @triton.jit
@@ -319,3 +408,131 @@ def statistics_kernel(
     tl.store(stats_ptr, weighted * -LN2, mask=is_row)
     tl.store(stats_ptr + 2 * size, distance, mask=is_row)
     tl.store(stats_ptr + 3 * size, recent, mask=is_row)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability to choose block sizes for; an H100's without a GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def config(
+    size: int, itemsize: int, every: int, width: int, version: tuple[int, int]
+) -> dict[str, int]:
+    """Return block sizes, warps and stages for a head size, a bin width and a compute capability.
+
+    Queries and staged keys share a program's shared memory: 227 KiB on 9.0 and 10.0, 163 KiB on
+    8.0, 99 KiB on 8.6, 8.9 and 12, 64 KiB on AMD's GPUs. Blocks of 128 keys spill registers
+    except on 9.0, whose tensor cores read queries from shared memory. float32 has no tensor cores
+    of its own precision: its operands are in registers, which small blocks over many warps leave.
+    """
+    block_d = max(16, triton.next_power_of_2(size))
+    row_bytes = block_d * itemsize
+    single, amd = itemsize == 4, torch.version.hip is not None
+    block_m = QUERY_BLOCK if every > 1 or row_bytes > 256 or single else 128
+    block_n = (64 if row_bytes <= 256 else 32) // (2 if single else 1)
+    hopper = version == (9, 0) and not amd and not single
+    if hopper and row_bytes <= 512 and block_m == 128:
+        # narrow bins are many sums a block, which need the registers of half of it
+        block_n *= 2 if width >= 16 else 1
+    blocks = {
+        "BLOCK_D": block_d,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": 8 if block_m == 128 or single else 4,
+        "num_stages": 3 if hopper and row_bytes <= 256 else 2,
+    }
+    # AMD's compiler has no such option
+    return blocks if amd else {**blocks, "maxnreg": 255}
+
+
+def attention_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scaling: float,
+    lse: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    bins: int,
+    every: int,
+    top_keys: int,
+) -> AttentionOutput:
+    """Launch the kernels; inputs were checked by :func:`kernels.attention`."""
+    query, key = (value if value.stride(-1) == 1 else value.contiguous() for value in (query, key))
+    batch, heads, n_queries, size = query.shape
+    key_heads, n_keys = key.shape[1:3]
+    queries = used_queries(n_queries, n_keys, every, query.device)
+    sequences = starts = None
+    if valid is not None:
+        sequences = valid.to(torch.int32).contiguous()
+        starts = first_keys(sequences)
+    sinks = None if sinks is None else sinks.float().contiguous()
+
+    width = bin_width(n_keys, bins)
+    blocks = config(size, query.itemsize, every, width, capability(query.device))
+    block_m, block_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
+    part_m, part_n = min(width, block_m), min(width, block_n)
+    first, step = n_keys - n_queries, block_m * every
+    base = triton.cdiv(first // block_m, every) * step  # where the first block used begins
+    tiles = max(0, triton.cdiv(n_keys - base, step))
+    columns = triton.cdiv(n_keys, block_n) * (block_n // part_n)
+
+    stats = query.new_empty((4, batch, heads, len(queries)), dtype=torch.float32)
+    totals = query.new_empty((batch, heads, len(queries)), dtype=torch.float32)
+    # keys that no row of a block sees are never written
+    rows = tiles * (block_m // part_m)
+    parts = query.new_zeros((batch, heads, rows, columns), dtype=torch.float32)
+    if stats.numel():
+        grid = (tiles, heads, batch)
+        numbers = (
+            *query.stride()[:3], *key.stride()[:3],
+            n_queries, n_keys, len(queries), base, step, max(0, first - base),
+        )  # fmt: skip
+        options = {
+            "GROUP": heads // key_heads, "SIZE": size, "CAUSAL": causal,
+            "WINDOW": window is not None, "SOFTCAP": softcap is not None,
+            "SEQUENCES": sequences is not None, **blocks,
+        }  # fmt: skip
+        # a pointer that a kernel does not follow may be any
+        given = [query if value is None else value for value in (sinks, sequences, starts)]
+        scores = (window or 0, float(scaling), float(softcap or 0.0))
+        if lse is None:
+            denominator_kernel[grid](
+                query, key, *given, totals, *numbers, *scores, SINKS=sinks is not None, **options
+            )
+        else:
+            totals = lse[:, :, queries].float()
+            if sinks is not None:
+                totals = torch.logaddexp(totals, sinks.view(1, -1, 1))
+        statistics_kernel[grid](
+            query, key, totals, *given[1:], stats, parts, *numbers, columns, *scores,
+            PART_M=part_m, PART_N=part_n, **options,
+        )  # fmt: skip
+    pooled = pool(parts, base, step, block_m, part_m, part_n, width, n_bins(n_keys, bins))
+    top_ids, top_weights = top_keys_of(
+        query,
+        key,
+        totals,
+        queries + first,
+        sequences,
+        top_keys,
+        scaling=scaling,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+    )
+    entropy, sink_mass, mean_distance, window_mass = stats.unbind()
+    return AttentionOutput(
+        entropy=entropy,
+        sink_mass=sink_mass,
+        mean_distance=mean_distance,
+        window_mass=window_mass,
+        map=row_shares(pooled),
+        received=pooled.sum(dim=-2),
+        top_ids=top_ids,
+        top_weights=top_weights,
+        queries=queries,
+    )

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from kernels.dispatch import resolve_backend
+from kernels.dispatch import BACKENDS, implementation, resolve_backend
 from kernels.errors import KernelError
-from kernels.gate import checks
-from kernels.gate.reference import gate_reference
-from kernels.gate.types import (
+from kernels.ops.gate import checks
+from kernels.ops.gate.types import (
     SCORE_FUNCTIONS,
     GateBatchOutput,
     GateInputs,
@@ -28,7 +27,6 @@ __all__ = [
     "gate_batch",
 ]
 
-BACKENDS = ("triton", "numba", "torch")
 TRITON_MAX_EXPERTS = 4096  # one row has to fit in the registers of one program
 
 
@@ -229,16 +227,10 @@ def _run(inputs: GateInputs, backend: str) -> GateBatchOutput:
     checks.check_tokens(inputs)
     checks.check_devices(inputs)
     chosen = resolve_backend(backend, device=inputs.device, refusals=_refusals(inputs))
-    if chosen == "torch":
-        return gate_reference(inputs)
-    plain = _plain(inputs)
-    if chosen == "numba":
-        from kernels.gate._numba import gate_numba
-
-        return gate_numba(plain)
-    from kernels.gate._triton import gate_triton  # a CPU-only install has no triton
-
-    return gate_triton(plain)
+    out: GateBatchOutput = implementation("gate", chosen)(
+        inputs if chosen == "torch" else _plain(inputs)
+    )
+    return out
 
 
 def _refusals(inputs: GateInputs) -> dict[str, str | None]:

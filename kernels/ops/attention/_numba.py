@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from kernels.attention.types import (
+from kernels.ops.attention.types import (
     LEAST_ROW,
     QUERY_BLOCK,
     RECENT,
@@ -268,7 +268,7 @@ def attention_numba(
     every: int,
     top_keys: int,
 ) -> AttentionOutput:
-    """Run the compiled loops; inputs were checked by :func:`kernels.attention.attention`."""
+    """Run the compiled loops; inputs were checked by :func:`kernels.attention`."""
     query, key = query.detach().float(), key.detach().float()
     batch, heads, n_queries, _ = query.shape
     key_heads, n_keys = key.shape[1:3]

@@ -1,10 +1,10 @@
-"""The definition of :func:`kernels.gate.gate`, in plain PyTorch."""
+"""The definition of :func:`kernels.gate`, in plain PyTorch."""
 
 from typing import Any, NamedTuple
 
 import torch
 
-from kernels.gate.types import (
+from kernels.ops.gate.types import (
     NO_WEIGHT,
     WEIGHT_LARGEST_BITS,
     WEIGHT_OFFSET,
@@ -39,7 +39,7 @@ def encode_weights(weights: torch.Tensor) -> torch.Tensor:
 
 
 def gate_reference(inputs: GateInputs) -> GateBatchOutput:
-    """Compute what :func:`kernels.gate.gate_batch` and ``gate`` compute, readably."""
+    """Compute what :func:`kernels.ops.gate.gate_batch` and ``gate`` compute, readably."""
     sites = [_site(inputs, site) for site in range(inputs.n_sites)]
     found: dict[str, Any] = {}
     for name in GateBatchOutput._fields:

@@ -10,7 +10,7 @@ where lanes own experts; it comes from the cache.
 import triton
 import triton.language as tl
 
-from kernels.gate._triton_parts import (
+from kernels.ops.gate._triton_parts import (
     NO_SLOT,
     add_slots,
     as_tile,

@@ -1,8 +1,27 @@
-"""The definition of :func:`kernels.project_topk.project_topk`, in plain PyTorch."""
+"""The definition of :func:`kernels.project_topk` in plain PyTorch, and its result."""
+
+from typing import NamedTuple
 
 import torch
 
-from kernels.project_topk.types import ProjectTopkOutput
+
+class ProjectTopkOutput(NamedTuple):
+    """What ``R`` routers of ``E`` experts would choose for ``T`` tokens, ``K`` experts each.
+
+    Attributes
+    ----------
+    expert_ids : Tensor [T, R, K], int32
+        Experts with the highest logits, best first. Ties go to the lower expert id.
+    values : Tensor [T, R, K], float32
+        Their logits.
+    logsumexp : Tensor [T, R], float32
+        Log of the sum of exponentials of all ``E`` logits: ``exp(values - logsumexp)`` are the
+        softmax probabilities of the chosen.
+    """
+
+    expert_ids: torch.Tensor
+    values: torch.Tensor
+    logsumexp: torch.Tensor
 
 
 def project_topk_reference(
@@ -12,7 +31,7 @@ def project_topk_reference(
     top_k: int,
     bias: torch.Tensor | None = None,
 ) -> ProjectTopkOutput:
-    """Compute what :func:`kernels.project_topk.project_topk` computes, a router at a time."""
+    """Compute what :func:`kernels.project_topk` computes, a router at a time."""
     n_tokens, n_routers = len(hidden), len(projections)
     out = ProjectTopkOutput(
         expert_ids=hidden.new_empty((n_tokens, n_routers, top_k), dtype=torch.int32),

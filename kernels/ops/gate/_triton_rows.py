@@ -8,7 +8,7 @@ experts when the op selects, among the given slots when it observes.
 import triton
 import triton.language as tl
 
-from kernels.gate._triton_parts import (
+from kernels.ops.gate._triton_parts import (
     NO_SLOT,
     add_slots,
     difference,

@@ -1,11 +1,11 @@
 """Where attention heads look, from queries and keys, without a matrix of all their weights."""
 
-from collections.abc import Callable
-
 import torch
 
-from kernels.attention.reference import attention_reference
-from kernels.attention.types import (
+from kernels.dispatch import BACKENDS, implementation, resolve_backend
+from kernels.errors import KernelError
+from kernels.ops.attention.reference import attention_reference
+from kernels.ops.attention.types import (
     QUERY_BLOCK,
     RECENT,
     AttentionOutput,
@@ -13,8 +13,6 @@ from kernels.attention.types import (
     n_bins,
     used_queries,
 )
-from kernels.dispatch import resolve_backend
-from kernels.errors import KernelError
 
 __all__ = [
     "BACKENDS",
@@ -28,7 +26,6 @@ __all__ = [
     "used_queries",
 ]
 
-BACKENDS = ("triton", "numba", "torch")
 MAX_SIZE = 256  # of a head in the Triton kernel: a block of queries stays on the chip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,10 +97,8 @@ def attention(
     _check_tensors(query, key)
     _check_optional(query, key, lse, sinks, valid)
     _check_options(window, softcap, bins, every, top_keys)
-    run = _implementation(
-        resolve_backend(backend, device=query.device, refusals=_refusals(query.shape[-1]))
-    )
-    return run(
+    chosen = resolve_backend(backend, device=query.device, refusals=_refusals(query.shape[-1]))
+    out: AttentionOutput = implementation("attention", chosen)(
         query,
         key,
         scaling=scaling,
@@ -117,23 +112,12 @@ def attention(
         every=every,
         top_keys=top_keys,
     )
+    return out
 
 
 def _refusals(size: int) -> dict[str, str | None]:
     too_large = f"heads of size {size} do not fit, at most {MAX_SIZE} do"
     return {**dict.fromkeys(BACKENDS), "triton": too_large if size > MAX_SIZE else None}
-
-
-def _implementation(backend: str) -> Callable[..., AttentionOutput]:
-    if backend == "triton":
-        from kernels.attention._launch import attention_triton  # a CPU-only install has no triton
-
-        return attention_triton
-    if backend == "numba":
-        from kernels.attention._numba import attention_numba  # compiles on import
-
-        return attention_numba
-    return attention_reference
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor) -> None:

@@ -2,14 +2,12 @@
 
 import torch
 
-from kernels.dispatch import resolve_backend
+from kernels.dispatch import BACKENDS, implementation, resolve_backend
 from kernels.errors import KernelError
-from kernels.project_topk.reference import project_topk_reference
-from kernels.project_topk.types import ProjectTopkOutput
+from kernels.ops.project_topk.reference import ProjectTopkOutput, project_topk_reference
 
 __all__ = ["BACKENDS", "ProjectTopkOutput", "project_topk", "project_topk_reference"]
 
-BACKENDS = ("triton", "numba", "torch")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # experts whose logits one Triton program can hold in registers, by bytes of an element
 MAX_EXPERTS = {2: 1024, 4: 512}
@@ -55,20 +53,12 @@ def project_topk(
     if n_experts > limit:
         refusals["triton"] = f"it holds at most {limit} experts of {dtype}, there are {n_experts}"
     name = resolve_backend(backend, device=hidden.device, refusals=refusals)
-    if name == "triton":  # a CPU install has no triton
-        from kernels.project_topk._triton import project_topk_triton
-
-        return project_topk_triton(
-            hidden.to(dtype).contiguous(),
-            projections.to(dtype).contiguous(),
-            top_k=top_k,
-            bias=None if bias is None else bias.contiguous(),
-        )
-    if name == "numba":
-        from kernels.project_topk._numba import project_topk_numba
-
-        return project_topk_numba(hidden, projections, top_k=top_k, bias=bias)
-    return project_topk_reference(hidden, projections, top_k=top_k, bias=bias)
+    if name == "triton":
+        hidden, projections = hidden.to(dtype).contiguous(), projections.to(dtype).contiguous()
+        bias = None if bias is None else bias.contiguous()
+    run = implementation("project_topk", name)
+    out: ProjectTopkOutput = run(hidden, projections, top_k=top_k, bias=bias)
+    return out
 
 
 def _check(
