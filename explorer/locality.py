@@ -16,7 +16,7 @@ from explorer.metrics.agreement import chance_any_repeat
 from explorer.metrics.coactivation import repetition
 from explorer.queries.load import routing
 from explorer.run import Run, open_run
-from explorer.ui.text import visible
+from explorer.text import visible
 
 ERROR = 2
 

@@ -1,8 +1,8 @@
 """Text of strangers as a reader can see it: characters that show nothing, Markdown, table cells.
 
-Tokens, prompts, domains, notes, names and files come from anybody. Whatever shows them marks what
-would be invisible (``marked``), and text inside a page's Markdown goes through ``plain``, so that
-it is shown as it is: no link, icon, emoji, arrow, formula or colour comes of it.
+Tokens, prompts, domains, notes, names and files come from anybody. Whatever shows them makes the
+invisible ``visible``, and text inside a page's Markdown goes through ``plain``, so that it is shown
+as it is: no link, icon, emoji, arrow, formula or colour comes of it.
 """
 
 import re
@@ -16,6 +16,11 @@ ABSENT_NOTE = (
     f"{ABSENT} = not recorded, or not defined there: for one expert, without an assignment, or "
     "where no expert is left out."
 )
+CONTINUATION = "·"  # a token without text of its own, in running text
+NOT_RECORDED, _NO_TEXT = "(text not recorded)", "(no text)"
+_QUOTES = "“”"
+_NAMED = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+_CONTROL_PICTURES = 0x2400
 
 # without ink by category: controls, formats, no character at all, private, half of a character,
 # separators; a plain space is the one among them that is text
@@ -48,20 +53,59 @@ _PIECE = re.compile(r":color\[(\\.)\]")
 # of a spreadsheet (OWASP, CSV injection), also in the width of East Asian text
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
 _NUMBER = re.compile(r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?\s?%?", re.IGNORECASE)
-_CONTROL_PICTURES = 0x2400
 
 
-def marked(text: str, mark: Callable[[str], str]) -> str:
-    """Return a text with a mark in place of every character that shows nothing.
+def visible(text: str | None, *, spaces: bool = False, running: bool = False) -> str:
+    """Return a text with a sign in place of every character that shows nothing.
 
     Joiners and variation selectors stay where they shape a character beside them (in emoji, and in
     scripts such as Persian and Hindi); marks that combine with nothing stand on a dotted circle.
 
     Parameters
     ----------
-    mark : callable
-        Returns the mark of a character.
+    text : str or None
+        None is a token without text; ``""`` a token without characters of its own.
+    spaces : bool
+        Also mark plain spaces, for single tokens, where they matter.
+    running : bool
+        Text that is read on: line ends and tabs keep their room behind their signs, and ``""``, a
+        token in the middle of a character, is a dot.
+
+    Returns
+    -------
+    str
+        Not escaped for figures: see ``explorer.ui.wording.label``.
     """
+    if text is None:
+        return NOT_RECORDED
+    if not text:
+        return CONTINUATION if running else _NO_TEXT
+    if running:
+        return _marked(text, lambda c: _sign(c) + (c if c in "\n\t" else ""))
+    if text.strip(_QUOTES) in (NOT_RECORDED, _NO_TEXT):
+        return f"“{text}”"
+    shown = _marked(text, _sign)
+    return shown.replace(" ", "·") if spaces else shown
+
+
+def _sign(character: str) -> str:
+    if character in _NAMED:
+        return _NAMED[character]
+    if character < " ":
+        return chr(_CONTROL_PICTURES + ord(character))
+    return f"⟦U+{ord(character):04X}⟧"
+
+
+def one_line(text: str, length: int) -> str:
+    """Return the beginning of a text on one line, with an ellipsis where it was cut."""
+    text = text.strip()
+    head = text[: 8 * length]  # room for white space, which is shown as one space
+    flat = " ".join(visible(head, running=True).replace("↵\n", " ").split()) if head else ""
+    whole = len(flat) <= length and len(head) == len(text)
+    return flat if whole else flat[: length - 1].rstrip() + "…"
+
+
+def _marked(text: str, sign: Callable[[str], str]) -> str:
     if text.isascii() and text.isprintable():
         return text
     if text and all(map(_combines, text)):
@@ -70,14 +114,14 @@ def marked(text: str, mark: Callable[[str], str]) -> str:
         return text
     around = ["", *text, ""]
     return "".join(
-        mark(character)
-        if shows_nothing(character) and not _shapes(before, character, after)
+        sign(character)
+        if _shows_nothing(character) and not _shapes(before, character, after)
         else character
         for (before, character), after in zip(pairwise(around[:-1]), around[2:], strict=True)
     )
 
 
-def shows_nothing(character: str) -> bool:
+def _shows_nothing(character: str) -> bool:
     """Return whether a character has no ink of its own; a plain space counts as text."""
     if character == " ":
         return False
@@ -109,11 +153,6 @@ def _joins(character: str) -> bool:
     )
 
 
-def code_point(character: str) -> str:
-    """Return the number of a character, as Unicode writes it."""
-    return f"U+{ord(character):04X}"
-
-
 def plain(text: str, *, lines: bool = False) -> str:
     """Return a text so that a page's Markdown shows it as it is.
 
@@ -124,7 +163,7 @@ def plain(text: str, *, lines: bool = False) -> str:
     """
     if lines:
         return "  \n".join(plain(line) for line in text.splitlines())
-    shown = marked(text, lambda c: c if c in "\n\t" else f"⟦{code_point(c)}⟧")
+    shown = _marked(text, lambda c: c if c in "\n\t" else _sign(c))
     pieces: list[str] = []
     end = 0
     for piece in _PIECES.finditer(shown):

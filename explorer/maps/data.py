@@ -8,8 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from explorer.errors import RunError
-from explorer.queries.part import Part
-from explorer.queries.where import conditions, prompt_conditions
+from explorer.queries.where import Part, conditions, prompt_conditions
 from explorer.run import Run
 
 Floats = npt.NDArray[np.float32]

@@ -1,12 +1,14 @@
 """How much work every expert got. Only ``routing`` reads rows per token."""
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from explorer.errors import RunError
+from explorer.metrics.load import LOAD_METRICS, sampling_floor
 from explorer.queries.where import Params, Part, conditions
 from explorer.run import Run
 
@@ -255,3 +257,45 @@ def routing(
         weights[row, slot] = rows["weight"].to_numpy()
     batch = order["batch_id"].to_numpy().astype(np.int64)
     return Routing(token_id, batch, ids, weights, int(sizes["tokens"].sum()))
+
+
+def balance_table(load: pd.DataFrame, *, n_tokens: int) -> pd.DataFrame:
+    """Measure the balance of every site.
+
+    Parameters
+    ----------
+    load : DataFrame
+        From ``queries.load.expert_load``.
+    n_tokens : int
+        Tokens behind the load, from ``queries.overview.token_count`` with the same filters.
+
+    Returns
+    -------
+    DataFrame
+        One row per ``layer`` and ``site``: ``n_experts``, ``top_k``, ``n_tokens``,
+        ``assignments``, and for every metric of ``LOAD_METRICS`` its value and, as
+        ``NAME_floor``, ``NAME_floor_low`` and ``NAME_floor_high``, what uniform routing of
+        ``n_tokens`` tokens gives (mean, 5th and 95th percentile). Missing where the site has no
+        load.
+    """
+    rows = []
+    for (layer, site), experts in load.groupby(["layer", "site"], sort=True):
+        total = int(experts["assignments"].sum())
+        row: dict[Hashable, Any] = {
+            "layer": layer,
+            "site": site,
+            "n_experts": len(experts),
+            "top_k": int(experts["top_k"].iloc[0]),
+            "n_tokens": n_tokens,
+            "assignments": total,
+        }
+        # the measured number of experts per token, smaller than top_k where slots stay empty
+        per_token = min(total / n_tokens, len(experts)) if n_tokens else 0.0
+        for name in LOAD_METRICS:
+            floor = sampling_floor(name, n_tokens=n_tokens, n_experts=len(experts), top_k=per_token)
+            row[name] = LOAD_METRICS[name](experts["assignments"]) if total else float("nan")
+            row[f"{name}_floor"] = floor.mean
+            row[f"{name}_floor_low"] = floor.low
+            row[f"{name}_floor_high"] = floor.high
+        rows.append(row)
+    return pd.DataFrame(rows)

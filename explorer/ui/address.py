@@ -10,8 +10,10 @@ from typing import Any
 import streamlit as st
 
 from explorer import views
-from explorer.text import plain as plain
-from explorer.ui.names import distinct
+from explorer.text import plain
+from explorer.ui import token_strip
+from explorer.ui.state import View
+from explorer.ui.wording import distinct
 
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
@@ -23,23 +25,8 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "flow": ("steps", "flows", "pair"),
     "clusters": ("map", "vectors", "layout", "hue", "method", "groups", "other", "value", "region"),
     "compare": (
-        *(
-            "comparison",
-            "families",
-            "controls",
-            "axis",
-            "router",
-            "beside",
-            "curve",
-            "learner",
-            "told",
-            "a",
-            "b",
-            "text",
-            "swapped",
-            "at",
-        ),
-        "job",
+        *("comparison", "families", "controls", "axis", "router", "beside", "curve", "learner"),
+        *("told", "a", "b", "text", "swapped", "at", "job"),
     ),
     "compare-runs": ("against", "ids", "by", "read", "shared", "spot", "quantity"),
     "trends": ("source", "runs", "trend"),
@@ -50,27 +37,8 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
 # what means nothing in another run
 OF_A_RUN = (
     *GLOBAL_NAMES[1:],
-    "prompt",
-    "token",
-    "pins",
-    "expert",
-    "id",
-    "head",
-    "pair",
-    "value",
-    "region",
-    "comparison",
-    "families",
-    "router",
-    "beside",
-    "told",
-    "a",
-    "b",
-    "text",
-    "at",
-    "shared",
-    "spot",
-    "learner",
+    *("prompt", "token", "pins", "expert", "id", "head", "pair", "value", "region", "comparison"),
+    *("families", "router", "beside", "told", "a", "b", "text", "at", "shared", "spot", "learner"),
 )
 _NO_DOMAIN = "(none)"
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
@@ -265,3 +233,41 @@ def choose_several(
 def note(text: str) -> None:
     """Say something at the top of the page, such as that the link could not be followed."""
     st.session_state[_NOTES].info(plain(text), icon=":material/info:")
+
+
+_TARGET = "jump to"
+_EXPERTS, _TOKENS = "explorer/pages/experts/page.py", "explorer/pages/tokens/page.py"
+
+
+def jump_to_expert(view: View, data: list[float]) -> None:
+    """Remember the expert that was clicked; ``data`` starts with layer, site, expert.
+
+    A callback cannot change the page, so ``follow_jump`` does it in the run that comes after.
+    """
+    layer, site, expert = (int(value) for value in data[:3])
+    there = {
+        "run": view.name,
+        "layer": view.named(layer, site),
+        "id": str(expert),
+        "about": "expert",
+    }
+    st.session_state[_TARGET] = (_EXPERTS, there)
+
+
+def jump_to_token(prompt_id: int, token_id: int) -> None:
+    """Remember a token that was picked, as ``jump_to_expert`` does."""
+    st.session_state[_TARGET] = (_TOKENS, {"prompt": str(prompt_id), "token": str(token_id)})
+
+
+def follow_jump() -> None:
+    """Go to what was clicked, if something was."""
+    target = st.session_state.pop(_TARGET, None)
+    if target is None:
+        return
+    page, there = target
+    if there.get("run", read("run")) != read("run"):
+        # filters and choices of the run before mean nothing there
+        write_run(there["run"])
+    if page == _TOKENS:
+        token_strip.reveal()
+    st.switch_page(page, query_params=kept() | there)

@@ -6,7 +6,19 @@ from typing import Any, NamedTuple
 
 import streamlit as st
 
-from explorer.ui.visible import visible
+from explorer.queries.experts import (
+    expert_token_count,
+    expert_token_ids,
+    expert_tokens,
+    expert_vocabulary,
+)
+from explorer.queries.load import expert_load
+from explorer.text import visible
+from explorer.ui import address, token_strip
+from explorer.ui.problems import part
+from explorer.ui.saved import save_slice
+from explorer.ui.state import View, ask
+from explorer.ui.wording import expert_label
 
 _HERE = Path(__file__).parent
 
@@ -55,7 +67,7 @@ def concordance(
     rows = [
         [
             _flat(line.before),
-            visible(line.token).replace("\n", ""),
+            visible(line.token, running=True).replace("\n", ""),
             _flat(line.after),
             line.note,
             min(max(line.share, 0.0), 1.0),
@@ -67,4 +79,124 @@ def concordance(
 
 
 def _flat(text: str) -> str:
-    return visible(text).replace("↵\n", "↵") if text else ""
+    return visible(text) if text else ""
+
+
+SHOWN = 60
+
+
+@part("Tokens of the expert")
+def expert_tokens_section(view: View) -> None:
+    """Draw the section, or nothing where no expert is chosen."""
+    info = view.run.site_info(view.layer, view.site)
+    expert = address.number("expert", range(info.n_experts), default=None, what="expert")
+    if expert is None:
+        return
+    name = expert_label(view.site_name, expert)
+    with st.container(border=True, key="expert tokens"):
+        title, close = st.columns([6, 1], vertical_alignment="center")
+        title.subheader(f"Tokens of {name}", anchor=False)
+        close.button(
+            "Close",
+            key="close expert",
+            on_click=lambda: address.write("expert", ""),
+            width="stretch",
+        )
+        st.markdown(_sentence(view, expert, name))
+        if not view.run.records_ids:
+            st.info(
+                "Which tokens they were is not recorded at level `stats`; capture with "
+                "`--level ids`.",
+                icon=":material/info:",
+            )
+            return
+
+        def go_to(prompt_id: int, token_id: int) -> None:
+            address.write("prompt", str(prompt_id))
+            address.write("token", str(token_id))
+            token_strip.reveal()
+
+        _typical_tokens(view, expert)
+        expert_lines(view, expert, name, go_to)
+
+
+def _sentence(view: View, expert: int, name: str) -> str:
+    load = ask(
+        view,
+        expert_load,
+        layer=view.layer,
+        site=view.site,
+        **view.filters,
+    )
+    row = load[load["expert_id"] == expert].iloc[0]
+    if not row["assignments"]:
+        return f"None of these tokens went to **{name}**."
+    return (
+        f"**{name}** took {int(row['assignments']):,} of {int(load['assignments'].sum()):,} "
+        f"assignments in layer {view.site_name}: {row['share']:.1%}, which is "
+        f"{row['ratio']:.2f} times a fair share (1 of {len(load)} experts: {1 / len(load):.1%})."
+    )
+
+
+def _typical_tokens(view: View, expert: int) -> None:
+    where = {"layer": view.layer, "site": view.site, **view.filters}
+    words = ask(view, expert_vocabulary, expert_id=expert, limit=12, **where)
+    if len(words):
+        typical = [
+            f"`{_typical(word.text, word.token)}` {word.share:.0%}" for word in words.itertuples()
+        ]
+        st.markdown("Typical tokens (share of their occurrences): " + " · ".join(typical))
+
+
+def expert_lines(
+    view: View, expert: int, name: str, on_pick: Callable[[int, int], None], *, shown: int = SHOWN
+) -> None:
+    """Draw the tokens with the largest weight in their contexts.
+
+    Parameters
+    ----------
+    name : str
+        Of the expert.
+    on_pick : callable
+        Called before the rerun with the prompt and the token of a line that was picked.
+    """
+    where = {"layer": view.layer, "site": view.site, **view.filters}
+    found = ask(view, expert_tokens, expert_id=expert, limit=shown, context=14, **where)
+    total = ask(view, expert_token_count, expert_id=expert, **where)
+    if found.empty:
+        return
+    lines = [
+        Line(
+            row.before or "",
+            f"position {row.position}" if row.text is None else row.text,
+            row.after or "",
+            f"{visible(row.domain) if row.domain else 'prompt'} {row.prompt_id}",
+            float(row.weight) / float(found["weight"].max() or 1),
+            f"{row.weight:.3f}",
+        )
+        for row in found.itertuples()
+    ]
+    concordance(
+        lines,
+        label=f"Tokens that went to {name}, heaviest weight first. Enter opens the prompt.",
+        key="concordance",
+        on_pick=lambda index: on_pick(
+            int(found["prompt_id"].iloc[index]), int(found["token_id"].iloc[index])
+        ),
+    )
+    st.caption(
+        f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
+        "excluded. Click a line to go to it in its prompt."
+    )
+    save_slice(
+        view,
+        lambda: expert_token_ids(view.run, expert_id=expert, **where),
+        key="of an expert",
+        fold=True,
+    )
+
+
+def _typical(text: str | None, token: int) -> str:
+    """Return a token for a code span, where all shows as it is but a backtick."""
+    shown = f"id {token}" if text is None else visible(text, spaces=True)
+    return shown.replace("`", "ˋ")

@@ -5,13 +5,13 @@ import streamlit as st
 from capture.errors import CaptureError
 from explorer import service, slices
 from explorer.errors import ExplorerError
-from explorer.queries.part import Part
+from explorer.queries.where import Part
 from explorer.run import Run
+from explorer.text import plain, visible
 from explorer.ui import address, problems, state
-from explorer.ui.caption import site_name
 from explorer.ui.glossary import help_text
 from explorer.ui.state import PHASES, Problem, View, several_sites
-from explorer.ui.text import domain_name, visible
+from explorer.ui.wording import domain_name, site_name
 
 MAX_SEARCH = 200
 _NEEDS_IDS = (
@@ -59,7 +59,7 @@ def _list_refused(names: list[str]) -> None:
         one = len(refused) == 1
         with st.expander(f"{len(refused)} file{'' if one else 's'} cannot be shown"):
             for name, reason in refused.items():
-                st.caption(f"**{address.plain(name)}** · {address.plain(reason)}")
+                st.caption(f"**{plain(name)}** · {plain(reason)}")
 
 
 def _select_phase(run: Run) -> str | None:
@@ -164,10 +164,10 @@ def _listed(run: Run, version: int) -> list[slices.SliceInfo]:
 
 def _about(run: Run, info: slices.SliceInfo) -> None:
     with st.popover("About this slice", icon=":material/info:", width="stretch"):
-        by = f" by {address.plain(info.author)}" if info.author else ""
-        st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {address.plain(info.created[:10])}.")
+        by = f" by {plain(info.author)}" if info.author else ""
+        st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {plain(info.created[:10])}.")
         if info.note:
-            st.markdown(address.plain(info.note, lines=True))
+            st.markdown(plain(info.note, lines=True))
         if service.may_write():
             st.button("Delete the slice", on_click=_delete, args=(run, info.name))
 

@@ -25,7 +25,7 @@ from streamlit.web.server.server_util import (
 from streamlit.web.server.starlette.starlette_app_utils import decode_signed_value
 from streamlit.web.server.starlette.starlette_server_config import USER_COOKIE_NAME
 
-from explorer.ui import access, trust
+from explorer.ui import access
 from explorer.worker import close_shared_worker
 
 _UPLOAD, _LOGOUT = "/_stcore/upload_file/", "/auth/logout"
@@ -52,7 +52,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         login = claims_of(scope) if access.has_login() else {}
-        key = trust.login_key(login) if login else ""
+        key = access.login_key(login) if login else ""
         if login and access.has_ended(login):
             scope, login = _without_login(scope), {}
         if scope["type"] == "websocket":

@@ -1,11 +1,14 @@
 """A job of the worker on a page: how far it is, a button to stop it, and how it ended."""
 
 import streamlit as st
+from streamlit.runtime.uploaded_file_manager import UploadedFile
 
+from capture.prompts.reading import Prompt
 from explorer import service
+from explorer.text import plain
 from explorer.ui import problems
-from explorer.ui.address import plain
 from explorer.worker import Job, JobProgress, shared_worker
+from explorer.worker.prompts import read_upload
 
 POLL_SECONDS = 0.5
 _STAGES = {
@@ -102,3 +105,23 @@ def _show_end(job: Job) -> None:
         st.warning(f"**{name}** was stopped.{kept} {plain(job.error)}", icon=":material/stop:")
     else:
         st.error(f"**{name}** failed. {plain(job.error)}", icon=":material/error:")
+
+
+TYPES = ["txt", "csv", "jsonl", "parquet"]
+
+
+def prompts_of(upload: UploadedFile | None) -> list[Prompt]:
+    """Return the prompts of an upload, none without one.
+
+    Raises
+    ------
+    PromptError
+        With what is wrong with the file.
+    """
+    return [] if upload is None else _read(upload.file_id, upload.name, upload)
+
+
+# as it is: prompts are not changed, and copies of many take long
+@st.cache_resource(max_entries=4, show_spinner="Reading the prompts…")
+def _read(file_id: str, name: str, _upload: UploadedFile) -> list[Prompt]:
+    return read_upload(name, _upload.getvalue())

@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from explorer.text import unpieced
+import pandas as pd
+
+from explorer.text import unpieced, visible
 
 Block = dict[str, Any]
 # of a page: "blocks", "address" and "problem"
@@ -193,8 +195,6 @@ def _figure(element: Any) -> Block:
 
 
 def _table(element: Any) -> Block:
-    from explorer.ui.text import visible
-
     frame = element.value
     known = json.loads(element.proto.columns or "{}")
     about = {str(column): known.get(str(column)) or {} for column in frame.columns}
@@ -204,7 +204,7 @@ def _table(element: Any) -> Block:
     shown = frame[kept].head(MAX_ROWS).astype(object)
     rows = [
         [
-            None if _missing(value) else _written(_plain(value, visible), form)
+            None if _missing(value) else _written(_plain(value), form)
             for value, form in zip(row, formats, strict=True)
         ]
         for row in shown.itertuples(index=False, name=None)
@@ -221,16 +221,14 @@ def _table(element: Any) -> Block:
 
 
 def _missing(value: Any) -> bool:
-    import pandas as pd
-
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
-def _plain(value: Any, visible: Callable[[str], str]) -> str | int | float:
+def _plain(value: Any) -> str | int | float:
     if isinstance(value, bool | int | float):
         return value
     if hasattr(value, "item"):
-        return _plain(value.item(), visible)
+        return _plain(value.item())
     return visible(str(value))
 
 

@@ -1,10 +1,11 @@
-"""What is known to go wrong is said on the page, whichever part of it asked.
+"""What goes wrong is said on the page, and a part that fails takes no other one down.
 
 A file may be damaged, replaced or a stranger's, a disk full, a right missing: such errors carry a
 sentence for the reader. The framework's box with a traceback is left for errors of the code.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec
@@ -13,16 +14,18 @@ import streamlit as st
 
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
-from explorer.ui import address
+from explorer.text import plain
+from explorer.ui import printing
 
 KNOWN = (CaptureError, ExplorerError)
-_LEFT = "problem of a callback"
 P = ParamSpec("P")
+_LEFT = "problem of a callback"
+_log = logging.getLogger(__name__)
 
 
 def say(error: Exception) -> None:
     """Draw an error as a message."""
-    st.error(address.plain(str(error)), icon=":material/error:")
+    _draw(str(error))
 
 
 @contextmanager
@@ -48,3 +51,45 @@ def in_callback(act: Callable[P, None]) -> Callable[P, None]:
             st.session_state[_LEFT] = error
 
     return guarded
+
+
+def part(
+    title: str, *, passing: tuple[type[Exception], ...] = ()
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a function that draws a part of a page show a message in its place where it fails.
+
+    Parameters
+    ----------
+    title : str
+        What the part is called in the message.
+    passing : tuple of exceptions
+        Those that the page itself has something to say of.
+    """
+
+    def decorate(draw: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(draw)
+        def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                draw(*args, **kwargs)
+            except passing:
+                raise
+            except KNOWN as error:
+                _draw(f"{title}: {error}")
+            except Exception as error:
+                # whatever it is: a reader is told where, the console why
+                _log.exception("the part %r of a page failed", title)
+                _draw(f"{title}: this part could not be drawn ({_kind(error)}).")
+
+        return drawn
+
+    return decorate
+
+
+def _kind(error: Exception) -> str:
+    """Return the kind of an error; on paper its message too, which on a server is the console's."""
+    name = type(error).__name__
+    return f"{name}: {printing.one_line(str(error))}" if printing.theme() else name
+
+
+def _draw(text: str) -> None:
+    st.error(plain(text), icon=":material/error:")

@@ -1,15 +1,19 @@
 """Saved views on the pages: opening one by its link, saying what it is, and saving a new one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
 from capture.errors import quoted
-from explorer import service, views
+from explorer import service, slices, views
 from explorer.errors import ExplorerError
-from explorer.ui import access, address, state
+from explorer.text import plain
+from explorer.ui import access, address, printing, state
+from explorer.ui.state import View
 from explorer.views import SavedView
 
 _ADDRESS = "view"  # its name in the address
@@ -59,11 +63,9 @@ def banner() -> None:
         _no_longer(view_id, other)
         return
     with st.container(border=True, key="saved view"):
-        st.markdown(
-            f":material/bookmark: **{address.plain(view.name)}** · {address.plain(by_line(view))}"
-        )
+        st.markdown(f":material/bookmark: **{plain(view.name)}** · {plain(by_line(view))}")
         if view.note:
-            st.markdown(address.plain(view.note, lines=True))
+            st.markdown(plain(view.note, lines=True))
     warn_of_changes(view)
 
 
@@ -101,7 +103,7 @@ def warn_of_changes(view: SavedView) -> None:
     """Warn when a run, the slice or the comparison of a view is not what it was."""
     changed = views.changed(view, state.runs_folder(), digest=_digest)
     if changed:
-        names = ", ".join(address.plain(name) for name in changed)
+        names = ", ".join(plain(name) for name in changed)
         st.warning(
             f"The data changed since this view was saved: {names}. What is shown may differ from "
             "what the note says.",
@@ -142,10 +144,10 @@ def save_form(page: str) -> None:
             st.form_submit_button("Save", type="primary", on_click=_save, args=(page,))
         made = st.session_state.get(_MADE)
         if isinstance(made, SavedView):
-            st.markdown(f"Saved as **{address.plain(made.name)}**. Its link:")
+            st.markdown(f"Saved as **{plain(made.name)}**. Its link:")
             st.code(link_to(made), language=None, wrap_lines=True)
         elif made:
-            st.error(address.plain(made), icon=":material/error:")
+            st.error(plain(made), icon=":material/error:")
 
 
 def _save(page: str) -> None:
@@ -177,3 +179,45 @@ def link_to(view: SavedView) -> str:
     """Return the link that opens a view, on the server that this browser asks."""
     there = str(st.context.url or "").split("?")[0].rstrip("/")
     return f"{there.removesuffix('/' + address.page())}/?{_ADDRESS}={view.view_id}"
+
+
+Ids = npt.NDArray[np.int64]
+
+
+def save_slice(view: View, tokens: Callable[[], Ids], *, key: str, fold: bool = False) -> None:
+    """Draw the form, to those who may write; and after saving, say so.
+
+    Parameters
+    ----------
+    tokens : callable
+        Returns ids of tokens of the run; called when the form is sent.
+    fold : bool
+        Show the form only when somebody opens it.
+    """
+    done = f"slice saved {key}"
+    saved = st.session_state.pop(done, None)
+    if saved:
+        st.success(
+            f"Slice **{plain(saved)}** is saved: choose it at the side to limit every page to it.",
+            icon=":material/check_circle:",
+        )
+    # a report has no forms
+    if not service.may_write() or printing.theme() is not None:
+        return
+    place = st.container()
+    if fold:
+        place = st.expander("Save these tokens as a slice", icon=":material/bookmark_add:")
+    with place, st.form(f"save slice {key}", border=False):
+        name, note, button = st.columns([2, 3, 1], vertical_alignment="bottom")
+        named = name.text_input("Save as slice", placeholder="Name", max_chars=slices.MAX_NAME)
+        noted = note.text_input("Note", placeholder="What is it?", max_chars=slices.MAX_NOTE)
+        if not button.form_submit_button("Save slice", width="stretch"):
+            return
+    try:
+        slices.save_slice(view.run, named, tokens(), note=noted, author=access.who().name)
+    except ExplorerError as error:
+        place.error(plain(str(error)), icon=":material/error:")
+        return
+    st.session_state[done] = named.strip()
+    # the list of slices at the side is drawn before the page
+    st.rerun()

@@ -5,6 +5,7 @@ from streamlit.navigation.page import StreamlitPage
 
 from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import service
+from explorer.text import plain
 from explorer.ui import address, filters, saved, state
 from explorer.ui.job import follow
 from explorer.worker import CaptureRequest, Job, shared_worker
@@ -81,7 +82,7 @@ def current_view() -> state.View:
         first_run()
         st.stop()
     if isinstance(view, state.Problem):
-        st.error(address.plain(view.text), icon=":material/error:")
+        st.error(plain(view.text), icon=":material/error:")
         st.stop()
     if view.run.counts_only:
         st.info(
@@ -104,8 +105,7 @@ def current_view() -> state.View:
 
 def _nothing_matches(view: state.View) -> None:
     st.info(
-        "No token matches all the filters at the side: "
-        f"{address.plain(view.scope().filters_text())}.",
+        f"No token matches all the filters at the side: {plain(view.scope().filters_text())}.",
         icon=":material/filter_alt_off:",
     )
     st.button("Take the filters off", on_click=_take_filters_off)

@@ -14,12 +14,12 @@ from capture.errors import CaptureError, quoted
 from capture.paths import given_path
 from explorer import service
 from explorer.errors import ExplorerError, RunError
-from explorer.queries.balance import balance_table
+from explorer.queries.load import balance_table
 from explorer.queries.overview import token_count
-from explorer.queries.part import Part
+from explorer.queries.where import Part
 from explorer.run import Run, open_run
 from explorer.ui import printing
-from explorer.ui.caption import Scope, site_name
+from explorer.ui.wording import Scope, site_name
 
 T = TypeVar("T")
 Key = tuple[str, int, int]  # path, time of change in ns, bytes
@@ -95,7 +95,11 @@ class View:
     @property
     def site_name(self) -> str:
         """The layer, and the router's number where a layer has several."""
-        return site_name(self.layer, self.site, several=several_sites(self.run))
+        return self.named(self.layer, self.site)
+
+    def named(self, layer: int, site: int) -> str:
+        """Return how a site of the run is called, on pages and in addresses."""
+        return site_name(layer, site, several=several_sites(self.run))
 
     def scope(self, n_tokens: int | None = None, *, over_layers: bool = False) -> Scope:
         """Return what captions say of the tokens behind a figure.

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from explorer.ui.caption import Caption
-from explorer.ui.text import escaped
+from explorer.ui.wording import Caption, escaped
 
 SEQUENTIAL = "cividis"
 # ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import streamlit as st
 
-from explorer.ui.visible import CONTINUATION, visible
+from explorer.text import CONTINUATION, visible
 
 _HERE = Path(__file__).parent
 _REVEAL = "reveal token strip"
@@ -90,9 +90,10 @@ def token_strip(
         if value in known:
             on_pick(value)
 
+    texts = [visible(token.text, running=True) for token in tokens]
     data: dict[str, Any] = {
-        "texts": [visible(token.text) for token in tokens],
-        "muted": [visible(token.text) == CONTINUATION for token in tokens],
+        "texts": texts,
+        "muted": [text == CONTINUATION for text in texts],
         "ids": [token.token_id for token in tokens],
         "levels": [token.level for token in tokens],
         "hues": [token.hue for token in tokens],

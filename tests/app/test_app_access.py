@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 
 from explorer import service
 from explorer.errors import NotAllowedError
-from explorer.ui import access, trust
+from explorer.ui import access
 
 SECRET = "of a test only: long enough"
 ORIGIN = "https://routes.example.org"
@@ -79,7 +79,7 @@ LONG = 10**6  # seconds
     ],
 )
 def test_only_names_of_this_machine_are_trusted(headers, trusted):
-    assert trust.reached_by_own_name(headers) is trusted
+    assert access.reached_by_own_name(headers) is trusted
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_only_names_of_this_machine_are_trusted(headers, trusted):
 )
 def test_a_host_that_is_configured_is_trusted(headers, trusted):
     known = ["routes.example.org", "other.example:8000"]
-    assert trust.reached_by_own_name(headers, known) is trusted
+    assert access.reached_by_own_name(headers, known) is trusted
 
 
 # --- logins ------------------------------------------------------------------------------------
@@ -152,27 +152,27 @@ def test_letters_of_other_alphabets_are_not_folded_into_an_address():
     [(1000.5, False), (1000, True), (999, True), ("2000", True), (True, True), ([], True)],
 )
 def test_a_token_expires(exp, expired):
-    assert trust.is_expired({"exp": exp}, now=1000) is expired
-    assert trust.is_expired({"exp": float("nan")}, now=1000)
+    assert access.is_expired({"exp": exp}, now=1000) is expired
+    assert access.is_expired({"exp": float("nan")}, now=1000)
 
 
 def test_a_login_that_ended_stays_ended_in_other_processes(tmp_path):
     path = tmp_path / "state" / "ended"
-    first, second = trust.EndedLogins(path), trust.EndedLogins(path)
-    key = trust.login_key(ANN | {"origin": "a", "is_logged_in": True})
-    assert key == trust.login_key(ANN | {"tokens": {}}) and key not in second
+    first, second = access.EndedLogins(path), access.EndedLogins(path)
+    key = access.login_key(ANN | {"origin": "a", "is_logged_in": True})
+    assert key == access.login_key(ANN | {"tokens": {}}) and key not in second
     first.add(key)
-    assert key in first and key in second and key in trust.EndedLogins(path)
-    assert trust.login_key(ANN | {"iat": 2}) not in second
+    assert key in first and key in second and key in access.EndedLogins(path)
+    assert access.login_key(ANN | {"iat": 2}) not in second
     assert path.stat().st_mode & 0o777 == 0o600
     # cookies do not live as long as this
     path.write_text(f"{key} {time.time() - 40 * 86_400:.0f}\nbroken\n")
-    assert key not in trust.EndedLogins(path)
+    assert key not in access.EndedLogins(path)
 
 
 def test_without_a_place_to_write_a_login_ends_in_this_process(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    ended = trust.EndedLogins(tmp_path / "file" / "ended")
+    ended = access.EndedLogins(tmp_path / "file" / "ended")
     ended.add("key")
     assert "key" in ended and "count again after a restart" in caplog.text
 
@@ -213,8 +213,8 @@ SECRETS = {
 
 @pytest.fixture
 def ended(monkeypatch, tmp_path):
-    logins = trust.EndedLogins(tmp_path / "ended")
-    logins.add(trust.login_key(ROLES["logged out"][3]))
+    logins = access.EndedLogins(tmp_path / "ended")
+    logins.add(access.login_key(ROLES["logged out"][3]))
     monkeypatch.setattr(access, "ENDED", logins)
 
 
@@ -477,6 +477,6 @@ def test_a_login_counts_until_it_ends(folder, tmp_path, monkeypatch):
         assert short.visit()["asked"]
         for one in (nobody, other, short, again, newer):
             one.close()
-    assert trust.login_key(ann | {"provider": "default"}) in trust.EndedLogins(
+    assert access.login_key(ann | {"provider": "default"}) in access.EndedLogins(
         tmp_path / "routescope" / "ended-logins"
     )

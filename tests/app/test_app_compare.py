@@ -19,7 +19,7 @@ from explorer.comparison.results_file import (
     write_comparison,
 )
 from explorer.errors import ComparisonError
-from explorer.pages.compare import start as compare_start
+from explorer.pages.compare import new_comparison
 from explorer.ui import address
 from explorer.worker import CompareRequest
 
@@ -33,7 +33,7 @@ CARDS = (
 @pytest.fixture
 def runs(runs, monkeypatch):
     # the real list is read by another process, which loads torch
-    monkeypatch.setattr(compare_start, "catalogue", lambda: CARDS)
+    monkeypatch.setattr(new_comparison, "catalogue", lambda: CARDS)
     write_run(runs / "known.duckdb")
     return runs
 
@@ -423,7 +423,7 @@ def test_two_checkpoints_at_least(runs, monkeypatch, tmp_path):
 def test_the_form_offers_the_usual_conditions():
     from explorer.comparison.conditions.catalogue import USUAL
 
-    assert compare_start.CONDITION_CHOICES == USUAL
+    assert new_comparison.CONDITION_CHOICES == USUAL
 
 
 def test_the_families_chosen_are_in_the_address(runs):

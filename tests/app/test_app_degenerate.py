@@ -11,7 +11,7 @@ from test_app_pages import opened
 
 from capture.store import SiteInfo
 from explorer.errors import RunError
-from explorer.ui.number import number, span
+from explorer.ui.wording import number, span
 
 _UNDEFINED = re.compile(r"(?<![\w.])(nan|NaN|inf|None|NaT)(?![\w(])")
 ONE = (SiteInfo(0, 0, "model.layers.0.mlp", 1, 1, 0, "softmax"),)

@@ -74,7 +74,7 @@ def test_all_experts_at_one_domain_say_why_there_is_no_map(known):
 
 
 def test_the_experts_of_a_text(known, monkeypatch):
-    monkeypatch.setattr("explorer.pages.experts.specialization.MIN_HITS", 1)
+    monkeypatch.setattr("explorer.pages.experts.data.MIN_HITS", 1)
     app = opened("experts", about="text")
     assert "Type a word" in notes(app)
     app.text_input(key="address:find").set_value("a a").run()

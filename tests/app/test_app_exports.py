@@ -11,8 +11,8 @@ from synthetic import write_run
 from test_app_pages import charts, opened
 
 from explorer.ui import chart as module
-from explorer.ui.caption import Scope
 from explorer.ui.chart import csv, parquet, with_source
+from explorer.ui.wording import Scope
 
 
 @pytest.fixture

@@ -243,11 +243,11 @@ def test_two_runs_are_compared_in_the_range_of_layers(deep, runs, way):
 
 
 def test_pages_say_how_many_prompts_and_tokens_they_compare(copied, monkeypatch):
-    from explorer.pages.compare_runs import two_runs
+    from explorer.pages.compare_runs import data
 
     for question, limit in (
-        (two_runs.token_divergence, {"max_rows": 15}),
-        (two_runs.two_models, {"max_prompts": 2}),
+        (data.token_divergence, {"max_rows": 15}),
+        (data.two_models, {"max_prompts": 2}),
     ):
         limits = question.__kwdefaults__ | limit
         monkeypatch.setattr(question, "__kwdefaults__", limits)

@@ -22,7 +22,8 @@ from capture.store.sandbox import in_file, open_sandbox
 from explorer import pages
 from explorer.errors import ExplorerError
 from explorer.run import open_run
-from explorer.ui import address, state
+from explorer.text import plain
+from explorer.ui import state
 
 PAGES = sorted(page.parent.name for page in Path(pages.__path__[0]).glob("*/page.py"))
 # a router's input for each stored score; the writer of the tests stores none
@@ -206,7 +207,7 @@ def test_known_errors_are_messages_on_every_page(sound, runs, monkeypatch, page)
     monkeypatch.setattr("explorer.ui.state.run_names", fail)
     app.switch_page(f"explorer/pages/{page}/page.py").run()
     assert not app.exception
-    assert [error.value for error in app.error] == [address.plain("The disk said *no*.")]
+    assert [error.value for error in app.error] == [plain("The disk said *no*.")]
 
 
 def test_a_callback_that_fails_is_a_message(runs, sound):

@@ -11,9 +11,9 @@ from test_app_pages import charts, notes, opened, query
 
 from explorer import open_run
 from explorer.queries.overview import token_count
+from explorer.text import visible
 from explorer.ui.address import domain_key
-from explorer.ui.names import distinct, domain_labels, labels, short
-from explorer.ui.text import domain_name, visible
+from explorer.ui.wording import distinct, domain_labels, domain_name, labels, short
 
 LONG = "a domain whose name is so long that it is cut, number "
 # none, what pages call none, all or the rest, and two that are alike for forty characters

@@ -11,8 +11,8 @@ import pytest
 from app_pages import APP, charts, notes, opened, query
 from synthetic import write_run
 
-from explorer.ui import address, wording
-from explorer.ui.visible import one_line, visible
+from explorer.text import one_line, plain, visible
+from explorer.ui import wording
 from explorer.worker import Job, JobProgress
 from explorer.worker.client import ROOT
 
@@ -496,7 +496,7 @@ def test_pages_import_neither_torch_nor_transformers(written, runs):
     ],
 )
 def test_tokens_are_shown_with_marks_for_what_is_invisible(text, shown):
-    assert visible(text) == shown
+    assert visible(text, running=True) == shown
 
 
 def test_prompts_in_a_list_are_one_line():
@@ -507,7 +507,7 @@ def test_prompts_in_a_list_are_one_line():
 
 
 def test_plain_text_has_no_markdown_left():
-    assert address.plain("**[a](b)** :red[x] <b>") == (r"\*\*\[a\]\(b\)\*\* \:red\[x\] \<b\>")
+    assert plain("**[a](b)** :red[x] <b>") == (r"\*\*\[a\]\(b\)\*\* \:red\[x\] \<b\>")
 
 
 def test_certainty_is_in_words():

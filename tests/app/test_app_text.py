@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -19,13 +20,11 @@ from test_app_compare import write_results
 from explorer import slices, views
 from explorer.report.document import rich
 from explorer.run import open_run
-from explorer.text import plain
+from explorer.text import one_line, plain, visible
 from explorer.ui.chart import csv
-from explorer.ui.text import visible as of_figures
-from explorer.ui.visible import one_line
-from explorer.ui.visible import visible as of_pages
 
 ROOT = Path(__file__).parents[2]
+of_figures, of_pages = visible, partial(visible, running=True)
 # what Streamlit's Markdown makes something of, each beside the name that gives it away
 PAYLOADS = (
     "http://evil.example/a",

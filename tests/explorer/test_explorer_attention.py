@@ -13,15 +13,14 @@ from synthetic import BIN_WIDTH, LAYERS, NASTY, PROMPTS, RANKS, WITHOUT_ATTENTIO
 from explorer.errors import MetricError, RunError
 from explorer.metrics import attention as heads
 from explorer.metrics import attention as metrics
+from explorer.pages.attention import data, figures
 from explorer.pages.attention import data as queries
-from explorer.pages.attention import figures
-from explorer.pages.attention.together_data import prompt_routing, routing_together
-from explorer.pages.attention.together_figure import together_figure
-from explorer.pages.attention.window_figure import token_window
+from explorer.pages.attention.data import prompt_routing, routing_together
+from explorer.pages.attention.figures import together_figure
+from explorer.pages.attention.token_window_figure import token_window
 from explorer.pages.tokens import data as tokens
-from explorer.queries import routes
 from explorer.run import open_run
-from explorer.ui.caption import Scope
+from explorer.ui.wording import Scope
 
 STATISTICS = ("entropy", "sink_mass", "mean_distance", "window_mass")
 SCOPE = Scope(30)
@@ -150,7 +149,7 @@ def test_keys_of_one_head(run):
 
 
 def test_experts_of_several_prompts_leave_out_what_was_generated(run, known):
-    frame = routes.prompts_experts(run, [0, 4], 1)
+    frame = data.prompts_experts(run, [0, 4], 1)
     expected = {
         (token["prompt_id"], token["position"], slot, expert)
         for token, slot, expert, _ in known.assignments(1, 0, phase="prompt")
@@ -320,7 +319,7 @@ def test_a_prompts_experts_by_position(run, known):
 
 
 def test_prompts_beyond_the_limit_are_left_out_and_counted(run, monkeypatch):
-    monkeypatch.setattr("explorer.pages.attention.together_data.MAX_COMPARED", 50)
+    monkeypatch.setattr("explorer.pages.attention.data.MAX_COMPARED", 50)
     found = routing_together(run, attention_layer=1, layer=1, site=0)
     assert (found.n_prompts, found.n_all) == (1, 5)
 

@@ -388,7 +388,7 @@ def test_the_worker_makes_a_map_and_clusters_beside_nothing(run, tmp_path, monke
 
 def test_maps_need_no_torch():
     code = (
-        "import sys, explorer.maps.work, explorer.pages.clusters.work, "
+        "import sys, explorer.maps.work, explorer.pages.clusters.points, "
         "umap, sklearn.cluster; print('torch' in sys.modules)"
     )
     result = subprocess.run(

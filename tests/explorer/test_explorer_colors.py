@@ -15,8 +15,8 @@ from explorer.pages.load_balance import figures as load_figures
 from explorer.pages.tokens import figures as token_figures
 from explorer.report.document import section
 from explorer.ui import shell, theme
-from explorer.ui.caption import Scope
 from explorer.ui.state import ROOT
+from explorer.ui.wording import Scope
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
 VISION = {

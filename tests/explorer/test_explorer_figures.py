@@ -16,16 +16,16 @@ from synthetic import NASTY, write_run
 from explorer.errors import ExplorerError, UnknownNameError
 from explorer.metrics import capacity
 from explorer.metrics import load as load_metrics
-from explorer.pages.load_balance import balance_figures
+from explorer.pages.load_balance import data
 from explorer.pages.load_balance import figures as load_figures
 from explorer.pages.tokens import data as tokens
 from explorer.pages.tokens import figures as token_figures
 from explorer.pages.trends.figures import trend_lines
-from explorer.queries import balance, load
+from explorer.queries import load
 from explorer.run import open_run
+from explorer.text import visible
 from explorer.ui import heatmap, theme
-from explorer.ui.caption import Scope
-from explorer.ui.text import domain_label, label, visible
+from explorer.ui.wording import Scope, domain_label, label
 from explorer.worker.client import ROOT
 
 SCOPE = Scope(33)
@@ -78,7 +78,7 @@ def figures(run, routed):
     one = load.expert_load(run, layer=1)
     by_domain = load.expert_load_by_domain(run, 1)
     by_domain.loc[by_domain["domain"] == "code", "domain"] = "<b>code</b>"
-    curve = balance.capacity_table(routed, 6, [0.5, 1.0, 2.0])
+    curve = data.capacity_table(routed, 6, [0.5, 1.0, 2.0])
     scope = Scope(33, domain="<i>law</i>", phase="prompt")
     entropy = tokens.QUANTITIES["entropy"]
     return {
@@ -86,10 +86,10 @@ def figures(run, routed):
         "load_bars": load_figures.load_bars(one, scope=scope),
         "lorenz": load_figures.lorenz(one, scope=scope),
         "domain_heatmap": load_figures.domain_heatmap(by_domain, scope=scope),
-        "balance": balance_figures.balance_over_layers(
-            balance.balance_table(every, n_tokens=33), "gini", scope=scope
+        "balance": load_figures.balance_over_layers(
+            load.balance_table(every, n_tokens=33), "gini", scope=scope
         ),
-        "capacity": balance_figures.capacity_curve(
+        "capacity": load_figures.capacity_curve(
             curve, layer="1", capacity_factor=1.0, zero_from=2.5, n_batches=6, scope=scope
         ),
         "token_layer": token_figures.token_layer_heatmap(
@@ -109,8 +109,8 @@ def test_what_shows_nothing_is_made_visible():
     assert visible("a\n\tb") == "a↵⇥b"
     assert visible("\x00\x7f") == "␀␡"
     # right-to-left override, zero-width space, zero-width joiner, byte order mark
-    assert visible("\u202e\u200b\u200d\ufeff") == "⟨U+202E⟩⟨U+200B⟩⟨U+200D⟩⟨U+FEFF⟩"
-    assert visible("\u2028\u00a0\u3164") == "⟨U+2028⟩⟨U+00A0⟩⟨U+3164⟩"
+    assert visible("\u202e\u200b\u200d\ufeff") == "⟦U+202E⟧⟦U+200B⟧⟦U+200D⟧⟦U+FEFF⟧"
+    assert visible("\u2028\u00a0\u3164") == "⟦U+2028⟧⟦U+00A0⟧⟦U+3164⟧"
     assert visible(" a b", spaces=True) == "·a·b"
     assert visible("") == "(no text)" and visible(None) == "(text not recorded)"
     assert visible("Größe 🙂 מילה") == "Größe 🙂 מילה"
@@ -403,7 +403,7 @@ def test_lorenz_is_the_curve_of_the_metric(run):
 
 def test_balance_table_holds_metrics_and_floors(run):
     frame = load.expert_load(run)
-    table = balance.balance_table(frame, n_tokens=33)
+    table = load.balance_table(frame, n_tokens=33)
     assert list(zip(table["layer"], table["site"], strict=True)) == [(1, 0), (3, 0), (3, 1)]
     for row in table.to_dict("records"):
         part = frame[(frame["layer"] == row["layer"]) & (frame["site"] == row["site"])]
@@ -413,7 +413,7 @@ def test_balance_table_holds_metrics_and_floors(run):
             assert row[name] == pytest.approx(load_metrics.LOAD_METRICS[name](counts))
             low, mean, high = (row[f"{name}_floor{end}"] for end in ("_low", "", "_high"))
             assert low <= mean <= high or np.isclose(low, high)
-    empty = balance.balance_table(load.expert_load(run, domain="none of these"), n_tokens=0)
+    empty = load.balance_table(load.expert_load(run, domain="none of these"), n_tokens=0)
     assert empty["gini"].isna().all() and empty["gini_floor"].isna().all()
     # no load is no knowledge of dead experts either
     assert empty["dead_experts"].isna().all()
@@ -421,24 +421,24 @@ def test_balance_table_holds_metrics_and_floors(run):
 
 @pytest.mark.parametrize("metric", list(load_metrics.LOAD_METRICS))
 def test_balance_over_layers_holds_the_table(run, metric):
-    table = balance.balance_table(load.expert_load(run), n_tokens=33)
-    figure = balance_figures.balance_over_layers(table, metric, scope=SCOPE)
+    table = load.balance_table(load.expert_load(run), n_tokens=33)
+    figure = load_figures.balance_over_layers(table, metric, scope=SCOPE)
     measured = trace(figure, "measured")
     assert list(measured.y) == pytest.approx(table[metric].tolist())
     assert [list(ids) for ids in measured.customdata] == [[1, 0], [3, 0], [3, 1]]
     assert list(trace(figure, "floor, low").y) == pytest.approx(table[f"{metric}_floor_low"])
-    assert balance_figures.METRIC_TEXTS[metric].label in title(figure)
+    assert load_figures.METRIC_TEXTS[metric].label in title(figure)
 
 
 def test_every_load_metric_has_its_words():
-    assert list(balance_figures.METRIC_TEXTS) == list(load_metrics.LOAD_METRICS)
+    assert list(load_figures.METRIC_TEXTS) == list(load_metrics.LOAD_METRICS)
     with pytest.raises(UnknownNameError):
-        balance_figures.METRIC_TEXTS["balance"]
+        load_figures.METRIC_TEXTS["balance"]
 
 
 def test_capacity_table_and_figure(routed):
     factors = [0.5, 1.0, 1.5, 4.0]
-    table = balance.capacity_table(routed, 6, factors)
+    table = data.capacity_table(routed, 6, factors)
     for row in table.to_dict("records"):
         for policy in capacity.POLICIES:
             drops = capacity.dropped(
@@ -452,7 +452,7 @@ def test_capacity_table_and_figure(routed):
             assert row["assignments"] == drops.assignments
             assert row[f"weight_{policy}"] == drops.weight
             assert row[f"tokens_{policy}"] == drops.tokens
-    figure = balance_figures.capacity_curve(
+    figure = load_figures.capacity_curve(
         table, layer="1", capacity_factor=1.25, zero_from=2.5, n_batches=6, scope=SCOPE
     )
     for column, name in (
@@ -466,15 +466,15 @@ def test_capacity_table_and_figure(routed):
 
 
 def test_smallest_safe_factor_is_one_plus_the_largest_maxvio_of_a_batch(routed):
-    safe = balance.smallest_safe_factor(routed, 6)
+    safe = data.smallest_safe_factor(routed, 6)
     violations = []
     for number in set(routed.batch.tolist()):
         ids = routed.expert_ids[routed.batch == number]
         violations.append(load_metrics.max_violation(np.bincount(ids[ids >= 0], minlength=6)))
     assert safe == pytest.approx(1 + max(violations))
-    assert balance.capacity_table(routed, 6, [safe])["assignments"].tolist() == [0]
+    assert data.capacity_table(routed, 6, [safe])["assignments"].tolist() == [0]
     empty = routed._replace(expert_ids=np.full_like(routed.expert_ids, -1))
-    assert np.isnan(balance.smallest_safe_factor(empty, 6))
+    assert np.isnan(data.smallest_safe_factor(empty, 6))
 
 
 def test_floor_in_words():

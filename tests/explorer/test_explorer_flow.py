@@ -14,7 +14,7 @@ from explorer.pages.flow import data as queries
 from explorer.pages.flow import figures
 from explorer.run import open_run
 from explorer.ui import theme
-from explorer.ui.caption import Scope
+from explorer.ui.wording import Scope
 
 FILTERS = [{}, {"domain": "law"}, {"domain": ""}, {"phase": "generated"}, {"domain": "nowhere"}]
 SCOPE = Scope(33)

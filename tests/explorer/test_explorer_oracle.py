@@ -18,7 +18,7 @@ from explorer.comparison.live import Lab
 from explorer.comparison.oracle import OneSet, last_layer_oracle, least_of
 from explorer.comparison.text_split import Split, Texts
 from explorer.errors import ComparisonError
-from explorer.pages.compare.oracle_figures import oracle_bound
+from explorer.pages.compare.figures import oracle_bound
 from explorer.routers.live import LiveRule
 from explorer.routers.scores import host_scores, slots, weigh
 

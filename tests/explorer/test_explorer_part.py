@@ -8,10 +8,10 @@ from synthetic import PROMPTS, SITES, WITHOUT_ATTENTION, write_run
 
 from explorer.errors import RunError
 from explorer.pages.attention import data as attention
-from explorer.pages.attention.together_data import routing_together
+from explorer.pages.attention.data import routing_together
 from explorer.pages.flow import data as pairs
 from explorer.queries import experts, load, overview, prompts
-from explorer.queries.part import Part
+from explorer.queries.where import Part
 from explorer.run import open_run
 
 IDS = np.array([0, 2, 5, 6, 8, 16, 20, 21, 29])

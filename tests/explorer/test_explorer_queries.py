@@ -11,7 +11,7 @@ from synthetic import BATCHES, IDLE, NASTY, PROMPTS, SITES, write_run
 from explorer.errors import RunError, UnknownNameError
 from explorer.pages.tokens import data as tokens
 from explorer.queries import experts, load, overview, prompts
-from explorer.queries.part import Part
+from explorer.queries.where import Part
 from explorer.run import open_run
 
 FILTERS = [

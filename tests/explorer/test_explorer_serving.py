@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from explorer.pages.load_balance import serving_data as serving
+from explorer.pages.load_balance import data
 from explorer.pages.load_balance import serving_figures as figures
-from explorer.ui.caption import Scope
+from explorer.ui.wording import Scope
 
 
 def load(counts):
@@ -22,39 +22,39 @@ def load(counts):
 
 
 def test_gpus_under_every_placement():
-    table = serving.gpu_table(load([[6, 2, 1, 1], [1, 1, 1, 1]]), gpus=2, nodes=2, groups=2,
+    table = data.gpu_table(load([[6, 2, 1, 1], [1, 1, 1, 1]]), gpus=2, nodes=2, groups=2,
                               replicas=6)  # fmt: skip
     assert list(dict.fromkeys(table["policy"])) == ["in order", "EPLB, by node", "EPLB, global"]
     plain = table[table["policy"] == "in order"]
     assert plain["load"].tolist() == [8, 2, 2, 2]
     assert plain["ratio"].tolist() == [1.6, 0.4, 1, 1]
-    balance = serving.balance_of_gpus(table).set_index(["policy", "layer"])
+    balance = data.balance_of_gpus(table).set_index(["policy", "layer"])
     assert balance.loc[("in order", 0), "balancedness"] == pytest.approx(10 / 16)
     assert balance.loc[("in order", 0), "straggler"] == pytest.approx(1.6)
     # the group of the hot expert cannot leave its node
     assert balance.loc[("EPLB, by node", 0), "straggler"] == pytest.approx(1.6)
     # 6 = 2 + 2 + 2 copies; 2; 1; 1 on two GPUs of three
     assert balance.loc[("EPLB, global", 0), "balancedness"] == pytest.approx(1.0)
-    assert serving.overall(table)["in order"] == pytest.approx((5 + 2) / (8 + 2))
+    assert data.overall(table)["in order"] == pytest.approx((5 + 2) / (8 + 2))
     bars = figures.gpu_bars(table[table["layer"] == 0], layer="0", scope=Scope(10))
     assert list(bars.data[0].y) == [1.6, 0.4]
 
 
 def test_sizes_decide_which_placements_there_are():
-    assert serving.policies(12, gpus=5, nodes=1, groups=1) == ["EPLB, global"]
-    assert serving.policies(12, gpus=4, nodes=2, groups=3) == ["in order", "EPLB, global"]
+    assert data.policies(12, gpus=5, nodes=1, groups=1) == ["EPLB, global"]
+    assert data.policies(12, gpus=4, nodes=2, groups=3) == ["in order", "EPLB, global"]
 
 
 def test_decode_batches_and_coverage():
     ids = np.array([[0, 1], [0, 1], [2, 3], [0, -1]])
-    table = serving.decode_reads(ids, 4, sizes=(1, 2, 4, 8))
+    table = data.decode_reads(ids, 4, sizes=(1, 2, 4, 8))
     assert table["batch"].tolist() == [1, 2, 4]
     assert table["measured"].tolist() == [1.75, 2.5, 4]
     assert table["batches"].tolist() == [4, 2, 1]
     assert table["uniform"].iloc[0] == pytest.approx(1.75)
-    curve = serving.coverage_curve(ids, 4)
+    curve = data.coverage_curve(ids, 4)
     assert curve["tokens"].tolist() == [1, 1, 3, 3, 4]
     assert curve["share"].tolist() == [0.25, 0.5, 0.75, 1, 1]
-    assert serving.coverage_curve(np.empty((0, 2), int), 4).empty
+    assert data.coverage_curve(np.empty((0, 2), int), 4).empty
     figure = figures.coverage(curve, layer="0", scope=Scope(4))
     assert list(figure.data[1].y) == [0.25, 0.5, 0.75, 1, 1]

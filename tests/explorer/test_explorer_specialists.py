@@ -9,9 +9,8 @@ from synthetic import PROMPTS, SITES, write_run
 
 from explorer.errors import ExplorerError
 from explorer.metrics.specialization import wilson
-from explorer.pages.experts import specialization
-from explorer.pages.experts import specialization_data as queries
-from explorer.queries.part import Part
+from explorer.pages.experts import data
+from explorer.queries.where import Part
 from explorer.run import open_run
 from explorer.worker import likeness
 
@@ -51,7 +50,7 @@ def test_hits_of_an_expert_in_every_prompt(run, known, filters):
             tokens, hits = expected.get(key, (0, 0))
             hit = chose(known, token["token_id"], (3, 0), 2)
             expected[key] = tokens + 1, hits + hit
-    frame = queries.expert_hits(run, 3, 2, **filters)
+    frame = data.expert_hits(run, 3, 2, **filters)
     found = {
         (row.prompt_id, row.domain, row.phase): (row.tokens, row.hits) for row in frame.itertuples()
     }
@@ -60,7 +59,7 @@ def test_hits_of_an_expert_in_every_prompt(run, known, filters):
 
 @pytest.mark.parametrize("by", ["domain", "phase"])
 def test_shares_add_up_and_have_intervals(run, known, by):
-    table = specialization.shares_of(run, 1, 0, by=by)
+    table = data.shares_of(run, 1, 0, by=by)
     parts, every = table.iloc[:-1], table.iloc[-1]
     assert every["tokens"] == len(known.tokens) == parts["tokens"].sum()
     hits = sum(chose(known, t["token_id"], (1, 0), 0) for t in known.tokens)
@@ -76,15 +75,13 @@ def test_shares_add_up_and_have_intervals(run, known, by):
 def test_shares_without_ids_come_from_totals(tmp_path, known, run):
     write_run(tmp_path / "stats.duckdb", level="stats")
     with open_run(tmp_path / "stats.duckdb") as counted:
-        table = specialization.shares_of(counted, 1, 0, by="domain")
-    assert table["hits"].tolist() == (
-        specialization.shares_of(run, 1, 0, by="domain")["hits"].tolist()
-    )
+        table = data.shares_of(counted, 1, 0, by="domain")
+    assert table["hits"].tolist() == (data.shares_of(run, 1, 0, by="domain")["hits"].tolist())
     assert table["prompts"].isna().all()
 
 
 def test_vocabulary_of_an_expert_and_its_floor(run, known):
-    table, floor = specialization.vocabulary_of(run, 1, 0, min_count=3)
+    table, floor = data.vocabulary_of(run, 1, 0, min_count=3)
     often = Counter(token["token"] for token in known.tokens)
     used = Counter(t["token"] for t in known.tokens if chose(known, t["token_id"], (1, 0), 0))
     assert {row.token: row.share for row in table.itertuples()} == {
@@ -96,7 +93,7 @@ def test_vocabulary_of_an_expert_and_its_floor(run, known):
 
 @pytest.mark.parametrize("filters", [{}, {"phase": "prompt"}, {"part": Part(search="a")}], ids=str)
 def test_divergences_are_those_of_the_counts(run, known, filters):
-    frame = specialization.divergences(run, **filters)
+    frame = data.divergences(run, **filters)
     here = frame[(frame["layer"] == 1) & (frame["site"] == 0)].set_index("expert_id")
     pairs = [
         (token["domain"] or "", expert)
@@ -123,13 +120,13 @@ def test_divergences_are_those_of_the_counts(run, known, filters):
 
 
 def test_divergences_need_two_domains(run):
-    assert specialization.divergences(run, domain="law").empty
+    assert data.divergences(run, domain="law").empty
 
 
 def test_a_sample_holds_every_route_of_its_tokens(run, known, monkeypatch):
     per_token = sum(site.top_k for site in SITES)
-    monkeypatch.setattr(queries, "MAX_ASSIGNMENTS", len(known.tokens) * per_token // 3)
-    sample = queries.route_sample(run)
+    monkeypatch.setattr(data, "MAX_ASSIGNMENTS", len(known.tokens) * per_token // 3)
+    sample = data.route_sample(run)
     assert sample.step in (3, 4)
     ids = sample.tokens["token_id"].tolist()
     assert ids == [t["token_id"] for t in known.tokens if not t["token_id"] % sample.step]
@@ -145,7 +142,7 @@ def test_a_sample_holds_every_route_of_its_tokens(run, known, monkeypatch):
 
 
 def test_layers_have_measures_and_floors(run, known):
-    table, step = specialization.layers_of(run, min_count=3)
+    table, step = data.layers_of(run, min_count=3)
     assert step == 1
     assert list(zip(table["layer"], table["site"], strict=True)) == [(1, 0), (3, 0), (3, 1)]
     often = Counter(token["token"] for token in known.tokens)
@@ -160,7 +157,7 @@ def test_layers_have_measures_and_floors(run, known):
             )
             favourites.append(max(experts.values()) / n)
     assert table["vocabulary"].iloc[0] == pytest.approx(np.mean(favourites))
-    frame = specialization.divergences(run)
+    frame = data.divergences(run)
     here = frame[(frame["layer"] == 1)]
     weights = here["assignments"] / here["assignments"].sum()
     expected = (weights * here["divergence"].fillna(0)).sum()
@@ -170,7 +167,7 @@ def test_layers_have_measures_and_floors(run, known):
 
 
 def test_layers_of_a_part_without_tokens(run):
-    table, _ = specialization.layers_of(run, part=Part(search="no such text"))
+    table, _ = data.layers_of(run, part=Part(search="no such text"))
     assert table[["vocabulary", "information"]].isna().all(axis=None)
 
 
@@ -187,7 +184,7 @@ def test_layers_of_a_part_without_tokens(run):
     ],
 )
 def test_tokens_that_a_text_covers(run, known, text, pieces, occurrences):
-    found = queries.tokens_of_text(run, text, phase="prompt")
+    found = data.tokens_of_text(run, text, phase="prompt")
     assert dict(zip(found.pieces["text"], found.pieces["tokens"], strict=True)) == pieces
     assert (found.occurrences, len(found.token_ids)) == (occurrences, sum(pieces.values()))
     texts = {t["token_id"]: t["text"] for t in known.tokens}
@@ -195,21 +192,21 @@ def test_tokens_that_a_text_covers(run, known, text, pieces, occurrences):
 
 
 def test_a_text_is_found_where_the_filters_look_only(run):
-    assert queries.tokens_of_text(run, "court", domain="code").occurrences == 0
-    assert queries.tokens_of_text(run, "a", part=Part(search="court")).n_all == 1
-    generated = queries.tokens_of_text(run, "and", phase="generated")
+    assert data.tokens_of_text(run, "court", domain="code").occurrences == 0
+    assert data.tokens_of_text(run, "a", part=Part(search="court")).n_all == 1
+    generated = data.tokens_of_text(run, "and", phase="generated")
     assert generated.pieces["text"].tolist() == [" And"]
 
 
 def test_prompts_beyond_the_limit_are_said(run, monkeypatch):
-    monkeypatch.setattr(queries, "MAX_PROMPTS", 1)
-    found = queries.tokens_of_text(run, "o")
+    monkeypatch.setattr(data, "MAX_PROMPTS", 1)
+    found = data.tokens_of_text(run, "o")
     assert (found.n_prompts, found.n_all) == (1, 2)
 
 
 def test_experts_of_a_text_against_all_tokens(run, known, monkeypatch):
-    monkeypatch.setattr(specialization, "MIN_HITS", 2)
-    table, found = specialization.experts_of_text(run, "a")
+    monkeypatch.setattr(data, "MIN_HITS", 2)
+    table, found = data.experts_of_text(run, "a")
     ids = set(found.token_ids.tolist())
     assert table["low"].is_monotonic_decreasing
     for row in table.itertuples():
@@ -219,7 +216,7 @@ def test_experts_of_a_text_against_all_tokens(run, known, monkeypatch):
         assert (row.hits, row.tokens) == (hits, len(ids))
         assert row.lift == pytest.approx((hits / len(ids)) / (every / len(known.tokens)))
         assert row.low < row.lift < row.high
-    assert specialization.experts_of_text(run, "no such text")[0].empty
+    assert data.experts_of_text(run, "no such text")[0].empty
 
 
 # ---- weights

@@ -13,12 +13,12 @@ from explorer import open_run
 from explorer.errors import MetricError, RunError
 from explorer.metrics import agreement, alignment
 from explorer.metrics.specialization import information
-from explorer.pages.compare_runs import figures, two_runs
+from explorer.pages.compare_runs import data, figures
 from explorer.pages.compare_runs.data import chosen, common_prompts, common_tokens, prompt_gates
 from explorer.pages.trends import data as trends
 from explorer.pages.trends.figures import trend_lines
 from explorer.queries.load import expert_load_by_domain
-from explorer.queries.part import Part
+from explorer.queries.where import Part
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def tokens_with(text, losses):
 
 def stretches_of(text, first, second):
     found = alignment.align(first["text"], second["text"])
-    return two_runs._stretches(found, [first, second], text, 0)
+    return data._stretches(found, [first, second], text, 0)
 
 
 def test_the_loss_of_a_stretch_is_what_predicting_its_characters_cost():
@@ -166,7 +166,7 @@ def test_the_change_of_load_by_hand():
             }
         )
 
-    change = two_runs.load_change(load([9.5, 0]), load([4.5, 4.5]))
+    change = data.load_change(load([9.5, 0]), load([4.5, 4.5]))
     assert change["change"].tolist() == pytest.approx(
         [math.log2(0.5 / (10 / 10.5)), math.log2(0.5 / (0.5 / 10.5))]
     )
@@ -176,14 +176,14 @@ def test_the_change_of_load_by_hand():
 
 def test_a_run_against_itself_does_not_differ(pair):
     a, _ = pair
-    table = two_runs.token_divergence(a, a)
+    table = data.token_divergence(a, a)
     assert (table["jaccard"] == 1).all() and (table["exact_set"] == 1).all()
     assert table["js"].max() < 1e-9
-    models = two_runs.two_models(a, a)
+    models = data.two_models(a, a)
     assert models.co_routing.correlation == pytest.approx(1.0)
     np.testing.assert_allclose(models.stretches["entropy_a"], models.stretches["entropy_b"])
-    assert two_runs.differences(a, a).empty
-    assert two_runs.relation(a, a) == (True, True)
+    assert data.differences(a, a).empty
+    assert data.relation(a, a) == (True, True)
 
 
 def test_chosen_experts_are_those_of_the_view(pair):
@@ -214,7 +214,7 @@ def test_chosen_experts_are_those_of_the_view(pair):
 
 def test_divergence_of_two_runs_is_that_of_their_sets(pair):
     a, b = pair
-    table = two_runs.token_divergence(a, b).set_index(["layer", "site"])
+    table = data.token_divergence(a, b).set_index(["layer", "site"])
     both = common_tokens(a, b, common_prompts(a, b), max_tokens=10_000)
     site = a.sites[-1]
     sides = [
@@ -234,12 +234,12 @@ def test_divergence_of_two_runs_is_that_of_their_sets(pair):
             np.put_along_axis(dense[side], places, found.weights, axis=1)
         js = np.nanmean(agreement.jensen_shannon(*dense[:, :, :-1]))
         assert js > 0 and table.loc[(site.layer, site.site), "js"] == pytest.approx(js)
-    few = two_runs.token_divergence(a, b, weights=False, prompts=common_prompts(a, b))
+    few = data.token_divergence(a, b, weights=False, prompts=common_prompts(a, b))
     pd.testing.assert_frame_equal(
         few, table.drop(columns="js").reset_index()[list(few)], check_like=False
     )
     prompt = both.iloc[0]
-    tokens = two_runs.prompt_divergence(a, b, prompt["prompt_a"], prompt["prompt_b"])
+    tokens = data.prompt_divergence(a, b, prompt["prompt_a"], prompt["prompt_b"])
     differing = tokens["jaccard"] < 1
     assert differing.any()
     assert tokens["first_layer"].notna().equals(differing)
@@ -248,7 +248,7 @@ def test_divergence_of_two_runs_is_that_of_their_sets(pair):
 def test_what_is_compared_is_of_the_filters(pair):
     a, _ = pair
     some = np.array([1, 9])
-    table = two_runs.token_divergence(a, a, part=Part(slice="x", token_ids=some))
+    table = data.token_divergence(a, a, part=Part(slice="x", token_ids=some))
     assert set(table["tokens"]) == set(table["common"]) == {2}
     n = {domain: len(common_prompts(a, a, domain=domain)) for domain in ("law", "code", "", None)}
     assert n == {"law": 2, "code": 2, "": 1, None: 6}
@@ -257,19 +257,19 @@ def test_what_is_compared_is_of_the_filters(pair):
         ({"part": Part(search="COURT")}, {0}),
         ({"part": Part(slice="x", token_ids=some)}, {0, 1}),
     ):
-        found = two_runs.two_models(a, a, **filters)
+        found = data.two_models(a, a, **filters)
         assert set(found.stretches["prompt"]) == prompts
         assert found.prompts == found.common == len(prompts)
-    nothing = two_runs.two_models(a, a, part=Part(search="nowhere"))
+    nothing = data.two_models(a, a, part=Part(search="nowhere"))
     assert nothing.stretches.empty and nothing.prompts == nothing.common == 0
 
 
 def test_what_is_compared_is_spread_and_counted(pair):
     a, _ = pair
-    found = two_runs.two_models(a, a, max_prompts=3)
+    found = data.two_models(a, a, max_prompts=3)
     assert list(dict.fromkeys(found.stretches["prompt"])) == [0, 2, 5]
     assert (found.prompts, found.common, found.cut) == (3, 6, 0)
-    table = two_runs.token_divergence(a, a, max_rows=4 * len(a.sites))
+    table = data.token_divergence(a, a, max_rows=4 * len(a.sites))
     assert set(table["tokens"]) == {4} and set(table["common"]) == {30}
 
 
@@ -282,15 +282,15 @@ def test_what_is_compared_is_of_the_range_of_layers(pair):
     assert not np.allclose(
         found["normalized_entropy"], prompt_gates(a, [0])[0]["normalized_entropy"]
     )
-    whole = two_runs.two_models(a, b)
-    upper = two_runs.two_models(a, b, layers=((1, 1), (1, 1)))
+    whole = data.two_models(a, b)
+    upper = data.two_models(a, b, layers=((1, 1), (1, 1)))
     assert whole.co_routing.correlation != upper.co_routing.correlation
-    tokens = two_runs.prompt_divergence(a, a, 0, 0, layers=(1, 1))
+    tokens = data.prompt_divergence(a, a, 0, 0, layers=(1, 1))
     assert (tokens["jaccard"] == 1).all()
     prompt = common_tokens(a, b, common_prompts(a, b)).iloc[0]
     for layers, sites in (((1, 1), [0]), ((3, 3), [1, 2])):
         place = prompt["prompt_a"], prompt["prompt_b"]
-        table = two_runs.prompt_divergence(a, b, *place, layers=layers)
+        table = data.prompt_divergence(a, b, *place, layers=layers)
         sides = chosen(a, table["token_a"]), chosen(b, table["token_b"])
         expected = np.nanmean(
             [agreement.jaccard(sides[0][s].expert_ids, sides[1][s].expert_ids) for s in sites],

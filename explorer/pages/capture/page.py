@@ -11,11 +11,10 @@ from capture.prompts.reading import Prompt, read_prompts, read_prompts_bytes
 from capture.recorder.estimate import human_bytes
 from explorer import service
 from explorer.pages.capture.attention_options import DEFAULTS, attention_options
+from explorer.text import one_line, plain
 from explorer.ui import address
-from explorer.ui.job import follow
+from explorer.ui.job import TYPES, follow, prompts_of
 from explorer.ui.state import SUFFIX, exists, new_name, run_names, runs_folder
-from explorer.ui.uploaded import TYPES, prompts_of
-from explorer.ui.visible import one_line
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
 from explorer.worker.cost import SIZE_OPTIONS, cost
 
@@ -84,7 +83,7 @@ def _prompts() -> list[Prompt]:
     try:
         prompts = _read(source or "type")
     except PromptError as error:
-        st.error(address.plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return []
     if prompts and source != "type":
         _preview(prompts)
@@ -322,7 +321,7 @@ def _jobs() -> None:
 
 def _one_line(job: Job) -> None:
     left, right = st.columns([3, 1], vertical_alignment="center")
-    left.markdown(f"**{address.plain(job.request.title)}** · {job.state}")
+    left.markdown(f"**{plain(job.request.title)}** · {job.state}")
     with right:
         if job.active:
             if st.button("Stop", key=f"stop {job.job_id}", width="stretch"):
@@ -352,7 +351,7 @@ def _unfinished() -> None:
     st.caption("Files of captures that were killed, or that another program is writing now.")
     for path in left:
         name, button = st.columns([3, 1], vertical_alignment="center")
-        name.markdown(f"**{address.plain(path.name)}** · {human_bytes(path.stat().st_size)}")
+        name.markdown(f"**{plain(path.name)}** · {human_bytes(path.stat().st_size)}")
         if button.button("Recover", key=f"recover {path.name}", width="stretch"):
             job = service.submit(RecoverRequest(str(path)))
             address.write("job", str(job.job_id))

@@ -13,15 +13,13 @@ from explorer.metrics.specialization import MIN_WHOLE, Lift, lift
 from explorer.pages.clusters.figures import lift_bars
 from explorer.pages.clusters.points import id_names
 from explorer.queries.prompts import prompt_tokens
-from explorer.text import ABSENT
-from explorer.ui import address, jump, printing
+from explorer.text import ABSENT, visible
+from explorer.ui import address, printing
 from explorer.ui.chart import chart, explain_dash
-from explorer.ui.names import domain_labels
-from explorer.ui.part import part
-from explorer.ui.save_slice import save_slice
+from explorer.ui.problems import part
+from explorer.ui.saved import save_slice
 from explorer.ui.state import View, ask, is_dark
-from explorer.ui.text import domain_name, visible
-from explorer.ui.wording import expert_label
+from explorer.ui.wording import domain_labels, domain_name, expert_label
 
 LISTED = 1_000  # rows of the table; the browser gets no more
 _COLUMNS = {
@@ -135,12 +133,12 @@ def _unit_label(view: View, layer: int, site: int, expert: int) -> str:
 
 def _aim(view: View, source: Source, row: pd.Series) -> None:
     if source.unit == "experts":
-        jump.aim(view, [row["layer"], row["site"], row["expert_id"]])
+        address.jump_to_expert(view, [row["layer"], row["site"], row["expert_id"]])
     else:
         prompt = int(row["prompt_id"])
         is_token = source.unit == "tokens"
         token = row["token_id"] if is_token else prompt_tokens(view.run, [prompt])[0]
-        jump.aim_at_token(prompt, int(token))
+        address.jump_to_token(prompt, int(token))
 
 
 def _over_represented(
@@ -183,7 +181,9 @@ def _over_represented(
                 "assignments in all": found.whole,
             }
         ).sort_values("lift", ascending=False),
-        on_click=None if source.unit == "experts" else lambda data: jump.aim(view, data),
+        on_click=None
+        if source.unit == "experts"
+        else lambda data: address.jump_to_expert(view, data),
     )
 
 

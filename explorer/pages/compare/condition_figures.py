@@ -7,8 +7,7 @@ import plotly.graph_objects as go
 
 from capture.swap.losses import critical
 from explorer.ui import theme
-from explorer.ui.names import labels
-from explorer.ui.text import label
+from explorer.ui.wording import label, labels
 
 # (weights, routing) -> name, hue, form
 _CELLS = {

@@ -9,10 +9,9 @@ from explorer.pages.compare.condition_figures import (
     flips_over_layers,
     loss_two_by_two,
 )
-from explorer.text import ABSENT
-from explorer.ui import address
+from explorer.text import ABSENT, plain
 from explorer.ui.chart import chart
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.state import is_dark
 
 _BASE = "base"
@@ -74,7 +73,7 @@ def conditions_section(comparison: Comparison) -> None:
 def _said(cells: pd.DataFrame) -> None:
     masked = cells[cells["simulated"].fillna(False).astype(bool)]["condition"].unique()
     if len(masked):
-        names = address.plain(", ".join(map(str, masked)))
+        names = plain(", ".join(map(str, masked)))
         st.caption(
             f":material/warning: **simulated**: {names} are computed and masked, not skipped."
         )
@@ -84,7 +83,7 @@ def _said(cells: pd.DataFrame) -> None:
             f"{', '.join(dict.fromkeys(rows['condition']))}: {method}"
             for method, rows in chosen.groupby("method", sort=False)
         ]
-        st.caption(f"What was done: {address.plain('; '.join(how))}.")
+        st.caption(f"What was done: {plain('; '.join(how))}.")
 
 
 def _students(students: pd.DataFrame) -> None:

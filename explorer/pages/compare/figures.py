@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from explorer.comparison.verdicts import CONTROLS
 from explorer.registry import Registry
 from explorer.ui import theme
-from explorer.ui.names import labels
-from explorer.ui.text import label
+from explorer.ui.heatmap import Scale, clickable_heatmap
+from explorer.ui.wording import domain_labels, label, labels
 
 # colour and form of a family: told apart without colour as well
 FAMILIES = {
@@ -307,3 +307,197 @@ def _place(group: pd.DataFrame, means: pd.DataFrame, router: object) -> int:
     """Return which of a router's costs this is."""
     weights = list(dict.fromkeys(means.loc[means["router"] == router, "lambda"].fillna(-1.0)))
     return weights.index(group["lambda"].fillna(-1.0).iloc[0])
+
+
+def means_by(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the change in loss by router and layer (or domain), means over seeds.
+
+    Returns
+    -------
+    DataFrame
+        nats a token; one row a router, in the order of :func:`by_layer` and :func:`by_domain`.
+    """
+    return rows.fillna({"domain": ""}).pivot_table(
+        index="router", columns=column, values="loss_change", aggfunc="mean", sort=False
+    )
+
+
+def by_layer(results: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Figure:
+    """Draw the change in loss when one layer alone is swapped: routers by layers.
+
+    Parameters
+    ----------
+    results : DataFrame
+        Rows of mode ``live-layer``; ``control_loss_change``, of a random rule at the same compute
+        in the same layer, is told where there is one.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [row of the router, layer].
+    """
+    means = means_by(results, "layer")
+    beside = results.pivot_table(
+        index="router", columns="layer", values="control_loss_change", sort=False, dropna=False
+    )
+    return _changes(
+        means,
+        beside=beside.reindex(index=means.index, columns=means.columns),
+        columns=[str(layer) for layer in means.columns],
+        x_title="decoder layer that was swapped",
+        hover="layer %{customdata[1]}",
+        ids=means.columns.to_numpy(dtype=np.float64),
+        title="Change in loss when one layer is swapped (nats a token)",
+        caption=f"n = {tokens:,} held-out tokens; all other layers route as the model does; "
+        "click a cell for the router",
+        dark=dark,
+    )
+
+
+def by_domain(domains: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Figure:
+    """Draw the change in loss of routers in each domain, all layers swapped.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [row of the router, column of the domain].
+    """
+    means = means_by(domains, "domain")
+    return _changes(
+        means,
+        columns=domain_labels(list(means.columns)),
+        x_title="domain",
+        hover="%{x}",
+        ids=np.arange(means.shape[1], dtype=np.float64),
+        title="Change in loss by domain (nats a token)",
+        caption=f"n = {tokens:,} held-out tokens; all layers swapped; click a cell for the router",
+        dark=dark,
+    )
+
+
+def _changes(
+    means: pd.DataFrame,
+    *,
+    columns: list[str],
+    x_title: str,
+    hover: str,
+    ids: np.ndarray[tuple[int], np.dtype[np.float64]],
+    title: str,
+    caption: str,
+    dark: bool,
+    beside: pd.DataFrame | None = None,
+) -> go.Figure:
+    z = means.to_numpy(dtype=np.float64)
+    # one catastrophe would leave the rest without colour
+    reach = float(np.nanquantile(np.abs(z), 0.9)) if np.isfinite(z).any() else 1.0
+    reach = max(reach, 1e-4)
+    rows = np.broadcast_to(np.arange(z.shape[0], dtype=np.float64)[:, None], z.shape)
+    names = labels([str(name) for name in means.index], limit=34)
+    chance = np.full_like(z, np.nan) if beside is None else beside.to_numpy(dtype=np.float64)
+    texts = [
+        f"{name}<br>{value:+.4f} nats" + ("" if np.isnan(other) else f" (chance {other:+.4f})")
+        for name, line, others in zip(names, z, chance, strict=True)
+        for value, other in zip(line, others, strict=True)
+    ]
+    figure = clickable_heatmap(
+        z,
+        ids=np.stack([rows, np.broadcast_to(ids, z.shape)], axis=-1),
+        hover="%{text}<br>" + (hover if "customdata" in hover else ""),
+        missing_hover="not measured",
+        hover_text=texts,
+        x_labels=columns,
+        y_labels=names,
+        x_title=x_title,
+        y_title="",
+        scale=Scale("nats a token", -reach, reach, neutral=0.0),
+        dark=dark,
+    )
+    return theme.finish(
+        figure,
+        title=title,
+        caption=f"{caption}; colours end at ± {reach:.2g}",
+        dark=dark,
+        height=140 + 26 * max(4, len(names)),
+    )
+
+
+def gate_histogram(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
+    """Draw how often the gates of each layer had which value.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of table ``gate_values`` of a comparison, of one router; seeds are added up.
+    """
+    counts = rows.pivot_table(index="layer", columns="low", values="gates", aggfunc="sum")
+    table = counts.to_numpy(dtype=np.float64)
+    share = table / table.sum(axis=1, keepdims=True)
+    width = float((rows["high"] - rows["low"]).iloc[0])
+    figure = go.Figure(
+        go.Heatmap(
+            z=share,
+            x=counts.columns.to_numpy(dtype=np.float64) + width / 2,
+            y=[str(layer) for layer in counts.index],
+            colorscale=theme.SEQUENTIAL,
+            zmin=0,
+            zmax=1,
+            colorbar={"title": {"text": "share of the gates"}, "tickformat": ".0%"},
+            hovertemplate="layer %{y}, gates of about %{x:.3f}: %{z:.1%}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="gate: 0 = the part is skipped, 1 = used whole", range=[0, 1])
+    figure.update_yaxes(title="decoder layer", type="category", autorange="reversed")
+    return theme.finish(
+        figure,
+        title="Where the gates of each layer stood (share of their values)",
+        caption=f"n = {int(table.sum(axis=1).min()):,} gates a layer, of held-out tokens",
+        dark=dark,
+        height=180 + 24 * len(counts),
+    )
+
+
+def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
+    """Draw the loss of the best of n random sets of experts beside the model's own.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Table ``oracle`` of a comparison.
+    """
+    by_kind = rows.drop_duplicates("kind").set_index("kind")
+    sets = int(rows["sets"].iloc[0])
+    drawn = rows[rows["kind"].isin(("random", "best of n", "best"))]
+    drawn = drawn.assign(n=drawn["n"].fillna(drawn["kind"].map({"random": 1, "best": sets})))
+    drawn = drawn.sort_values("n")
+    blue, bound = theme.accent(dark), theme.hue("vermillion", dark)
+    figure = go.Figure(
+        go.Scatter(
+            x=drawn["n"].to_numpy(dtype=np.float64),
+            y=drawn["loss"].to_numpy(dtype=np.float64),
+            mode="lines+markers",
+            marker={
+                "size": 9,
+                "color": [bound if kind == "best" else blue for kind in drawn["kind"]],
+                "symbol": ["diamond" if k == "best" else "circle" for k in drawn["kind"]],
+            },
+            line={"color": blue, "width": 1},
+            hovertemplate="best of %{x:,} sets: %{y:.4f} nats<extra></extra>",
+            showlegend=False,
+        )
+    )
+    own = float(by_kind.loc["model", "loss"])
+    figure.add_hline(
+        own,
+        line={"color": theme.foreground(dark), "dash": "dot", "width": 1},
+        annotation={"text": f"the model's own router {own:.4f}", "yanchor": "bottom"},
+    )
+    figure.update_xaxes(title="random sets of experts to choose the best of", type="log", dtick=1)
+    figure.update_yaxes(title="loss (nats a token)")
+    which = "all" if bool(rows["enumerated"].iloc[0]) else "random"
+    return theme.finish(
+        figure,
+        title=f"A bound: experts of layer {int(rows['layer'].iloc[0])} chosen by the answer",
+        caption=f"n = {int(rows['tokens'].iloc[0]):,} held-out tokens; {which} {sets:,} sets; the "
+        "last point sees the next token: no router can",
+        dark=dark,
+    )

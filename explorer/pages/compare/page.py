@@ -11,18 +11,27 @@ from explorer import service
 from explorer.comparison.results_file import Comparison, comparisons_of, open_comparison
 from explorer.comparison.verdicts import CONTROLS, reach, with_controls
 from explorer.errors import ComparisonError
-from explorer.pages.compare.breakdown import layers_and_domains
-from explorer.pages.compare.card import router_card
 from explorer.pages.compare.conditions import conditions_section
-from explorer.pages.compare.figures import AXES, CURVES, badges, curves, family_name, front
-from explorer.pages.compare.oracle import oracle_section
-from explorer.pages.compare.replay import replay_section
-from explorer.pages.compare.start import start_comparison
-from explorer.pages.compare.text import two_routers
-from explorer.text import ABSENT
+from explorer.pages.compare.figures import (
+    AXES,
+    CURVES,
+    badges,
+    by_domain,
+    by_layer,
+    curves,
+    family_name,
+    front,
+    marked,
+    means_by,
+    oracle_bound,
+)
+from explorer.pages.compare.new_comparison import start_comparison
+from explorer.pages.compare.router_card import router_card
+from explorer.pages.compare.two_routers import two_routers
+from explorer.text import ABSENT, plain
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
 
@@ -97,7 +106,7 @@ def render() -> None:
     try:
         comparison = _opened(str(files[name]), files[name].stat().st_mtime_ns)
     except (ComparisonError, OSError) as error:
-        st.error(address.plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     _show(view, comparison)
 
@@ -137,13 +146,13 @@ def _show(view: View, comparison: Comparison) -> None:
 def _provenance(info: dict[str, Any]) -> str:
     loss = info["native_loss"]
     parts = [
-        address.plain(f"{model_name(info['model'])} in {info['dtype']} on {info['device']}"),
-        f"fitted on {address.plain(str(info['fit_source']))}",
-        f"reported on {address.plain(str(info['report_source']))}: "
+        plain(f"{model_name(info['model'])} in {info['dtype']} on {info['device']}"),
+        f"fitted on {plain(str(info['fit_source']))}",
+        f"reported on {plain(str(info['report_source']))}: "
         f"{info['report_tokens'] or 0:,} tokens of {info['report_sequences'] or 0:,} sequences",
         "the two share no text",
         "" if loss is None else f"the model's own loss is {loss:.4f} nats a token",
-        address.plain(str(info["created_at"])[:16].replace("T", " ")),
+        plain(str(info["created_at"])[:16].replace("T", " ")),
     ]
     return " · ".join(part for part in parts if part)
 
@@ -156,7 +165,7 @@ def _failed(comparison: Comparison) -> None:
         return
     with st.expander(f"{len(failed)} could not be compared"):
         for _, row in failed.iterrows():
-            st.markdown(f"**{address.plain(str(row['router']))}**: {address.plain(row['error'])}")
+            st.markdown(f"**{plain(str(row['router']))}**: {plain(row['error'])}")
 
 
 def _filtered(live: pd.DataFrame) -> pd.DataFrame:
@@ -171,7 +180,7 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
             default=families,
             what="family",
             selection_mode="multi",
-            format_func=lambda name: address.plain(family_name(name)),
+            format_func=lambda name: plain(family_name(name)),
         )
         controls = address.choose(
             st.segmented_control,
@@ -307,6 +316,148 @@ def _learning(comparison: Comparison) -> None:
         alt=f"{CURVES[quantity]} over training steps of {rows['router'].nunique()} routers.",
         table=rows,
     )
+
+
+_MARKED = "not causal, depends on the batch, or simulated: its card says which."
+_LAYER_COLUMNS = [
+    *("router", "seed", "layer", "loss_change", "loss_se", "control_loss_change", "agreement"),
+    "jaccard",
+    *("experts_per_token", "flops_ratio", "counted_flops_ratio", "latency_ratio"),
+    "max_violation",
+]
+
+
+@part("Layers and domains")
+def layers_and_domains(
+    comparison: Comparison, table: pd.DataFrame, names: set[str], info: dict[str, Any]
+) -> None:
+    """Draw the change in loss by layer, one swapped at a time, and by domain."""
+    # the harder one of a row's controls
+    table = with_controls(table)
+    table = table.assign(control_loss_change=table[list(CONTROLS)].min(axis=1))
+    # random rules would leave the others without colour
+    table, domains = (
+        rows[rows["router"].isin(names) & ~rows["router"].str.startswith("random")]
+        for rows in (table, comparison.domains.query("mode == 'live'"))
+    )
+    called = marked(comparison.table)
+    table, domains = (
+        rows.assign(router=rows["router"].map(lambda name: called.get(name, name)))
+        for rows in (table, domains)
+    )
+    single = table[(table["mode"] == "live-layer") & table["layer"].notna()]
+    tokens = int(info["report_tokens"])
+    if not single.empty:
+        st.subheader("Layer by layer", anchor=False)
+        chart(
+            by_layer(single, tokens=tokens, dark=is_dark()),
+            key="by layer",
+            alt=f"Heatmap of {single['router'].nunique()} routers by "
+            f"{single['layer'].nunique()} layers: change in loss when one layer is swapped.",
+            table=single[_LAYER_COLUMNS],
+            on_click=lambda data: _open_card(means_by(single, "layer"), data),
+        )
+    if not domains.empty:
+        st.subheader("Domain by domain", anchor=False)
+        chart(
+            by_domain(domains, tokens=tokens, dark=is_dark()),
+            key="by domain",
+            alt=f"Heatmap of {domains['router'].nunique()} routers by "
+            f"{domains['domain'].nunique()} domains: change in loss.",
+            table=domains,
+            on_click=lambda data: _open_card(means_by(domains, "domain"), data),
+        )
+    if any(name.endswith("†") for name in {*single["router"], *domains["router"]}):
+        st.caption(f"† {_MARKED}")
+
+
+def _open_card(means: pd.DataFrame, data: list[float]) -> None:
+    """Show the router of the row that was clicked."""
+    address.write("router", str(means.index[int(data[0])]).removesuffix(" †"))
+
+
+@part("Oracle")
+def oracle_section(comparison: Comparison) -> None:
+    """Draw what the comparison holds of the last layer's oracle."""
+    rows = comparison.rows("oracle")
+    if rows.empty:
+        return
+    loss = rows.drop_duplicates("kind").set_index("kind")["loss"]
+    first = rows.iloc[0]
+    st.subheader("How far a router could go: a bound", anchor=False)
+    st.markdown(
+        "In the last layer a token's experts change its own prediction only, so every set of "
+        "experts was tried, and the token that follows chose among them. "
+        f"That gives {loss['best']:.4f} nats a token in place of {loss['model']:.4f}; a random set "
+        f"gives {loss['random']:.4f}, the worst {loss['worst']:.4f}. The model's own set is the "
+        f"best for {first['native_best']:.1%} of the tokens (chance: {1 / first['sets']:.1%}), at "
+        f"a mean rank of {first['native_rank']:.1f} of {first['sets']:,}."
+    )
+    chart(
+        oracle_bound(rows, dark=is_dark()),
+        key="oracle",
+        alt="Loss of the best of n random sets of experts in the last layer, over n, with the "
+        "loss of the model's own router as a line.",
+        table=rows,
+    )
+    st.caption(
+        ":material/warning: **bound**: it reads the next token. That few random sets already beat "
+        "the router says that the loss chose, not that a router could."
+    )
+
+
+@part("Replay")
+def replay_section(comparison: Comparison) -> None:
+    """Draw the tables of what was replayed."""
+    table = comparison.table
+    rows = table[(table["mode"] == "replay") & table["layer"].isna()]
+    if rows.empty:
+        return
+    st.subheader("Replay: recorded inputs routed again", anchor=False)
+    st.markdown(
+        "Without the model: each router decides on the inputs that this run recorded. Errors do "
+        "not add up from layer to layer here, and agreement is a poor predictor of loss. Weighted "
+        "overlap is the mean of the tokens that have experts, JS that of those with scores."
+    )
+    rows = rows.assign(badges=[", ".join(badges(row)) for _, row in rows.iterrows()])
+    names = {
+        "router": "Router",
+        "agreement": "Agreement",
+        "jaccard": "Jaccard",
+        "exact_set": "Exact set",
+        "weighted_overlap": "Weighted overlap",
+        "js": "JS (nats)",
+        "experts_per_token": "Experts a token",
+        "max_violation": "MaxVio",
+        "max_violation_floor": "MaxVio by chance",
+        "gini": "Gini",
+        "dead_experts": "Dead",
+        "badges": "Badges",
+    }
+    st.dataframe(
+        rows[list(names)],
+        hide_index=True,
+        column_config={
+            name: title
+            if name in ("router", "badges")
+            else st.column_config.NumberColumn(title, format="%.3f")
+            for name, title in names.items()
+        },
+        alt="Routers by replay: agreement with the model's own choice, balance and compute",
+        placeholder=ABSENT,
+    )
+    if rows[list(names)].isna().any(axis=None):
+        st.caption(f"{ABSENT} = not measured, or not defined for this rule.")
+    domains = comparison.domains.query("mode == 'replay'")
+    if domains["domain"].nunique() > 1:
+        means = domains.pivot_table("agreement", "router", "domain", sort=False)
+        share = st.column_config.NumberColumn(format="%.3f")
+        st.dataframe(
+            means.reset_index(),
+            hide_index=True,
+            column_config={"router": "Agreement by domain", **dict.fromkeys(means.columns, share)},
+            alt="Agreement of routers with the model's own choice in each domain, by replay",
+        )
 
 
 render()

@@ -5,9 +5,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.ui import theme
-from explorer.ui.caption import Scope, site_name
 from explorer.ui.heatmap import Scale, clickable_heatmap
-from explorer.ui.text import label
+from explorer.ui.wording import Scope, label, site_name
 
 _OCTAVES = 3
 _CHANGE = Scale(
@@ -26,7 +25,7 @@ def change_heatmap(change: pd.DataFrame, *, caption: str, dark: bool = False) ->
     Parameters
     ----------
     change : DataFrame
-        From ``explorer.pages.compare_runs.two_runs.load_change``.
+        From ``explorer.pages.compare_runs.data.load_change``.
 
     Returns
     -------
@@ -112,7 +111,7 @@ def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = Fa
     Parameters
     ----------
     table : DataFrame
-        From ``explorer.pages.compare_runs.two_runs.token_divergence``.
+        From ``explorer.pages.compare_runs.data.token_divergence``.
     scope : Scope
         Of the first run's tokens.
     """
@@ -172,7 +171,7 @@ def against(
     Parameters
     ----------
     stretches : DataFrame
-        From ``explorer.pages.compare_runs.two_runs.two_models``.
+        From ``explorer.pages.compare_runs.data.two_models``.
     quantity : {"entropy", "margin", "loss"}
     scope : Scope
         Of the first run's tokens.

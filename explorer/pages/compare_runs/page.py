@@ -1,22 +1,23 @@
 """Compare runs: the same model twice, or two models on the same text."""
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import streamlit as st
+from streamlit.runtime.scriptrunner import add_script_run_ctx, get_script_run_ctx
 
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
-from explorer.pages.compare_runs.data import common_prompts
-from explorer.pages.compare_runs.figures import change_heatmap, divergence_over_layers
-from explorer.pages.compare_runs.loads import caption_of, lines_section, loads_and_gates
-from explorer.pages.compare_runs.stretches import stretches_section
-from explorer.pages.compare_runs.two_runs import (
+from explorer.metrics.load import max_violation
+from explorer.pages.compare_runs.data import (
+    MAX_SEGMENTS,
     TwoModels,
+    common_prompts,
     differences,
     load_change,
     prompt_divergence,
@@ -24,23 +25,31 @@ from explorer.pages.compare_runs.two_runs import (
     token_divergence,
     two_models,
 )
+from explorer.pages.compare_runs.figures import (
+    against,
+    change_heatmap,
+    divergence_over_layers,
+    over_layers,
+)
 from explorer.pages.load_balance.figures import load_heatmap
-from explorer.queries.part import Part
+from explorer.queries.load import expert_load
+from explorer.queries.overview import gate_means
+from explorer.queries.where import Part
 from explorer.run import Run
-from explorer.ui import address, jump, state
+from explorer.text import one_line, plain
+from explorer.ui import address, state
 from explorer.ui.chart import chart
-from explorer.ui.number import number
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
-from explorer.ui.state import View, is_dark
+from explorer.ui.state import View, ask, is_dark
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
-from explorer.ui.visible import one_line
+from explorer.ui.wording import Caption, number
 
 
 def render() -> None:
     """Draw the page."""
     view = current_view()
-    jump.follow()
+    address.follow_jump()
     st.markdown(
         "**A** is the run at the side; choose **B** here. Two recordings of one model (other "
         "prompts, a later checkpoint, another precision) are compared expert by expert; two "
@@ -81,7 +90,7 @@ def _other(view: View) -> View | None:
     try:
         run, key = state.opened(name)
     except (CaptureError, ExplorerError) as error:
-        st.error(address.plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return None
     layer, site = run.sites[0].layer, run.sites[0].site
     there = View(run, name, key, view.domain, view.phase, layer, site, view.part, view.layers)
@@ -173,7 +182,7 @@ def _expert_by_expert(view: View, other: View) -> None:
         alt=f"Heatmap: share of each of {len(change)} experts in B over its share in A; "
         f"{int((change['change'].abs() >= 1).sum())} at least doubled or halved.",
         table=change,
-        on_click=functools.partial(jump.aim, view),
+        on_click=functools.partial(address.jump_to_expert, view),
     )
     for column, (name, load) in zip(st.columns(2, gap="medium"), loads.items(), strict=True):
         figure = load_heatmap(
@@ -186,7 +195,7 @@ def _expert_by_expert(view: View, other: View) -> None:
                 key=f"load {name}",
                 alt=f"Load of every expert in {name.upper()}, on the scale of the other.",
                 table=load,
-                on_click=functools.partial(jump.aim, sides[name]),
+                on_click=functools.partial(address.jump_to_expert, sides[name]),
             )
     lines_section(both, caption_of(sides))
 
@@ -361,6 +370,148 @@ def _divergence_of(
     layers: tuple[int, int] | None,
 ) -> pd.DataFrame:
     return prompt_divergence(_a, _b, prompt_a, prompt_b, layers=layers)
+
+
+Options = dict[str, Any]
+
+
+class Both(NamedTuple):
+    """Answers about both runs, of the layers shown, by the name of the side."""
+
+    loads: dict[str, pd.DataFrame]
+    gates: dict[str, pd.DataFrame]
+
+
+def loads_and_gates(sides: dict[str, View]) -> Both:
+    """Return the load of every expert and the mean gate entropy, asked for at the same time."""
+
+    def answer(side: View, question: Callable[..., pd.DataFrame], options: Options) -> pd.DataFrame:
+        return side.of_layers(ask(side, question, **options, **side.filters))
+
+    # the cache of answers asks which page run a thread belongs to
+    context = (None, get_script_run_ctx())
+    with ThreadPoolExecutor(4, initializer=add_script_run_ctx, initargs=context) as pool:
+        loads, gates = (
+            {name: pool.submit(answer, side, question, options) for name, side in sides.items()}
+            for question, options in (
+                (expert_load, {"weights": False}),
+                (gate_means, {"statistics": ("entropy",)}),
+            )
+        )
+    return Both(*({name: one.result() for name, one in some.items()} for some in (loads, gates)))
+
+
+def caption_of(sides: dict[str, View], *notes: str) -> Caption:
+    """Return which tokens of each run are behind a figure over layers, with notes at the end."""
+    scopes = {name: side.scope(over_layers=True) for name, side in sides.items()}
+    # a line for each run: captions are broken at their semicolons
+    said = {name: scope.caption().replace("; ", ", ") for name, scope in scopes.items()}
+    parts = [*(f"{name.upper()}: {text}" for name, text in said.items()), *notes]
+    filters = {
+        f"{what}_{name}": value
+        for name, scope in scopes.items()
+        for what, value in scope.filter_values().items()
+    }
+    return Caption("; ".join(parts), filters)
+
+
+@part("Balance and gate entropy")
+def lines_section(both: Both, caption: str) -> None:
+    """Draw the balance and the gate entropy of both runs over their layers."""
+    balance = {
+        name: load.groupby(["layer", "site"], as_index=False).agg(
+            max_violation=("assignments", max_violation)
+        )
+        for name, load in both.loads.items()
+    }
+    left, right = st.columns(2, gap="medium")
+    for column, tables, quantity, title in (
+        (left, balance, "max_violation", "MaxVio (busiest expert's excess, fair shares)"),
+        (right, both.gates, "normalized_entropy", "Gate entropy (share of ln E)"),
+    ):
+        with column:
+            if all(table[quantity].isna().all() for table in tables.values()):
+                st.info(
+                    f"{title}: not recorded in these runs, or not defined: one expert, "
+                    "or no assignment."
+                )
+                continue
+            chart(
+                over_layers(tables, quantity, title=title, caption=caption, dark=is_dark()),
+                key=f"both {quantity}",
+                alt=f"{title} over the layers of A and B.",
+                table=pd.concat(
+                    [
+                        table[["layer", "site", quantity]].assign(run=name.upper())
+                        for name, table in tables.items()
+                    ]
+                ),
+            )
+
+
+_QUANTITIES = {
+    "entropy": "normalised gate entropy",
+    "margin": "margin",
+    "loss": "loss of the stretch (nats)",
+}
+
+
+@part("The same text in both models")
+def stretches_section(view: View, found: TwoModels) -> None:
+    """Draw how two models route the same stretches of text; there must be some."""
+    routed, longest = found.co_routing, found.stretches.groupby("prompt").size().max()
+    first = f" (the first {MAX_SEGMENTS} of each prompt)" if longest > MAX_SEGMENTS else ""
+    prompts = f"{found.prompts:,} prompts"
+    if found.prompts < found.common:
+        prompts = f"{found.prompts:,} of {found.common:,} prompts in common"
+    if np.isfinite(routed.correlation):
+        st.markdown(
+            f"**Do the models route the same stretches of text together?** Over {routed.pairs:,} "
+            f"pairs of stretches{first}, how many experts a pair shares in A and in B has a "
+            f"correlation of **{routed.correlation:.3f}**; by chance it would be "
+            f"{routed.low:.3f} to {routed.high:.3f}."
+        )
+    st.caption(
+        f"{len(found.stretches):,} stretches of {prompts}: the shortest pieces of text that end "
+        "at a token of both models."
+        + (f" {found.cut:,} more were cut short in one of the runs." if found.cut else "")
+    )
+    quantity = address.choose(
+        st.segmented_control,
+        "quantity",
+        "Quantity",
+        list(_QUANTITIES),
+        default="entropy",
+        show=lambda name: name.capitalize(),
+    )
+    if quantity == "margin":
+        st.caption("Margins are on each router's own scale of scores; compare their order only.")
+    _figure(view, found, quantity, prompts)
+
+
+def _figure(view: View, found: TwoModels, quantity: str, prompts: str) -> None:
+    title = _QUANTITIES[quantity]
+    if found.stretches[[f"{quantity}_a", f"{quantity}_b"]].isna().any(axis=1).all():
+        st.info(
+            f"{title.capitalize()}: for no stretch in both runs, as it was not recorded, or is not "
+            "defined: one expert, or no expert that is left out."
+        )
+        return
+    # prompts are aligned as a whole; a loss is of no layer
+    scope = view.scope(0, over_layers=quantity != "loss")
+    chart(
+        against(
+            found.stretches,
+            quantity,
+            title=title,
+            scope=scope._replace(phase="prompt", whole_prompts=True),
+            prompts=prompts,
+            dark=is_dark(),
+        ),
+        key="against",
+        alt=f"Scatter: {title} of model B over that of model A for the same stretches of text.",
+        table=found.stretches,
+    )
 
 
 render()

@@ -9,9 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.ui import theme
-from explorer.ui.caption import Scope, site_hover, site_name
 from explorer.ui.heatmap import Scale, clickable_heatmap, ground
-from explorer.ui.text import domain_label
+from explorer.ui.wording import Scope, domain_label, site_hover, site_name
 
 _ROW = 24  # pixels of a row of dots
 _CAPTION_WIDTH = 75  # characters on half a page

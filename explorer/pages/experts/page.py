@@ -8,24 +8,28 @@ import streamlit as st
 from explorer.errors import RunError
 from explorer.metrics.coactivation import pair_uplift
 from explorer.metrics.specialization import MIN_COUNT, MIN_PROMPTS, wilson
-from explorer.pages.experts.figures import Axis, interval_dots
-from explorer.pages.experts.layers import all_experts_section
-from explorer.pages.experts.search import text_section
-from explorer.pages.experts.specialization import shares_of, vocabulary_of
+from explorer.pages.experts.data import (
+    MIN_HITS,
+    divergences,
+    experts_of_text,
+    layers_of,
+    shares_of,
+    vocabulary_of,
+)
+from explorer.pages.experts.figures import Axis, divergence_heatmap, interval_dots, layer_lines
 from explorer.pages.experts.weights import weights_section
 from explorer.pages.flow.data import coactivation
 from explorer.queries.load import expert_load
-from explorer.text import ABSENT
-from explorer.ui import address, jump
+from explorer.text import ABSENT, plain, visible
+from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.expert_tokens import expert_lines
+from explorer.ui.concordance import expert_lines
 from explorer.ui.glossary import help_text
-from explorer.ui.names import domain_labels, labels
-from explorer.ui.number import number, span
-from explorer.ui.part import part
+from explorer.ui.problems import part
+from explorer.ui.saved import save_slice
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
-from explorer.ui.wording import expert_label
+from explorer.ui.wording import domain_labels, expert_label, labels, number, span
 
 _ABOUT = {"expert": "One expert", "all": "All experts", "text": "Find by text"}
 _LISTED = 30  # domains in a figure
@@ -36,7 +40,7 @@ _PARTNERS = 12
 def render() -> None:
     """Draw the page."""
     view = current_view()
-    jump.follow()
+    address.follow_jump()
     st.markdown(
         "An expert that takes one kind of token more often than others is **specialised**. Few "
         "tokens make any expert look so: every share comes with its interval, or with what chance "
@@ -78,7 +82,7 @@ def _one_expert(view: View) -> None:
         _partners(view, expert)
     st.subheader(f"Tokens of {name} in their contexts", anchor=False)
     if view.run.records_ids:
-        expert_lines(view, expert, name, jump.aim_at_token, shown=30)
+        expert_lines(view, expert, name, address.jump_to_token, shown=30)
     else:
         st.info(_NO_IDS, icon=":material/info:")
     weights_section(view, expert)
@@ -281,7 +285,7 @@ def _partners(view: View, expert: int) -> None:
     try:
         counts = ask(view, coactivation, **place, **view.filters)
     except RunError as error:
-        st.info(address.plain(str(error)), icon=":material/info:")
+        st.info(plain(str(error)), icon=":material/info:")
         return
     uplift = pair_uplift(counts.tokens)
     mine = int(counts.tokens[expert, expert])
@@ -326,6 +330,200 @@ def _partners(view: View, expert: int) -> None:
     )
     if counts.n_tokens < counts.n_all:
         st.caption(f"Counted from {counts.n_tokens:,} of {counts.n_all:,} tokens.")
+
+
+def all_experts_section(view: View) -> None:
+    """Draw the section."""
+    if len(view.run.domains) < 2 or view.domain is not None:
+        st.info(
+            "Domain specialisation compares domains: "
+            + (
+                "take the domain filter off to see it."
+                if view.domain is not None
+                else "the prompts of this run are labelled with fewer than two."
+            ),
+            icon=":material/info:",
+        )
+    else:
+        _divergence_map(view)
+    if not view.run.records_ids:
+        st.info(
+            "Vocabulary specialisation and the floors need expert ids per token; capture with "
+            "`--level ids`.",
+            icon=":material/info:",
+        )
+        return
+    with st.spinner("Reading the routes of all layers"):
+        table, step = ask(view, layers_of, **view.filters)
+    shown = view.of_layers(table)
+    left, right = st.columns(2, gap="large")
+    with left:
+        _vocabulary_of_layers(view, shown, step)
+    with right:
+        _information_of_layers(view, shown, step)
+
+
+@part("Domain specialisation")
+def _divergence_map(view: View) -> None:
+    sampled = view.sampled()
+    found = view.of_layers(ask(sampled, divergences, **sampled.filters))
+    if found.empty:
+        st.info("These tokens are of one domain. Change the filters at the side.")
+        return
+    chart(
+        divergence_heatmap(found, scope=sampled.scope(over_layers=True), dark=is_dark()),
+        key="divergence map",
+        alt=f"Heatmap of {found['layer'].nunique()} layers by experts: how far the domains of "
+        f"each expert's tokens are from those of all, "
+        f"{span(found['divergence'], '.3f')} nats. Click: the expert.",
+        table=found,
+        on_click=lambda data: address.jump_to_expert(view, data),
+    )
+
+
+@part("Vocabulary specialisation")
+def _vocabulary_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
+    if table["vocabulary"].isna().all():
+        st.info(f"No vocabulary entry occurs {MIN_COUNT} times among these tokens: too few.")
+        return
+    scope = view.scope(over_layers=True)._replace(step=step)
+    uniform = table["top_k"] / table["n_experts"]
+    chart(
+        layer_lines(
+            table,
+            "vocabulary",
+            title="Vocabulary specialisation (share of an entry's tokens)",
+            y_title="share of the favourite expert",
+            percent=True,
+            scope=scope,
+            notes=[
+                "mean over entries",
+                f"entries that occur at least {MIN_COUNT} times",
+                f"uniform routing: top-k / experts = {uniform.min():.1%}",
+            ],
+            dark=is_dark(),
+        ),
+        key="vocabulary of layers",
+        alt=f"Lines over {len(table)} routers: the mean share of a vocabulary entry's tokens that "
+        f"go to its favourite expert, {span(table['vocabulary'], '.0%')}; with shuffled labels "
+        f"{number(table['vocabulary_floor'].mean(), '.0%')}.",
+        table=table,
+    )
+
+
+@part("Domain and expert")
+def _information_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
+    if table["information"].isna().all():
+        return
+    scope = view.scope(over_layers=True)._replace(step=step)
+    chart(
+        layer_lines(
+            table,
+            "information",
+            title="Domain and expert (mutual information, nats)",
+            y_title="nats",
+            percent=False,
+            scope=scope,
+            notes=["shuffled labels: prompts swap their domains"],
+            dark=is_dark(),
+        ),
+        key="information of layers",
+        alt=f"Lines over {len(table)} routers: mutual information of domain and expert, "
+        f"{span(table['information'], '.3f')} nats; with shuffled labels "
+        f"{number(table['information_floor'].mean(), '.3f')}.",
+        table=table,
+    )
+
+
+_MAX_TEXT = 100
+_SHOWN = 20
+
+
+def text_section(view: View) -> None:
+    """Draw the search and the experts that take what it finds."""
+    if not view.run.records_ids:
+        st.info(
+            "Which experts a token went to is not recorded at level `stats`; capture with "
+            "`--level ids`.",
+            icon=":material/info:",
+        )
+        return
+    text = _text()
+    if not text:
+        st.info(
+            "Type a word, a part of one, or a phrase. It is looked for in the prompts and in what "
+            "the model wrote, and the experts of the tokens that it is made of are compared with "
+            "those of all tokens.",
+            icon=":material/search:",
+        )
+        return
+    with st.spinner("Looking through the prompts"):
+        table, found = ask(view, experts_of_text, text=text, **view.filters)
+    if not found.occurrences:
+        st.info("This text does not occur among the tokens of the filters.")
+        return
+    pieces = " · ".join(
+        f"**{plain(visible(row.text, spaces=True))}** {row.tokens:,}"
+        for row in found.pieces.head(8).itertuples()
+    )
+    st.markdown(
+        f"**{found.occurrences:,}** occurrences, made of **{len(found.token_ids):,}** tokens: "
+        f"{pieces}" + (" · and others" if len(found.pieces) > 8 else "")
+    )
+    if found.n_prompts < found.n_all:
+        st.caption(f"Looked for in the first {found.n_prompts:,} of {found.n_all:,} prompts.")
+    save_slice(view, lambda: found.token_ids, key="of a text", fold=True)
+    shown = view.of_layers(table).head(_SHOWN)
+    if shown.empty:
+        st.info(f"No expert of these layers took {MIN_HITS} of these tokens: too few to compare.")
+        return
+    names = [
+        expert_label(view.named(row.layer, row.site), row.expert_id) for row in shown.itertuples()
+    ]
+    rows = shown.assign(
+        label=names,
+        value=shown["lift"],
+        hover=[
+            f"{name}: {row.hits:,} of {row.tokens:,} tokens = {row.share:.1%}<br>of all tokens "
+            f"{row.base:.1%}: {row.lift:.2f}× as often<br>click for this expert"
+            for name, row in zip(names, shown.itertuples(), strict=True)
+        ],
+    )
+    chart(
+        interval_dots(
+            rows,
+            Axis("times as often as of all tokens", 1.0, "1 = as of all tokens", percent=False),
+            title="Experts of the text (share of its tokens / share of all tokens)",
+            scope=view.scope(len(found.token_ids), over_layers=True),
+            notes=[
+                f"experts with at least {MIN_HITS} of the tokens",
+                "90 % intervals from tokens, surest first",
+            ],
+            y_title="expert",
+            dark=is_dark(),
+        ),
+        key="experts of text",
+        alt=f"Dots with intervals: the {len(rows)} experts that take the text's tokens most above "
+        f"their share of all tokens, up to {rows['lift'].max():.1f} times. Click: the expert.",
+        table=table,
+        on_click=lambda data: address.jump_to_expert(
+            view, shown[["layer", "site", "expert_id"]].iloc[int(data[0])].tolist()
+        ),
+    )
+
+
+def _text() -> str:
+    key = "address:find"
+    st.session_state[key] = address.read("find")[:_MAX_TEXT]
+    st.text_input(
+        "Which experts fire on this word or phrase?",
+        key=key,
+        max_chars=_MAX_TEXT,
+        placeholder="such as: return, der, therefore",
+        help="Upper or lower case; spaces count. Press Enter.",
+        on_change=lambda: address.write("find", st.session_state[key]),
+    )
+    return str(st.session_state[key])
 
 
 render()

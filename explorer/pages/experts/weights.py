@@ -10,14 +10,13 @@ from capture.paths import model_name
 from explorer import service
 from explorer.errors import ExplorerError
 from explorer.pages.experts.figures import Axis, interval_dots
+from explorer.text import plain
 from explorer.ui import address, problems
-from explorer.ui.caption import Scope
 from explorer.ui.chart import chart
 from explorer.ui.job import follow
-from explorer.ui.number import number, span
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.state import Key, View, is_dark
-from explorer.ui.wording import expert_label
+from explorer.ui.wording import Scope, expert_label, number, span
 from explorer.worker import CosinesRequest, likeness, shared_worker
 
 _SHOWN = 8
@@ -44,7 +43,7 @@ def weights_section(view: View, expert: int) -> None:
     try:
         table = _cosines(key, view.layer, view.site)
     except ExplorerError as error:
-        st.error(address.plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     st.markdown(
         "Experts with router rows alike are chosen for alike tokens. Experts that were trained "
@@ -69,7 +68,7 @@ def _offer(view: View, path: Path) -> None:
         follow(jobs[0].job_id, key="weights")
         if jobs[0].active:
             return
-    model = address.plain(model_name(str(view.run.info["model"])))
+    model = plain(model_name(str(view.run.info["model"])))
     if not service.may_write():
         st.info(
             f"Not available: a run holds no weights, and nobody has compared those of {model} "

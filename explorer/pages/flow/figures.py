@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from explorer.metrics.coactivation import MIN_EXPECTED, Uplift
 from explorer.pages.load_balance.figures import RATIO_SCALE, log_ratio
 from explorer.ui import theme
-from explorer.ui.caption import Scope
 from explorer.ui.heatmap import MAX_CELLS, clickable_heatmap, ground
+from explorer.ui.wording import Scope
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,5 +1,6 @@
 """Flow: which experts follow each other from layer to layer, and which serve the same token."""
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -10,14 +11,23 @@ from streamlit.delta_generator import DeltaGenerator
 
 from explorer.errors import RunError
 from explorer.metrics.coactivation import MIN_EXPECTED, pair_uplift, transition_uplift
-from explorer.pages.flow.data import PairCounts, coactivation, last_sites, transitions
+from explorer.pages.flow.data import (
+    PairCounts,
+    Place,
+    both_count,
+    coactivation,
+    last_sites,
+    tokens_of_both,
+    transitions,
+)
 from explorer.pages.flow.figures import Pairs, pair_heatmap, sankey
-from explorer.pages.flow.pair_tokens import Pair, pair_tokens_section
-from explorer.ui import address, jump
+from explorer.text import plain, visible
+from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.part import part
+from explorer.ui.concordance import Line, concordance
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
-from explorer.ui.state import View, ask, is_dark, several_sites
+from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import expert_label
 
 MAX_STEPS = 6
@@ -38,7 +48,7 @@ class Hop(NamedTuple):
 def render() -> None:
     """Draw the page."""
     view = current_view()
-    jump.follow()
+    address.follow_jump()
     st.markdown(
         "A token visits experts in every layer. If the choice in one layer said nothing about the "
         "next, each pair of experts would meet as often as the product of their loads: "
@@ -53,13 +63,12 @@ def render() -> None:
             st.info("This run has one MoE layer, so there is no flow from layer to layer.")
         _coactivation(view)
     except RunError as error:
-        st.info(address.plain(str(error)), icon=":material/info:")
+        st.info(plain(str(error)), icon=":material/info:")
 
 
 def _hops(view: View) -> list[Hop]:
-    several = several_sites(view.run)
     sites = [site for site in last_sites(view.run) if view.shows(site.layer)]
-    names = [f"{s.layer}.{s.site}" if several else str(s.layer) for s in sites]
+    names = [view.named(s.layer, s.site) for s in sites]
     return [
         Hop((a.layer, a.site), (b.layer, b.site), names[i], names[i + 1])
         for i, (a, b) in enumerate(pairwise(sites))
@@ -292,6 +301,85 @@ def _list(pairs: Pairs, prefix: str, chosen: tuple[int, int] | None, kind: str) 
         format_func=lambda name: names.get(name, name),
         placeholder="Click a cell, or choose a pair",
         on_change=lambda: address.write("pair", prefix + (st.session_state[key] or "")),
+    )
+
+
+SHOWN = 60
+
+
+class Pair(NamedTuple):
+    """Two experts and how they are called together."""
+
+    first: Place
+    second: Place
+    name: str
+
+
+def pair_tokens_section(view: View, pair: Pair, counted: int, ratio: float) -> None:
+    """Draw the tokens of a pair.
+
+    Parameters
+    ----------
+    counted : int
+        Tokens of the pair in the figure.
+    ratio : float
+        Measured over chance; nan where chance gives too few.
+    """
+    with st.container(border=True, key=f"tokens of {pair.first} {pair.second}"):
+        title, close = st.columns([6, 1], vertical_alignment="center")
+        title.subheader(f"Tokens of {pair.name}", anchor=False)
+        close.button(
+            "Close",
+            key=f"close pair {pair.first} {pair.second}",
+            on_click=lambda: address.write("pair", ""),
+            width="stretch",
+        )
+        said = "" if math.isnan(ratio) else f", {ratio:.2f} times as many as by chance"
+        st.markdown(f"**{counted:,}** of the counted tokens went to both experts{said}.")
+        if not view.run.records_ids:
+            st.info(
+                "Which tokens they were is not recorded at level `stats`; capture with "
+                "`--level ids`.",
+                icon=":material/info:",
+            )
+            return
+        _lines(view, pair)
+
+
+def _lines(view: View, pair: Pair) -> None:
+    where = view.filters
+    both = {"first": pair.first, "second": pair.second, **where}
+    found = ask(view, tokens_of_both, limit=SHOWN, context=14, **both)
+    if found.empty:
+        return
+    total = ask(view, both_count, **both)
+    weights = found["first_weight"] * found["second_weight"]
+    lines = [
+        Line(
+            row.before or "",
+            f"position {row.position}" if row.text is None else row.text,
+            row.after or "",
+            f"{visible(row.domain) if row.domain else 'prompt'} {row.prompt_id}",
+            float(weight) / float(weights.max() or 1),
+            f"{row.first_weight:.2f}, {row.second_weight:.2f}",
+        )
+        for row, weight in zip(found.itertuples(), weights, strict=True)
+    ]
+
+    def go_to(index: int) -> None:
+        address.jump_to_token(
+            int(found["prompt_id"].iloc[index]), int(found["token_id"].iloc[index])
+        )
+
+    concordance(
+        lines,
+        label=f"Tokens of {pair.name}, heaviest weights first. Enter opens the prompt.",
+        key=f"concordance {pair.first} {pair.second}",
+        on_pick=go_to,
+    )
+    st.caption(
+        f"The {len(found):,} of {total:,} tokens with the largest combine weights (of both "
+        "experts, in this order); padding excluded. Click a line to go to it on the Tokens page."
     )
 
 

@@ -6,23 +6,28 @@ import pandas as pd
 import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
+from explorer.pages.experts.data import divergences, shares_of
 from explorer.pages.experts.figures import Axis, interval_dots
-from explorer.pages.experts.specialization import divergences, shares_of
 from explorer.pages.load_balance.figures import load_bars
 from explorer.pages.tokens.data import token_experts, token_gates, token_scores, tokens
 from explorer.pages.tokens.figures import score_bars, token_routes
 from explorer.queries.load import expert_load
 from explorer.queries.prompts import prompts
+from explorer.text import plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.glossary import TERMS
-from explorer.ui.names import domain_labels
-from explorer.ui.number import number
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
-from explorer.ui.text import visible
-from explorer.ui.wording import certainty_sentence, expert_label, probabilities, routing_sentence
+from explorer.ui.wording import (
+    certainty_sentence,
+    domain_labels,
+    expert_label,
+    number,
+    probabilities,
+    routing_sentence,
+)
 
 _STEPS = {
     "router": "1 · What is a router?",
@@ -136,8 +141,8 @@ def _router(view: View) -> None:
     token_id = int(token["token_id"])
     text = token["text"]
     st.markdown(
-        f"Take this token: {address.plain(visible(token['before']))} "
-        f":primary-background[{address.plain(visible(text, spaces=True))}]"
+        f"Take this token: {plain(visible(token['before']))} "
+        f":primary-background[{plain(visible(text, spaces=True))}]"
     )
     experts = ask(view, token_experts, token_id=token_id)
     here = experts[(experts["layer"] == view.layer) & (experts["site"] == view.site)]
@@ -233,7 +238,7 @@ def _specialisation(view: View) -> None:
     st.markdown(
         f"In layer {view.site_name} the most special one is **{name}**: "
         f"{number(rows['share'].iloc[0], '.0%')} of the tokens of "
-        f"{address.plain(names[0])} choose it, and {number(every['share'], '.0%')} of "
+        f"{plain(names[0])} choose it, and {number(every['share'], '.0%')} of "
         "all. The line through each dot is its **interval**: where the true share may well lie."
     )
     chart(

@@ -2,39 +2,37 @@
 
 import math
 
-import numpy as np
 import pandas as pd
 import streamlit as st
 
 from explorer.metrics.load import Floor
-from explorer.pages.load_balance.balance_figures import (
+from explorer.pages.load_balance.data import (
+    FACTORS,
+    capacity_of,
+)
+from explorer.pages.load_balance.figures import (
     METRIC_TEXTS,
     balance_over_layers,
     capacity_curve,
+    domain_heatmap,
+    floor_note,
+    load_bars,
+    lorenz,
 )
-from explorer.pages.load_balance.figures import domain_heatmap, floor_note, load_bars, lorenz
 from explorer.pages.load_balance.serving import serving_section
-from explorer.queries.balance import capacity_table, smallest_safe_factor
 from explorer.queries.load import (
     expert_load,
     expert_load_by_domain,
     expert_load_by_phase,
-    routing,
 )
-from explorer.run import Run
-from explorer.ui import address, jump, problems
+from explorer.ui import address, problems
 from explorer.ui.address import domain_key
 from explorer.ui.chart import chart
-from explorer.ui.number import number, span
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
-from explorer.ui.text import domain_name
-from explorer.ui.wording import undefined_load
+from explorer.ui.wording import domain_name, number, span, undefined_load
 
-# tokens that the capacity figure reads; more would make the page wait
-MAX_CAPACITY_TOKENS = 30_000
-FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
 _PLACEMENT = ("gpus", "nodes", "expert_groups", "replicas")
 _TILES = {
     "max_violation": "MaxVio",
@@ -48,7 +46,7 @@ _TILES = {
 def render() -> None:
     """Draw the page."""
     view = current_view().sampled()
-    jump.follow()
+    address.follow_jump()
     load = view.of_layers(ask(view, expert_load, weights=False, **view.filters))
     st.markdown(
         "When every expert of a layer gets the same share of the tokens, no expert waits for "
@@ -125,7 +123,7 @@ def _bars(view: View, here: pd.DataFrame) -> None:
         f"{view.site_name}, busiest first, from {here['share'].max():.1%} to "
         f"{here['share'].min():.1%}; a fair share is {1 / len(here):.1%}. Click: its tokens.",
         table=here.drop(columns=["n_experts", "top_k"]),
-        on_click=lambda data: jump.aim(view, data),
+        on_click=lambda data: address.jump_to_expert(view, data),
     )
 
 
@@ -165,7 +163,7 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
     def go_to(data: list[float]) -> None:
         part = parts[int(data[6])]
         address.write(by, domain_key(part) if by == "domain" else part)
-        jump.aim(view, data)
+        address.jump_to_expert(view, data)
 
     chart(
         domain_heatmap(load, scope=view.scope(), by=by, layer=view.site_name, dark=is_dark()),
@@ -284,21 +282,6 @@ def _factor() -> float:
         on_change=lambda: address.write("factor", f"{st.session_state[key]:g}"),
     )
     return float(default if value is None else value)
-
-
-def capacity_of(
-    run: Run, *, layer: int, site: int, phase: str | None
-) -> tuple[pd.DataFrame, float, int, int, int]:
-    """Return the capacity curve of a site, the safe factor, batches, tokens used, and all."""
-    chosen = routing(run, layer, site=site, phase=phase, max_tokens=MAX_CAPACITY_TOKENS)
-    n_experts = run.site_info(layer, site).n_experts
-    return (
-        capacity_table(chosen, n_experts, FACTORS),
-        smallest_safe_factor(chosen, n_experts),
-        len(np.unique(chosen.batch)),
-        len(chosen.token_id),
-        chosen.n_tokens,
-    )
 
 
 render()

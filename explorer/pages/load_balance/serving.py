@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from explorer.pages.load_balance import serving_data as serving
+from explorer.pages.load_balance import data
 from explorer.pages.load_balance.serving_figures import (
     balancedness_lines,
     coverage,
@@ -14,9 +14,9 @@ from explorer.pages.load_balance.serving_figures import (
 from explorer.queries.load import Routing, routing
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.number import span
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.state import View, ask, is_dark
+from explorer.ui.wording import span
 
 MAX_TOKENS = 30_000  # that batches are made of
 _LISTED = 8
@@ -70,9 +70,9 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
     experts = view.run.site_info(view.layer, view.site).n_experts
     same = load[load["n_experts"] == experts]
     gpus, nodes, groups, replicas = _controls(experts)
-    table = serving.gpu_table(same, gpus=gpus, nodes=nodes, groups=groups, replicas=replicas)
-    balance = serving.balance_of_gpus(table)
-    overall = serving.overall(table)
+    table = data.gpu_table(same, gpus=gpus, nodes=nodes, groups=groups, replicas=replicas)
+    balance = data.balance_of_gpus(table)
+    overall = data.overall(table)
     more = replicas / experts - 1
     said = ", ".join(
         f"**{policy}** {value:.3f} (slowest GPU × {1 / value:.2f})"
@@ -176,7 +176,7 @@ def _batches(view: View) -> None:
         return
     n_experts = view.run.site_info(view.layer, view.site).n_experts
     ids, note = _together(chosen, phase, decoded="generated" in view.run.phases)
-    table = serving.decode_reads(ids, n_experts)
+    table = data.decode_reads(ids, n_experts)
     # what was read, which the view's phase and sample need not be
     scope = view.scope(len(ids))._replace(phase=phase, step=1)
     cut = (f"the first {len(ids):,} of {chosen.n_tokens:,}",) if len(ids) < chosen.n_tokens else ()
@@ -197,7 +197,7 @@ def _batches(view: View) -> None:
             f"{table['measured'].iloc[-1]:.1f} of {n_experts}.",
             table=table,
         )
-    curve = serving.coverage_curve(chosen.expert_ids, n_experts)
+    curve = data.coverage_curve(chosen.expert_ids, n_experts)
     with right:
         chart(
             coverage(

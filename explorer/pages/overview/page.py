@@ -9,16 +9,14 @@ from explorer.pages.load_balance.figures import load_heatmap
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means
 from explorer.queries.prompts import prompt_count
-from explorer.text import ABSENT
-from explorer.ui import address, jump
+from explorer.text import ABSENT, visible
+from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.glossary import help_text
-from explorer.ui.number import number, span
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
-from explorer.ui.text import domain_name, visible
-from explorer.ui.wording import undefined_load
+from explorer.ui.wording import domain_name, number, span, undefined_load
 
 _ORDERS = {"expert": "by id", "load": "by load"}
 
@@ -26,7 +24,7 @@ _ORDERS = {"expert": "by id", "load": "by load"}
 def render() -> None:
     """Draw the page."""
     view = current_view().sampled()
-    jump.follow()
+    address.follow_jump()
     st.markdown(_introduction(view))
     load = view.of_layers(ask(view, expert_load, weights=False, **view.filters))
     _key_figures(view, load)
@@ -152,7 +150,7 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
         alt=f"Heatmap of {load['layer'].nunique()} layers by experts: share of the layer's "
         f"assignments over the uniform share, {span(load['ratio'], '.2f')} times.",
         table=load.drop(columns=["n_experts", "top_k"]),
-        on_click=lambda data: jump.aim(view, data),
+        on_click=lambda data: address.jump_to_expert(view, data),
     )
 
 

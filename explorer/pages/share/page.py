@@ -9,8 +9,9 @@ from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import service, views
 from explorer.errors import ExplorerError
 from explorer.report import make_report
-from explorer.ui import access, address, problems, saved
-from explorer.ui.part import part
+from explorer.text import plain
+from explorer.ui import access, problems, saved
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import SUFFIX, View, new_name, run_names, runs_folder
 from explorer.views import SavedView
@@ -31,7 +32,7 @@ def render() -> None:
     st.caption(f":material/group: {access.statement()}")
     said = st.session_state.pop(_SAID, "")
     if said:
-        st.success(address.plain(said), icon=":material/check_circle:")
+        st.success(plain(said), icon=":material/check_circle:")
     left, right = st.columns([3, 2], gap="large")
     with left:
         _views()
@@ -63,9 +64,7 @@ def _views() -> None:
         st.caption(f"The newest {MAX_LISTED} of {len(found):,} are shown; older ones open by link.")
     for view_id in damaged:
         left, right = st.columns([4, 1], vertical_alignment="center")
-        left.warning(
-            f"The saved view {address.plain(view_id)} cannot be read.", icon=":material/warning:"
-        )
+        left.warning(f"The saved view {plain(view_id)} cannot be read.", icon=":material/warning:")
         if service.may_write():
             right.button("Delete", key=f"delete {view_id}", on_click=_delete, args=(view_id,))
 
@@ -73,12 +72,10 @@ def _views() -> None:
 def _one_view(view: SavedView, runs: list[str]) -> None:
     with st.container(border=True, key=f"view {view.view_id}"):
         run = view.params.get("run", "")
-        where = address.plain(f"{view.page.replace('-', ' ')} of {run}")
-        st.markdown(
-            f"**{address.plain(view.name)}**  \n{where} · {address.plain(saved.by_line(view))}"
-        )
+        where = plain(f"{view.page.replace('-', ' ')} of {run}")
+        st.markdown(f"**{plain(view.name)}**  \n{where} · {plain(saved.by_line(view))}")
         if view.note:
-            st.markdown(address.plain(view.note, lines=True))
+            st.markdown(plain(view.note, lines=True))
         saved.warn_of_changes(view)
         with st.container(horizontal=True, vertical_alignment="center"):
             st.page_link(
@@ -126,11 +123,11 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
     if made != key:
         return
     if problem and not report:
-        st.error(address.plain(problem), icon=":material/error:")
+        st.error(plain(problem), icon=":material/error:")
         return
     if problem:
         st.warning(
-            f"These sections could not be made whole: {address.plain(problem)}",
+            f"These sections could not be made whole: {plain(problem)}",
             icon=":material/warning:",
         )
     name = re.sub(r"[^\w.-]+", "-", f"{run} {view.name if view else ''}").strip("-.")
@@ -150,7 +147,7 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
 def _run_report(view: View) -> None:
     st.subheader("Report", anchor=False)
     st.markdown(
-        f"The main pages of **{address.plain(view.name)}** as one HTML file: figures to zoom and "
+        f"The main pages of **{plain(view.name)}** as one HTML file: figures to zoom and "
         "hover, light and dark, no network needed. It takes a few seconds to make."
     )
     _report_button("Report of this run", view.name)
@@ -219,13 +216,13 @@ def _keep(given: "st.runtime.uploaded_file_manager.UploadedFile", key: str) -> N
 def _say_problem(key: str) -> None:
     problem = st.session_state.pop(f"problem of {key}", "")
     if problem:
-        st.error(address.plain(problem), icon=":material/error:")
+        st.error(plain(problem), icon=":material/error:")
 
 
 def _account() -> None:
     st.subheader("You", anchor=False)
     viewer = access.who()
-    st.markdown(f"Logged in as {address.plain(viewer.name)}, role **{viewer.role}**.")
+    st.markdown(f"Logged in as {plain(viewer.name)}, role **{viewer.role}**.")
     if st.button("Log out"):
         st.logout()
 

@@ -9,10 +9,8 @@ import plotly.graph_objects as go
 from explorer.errors import ExplorerError
 from explorer.pages.tokens.data import Quantity
 from explorer.ui import theme
-from explorer.ui.caption import Scope, site_hover, site_name
 from explorer.ui.heatmap import MAX_CELLS, MAX_LABELS, Scale, clickable_heatmap, ground
-from explorer.ui.number import number
-from explorer.ui.text import label
+from explorer.ui.wording import Scope, label, number, site_hover, site_name
 
 # more tokens than this are too narrow to be clicked, and slow to draw
 MAX_TOKENS = 256

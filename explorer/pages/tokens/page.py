@@ -1,25 +1,50 @@
 """Tokens: a prompt's own text, coloured by what the routers did; a token's experts; an expert's."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from explorer.pages.tokens.data import QUANTITIES, Pin, token_quantity, tokens
-from explorer.pages.tokens.figures import quantity_scale, token_layer_heatmap, tokens_shown
-from explorer.pages.tokens.panel import token_panel
+from explorer.pages.tokens.data import (
+    QUANTITIES,
+    Pin,
+    prompt_experts,
+    token_experts,
+    token_gates,
+    token_quantity,
+    token_scores,
+    tokens,
+)
+from explorer.pages.tokens.figures import (
+    quantity_scale,
+    score_bars,
+    token_layer_heatmap,
+    token_routes,
+    tokens_shown,
+)
 from explorer.queries.prompts import prompt, prompt_count, prompts
-from explorer.queries.routes import prompt_experts
+from explorer.text import plain
 from explorer.ui import address, theme
-from explorer.ui.caption import Scope
 from explorer.ui.chart import chart
-from explorer.ui.expert_tokens import expert_tokens_section
-from explorer.ui.part import part
+from explorer.ui.concordance import expert_tokens_section
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
-from explorer.ui.state import View, ask, is_dark, several_sites
+from explorer.ui.state import View, ask, is_dark
+from explorer.ui.theme import PinKey
 from explorer.ui.token_strip import Legend, Token, token_strip
-from explorer.ui.wording import absent_gate, expert_label, prompt_name
+from explorer.ui.wording import (
+    Scope,
+    absent_gate,
+    certainty_sentence,
+    expert_label,
+    probabilities,
+    prompt_name,
+    routing_sentence,
+    token_name,
+)
 
 # a picker with more entries gets slow in the browser; the search narrows the list down
 MAX_LISTED = 1000
@@ -181,11 +206,8 @@ def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFr
 
 
 def _pick_pins(view: View) -> list[Pin]:
-    several = several_sites(view.run)
     names = {
-        f"{s.layer}.{s.site}.{e}": expert_label(
-            f"{s.layer}.{s.site}" if several else str(s.layer), e
-        )
+        f"{s.layer}.{s.site}.{e}": expert_label(view.named(s.layer, s.site), e)
         for s in view.run.sites
         for e in range(s.n_experts)
     }
@@ -246,9 +268,8 @@ def _strip(
         f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}"
     )
     if pins:
-        several = several_sites(view.run)
         swatches = tuple(
-            (color, expert_label(f"{a}.{b}" if several else str(a), c))
+            (color, expert_label(view.named(a, b), c))
             for (a, b, c), color in zip(pins, theme.hues(is_dark()), strict=False)
         )
         legend = Legend("Went to a pinned expert:", swatches=swatches)
@@ -369,8 +390,110 @@ def _mark(figure: go.Figure, view: View, values: pd.DataFrame, n_tokens: int, pl
 
 def _go_to_cell(view: View, data: list[float]) -> None:
     layer, site, token_id = (int(value) for value in data[:3])
-    address.write("layer", f"{layer}.{site}" if several_sites(view.run) else str(layer))
+    address.write("layer", view.named(layer, site))
     address.write("token", str(token_id))
+
+
+@part("Token")
+def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> None:
+    """Draw the panel of one token.
+
+    Parameters
+    ----------
+    token : Series
+        A row of ``queries.tokens.tokens``.
+    pins : sequence of (layer, site, expert)
+        Shown in their colours.
+    """
+    token_id = int(token["token_id"])
+    text = token["text"]
+    st.subheader(f"Token {int(token['position']):,}: “{plain(token_name(text))}”", anchor=False)
+    experts = view.of_layers(ask(view, token_experts, token_id=token_id))
+    gates = view.of_layers(ask(view, token_gates, token_id=token_id))
+    here = experts[(experts["layer"] == view.layer) & (experts["site"] == view.site)]
+    gate = gates[(gates["layer"] == view.layer) & (gates["site"] == view.site)].iloc[0]
+    st.markdown(
+        routing_sentence(here, site_name=view.site_name, n_experts=int(gate["n_experts"]))
+        + " "
+        + certainty_sentence(
+            normalized_entropy=float(gate["normalized_entropy"]),
+            margin=float(gate["margin"]),
+            topk_mass=float(gate["topk_mass"]),
+            n_experts=int(gate["n_experts"]),
+            top_k=int(gate["top_k"]),
+        )
+        + _beside(token, experts)
+    )
+    _scores(view, token_id, text, str(gate["score_function"]))
+    route = token_routes(experts, token_text=text, pins=pins, dark=is_dark())
+    # the panel is narrow
+    route.update_layout(title={"text": "Experts by layer (share of combine weight)"})
+    chart(
+        route,
+        key="token routes",
+        alt="Bars, one per layer: the experts of the token and their share of its weight.",
+        table=_route_table(experts, gates),
+        on_click=lambda data: address.write("layer", view.named(int(data[0]), int(data[1]))),
+    )
+
+
+def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
+    shared = int(experts["n_shared_experts"].max()) if len(experts) else 0
+    parts = " The model wrote this token itself." if token["phase"] == "generated" else ""
+    if shared:
+        parts += f" Beside them {shared} shared expert{'s' * (shared > 1)} saw it, as every token."
+    if not pd.isna(token["loss"]):
+        parts += f" Predicting the next token from here cost {token['loss']:.2f} nats of loss."
+    return parts
+
+
+@part("Scores of the experts")
+def _scores(view: View, token_id: int, text: str | None, score_function: str) -> None:
+    scores = ask(view, token_scores, token_id=token_id, layer=view.layer, site=view.site)
+    if not scores["recorded"].any():
+        st.info(
+            "Every expert's score: not recorded for this token. Capture with `--level scores`, "
+            "or with a larger `--sample-tokens`, to see it.",
+            icon=":material/info:",
+        )
+        return
+    raw = scores["score"].to_numpy(dtype=np.float64)
+    values, unit, baseline = probabilities(raw, score_function)
+    chart(
+        score_bars(
+            scores.assign(value=values),
+            layer=view.site_name,
+            token_text=text,
+            unit=unit,
+            baseline=baseline,
+            column="value",
+            dark=is_dark(),
+        ),
+        key="scores",
+        alt=f"Bars of all {len(scores)} experts' scores in layer {view.site_name}, highest first; "
+        "the chosen ones in another colour.",
+        table=scores.assign(value=values).drop(columns="recorded"),
+    )
+
+
+def _route_table(experts: pd.DataFrame, gates: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per layer: its experts with weights, and how sure it was."""
+    several = (experts["site"] > 0).any()
+    rows = []
+    for gate in gates.itertuples():
+        here = experts[(experts["layer"] == gate.layer) & (experts["site"] == gate.site)]
+        name = f"{gate.layer}.{gate.site}" if several else str(gate.layer)
+        chosen = [f"{expert_label(name, e.expert_id)} {e.weight:.3f}" for e in here.itertuples()]
+        rows.append(
+            {
+                "layer": name,
+                "experts and weights": ", ".join(chosen),
+                "gate entropy (share of ln E)": gate.normalized_entropy,
+                "margin": gate.margin,
+                "probability of the chosen": gate.topk_mass,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 render()

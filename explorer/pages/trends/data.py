@@ -13,9 +13,8 @@ from explorer.errors import RunError
 from explorer.metrics import agreement
 from explorer.metrics.load import max_violation, normalized_entropy
 from explorer.metrics.specialization import information
-from explorer.pages.compare_runs.data import Chosen, chosen, common_prompts, common_tokens
-from explorer.pages.compare_runs.two_runs import mean
-from explorer.pages.experts.specialization_data import loads_by_domain
+from explorer.pages.compare_runs.data import Chosen, chosen, common_prompts, common_tokens, mean
+from explorer.pages.experts.data import loads_by_domain
 from explorer.queries.overview import token_count
 from explorer.run import Run
 

@@ -8,8 +8,7 @@ import plotly.graph_objects as go
 
 from explorer.registry import Registry
 from explorer.ui import theme
-from explorer.ui.caption import site_name
-from explorer.ui.names import labels
+from explorer.ui.wording import labels, site_name
 
 
 class Trend(NamedTuple):

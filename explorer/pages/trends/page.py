@@ -12,15 +12,13 @@ from explorer.errors import ExplorerError, RunError
 from explorer.pages.trends.data import MAX_TOKENS, in_order, trend_table
 from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
 from explorer.run import Run, open_run
+from explorer.text import plain
 from explorer.ui import address, state
-from explorer.ui.caption import Caption
 from explorer.ui.chart import chart
-from explorer.ui.names import labels
-from explorer.ui.number import number
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
-from explorer.ui.text import label
+from explorer.ui.wording import Caption, label, labels, number
 from explorer.views import join
 
 _LISTED = 6  # checkpoints whose numbers of tokens are told one by one
@@ -60,7 +58,7 @@ def render() -> None:
         with st.spinner("Measuring every checkpoint…"):
             table = view.of_layers(_measured(keys, view.domain, view.phase, named))
     except RunError as error:
-        st.error(address.plain(str(error)), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
         return
     without = _named(table[table["tokens"] == 0])
     if table.empty or without:
@@ -73,7 +71,7 @@ def render() -> None:
 
 def _named(rows: pd.DataFrame) -> str:
     """Return the names of the checkpoints of some rows, for Markdown."""
-    return ", ".join(f"{address.plain(name)}" for name in dict.fromkeys(rows["name"]))
+    return ", ".join(f"{plain(name)}" for name in dict.fromkeys(rows["name"]))
 
 
 @part("Figure")
@@ -112,7 +110,7 @@ def _not_shared(table: pd.DataFrame, last: str) -> None:
     """Say which checkpoints have nothing in common with the last one, and which no ids."""
     others = table[table["name"] != last]
     for rows, said in (
-        (others[others["shared"] == 0], f"No prompt in common with {address.plain(last)}: "),
+        (others[others["shared"] == 0], f"No prompt in common with {plain(last)}: "),
         (others[others["shared"].isna()], "Experts of tokens were not recorded here or there: "),
     ):
         if len(rows):
@@ -173,7 +171,7 @@ def _folder_runs() -> list[tuple[str, Run]]:
         try:
             found.append((name, state.opened(name)[0]))
         except (CaptureError, ExplorerError) as error:
-            st.error(address.plain(str(error)), icon=":material/error:")
+            st.error(plain(str(error)), icon=":material/error:")
     return found
 
 

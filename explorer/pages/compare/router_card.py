@@ -5,12 +5,12 @@ import streamlit as st
 
 from explorer.comparison.results_file import Comparison
 from explorer.comparison.verdicts import CONTROLS, Paired, against_controls, paired
-from explorer.pages.compare.figures import badges, family_name
-from explorer.pages.compare.gate_figures import gate_histogram
-from explorer.pages.compare.text import NATIVE
+from explorer.pages.compare.figures import badges, family_name, gate_histogram
+from explorer.pages.compare.two_routers import NATIVE
+from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.state import is_dark
 
 
@@ -34,22 +34,18 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
     rows = live[live["router"] == name]
     with st.container(border=True):
         wearing = sorted({badge for _, row in rows.iterrows() for badge in badges(row)})
-        family = address.plain(family_name(card["family"]))
+        family = plain(family_name(card["family"]))
         st.markdown(
-            f"**{address.plain(str(card['title']))}** · {family}"
+            f"**{plain(str(card['title']))}** · {family}"
             + "".join(f" :orange-badge[{badge}]" for badge in wearing)
         )
-        st.markdown(address.plain(str(card["summary"])))
+        st.markdown(plain(str(card["summary"])))
         st.code(str(card["formula"]), language=None)
         paper, fits = card["paper"], card["fits"]
         known = isinstance(paper, str) and paper
         st.caption(
-            (f"Source: {address.plain(paper.rstrip('.'))}. " if known else "")
-            + (
-                f"It is fitted: {address.plain(fits)}."
-                if isinstance(fits, str)
-                else "Nothing is fitted."
-            )
+            (f"Source: {plain(paper.rstrip('.'))}. " if known else "")
+            + (f"It is fitted: {plain(fits)}." if isinstance(fits, str) else "Nothing is fitted.")
         )
         _spanning(comparison, name)
         _gates(comparison, name)
@@ -140,6 +136,6 @@ def _beside_another(comparison: Comparison, name: str, names: list[str]) -> None
     found = paired(comparison, name, other)
     told = {"better": "better", "worse": "worse", "not told apart": "not to be told apart"}
     st.markdown(
-        f"This router's loss minus that of {address.plain(other)}, on the same texts: "
+        f"This router's loss minus that of {plain(other)}, on the same texts: "
         f"{_said(found)}: **{told[found.verdict]}**."
     )

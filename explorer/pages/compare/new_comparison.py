@@ -14,10 +14,10 @@ from explorer.comparison.router_names import parse_router, split_routers
 from explorer.errors import ComparisonError, RouterError, UnknownNameError
 from explorer.pages.compare.figures import family_name
 from explorer.run import Run
+from explorer.text import plain
 from explorer.ui import address
-from explorer.ui.job import follow
+from explorer.ui.job import TYPES, follow, prompts_of
 from explorer.ui.state import SUFFIX, View, new_name, runs_folder
-from explorer.ui.uploaded import TYPES, prompts_of
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
 from explorer.worker.protocol import DEMO_MODEL
 
@@ -87,7 +87,7 @@ def start_comparison(view: View, *, first: bool) -> None:
         if st.button("Compare", type="primary", disabled=bool(wanted.problem)):
             _start(view, wanted)
         if wanted.problem:
-            st.caption(address.plain(wanted.problem))
+            st.caption(plain(wanted.problem))
         st.caption(
             "The same from a terminal: `python -m explorer compare RUN --routers ... --live`. "
             "Routers that the file has already are not computed again."
@@ -104,7 +104,7 @@ def _job() -> Job | None:
 
 def _open(job: Job) -> None:
     name = Path(job.request.run).stem if isinstance(job.request, CompareRequest) else ""
-    if name and st.button(f"Open {address.plain(name)}", icon=":material/open_in_new:"):
+    if name and st.button(f"Open {plain(name)}", icon=":material/open_in_new:"):
         address.write_run(name)
         st.rerun()
 
@@ -174,7 +174,7 @@ def _loading(run: Run) -> dict[str, Any]:
     if named == DEMO_MODEL:
         return {}
     allowed = st.checkbox(
-        f"Load the model {address.plain(cut(named, 120))} to compare live",
+        f"Load the model {plain(cut(named, 120))} to compare live",
         help="The run names it. It is loaded on the machine that runs this app, and downloaded "
         "first if it is not there. Without it, routers are compared by replay of what was "
         "recorded: agreement and balance, no loss.",

@@ -1,15 +1,23 @@
 """What serving a run's traffic would ask of GPUs: placements, decode batches, coverage."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from explorer.metrics import placement
+from explorer.metrics.capacity import POLICIES, curve
+from explorer.metrics.load import max_violation
 from explorer.metrics.placement import Placement
+from explorer.queries.load import (
+    Routing,
+    routing,
+)
+from explorer.run import Run
 
-POLICIES = {
+PLACEMENTS = {
     "in order": "experts in the order of their ids, one copy each",
     "EPLB, by node": "copies of hot experts; groups of experts stay on one node",
     "EPLB, global": "copies of hot experts, anywhere",
@@ -20,7 +28,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 def place(
     load: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
 ) -> Placement:
-    """Place the experts of layers by a policy of ``POLICIES``; ``load`` is [L, E]."""
+    """Place the experts of layers by a policy of ``PLACEMENTS``; ``load`` is [L, E]."""
     loads = np.atleast_2d(np.asarray(load, dtype=np.float64))
     if policy == "in order":
         return placement.in_order(loads.shape[0], loads.shape[1], gpus)
@@ -140,3 +148,79 @@ def coverage_curve(expert_ids: npt.ArrayLike, n_experts: int) -> pd.DataFrame:
     top_k = float((ids >= 0).sum(1).mean())
     uniform = placement.expected_distinct(n_experts, top_k, tokens) / n_experts
     return pd.DataFrame({"tokens": tokens, "share": share, "uniform": uniform})
+
+
+def capacity_table(chosen: Routing, n_experts: int, factors: Sequence[float]) -> pd.DataFrame:
+    """Measure what capacity factors drop at one site, per batch, for both drop policies.
+
+    Parameters
+    ----------
+    chosen : Routing
+        From ``queries.load.routing``.
+    n_experts : int
+    factors : sequence of float
+
+    Returns
+    -------
+    DataFrame
+        One row per factor: ``capacity_factor``, ``assignments`` (share dropped, the same for
+        both policies), ``weight_position``, ``weight_probs`` (share of the combine weight),
+        ``tokens_position``, ``tokens_probs`` (share of the tokens that lose every expert).
+        Missing without a token.
+    """
+    columns: dict[str, Any] = {"capacity_factor": [float(factor) for factor in factors]}
+    for policy in POLICIES:
+        drops = curve(
+            chosen.expert_ids,
+            n_experts,
+            factors,
+            policy=policy,
+            weights=chosen.weights,
+            batch=chosen.batch,
+        )
+        columns["assignments"] = [drop.assignments for drop in drops]
+        columns[f"weight_{policy}"] = [drop.weight for drop in drops]
+        columns[f"tokens_{policy}"] = [drop.tokens for drop in drops]
+    return pd.DataFrame(columns)
+
+
+def smallest_safe_factor(chosen: Routing, n_experts: int) -> float:
+    """Return the capacity factor from which on no batch drops anything: 1 + its MaxVio.
+
+    Returns
+    -------
+    float
+        nan without an assignment.
+    """
+    numbers = np.unique(chosen.batch, return_inverse=True)[1]
+    token, slot = np.nonzero(chosen.expert_ids >= 0)
+    if not len(token):
+        return float("nan")
+    n_batches = int(numbers.max()) + 1
+    loads = np.bincount(
+        numbers[token] * n_experts + chosen.expert_ids[token, slot],
+        minlength=n_batches * n_experts,
+    ).reshape(n_batches, n_experts)
+    return 1 + max(max_violation(load) for load in loads if load.any())
+
+
+# tokens that the capacity figure reads; more would make the page wait
+MAX_CAPACITY_TOKENS = 30_000
+
+
+FACTORS = tuple(np.round(np.arange(0.5, 4.01, 0.05), 2).tolist())
+
+
+def capacity_of(
+    run: Run, *, layer: int, site: int, phase: str | None
+) -> tuple[pd.DataFrame, float, int, int, int]:
+    """Return the capacity curve of a site, the safe factor, batches, tokens used, and all."""
+    chosen = routing(run, layer, site=site, phase=phase, max_tokens=MAX_CAPACITY_TOKENS)
+    n_experts = run.site_info(layer, site).n_experts
+    return (
+        capacity_table(chosen, n_experts, FACTORS),
+        smallest_safe_factor(chosen, n_experts),
+        len(np.unique(chosen.batch)),
+        len(chosen.token_id),
+        chosen.n_tokens,
+    )

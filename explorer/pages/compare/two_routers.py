@@ -8,7 +8,7 @@ import streamlit as st
 from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.figures import marked
 from explorer.ui import address
-from explorer.ui.part import part
+from explorer.ui.problems import part
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
 
 NATIVE = "native"

@@ -10,9 +10,8 @@ import plotly.graph_objects as go
 from explorer.pages.attention.data import HeadMap
 from explorer.pages.attention.figures import WEIGHT_SCALE, cells_of, frame, log_weight
 from explorer.ui import theme
-from explorer.ui.caption import Scope
 from explorer.ui.heatmap import clickable_heatmap, ground, ticks
-from explorer.ui.text import label
+from explorer.ui.wording import Scope, label
 
 Floats = npt.NDArray[np.float64]
 
