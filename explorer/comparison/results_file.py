@@ -21,6 +21,7 @@ from capture.errors import first_line, quoted
 from capture.store.check import UNREADABLE, limited
 from capture.store.files import is_own_file
 from capture.store.sandbox import LOCKED, attach, tables_in
+from explorer.comparison.values import wrong_values
 from explorer.errors import ComparisonError
 from explorer.run import frame
 
@@ -412,6 +413,7 @@ def open_comparison(path: str | Path) -> Comparison:
                 raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
             there = _expected(*version)
             _check_rows(path, connection, there)
+            _check_values(path, connection, there)
             tables = {n: connection.sql(f"FROM {_table(n)}").to_arrow_table() for n in there}
             return Comparison(path, {n: _completed(n, tables.get(n)) for n in TABLES})
     except ComparisonError:
@@ -446,6 +448,15 @@ def _check_rows(path: Path, connection: duckdb.DuckDBPyConnection, names: Iterab
             f"{path.name} holds {size / 1e6:,.0f} MB of text, and a comparison is read up to "
             f"{MAX_TEXT / 1e6:,.0f} MB. {_MAKE}"
         )
+
+
+def _check_values(path: Path, connection: duckdb.DuckDBPyConnection, names: Iterable[str]) -> None:
+    columns = {
+        name: {column: TABLES[name][column] for column in _columns(connection, name)}
+        for name in names
+    }
+    for wrong in wrong_values(connection, f"{_FILE}.main.", columns):
+        raise ComparisonError(f"{path.name} is no comparison file (it has {wrong}). {_MAKE}")
 
 
 def _columns(connection: duckdb.DuckDBPyConnection, name: str) -> list[str]:

@@ -119,7 +119,7 @@ def _opened(path: str, changed: int) -> Comparison:
 def _show(view: View, comparison: Comparison) -> None:
     info = comparison.info
     table = comparison.table
-    live = with_controls(table[(table["mode"] == "live") & table["layer"].isna()])
+    live = table[(table["mode"] == "live") & table["layer"].isna()]
     if not info["complete"]:
         st.caption("Not all routers that were asked for are in this file yet.")
     st.caption(_provenance(info))
@@ -130,23 +130,30 @@ def _show(view: View, comparison: Comparison) -> None:
             icon=":material/info:",
         )
     else:
-        shown = _filtered(live)
-        _front(shown, info)
-        _table(shown)
-        st.caption(reach(info))
-        router_card(comparison, live)
-        layers_and_domains(comparison, table, set(shown["router"]), info)
-        _learning(comparison)
+        _live(comparison, live)
     two_routers(comparison)
     oracle_section(comparison)
     conditions_section(comparison)
     replay_section(comparison)
 
 
+@part("Routers in the model")
+def _live(comparison: Comparison, results: pd.DataFrame) -> None:
+    """Draw what the model itself said of routers; ``results`` are of all layers."""
+    info, live = comparison.info, with_controls(results)
+    shown = _filtered(live)
+    _front(shown, info)
+    _table(shown)
+    st.caption(reach(info))
+    router_card(comparison, live)
+    layers_and_domains(comparison, comparison.table, set(shown["router"]), info)
+    _learning(comparison)
+
+
 def _provenance(info: dict[str, Any]) -> str:
-    loss = info["native_loss"]
+    loss, model = info["native_loss"], model_name(info["model"] or ABSENT)
     parts = [
-        plain(f"{model_name(info['model'])} in {info['dtype']} on {info['device']}"),
+        plain(f"{model} in {info['dtype']} on {info['device']}"),
         f"fitted on {plain(str(info['fit_source']))}",
         f"reported on {plain(str(info['report_source']))}: "
         f"{info['report_tokens'] or 0:,} tokens of {info['report_sequences'] or 0:,} sequences",
