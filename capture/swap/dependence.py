@@ -10,7 +10,7 @@ from capture.model.inputs import plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
 from capture.swap.routers import site_key, swap
-from capture.swap.rules import Choice, RouteInputs, Rule, choice_of
+from capture.swap.rules import Choice, RouterInputs, Rule, choice_of
 
 # products over another number of rows round differently; a combine weight moves by less
 ROUNDING = 1e-3
@@ -72,7 +72,7 @@ def dependence(model: nn.Module, sites: Sequence[Site], rule: Rule) -> Dependenc
         mixed, _ = _choices(model, sites, site, rule, changed)
         other |= _differ(first[MIDDLE], alone[0]) or _differ(first[MIDDLE], mixed[MIDDLE])
         later |= any(
-            _differ(alone[0, :n], _dense(_answer(rule, known.first(n), site), known.n_experts))
+            _differ(alone[0, :n], _dense(_answer(rule, known, site, n), known.n_experts))
             for n in range(1, ids.shape[1])
         )
     return Dependence(later, other, not unsteady)
@@ -80,11 +80,11 @@ def dependence(model: nn.Module, sites: Sequence[Site], rule: Rule) -> Dependenc
 
 def _choices(
     model: nn.Module, sites: Sequence[Site], site: Site, rule: Rule, ids: torch.Tensor
-) -> tuple[torch.Tensor, RouteInputs]:
+) -> tuple[torch.Tensor, RouterInputs]:
     """Return the weight [B, S, E] of every expert for every token at one site, and its inputs."""
-    seen: list[tuple[torch.Tensor, RouteInputs]] = []
+    seen: list[tuple[torch.Tensor, RouterInputs]] = []
 
-    def keep(inputs: RouteInputs, choice: Choice) -> None:
+    def keep(inputs: RouterInputs, choice: Choice) -> None:
         seen.append((_dense(choice, inputs.n_experts), inputs))
 
     watch = {site_key(s): rule for s in sites if site_key(s) < site_key(site)}
@@ -98,8 +98,9 @@ def _choices(
     return dense.reshape(*ids.shape, -1), inputs
 
 
-def _answer(rule: Rule, inputs: RouteInputs, site: Site) -> Choice:
-    """Ask a rule about a text that ended early; what came before is the same."""
+def _answer(rule: Rule, inputs: RouterInputs, site: Site, n: int) -> Choice:
+    """Ask a rule about a text that ended after ``n`` tokens; what came before is the same."""
+    inputs = inputs.take(slice(n))
     with torch.inference_mode():
         return choice_of(site, rule.route(inputs), inputs, checked=True)
 

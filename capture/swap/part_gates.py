@@ -25,7 +25,7 @@ from capture.swap.routers import Key, SiteCount, site_key
 from capture.swap.rules import (
     OWN_ROUTER,
     Choice,
-    RouteInputs,
+    RouterInputs,
     Rule,
     as_rows,
     gate_of,
@@ -310,7 +310,7 @@ def gate_parts(
         From :func:`capture.model.selftest.attach`, or None to find them now.
     rule : Rule, or mapping of layer to Rule
         Answers with ``part`` ("head", or "layer" for layers and blocks) and ``gate`` [T, P].
-        ``RouteInputs.hidden`` is the input of the layer, the block or the attention.
+        ``RouterInputs.hidden`` is the input of the layer, the block or the attention.
     part : {"layer", "block", "head"}
     only : sequence of int, optional
         Layers to gate. Default: all that have the part.
@@ -417,25 +417,19 @@ class _Gate:
             )
         return tokens
 
-    def _inputs(self, hidden: torch.Tensor, tokens: PassTokens) -> RouteInputs:
+    def _inputs(self, hidden: torch.Tensor, tokens: PassTokens) -> RouterInputs:
         site = next((s for s in self.sites if s.info.layer == self.layer), None)
-        inputs = RouteInputs(
+        inputs = RouterInputs(
             layer=self.layer,
             site=0,
             n_experts=site.info.n_experts if site else 0,
             top_k=site.info.top_k if site else 0,
             score_function=site.info.score_function if site else "other",
-            selection_bias=None,
-            n_groups=None,
-            top_groups=None,
             hidden=as_rows(hidden, tokens.real).float(),
-            logits=None,
             token_ids=tokens.token_ids,
             positions=tokens.positions,
             starts=tokens.starts,
             sequences=tokens.sequences,
-            native=None,
-            previous=None,
             previous_state=self.run.state,
         )
         live = self.run.attention

@@ -20,7 +20,7 @@ from capture.swap.rules import (
     OWN_ROUTER,
     Choice,
     NativeRule,
-    RouteInputs,
+    RouterInputs,
     Rule,
     as_rows,
     choice_of,
@@ -30,7 +30,7 @@ from capture.swap.rules import (
 )
 
 Key = tuple[int, int]  # layer, site
-OnChoice = Callable[[RouteInputs, Choice], None]
+OnChoice = Callable[[RouterInputs, Choice], None]
 
 # choices that wait to be counted hold their memory
 WAITING_ROWS = 65_536
@@ -348,12 +348,12 @@ class _Place:
             self.run.on_choice(inputs, choice)
         return _on_all_rows(choice, tokens), choice
 
-    def _inputs(self, native: Choice | None, tokens: PassTokens) -> RouteInputs:
+    def _inputs(self, native: Choice | None, tokens: PassTokens) -> RouterInputs:
         site, info = self.site, self.site.info
         hidden = self._heard()
         scores, gate = self._scores, self._gate
         device, before, state = hidden.device, self.run.previous, self.run.state
-        inputs = RouteInputs(
+        inputs = RouterInputs(
             layer=info.layer,
             site=info.site,
             n_experts=info.n_experts,

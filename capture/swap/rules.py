@@ -1,7 +1,8 @@
 """What a rule that takes a router's place is told, and what it answers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from capture.errors import SwapError
 from capture.model import attributes as probe
 from capture.model.sites import Site
 from capture.swap.attention import NAMES, AttentionRows
+
+Part = Literal["head", "layer", "expert"]
+Place = tuple[int, int]  # decoder layer, router within it
 
 
 class Choice(NamedTuple):
@@ -27,95 +31,218 @@ class Choice(NamedTuple):
     weights: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class RouteInputs:
-    """What is known where a layer chooses its experts, for the ``T`` real tokens of a pass.
+class Routing(NamedTuple):
+    """A choice with the scores behind it.
 
-    Padding is left out: no rule can be swayed by it. Tokens are in the order of the batch's rows.
+    Attributes
+    ----------
+    scores : Tensor [T, E], float32
+        The router's score of every expert before selection, on the scale of the host model's own
+        scores (probabilities of a softmax, or sigmoids) unless the router says otherwise.
+    expert_ids : Tensor [T, K], int64
+        Chosen experts, heaviest first; -1 fills the slots of tokens with fewer than ``K``, the
+        number of experts of the widest token.
+    weights : Tensor [T, K], float32
+        Combine weights; 0 where ``expert_ids`` is -1. What they sum to is the host model's
+        convention, see ``weighing`` of :class:`explorer.routers.RouterInfo`.
+    state : Tensor [T, P], float32, or None
+        What a recurrent router hands to the next layer.
+    """
+
+    scores: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    state: torch.Tensor | None = None
+
+
+class PartMask(NamedTuple):
+    """Which parts of one layer a token uses.
+
+    Attributes
+    ----------
+    part : {"head", "layer", "expert"}
+        What the columns are: attention heads of the layer, the layer itself (one column), or
+        experts of the site.
+    gate : Tensor [T, P], float32, 0..1
+        0 = not executed; between 0 and 1 the part's output is multiplied.
+    state : Tensor [T, W], float32, or None
+        What a recurrent rule hands to the next layer.
+    """
+
+    part: Part
+    gate: torch.Tensor
+    state: torch.Tensor | None = None
+
+
+Decision = Routing | PartMask
+
+# how each field of RouterInputs gets filled, for the error that says it is missing
+_HOW = {
+    "hidden": "record router inputs: python -m capture MODEL --sample-tokens N",
+    "logits": "record scores: python -m capture MODEL --level scores (or --sample-tokens N)",
+    "native": "record the model's choices: python -m capture MODEL --level ids",
+    "token_ids": "any run file holds them; pass token_ids",
+    "positions": "any run file holds them; pass positions",
+    "starts": "any run file holds positions; pass starts=(positions == 0)",
+    "attention": "record attention: python -m capture MODEL --level attention",
+    "received": "record attention: python -m capture MODEL --level attention",
+    "gate_weight": "run live, or pass the weight of the model's own gate",
+    "previous": "route layers in order and pass the layer before",
+    "previous_state": "route layers in order and pass the state of the layer before",
+}
+
+
+def how_to_get(name: str) -> str:
+    """Return how a field of :class:`RouterInputs` gets filled, to end an error with."""
+    return f"To get {name}, {_HOW.get(name, f'pass {name}')}."
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RouterInputs:
+    """What is known of ``T`` tokens where a layer chooses its experts; None = not known.
+
+    In a running model they are the real tokens of one pass, in the order of the batch's rows:
+    padding is left out, so that no rule can be swayed by it. From a run file they are the tokens
+    that were recorded.
 
     Attributes
     ----------
     layer, site : int
         Decoder layer, and which of its routers.
     n_experts, top_k : int
-        The model's own.
+        Routed experts, and how many the model's own rule takes.
     score_function : str
         What ``logits`` are, as in :class:`capture.store.records.SiteInfo`.
+    renormalize : bool
+        Whether the model's combine weights sum to ``scaling`` for each token.
+    scaling : float
+        Factor on the model's combine weights (``routed_scaling_factor``).
     selection_bias : Tensor [E] or None
         The model's own; added to its scores for the choice only.
     n_groups, top_groups : int or None
         The model chooses within the best ``top_groups`` of ``n_groups`` equal groups.
+    gate_weight, gate_bias : Tensor [E, D], [E] or None
+        The model's own router, where it is one matrix. Read them, never write.
     hidden : Tensor [T, D], float32
         Input of the router; of a layer or block, where the rule gates those.
-    logits : Tensor [T, E] or None, float32
+    logits : Tensor [T, E], float32
         Output of the model's own router; None where it hides them or the rule does not read them.
-    token_ids : Tensor [T] or None, int64
+    native : Choice or Routing
+        What the model's own router chose; a choice alone is in the model's own order of slots.
+    token_ids : Tensor [T], int64
         None where the model was given embeddings.
     positions : Tensor [T], int64
         0 is the first token of a sequence, padding not counted.
     starts : Tensor [T], bool
-        Whether the token is the first of its sequence; none is, while decoding with a cache.
+        Whether the token is the first of its sequence, whose tokens are consecutive rows; none
+        is, while decoding with a cache.
     sequences : Tensor [T], int64
         Row of the batch.
-    native : Choice or None
-        What the model's own router chose, in its own order of slots; None where the rule does
-        not read it.
-    previous : Choice or None
+    previous : Choice or Routing
         What ran at the MoE site before this one; None at the first.
-    previous_state : Tensor [T, P] or None
-        What the rule handed on at the site before.
-    gate_weight, gate_bias : Tensor [E, D], [E] or None
-        The model's own router, where it is one matrix. Read them, never write.
-    attention : Tensor [T, A] or None, float32
-        Statistics of each token's own attention, averaged over heads: of this layer at an MoE
-        site, of the layer before where a layer or its heads are gated. None unless asked for.
+    previous_state : Tensor [T, P]
+        What the rule handed on at the site before; None at the first.
+    attention : Tensor [T, A], float32
+        Statistics of each token's own attention row, averaged over heads, known from the past: of
+        this layer at an MoE site, of the layer before where a layer or its heads are gated.
     attention_names : tuple of str
-        What the columns of ``attention`` are.
-    received : Tensor [T] or None, float32
+        What the columns of ``attention`` are, such as ``"entropy"``.
+    received : Tensor [T], float32
         Attention that the queries of its sequence give to the token, later ones included.
     """
 
     layer: int
-    site: int
     n_experts: int
     top_k: int
     score_function: str
-    selection_bias: torch.Tensor | None
-    n_groups: int | None
-    top_groups: int | None
-    hidden: torch.Tensor
-    logits: torch.Tensor | None
-    token_ids: torch.Tensor | None
-    positions: torch.Tensor
-    starts: torch.Tensor
-    sequences: torch.Tensor
-    native: Choice | None
-    previous: Choice | None
-    previous_state: torch.Tensor | None
+    site: int = 0
+    renormalize: bool = True
+    scaling: float = 1.0
+    selection_bias: torch.Tensor | None = None
+    n_groups: int | None = None
+    top_groups: int | None = None
     gate_weight: torch.Tensor | None = None
     gate_bias: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    native: Choice | Routing | None = None
+    token_ids: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    sequences: torch.Tensor | None = None
+    previous: Choice | Routing | None = None
+    previous_state: torch.Tensor | None = None
     attention: torch.Tensor | None = None
     attention_names: tuple[str, ...] = ()
     received: torch.Tensor | None = None
 
-    def first(self, n: int) -> "RouteInputs":
-        """Return what is known of the first ``n`` tokens, as if the text had ended there.
+    @property
+    def place(self) -> Place:
+        """The layer and site."""
+        return self.layer, self.site
 
-        ``received`` stays as it is: what later queries give is in it.
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens there are."""
+        for name in PER_TOKEN:
+            value = getattr(self, name)
+            if value is not None:
+                return len(value if isinstance(value, torch.Tensor) else value.expert_ids)
+        raise SwapError(f"Layer {self.layer} has no tokens: pass one of {', '.join(PER_TOKEN)}.")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor that must be there.
+
+        Raises
+        ------
+        SwapError
+            If it is None.
         """
-        cut: dict[str, Any] = {}
-        for name in _PER_TOKEN:
+        value = getattr(self, name)
+        if not isinstance(value, torch.Tensor):
+            raise SwapError(f"Layer {self.layer} has no {name}. {how_to_get(name)}")
+        return value
+
+    def decision(self) -> Routing:
+        """Return the model's own decision with its scores, which must be there."""
+        if not isinstance(self.native, Routing):
+            raise SwapError(f"Layer {self.layer} has no native decision. {how_to_get('native')}")
+        return self.native
+
+    def statistic(self, name: str) -> torch.Tensor:
+        """Return one statistic of each token's own attention row, [T]."""
+        if name not in self.attention_names:
+            raise SwapError(
+                f"Layer {self.layer} has no attention statistic {name!r}; there are: "
+                f"{', '.join(self.attention_names) or 'none'}. {how_to_get('attention')}"
+            )
+        return self.tensor("attention")[:, self.attention_names.index(name)]
+
+    def take(self, rows: torch.Tensor | slice) -> "RouterInputs":
+        """Return the inputs of some tokens, by row numbers [N], a mask [T] or a slice.
+
+        ``starts`` is taken as it is: rows must keep a sequence whole or be read one by one. So is
+        ``received``: what later queries give is in it.
+        """
+        return self.per_token(lambda tensor: tensor[rows])
+
+    def per_token(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RouterInputs":
+        """Return the inputs with every tensor that has a row for each token changed."""
+        changed: dict[str, Any] = {}
+        for name in PER_TOKEN:
             value = getattr(self, name)
             if isinstance(value, torch.Tensor):
-                cut[name] = value[:n]
+                changed[name] = change(value)
             elif value is not None:
-                cut[name] = Choice(value.expert_ids[:n], value.weights[:n])
-        return replace(self, **cut)
+                parts = (None if part is None else change(part) for part in value)
+                changed[name] = type(value)(*parts)
+        return replace(self, **changed)
 
 
-_PER_TOKEN = (
-    *("hidden", "logits", "token_ids", "positions", "starts", "sequences", "native", "previous"),
-    *("previous_state", "attention", "received"),
+# fields with a row for each token
+PER_TOKEN = (
+    *("hidden", "logits", "native", "token_ids", "positions", "starts", "sequences"),
+    *("previous_state", "previous", "attention", "received"),
 )
 
 
@@ -126,16 +253,15 @@ OWN_ROUTER = frozenset({"logits", "native"})
 class Rule(Protocol):
     """Anything that chooses experts, or gates parts, for the tokens of one layer.
 
-    ``route`` answers with ``expert_ids`` [T, K] and ``weights`` [T, K] (and ``state`` [T, P],
-    handed on to the next site), or with ``part`` and ``gate`` [T, P], where 0 = not executed.
-    ``K`` may differ from the model's.
+    ``route`` answers with a :class:`Choice` or :class:`Routing`, or with a :class:`PartMask`, or
+    with anything that has these fields. ``K`` may differ from the model's.
 
     A rule that does not read all of ``OWN_ROUTER`` says so in an attribute ``reads``, a frozenset
     of what it reads: the model's own router is not computed further than that, and ``logits`` or
     ``native`` may be None then. See :func:`reads_of`.
     """
 
-    def route(self, inputs: RouteInputs, /) -> Any:
+    def route(self, inputs: RouterInputs, /) -> Any:
         """Route the tokens of one layer in one forward pass; ``inputs`` must not be changed."""
         ...
 
@@ -149,7 +275,7 @@ def reads_of(rule: object) -> frozenset[str]:
 class NativeRule:
     """The model's own choice, unchanged: the baseline every other rule is paired with."""
 
-    def route(self, inputs: RouteInputs, /) -> Choice:
+    def route(self, inputs: RouterInputs, /) -> Choice | Routing:
         """Return what the model's own router chose."""
         if inputs.native is None:
             raise SwapError(
@@ -158,7 +284,7 @@ class NativeRule:
         return inputs.native
 
 
-def choice_of(site: Site, answer: Any, inputs: RouteInputs, *, checked: bool) -> Choice:
+def choice_of(site: Site, answer: Any, inputs: RouterInputs, *, checked: bool) -> Choice:
     """Bring a rule's answer into the form of a choice; a gate is applied to the model's own.
 
     Parameters
@@ -166,7 +292,7 @@ def choice_of(site: Site, answer: Any, inputs: RouteInputs, *, checked: bool) ->
     site : Site
     answer : object
         What ``Rule.route`` gave.
-    inputs : RouteInputs
+    inputs : RouterInputs
         What it was given.
     checked : bool
         Whether to look at the values too, which waits for the device.
@@ -180,7 +306,7 @@ def choice_of(site: Site, answer: Any, inputs: RouteInputs, *, checked: bool) ->
         return _gated(site, answer, inputs)
     ids: Any = getattr(answer, "expert_ids", None)
     weights: Any = getattr(answer, "weights", None)
-    n_tokens = len(inputs.hidden)
+    n_tokens = inputs.n_tokens
     problem = None
     if not isinstance(ids, torch.Tensor) or not isinstance(weights, torch.Tensor):
         problem = f"expert_ids and weights, got {type(answer).__name__}"
@@ -223,16 +349,16 @@ def gate_of(answer: Any, *, part: str, place: str, shape: tuple[int, int]) -> to
     return gate
 
 
-def _gated(site: Site, answer: Any, inputs: RouteInputs) -> Choice:
+def _gated(site: Site, answer: Any, inputs: RouterInputs) -> Choice:
     """Scale the model's own weights by a gate over experts; an expert gated to 0 does not run."""
-    shape = (len(inputs.hidden), site.info.n_experts)
+    shape = (inputs.n_tokens, site.info.n_experts)
     gate = gate_of(answer, part="expert", place=site.info.module, shape=shape)
     if inputs.native is None:
         raise SwapError(
             f"{site.info.module}: a gate over experts needs the model's own choice. Put 'native' "
             "into the rule's `reads`."
         )
-    ids, weights = inputs.native
+    ids, weights = inputs.native.expert_ids, inputs.native.weights
     share = gate.gather(-1, ids.clamp_min(0)).masked_fill(ids < 0, 0.0)
     return Choice(ids.masked_fill(share == 0, -1), weights * share.to(weights.dtype))
 
@@ -255,7 +381,7 @@ def _wrong_values(ids: torch.Tensor, weights: torch.Tensor, n_experts: int) -> s
     return None
 
 
-def with_attention(inputs: RouteInputs, rows: AttentionRows | None) -> RouteInputs:
+def with_attention(inputs: RouterInputs, rows: AttentionRows | None) -> RouterInputs:
     """Return the inputs with a layer's attention, where there is one."""
     if rows is None:
         return inputs

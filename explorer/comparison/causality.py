@@ -13,10 +13,10 @@ from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
 from capture.swap.dependence import MIDDLE, ROUNDING, dependence
 from capture.swap.part_gates import gate_parts
-from capture.swap.rules import RouteInputs, Rule
+from capture.swap.rules import RouterInputs, Rule
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import Spy
-from explorer.routers import Router, RouterInputs, route_layers
+from explorer.routers import Router, route_layers
 from explorer.routers.live import LiveRule
 from explorer.routers.probe import dense
 
@@ -48,7 +48,7 @@ class BySite:
     def __init__(self, rules: Mapping[Key, Rule]) -> None:
         self.rules = rules
 
-    def route(self, inputs: RouteInputs, /) -> Any:
+    def route(self, inputs: RouterInputs, /) -> Any:
         """Answer as the site's rule does."""
         return self.rules[inputs.layer, inputs.site].route(inputs)
 
@@ -88,10 +88,10 @@ def _gates_depend(
     layers = sorted(layer for layer, _ in fitted.routers)
     later = other = False
     for layer in layers[:: max(1, -(-len(layers) // MAX_LAYERS))]:
-        asked: list[RouteInputs] = []
+        asked: list[RouterInputs] = []
 
         def gates(
-            tokens: torch.Tensor, layer: int = layer, asked: list[RouteInputs] = asked
+            tokens: torch.Tensor, layer: int = layer, asked: list[RouterInputs] = asked
         ) -> torch.Tensor:
             spy = Spy(_Remembered(LiveRule(fitted.routers[layer, 0]), asked))
             rule = gate_parts(model, sites, {layer: spy}, part=part, attention=fitted.attention)
@@ -106,7 +106,7 @@ def _gates_depend(
         rule = LiveRule(fitted.routers[layer, 0])
         for n in range(1, len(alone)):
             with torch.inference_mode():
-                shorter: torch.Tensor = rule.route(asked[-1].first(n)).gate  # type: ignore[union-attr]
+                shorter: torch.Tensor = rule.route(asked[-1].take(slice(n))).gate  # type: ignore[union-attr]
             later |= _differ(alone[:n], shorter.float().cpu().reshape(n, -1))
     return later, other
 
@@ -114,11 +114,11 @@ def _gates_depend(
 class _Remembered:
     """A rule that keeps what it was asked."""
 
-    def __init__(self, rule: Rule, asked: list[RouteInputs]) -> None:
+    def __init__(self, rule: Rule, asked: list[RouterInputs]) -> None:
         self.rule = rule
         self.asked = asked
 
-    def route(self, inputs: RouteInputs, /) -> Any:
+    def route(self, inputs: RouterInputs, /) -> Any:
         """Answer as the rule does."""
         self.asked.append(inputs)
         return self.rule.route(inputs)

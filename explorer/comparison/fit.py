@@ -6,7 +6,6 @@ So does how much heads, blocks and layers add to a token, which rules about them
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,23 +17,19 @@ from capture.model.sites import Site
 from capture.swap.measure import token_losses
 from capture.swap.part_gates import gate_parts, output_layers, part_modules
 from capture.swap.routers import swap
-from capture.swap.rules import Choice, NativeRule, RouteInputs, as_rows
+from capture.swap.rules import (
+    Choice,
+    Decision,
+    NativeRule,
+    PartMask,
+    RouterInputs,
+    as_rows,
+)
 from explorer.comparison.router_names import RouterSpec, make_router
 from explorer.comparison.text_split import Texts
 from explorer.errors import RouterError
-from explorer.routers import (
-    Decision,
-    PartMask,
-    PartRouter,
-    Router,
-    RouterInputs,
-    Routing,
-    TrainedRouter,
-    TrainingSession,
-    fit_layers,
-)
-from explorer.routers.live import Convention, convention_of, from_live
-from explorer.routers.scores import host_scores
+from explorer.routers import PartRouter, Router, TrainedRouter, TrainingSession, fit_layers
+from explorer.routers.live import Convention, joined
 
 Key = tuple[int, int]  # layer, site
 
@@ -53,9 +48,9 @@ class _Open:
         self.columns = columns
         self.seen: list[RouterInputs] = []
 
-    def route(self, inputs: RouteInputs, /) -> PartMask:
-        self.seen.append(from_live(inputs))
-        ones = torch.ones(len(inputs.hidden), self.columns, device=inputs.hidden.device)
+    def route(self, inputs: RouterInputs, /) -> PartMask:
+        self.seen.append(inputs)
+        ones = inputs.tensor("hidden").new_ones(inputs.n_tokens, self.columns)
         return PartMask(self.part, ones)
 
 
@@ -87,12 +82,7 @@ def measured_parts(
     for layer, rule in rules.items():
         # passes before the first text belong to the tests that gates make of the model
         n_passes = len(rule.seen)
-        whole: dict[str, Any] = {
-            name: torch.cat([getattr(one, name) for one in rule.seen])
-            for name in ("hidden", "token_ids", "positions", "starts", *ATTENTION)
-            if getattr(rule.seen[0], name) is not None
-        }
-        inputs[layer, 0] = replace(rule.seen[0], **whole)
+        inputs[layer, 0] = joined(rule.seen)
         targets[layer, 0] = PartMask(rule.part, torch.cat(measured[layer][-n_passes:]))
     return inputs, targets
 
@@ -323,9 +313,9 @@ class FitData:
     def inputs(self, attention: bool = False) -> dict[Key, RouterInputs]:
         """Return what every router of the model saw and chose on the fit split."""
         if attention not in self._inputs:
-            seen: dict[Key, list[RouteInputs]] = {place: [] for place in self.places}
+            seen: dict[Key, list[RouterInputs]] = {place: [] for place in self.places}
 
-            def keep(inputs: RouteInputs, _: Choice) -> None:
+            def keep(inputs: RouterInputs, _: Choice) -> None:
                 seen[inputs.layer, inputs.site].append(inputs)
 
             token_losses(
@@ -356,35 +346,3 @@ class FitData:
                 self.model, self.sites, self.texts, part, attention=attention
             )
         return self._parts[asked]
-
-
-def joined(parts: Sequence[RouteInputs]) -> RouterInputs:
-    """Return the passes of one router as one set of inputs, with the model's convention."""
-    scored = all(part.logits is not None and part.native is not None for part in parts)
-    convention = Convention(True, 1.0)
-    if scored and parts[0].score_function != "other":
-        bare = from_live(parts[0], convention)
-        scores = torch.cat([host_scores(part.logits, bare) for part in parts])  # type: ignore[arg-type]
-        chosen = [part.native for part in parts if part.native is not None]
-        ids, weights = (_stacked(tensors) for tensors in zip(*chosen, strict=True))
-        convention = convention_of(scores, ids, weights)
-    each = [from_live(part, convention) for part in parts]
-    whole: dict[str, Any] = {}
-    for field in fields(RouterInputs):
-        values = [getattr(one, field.name) for one in each]
-        if isinstance(values[0], Routing):
-            whole[field.name] = Routing(*(_stacked(v) for v in zip(*(r[:3] for r in values))))  # noqa: B905
-        elif isinstance(values[0], torch.Tensor) and len(values[0]) == len(parts[0].hidden):
-            whole[field.name] = torch.cat(values)
-    for name in ("gate_weight", "gate_bias", "selection_bias", "previous_state"):
-        whole.pop(name, None)
-    return replace(each[0], **whole)
-
-
-def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors [T, K] of maybe different K below each other, empty slots -1 or 0."""
-    widest = max(tensor.shape[-1] for tensor in tensors)
-    filler = 0 if tensors[0].is_floating_point() else -1
-    return torch.cat(
-        [nn.functional.pad(t, (0, widest - t.shape[-1]), value=filler) for t in tensors]
-    )

@@ -20,7 +20,7 @@ from capture.swap.losses import SequenceLosses
 from capture.swap.measure import Kept, Latency, latency, summed, token_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import SiteCount, swap
-from capture.swap.rules import Choice, NativeRule, RouteInputs, Rule, reads_of
+from capture.swap.rules import Choice, NativeRule, RouterInputs, Rule, reads_of
 from explorer.comparison.cost import Cost, Usage, cost_of
 from explorer.comparison.fit import FitData, Fitted, LivePart
 from explorer.comparison.text_split import Split, Texts, shared_texts
@@ -135,10 +135,10 @@ class Watcher:
         self.spies[key] = Spy(rule, spanning=self._spanning)
         return self.spies[key]
 
-    def on_choice(self, inputs: RouteInputs, choice: Choice) -> None:
+    def on_choice(self, inputs: RouterInputs, choice: Choice) -> None:
         """Count what one site chose."""
         key = (inputs.layer, inputs.site)
-        found = _sorted(choice, self._batch[inputs.sequences.cpu().numpy()], inputs)
+        found = _sorted(choice, self._batch[inputs.tensor("sequences").cpu().numpy()], inputs)
         number = self._passes.get(key, 0)
         self._passes[key] = number + 1
         sums = self.sums.setdefault(key, self._empty())
@@ -225,7 +225,7 @@ class Spy:
         """What the rule reads of the model's own router."""
         return reads_of(self.rule)
 
-    def route(self, inputs: RouteInputs, /) -> Any:
+    def route(self, inputs: RouterInputs, /) -> Any:
         """Answer as the rule does."""
         answer = self.rule.route(inputs)
         scores = getattr(answer, "scores", None)
@@ -261,7 +261,7 @@ def entropy_of_shares(shares: torch.Tensor) -> torch.Tensor:
     return entropy
 
 
-def _sorted(choice: Choice, sequences: npt.NDArray[np.int64], inputs: RouteInputs) -> Chosen:
+def _sorted(choice: Choice, sequences: npt.NDArray[np.int64], inputs: RouterInputs) -> Chosen:
     """Return a choice heaviest expert first, empty slots last."""
     ids = choice.expert_ids
     weights = choice.weights.detach().float()
@@ -270,7 +270,7 @@ def _sorted(choice: Choice, sequences: npt.NDArray[np.int64], inputs: RouteInput
         ids.gather(-1, order).to(torch.int16).cpu().numpy(),
         weights.gather(-1, order).cpu().numpy(),
         sequences,
-        inputs.positions.cpu().numpy(),
+        inputs.tensor("positions").cpu().numpy(),
     )
 
 

@@ -31,10 +31,10 @@ from explorer.routers import (
     ROUTERS,
     Decision,
     PartRouter,
+    Place,
     Router,
     RouterInputs,
     Routing,
-    Site,
     fit_layers,
     route_layers,
 )
@@ -116,9 +116,9 @@ class RecordedSplit(NamedTuple):
         ``token_id, prompt_id, position, domain`` of the held-out tokens; domain ``""`` = none.
     """
 
-    fit: dict[Site, RouterInputs]
-    held_out: dict[Site, RouterInputs]
-    tokens: dict[Site, pd.DataFrame]
+    fit: dict[Place, RouterInputs]
+    held_out: dict[Place, RouterInputs]
+    tokens: dict[Place, pd.DataFrame]
 
 
 class Replayed(NamedTuple):
@@ -135,7 +135,7 @@ class Replayed(NamedTuple):
 
     rows: list[dict[str, Any]]
     domains: list[dict[str, Any]]
-    decisions: dict[Site, Decision]
+    decisions: dict[Place, Decision]
 
 
 def recorded_split(
@@ -170,7 +170,7 @@ def recorded_split(
 def replay_router(label: str, router: Router, split: RecordedSplit) -> Replayed:
     """Fit one router and route the held-out inputs by it."""
     _check_experts(label, router)
-    fitted: Mapping[Site, Router] = dict.fromkeys(split.held_out, router)
+    fitted: Mapping[Place, Router] = dict.fromkeys(split.held_out, router)
     if router.info.fits is not None:
         if split.fit.keys() != split.held_out.keys():
             raise RouterError(
@@ -296,7 +296,7 @@ def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def token_rows(
     label: str,
     split: "RecordedSplit",
-    decisions: Mapping[Site, Decision],
+    decisions: Mapping[Place, Decision],
     measures: Sequence[str] = MEASURES,
 ) -> pd.DataFrame:
     """Return how a router's choice of every held-out token agrees with the model's own.
@@ -345,7 +345,7 @@ def _agreed(
 
 
 def domain_rows(
-    label: str, split: "RecordedSplit", decisions: Mapping[Site, Decision]
+    label: str, split: "RecordedSplit", decisions: Mapping[Place, Decision]
 ) -> list[dict[str, Any]]:
     """Return agreement and experts a token in each domain, means over sites."""
     parts = []
@@ -363,7 +363,7 @@ def domain_rows(
 def choice_rows(
     unit: Mapping[str, Any],
     split: "RecordedSplit",
-    decisions: Mapping[Site, Decision],
+    decisions: Mapping[Place, Decision],
     text_ids: Mapping[int, int],
 ) -> list[dict[str, Any]]:
     """Return what a router chose for the recorded tokens of some texts.

@@ -31,6 +31,7 @@ learning    how routers learn: by imitation, or on the model's own loss; and gat
 Importing this package imports torch; ``import explorer`` does not import this package.
 """
 
+from capture.swap.rules import Decision, PartMask, Place, RouterInputs, Routing
 from explorer.routers import (
     assignment,
     attention,
@@ -52,15 +53,10 @@ from explorer.routers.contract import (
     FAMILIES,
     ROUTERS,
     AcrossLayers,
-    Decision,
-    PartMask,
     PartRouter,
     Router,
     RouterInfo,
-    RouterInputs,
-    Routing,
     RoutingRouter,
-    Site,
     fit_layers,
     route_layers,
 )
@@ -76,13 +72,13 @@ __all__ = [
     "Decision",
     "PartMask",
     "PartRouter",
+    "Place",
     "Router",
     "RouterInfo",
     "RouterInputs",
     "Routing",
     "RoutingRouter",
     "Selector",
-    "Site",
     "Threshold",
     "TopK",
     "TopP",

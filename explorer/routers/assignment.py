@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.metrics.load import expert_capacity
-from explorer.routers.contract import ROUTERS, RouterInfo, RouterInputs, Routing
+from explorer.routers.contract import ROUTERS, RouterInfo
 from explorer.routers.native import GateRouter, TopKRouter, host_choice
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import top_ids

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from explorer.routers.contract import ROUTERS, RouterInfo, RouterInputs, Routing, RoutingRouter
+from capture.swap.rules import RouterInputs, Routing
+from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
 from explorer.routers.learning.imitation import DISTILLED, Student
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, weigh

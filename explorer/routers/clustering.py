@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.routers.clusters import (
     SPANNING,
@@ -14,14 +15,7 @@ from explorer.routers.clusters import (
     Level,
     points_of,
 )
-from explorer.routers.contract import (
-    ROUTERS,
-    Decision,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-)
+from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
 from explorer.routers.native import choice_scores, choose, host_choice
 from explorer.routers.scores import (
     slots,

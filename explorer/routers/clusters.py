@@ -8,15 +8,9 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    ROUTERS,
-    Decision,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-)
+from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, target_scores, weigh
 from explorer.routers.sequences import prefix_mean

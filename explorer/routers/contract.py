@@ -6,218 +6,23 @@ Fitting one in every layer, each its own or one for all, is part of the contract
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Self, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, cast
 
 import torch
 
+from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs, Routing, how_to_get
 from explorer.errors import RouterError
 from explorer.registry import Registry
 
 Family = Literal["attention", "clustering", "gating", "rl", "literature", "control"]
 Fits = Literal["statistics", "distilled", "trained"]
-Part = Literal["head", "layer", "expert"]
 Weighing = Literal["host", "at_most", "own"]
-Site = tuple[int, int]  # decoder layer, router within it
 
 # stands in ``RouterInfo.identity`` for the number of experts that the model takes
 MODEL_K = "the model's k"
 
 FAMILIES: tuple[Family, ...] = ("attention", "clustering", "gating", "rl", "literature", "control")
-
-# how each field of RouterInputs gets filled, for the error that says it is missing
-_HOW = {
-    "hidden": "record router inputs: python -m capture MODEL --sample-tokens N",
-    "logits": "record scores: python -m capture MODEL --level scores (or --sample-tokens N)",
-    "native": "record the model's choices: python -m capture MODEL --level ids",
-    "token_ids": "any run file holds them; pass token_ids",
-    "positions": "any run file holds them; pass positions",
-    "starts": "any run file holds positions; pass starts=(positions == 0)",
-    "attention": "record attention: python -m capture MODEL --level attention",
-    "received": "record attention: python -m capture MODEL --level attention",
-    "gate_weight": "run live, or pass the weight of the model's own gate",
-    "previous": "route layers in order and pass the layer before",
-    "previous_state": "route layers in order and pass the state of the layer before",
-}
-
-
-class Routing(NamedTuple):
-    """One router's decision for ``T`` tokens.
-
-    Attributes
-    ----------
-    scores : Tensor [T, E], float32
-        The router's score of every expert before selection, on the scale of the host model's own
-        scores (probabilities of a softmax, or sigmoids) unless the router says otherwise.
-    expert_ids : Tensor [T, K], int64
-        Chosen experts, heaviest first; -1 fills the slots of tokens with fewer than ``K``, the
-        number of experts of the widest token.
-    weights : Tensor [T, K], float32
-        Combine weights; 0 where ``expert_ids`` is -1. What they sum to is the host model's
-        convention, see ``weighing`` of :class:`RouterInfo`.
-    state : Tensor [T, P], float32, or None
-        What a recurrent router hands to the next layer.
-    """
-
-    scores: torch.Tensor
-    expert_ids: torch.Tensor
-    weights: torch.Tensor
-    state: torch.Tensor | None = None
-
-
-class PartMask(NamedTuple):
-    """Which parts of one layer a token uses.
-
-    Attributes
-    ----------
-    part : {"head", "layer", "expert"}
-        What the columns are: attention heads of the layer, the layer itself (one column), or
-        experts of the site.
-    gate : Tensor [T, P], float32, 0..1
-        0 = not executed; between 0 and 1 the part's output is multiplied.
-    state : Tensor [T, W], float32, or None
-        What a recurrent rule hands to the next layer.
-    """
-
-    part: Part
-    gate: torch.Tensor
-    state: torch.Tensor | None = None
-
-
-Decision = Routing | PartMask
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RouterInputs:
-    """What is known of ``T`` tokens at one router; every tensor is present or None.
-
-    Attributes
-    ----------
-    layer, site : int
-        Where the router sits.
-    n_experts, top_k : int
-        Routed experts, and how many the model's own rule takes.
-    score_function : str
-        What the model makes of its logits, see :class:`capture.store.SiteInfo`.
-    renormalize : bool
-        Whether the model's combine weights sum to ``scaling`` for each token.
-    scaling : float
-        Factor on the model's combine weights (``routed_scaling_factor``).
-    selection_bias : Tensor [E] or None
-        Added to the model's scores for the choice only.
-    n_groups, top_groups : int or None
-        The model chooses within the ``top_groups`` best of ``n_groups`` groups.
-    gate_weight, gate_bias : Tensor [E, D], [E] or None
-        The model's own linear gate.
-    hidden : Tensor [T, D], float32
-        Router input.
-    logits : Tensor [T, E], float32
-        Router output as recorded; ``score_function`` says what it is.
-    native : Routing or None
-        The model's own decision.
-    token_ids, positions : Tensor [T], int64
-        Token id, and position in its sequence from 0.
-    starts : Tensor [T], bool
-        True at the first token of each sequence; a sequence's tokens are consecutive rows.
-    previous_state : Tensor [T, P] or None
-        ``Routing.state`` of the layer before; None in the first layer.
-    previous : Routing or None
-        The decision of the layer before.
-    attention : Tensor [T, A] or None
-        Statistics of each token's own attention row, averaged over heads; known from the past.
-    attention_names : tuple of str
-        What the columns of ``attention`` are, such as ``"entropy"``.
-    received : Tensor [T] or None
-        Attention that the sequence's queries give to the token; later tokens take part in it.
-    """
-
-    layer: int
-    n_experts: int
-    top_k: int
-    score_function: str
-    site: int = 0
-    renormalize: bool = True
-    scaling: float = 1.0
-    selection_bias: torch.Tensor | None = None
-    n_groups: int | None = None
-    top_groups: int | None = None
-    gate_weight: torch.Tensor | None = None
-    gate_bias: torch.Tensor | None = None
-    hidden: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    native: Routing | None = None
-    token_ids: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
-    previous_state: torch.Tensor | None = None
-    previous: Routing | None = None
-    attention: torch.Tensor | None = None
-    attention_names: tuple[str, ...] = ()
-    received: torch.Tensor | None = None
-
-    @property
-    def place(self) -> Site:
-        """The layer and site."""
-        return self.layer, self.site
-
-    @property
-    def n_tokens(self) -> int:
-        """How many tokens there are."""
-        for name in _PER_TOKEN:
-            value = getattr(self, name)
-            if value is not None:
-                return len(value if isinstance(value, torch.Tensor) else value.expert_ids)
-        raise RouterError(f"Layer {self.layer} has no tokens: pass one of {', '.join(_PER_TOKEN)}.")
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor that must be there.
-
-        Raises
-        ------
-        RouterError
-            If it is None.
-        """
-        value = getattr(self, name)
-        if not isinstance(value, torch.Tensor):
-            raise RouterError(f"Layer {self.layer} has no {name}. To get it, {_HOW[name]}.")
-        return value
-
-    def decision(self) -> Routing:
-        """Return the model's own decision, which must be there."""
-        if self.native is None:
-            raise RouterError(f"Layer {self.layer} has no native decision; {_HOW['native']}.")
-        return self.native
-
-    def statistic(self, name: str) -> torch.Tensor:
-        """Return one statistic of each token's own attention row, [T]."""
-        if name not in self.attention_names:
-            raise RouterError(
-                f"Layer {self.layer} has no attention statistic {name!r}; there are: "
-                f"{', '.join(self.attention_names) or 'none'}. To get it, {_HOW['attention']}."
-            )
-        return self.tensor("attention")[:, self.attention_names.index(name)]
-
-    def take(self, rows: torch.Tensor) -> "RouterInputs":
-        """Return the inputs of some tokens, by row numbers [N] or a mask [T].
-
-        ``starts`` is taken as it is: rows must keep a sequence whole or be read one by one.
-        """
-        picked: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in _PER_TOKEN:
-            value = picked[name]
-            if isinstance(value, torch.Tensor):
-                picked[name] = value[rows]
-            elif value is not None:
-                state = None if value.state is None else value.state[rows]
-                chosen = (value.scores[rows], value.expert_ids[rows], value.weights[rows])
-                picked[name] = Routing(*chosen, state)
-        return RouterInputs(**picked)
-
-
-_PER_TOKEN = (
-    *("hidden", "logits", "native", "token_ids", "positions", "starts"),
-    *("previous_state", "previous", "attention", "received"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +184,7 @@ class Router(ABC):
             raise RouterError(
                 f"Router {self.info.name!r} needs {', '.join(sorted(self.info.needs))}; layer "
                 f"{inputs.layer} has no {' and no '.join(missing)}. "
-                f"To get {missing[0]}, {_HOW.get(missing[0], f'pass {missing[0]}')}."
+                f"{how_to_get(missing[0])}"
             )
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:  # noqa: B027
@@ -444,16 +249,16 @@ class AcrossLayers(Router):
 
     @abstractmethod
     def fit_across(
-        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+        self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
     ) -> None:
         """Learn from the same tokens in several layers, in the model's order of layers."""
 
 
 def fit_layers(
     router: Router,
-    inputs: Mapping[Site, RouterInputs],
-    targets: Mapping[Site, Decision] | None = None,
-) -> dict[Site, Router]:
+    inputs: Mapping[Place, RouterInputs],
+    targets: Mapping[Place, Decision] | None = None,
+) -> dict[Place, Router]:
     """Fit one copy of a router per layer, or one router for all layers where it says so.
 
     Parameters
@@ -469,7 +274,7 @@ def fit_layers(
     -------
     dict of (layer, site) to Router
     """
-    wanted: Mapping[Site, Decision] = targets or {}
+    wanted: Mapping[Place, Decision] = targets or {}
     if router.info.fits == "trained" and router.fitted:
         return dict.fromkeys(inputs, deepcopy(router))
     if isinstance(router, AcrossLayers):
@@ -483,8 +288,8 @@ def fit_layers(
 
 
 def route_layers(
-    routers: Mapping[Site, Router], inputs: Mapping[Site, RouterInputs]
-) -> dict[Site, Decision]:
+    routers: Mapping[Place, Router], inputs: Mapping[Place, RouterInputs]
+) -> dict[Place, Decision]:
     """Route the same tokens in every layer, in order, each layer knowing the one before.
 
     Parameters
@@ -494,7 +299,7 @@ def route_layers(
         From the second layer on, ``previous`` and ``previous_state`` are replaced by what the
         layer before decided here.
     """
-    decisions: dict[Site, Decision] = {}
+    decisions: dict[Place, Decision] = {}
     before: Decision | None = None
     for place in sorted(inputs):
         here = inputs[place]

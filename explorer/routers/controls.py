@@ -8,19 +8,9 @@ import torch
 
 from capture.swap.measure import summed, token_losses
 from capture.swap.part_gates import gate_parts, part_modules
-from capture.swap.rules import RouteInputs
+from capture.swap.rules import Decision, Part, PartMask, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    ROUTERS,
-    Decision,
-    Part,
-    PartMask,
-    PartRouter,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-)
+from explorer.routers.contract import ROUTERS, PartRouter, RouterInfo, RoutingRouter
 from explorer.routers.heads_and_layers import check_keep
 from explorer.routers.learning.exploration import Passes
 from explorer.routers.learning.training import CURVE_POINTS, TrainedRouter, TrainingSession
@@ -478,7 +468,7 @@ class _Closed:
     def __init__(self, layers: frozenset[int]) -> None:
         self.layers = layers
 
-    def route(self, inputs: RouteInputs, /) -> PartMask:
+    def route(self, inputs: RouterInputs, /) -> PartMask:
         """Return a gate of 0 or 1 for all tokens of a layer."""
         gate = float(inputs.layer not in self.layers)
-        return PartMask("layer", torch.full((len(inputs.hidden), 1), gate))
+        return PartMask("layer", torch.full((inputs.n_tokens, 1), gate))

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, Decision, RouterInfo, RouterInputs, Routing
+from explorer.routers.contract import ROUTERS, RouterInfo
 from explorer.routers.native import (
     GateRouter,
     choice_scores,

@@ -7,17 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from capture.swap.rules import Decision, Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    ROUTERS,
-    AcrossLayers,
-    Decision,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-    Site,
-)
+from explorer.routers.contract import ROUTERS, AcrossLayers, RouterInfo, RoutingRouter
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     DISTILLED,
@@ -174,12 +166,12 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
         self.seed = seed
 
     def fit_across(
-        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+        self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
     ) -> None:
         """Learn from the same tokens in several layers."""
         places = sorted(inputs)
-        self.own_: dict[Site, nn.Module] = {}
-        self.ahead_: dict[Site, nn.Module] = {}
+        self.own_: dict[Place, nn.Module] = {}
+        self.ahead_: dict[Place, nn.Module] = {}
         self.losses_: list[float] = []
         for at, place in enumerate(places):
             layer = inputs[place]
@@ -255,7 +247,7 @@ class NextGateRouter(AcrossLayers, RoutingRouter):
     )
 
     def fit_across(
-        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+        self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
     ) -> None:
         """Learn nothing: the gates are the model's."""
 

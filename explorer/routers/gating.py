@@ -6,16 +6,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from capture.swap.rules import Decision, Part, PartMask, RouterInputs
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    ROUTERS,
-    Decision,
-    Part,
-    PartMask,
-    PartRouter,
-    RouterInfo,
-    RouterInputs,
-)
+from explorer.routers.contract import ROUTERS, PartRouter, RouterInfo
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
 from explorer.routers.scores import target_importance

@@ -4,14 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from explorer.routers.contract import (
-    ROUTERS,
-    Decision,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-)
+from capture.swap.rules import Decision, RouterInputs, Routing
+from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, target_scores, weigh
 from explorer.routers.selectors import top_ids

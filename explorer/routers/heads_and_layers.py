@@ -7,19 +7,10 @@ from math import ceil
 import torch
 from torch import nn
 
+from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs
 from explorer.errors import RouterError
 from explorer.routers.attention import KeyAttention
-from explorer.routers.contract import (
-    ROUTERS,
-    AcrossLayers,
-    Decision,
-    Part,
-    PartMask,
-    PartRouter,
-    RouterInfo,
-    RouterInputs,
-    Site,
-)
+from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter, RouterInfo
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     LEARNING_RATE,
@@ -207,7 +198,7 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
         self.seed = seed
 
     def fit_across(
-        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+        self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
     ) -> None:
         """Learn one query and all keys from the same tokens in several layers."""
         places = sorted(inputs)

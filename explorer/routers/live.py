@@ -1,14 +1,22 @@
-"""Put a router into a running model: from what ``capture.swap`` knows to what routers are told."""
+"""Put a router into a running model: what it is told beside what ``capture.swap`` knows."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from capture.swap.rules import OWN_ROUTER, Choice, RouteInputs
+from capture.swap.rules import (
+    OWN_ROUTER,
+    PER_TOKEN,
+    Choice,
+    Decision,
+    RouterInputs,
+    Routing,
+)
 from explorer.errors import RouterError
-from explorer.routers.contract import Decision, Router, RouterInputs, Routing
+from explorer.routers.contract import Router
 from explorer.routers.native import host_best
 from explorer.routers.scores import host_scores
 
@@ -83,49 +91,24 @@ def _spread(values: torch.Tensor) -> float:
     return float((values - middle).abs().max() / middle.abs().clamp_min(1e-20))
 
 
-def from_live(inputs: RouteInputs, convention: Convention | None = None) -> RouterInputs:
-    """Return what a swap knows of a layer's tokens, as routers are told it.
+def completed(inputs: RouterInputs, convention: Convention | None = None) -> RouterInputs:
+    """Return what a swap knows of a layer's tokens, with how the model scores and weighs.
 
     Parameters
     ----------
-    inputs : RouteInputs
+    inputs : RouterInputs
+        With the model's own choice alone; without logits it has no scores, and is left out.
     convention : Convention, optional
         How the model weighs its experts; None = found from this pass.
     """
-    native = None
-    if inputs.native is not None and inputs.logits is not None:
-        scores = host_scores(inputs.logits, _bare(inputs))
+    own, native = inputs.native, None
+    if own is not None and inputs.logits is not None:
+        scores = host_scores(inputs.logits, inputs)
         if convention is None:
-            convention = convention_of(scores, *inputs.native)
-        native = Routing(scores, inputs.native.expert_ids, inputs.native.weights.float())
+            convention = convention_of(scores, own.expert_ids, own.weights)
+        native = Routing(scores, own.expert_ids, own.weights.float())
     convention = convention or Convention(True, 1.0)
-    known = _LiveInputs(
-        layer=inputs.layer,
-        site=inputs.site,
-        n_experts=inputs.n_experts,
-        top_k=inputs.top_k,
-        score_function=inputs.score_function,
-        renormalize=convention.renormalize,
-        scaling=convention.scaling,
-        selection_bias=inputs.selection_bias,
-        n_groups=inputs.n_groups,
-        top_groups=inputs.top_groups,
-        gate_weight=inputs.gate_weight,
-        gate_bias=inputs.gate_bias,
-        hidden=inputs.hidden,
-        logits=inputs.logits,
-        native=native,
-        token_ids=inputs.token_ids,
-        positions=inputs.positions,
-        starts=inputs.starts,
-        previous_state=inputs.previous_state,
-        attention=inputs.attention,
-        attention_names=inputs.attention_names,
-        received=inputs.received,
-    )
-    if inputs.previous is not None:
-        known.follow(inputs.previous)
-    return with_groups_as_counted(known)
+    return with_groups_as_counted(replace(inputs, native=native, **convention._asdict()))
 
 
 def with_groups_as_counted(inputs: RouterInputs) -> RouterInputs:
@@ -139,7 +122,7 @@ def with_groups_as_counted(inputs: RouterInputs) -> RouterInputs:
     if inputs.native is None or inputs.logits is None:
         return inputs
     own = inputs.native.expert_ids.sort(dim=-1).values
-    zeros = inputs.native.scores.new_zeros(inputs.n_experts)
+    zeros = inputs.logits.new_zeros(inputs.n_experts)
     for known in (inputs, replace(inputs, selection_bias=zeros)):
         found = host_best(known, own.shape[-1])[1].sort(dim=-1).values
         if torch.equal(found, own):
@@ -147,32 +130,35 @@ def with_groups_as_counted(inputs: RouterInputs) -> RouterInputs:
     return inputs
 
 
-class _LiveInputs(RouterInputs):
-    """Inputs whose layer before is looked at when it is first read: few rules do."""
+def joined(passes: Sequence[RouterInputs]) -> RouterInputs:
+    """Return the passes of one router as one set of inputs, with the model's convention.
 
-    def follow(self, before: Choice) -> None:
-        """Take what ran before."""
-        vars(self).pop("previous")
-        vars(self)["_before"] = before
+    Parameters
+    ----------
+    passes : sequence of RouterInputs
+        As a swap gives them. The state that another layer handed on is left out.
+    """
+    together: dict[str, Any] = {"previous_state": None}
+    for name in PER_TOKEN:
+        values = [getattr(one, name) for one in passes]
+        if name in together or any(value is None for value in values):
+            together[name] = None
+        elif isinstance(values[0], torch.Tensor):
+            together[name] = torch.cat(values)
+        else:
+            ids, weights = zip(*((one.expert_ids, one.weights) for one in values), strict=True)
+            together[name] = Choice(_stacked(ids), _stacked(weights))
+    whole = replace(passes[0], **together)
+    unscored = whole.logits is None or whole.native is None or whole.score_function == "other"
+    return completed(whole, Convention(True, 1.0) if unscored else None)
 
-    @cached_property
-    def previous(self) -> Routing | None:
-        """What ran before, by its choice; its scores stay with the router that made them."""
-        before: Choice = vars(self)["_before"]
-        ids, weights = before.expert_ids, before.weights.float()
-        dense = weights.new_zeros(len(ids), self.n_experts + 1)
-        wanted = ids.where((ids >= 0) & (ids < self.n_experts), self.n_experts)
-        dense.scatter_(-1, wanted, weights)
-        return Routing(dense[:, :-1], ids, weights)
 
-
-def _bare(inputs: RouteInputs) -> RouterInputs:
-    """Return the inputs as far as scores need them."""
-    return RouterInputs(
-        layer=inputs.layer,
-        n_experts=inputs.n_experts,
-        top_k=inputs.top_k,
-        score_function=inputs.score_function,
+def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors [T, K] of maybe different K below each other, empty slots -1 or 0."""
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    filler = 0 if tensors[0].is_floating_point() else -1
+    return torch.cat(
+        [nn.functional.pad(t, (0, widest - t.shape[-1]), value=filler) for t in tensors]
     )
 
 
@@ -200,11 +186,11 @@ class LiveRule:
         gates = {"native"} if getattr(self.router, "part", None) == "expert" else set()
         return (OWN_ROUTER & self.router.info.needs) | gates
 
-    def route(self, inputs: RouteInputs, /) -> Decision:
+    def route(self, inputs: RouterInputs, /) -> Decision:
         """Decide for the tokens of one layer in one forward pass."""
-        return self.router.route(from_live(inputs, self.convention))
+        return self.router.route(completed(inputs, self.convention))
 
-    def spanning(self, inputs: RouteInputs, /) -> torch.Tensor | None:
+    def spanning(self, inputs: RouterInputs, /) -> torch.Tensor | None:
         """Return which tokens lie between the router's clusters [T], None if it has none."""
         between = getattr(self.router, "spanning", None)
-        return None if between is None else between(from_live(inputs, self.convention))
+        return None if between is None else between(completed(inputs, self.convention))

@@ -5,15 +5,9 @@ from math import log
 
 import torch
 
+from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    MODEL_K,
-    ROUTERS,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-)
+from explorer.routers.contract import MODEL_K, ROUTERS, RouterInfo, RoutingRouter
 from explorer.routers.scores import host_scores, slots, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK
 from explorer.routers.sequences import normal, token_keys

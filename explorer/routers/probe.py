@@ -17,17 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from explorer.routers.contract import (
-    Decision,
-    PartMask,
-    PartRouter,
-    Router,
-    RouterInputs,
-    Routing,
-    Site,
-    fit_layers,
-    route_layers,
-)
+from capture.swap.rules import Decision, PartMask, Place, RouterInputs, Routing
+from explorer.routers.contract import PartRouter, Router, fit_layers, route_layers
 from explorer.routers.learning.training import TrainedRouter, TrainingSession
 from explorer.routers.native import TopKRouter
 
@@ -78,7 +69,7 @@ def probe(router: Router, *, seed: int = 0, n_sequences: int = 4, length: int = 
 
 
 def depends(
-    fitted: Mapping[Site, Router], *, seed: int = 0, n_sequences: int = 4, length: int = 24
+    fitted: Mapping[Place, Router], *, seed: int = 0, n_sequences: int = 4, length: int = 24
 ) -> Verdict:
     """Change toy sequences under the eyes of routers that were fitted on them already.
 
@@ -128,7 +119,7 @@ def toy_layers(
     renormalize: bool = True,
     scaling: float | None = None,
     top_k: int = TOP_K,
-) -> dict[Site, RouterInputs]:
+) -> dict[Place, RouterInputs]:
     """Run the toy model over sequences and return what a capture would know of its routers.
 
     Parameters
@@ -165,7 +156,7 @@ def toy_layers(
     n_sequences, length = tokens.shape
     stream = draw(VOCABULARY, HIDDEN)[tokens]  # [N, S, D]
     positions = torch.arange(length)
-    layers: dict[Site, RouterInputs] = {}
+    layers: dict[Place, RouterInputs] = {}
     previous: Routing | None = None
     for layer in range(LAYERS):
         query, key, value = draw(HIDDEN, HIDDEN), draw(HIDDEN, HIDDEN), draw(HIDDEN, HIDDEN)
@@ -202,14 +193,14 @@ def toy_layers(
 
 
 def toy_targets(
-    router: Router, inputs: Mapping[Site, RouterInputs], *, seed: int = 0
-) -> dict[Site, Decision]:
+    router: Router, inputs: Mapping[Place, RouterInputs], *, seed: int = 0
+) -> dict[Place, Decision]:
     """Return what a rule may learn from on the toy model: importances for a rule about parts."""
     if not isinstance(router, PartRouter):
         return {place: recorded.decision() for place, recorded in inputs.items()}
     width = {"head": HEADS, "layer": 1, "expert": EXPERTS}[router.part]
     generator = torch.Generator().manual_seed(seed)
-    targets: dict[Site, Decision] = {}
+    targets: dict[Place, Decision] = {}
     for place, recorded in inputs.items():
         truth = torch.randn(HIDDEN, width, generator=generator)
         targets[place] = PartMask(router.part, (recorded.tensor("hidden") @ truth / 2).sigmoid())
@@ -260,7 +251,7 @@ def dense(decision: Decision) -> torch.Tensor:
     return empty.scatter_add(-1, decision.expert_ids.clamp_min(0), weights)
 
 
-def _decide(routers: Mapping[Site, Router], tokens: torch.Tensor, seed: int) -> torch.Tensor:
+def _decide(routers: Mapping[Place, Router], tokens: torch.Tensor, seed: int) -> torch.Tensor:
     """Return what all layers apply to the sequences, [N, S, L * P]."""
     every = torch.arange(tokens.numel())
     # the same few texts for every router; a rule that spoils its inputs spoils a copy of them
@@ -274,7 +265,7 @@ def _texts(tokens: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=256)
-def _layers(texts: tuple[tuple[int, ...], ...], seed: int) -> dict[Site, RouterInputs]:
+def _layers(texts: tuple[tuple[int, ...], ...], seed: int) -> dict[Place, RouterInputs]:
     return toy_layers(torch.tensor(texts), seed=seed)
 
 

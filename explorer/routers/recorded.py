@@ -9,8 +9,8 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import RouterInputs, Routing
 from explorer.routers.live import Convention, convention_of, with_groups_as_counted
 from explorer.routers.scores import host_scores
 from explorer.run import UNLABELLED, Run

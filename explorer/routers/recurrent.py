@@ -6,20 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
+from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    ROUTERS,
-    AcrossLayers,
-    Decision,
-    Part,
-    PartMask,
-    PartRouter,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-    Site,
-)
+from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter, RouterInfo, RoutingRouter
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
@@ -134,7 +123,7 @@ class _RecurrentRouter(AcrossLayers):
 
     def _learn(
         self,
-        inputs: Mapping[Site, RouterInputs],
+        inputs: Mapping[Place, RouterInputs],
         wanted: Sequence[torch.Tensor],
         loss_of: Callable[[torch.Tensor, torch.Tensor, RouterInputs], torch.Tensor],
     ) -> list[torch.Tensor]:
@@ -220,7 +209,7 @@ class GRURouter(_RecurrentRouter, RoutingRouter):
         return nn.GRUCell(self.width, self.width)
 
     def fit_across(
-        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+        self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
     ) -> None:
         """Learn from the same tokens in several layers."""
         places = sorted(inputs)
@@ -288,7 +277,7 @@ class GTrXLLayerRouter(_RecurrentRouter, PartRouter):
         return GTrXLGate(self.width)
 
     def fit_across(
-        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+        self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
     ) -> None:
         """Learn from the same tokens in several layers."""
         places = sorted(inputs)

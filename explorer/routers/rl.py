@@ -7,16 +7,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from capture.swap.rules import Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    MODEL_K,
-    ROUTERS,
-    RouterInfo,
-    RouterInputs,
-    Routing,
-    RoutingRouter,
-    Site,
-)
+from explorer.routers.contract import MODEL_K, ROUTERS, RouterInfo, RoutingRouter
 from explorer.routers.learning.actions import (
     STATISTICS,
     ActionKind,
@@ -114,10 +107,10 @@ class ActionRouter(TrainedRouter, RoutingRouter):
             for site in session.sites
         }
         self.costs_ = action_costs(session, self.actions_, self.cost)
-        self.networks_: dict[Site, nn.Module] = {}
+        self.networks_: dict[Place, nn.Module] = {}
         self.curves_ = []
 
-    def _network(self, place: Site, states: torch.Tensor) -> StateNet:
+    def _network(self, place: Place, states: torch.Tensor) -> StateNet:
         """Make a layer's network, from the router's seed."""
         n_actions = len(self.actions_[place].used)
         seed = self.seed * 1009 + place[0] * 101 + place[1]
@@ -127,7 +120,7 @@ class ActionRouter(TrainedRouter, RoutingRouter):
         """Return the part of full states that this router looks at."""
         return states if self.state == "full" else states[:, -len(STATISTICS) :]
 
-    def _preference(self, place: Site, values: torch.Tensor) -> torch.Tensor:
+    def _preference(self, place: Place, values: torch.Tensor) -> torch.Tensor:
         """Return what the router maximises [T, A], from its network's output."""
         return values
 
@@ -144,7 +137,7 @@ class ActionRouter(TrainedRouter, RoutingRouter):
         return own.routing(scores, best, taken, inputs)
 
     def _row(
-        self, step: int, place: Site | None, reward: float, entropy: float, rate: float
+        self, step: int, place: Place | None, reward: float, entropy: float, rate: float
     ) -> CurveRow:
         return {
             "router": self.info.name,
@@ -207,7 +200,7 @@ class _OfflineRouter(ActionRouter):
             def watch(
                 step: int,
                 number: int = number,
-                place: Site = place,
+                place: Place = place,
                 log: Log = log,
                 network: nn.Module = network,
             ) -> None:
@@ -220,7 +213,7 @@ class _OfflineRouter(ActionRouter):
             self.networks_[place] = network
         self._finish(session)
 
-    def explored(self, session: TrainingSession) -> Mapping[Site, Log]:
+    def explored(self, session: TrainingSession) -> Mapping[Place, Log]:
         """Return the session's log of these actions, explored once a session and seed."""
         actions = {
             (site.info.layer, site.info.site): make_actions(
@@ -232,11 +225,11 @@ class _OfflineRouter(ActionRouter):
         key = ("explore", self.actions, self.most, self.least, *amount.values())
         return session.once(key, lambda: explore(session, actions, **amount))
 
-    def _rewards(self, place: Site, log: Log) -> torch.Tensor:
+    def _rewards(self, place: Place, log: Log) -> torch.Tensor:
         """Return what each logged action earned, [P, N], nats."""
         return -log.change - self.price * self.costs_[place].to(log.change.device)[log.actions]
 
-    def _measured(self, step: int, place: Site, log: Log, network: nn.Module) -> CurveRow:
+    def _measured(self, step: int, place: Place, log: Log, network: nn.Module) -> CurveRow:
         """Return a point of the curve, estimated on the log's first tokens."""
         few = slice(0, WATCHED)
         with torch.no_grad():
@@ -258,7 +251,7 @@ class _OfflineRouter(ActionRouter):
 
     @abstractmethod
     def _learn(
-        self, place: Site, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
+        self, place: Place, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
     ) -> None:
         """Fit one layer's network to its log."""
 
@@ -304,7 +297,7 @@ class PolicyGradientRouter(_OfflineRouter):
         return log_policy(preference, allowed)
 
     def _learn(
-        self, place: Site, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
+        self, place: Place, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
     ) -> None:
         rewards = self._rewards(place, log)
         # a constant leaves the gradient's mean as it is and takes from its variance
@@ -375,7 +368,7 @@ class QLearningRouter(_OfflineRouter):
         )  # fmt: skip
         self.experts_per_token = experts_per_token
 
-    def _preference(self, place: Site, values: torch.Tensor) -> torch.Tensor:
+    def _preference(self, place: Place, values: torch.Tensor) -> torch.Tensor:
         price = getattr(self, "price_", self.price)
         return values - price * self.costs_[place].to(values.device)
 
@@ -384,7 +377,7 @@ class QLearningRouter(_OfflineRouter):
         if self.experts_per_token is not None:
             self.price_ = self._price_of(self.experts_per_token, self.explored(session))
 
-    def _price_of(self, wanted: float, logs: Mapping[Site, Log]) -> float:
+    def _price_of(self, wanted: float, logs: Mapping[Place, Log]) -> float:
         """Return the price at which a mean of ``wanted`` experts a token run."""
         with torch.no_grad():
             known = {p: self.networks_[p](self._seen(log.states)) for p, log in logs.items()}
@@ -407,7 +400,7 @@ class QLearningRouter(_OfflineRouter):
         return nn.functional.one_hot(best, preference.shape[-1]).float().log()
 
     def _learn(
-        self, place: Site, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
+        self, place: Place, network: nn.Module, log: Log, states: torch.Tensor, watch: Watch
     ) -> None:
         def loss(values: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
             wide = values.expand(len(batch["actions"]), -1, -1)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from explorer.routers.contract import ROUTERS, Site
+from capture.swap.rules import Place
+from explorer.routers.contract import ROUTERS
 from explorer.routers.learning.actions import ActionKind, CostKind, StateKind
 from explorer.routers.learning.exploration import Acting, Passes
 from explorer.routers.learning.objectives import (
@@ -32,7 +33,7 @@ KEPT_BATCHES = 24  # of the replay memory
 UPDATES, SAMPLE, SYNC = 4, 1024, 10
 FIRST_EPSILON, LAST_EPSILON = 1.0, 0.1
 
-Seen = Mapping[Site, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+Seen = Mapping[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class _OnlineRouter(ActionRouter):
@@ -68,7 +69,7 @@ class _OnlineRouter(ActionRouter):
         self._prepare(session)
         generator = torch.Generator().manual_seed(self.seed)
 
-        def pick(place: Site, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        def pick(place: Place, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
             probs = self._log_policy(place, self._seen(states), allowed).exp()
             # drawn on the CPU, so that every device draws the same
             drawn = torch.multinomial(probs.cpu(), 1, generator=generator)
@@ -115,7 +116,7 @@ class _OnlineRouter(ActionRouter):
         }
         self._begin()
 
-    def _costs(self, seen: Seen) -> dict[Site, torch.Tensor]:
+    def _costs(self, seen: Seen) -> dict[Place, torch.Tensor]:
         """Return what each token's action costs in each layer, [T] nats."""
         return {
             place: self.price * self.costs_[place].to(taken.device)[taken]
@@ -140,7 +141,9 @@ class _OnlineRouter(ActionRouter):
         self.curves_.append(self._row(step, None, reward, mean_entropy, mean_rate))
 
     @abstractmethod
-    def _log_policy(self, place: Site, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    def _log_policy(
+        self, place: Place, states: torch.Tensor, allowed: torch.Tensor
+    ) -> torch.Tensor:
         """Return the log-probabilities [T, A] with which actions are drawn in training."""
 
     @abstractmethod
@@ -192,7 +195,9 @@ class ReinforceRouter(_OnlineRouter):
         self._optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
         self._baseline: torch.Tensor | None = None
 
-    def _log_policy(self, place: Site, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    def _log_policy(
+        self, place: Place, states: torch.Tensor, allowed: torch.Tensor
+    ) -> torch.Tensor:
         return log_policy(self.networks_[place](states), allowed)
 
     def _learn(self, step: int, seen: Seen, change: torch.Tensor) -> None:
@@ -255,7 +260,9 @@ class MultiStepQRouter(_OnlineRouter):
         share = min(1.0, step / max(1, self.steps // 2))
         self._epsilon = FIRST_EPSILON + share * (LAST_EPSILON - FIRST_EPSILON)
 
-    def _log_policy(self, place: Site, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    def _log_policy(
+        self, place: Place, states: torch.Tensor, allowed: torch.Tensor
+    ) -> torch.Tensor:
         with torch.no_grad():
             values = self.networks_[place](states).masked_fill(~allowed, -torch.inf)
         even = allowed.float() / allowed.sum(dim=-1, keepdim=True)

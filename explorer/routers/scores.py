@@ -2,8 +2,8 @@
 
 import torch
 
+from capture.swap.rules import Decision, PartMask, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import Decision, PartMask, RouterInputs, Routing
 
 # a sum of weights below this is no sum to divide by; DeepSeek-V3's gate adds it for that reason
 _TINY = 1e-20

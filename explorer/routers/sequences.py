@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from explorer.routers.contract import RouterInfo, RouterInputs
+from capture.swap.rules import RouterInputs
+from explorer.routers.contract import RouterInfo
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed number

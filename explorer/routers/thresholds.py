@@ -5,8 +5,9 @@ from typing import Literal
 
 import torch
 
+from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, Decision, RouterInfo, RouterInputs, Routing
+from explorer.routers.contract import ROUTERS, RouterInfo
 from explorer.routers.native import GateRouter, TopKRouter
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import TopP

@@ -1,7 +1,6 @@
 """A column means one thing in replay and live, and controls stand where tokens differ."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +9,12 @@ import torch
 
 from capture.model.load import load_model
 from capture.model.selftest import attach
-from capture.swap.rules import Choice
+from capture.swap.rules import Choice, RouterInputs, Routing
 from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import Chosen, Lab, Watcher
 from explorer.comparison.replay import over_layers, site_row
 from explorer.comparison.text_split import Split, Texts
-from explorer.routers import RouterInputs, Routing
 from explorer.routers.native import TopKRouter
 
 BOTH = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy")
@@ -55,7 +53,8 @@ def live(native, answer, sequences):
     own = Chosen(ids.numpy().astype(np.int16), weights.numpy(), sequences.numpy(), places)
     watcher = Watcher(int(sequences.max()) + 1, {(0, 0): [own]})
     watcher.before_batch(np.arange(int(sequences.max()) + 1))
-    where = SimpleNamespace(layer=0, site=0, sequences=sequences, positions=torch.arange(len(ids)))
+    model = {"layer": 0, "n_experts": 4, "top_k": 2, "score_function": "softmax"}
+    where = RouterInputs(**model, sequences=sequences, positions=torch.arange(len(ids)))
     watcher.spy((0, 0), Given(answer)).route(where)
     watcher.on_choice(where, Choice(answer.expert_ids, answer.weights))
     return watcher.sums[0, 0]

@@ -11,6 +11,7 @@ import torch
 from capture.swap.measure import Kept, sequence_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
+from capture.swap.rules import PartMask, Routing
 from explorer.comparison.conditions import expert_pruning as pruning
 from explorer.comparison.conditions.calibration import collect, expert_outputs
 from explorer.comparison.conditions.catalogue import (
@@ -48,7 +49,6 @@ from explorer.comparison.conditions.weights import (
     truncated,
 )
 from explorer.errors import ConditionError, UnknownNameError
-from explorer.routers.contract import PartMask, Routing
 from explorer.routers.subsets import best_to_drop
 
 FAMILIES = ("olmoe", "mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3", "granitemoe")

@@ -9,6 +9,7 @@ from test_explorer_conditions import HELD_OUT, subject_of, texts
 from capture.model.hooks import SiteObservation
 from capture.model.sites import Site
 from capture.store import SiteInfo
+from capture.swap.rules import Routing
 from explorer.comparison.conditions.contract import Subject
 from explorer.comparison.conditions.distilled_routers import likeness, measure_students
 from explorer.comparison.conditions.measure import measure, run_texts
@@ -24,7 +25,6 @@ from explorer.comparison.conditions.routing_changes import (
 )
 from explorer.comparison.conditions.weights import Precision, Quantised
 from explorer.errors import ConditionError
-from explorer.routers.contract import Routing
 from explorer.routers.probe import toy_layers, toy_tokens
 from explorer.survey.distil import (
     DistilSettings,

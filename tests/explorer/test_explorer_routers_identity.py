@@ -21,7 +21,7 @@ from explorer.routers import (
     TopP,
     fit_layers,
 )
-from explorer.routers.live import LiveRule, from_live
+from explorer.routers.live import LiveRule, completed
 from explorer.routers.native import host_best
 from explorer.routers.probe import dense, toy_layers, toy_tokens
 
@@ -43,7 +43,7 @@ def layers_of(family):
 
     with torch.no_grad(), swap(model, None, LiveRule(ROUTERS["native"]()), on_choice=keep):
         model(input_ids=tiny_models.tokens(rows=3, length=12))
-    return {place: from_live(inputs) for place, inputs in seen.items()}
+    return {place: completed(inputs) for place, inputs in seen.items()}
 
 
 def settings(top_k):

@@ -10,7 +10,7 @@ from checks import assert_close
 from capture.swap.routers import swap
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, fit_layers
-from explorer.routers.live import Convention, LiveRule, convention_of, from_live
+from explorer.routers.live import Convention, LiveRule, completed, convention_of
 from explorer.routers.probe import toy_layers, toy_tokens
 
 TOKENS = tiny_models.tokens(rows=3, length=12)
@@ -31,7 +31,7 @@ def watched(model):
         on_choice=lambda inputs, _: seen.update({(inputs.layer, inputs.site): inputs}),
     ):
         logits_of(model)
-    return {place: from_live(inputs) for place, inputs in seen.items()}
+    return {place: completed(inputs) for place, inputs in seen.items()}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_given_convention_is_not_looked_for():
 
     class Notes(LiveRule):
         def route(self, inputs):
-            seen.append(from_live(inputs, self.convention).scaling)
+            seen.append(completed(inputs, self.convention).scaling)
             return super().route(dataclasses.replace(inputs, token_ids=None))
 
     with swap(model, None, Notes(ROUTERS["top_k"](), given)):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +10,10 @@ from capture.model.adapters.standard import StandardAdapter
 from capture.model.sites import Site
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import site_key, swap
-from capture.swap.rules import Choice, NativeRule, RouteInputs
+from capture.swap.rules import Choice, NativeRule, RouterInputs
 from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.errors import ConditionError
-from explorer.routers.contract import RouterInputs, Routing
-from explorer.routers.live import from_live
+from explorer.routers.live import joined
 
 Key = tuple[int, int]  # layer, site
 ROWS = 16_384  # (token, expert) pairs that are computed at a time
@@ -62,9 +60,9 @@ def collect(
     order = np.random.default_rng(seed).permutation(len(usable))
     ends = np.cumsum([len(usable[i]) for i in order])
     picked = [usable[i] for i in order[: int(np.searchsorted(ends, tokens)) + 1]]
-    parts: dict[Key, list[RouteInputs]] = {site_key(site): [] for site in subject.sites}
+    parts: dict[Key, list[RouterInputs]] = {site_key(site): [] for site in subject.sites}
 
-    def keep(inputs: RouteInputs, _: Choice) -> None:
+    def keep(inputs: RouterInputs, _: Choice) -> None:
         parts[inputs.layer, inputs.site].append(inputs)
 
     def native() -> object:
@@ -72,21 +70,15 @@ def collect(
 
     sequence_losses(subject.model, picked, swapped=native)  # type: ignore[arg-type]
     return {
-        site_key(site): Seen(site, _joined(parts[site_key(site)], tokens)) for site in subject.sites
+        site_key(site): Seen(site, _first(parts[site_key(site)], tokens)) for site in subject.sites
     }
 
 
-def _joined(parts: Sequence[RouteInputs], tokens: int) -> RouterInputs:
-    """Join the passes of one router into one set of inputs."""
-    each = [from_live(part) for part in parts]
-    first = each[0]
-    joined: dict[str, Any] = {"native": None, "previous": None, "previous_state": None}
-    for name in ("hidden", "logits", "token_ids", "positions", "starts"):
-        values = [getattr(one, name) for one in each]
-        joined[name] = None if any(v is None for v in values) else torch.cat(values)[:tokens].cpu()
-    fields = zip(*(one.decision()[:3] for one in each), strict=True)
-    routing = Routing(*(torch.cat(values)[:tokens].cpu().clone() for values in fields))
-    return replace(first, **{**joined, "native": routing})
+def _first(parts: Sequence[RouterInputs], tokens: int) -> RouterInputs:
+    """Return the first tokens of the passes of one router, on the CPU."""
+    kept = joined(parts).take(slice(tokens)).per_token(torch.Tensor.cpu)
+    # a copy, so that the rest of what was seen is freed
+    return replace(kept, previous=None).per_token(torch.Tensor.clone)
 
 
 def expert_outputs(seen: Seen, hidden: torch.Tensor) -> torch.Tensor:

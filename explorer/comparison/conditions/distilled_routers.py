@@ -12,16 +12,10 @@ import torch
 from capture.swap.losses import loss_change
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import swap
+from capture.swap.rules import RouterInputs, Routing
 from explorer.comparison.conditions.calibration import Key, Seen, collect
 from explorer.comparison.conditions.contract import Sequence_, Subject
-from explorer.routers.contract import (
-    ROUTERS,
-    Router,
-    RouterInputs,
-    Routing,
-    fit_layers,
-    route_layers,
-)
+from explorer.routers.contract import ROUTERS, Router, fit_layers, route_layers
 from explorer.routers.learning.imitation import imitation_loss
 from explorer.routers.live import LiveRule
 

@@ -11,6 +11,7 @@ import torch
 
 from capture.model.flops import expert_parameters
 from capture.swap.routers import site_key, swap
+from capture.swap.rules import RouterInputs, Routing
 from explorer.comparison.conditions.calibration import Key, Seen, collect, expert_outputs
 from explorer.comparison.conditions.contract import (
     CONDITIONS,
@@ -20,7 +21,7 @@ from explorer.comparison.conditions.contract import (
     Subject,
 )
 from explorer.errors import ConditionError
-from explorer.routers.contract import RouterInfo, RouterInputs, Routing
+from explorer.routers.contract import RouterInfo
 from explorer.routers.live import LiveRule
 from explorer.routers.native import GateRouter, host_best
 from explorer.routers.scores import slots, weigh

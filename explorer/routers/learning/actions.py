@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from capture.swap.rules import Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import RouterInputs, Routing, Site
 from explorer.routers.native import choose
 from explorer.routers.scores import host_scores, slots, weigh
 
@@ -146,8 +146,8 @@ def state_and_best(
 
 
 def action_costs(
-    session: "TrainingSession", actions: Mapping[Site, Actions], kind: CostKind
-) -> dict[Site, torch.Tensor]:
+    session: "TrainingSession", actions: Mapping[Place, Actions], kind: CostKind
+) -> dict[Place, torch.Tensor]:
     """Return what each action costs at each site, [A] float32, in experts.
 
     Parameters
@@ -188,8 +188,8 @@ def action_costs(
 
 
 def expert_milliseconds(
-    session: "TrainingSession", actions: Mapping[Site, Actions], *, batch_tokens: int = 2048
-) -> dict[Site, list[float]]:
+    session: "TrainingSession", actions: Mapping[Place, Actions], *, batch_tokens: int = 2048
+) -> dict[Place, list[float]]:
     """Return the milliseconds that a site's experts take with 0, 1, 2, ... experts a token."""
     from capture.model.inputs import plain_forward
     from capture.swap.routers import swap
@@ -199,7 +199,7 @@ def expert_milliseconds(
 
     widest = max(each.used.shape[1] for each in actions.values())
     ids = _rectangle(session.sequences, batch_tokens)
-    found: dict[Site, list[float]] = {place: [] for place in actions}
+    found: dict[Place, list[float]] = {place: [] for place in actions}
     for count in range(widest + 1):
         rule = LiveRule(TopKRouter(k=count)) if count else NoExperts()
         with ExitStack() as stack, torch.no_grad():

@@ -20,17 +20,16 @@ from capture.model.inputs import input_device, plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import text_config
 from capture.swap.routers import swap
-from capture.swap.rules import Choice, RouteInputs, Rule
+from capture.swap.rules import Choice, Place, RouterInputs, Rule
 from explorer.errors import RouterError
-from explorer.routers.contract import RouterInputs, Site
 from explorer.routers.learning.actions import Actions, state_and_best
 from explorer.routers.learning.training import TrainingSession
-from explorer.routers.live import Convention, from_live
+from explorer.routers.live import Convention, completed
 
 BATCH_TOKENS = 2048
 OTHER_WEIGHT, NATIVE_WEIGHT, EMPTY_WEIGHT = 8.0, 2.0, 1.0
 
-Pick = Callable[[Site, torch.Tensor, torch.Tensor], torch.Tensor]
+Pick = Callable[[Place, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +58,10 @@ class Log:
 class NoExperts:
     """A rule that runs no expert."""
 
-    def route(self, inputs: RouteInputs, /) -> Choice:
+    def route(self, inputs: RouterInputs, /) -> Choice:
         """Return one empty slot for each token."""
-        ids = torch.full((len(inputs.hidden), 1), -1, device=inputs.hidden.device)
-        return Choice(ids, inputs.hidden.new_zeros(len(inputs.hidden), 1))
+        weights = inputs.tensor("hidden").new_zeros(inputs.n_tokens, 1)
+        return Choice(torch.full_like(weights, -1, dtype=torch.long), weights)
 
 
 class Acting:
@@ -82,14 +81,14 @@ class Acting:
         Of the latest pass; ``taken`` [T] is the model's own action where the site did not act.
     """
 
-    def __init__(self, actions: Mapping[Site, Actions], pick: Pick) -> None:
+    def __init__(self, actions: Mapping[Place, Actions], pick: Pick) -> None:
         self.actions = actions
         self.pick = pick
-        self.only: Sequence[Site] | None = None
-        self.seen: dict[Site, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._conventions: dict[Site, Convention] = {}
+        self.only: Sequence[Place] | None = None
+        self.seen: dict[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._conventions: dict[Place, Convention] = {}
 
-    def route(self, inputs: RouteInputs, /) -> Any:
+    def route(self, inputs: RouterInputs, /) -> Any:
         """Act on the tokens of one layer in one pass."""
         place = (inputs.layer, inputs.site)
         known = self._known(place, inputs)
@@ -103,8 +102,8 @@ class Acting:
         self.seen[place] = states, allowed, taken
         return own.routing(scores, best, taken, known)
 
-    def _known(self, place: Site, inputs: RouteInputs) -> RouterInputs:
-        known = from_live(inputs, self._conventions.get(place))
+    def _known(self, place: Place, inputs: RouterInputs) -> RouterInputs:
+        known = completed(inputs, self._conventions.get(place))
         # found once, in a pass with many tokens
         self._conventions.setdefault(place, Convention(known.renormalize, known.scaling))
         return known
@@ -188,12 +187,12 @@ class Passes:
 
 def explore(
     session: TrainingSession,
-    actions: Mapping[Site, Actions],
+    actions: Mapping[Place, Actions],
     *,
     n_tokens: int,
     passes: int,
     seed: int,
-) -> dict[Site, Log]:
+) -> dict[Place, Log]:
     """Randomise one layer's actions at a time and log states, actions, propensities and changes.
 
     Parameters
@@ -216,13 +215,13 @@ def explore(
     weights = {place: exploration_weights(each) for place, each in actions.items()}
     drawn: dict[str, torch.Tensor] = {}
 
-    def pick(place: Site, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    def pick(place: Place, states: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         taken, drawn["propensity"] = drawn_action(weights[place], allowed, drawn["uniform"])
         return taken
 
     rule = Acting(actions, pick)
     runs = Passes(session, n_tokens=n_tokens)
-    logs: dict[Site, list[list[torch.Tensor]]] = {place: [] for place in actions}
+    logs: dict[Place, list[list[torch.Tensor]]] = {place: [] for place in actions}
     with runs.open(rule):
         for done, numbers in enumerate(runs.batches):
             rule.only = ()

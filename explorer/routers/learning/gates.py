@@ -19,17 +19,9 @@ from capture.model.sites import text_config
 from capture.swap.inject import n_computing
 from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.routers import swap
-from capture.swap.rules import Choice, RouteInputs
+from capture.swap.rules import Choice, Part, PartMask, Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import (
-    ROUTERS,
-    Part,
-    PartMask,
-    PartRouter,
-    RouterInfo,
-    RouterInputs,
-    Site,
-)
+from explorer.routers.contract import ROUTERS, PartRouter, RouterInfo
 from explorer.routers.gating import HIGH, LOW, TEMPERATURE, Kind, hard_concrete, straight_through
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.exploration import Passes
@@ -216,20 +208,20 @@ class _Learning:
     def __init__(
         self,
         network: nn.Module,
-        places: Sequence[Site],
+        places: Sequence[Place],
         part: Part,
         kind: Kind,
         generator: torch.Generator,
     ) -> None:
         self.network, self.places, self.part, self.kind = network, list(places), part, kind
         self.generator = generator
-        self.seen: dict[Site, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.seen: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def route(self, inputs: RouteInputs, /) -> PartMask | Choice:
+    def route(self, inputs: RouterInputs, /) -> PartMask | Choice:
         """Return the gates of one layer; for experts, the model's choice weighed by them."""
         place = (inputs.layer, inputs.site)
         at = self.places.index(place)
-        logits, state = self.network(inputs.hidden, inputs.previous_state, at)
+        logits, state = self.network(inputs.tensor("hidden"), inputs.previous_state, at)
         if self.kind == "sigmoid":
             gate = counted = straight_through(logits.sigmoid())
         else:
@@ -238,7 +230,7 @@ class _Learning:
             counted = open_probability(logits)
         if self.part == "expert":
             gated = weighed(inputs, gate)
-            chosen = cast(Choice, inputs.native).expert_ids
+            chosen = _own(inputs).expert_ids
             counted = counted.gather(-1, chosen.clamp_min(0))[chosen >= 0].unsqueeze(-1)
             logits = logits.gather(-1, chosen.clamp_min(0))[chosen >= 0].unsqueeze(-1)
             self.seen[place] = logits, counted
@@ -253,17 +245,12 @@ class _Deciding:
     def __init__(self, router: TrainedGate, found: list[torch.Tensor]) -> None:
         self.router, self.found = router, found
 
-    def route(self, inputs: RouteInputs, /) -> PartMask | Choice:
+    def route(self, inputs: RouterInputs, /) -> PartMask | Choice:
         """Gate by the threshold so far, and keep the logits."""
-        known = RouterInputs(
-            layer=inputs.layer, site=inputs.site, n_experts=inputs.n_experts, top_k=inputs.top_k,
-            score_function=inputs.score_function, hidden=inputs.hidden,
-            previous_state=inputs.previous_state,
-        )  # fmt: skip
-        logits, state = self.router.logits(known)
+        logits, state = self.router.logits(inputs)
         gate = (logits >= self.router.cut_).float()
         if self.router.part == "expert":
-            chosen = cast(Choice, inputs.native).expert_ids
+            chosen = _own(inputs).expert_ids
             self.found.append(logits.gather(-1, chosen.clamp_min(0))[chosen >= 0])
             return weighed(inputs, gate)
         self.found.append(logits.flatten())
@@ -281,10 +268,16 @@ def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
     return (log_alpha - shift).sigmoid()
 
 
-def weighed(inputs: RouteInputs, gate: torch.Tensor) -> Choice:
+def weighed(inputs: RouterInputs, gate: torch.Tensor) -> Choice:
     """Return the model's own choice with weights multiplied by gates [T, E]; all of it runs."""
-    ids, weights = cast(Choice, inputs.native)
+    own = _own(inputs)
+    ids, weights = own.expert_ids, own.weights
     return Choice(ids, weights * gate.gather(-1, ids.clamp_min(0)).to(weights.dtype))
+
+
+def _own(inputs: RouterInputs) -> Choice | Routing:
+    """Return the model's own choice, which a swap gives to rules that read it."""
+    return cast(Choice | Routing, inputs.native)
 
 
 def _masked(session: TrainingSession, part: Part, rule: Any) -> AbstractContextManager[Any]:
@@ -295,7 +288,7 @@ def _masked(session: TrainingSession, part: Part, rule: Any) -> AbstractContextM
     return gate_parts(session.model, session.sites, rule, part=where, masked=True)  # type: ignore[arg-type]
 
 
-def _widths(session: TrainingSession, part: Part) -> dict[Site, int]:
+def _widths(session: TrainingSession, part: Part) -> dict[Place, int]:
     """Return how many parts each layer has."""
     if part == "expert":
         return {(s.info.layer, s.info.site): n_computing(s) for s in session.sites}

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import Decision, RouterInfo, RouterInputs, Routing, RoutingRouter
+from explorer.routers.contract import RouterInfo, RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, target_scores, weigh
 from explorer.routers.selectors import Selector, chosen_formula

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from capture.swap.rules import Decision, Place, RouterInputs
 from explorer.errors import RouterError
-from explorer.routers.contract import AcrossLayers, Decision, RouterInputs, Site
+from explorer.routers.contract import AcrossLayers
 
 if TYPE_CHECKING:
     from capture.model.sites import Site as ModelSite
@@ -146,7 +147,7 @@ class TrainedRouter(AcrossLayers):
         """Learn; values that are learned end in an underscore."""
 
     def fit_across(
-        self, inputs: Mapping[Site, RouterInputs], targets: Mapping[Site, Decision]
+        self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
     ) -> None:
         """Refuse: recorded tokens do not hold what the model would have lost."""
         raise RouterError(

@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 from scipy.stats import t as student_t
 
+from capture.swap.rules import RouterInputs, Routing
 from explorer.routers.assignment import CapacityByPositionRouter, ExpertChoiceRouter
-from explorer.routers.contract import RouterInfo, RouterInputs, Routing, RoutingRouter
+from explorer.routers.contract import RouterInfo, RoutingRouter
 from explorer.routers.hashing import HashRouter
 from explorer.routers.native import TopKRouter
 from explorer.routers.thresholds import ReluRouter

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from capture.swap.rules import RouterInputs, Routing
 from explorer.routers.attention import YuanAttention
-from explorer.routers.contract import RouterInputs, Routing, RoutingRouter
+from explorer.routers.contract import RoutingRouter
 from explorer.routers.native import host_best
 from explorer.routers.scores import host_scores
 from explorer.survey.from_scratch.arms import Arm
