@@ -6,16 +6,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from capture.errors import CaptureCancelled, CaptureError
 from capture.interrupts import Terminated
-from capture.recorder.config import (
-    DEFAULT_ATTENTION_BINS,
-    DEFAULT_ATTENTION_PROMPTS,
-    DEFAULT_ATTENTION_TOP_KEYS,
-    DEFAULT_SAMPLE_TOKENS,
-)
-from capture.store.records import DTYPES
+from capture.recorder.config import CaptureConfig, described
+from capture.store import migrate, recover
 
 ERROR = 2
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, as shells expect
@@ -64,35 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _capture(arguments: Sequence[str]) -> int:
-    options = _capture_parser().parse_args(arguments)
-    out = _default_out(options.model) if options.out is None else options.out
-    from capture.recorder.session import record
+    options = vars(_capture_parser().parse_args(arguments))
+    model, prompts, out = (options.pop(name) for name in ("model", "prompts", "out"))
+    progress = not options.pop("quiet")
+    from capture.recorder.session import record  # torch, which help and errors can do without
 
-    path = record(
-        options.model,
-        options.prompts,
-        out,
-        level=options.level,
-        sample_tokens=options.sample_tokens,
-        generate=options.generate,
-        batch_tokens=options.batch_tokens,
-        max_length=options.max_length,
-        dtype=options.dtype,
-        device=options.device,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        allow_pickle=options.allow_pickle,
-        compile=options.compile,
-        seed=options.seed,
-        attention_prompts=options.attention_prompts,
-        attention_layers=options.attention_layers,
-        attention_heads=options.attention_heads,
-        attention_every=options.attention_every,
-        attention_bins=options.attention_bins,
-        attention_top_keys=options.attention_top_keys,
-        progress=not options.quiet,
-    )
-    print(path)
+    out = _default_out(model) if out is None else out
+    print(record(model, prompts, out, progress=progress, **options))
     return 0
 
 
@@ -116,76 +90,25 @@ def _capture_parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="the run file, never overwritten (default: runs/MODEL-TIME.duckdb)",
     )
-    add(
-        "--level",
-        default="ids",
-        metavar="LEVEL",
-        help="stats: sums per expert; ids: also expert ids, weights and statistics of every "
-        "token; scores: also every expert's score; attention: also where the heads look, for some "
-        "prompts (default: ids)",
-    )
-    add("--generate", type=int, default=0, metavar="N", help="tokens to decode after each prompt")
-    add(
-        "--sample-tokens",
-        type=int,
-        default=DEFAULT_SAMPLE_TOKENS,
-        metavar="N",
-        help="tokens whose scores and router inputs are kept at any level, for clusters and "
-        f"replay; 0 = none (default: {DEFAULT_SAMPLE_TOKENS})",
-    )
-    add("--batch-tokens", type=int, metavar="N", help="tokens of a forward pass, padding included")
-    add("--max-length", type=int, metavar="N", help="cut prompts to N tokens")
-    add(
-        "--dtype",
-        metavar="DTYPE",
-        help=f"{', '.join(DTYPES)} (default: float32 on CPU, as stored on CUDA)",
-    )
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto (default: CUDA if any)")
-    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
-    add("--trust-remote-code", action="store_true", help="run Python code that the model brings")
-    add("--allow-pickle", action="store_true", help="load weights that are not safetensors")
-    add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampled tokens (default: 0)")
-    _add_attention(parser)
+    _add_options(parser)
     add("--quiet", action="store_true", help="print only the path of the run")
     return parser
 
 
-def _add_attention(parser: argparse.ArgumentParser) -> None:
-    """Add the options of level attention."""
-    add = parser.add_argument_group("level attention").add_argument
-    add(
-        "--attention-prompts",
-        type=int,
-        default=DEFAULT_ATTENTION_PROMPTS,
-        metavar="N",
-        help="prompts whose attention is kept, equal shares for every domain and at least one for "
-        f"each (default: {DEFAULT_ATTENTION_PROMPTS})",
-    )
-    add("--attention-layers", type=int, nargs="+", metavar="L", help="these layers only")
-    add("--attention-heads", type=int, nargs="+", metavar="H", help="these heads only")
-    add(
-        "--attention-every",
-        type=int,
-        default=1,
-        metavar="N",
-        help="use every N-th block of 64 queries (default: 1)",
-    )
-    add(
-        "--attention-bins",
-        type=int,
-        default=DEFAULT_ATTENTION_BINS,
-        metavar="N",
-        help=f"bins to a side of a map, at most (default: {DEFAULT_ATTENTION_BINS})",
-    )
-    add(
-        "--attention-top-keys",
-        type=int,
-        default=DEFAULT_ATTENTION_TOP_KEYS,
-        metavar="N",
-        help="heaviest keys kept of each of a prompt's first 512 queries; 0 = none "
-        f"(default: {DEFAULT_ATTENTION_TOP_KEYS})",
-    )
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a capture as they are described; those of a level in a group."""
+    group = parser.add_argument_group("level attention")
+    known = sorted(described(CaptureConfig), key=lambda one: one.name.startswith("attention_"))
+    for name, kind, default, option in known:
+        how: dict[str, Any] = {"default": default, "help": option.help}
+        if kind is bool:
+            how |= {"action": "store_true"}
+        else:
+            how |= {"metavar": option.metavar}
+            how |= {"type": int} if "int" in str(kind) else {}
+            how |= {"nargs": "+"} if kind == Sequence[int] | None else {}
+        place = group if name.startswith("attention_") else parser
+        place.add_argument(f"--{name.replace('_', '-')}", **how)
 
 
 def _recover(arguments: Sequence[str]) -> int:
@@ -195,8 +118,6 @@ def _recover(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("partial", metavar="NAME.partial")
     options = parser.parse_args(arguments[1:])
-    from capture.store import recover
-
     print(recover(options.partial))
     return 0
 
@@ -209,8 +130,6 @@ def _migrate(arguments: Sequence[str]) -> int:
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
     options = parser.parse_args(arguments[1:])
-    from capture.store import migrate
-
     print(migrate(options.old, options.new))
     return 0
 

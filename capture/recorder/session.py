@@ -1,10 +1,11 @@
 """One capture from start to end: load, test, estimate, record, check, close."""
 
 import contextlib
+import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,19 +17,12 @@ from capture.model.tokens import tokenize
 from capture.paths import check_rank, given_path
 from capture.prompts.reading import Prompt, PromptSource, read_prompts
 from capture.recorder import preparation
-from capture.recorder.config import (
-    DEFAULT_ATTENTION_BINS,
-    DEFAULT_ATTENTION_PROMPTS,
-    DEFAULT_ATTENTION_TOP_KEYS,
-    DEFAULT_SAMPLE_TOKENS,
-    CaptureConfig,
-)
+from capture.recorder.config import CaptureConfig
 from capture.recorder.estimate import check_space
 from capture.recorder.progress import Progress, Reporter
 from capture.recorder.sampling import plan_sample
 from capture.store import PromptInfo, RunWriter
 from capture.store.files import check_new
-from capture.store.records import Level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,27 +79,10 @@ def record(
     prompts: PromptSource,
     out: str | Path,
     *,
-    level: Level = "ids",
-    sample_tokens: int = DEFAULT_SAMPLE_TOKENS,
-    generate: int = 0,
-    batch_tokens: int | None = None,
-    max_length: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    compile: bool = False,
-    seed: int = 0,
-    attention_prompts: int = DEFAULT_ATTENTION_PROMPTS,
-    attention_layers: Sequence[int] | None = None,
-    attention_heads: Sequence[int] | None = None,
-    attention_every: int = 1,
-    attention_bins: int = DEFAULT_ATTENTION_BINS,
-    attention_top_keys: int = DEFAULT_ATTENTION_TOP_KEYS,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     progress: bool | Callable[[Progress], None] = True,
     cancel: Callable[[], bool] | None = None,
+    **options: Any,
 ) -> Path:
     """Record the routing of a mixture-of-experts model on some prompts as a run file.
 
@@ -118,16 +95,14 @@ def record(
         strings, token-id lists and records with ``text`` (or ``ids``) and ``domain``.
     out : str or Path
         The run file; it must not exist. While recording, its name ends in ``.partial``.
-    level, sample_tokens, generate, batch_tokens, max_length, dtype, device, revision, \
-trust_remote_code, allow_pickle, compile, seed, attention_prompts, attention_layers, \
-attention_heads, attention_every, attention_bins, attention_top_keys
-        As in :class:`capture.CaptureConfig`.
     tokenizer : tokenizer, optional
         For a loaded model that does not know where its tokenizer lies.
     progress : bool or callable
         True draws a bar on standard error; a callable gets :class:`Progress` reports.
     cancel : callable, optional
         Asked before every forward pass; True ends the capture.
+    **options
+        As in :class:`capture.CaptureConfig`: ``level="scores"``, ``generate=32``, ...
 
     Returns
     -------
@@ -143,31 +118,22 @@ attention_heads, attention_every, attention_bins, attention_top_keys
         If an option, the prompts, the model or the file cannot work. Whatever fails after the
         first forward pass leaves ``OUT.partial`` for ``python -m capture recover``.
     """
-    config = CaptureConfig(
-        level=level,
-        sample_tokens=sample_tokens,
-        generate=generate,
-        batch_tokens=batch_tokens,
-        max_length=max_length,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-        compile=compile,
-        seed=seed,
-        attention_prompts=attention_prompts,
-        attention_layers=None if attention_layers is None else tuple(attention_layers),
-        attention_heads=None if attention_heads is None else tuple(attention_heads),
-        attention_every=attention_every,
-        attention_bins=attention_bins,
-        attention_top_keys=attention_top_keys,
-    )
+    config = CaptureConfig(**options)
     path = given_path(out, "the run file")
     reporter = Reporter(progress)
     with closing(reporter), remembered_interrupts() as interrupts:
         stop = Stopper(interrupts, cancel)
         return _record(model, prompts, path, config, tokenizer, reporter, stop)
+
+
+def _spelled_out(function: Callable[..., Path]) -> inspect.Signature:
+    """Return the signature of ``record`` with every option, for ``help()`` and completion."""
+    own = list(inspect.signature(function).parameters.values())[:-1]
+    options = inspect.signature(CaptureConfig).parameters.values()
+    return inspect.Signature([*own, *options], return_annotation=Path)
+
+
+setattr(record, "__signature__", _spelled_out(record))  # noqa: B010  mypy forbids the assignment
 
 
 def _record(

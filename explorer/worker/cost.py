@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from capture.prompts.reading import Prompt
-from capture.recorder.config import (
-    DEFAULT_ATTENTION_BINS,
-    DEFAULT_ATTENTION_PROMPTS,
-    DEFAULT_ATTENTION_TOP_KEYS,
-)
+from capture.recorder.config import RecordingOptions
 from capture.recorder.estimate import AttentionSize, Estimate, estimate
 from capture.recorder.sampling import plan_attention
-from capture.store.records import Level, SiteInfo
+from capture.store.records import SiteInfo
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent.parent / "capture" / "demo" / "weights"
-# options of level attention that a cost depends on
-SIZE_OPTIONS = ("attention_prompts", "attention_every", "attention_bins", "attention_top_keys")
 # for models whose tokenizer is not on this machine
 CHARACTERS_PER_TOKEN = 4.0
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -31,25 +25,14 @@ class Cost(NamedTuple):
     counted: bool
 
 
-def cost(
-    model: str,
-    prompts: Sequence[Prompt],
-    *,
-    level: Level,
-    generate: int = 0,
-    sample_tokens: int = 0,
-    attention_prompts: int = DEFAULT_ATTENTION_PROMPTS,
-    attention_every: int = 1,
-    attention_bins: int = DEFAULT_ATTENTION_BINS,
-    attention_top_keys: int = DEFAULT_ATTENTION_TOP_KEYS,
-) -> Cost | None:
+def cost(model: str, prompts: Sequence[Prompt], **options: Any) -> Cost | None:
     """Estimate a capture from the model's configuration file.
 
     Parameters
     ----------
     model : str
         ``"demo"``, a local folder, or a hub id whose files are already on this machine.
-    attention_prompts, attention_every, attention_bins, attention_top_keys : int
+    **options
         As in ``capture.CaptureConfig``; all layers and heads are counted.
 
     Returns
@@ -58,6 +41,7 @@ def cost(
         None when the configuration is not on this machine or is not one of a known shape; the
         capture itself then says what it costs, once the model is loaded.
     """
+    given = RecordingOptions(**{"sample_tokens": 0} | options)
     config = _read(model, "config.json")
     sites = _sites(config) if config else []
     if not config or not sites:
@@ -68,24 +52,24 @@ def cost(
     if isinstance(limit, int):
         lengths = [min(length, limit) for length in lengths]
     attention = None
-    if level == "attention" and prompts:
+    if given.level == "attention" and prompts:
         domains = [prompt.domain for prompt in prompts]
-        chosen = plan_attention(domains, lengths, attention_prompts, 0).is_attended
+        chosen = plan_attention(domains, lengths, given.attention_prompts, 0).is_attended
         layers = int(config.get("num_hidden_layers", 0))
         attention = AttentionSize(
             [length for length, is_in in zip(lengths, chosen, strict=True) if is_in],
             layers,
             layers * int(config.get("num_attention_heads", 0)),
-            attention_bins,
-            attention_every,
-            attention_top_keys,
+            given.attention_bins,
+            given.attention_every,
+            given.attention_top_keys,
         )
     found = estimate(
-        n_tokens=sum(lengths) + generate * len(prompts),
+        n_tokens=sum(lengths) + given.generate * len(prompts),
         sites=sites,
         hidden_size=int(config.get("hidden_size", 0)),
-        level=level,
-        sample_tokens=sample_tokens,
+        level=given.level,
+        sample_tokens=given.sample_tokens,
         n_domains=len({prompt.domain for prompt in prompts}),
         attention=attention,
     )

@@ -70,10 +70,7 @@ def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bo
             request.model,
             request.prompts,
             Path(request.out),
-            level=request.level,
-            generate=request.generate,
-            sample_tokens=request.sample_tokens,
-            **request.attention,
+            **request.recorded(),
             progress=on_progress,
             cancel=cancelled,
         )

@@ -5,19 +5,20 @@ The worker answers with ``{"event": "progress" | "done" | "failed" | "cancelled"
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from capture.paths import model_name
+from capture.recorder.config import RecordingOptions
 
 DEMO_MODEL = "demo"  # what runs of the embedded model call it
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
-@dataclass(frozen=True, slots=True)
-class CaptureRequest:
-    """A capture: which model reads which prompts, and where the run goes.
+@dataclass(frozen=True)
+class CaptureRequest(RecordingOptions):
+    """A capture: which model reads which prompts, what is recorded, and where the run goes.
 
     Attributes
     ----------
@@ -27,35 +28,11 @@ class CaptureRequest:
         ``"demo"``, a Hugging Face id or a local folder.
     prompts : str or list of dict
         ``"demo"``, the path of a prompt file, or records with ``text`` and maybe ``domain``.
-    level : str
-        ``stats``, ``ids``, ``scores`` or ``attention``.
-    generate : int, tokens
-        New tokens to generate per prompt.
-    sample_tokens : int, tokens
-        Tokens that also get every expert's score and the router's input.
-    attention_prompts, attention_layers, attention_heads, attention_every, attention_bins, \
-attention_top_keys
-        What level ``attention`` keeps; see ``capture.CaptureConfig``.
     """
 
     out: str
     model: str = "demo"
     prompts: str | list[dict[str, Any]] = "demo"
-    level: str = "ids"
-    generate: int = 0
-    sample_tokens: int = 50_000
-    attention_prompts: int = 64
-    attention_layers: list[int] | None = None
-    attention_heads: list[int] | None = None
-    attention_every: int = 1
-    attention_bins: int = 64
-    attention_top_keys: int = 4
-
-    @property
-    def attention(self) -> dict[str, Any]:
-        """The options of level ``attention``, by their names."""
-        names = [field.name for field in fields(self) if field.name.startswith("attention_")]
-        return {name: getattr(self, name) for name in names}
 
     @property
     def title(self) -> str:

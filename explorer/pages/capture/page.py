@@ -10,27 +10,17 @@ from capture.errors import PromptError
 from capture.prompts.reading import Prompt, read_prompts, read_prompts_bytes
 from capture.recorder.estimate import human_bytes
 from explorer import service
-from explorer.pages.capture.attention_options import DEFAULTS, attention_options
+from explorer.pages.capture.form import ask, ask_level
 from explorer.text import one_line, plain
 from explorer.ui import address
 from explorer.ui.job import TYPES, follow, prompts_of
 from explorer.ui.state import SUFFIX, exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
-from explorer.worker.cost import SIZE_OPTIONS, cost
+from explorer.worker.cost import cost
 
 PREVIEWED = 6
-MAX_GENERATE = 512
 NAME = re.compile(r"\w[\w.-]{0,59}")
 _SOURCES = {"type": "Type", "upload": "Upload a file", "demo": "Demo prompts"}
-_LEVELS = {
-    "stats": ("stats", "Totals per expert only; the smallest file."),
-    "ids": ("ids", "Experts, weights and four statistics of every token. The usual choice."),
-    "scores": ("scores", "Also every expert's score for every token."),
-    "attention": (
-        "attention",
-        "Also where the attention heads look, for some of the prompts; takes longer.",
-    ),
-}
 _DEMO, _OTHER = "demo", "other"
 _EXAMPLE = (
     "The court held that the contract was void.\n"
@@ -44,11 +34,8 @@ class Plan(NamedTuple):
 
     prompts: list[Prompt]
     model: str
-    level: str
-    generate: int
-    sample_tokens: int
+    options: dict[str, Any]
     name: str
-    attention: dict[str, Any]
     problem: str
 
 
@@ -159,47 +146,18 @@ def _model() -> str:
 
 def _options(prompts: list[Prompt], model: str) -> Plan:
     st.subheader("3 · What to record", anchor=False)
-    level = st.segmented_control(
-        "Level",
-        list(_LEVELS),
-        default="ids",
-        required=True,
-        format_func=lambda name: _LEVELS[name][0],
-        help="  \n".join(f"**{name}**: {text}" for name, (_, text) in _LEVELS.items()),
-        key="level choice",
-    )
-    st.caption(_LEVELS[level or "ids"][1])
-    attention, problem = dict(DEFAULTS), ""
-    if level == "attention":
-        attention, problem = attention_options()
-    first, second, third = st.columns(3)
-    generate = first.number_input(
-        "Generate per prompt",
-        min_value=0,
-        max_value=MAX_GENERATE,
-        value=0,
-        help="Tokens that the model writes after each prompt; they are recorded too.",
-        key="generate",
-    )
-    sample = second.number_input(
-        "Sampled tokens",
-        min_value=0,
-        value=50_000,
-        step=10_000,
-        help="For so many tokens every expert's score and the router's input are kept as well, "
-        "whatever the level. 0 = none.",
-        key="sample",
-    )
+    level = ask_level()
+    attention, problem = ask(st.columns(3), attention=True) if level == "attention" else ({}, "")
+    *columns, last = st.columns(3)
+    every, _ = ask(columns, attention=False)
     wish = re.sub(r"[^\w.-]+", "-", model.split("/")[-1]).strip("-.") or "run"
-    name = third.text_input(
+    name = last.text_input(
         "Name of the run",
         value=new_name(runs_folder(), "mine" if model == "demo" else wish[:50]),
         help="Letters, digits, dots, dashes and underscores.",
         key=f"name {len(run_names())} {model}",
     ).strip()
-    return Plan(
-        prompts, model, level or "ids", int(generate), int(sample), name, attention, problem
-    )
+    return Plan(prompts, model, {"level": level, **every, **attention}, name, problem)
 
 
 def _start(plan: Plan) -> None:
@@ -211,15 +169,7 @@ def _start(plan: Plan) -> None:
     if st.button("Start capture", type="primary", disabled=bool(problem), key="start"):
         out = runs_folder() / f"{plan.name}{SUFFIX}"
         records: list[dict[str, Any]] = [_record(prompt) for prompt in plan.prompts]
-        request = CaptureRequest(
-            str(out),
-            plan.model,
-            records,
-            plan.level,
-            plan.generate,
-            plan.sample_tokens,
-            **plan.attention,
-        )
+        request = CaptureRequest(str(out), plan.model, records, **plan.options)
         job = service.submit(request)
         address.write("job", str(job.job_id))
         st.rerun()
@@ -283,14 +233,7 @@ def _cost_text(plan: Plan) -> str:
 
 @st.cache_data(max_entries=4, show_spinner=False)
 def _cost(plan: Plan) -> Any:
-    return cost(
-        plan.model,
-        plan.prompts,
-        level=plan.level,  # type: ignore[arg-type]
-        generate=plan.generate,
-        sample_tokens=plan.sample_tokens,
-        **{name: plan.attention[name] for name in SIZE_OPTIONS},
-    )
+    return cost(plan.model, plan.prompts, **plan.options)
 
 
 def _jobs() -> None:
