@@ -180,6 +180,7 @@ class RunWriter:
         facts = [*map(clean, texts), info.vocab_size, info.hidden_size, *documents, *self._layout]
         started_at = datetime.now(UTC).replace(tzinfo=None)
         connection = self._open()
+        connection.execute("BEGIN")  # each of fifty statements alone would wait for the disk
         for statement in schema.create_statements(self._layout):
             connection.execute(statement)
         connection.execute(schema.INSERT_RUN, [*facts, started_at, schema.SCHEMA_VERSION])
@@ -188,6 +189,7 @@ class RunWriter:
             connection.executemany(schema.INSERT_ATTENTION_LAYERS, layer_rows(layers))
         if prompts:
             self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
+        connection.execute("COMMIT")
 
     def _open(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
