@@ -8,7 +8,8 @@ along is run, and its queries reach no other file.
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -320,11 +321,8 @@ class Comparison:
     def __init__(self, path: Path, tables: dict[str, pa.Table]) -> None:
         self.path = path
         self._tables = tables
-        self._connection = duckdb.connect(config=dict(LOCKED))
-        for name, table in tables.items():
-            self._connection.register("incoming", table)
-            self._connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
-            self._connection.unregister("incoming")
+        self._lock = threading.Lock()
+        self._database: duckdb.DuckDBPyConnection | None = None
         self.info: dict[str, Any] = tables["comparison"].to_pylist()[0]
         for name in ("settings", "packages"):
             self.info[name] = json.loads(self.info[name])
@@ -355,7 +353,7 @@ class Comparison:
 
     def query(self, sql: str, params: Sequence[object] | None = None) -> pd.DataFrame:
         """Return the result of a SELECT on the tables; values go into ``params``, not ``sql``."""
-        cursor = self._connection.cursor()
+        cursor = self._connect().cursor()
         try:
             found = cursor.sql(sql, params=params)
             if found is None:
@@ -368,13 +366,26 @@ class Comparison:
         finally:
             cursor.close()
 
+    def _connect(self) -> duckdb.DuckDBPyConnection:
+        """Return a database with the tables, made for the first query: most readers ask none."""
+        with self._lock:
+            if self._database is None:
+                self._database = duckdb.connect(config=dict(LOCKED))
+                for name, table in self._tables.items():
+                    self._database.register("incoming", table)
+                    self._database.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+                    self._database.unregister("incoming")
+            return self._database
+
     def records(self) -> Rows:
         """Return all tables as records, to add rows and write them again."""
         return {name: table.to_pylist() for name, table in self._tables.items()}
 
     def close(self) -> None:
         """Free the memory; the file itself is closed already."""
-        self._connection.close()
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -411,7 +422,7 @@ def open_comparison(path: str | Path) -> Comparison:
             version = [row[0] for row in rows]
             if version not in spelled:
                 raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
-            there = _expected(*version)
+            there = _columns(*version)
             _check_rows(path, connection, there)
             _check_values(path, connection, there)
             tables = {n: connection.sql(f"FROM {_table(n)}").to_arrow_table() for n in there}
@@ -428,20 +439,22 @@ def _table(name: str) -> str:
     return f"{_FILE}.main.{name}"
 
 
-def _check_rows(path: Path, connection: duckdb.DuckDBPyConnection, names: Iterable[str]) -> None:
+def _check_rows(
+    path: Path, connection: duckdb.DuckDBPyConnection, there: dict[str, dict[str, str]]
+) -> None:
     """Refuse a file that would not fit in memory: equal rows take nearly nothing on disk."""
-    counts = " UNION ALL ".join(f"SELECT count(*) AS n FROM {_table(name)}" for name in names)
+    counts = " UNION ALL ".join(f"SELECT count(*) AS n FROM {_table(name)}" for name in there)
     (rows,) = connection.sql(f"SELECT sum(n) FROM ({counts})").fetchall()[0]
     if rows > MAX_ROWS:
         raise ComparisonError(
             f"{path.name} holds {rows:,} rows, and a comparison is read up to {MAX_ROWS:,}. {_MAKE}"
         )
-    texts = [
-        f"SELECT coalesce(sum(strlen({column})), 0) AS n FROM {_table(name)}"
-        for name in names
-        for column, kind in TABLES[name].items()
-        if kind == "VARCHAR" and column in _columns(connection, name)
-    ]
+    texts = []
+    for name, columns in there.items():
+        written = [column for column, kind in columns.items() if kind == "VARCHAR"]
+        sizes = " + ".join(f"coalesce(sum(strlen({column})), 0)" for column in written)
+        if sizes:
+            texts.append(f"SELECT {sizes} AS n FROM {_table(name)}")
     (size,) = connection.sql(f"SELECT sum(n) FROM ({' UNION ALL '.join(texts)})").fetchall()[0]
     if size > MAX_TEXT:
         raise ComparisonError(
@@ -450,17 +463,11 @@ def _check_rows(path: Path, connection: duckdb.DuckDBPyConnection, names: Iterab
         )
 
 
-def _check_values(path: Path, connection: duckdb.DuckDBPyConnection, names: Iterable[str]) -> None:
-    columns = {
-        name: {column: TABLES[name][column] for column in _columns(connection, name)}
-        for name in names
-    }
-    for wrong in wrong_values(connection, f"{_FILE}.main.", columns):
+def _check_values(
+    path: Path, connection: duckdb.DuckDBPyConnection, there: dict[str, dict[str, str]]
+) -> None:
+    for wrong in wrong_values(connection, f"{_FILE}.main.", there):
         raise ComparisonError(f"{path.name} is no comparison file (it has {wrong}). {_MAKE}")
-
-
-def _columns(connection: duckdb.DuckDBPyConnection, name: str) -> list[str]:
-    return connection.sql(f"SELECT * FROM {_table(name)} LIMIT 0").columns
 
 
 @functools.cache
@@ -486,15 +493,23 @@ def _completed(name: str, table: pa.Table | None) -> pa.Table:
         return connection.sql(query).to_arrow_table()
 
 
-def _statements(version: int = FORMAT_VERSION) -> list[str]:
-    spelled = {
-        name: ", ".join(
-            f'"{column}" {kind}'
+def _columns(version: int = FORMAT_VERSION) -> dict[str, dict[str, str]]:
+    """Return the tables of a format, {name: {column: SQL type}}."""
+    return {
+        name: {
+            column: kind
             for column, kind in columns.items()
             if COLUMNS_SINCE.get((name, column), 1) <= version
-        )
+        }
         for name, columns in TABLES.items()
         if TABLES_SINCE.get(name, 1) <= version
+    }
+
+
+def _statements(version: int = FORMAT_VERSION) -> list[str]:
+    spelled = {
+        name: ", ".join(f'"{column}" {kind}' for column, kind in columns.items())
+        for name, columns in _columns(version).items()
     }
     return [f"CREATE TABLE {name} ({columns})" for name, columns in spelled.items()]
 
@@ -525,11 +540,13 @@ def write_comparison(path: Path, rows: Rows) -> None:
     partial.unlink(missing_ok=True)
     try:
         with duckdb.connect(str(partial)) as connection:
+            connection.execute("BEGIN")  # each statement alone would wait for the disk
             for statement in _statements():
                 connection.execute(statement)
             for name, records in rows.items():
                 if records:
                     _insert(connection, name, records)
+            connection.execute("COMMIT")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

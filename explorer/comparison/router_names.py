@@ -2,11 +2,13 @@
 
 import ast
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture.errors import cut, first_line, quoted
@@ -182,6 +184,13 @@ def arguments_of(factory: Any) -> dict[str, Any]:
 _loaded: dict[Path, tuple[str, list[str]]] = {}
 
 
+class _AsItIsNow(importlib.machinery.SourceFileLoader):
+    """Compiles a file each time: Python's cache takes one of the same size and second for it."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_router_file(path: str | Path) -> list[str]:
     """Run a Python file that adds routers to ``ROUTERS``, and return their names.
 
@@ -207,12 +216,14 @@ def load_router_file(path: str | Path) -> list[str]:
     known = set(ROUTERS)
     # a name that shadows no other module, so that its classes can be pickled
     name = f"router_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    found = importlib.util.spec_from_file_location(name, path)
-    if found is None or found.loader is None:
+    if path.suffix != ".py":
         raise RouterError(f"Expected a file that ends in .py, got {path.name}.")
+    loader = _AsItIsNow(name, str(path))
+    found = importlib.util.spec_from_loader(name, loader)
+    assert found is not None, "a loader was given"
     module = sys.modules[name] = importlib.util.module_from_spec(found)
     try:
-        found.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
         for added_before in set(ROUTERS) - known:
             ROUTERS.discard(added_before)

@@ -61,10 +61,10 @@ def test_macros_beside_our_tables_are_not_run(path):
     ("statement", "said"),
     [
         (
-            "INSERT INTO units SELECT 'a', 0, 'live', '', '' FROM range(20000001)",
-            "holds 20,000,003 rows",
+            "INSERT INTO units SELECT 'a', 0, 'live', '', '' FROM range(20001)",
+            "holds 20,003 rows, and a comparison is read up to 20,000",
         ),
-        ("UPDATE comparison SET model = repeat('x', 60000000)", "60 MB of text"),
+        ("UPDATE comparison SET model = repeat('x', 6000000)", "6 MB of text"),
         ("UPDATE comparison SET settings = '[]'", "settings are no JSON object"),
         ("UPDATE comparison SET settings = repeat('[', 100000)", "is no comparison file"),
         ("UPDATE comparison SET settings = NULL", "is no comparison file"),
@@ -73,7 +73,8 @@ def test_macros_beside_our_tables_are_not_run(path):
     ],
 )
 def test_what_is_no_comparison_is_refused_in_a_sentence(path, statement, said, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_TEXT", 50 * 10**6)
+    monkeypatch.setattr(reading, "MAX_TEXT", 5 * 10**6)
+    monkeypatch.setattr(reading, "MAX_ROWS", 20_000)
     with pytest.raises(ComparisonError, match=said) as caught:
         open_comparison(changed(path, statement))
     assert len(str(caught.value)) < 400

@@ -519,7 +519,8 @@ def test_the_loss_of_tokens_between_clusters_is_told_apart(run_path, model, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "columns"), [("layer_gate(mode='modulate')", 1), ("expert_gate", 8)]
+    ("name", "columns"),
+    [("layer_gate(mode='modulate', steps=40)", 1), ("expert_gate(steps=40)", 8)],
 )
 def test_the_gates_of_every_layer_are_counted_by_value(run_path, model, tmp_path, name, columns):
     options = dict(live=True, model=model, latency=False, progress=False, controls=False)
