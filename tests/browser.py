@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urljoin
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [
@@ -21,17 +22,49 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # what is animated is painted again and again, which takes a core; nothing is tested of it
+    "--force-prefers-reduced-motion",
+    # the pages of the app share one process, and what it compiled (see `visit`)
+    "--process-per-site",
 ]
 
 SIZE = {"width": 1400, "height": 900}
-# where a cell of the first figure is on the screen
-CELL = """([x, y, which]) => {
-    const plot = document.querySelectorAll('.js-plotly-plot')[which];
-    plot.scrollIntoView({block: 'center'});
-    const box = plot.getBoundingClientRect(), layout = plot._fullLayout;
-    return [box.left + layout.xaxis._offset + layout.xaxis.d2p(x),
-            box.top + layout.yaxis._offset + layout.yaxis.d2p(y)];
+# milliseconds without a change until a page counts as drawn
+QUIET = 150
+# whether the script has ended, its figures are drawn, and nothing has changed for a while
+SETTLED = """(quiet) => {
+    const now = performance.now();
+    if (window.changed === undefined) {
+        const note = () => { window.changed = performance.now(); };
+        const all = {subtree: true, childList: true, attributes: true, characterData: true};
+        new MutationObserver(note).observe(document, all);
+        note();
+    }
+    const app = document.querySelector('[data-testid=stApp]');
+    const drawn = app?.dataset.testScriptState === 'notRunning'
+        && document.querySelector('[data-testid=stHeading]')
+        && !document.querySelector('[data-testid=stSkeleton]')
+        && [...document.querySelectorAll('[data-testid=stPlotlyChart]')]
+            .every((chart) => chart.querySelector('.js-plotly-plot .main-svg'));
+    if (!drawn) window.changed = now;
+    return now - window.changed >= quiet;
 }"""
+# where a place of a figure is on the screen, once it has been there for a frame
+PLACE = """([which, place, x, y]) => {
+    const plot = document.querySelectorAll('.js-plotly-plot')[which];
+    if (!plot?._fullLayout?.xaxis) return null;
+    plot.scrollIntoView({block: 'center'});
+    const box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout;
+    const [a, b] = place === 'data' ? [xaxis.d2p(x), yaxis.d2p(y)]
+        : [x * xaxis._length, y * yaxis._length];
+    const found = [box.left + xaxis._offset + a, box.top + yaxis._offset + b,
+                   xaxis.p2d(a), yaxis.p2d(b)];
+    const rests = String(window.placed) === String(found);
+    window.placed = rests ? null : found;
+    return rests && found;
+}"""
+# whether a figure knows what is under the mouse
+OVER = "(which) => document.querySelectorAll('.js-plotly-plot')[which]._hoverdata?.length"
 
 
 def chromium_path():
@@ -79,7 +112,7 @@ def _wait(address, process, seconds=60):
         ):
             if answer.status == 200:
                 return
-        time.sleep(0.2)
+        time.sleep(0.05)
     raise RuntimeError(f"the app did not answer within {seconds} s")
 
 
@@ -97,33 +130,45 @@ def browser():
 
 
 def settle(page, timeout=60_000):
-    """Wait until the page's script has ended and its figures are drawn."""
-    page.wait_for_selector(
-        "[data-testid=stApp][data-test-script-state=notRunning]", timeout=timeout
-    )
-    page.wait_for_selector("[data-testid=stHeading]", timeout=timeout)
-    page.wait_for_function(
-        "() => !document.querySelector('[data-testid=stSkeleton]')", timeout=timeout
-    )
-    page.wait_for_timeout(600)
-    page.wait_for_selector(
-        "[data-testid=stApp][data-test-script-state=notRunning]", timeout=timeout
-    )
+    """Wait until the page's script has ended, its figures are drawn and nothing changes any more.
+
+    A click, a key or a choice takes effect on the state of the script before this looks at it.
+    """
+    page.wait_for_function(SETTLED, arg=QUIET, timeout=timeout)
 
 
 def visit(page, url):
+    """Open a link as somebody who has not been there.
+
+    The first visit leaves a page without any script open, so that the process of the app's pages
+    stays when they are closed: it has compiled what the next one needs.
+    """
+    if len(page.context.pages) == 1:
+        page.context.new_page().goto(urljoin(url, "/_stcore/health"))
     page.goto(url)
     settle(page)
 
 
-def click_cell(page, x, y, which=0):
-    page.wait_for_selector(".js-plotly-plot .plot-container")
-    page.wait_for_timeout(500)
-    left, top = page.evaluate(CELL, [x, y, which])
+def place(page, x, y, which=0, of="data"):
+    """Return where a place of a figure is: across, down, and in its data.
+
+    It is given in the figure's data, or as a part of the plot's width and height (`of="plot"`).
+    """
+    settle(page)
+    return page.wait_for_function(PLACE, arg=[which, of, x, y]).json_value()
+
+
+def point_at(page, x, y, which=0):
+    """Move the mouse to a cell of a figure, which then knows about it; return where that is."""
+    left, top, *_ = place(page, x, y, which)
     page.mouse.move(left - 3, top)
     page.mouse.move(left, top)
-    page.wait_for_timeout(200)
-    page.mouse.click(left, top)
+    page.wait_for_function(OVER, arg=which)
+    return left, top
+
+
+def click_cell(page, x, y, which=0):
+    page.mouse.click(*point_at(page, x, y, which))
 
 
 def token(page, text):

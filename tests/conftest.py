@@ -41,12 +41,12 @@ TIMEOUT = 570  # seconds for one file; less than any test may take (.pytest.ini)
 TOGETHER = {
     f"tests/{name}.py"
     for name in (
-        "test_capture_buffer",
-        "test_capture_cli",
-        "test_capture_stopping",
-        "test_capture_store_processes",
-        "test_explorer_killed",
-        "test_explorer_worker",
+        "capture/test_capture_buffer",
+        "capture/test_capture_cli",
+        "capture/test_capture_stopping",
+        "capture/test_capture_store_processes",
+        "explorer/test_explorer_killed",
+        "explorer/test_explorer_worker",
     )
 }
 
@@ -191,7 +191,7 @@ def runs(tmp_path, monkeypatch, worker, closed_runs):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served_runs(tmp_path_factory):
     """Make a folder with a run of known routing, and one of 40 layers with 64 experts."""
     from synthetic import write_run
@@ -205,7 +205,7 @@ def served_runs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def address(served_runs, tmp_path_factory):
     """Serve the app; its address."""
     from browser import serve
@@ -214,7 +214,7 @@ def address(served_runs, tmp_path_factory):
         yield url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium():
     """Start a browser."""
     from browser import browser
@@ -223,9 +223,9 @@ def chromium():
         yield driven
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def contexts(chromium):
-    """Keep the profiles of a file's tests, one a theme: scripts are loaded and compiled once."""
+    """Keep the profiles of all tests, one for each set of options: scripts are loaded once."""
     made = {}
     yield made
     for context in made.values():
@@ -245,11 +245,12 @@ def new_page(chromium, contexts):
     opened = []
 
     def make(theme="light", **options):
-        key = theme, *sorted(options.items())
+        key = tuple(sorted(options.items()))
         if key not in contexts:
-            contexts[key] = chromium.new_context(viewport=SIZE, color_scheme=theme, **options)
+            contexts[key] = chromium.new_context(viewport=SIZE, **options)
             contexts[key].set_default_timeout(60_000)
         page = contexts[key].new_page()
+        page.emulate_media(color_scheme=theme)
         opened.append(page)
         page.troubles = []
         page.on("dialog", lambda dialog: (page.troubles.append(dialog.message), dialog.dismiss()))

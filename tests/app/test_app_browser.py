@@ -4,7 +4,7 @@ import re
 from urllib.parse import urlsplit
 
 import pytest
-from browser import CELL, SIZE, click_cell, serve, settle, token, visit
+from browser import OVER, SIZE, click_cell, point_at, serve, settle, token, visit
 from synthetic import NASTY
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -76,8 +76,8 @@ def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert(address, page):
     assert "layer=3.0" in page.url
     page.get_by_role("heading", name="Tokens of L3.0.E3").wait_for()
     page.go_back()
+    page.get_by_role("heading", name="Overview").wait_for()
     settle(page)
-    page.wait_for_timeout(1000)
     assert "/experts" not in page.url
 
 
@@ -165,11 +165,7 @@ def test_a_change_of_page_keeps_the_filters_and_brings_back_the_prompt(address, 
 
 def hover(page, x, y, which):
     """Return what the hover over a cell says."""
-    page.wait_for_selector(".js-plotly-plot .plot-container")
-    page.wait_for_timeout(500)
-    left, top = page.evaluate(CELL, [x, y, which])
-    page.mouse.move(left - 3, top)
-    page.mouse.move(left, top, steps=4)
+    point_at(page, x, y, which)
     page.locator(".hoverlayer .hovertext").first.wait_for()
     return page.locator(".hoverlayer .hovertext").first.text_content()
 
@@ -201,13 +197,13 @@ def test_a_bar_of_the_routing_strip_chooses_its_token(address, page):
     visit(page, f"{address}/attention?run=known&layer=1.0&head=1.2&prompt=0&token=2")
     page.wait_for_selector(".js-plotly-plot .plot-container")
     bar = page.locator(".js-plotly-plot").nth(2).locator(".barlayer .point path").nth(2)
+    settle(page)
     bar.scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
     box = bar.bounding_box()
     assert box["height"] > 10
     at = box["x"] + box["width"] / 2, box["y"] + box["height"] - 4
     page.mouse.move(*at)
-    page.wait_for_timeout(200)
+    page.wait_for_function(OVER, arg=2)
     page.mouse.click(*at)
     page.get_by_role("heading", name="Token 3: “ not”").wait_for()
 

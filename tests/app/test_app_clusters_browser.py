@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from browser import serve, settle, visit
+from browser import place, serve, visit
+from playwright.sync_api import expect
 from store_runs import make_forward, make_site, start, with_site
 from synthetic import write_run
 from test_app_clusters import keep
@@ -21,14 +22,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 # more than are drawn one by one
 MANY = 30_400
-# from a part of the plot's width and height to the screen, and what is there on the map
-AT = """([x, y]) => {
-    const plot = document.querySelector('.js-plotly-plot'), layout = plot._fullLayout;
-    const box = plot.getBoundingClientRect(), size = layout._size;
-    const a = layout.xaxis, b = layout.yaxis;
-    const left = x * a._length, top = y * b._length;
-    return [box.left + a._offset + left, box.top + b._offset + top, a.p2d(left), b.p2d(top)];
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +49,9 @@ def write_many(path):
     return keep(path, Source("tokens", "scores", 0))[1]
 
 
-def point(tab, x, y):
-    tab.wait_for_selector(".js-plotly-plot .nsewdrag")
-    return tab.evaluate(AT, [x, y])
-
-
 def drag(tab, *corners):
     """Press at the first corner, pass the others, let go; return the corners on the map."""
-    tab.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
-    tab.wait_for_timeout(800)
-    found = [point(tab, *corner) for corner in corners]
+    found = [place(tab, *corner, of="plot") for corner in corners]
     tab.mouse.move(found[0][0], found[0][1])
     tab.mouse.down()
     for x, y, *_ in found[1:]:
@@ -84,7 +70,7 @@ def selected(tab, places, corners):
     deadline = time.monotonic() + 60
     while not near(region_of(tab), (x.min(), x.max(), y.min(), y.max()), places):
         assert time.monotonic() < deadline, f"{tab.url} is not a region around {corners}"
-        tab.wait_for_timeout(300)
+        tab.wait_for_timeout(50)
     return listed(tab, places)
 
 
@@ -93,10 +79,9 @@ def listed(tab, places):
     n = int(inside(places[:, 0], places[:, 1], region_of(tab)).sum())
     heading = f"Selected: {n:,} of {len(places):,} tokens"
     tab.get_by_role("heading", name=heading).wait_for(timeout=60_000)
-    settle(tab)
     rows = tab.locator("[data-testid=stDataFrame] [role=grid]").first
     # the header is a row too
-    assert int(rows.get_attribute("aria-rowcount")) == -(-n // -(-n // 1_000)) + 1
+    expect(rows).to_have_attribute("aria-rowcount", str(-(-n // -(-n // 1_000)) + 1))
     return n
 
 

@@ -433,7 +433,7 @@ def test_the_data_of_a_figure_downloads(address, new_page, tmp_path):
         download.value.save_as(path)
         assert read(path)["assignments"].sum() > 0
     page.get_by_text("SVG", exact=True).click()
-    page.wait_for_timeout(1500)
+    settle(page)
     page.keyboard.press("Escape")
     page.locator(".js-plotly-plot").first.hover()
     with page.expect_download() as download:

@@ -13,7 +13,7 @@ import duckdb
 import pandas as pd
 import pytest
 from app_pages import opened
-from browser import serve, settle
+from browser import serve, visit
 from synthetic import write_run
 from test_app_compare import write_results
 
@@ -285,8 +285,7 @@ def test_a_browser_makes_no_link_and_no_sign_of_a_text(tmp_path, page):
     drawn = ""
     with serve(tmp_path) as url:
         for place in places:
-            page.goto(url + place)
-            settle(page)
+            visit(page, url + place)
             seen = page.evaluate(SEEN)
             assert not seen["made"], place
             assert not [sign for sign in DRAWN if sign in seen["text"]], place
