@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 from browser import place, serve, visit
-from playwright.sync_api import expect
 from store_runs import make_forward, make_site, start, with_site
 from synthetic import write_run
 from test_app_clusters import keep
@@ -76,6 +75,8 @@ def selected(tab, places, corners):
 
 def listed(tab, places):
     """Check that heading and table say what is in the region of the address; return how many."""
+    from playwright.sync_api import expect
+
     n = int(inside(places[:, 0], places[:, 1], region_of(tab)).sum())
     heading = f"Selected: {n:,} of {len(places):,} tokens"
     tab.get_by_role("heading", name=heading).wait_for(timeout=60_000)
