@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from capture.errors import CaptureError
-from explorer.commands import compare as commands
-from explorer.commands import conditions, report
+from explorer.commands import compare, conditions, report, routers
 from explorer.errors import ComparisonCancelled, ExplorerError
 
 ERROR = 2
@@ -24,14 +23,14 @@ class Command(NamedTuple):
 
     summary: str
     arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], commands.Output]
+    run: Callable[[argparse.Namespace], compare.Output]
 
 
 COMMANDS = {
     "compare": Command(
         "put other routers in a model's place and see what they cost",
-        commands.compare_arguments,
-        commands.run_compare,
+        compare.arguments,
+        compare.run,
     ),
     "conditions": Command(
         "measure precision, quantisation, pruning, merging and distilled routers",
@@ -48,9 +47,7 @@ COMMANDS = {
         report.export_arguments,
         report.run_export,
     ),
-    "routers": Command(
-        "list the routers there are", commands.routers_arguments, commands.run_routers
-    ),
+    "routers": Command("list the routers there are", routers.arguments, routers.run),
 }
 
 

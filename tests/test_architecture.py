@@ -22,7 +22,17 @@ ORDER = {
         *("demo", "bench", "__main__"),
     ),
     "explorer": (
-        *("errors", "text", "registry", "metrics", "run", "queries", "routers", "comparison"),
+        *(
+            "errors",
+            "text",
+            "registry",
+            "router_cards",
+            "metrics",
+            "run",
+            "queries",
+            "routers",
+            "comparison",
+        ),
         *("maps", "survey", "worker", "service", "slices", "views", "report", "ui", "pages"),
         *("locality", "commands", "__main__"),
     ),
@@ -171,6 +181,7 @@ def test_kernels_stays_invisible_to_transformers():
 
 def test_reading_needs_no_torch():
     names = ("capture", "capture.store", "capture.demo", "explorer", "explorer.run")
+    names += ("explorer.router_cards", "explorer.comparison.conditions")
     code = (
         f"import importlib, sys\nfor name in {names}:\n"
         "    importlib.import_module(name)\n"

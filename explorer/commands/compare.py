@@ -47,7 +47,7 @@ SHOWN = (
 )
 
 
-def compare_arguments(parser: argparse.ArgumentParser) -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``compare``."""
     parser.epilog = COMPARE_EXAMPLES
     add = parser.add_argument
@@ -86,7 +86,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
-def run_compare(options: argparse.Namespace) -> Output:
+def run(options: argparse.Namespace) -> Output:
     """Compare, and return the rows of the routers asked for."""
     from explorer.comparison.compare import compare
     from explorer.comparison.router_names import load_router_file, split_routers
@@ -249,58 +249,3 @@ def _badges(row: dict[str, Any]) -> str:
     found += ["batch dependent"] if row["batch_dependent"] else []
     found += ["simulated"] if row["simulated"] else []
     return ", ".join(found)
-
-
-def routers_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``routers``."""
-    parser.add_argument("--family", metavar="FAMILY", help="only one family")
-    parser.add_argument("--router-file", action="append", default=[], metavar="FILE.py")
-    parser.add_argument("--json", action="store_true", help="print the whole cards as JSON")
-
-
-def run_routers(options: argparse.Namespace) -> Output:
-    """Return the cards of all registered routers."""
-    from explorer.comparison.catalogue import cards
-    from explorer.comparison.router_names import load_router_file
-
-    for path in options.router_file:
-        load_router_file(path)
-    found = [card for card in cards() if options.family in (None, card["family"])]
-    if options.json:
-        return Output(json.dumps(found, indent=1))
-    fits = {None: "no", "statistics": "counts", "distilled": "imitation", "trained": "model's loss"}
-    columns = (
-        "name",
-        "family",
-        "part",
-        "causal",
-        "batch matters",
-        "needs fitting",
-        "selector",
-        "paper",
-        "how it differs",
-    )
-    rows = [
-        [
-            card["name"],
-            card["family"],
-            card["part"],
-            "yes" if card["causal_declared"] else "no",
-            "yes" if card["batch_dependent_declared"] else "no",
-            fits[card["fits"]],
-            "yes" if "selector=" in card["arguments"] else "no",
-            card["paper"] or "-",
-            (card["differs"] or "as published") if card["paper"] else "-",
-        ]
-        for card in found
-        if not card["shelved"]
-    ]
-    widths = [max(len(str(row[n])) for row in [columns, *rows]) for n in range(len(columns))]
-    lines = [
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [list(columns), *rows]
-    ]
-    shelved = [f"  {card['name']}: {card['shelved']}" for card in found if card["shelved"]]
-    if shelved:
-        lines += ["", "Not in the default set, kept for the record:", *shelved]
-    return Output("\n".join(lines))

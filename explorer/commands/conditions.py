@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from explorer.commands.compare import Output
+from explorer.comparison.conditions import USUAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,9 +41,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Output:
     """Measure, and return what is to be printed."""
-    from explorer.comparison.conditions.catalogue import USUAL, make_conditions
+    from explorer.comparison.conditions.catalogue import make_conditions
     from explorer.comparison.conditions.distilled_routers import STUDENTS
-    from explorer.comparison.conditions.measure import measure_conditions, read
+    from explorer.comparison.conditions.effects import measure_conditions, read
     from explorer.comparison.router_names import split_routers
 
     def chosen(text: str | None, usual: tuple[str, ...]) -> list[str]:

@@ -15,7 +15,6 @@ oracle        the last layer's experts chosen by the loss: a bound
 verdicts      two routers paired text by text, and what that can show; imports no torch
 results_file  the tables, reading and writing them; imports no torch
 progress      how far a comparison is
-catalogue     the cards of all routers
 conditions    the same texts with other weights, fewer experts, students of the gate
 bench         how long replay and live rules take
 

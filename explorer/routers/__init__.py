@@ -32,6 +32,7 @@ Importing this package imports torch; ``import explorer`` does not import this p
 """
 
 from capture.swap.rules import Decision, PartMask, Place, RouterInputs, Routing
+from explorer.router_cards import FAMILIES, RouterInfo
 from explorer.routers import (
     assignment,
     attention,
@@ -50,12 +51,10 @@ from explorer.routers import (
     thresholds,
 )
 from explorer.routers.contract import (
-    FAMILIES,
     ROUTERS,
     AcrossLayers,
     PartRouter,
     Router,
-    RouterInfo,
     RoutingRouter,
     fit_layers,
     route_layers,

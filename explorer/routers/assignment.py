@@ -13,7 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.metrics.load import expert_capacity
-from explorer.routers.contract import ROUTERS, RouterInfo
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS
 from explorer.routers.native import GateRouter, TopKRouter, host_choice
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import top_ids
@@ -56,26 +57,7 @@ class ExpertChoiceRouter(GateRouter):
     trained so learns to read the future from it (up to 50 bits a token in the source).
     """
 
-    info = RouterInfo(
-        name="expert_choice",
-        family="literature",
-        title="Expert choice",
-        summary=(
-            "Every expert takes its best tokens, so that loads are exactly equal. Some tokens get "
-            "no expert, and later tokens decide about earlier ones."
-        ),
-        formula="each e takes the n c / E tokens with the largest p_te",
-        paper="2202.09368",
-        differs=(
-            "Weights by the model's own convention; raw=True takes each expert's softmax score as "
-            "it is, as the source does."
-        ),
-        needs=frozenset({"logits"}),
-        causal=False,
-        batch_dependent=True,
-        variable_k=True,
-        identity="Experts choose tokens; no token is sure of its own.",
-    )
+    info = CARDS["expert_choice"]
 
     def __init__(
         self,
@@ -123,25 +105,7 @@ class BaseRouter(GateRouter):
     model with a selection bias or groups, what it sorts its experts by stands for the logits.
     """
 
-    info = RouterInfo(
-        name="base",
-        family="literature",
-        title="BASE (optimal assignment)",
-        summary=(
-            "Solves for the assignment with exactly equal loads and the largest total score. A "
-            "token's experts depend on the whole window."
-        ),
-        formula="max sum_t log p_{t,a(t)}  with every expert used equally often",
-        paper="2103.16716",
-        differs=(
-            "An exact assignment in place of the auction, at inference too, and the model's own "
-            "weights in place of the sigmoid of the score."
-        ),
-        needs=frozenset({"logits"}),
-        causal=False,
-        batch_dependent=True,
-        identity={"window": 1},  # a token by itself gets its best
-    )
+    info = CARDS["base"]
 
     def __init__(self, *, window: int = 512) -> None:
         if not 1 <= window <= MAX_WINDOW:
@@ -228,25 +192,7 @@ class SinkhornRouter(GateRouter):
     decides about the choice only, and only in training.
     """
 
-    info = RouterInfo(
-        name="sinkhorn",
-        family="literature",
-        title="Sinkhorn (S-BASE)",
-        summary=(
-            "Rescales experts and tokens until every expert has an equal share, then takes the "
-            "best. A token's experts depend on the whole batch."
-        ),
-        formula="Q = diag(u) exp(W h) diag(v), rows 1/T, columns 1/E;  S = TopK(Q_t, k)",
-        paper="2202.01169",
-        differs=(
-            "Balances at inference too, where the source takes the plain best; the iteration is "
-            "bounded and in logarithms."
-        ),
-        needs=frozenset({"logits"}),
-        causal=False,
-        batch_dependent=True,
-        identity="Loads are evened out over a batch; a token by itself is at home everywhere.",
-    )
+    info = CARDS["sinkhorn"]
 
     def __init__(
         self,
@@ -329,24 +275,7 @@ class CapacityRouter(GateRouter):
     """
 
     policy: Literal["probs", "position"] = "probs"
-    info = RouterInfo(
-        name="capacity_probs",
-        family="literature",
-        title="Capacity, dropping the least probable",
-        summary=(
-            "Each expert takes so many assignments of a batch and drops those with the smallest "
-            "weights. What is dropped depends on the whole batch."
-        ),
-        formula="capacity = ceil(CF T k / E);  expert e keeps its heaviest assignments",
-        paper="2101.03961, eq. 3; Megatron-Core drop policy 'probs'",
-        differs="",
-        needs=frozenset({"logits"}),
-        causal=False,
-        batch_dependent=True,
-        variable_k=True,
-        weighing="at_most",
-        identity={"capacity_factor": 1e9},  # room for everybody
-    )
+    info = CARDS["capacity_probs"]
 
     def __init__(self, *, capacity_factor: float = 1.25, window: int | None = None) -> None:
         self.capacity_factor = capacity_factor
@@ -378,15 +307,4 @@ class CapacityByPositionRouter(CapacityRouter):
     """Take the model's own choice; each expert takes the first assignments of the batch only."""
 
     policy = "position"
-    info = replace(
-        CapacityRouter.info,
-        name="capacity_position",
-        title="Capacity, dropping the last",
-        summary=(
-            "Each expert takes so many assignments of a batch, in the order of the tokens. How "
-            "many depends on the number of tokens: a text that goes on gives its start more room."
-        ),
-        formula="capacity = ceil(CF T k / E);  expert e keeps its first assignments",
-        paper="2101.03961, section 2.2; Megatron-Core drop policy 'position'",
-        differs="",
-    )
+    info = CARDS["capacity_position"]

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from capture.swap.rules import RouterInputs, Routing
-from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
-from explorer.routers.learning.imitation import DISTILLED, Student
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, RoutingRouter
+from explorer.routers.learning.imitation import Student
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, chosen_formula
@@ -29,20 +30,7 @@ class GateRowRouter(RoutingRouter):
     reproduces the model's decisions exactly, which the tests hold it to.
     """
 
-    info = RouterInfo(
-        name="gate_row_attention",
-        family="attention",
-        title="Expert-key attention, keys = gate rows",
-        summary=(
-            "The token is the query, the rows of the model's own gate are the keys. It repeats "
-            "the model exactly: a linear gate is attention over expert keys."
-        ),
-        formula="a = softmax(h K^T),  K = W_gate;  S = TopK(a, k)",
-        paper="1701.06538, eq. 3",
-        differs="The source has a gate; that it is attention over expert keys is our reading.",
-        needs=frozenset({"hidden", "gate_weight"}),
-        identity={},
-    )
+    info = CARDS["gate_row_attention"]
 
     def __init__(self, *, selector: Selector | None = None) -> None:
         self.selector = selector
@@ -101,24 +89,7 @@ class ExpertKeyRouter(Student):
         Of :class:`explorer.routers.learning.imitation.Student`.
     """
 
-    info = RouterInfo(
-        name="expert_key_attention",
-        family="attention",
-        title="Expert-key attention, learned",
-        summary=(
-            "The token's query meets a learned key of each expert in few dimensions. Distilled "
-            "from the model's own gate."
-        ),
-        formula="z_e = (Q h) . k_e / sqrt(r) + b_e;  S = TopK(z, k)",
-        paper="1706.03762, eq. 1",
-        differs=(
-            "The source's attention is between tokens; here the keys are experts', there are no "
-            "values, and the rule imitates the model's own gate."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        identity=DISTILLED,
-    )
+    info = CARDS["expert_key_attention"]
 
     def __init__(self, *, rank: int = 16, **options: Any) -> None:
         super().__init__(**options)
@@ -165,23 +136,7 @@ class YuanRouter(Student):
     model.
     """
 
-    info = RouterInfo(
-        name="yuan_attention",
-        family="attention",
-        title="Attention router (Yuan 2.0-M32)",
-        summary=(
-            "Three projections give each expert a query, a key and a value, and experts attend "
-            "to each other. It models how experts go together."
-        ),
-        formula="Q = W h, K = W' h, V = W'' h;  z = softmax(Q K^T) V;  S = TopK(z, k)",
-        paper="2405.17976",
-        differs=(
-            "It imitates the gate of a trained model, where the source trains it with the model."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        identity=DISTILLED,
-    )
+    info = CARDS["yuan_attention"]
 
     rows = 2048  # each holds a square of experts
 

@@ -8,6 +8,7 @@ import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
+from explorer.router_cards import CARDS
 from explorer.routers.clusters import (
     SPANNING,
     GaussianClusters,
@@ -15,7 +16,7 @@ from explorer.routers.clusters import (
     Level,
     points_of,
 )
-from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
+from explorer.routers.contract import ROUTERS, RoutingRouter
 from explorer.routers.native import choice_scores, choose, host_choice
 from explorer.routers.scores import (
     slots,
@@ -110,25 +111,7 @@ class KMeansRouter(TableRouter):
     hidden states choose among experts that exist, and K-means is not balanced.
     """
 
-    info = RouterInfo(
-        name="kmeans",
-        family="clustering",
-        title="K-means table, hard",
-        summary=(
-            "Tokens of one cluster of hidden states share their experts: those that the cluster "
-            "scored highest on average."
-        ),
-        formula="c = argmin |h - mu_c|;  S = TopK(T_c, k),  T_c = mean of p_t in c",
-        paper="2303.14177",
-        differs=(
-            "The source divides whole documents and trains a language model for each cluster; "
-            "here tokens of one cluster share experts of one model. The source's own: python -m "
-            "explorer.survey.from_scratch.ensemble."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="statistics",
-        identity="Tokens of a cluster share their scores.",
-    )
+    info = CARDS["kmeans"]
 
     def __init__(
         self,
@@ -176,20 +159,7 @@ class KMeansRouter(TableRouter):
 class SoftKMeansRouter(KMeansRouter):
     """Mix the experts of several clusters, by the token's shares in them."""
 
-    info = replace(
-        KMeansRouter.info,
-        name="kmeans_soft",
-        differs=(
-            "The source mixes the predictions of language models trained on clusters of "
-            "documents; here the expert scores of one model's clusters of tokens are mixed."
-        ),
-        title="K-means table, soft",
-        summary=(
-            "As the hard table, but a token between clusters mixes their experts by its shares "
-            "in them."
-        ),
-        formula="p = sum_c r_c T_c,  r = softmax(-|h - mu_c|^2 / (T s^2));  S = TopK(p, k)",
-    )
+    info = CARDS["kmeans_soft"]
 
     def __init__(
         self,
@@ -214,21 +184,7 @@ class SoftKMeansRouter(KMeansRouter):
 class PromptKMeansRouter(SoftKMeansRouter):
     """Cluster prompts: all tokens that continue the same kind of text share experts."""
 
-    info = replace(
-        SoftKMeansRouter.info,
-        name="kmeans_prompt",
-        title="K-means table of prompts",
-        summary=(
-            "Clusters the mean hidden state of the prompt so far, so that all tokens of one kind "
-            "of text use the same experts."
-        ),
-        formula="m_t = mean of h_1..h_t;  p = sum_c r_c(m_t) T_c;  S = TopK(p, k)",
-        paper="2509.10513",
-        differs=(
-            "The source gives each cluster of texts its own experts and router, trained together; "
-            "here each has a table of a trained model's experts, and reads the prompt so far."
-        ),
-    )
+    info = CARDS["kmeans_prompt"]
 
     def __init__(
         self,
@@ -268,24 +224,7 @@ class MixtureRouter(TableRouter):
     components of its own: here they share a table of scores.
     """
 
-    info = RouterInfo(
-        name="gmm",
-        family="clustering",
-        title="Gaussian-mixture posterior",
-        summary=(
-            "A Gaussian mixture over hidden states; a token mixes the expert scores of its "
-            "components by their posterior."
-        ),
-        formula="p = sum_c P(c | h) T_c;  S = TopK(p, k)",
-        paper="2510.16448",
-        differs=(
-            "The source's components belong to experts and are learned while the model trains; "
-            "here one mixture of router inputs looks up what the model's own gate scored."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="statistics",
-        identity="Tokens mix the scores of few components.",
-    )
+    info = CARDS["gmm"]
 
     def __init__(
         self,
@@ -331,25 +270,7 @@ class ShortlistRouter(TableRouter):
     seed : int
     """
 
-    info = RouterInfo(
-        name="cluster_shortlist",
-        family="clustering",
-        title="Cluster shortlist and gate",
-        summary=(
-            "A token's cluster gives a short list of experts, and the model's own gate chooses "
-            "among them. The whole gate is computed: the weights need all its scores."
-        ),
-        formula="L = TopK(T_c, m);  S = TopK(p_e : e in L, k)",
-        paper="2509.10513",
-        differs=(
-            "The source's groups of experts and their routers are trained, for clusters of texts; "
-            "here tokens are clustered, and the model's own gate says which experts a cluster "
-            "gets."
-        ),
-        needs=frozenset({"hidden", "logits"}),
-        fits="statistics",
-        identity={"shortlist": 10**9},  # as many as there are
-    )
+    info = CARDS["cluster_shortlist"]
 
     def __init__(
         self, *, n_clusters: int = 128, shortlist: int | None = None, seed: int = 0
@@ -420,24 +341,7 @@ class ClusterLinearRouter(RoutingRouter):
     clusters' routers together say what one of the same rank cannot.
     """
 
-    info = RouterInfo(
-        name="cluster_linear",
-        family="clustering",
-        title="A linear router per cluster",
-        summary=(
-            "K-means gives a token to a cluster, and the cluster's own linear router chooses the "
-            "experts. Fitted by least squares to the model's logits."
-        ),
-        formula="c = argmin |h - mu_c|;  z = W_c h + b_c;  S = TopK(score(z), k)",
-        paper="2509.10513",
-        differs=(
-            "The source clusters whole texts and trains each cluster's router with its experts; "
-            "here tokens are clustered, and all routers imitate the model's gate."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="statistics",
-        identity="Fitted to the model's logits, which it comes close to.",
-    )
+    info = CARDS["cluster_linear"]
 
     def __init__(
         self,
@@ -540,20 +444,7 @@ def regress(
 class ClusterLowRankRouter(ClusterLinearRouter):
     """Give every cluster a linear router of low rank."""
 
-    info = replace(
-        ClusterLinearRouter.info,
-        name="cluster_low_rank",
-        differs=(
-            "The source clusters whole texts and trains each cluster's router with its experts; "
-            "here tokens are clustered, and routers of low rank imitate the model's gate."
-        ),
-        title="A low-rank router per cluster",
-        summary=(
-            "As a linear router per cluster, but each of low rank: small routers that together "
-            "say what one small router cannot."
-        ),
-        formula="c = argmin |h - mu_c|;  z = A_c B_c h + b_c, rank r;  S = TopK(score(z), k)",
-    )
+    info = CARDS["cluster_low_rank"]
 
     def __init__(
         self, *, n_clusters: int = 8, rank: int = 4, ridge: float = 1e-3, seed: int = 0

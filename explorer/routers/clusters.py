@@ -10,7 +10,8 @@ from sklearn.mixture import GaussianMixture
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, target_scores, weigh
 from explorer.routers.sequences import prefix_mean
@@ -182,25 +183,7 @@ class NeighbourRouter(RoutingRouter):
     seed : int
     """
 
-    info = RouterInfo(
-        name="nearest_neighbours",
-        family="clustering",
-        title="Nearest recorded inputs (kNN)",
-        summary=(
-            "Looks up the recorded router inputs most similar to the token and averages what "
-            "they scored. No training, but every recorded input is compared."
-        ),
-        formula="p = mean of p_n over the m recorded inputs nearest to h;  S = TopK(p, k)",
-        paper="2601.02144",
-        differs=(
-            "The source remembers logits that were optimised on the loss, and mixes them with the "
-            "model's gate by how near they are; here the model's own scores are remembered and "
-            "always decide."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="statistics",
-        identity="Other tokens' scores stand for the token's.",
-    )
+    info = CARDS["nearest_neighbours"]
     _rows = 2048  # tokens compared at a time, which bounds memory
 
     def __init__(self, *, neighbours: int = 8, max_points: int = 8192, seed: int = 0) -> None:

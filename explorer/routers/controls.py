@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from math import ceil, floor
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
@@ -10,7 +10,8 @@ from capture.swap.measure import summed, token_losses
 from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.rules import Decision, Part, PartMask, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, PartRouter, RouterInfo, RoutingRouter
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, PartRouter, RoutingRouter
 from explorer.routers.heads_and_layers import check_keep
 from explorer.routers.learning.exploration import Passes
 from explorer.routers.learning.training import CURVE_POINTS, TrainedRouter, TrainingSession
@@ -38,19 +39,7 @@ class RandomRouter(GateRouter):
     seed : int
     """
 
-    info = RouterInfo(
-        name="random",
-        family="control",
-        title="Random at equal compute",
-        summary=(
-            "Experts are drawn at random, with the weights that the model gives them. What a rule "
-            "of the same cost must beat."
-        ),
-        formula="S = k experts drawn without replacement",
-        paper="",
-        needs=frozenset({"logits", "token_ids", "starts"}),
-        identity={"choose": "best"},
-    )
+    info = CARDS["random"]
 
     def __init__(
         self,
@@ -107,19 +96,7 @@ class MatchedRandomRouter(RandomRouter):
     from such allocation to layers; this control leaves only what depends on the token.
     """
 
-    info = replace(
-        RandomRouter.info,
-        name="random_matched",
-        title="Random, matched per layer",
-        summary=(
-            "How many of its best experts a token gets is drawn at random, as often as the rule "
-            "beside it does in the same layer. Often, but not always, the harder of the controls."
-        ),
-        formula="k_t drawn from the other rule's counts in this layer;  S = TopK(p, k_t)",
-        fits="statistics",
-        variable_k=True,
-        identity={},
-    )
+    info = CARDS["random_matched"]
 
     def __init__(self, *, choose: Choose = "best", seed: int = 0) -> None:
         super().__init__(choose=choose, seed=seed)
@@ -160,23 +137,7 @@ class FrozenRandomRouter(RoutingRouter):
     with another gate do not forgive it.
     """
 
-    info = RouterInfo(
-        name="frozen_random",
-        family="control",
-        title="Frozen random gate",
-        summary=(
-            "A linear gate with random weights. Similar tokens still share experts, unlike with "
-            "chance alone."
-        ),
-        formula="S = TopK(score(R h), k),  R ~ N(0, 1 / d)",
-        paper="2402.13089",
-        differs=(
-            "The source's experts are trained under the frozen gate; here they were trained under "
-            "another."
-        ),
-        needs=frozenset({"hidden"}),
-        identity="Nobody trained its gate.",
-    )
+    info = CARDS["frozen_random"]
 
     def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
         self.k = k
@@ -208,20 +169,7 @@ class StaticRouter(RoutingRouter):
         Experts per token; None = as many as the model takes.
     """
 
-    info = RouterInfo(
-        name="static_best",
-        family="control",
-        title="Static best",
-        summary=(
-            "All tokens use the same experts, those with the highest mean score. What a rule that "
-            "looks at the token must beat."
-        ),
-        formula="S = TopK(mean_t p_t, k)",
-        paper="",
-        needs=frozenset(),
-        fits="statistics",
-        identity="All tokens have the same experts.",
-    )
+    info = CARDS["static_best"]
 
     def __init__(self, *, k: int | None = None) -> None:
         self.k = k
@@ -281,32 +229,11 @@ class _PartControl(PartRouter):
         return 0.0
 
 
-def _control(name: str, title: str, summary: str, formula: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "family": "control",
-        "title": title,
-        "summary": summary,
-        "formula": formula,
-        "paper": "",
-        "needs": frozenset({"token_ids", "starts"}),
-        "fits": "statistics",
-        "identity": {"keep": 1.0},
-    }
-
-
 @ROUTERS.add("random_parts")
 class RandomPartRouter(_PartControl):
     """Choose heads, or whether a layer runs, by chance, as often as told in each layer."""
 
-    info = RouterInfo(
-        **_control(
-            "random_parts",
-            "Random parts",
-            "Heads or layers are drawn at random, at the rate of the rule that it stands beside.",
-            "parts = n drawn without replacement",
-        )
-    )
+    info = CARDS["random_parts"]
 
     def _route(self, inputs: RouterInputs) -> PartMask:
         return self._gate(inputs, uniform(token_keys(inputs, self.seed, 1), len(self.mean_)))
@@ -316,14 +243,7 @@ class RandomPartRouter(_PartControl):
 class StaticPartRouter(_PartControl):
     """Give every token the parts that matter most on average."""
 
-    info = RouterInfo(
-        **_control(
-            "static_parts",
-            "Static best parts",
-            "All tokens use the same heads or layers: those with the highest mean importance.",
-            "parts = the n with the largest mean importance",
-        )
-    )
+    info = CARDS["static_parts"]
 
     def _route(self, inputs: RouterInputs) -> PartMask:
         return self._gate(inputs, self.mean_.expand(inputs.n_tokens, -1))
@@ -342,16 +262,7 @@ class ConstantGateRouter(PartRouter):
         Needed for heads; a layer is one part, and experts are known.
     """
 
-    info = replace(
-        RandomPartRouter.info,
-        name="constant_gate",
-        title="Constant gate",
-        summary="Multiplies every part by one number. At 1 the model must not change at all.",
-        formula="g = value",
-        needs=frozenset(),
-        fits=None,
-        identity={"value": 1.0},
-    )
+    info = CARDS["constant_gate"]
 
     def __init__(
         self, *, value: float = 1.0, part: Part = "layer", n_parts: int | None = None
@@ -397,21 +308,7 @@ class StaticLayersRouter(TrainedRouter, PartRouter):
     """
 
     part: Part = "layer"
-    info = RouterInfo(
-        name="static_layers",
-        family="control",
-        title="Static best blocks",
-        summary=(
-            "The MoE blocks of some layers run for no token. Which ones was found by trying: the "
-            "loss on the fit split rises least without them."
-        ),
-        formula="D = argmin CE without blocks D, |D| = floor((1 - keep) L)",
-        paper="",
-        needs=frozenset(),
-        fits="trained",
-        across_layers=True,
-        identity={"keep": 1.0},
-    )
+    info = CARDS["static_layers"]
 
     def __init__(self, *, keep: float = 0.75, seed: int = 0) -> None:
         self.keep = check_keep(keep)

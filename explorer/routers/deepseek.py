@@ -1,12 +1,11 @@
 """DeepSeek's rules: a bias that evens out the load, and groups of experts."""
 
-from dataclasses import replace
-
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, RouterInfo
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS
 from explorer.routers.native import (
     GateRouter,
     choice_scores,
@@ -41,24 +40,7 @@ class LossFreeBiasRouter(GateRouter):
     its experts by.
     """
 
-    info = RouterInfo(
-        name="loss_free_bias",
-        family="literature",
-        title="Sigmoid with loss-free bias",
-        summary=(
-            "A bias per expert, fitted so that all get equal load, shifts the choice but not the "
-            "weights. Shows the price of balance."
-        ),
-        formula="S = TopK(sigmoid(W h) + b, k);  b_e += u sign(mean(c) - c_e)",
-        paper="2408.15664, algorithm 1; 2412.19437, eq. 16",
-        differs=(
-            "The bias is fitted after training, on recorded scores; its steps shrink at the end, "
-            "and weights follow the model's own convention."
-        ),
-        needs=frozenset({"logits"}),
-        fits="statistics",
-        identity={"steps": 0},
-    )
+    info = CARDS["loss_free_bias"]
 
     def __init__(
         self,
@@ -126,20 +108,7 @@ class GroupLimitedRouter(GateRouter):
     group is therefore the mildest rule with an effect on a top-2 model.
     """
 
-    info = RouterInfo(
-        name="group_limited_v2",
-        family="literature",
-        title="Group-limited (DeepSeek-V2)",
-        summary=(
-            "A token's experts must lie in its best groups, a group counting by its best expert. "
-            "It bounds the devices that a token is sent to."
-        ),
-        formula="G = TopM(max_{e in g} p_e);  S = TopK(p_e : e in G)",
-        paper="2405.04434, section 2.2.2",
-        differs="",
-        needs=frozenset({"logits"}),
-        identity={"n_groups": 1},
-    )
+    info = CARDS["group_limited_v2"]
     counted = 1
 
     def __init__(
@@ -174,16 +143,5 @@ class GroupLimitedRouter(GateRouter):
 class SummedGroupRouter(GroupLimitedRouter):
     """Choose within the best groups, a group counting by the sum of its two best experts."""
 
-    info = replace(
-        GroupLimitedRouter.info,
-        name="group_limited_v3",
-        title="Group-limited (DeepSeek-V3)",
-        summary=(
-            "A token's experts must lie in its best groups, a group counting by the sum of its "
-            "two best experts. It bounds the devices that a token is sent to."
-        ),
-        formula="G = TopM(sum of the two best s_e + b_e in g);  S = TopK(s_e + b_e : e in G)",
-        paper="2412.19437, section 2.1.2",
-        differs="",
-    )
+    info = CARDS["group_limited_v3"]
     counted = 2

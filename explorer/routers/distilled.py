@@ -9,10 +9,10 @@ from torch import nn
 
 from capture.swap.rules import Decision, Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, AcrossLayers, RouterInfo, RoutingRouter
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, AcrossLayers, RoutingRouter
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
-    DISTILLED,
     LEARNING_RATE,
     STEPS,
     Student,
@@ -28,20 +28,7 @@ from explorer.routers.scores import slots, student_scores, target_scores, weigh
 class LinearStudent(Student):
     """Learn a linear gate from the model's own linear gate: the sanity check of distillation."""
 
-    info = RouterInfo(
-        name="distilled_linear",
-        family="control",
-        title="Distilled linear gate",
-        summary=(
-            "A new linear gate that learned to imitate the model's own. It should agree almost "
-            "always; what it misses is what the fit loop misses."
-        ),
-        formula="z = W' h + b,  min KL(p || softmax(z))",
-        paper="",
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        identity=DISTILLED,
-    )
+    info = CARDS["distilled_linear"]
 
     def make(self, d: int, n_experts: int) -> nn.Module:
         """Make one linear map."""
@@ -94,23 +81,7 @@ class CosineRouter(Student):
     the model.
     """
 
-    info = RouterInfo(
-        name="cosine",
-        family="literature",
-        title="Cosine router (X-MoE)",
-        summary=(
-            "Compares the direction of a projected token with a vector of each expert. Length "
-            "plays no part, which keeps experts from collapsing in training."
-        ),
-        formula="z_e = s cos(P h, v_e),  s <= 100;  S = TopK(z, k)",
-        paper="2204.09179",
-        differs=(
-            "It imitates the gate of a trained model, where the source trains it with the model."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        identity=DISTILLED,
-    )
+    info = CARDS["cosine"]
 
     def __init__(self, *, width: int = 32, **options: Any) -> None:
         super().__init__(**options)
@@ -141,25 +112,7 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
     for that reads the layer's own input.
     """
 
-    info = RouterInfo(
-        name="look_ahead",
-        family="literature",
-        title="Look-ahead router",
-        summary=(
-            "Chooses a layer's experts from what the layer before saw, so that they can be fetched "
-            "one layer early. The first layer reads its own input."
-        ),
-        formula="z_l = W_l h_{l-1} + b_l,  min KL(p_l || softmax(z_l))",
-        paper="2312.17238",
-        differs=(
-            "The source reuses the next layer's own gate (see next_gate); here a gate for each "
-            "layer learns to foresee it."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        across_layers=True,
-        identity=DISTILLED,
-    )
+    info = CARDS["look_ahead"]
 
     def __init__(self, *, steps: int = STEPS, seed: int = 0) -> None:
         self.steps = steps
@@ -227,24 +180,7 @@ class NextGateRouter(AcrossLayers, RoutingRouter):
     the gate reads the layer's own input, as the model does.
     """
 
-    info = RouterInfo(
-        name="next_gate",
-        family="literature",
-        title="Next layer's own gate, one layer early",
-        summary=(
-            "A layer's own gate reads what the layer before saw, so that experts can be fetched "
-            "one layer early. The first layer reads its own input."
-        ),
-        formula="z_l = W_l h_{l-1};  S = TopK(score(z_l), k)",
-        paper="2312.17238, section 3.2",
-        differs=(
-            "The source fetches experts by this guess and lets the gate choose when its own input "
-            "is there; here the guess decides."
-        ),
-        needs=frozenset({"hidden", "gate_weight"}),
-        across_layers=True,
-        identity="The gate reads another layer's input.",
-    )
+    info = CARDS["next_gate"]
 
     def fit_across(
         self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]

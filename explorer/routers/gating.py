@@ -1,6 +1,5 @@
 """Gating-based rules: a number between 0 and 1 in front of each head, layer or expert."""
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -8,7 +7,8 @@ from torch import nn
 
 from capture.swap.rules import Decision, Part, PartMask, RouterInputs
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, PartRouter, RouterInfo
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, PartRouter
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
 from explorer.routers.scores import target_importance
@@ -163,35 +163,12 @@ class _PartGate(PartRouter):
         return 2.0 * d * (self.network_.out_features if self.fitted else parts)
 
 
-_INFO = RouterInfo(
-    name="layer_gate",
-    family="gating",
-    title="Layer gate",
-    summary=(
-        "A gate between 0 and 1 decides for each token whether the layer runs. It is learned from "
-        "how much the layer changes the token."
-    ),
-    formula="g = sigmoid(w h + b);  out = [g >= theta] layer(h) + [g < theta] h",
-    paper="2410.13184",
-    differs=(
-        "Learned from how much the layer changes the token, where the source learns on the loss "
-        "(see layer_gate_trained)."
-    ),
-    needs=frozenset({"hidden"}),
-    fits="distilled",
-    identity={"mode": "skip", "keep": 1.0},
-)
-
-
 @ROUTERS.add("layer_gate")
 class LayerGateRouter(_PartGate):
     """Decide for each token whether the layer runs."""
 
     part: Part = "layer"
-    info = replace(
-        _INFO,
-        shelved="what a block adds is a poor guide to what the loss needs; see layer_gate_trained",
-    )
+    info = CARDS["layer_gate"]
 
 
 @ROUTERS.add("head_gate")
@@ -204,21 +181,7 @@ class HeadGateRouter(_PartGate):
     """
 
     part: Part = "head"
-    info = replace(
-        _INFO,
-        name="head_gate",
-        title="Head gates, hard concrete",
-        summary=(
-            "A gate for each attention head and token, of a kind that reaches 0 and 1 exactly. It "
-            "is learned from how much the head contributes."
-        ),
-        formula="g = clip(1.2 sigmoid(w h + b) - 0.1, 0, 1)",
-        paper="1905.09418; 1712.01312, eq. 10-13",
-        differs=(
-            "The sources' gates are the same for all tokens and learned on the loss; here each "
-            "token has its own, learned from what the heads contribute."
-        ),
-    )
+    info = CARDS["head_gate"]
 
     def __init__(
         self,
@@ -240,20 +203,7 @@ class ExpertGateRouter(_PartGate):
     """Multiply each expert's weight by a gate of its own."""
 
     part: Part = "expert"
-    info = replace(
-        _INFO,
-        name="expert_gate",
-        title="Expert gates",
-        summary=(
-            "A gate for each expert and token that multiplies the expert's output. It modulates "
-            "rather than skips."
-        ),
-        formula="g = sigmoid(W h + b);  out = sum_S w_e g_e expert_e(h)",
-        paper="2410.13184",
-        differs=(
-            "The source gates attention and MLPs and skips them; here single experts are scaled."
-        ),
-    )
+    info = CARDS["expert_gate"]
 
     def __init__(
         self,

@@ -1,11 +1,10 @@
 """Hash layers: the token id alone decides."""
 
-from dataclasses import replace
-
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
-from explorer.routers.contract import ROUTERS, RouterInfo, RoutingRouter
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, target_scores, weigh
 from explorer.routers.selectors import top_ids
@@ -29,24 +28,7 @@ class HashRouter(RoutingRouter):
     replacement and weighted equally, with the sum that the model's weights would have.
     """
 
-    info = RouterInfo(
-        name="hash_random",
-        family="literature",
-        title="Random hash",
-        summary=(
-            "Each token id has its own randomly drawn experts. Context plays no part, nor do the "
-            "model's weights."
-        ),
-        formula="S = table[token id];  w = 1 / k",
-        paper="2106.04426",
-        differs=(
-            "The source trains the experts under its table, with one expert a token; here they "
-            "were trained under a gate, and share the weight."
-        ),
-        needs=frozenset({"token_ids"}),
-        weighing="own",  # there is no score to weigh by
-        identity="The token id alone decides.",
-    )
+    info = CARDS["hash_random"]
 
     def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
         self.k = k
@@ -81,22 +63,7 @@ class FittedHashRouter(RoutingRouter):
     reproduces is the part of routing that context has no say in.
     """
 
-    info = replace(
-        HashRouter.info,
-        name="hash_fitted",
-        differs=(
-            "The source draws its table or counts tokens before training; here it is read off "
-            "what the trained model's gate scored."
-        ),
-        title="Fitted hash",
-        summary=(
-            "Each token id has the experts that it scored highest on average over recorded "
-            "tokens. Measures how far the token id alone explains the routing."
-        ),
-        formula="T[id] = mean of p_t over tokens with this id;  S = TopK(T[id], k)",
-        fits="statistics",
-        weighing="host",
-    )
+    info = CARDS["hash_fitted"]
 
     def __init__(self, *, k: int | None = None) -> None:
         self.k = k

@@ -9,8 +9,9 @@ from torch import nn
 
 from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs
 from explorer.errors import RouterError
+from explorer.router_cards import CARDS
 from explorer.routers.attention import KeyAttention
-from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter, RouterInfo
+from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     LEARNING_RATE,
@@ -59,24 +60,7 @@ class HeadAttentionRouter(PartRouter):
     """
 
     part: Part = "head"
-    info = RouterInfo(
-        name="head_attention",
-        family="attention",
-        title="Heads chosen by attention over head keys",
-        summary=(
-            "Each attention head has a learned key; a token uses the heads whose keys its query "
-            "scores highest. Learned from how much each head contributes."
-        ),
-        formula="a = softmax((Q h) K^T / sqrt(r));  heads = TopK(a, n)",
-        paper="2410.11842",
-        differs=(
-            "The source has heads that are always on and a linear gate, trained with the model "
-            "(see moh_heads); here all heads compete by learned keys."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        identity={"keep": 1.0},
-    )
+    info = CARDS["head_attention"]
 
     def __init__(
         self,
@@ -165,21 +149,7 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
     """
 
     part: Part = "layer"
-    info = RouterInfo(
-        name="layer_attention",
-        family="attention",
-        title="Layers chosen by attention over layer keys",
-        summary=(
-            "Each layer has a learned key, and runs for the tokens whose query scores it high "
-            "enough: above a threshold common to all layers, or by a selector."
-        ),
-        formula="a_l = sigmoid((Q h_l) . k_l / sqrt(r) + b_l);  run l if a_l >= tau",
-        paper="",
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        across_layers=True,
-        identity={"keep": 1.0},
-    )
+    info = CARDS["layer_attention"]
 
     def __init__(
         self,
@@ -262,24 +232,7 @@ class AttentionReceivedRouter(PartRouter):
     """
 
     part: Part = "layer"
-    info = RouterInfo(
-        name="attention_received",
-        family="attention",
-        title="Attention received, own layer (after A-MoD)",
-        summary=(
-            "Runs a layer for the tokens that receive most attention and lets the others pass. "
-            "Later tokens decide about earlier ones."
-        ),
-        formula="s_t = sum over queries of a[query, t];  run t if s_t in TopC(s)",
-        paper="2412.20875",
-        differs=(
-            "Reads the attention of the block's own layer, where the source reads the layer "
-            "before (see a_mod)."
-        ),
-        needs=frozenset({"received", "starts"}),
-        causal=False,
-        identity={"keep": 1.0},
-    )
+    info = CARDS["attention_received"]
 
     def __init__(self, *, keep: float = 0.75, selector: Selector | None = None) -> None:
         self.keep = check_keep(keep)
@@ -320,25 +273,7 @@ class AttentionGivenRouter(PartRouter):
     """
 
     part: Part = "layer"
-    info = RouterInfo(
-        name="attention_given",
-        family="attention",
-        title="Own attention row (causal substitute of A-MoD)",
-        summary=(
-            "Runs a layer for the tokens whose own attention is most spread out. A token's own "
-            "row is known without the future."
-        ),
-        formula="s_t = entropy of a[t, :];  run t if s_t >= quantile of recorded s",
-        paper="2412.20875",
-        differs=(
-            "Reads a token's own row of attention, not what it receives, because that depends on "
-            "later tokens."
-        ),
-        needs=frozenset({"attention"}),
-        fits="statistics",
-        identity={"keep": 1.0},
-        shelved="worse than chance on the demo model",
-    )
+    info = CARDS["attention_given"]
 
     def __init__(
         self,
@@ -393,24 +328,7 @@ class MoHRouter(PartRouter):
     """
 
     part: Part = "head"
-    info = RouterInfo(
-        name="moh_heads",
-        family="attention",
-        title="Mixture of heads with shared heads (MoH)",
-        summary=(
-            "The first heads of a layer are on for every token, and a linear gate chooses among "
-            "the others. It is learned from how much each of them contributes."
-        ),
-        formula="a = softmax(W_r h);  heads = the first m and TopK(a, n - m)",
-        paper="2410.11842, section 3.2",
-        differs=(
-            "The source trains the gate with the model and weighs heads in two stages, shared "
-            "against routed; here the model is frozen, and a head that is on counts in full."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        identity={"keep": 1.0},
-    )
+    info = CARDS["moh_heads"]
 
     def __init__(
         self, *, keep: float = 0.75, shared: float = 0.5, steps: int = STEPS, seed: int = 0
@@ -464,17 +382,4 @@ class AModRouter(AttentionReceivedRouter):
     """
 
     preceding = True
-    info = replace(
-        AttentionReceivedRouter.info,
-        name="a_mod",
-        title="Attention received in the layer before (A-MoD)",
-        summary=(
-            "Runs a layer for the tokens that received most attention in the layer before; the "
-            "first layer runs for all. Later tokens decide about earlier ones."
-        ),
-        formula="s_t = sum over queries of a_(l-1)[query, t];  run l for t if s_t in TopC(s)",
-        differs=(
-            "Made for images, and trained with; here a trained language model skips its MoE "
-            "blocks, or with --skip layer whole layers as in the source."
-        ),
-    )
+    info = CARDS["a_mod"]

@@ -7,7 +7,8 @@ import torch
 
 from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import MODEL_K, ROUTERS, RouterInfo, RoutingRouter
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, RoutingRouter
 from explorer.routers.scores import host_scores, slots, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK
 from explorer.routers.sequences import normal, token_keys
@@ -25,16 +26,7 @@ class GateRouter(RoutingRouter):
 class NativeRouter(GateRouter):
     """Return the model's own decision, as it was recorded."""
 
-    info = RouterInfo(
-        name="native",
-        family="literature",
-        title="The model's own router",
-        summary="What the model itself decided. Every other router is compared with it.",
-        formula="as recorded",
-        paper="",
-        needs=frozenset({"native"}),
-        identity={},
-    )
+    info = CARDS["native"]
 
     def _route(self, inputs: RouterInputs) -> Routing:
         recorded = inputs.decision()
@@ -158,20 +150,7 @@ class TopKRouter(GateRouter):
         Another way to choose, on the model's scores; replaces ``k``.
     """
 
-    info = RouterInfo(
-        name="top_k",
-        family="literature",
-        title="Top-k of the model's scores",
-        summary=(
-            "The model's own gate with another number of experts. With the model's own k it "
-            "repeats the model's decision."
-        ),
-        formula="S = TopK(score(W h) + b, k);  w_e = score_e / sum_S score",
-        paper="1701.06538, eq. 3-5",
-        differs="No noise on the logits, and weights by the model's own convention.",
-        needs=frozenset({"logits"}),
-        identity={"k": MODEL_K},
-    )
+    info = CARDS["top_k"]
 
     def __init__(self, *, k: int | None = None, selector: Selector | None = None) -> None:
         if k is not None and selector is not None:
@@ -208,19 +187,7 @@ class NoisyTopKRouter(GateRouter):
     as a probe of how much noise its routing bears.
     """
 
-    info = RouterInfo(
-        name="noisy_top_k",
-        family="literature",
-        title="Noisy top-k",
-        summary="The model's own gate with normal noise on its logits. Shows how much it bears.",
-        formula="S = TopK(W h + noise * N(0, 1), k)",
-        paper="1701.06538, eq. 4",
-        differs=(
-            "The size of the noise is given, where the source learns it for each token and expert."
-        ),
-        needs=frozenset({"logits", "token_ids", "starts"}),
-        identity={"noise": 0.0},
-    )
+    info = CARDS["noisy_top_k"]
 
     def __init__(self, *, noise: float = log(2), k: int | None = None, seed: int = 0) -> None:
         self.noise = noise
@@ -251,18 +218,7 @@ class SwitchRouter(GateRouter):
         keeps the probability.
     """
 
-    info = RouterInfo(
-        name="switch",
-        family="literature",
-        title="Switch (top-1)",
-        summary="One expert per token, weighted with its probability. Half the experts of top-2.",
-        formula="e = argmax p;  w = p_e",
-        paper="2101.03961, eq. 1-2",
-        differs="No capacity: nothing is dropped.",
-        needs=frozenset({"logits"}),
-        weighing="at_most",
-        identity="One expert for every token; only a model of one expert is repeated by it.",
-    )
+    info = CARDS["switch"]
 
     def __init__(self, *, renormalize: bool = False) -> None:
         self.renormalize = renormalize

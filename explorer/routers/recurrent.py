@@ -8,11 +8,11 @@ from torch import nn
 
 from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter, RouterInfo, RoutingRouter
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter, RoutingRouter
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
-    DISTILLED,
     LEARNING_RATE,
     STEPS,
     distill,
@@ -186,24 +186,7 @@ class GRURouter(_RecurrentRouter, RoutingRouter):
     from the model's own gates, where the source trains it with the model.
     """
 
-    info = RouterInfo(
-        name="gru_recurrent",
-        family="gating",
-        title="Recurrent router across layers (RMoE)",
-        summary=(
-            "A GRU carries a state of the token from layer to layer, and each layer's experts are "
-            "chosen from it. Earlier layers' routing can so inform later ones."
-        ),
-        formula="s_l = GRU(P_l h_l, s_{l-1});  z = G_l s_l;  S = TopK(z, k)",
-        paper="2408.06793",
-        differs=(
-            "It imitates the gate of a trained model, where the source trains it with the model."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        across_layers=True,
-        identity=DISTILLED,
-    )
+    info = CARDS["gru_recurrent"]
 
     def _cell(self) -> nn.GRUCell:
         return nn.GRUCell(self.width, self.width)
@@ -247,25 +230,7 @@ class GTrXLLayerRouter(_RecurrentRouter, PartRouter):
     """
 
     part: Part = "layer"
-    info = RouterInfo(
-        name="gtrxl_layer_gate",
-        family="gating",
-        title="Layer gate with GTrXL recurrence",
-        summary=(
-            "A small stream of the token passes from layer to layer through GTrXL's gate, and "
-            "each layer runs if its readout says so."
-        ),
-        formula="x_l = GTrXL(x_{l-1}, P_l h_l);  run l if w_l x_l + b_l >= tau",
-        paper="1910.06764",
-        differs=(
-            "The source's gate replaces the residual sum in a model trained with it; here it "
-            "carries a narrow stream beside a trained model, from which layers are chosen."
-        ),
-        needs=frozenset({"hidden"}),
-        fits="distilled",
-        across_layers=True,
-        identity={"keep": 1.0},
-    )
+    info = CARDS["gtrxl_layer_gate"]
 
     def __init__(
         self, *, keep: float = 0.75, width: int = 32, steps: int = STEPS, seed: int = 0

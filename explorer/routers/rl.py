@@ -9,7 +9,8 @@ from torch import nn
 
 from capture.swap.rules import Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import MODEL_K, ROUTERS, RouterInfo, RoutingRouter
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, RoutingRouter
 from explorer.routers.learning.actions import (
     STATISTICS,
     ActionKind,
@@ -272,26 +273,7 @@ class PolicyGradientRouter(_OfflineRouter):
     which takes away most of the variance. Advantages are clipped at 3 nats.
     """
 
-    info = RouterInfo(
-        name="policy_gradient",
-        family="rl",
-        title="Policy gradient (one layer explored at a time)",
-        summary=(
-            "A small policy in each layer decides how many experts a token is worth, rewarded for "
-            "low loss and few experts. It learns from logged random actions in one layer at a time."
-        ),
-        formula="max E[pi(a|s) / mu(a) (-(CE_a - CE_native) - lambda cost(a))]",
-        paper="2410.10456; 1511.06297",
-        differs=(
-            "The sources learn while the policy acts in all layers (PPO, REINFORCE); here from "
-            "logged random actions in one layer at a time."
-        ),
-        needs=frozenset({"hidden", "logits"}),
-        fits="trained",
-        variable_k=True,
-        across_layers=True,
-        identity={"least": MODEL_K},  # the only action left is the model's own
-    )
+    info = CARDS["policy_gradient"]
 
     def _log_policy(self, preference: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         return log_policy(preference, allowed)
@@ -330,21 +312,7 @@ class QLearningRouter(_OfflineRouter):
     training serves every price.
     """
 
-    info = replace(
-        PolicyGradientRouter.info,
-        name="q_learning",
-        title="Q-learning (fitted, one step)",
-        summary=(
-            "In each layer a small network predicts what every number of experts would do to the "
-            "token's loss. The token gets the number that is worth its price."
-        ),
-        formula="Q(s,a) ~ -(CE_a - CE_native);  a = argmax Q(s,a) - lambda cost(a)",
-        paper="1711.01239",
-        differs=(
-            "The source follows a token through all layers (see q_multistep); here each layer's "
-            "action is judged by itself."
-        ),
-    )
+    info = CARDS["q_learning"]
 
     def __init__(
         self,

@@ -7,13 +7,13 @@ its actions in every layer, so that a single action's part drowns in the rest.
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from capture.swap.rules import Place
+from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS
 from explorer.routers.learning.actions import ActionKind, CostKind, StateKind
 from explorer.routers.learning.exploration import Acting, Passes
@@ -26,7 +26,7 @@ from explorer.routers.learning.objectives import (
     score_function_loss,
 )
 from explorer.routers.learning.training import TrainingSession
-from explorer.routers.rl import ENTROPY_BONUS, ActionRouter, PolicyGradientRouter
+from explorer.routers.rl import ENTROPY_BONUS, ActionRouter
 
 LEARNING_RATE = 3e-3
 KEPT_BATCHES = 24  # of the replay memory
@@ -174,21 +174,7 @@ class ReinforceRouter(_OnlineRouter):
     their gradient.
     """
 
-    info = replace(
-        PolicyGradientRouter.info,
-        name="reinforce",
-        title="REINFORCE (all layers at once)",
-        summary=(
-            "Policies of all layers act together and every action is credited with the token's "
-            "whole reward. The plain method, shown beside what works better."
-        ),
-        formula="sum_l grad log pi_l(a_l|s_l) (R - b);  R = -(CE - CE_native) - lambda sum_l cost",
-        paper="1711.09485",
-        differs=(
-            "The source skips layers of image networks and goes on training them; here the model "
-            "is frozen and policies choose how many experts run."
-        ),
-    )
+    info = CARDS["reinforce"]
 
     def _begin(self) -> None:
         parameters = [p for network in self.networks_.values() for p in network.parameters()]
@@ -232,22 +218,7 @@ class MultiStepQRouter(_OnlineRouter):
     best. Differs from the source's code, whose rewards of single actions are subtracted.
     """
 
-    info = replace(
-        PolicyGradientRouter.info,
-        name="q_multistep",
-        title="Q-learning over layers (target network)",
-        summary=(
-            "Each token's way through the layers is an episode, and values are learned backwards "
-            "from the final loss. Explored in all layers at once, which makes it unstable."
-        ),
-        formula="Q_l <- -lambda cost + max Q'_{l+1}(s',.);  Q_L <- -lambda cost - (CE - CE_native)",
-        paper="1711.01239",
-        differs=(
-            "The source trains the modules that it routes to, for each task; here experts are "
-            "frozen and tokens choose how many run."
-        ),
-        shelved="hardly better than chance on the demo model; see policy_gradient and q_learning",
-    )
+    info = CARDS["q_multistep"]
 
     def _begin(self) -> None:
         ordered = [self.networks_[place] for place in sorted(self.networks_)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from capture.swap.rules import RouterInputs
-from explorer.routers.contract import RouterInfo
+from explorer.router_cards import RouterInfo
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed number

@@ -7,7 +7,8 @@ import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, RouterInfo
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS
 from explorer.routers.native import GateRouter, TopKRouter
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import TopP
@@ -27,22 +28,7 @@ class TopPRouter(TopKRouter):
     convention of the model it is put into.
     """
 
-    info = replace(
-        TopKRouter.info,
-        name="top_p",
-        title="Top-p",
-        summary=(
-            "As many experts as it takes for their probabilities to reach p. Sure tokens use "
-            "fewer experts than unsure ones."
-        ),
-        formula="S = the smallest prefix of the sorted p with sum >= p",
-        paper="2403.07652",
-        differs=(
-            "Weights by the model's own convention, where the source never divides them by their "
-            "sum."
-        ),
-        identity="The number of experts follows from the token's probabilities.",
-    )
+    info = CARDS["top_p"]
 
     def __init__(self, *, p: float = 0.4) -> None:
         super().__init__(selector=TopP(p))
@@ -66,24 +52,7 @@ class ExpertSkippingRouter(GateRouter):
     threshold of its own, and a slot is used only if the one before it is.
     """
 
-    info = RouterInfo(
-        name="expert_skipping",
-        family="literature",
-        title="Dynamic expert skipping (NAEE)",
-        summary=(
-            "Skips the second expert when its weight is small beside the first one's. The limit "
-            "is a quantile over recorded tokens."
-        ),
-        formula="drop slot j if w_j < beta_j w_1;  beta_j = quantile(w_j / w_1)",
-        paper="2402.14800",
-        differs=(
-            "Made for two experts a token; with more, each further slot has a limit of its own."
-        ),
-        needs=frozenset({"logits"}),
-        fits="statistics",
-        variable_k=True,
-        identity={"quantile": 0.0},
-    )
+    info = CARDS["expert_skipping"]
 
     def __init__(self, *, quantile: float = 0.5) -> None:
         if not 0 <= quantile <= 1:
@@ -131,25 +100,7 @@ class ReluRouter(GateRouter):
     out what its own rule does, have no part in it.
     """
 
-    info = RouterInfo(
-        name="relu_threshold",
-        family="literature",
-        title="ReLU threshold (ReMoE)",
-        summary=(
-            "An expert is on when its logit exceeds a threshold. Tokens differ in their number "
-            "of experts, and some have none."
-        ),
-        formula="R_e = ReLU((W h)_e - theta);  S = {e : R_e > 0}",
-        paper="2412.14711",
-        differs=(
-            "Thresholds are fitted to a trained model's logits, where the source trains with ReLU "
-            "and a price on active experts."
-        ),
-        needs=frozenset({"logits"}),
-        fits="statistics",
-        variable_k=True,
-        identity="A threshold that all tokens share gives each its own number of experts.",
-    )
+    info = CARDS["relu_threshold"]
 
     def __init__(
         self,

@@ -168,7 +168,7 @@ def _refuse_unnamed_model(request: CompareRequest) -> None:
 def _conditions(
     request: CompareRequest, path: str, report: Report, cancelled: Callable[[], bool]
 ) -> None:
-    from explorer.comparison.conditions.measure import measure_conditions
+    from explorer.comparison.conditions.effects import measure_conditions
 
     def say(what: str) -> None:
         if cancelled():

@@ -12,15 +12,16 @@ from capture.swap.measure import Kept, sequence_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from capture.swap.rules import PartMask, Routing
+from explorer.comparison.conditions import USUAL
 from explorer.comparison.conditions import expert_pruning as pruning
 from explorer.comparison.conditions.calibration import collect, expert_outputs
 from explorer.comparison.conditions.catalogue import (
     CONDITIONS,
-    USUAL,
     make_condition,
     make_conditions,
 )
 from explorer.comparison.conditions.contract import Subject
+from explorer.comparison.conditions.effects import decomposition, measure, run_texts
 from explorer.comparison.conditions.expert_pruning import (
     FrequencyPruning,
     KeptExperts,
@@ -32,7 +33,6 @@ from explorer.comparison.conditions.expert_pruning import (
     reconstruction_error,
 )
 from explorer.comparison.conditions.head_pruning import best_heads, find_heads, head_products
-from explorer.comparison.conditions.measure import decomposition, measure, run_texts
 from explorer.comparison.conditions.merging import (
     MergedExperts,
     find_groups,

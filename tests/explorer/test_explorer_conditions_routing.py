@@ -12,7 +12,7 @@ from capture.store import SiteInfo
 from capture.swap.rules import Routing
 from explorer.comparison.conditions.contract import Subject
 from explorer.comparison.conditions.distilled_routers import likeness, measure_students
-from explorer.comparison.conditions.measure import measure, run_texts
+from explorer.comparison.conditions.effects import measure, run_texts
 from explorer.comparison.conditions.routing_changes import (
     Trace,
     first_divergence,

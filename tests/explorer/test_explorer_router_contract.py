@@ -14,6 +14,7 @@ import router_checks
 import torch
 
 from explorer.comparison.router_names import load_router_file
+from explorer.router_cards import CARDS
 from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
 from explorer.routers.native import TopKRouter
 from explorer.routers.probe import EXPERTS, HIDDEN, TOP_K
@@ -23,6 +24,13 @@ from explorer.routers.selectors import top_ids
 OURS = tuple(ROUTERS)
 if "ROUTER_FILE" in os.environ:
     load_router_file(os.environ["ROUTER_FILE"])
+
+
+def test_every_card_is_a_routers_and_says_what_it_decides_about():
+    assert {name: ROUTERS[name].info for name in OURS if name in CARDS} == dict(CARDS)
+    parts = {name: getattr(ROUTERS[name](), "part", "expert") for name in CARDS}
+    assert parts == {name: card.part for name, card in CARDS.items()}
+
 
 STEPS = 12  # a rule is kept or broken by any fit, however short
 

@@ -9,36 +9,30 @@ head_pruning       attention heads that add nothing
 merging            experts averaged into others
 distilled_routers  routers that imitate the model's gate
 routing_changes    what every router did in a run over texts, and what changed
-measure      loss with own and with forced routing, and flips, kept in the run's comparison file
+effects      loss with own and with forced routing, and flips, kept in the run's comparison file
 
-Importing this package needs no torch; names that do load on first use.
+Importing this package needs no torch; its modules do.
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from explorer.comparison.conditions.contract import (
-        CONDITIONS,
-        Condition,
-        ConditionInfo,
-        Subject,
-    )
-    from explorer.comparison.conditions.measure import ConditionTables, decomposition, measure
-
-__all__ = [
-    "CONDITIONS",
-    "Condition",
-    "ConditionInfo",
-    "ConditionTables",
-    "Subject",
-    "decomposition",
-    "measure",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'explorer.comparison.conditions' has no attribute {name!r}")
-    from explorer.comparison.conditions import catalogue, measure
-
-    return getattr(catalogue, name, None) or getattr(measure, name)
+# what a run is measured under when nobody says otherwise
+USUAL = (
+    "precision(dtype='bfloat16')",
+    "precision(dtype='float16')",
+    "precision(dtype='bfloat16', parts='router')",
+    "precision(dtype='bfloat16', parts='attention')",
+    "precision(dtype='bfloat16', parts='experts')",
+    "quantised(bits=8)",
+    "quantised(bits=4)",
+    "quantised(bits=3)",
+    "quantised(bits=4, parts='router')",
+    "prune_frequency(keep=0.75)",
+    "prune_reap(keep=0.75)",
+    "prune_naee(keep=0.75)",
+    "prune_random(keep=0.75)",
+    "prune_heads(keep=0.75)",
+    "prune_heads_random(keep=0.75)",
+    "low_rank(share=0.5)",
+    "low_rank(share=0.25)",
+    "low_rank(share=0.125)",
+    "merge(keep=0.75)",
+)

@@ -4,33 +4,15 @@ import inspect
 from collections.abc import Iterable
 
 from capture.errors import cut, first_line, quoted
-from explorer.comparison.conditions import expert_pruning, head_pruning, merging, weights
-from explorer.comparison.conditions.contract import CONDITIONS, Condition, ConditionInfo, Subject
+from explorer.comparison.conditions import (  # noqa: F401  importing them registers them
+    expert_pruning,
+    head_pruning,
+    merging,
+    weights,
+)
+from explorer.comparison.conditions.contract import CONDITIONS, Condition
 from explorer.comparison.router_names import parse_router
 from explorer.errors import ConditionError, RouterError
-
-# what a run is measured under when nobody says otherwise
-USUAL = (
-    "precision(dtype='bfloat16')",
-    "precision(dtype='float16')",
-    "precision(dtype='bfloat16', parts='router')",
-    "precision(dtype='bfloat16', parts='attention')",
-    "precision(dtype='bfloat16', parts='experts')",
-    "quantised(bits=8)",
-    "quantised(bits=4)",
-    "quantised(bits=3)",
-    "quantised(bits=4, parts='router')",
-    "prune_frequency(keep=0.75)",
-    "prune_reap(keep=0.75)",
-    "prune_naee(keep=0.75)",
-    "prune_random(keep=0.75)",
-    "prune_heads(keep=0.75)",
-    "prune_heads_random(keep=0.75)",
-    "low_rank(share=0.5)",
-    "low_rank(share=0.25)",
-    "low_rank(share=0.125)",
-    "merge(keep=0.75)",
-)
 
 
 def make_condition(text: str) -> Condition:
@@ -77,18 +59,3 @@ def make_conditions(texts: Iterable[str]) -> list[Condition]:
     if twice:
         raise ConditionError(f"Different conditions were expected, got {twice} twice.")
     return made
-
-
-__all__ = [
-    "CONDITIONS",
-    "USUAL",
-    "Condition",
-    "ConditionInfo",
-    "Subject",
-    "expert_pruning",
-    "head_pruning",
-    "make_condition",
-    "make_conditions",
-    "merging",
-    "weights",
-]

@@ -21,7 +21,7 @@ from explorer.comparison.conditions.contract import (
     Subject,
 )
 from explorer.errors import ConditionError
-from explorer.routers.contract import RouterInfo
+from explorer.router_cards import RouterInfo
 from explorer.routers.live import LiveRule
 from explorer.routers.native import GateRouter, host_best
 from explorer.routers.scores import slots, weigh

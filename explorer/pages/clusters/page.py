@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import streamlit as st
 
-from explorer.comparison.catalogue import catalogue
 from explorer.errors import RunError
 from explorer.maps import regions
 from explorer.maps.cache import Kept
@@ -34,6 +33,7 @@ from explorer.pages.clusters.points import (
     point_table,
 )
 from explorer.pages.clusters.selection import selection_section
+from explorer.router_cards import CARDS
 from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.address import domain_key
@@ -160,14 +160,11 @@ def _controls(view: View) -> Asked | None:
 
 def _router() -> str:
     """Let the reader choose whose choices the map shows."""
-    with st.spinner("Listing the routers…"):
-        titles = {
-            str(card["name"]): str(card["title"])
-            for card in catalogue()
-            if card["part"] == "expert"
-            and card["fits"] != "trained"
-            and {*card["needs"]} <= _RECORDED
-        }
+    titles = {
+        name: card.title
+        for name, card in CARDS.items()
+        if card.part == "expert" and card.fits != "trained" and card.needs <= _RECORDED
+    }
     return address.choose(
         st.selectbox,
         "other",

@@ -9,10 +9,11 @@ import streamlit as st
 from capture.errors import PromptError, cut, quoted
 from capture.prompts.reading import read_prompts_bytes
 from explorer import service
-from explorer.comparison.catalogue import catalogue
+from explorer.comparison.conditions import USUAL
 from explorer.comparison.router_names import parse_router, split_routers
-from explorer.errors import ComparisonError, RouterError, UnknownNameError
+from explorer.errors import RouterError, UnknownNameError
 from explorer.pages.compare.figures import family_name
+from explorer.router_cards import CARDS
 from explorer.run import Run
 from explorer.text import plain
 from explorer.ui import address
@@ -22,28 +23,6 @@ from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
 from explorer.worker.protocol import DEMO_MODEL
 
 _TOKENS = (2_000, 5_000, 10_000, 30_000, 100_000)
-# explorer.comparison.conditions.catalogue.USUAL, which imports torch
-CONDITION_CHOICES = (
-    "precision(dtype='bfloat16')",
-    "precision(dtype='float16')",
-    "precision(dtype='bfloat16', parts='router')",
-    "precision(dtype='bfloat16', parts='attention')",
-    "precision(dtype='bfloat16', parts='experts')",
-    "quantised(bits=8)",
-    "quantised(bits=4)",
-    "quantised(bits=3)",
-    "quantised(bits=4, parts='router')",
-    "prune_frequency(keep=0.75)",
-    "prune_reap(keep=0.75)",
-    "prune_naee(keep=0.75)",
-    "prune_random(keep=0.75)",
-    "prune_heads(keep=0.75)",
-    "prune_heads_random(keep=0.75)",
-    "low_rank(share=0.5)",
-    "low_rank(share=0.25)",
-    "low_rank(share=0.125)",
-    "merge(keep=0.75)",
-)
 _WATCHED = "comparison in progress"
 _RUN, _TYPED, _FILE = "run", "typed", "file"
 _SOURCES = {_RUN: "This run", _TYPED: "Typed prompts", _FILE: "Uploaded prompts"}
@@ -125,7 +104,7 @@ def _form(run: Run) -> _Wanted:
     routers, wrong = _routers()
     conditions = st.multiselect(
         "Conditions",
-        CONDITION_CHOICES,
+        USUAL,
         placeholder="None: only routers",
         help="Each is measured as a 2 × 2: its weights or the model's, with its routing or the "
         "model's. All of them take minutes.",
@@ -205,20 +184,21 @@ def _prompts(source: str) -> tuple[list[dict[str, Any]], str]:
     return records, "" if len(records) >= 4 else few
 
 
+def _described(name: str) -> str:
+    """Return a router's name with its family and title."""
+    card = CARDS[name]
+    return f"{name} · {family_name(card.family)} · {card.title}"
+
+
 def _routers() -> tuple[list[str], str]:
     """Return the chosen routers, none = the usual set, and what is wrong with them."""
-    try:
-        with st.spinner("Listing the routers…"):
-            cards = catalogue()
-    except ComparisonError as error:
-        return [], str(error)
-    families = {card["name"]: str(card["family"]) for card in cards}
-    titles = {card["name"]: str(card["title"]) for card in cards}
-    offered = [card["name"] for card in cards if not card.get("shelved")]
+    offered = [name for name, card in CARDS.items() if not card.shelved]
     picked = st.multiselect(
         "Routers",
-        sorted(offered, key=lambda name: (families[name], name)),
-        format_func=lambda name: f"{name} · {family_name(families[name])} · {titles[name]}",
+        sorted(offered, key=lambda name: (CARDS[name].family, name)),
+        format_func=lambda name: (
+            f"{name} · {family_name(CARDS[name].family)} · {CARDS[name].title}"
+        ),
         placeholder="Nothing chosen: some of every family",
         key="compare routers",
     )
@@ -232,7 +212,7 @@ def _routers() -> tuple[list[str], str]:
     try:
         for text in extra:
             spec = parse_router(text)
-            if spec.name not in families:
+            if spec.name not in CARDS:
                 raise UnknownNameError(f"There is no router {quoted(spec.name)} in the list above.")
     except (RouterError, UnknownNameError) as error:
         return [], str(error)

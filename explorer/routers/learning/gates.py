@@ -8,7 +8,6 @@ they are masked).
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +20,8 @@ from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, Part, PartMask, Place, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import ROUTERS, PartRouter, RouterInfo
+from explorer.router_cards import CARDS
+from explorer.routers.contract import ROUTERS, PartRouter
 from explorer.routers.gating import HIGH, LOW, TEMPERATURE, Kind, hard_concrete, straight_through
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.exploration import Passes
@@ -317,27 +317,6 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-_INFO = RouterInfo(
-    name="layer_gate_trained",
-    family="gating",
-    title="Layer gate, trained on the loss",
-    summary=(
-        "A gate decides for each token whether the MoE block of a layer runs. It is trained on "
-        "the frozen model's loss, with a price that holds the share of open gates."
-    ),
-    formula="g = [sigmoid(w h + b) >= theta], d g := d sigmoid;  min CE + price (mean g - keep)",
-    paper="2410.13184",
-    differs=(
-        "The price of an open gate follows the share of open gates, where the source's is fixed; "
-        "only MoE blocks are closed."
-    ),
-    needs=frozenset({"hidden"}),
-    fits="trained",
-    across_layers=True,
-    identity={"keep": 1.0},
-)
-
-
 @ROUTERS.add("layer_gate_trained")
 class TrainedLayerGate(TrainedGate):
     """Decide for each token whether the MoE block of a layer runs, by a gate trained on the loss.
@@ -351,7 +330,7 @@ class TrainedLayerGate(TrainedGate):
     """
 
     part: Part = "layer"
-    info = _INFO
+    info = CARDS["layer_gate_trained"]
 
 
 @ROUTERS.add("head_gate_trained")
@@ -359,18 +338,7 @@ class TrainedHeadGate(TrainedGate):
     """Decide for each token which heads count, by hard-concrete gates trained on the loss."""
 
     part: Part = "head"
-    info = replace(
-        _INFO,
-        name="head_gate_trained",
-        title="Head gates, trained on the loss",
-        summary=(
-            "A gate for each attention head and token, of a kind that reaches 0 and 1 by itself. "
-            "Trained on the frozen model's loss; closed heads are masked, not skipped."
-        ),
-        formula="g = clip(1.2 sigmoid(w h + b) - 0.1, 0, 1);  min CE + price (P(g > 0) - keep)",
-        paper="1905.09418; 1712.01312, eq. 10-13",
-        differs="The sources' gates are the same for all tokens; here each token has its own.",
-    )
+    info = CARDS["head_gate_trained"]
 
     def __init__(
         self,
@@ -395,20 +363,7 @@ class TrainedExpertGate(TrainedGate):
     """
 
     part: Part = "expert"
-    info = replace(
-        _INFO,
-        name="expert_gate_trained",
-        differs=(
-            "The source gates attention and MLPs; here single experts among those that the model "
-            "chose."
-        ),
-        title="Expert gates, trained on the loss",
-        summary=(
-            "A gate for each expert and token decides which of the chosen experts run. Trained on "
-            "the frozen model's loss."
-        ),
-        formula="g = [sigmoid(W h + b) >= theta];  out = sum_S w_e g_e expert_e(h)",
-    )
+    info = CARDS["expert_gate_trained"]
 
 
 @ROUTERS.add("gtrxl_gate_trained")
@@ -422,21 +377,7 @@ class TrainedGTrXLGate(TrainedGate):
     """
 
     part: Part = "layer"
-    info = replace(
-        _INFO,
-        name="gtrxl_gate_trained",
-        title="GTrXL layer gate, trained on the loss",
-        summary=(
-            "A small stream of the token passes from layer to layer through GTrXL's gate and "
-            "decides whether each MoE block runs. Trained on the frozen model's loss."
-        ),
-        formula="x_l = GTrXL(x_{l-1}, P_l h_l);  g = [sigmoid(w_l x_l + b_l) >= theta]",
-        paper="1910.06764; 2410.13184",
-        differs=(
-            "One source's gate replaces residual sums, the other's reads the token alone; here "
-            "GTrXL carries a narrow stream that opens and closes MoE blocks."
-        ),
-    )
+    info = CARDS["gtrxl_gate_trained"]
 
     def __init__(
         self,

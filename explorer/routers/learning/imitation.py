@@ -10,16 +10,14 @@ from torch import nn
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.contract import RouterInfo, RoutingRouter
+from explorer.router_cards import RouterInfo
+from explorer.routers.contract import RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, target_scores, weigh
 from explorer.routers.selectors import Selector, chosen_formula
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
-
-# why a router that learned by imitation does not repeat the model, for its card
-DISTILLED = "It learned to come close to the model's scores."
 
 STEPS, BATCH_TOKENS, LEARNING_RATE = 400, 1024, 3e-2
 

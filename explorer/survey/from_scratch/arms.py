@@ -12,8 +12,9 @@ import torch
 from scipy.stats import t as student_t
 
 from capture.swap.rules import RouterInputs, Routing
+from explorer.router_cards import RouterInfo
 from explorer.routers.assignment import CapacityByPositionRouter, ExpertChoiceRouter
-from explorer.routers.contract import RouterInfo, RoutingRouter
+from explorer.routers.contract import RoutingRouter
 from explorer.routers.hashing import HashRouter
 from explorer.routers.native import TopKRouter
 from explorer.routers.thresholds import ReluRouter

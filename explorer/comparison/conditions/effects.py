@@ -18,7 +18,8 @@ from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import Kept, sequence_losses
 from capture.swap.routers import swap
 from explorer.comparison.compare import compare, demo_run
-from explorer.comparison.conditions.catalogue import USUAL, make_conditions
+from explorer.comparison.conditions import USUAL
+from explorer.comparison.conditions.catalogue import make_conditions
 from explorer.comparison.conditions.contract import Applied, Condition, Subject, model_bytes
 from explorer.comparison.conditions.distilled_routers import STUDENTS, measure_students
 from explorer.comparison.conditions.routing_changes import Trace, flip_rows, margin_rows, traced

@@ -1,0 +1,129 @@
+"""The cards of routers: what each is, in words; read from ``router_cards.toml``, without torch."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from explorer.errors import RouterError
+
+Family = Literal["attention", "clustering", "gating", "rl", "literature", "control"]
+Fits = Literal["statistics", "distilled", "trained"]
+CardPart = Literal["expert", "head", "layer"]
+Weighing = Literal["host", "at_most", "own"]
+
+# stands in ``RouterInfo.identity`` for the number of experts that the model takes
+MODEL_K = "the model's k"
+
+FAMILIES: tuple[Family, ...] = ("attention", "clustering", "gating", "rl", "literature", "control")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterInfo:
+    """What a router's card says.
+
+    Attributes
+    ----------
+    name : str
+        Name in ``ROUTERS``.
+    family : {"attention", "clustering", "gating", "rl", "literature", "control"}
+    title : str
+    summary : str
+        What it does, in at most two sentences.
+    formula : str
+        In plain characters.
+    paper : str
+        arXiv id and equation or section; ``""`` for rules without a paper.
+    differs : str or None
+        How the rule differs from the paper, in a sentence; ``""`` = as published. Every rule with
+        a paper declares one or the other.
+    needs : frozenset of str
+        Fields of :class:`capture.swap.rules.RouterInputs` that ``route`` cannot do without.
+    part : {"expert", "head", "layer"}
+        What it decides about.
+    fits : {"statistics", "distilled", "trained"} or None
+        What ``fit`` does: nothing (None), counts and means, gradient steps towards the target's
+        decisions, or, with ``train`` in its place, learning on the model's own loss; see
+        :mod:`explorer.routers.learning.training`.
+    causal : bool
+        Whether a token's decision depends on itself and earlier tokens of its sequence only.
+        Declared here; :mod:`explorer.routers.probe` finds out.
+    batch_dependent : bool
+        Whether other sequences of the batch change a token's decision.
+    variable_k : bool
+        Whether tokens differ in their number of experts.
+    across_layers : bool
+        Whether one router serves all layers and is fitted on them together.
+    weighing : {"host", "at_most", "own"}
+        On which scale its combine weights are. Experts were trained with the model's, and another
+        one changes what the layer adds, whoever is chosen.
+
+        - ``"host"``: by the model's convention, as :func:`explorer.routers.scores.weigh` does it.
+          Where the model renormalises (``RouterInputs.renormalize``), the weights of a token with
+          any expert sum to ``scaling``; elsewhere a weight is the router's own score of the expert
+          times ``scaling``.
+        - ``"at_most"``: as in ``"host"``, but never more: some of it is missing for some tokens,
+          because assignments were dropped or a raw score stands for a sum (Switch). On a model
+          that renormalises, sums are at most ``scaling``; elsewhere a weight is at most the score
+          times ``scaling``.
+        - ``"own"``: on a scale of the rule's own, at least on models that do not renormalise; its
+          summary or formula gives it.
+
+        Rules about parts weigh nothing: their gates, 0..1, multiply what the model's weights are.
+    identity : mapping of str to value, or str
+        The arguments with which the rule repeats the model's own decision exactly, ids and weights,
+        whatever the model chooses and weighs by; ``{}`` = its defaults, ``MODEL_K`` as a value =
+        as many as the model takes. A rule about parts then leaves every part as it is. A rule that
+        no arguments make so says why, in a sentence. Every rule declares one or the other.
+    shelved : str
+        Why the rule is out of the default set: lists name it last, and pages offer it only to
+        those who type it. ``""`` for all others.
+    """
+
+    name: str
+    family: Family
+    title: str
+    summary: str
+    formula: str
+    paper: str
+    needs: frozenset[str]
+    part: CardPart = "expert"
+    fits: Fits | None = None
+    causal: bool = True
+    batch_dependent: bool = False
+    variable_k: bool = False
+    across_layers: bool = False
+    weighing: Weighing = "host"
+    identity: Mapping[str, Any] | str | None = field(default=None, hash=False)
+    shelved: str = ""
+    differs: str | None = None
+
+    def identity_for(self, top_k: int) -> dict[str, Any] | None:
+        """Return the arguments that make the rule repeat a model with ``top_k``, None = none do.
+
+        Raises
+        ------
+        RouterError
+            If the card declares neither arguments nor why there are none.
+        """
+        if self.identity is None:
+            raise RouterError(
+                f"Router {self.name!r} does not say with which arguments it repeats the model's "
+                "own decision. Declare RouterInfo.identity: a mapping, or why there is none."
+            )
+        if isinstance(self.identity, str):
+            return None
+        return {k: top_k if v == MODEL_K else v for k, v in self.identity.items()}
+
+
+def _read(path: Path) -> dict[str, RouterInfo]:
+    """Return the cards of a file by name; what a card leaves out has its default."""
+    found = tomllib.loads(path.read_text("utf-8"))
+    return {
+        name: RouterInfo(name=name, **{"paper": "", **card, "needs": frozenset(card["needs"])})
+        for name, card in found.items()
+    }
+
+
+CARDS: Mapping[str, RouterInfo] = _read(Path(__file__).with_suffix(".toml"))
