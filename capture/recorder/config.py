@@ -284,14 +284,14 @@ def _check_choice(name: str, value: object, option: Option) -> None:
 
 
 def _checked_list(name: str, values: object, option: Option) -> tuple[int, ...]:
-    values = values if isinstance(values, str) or not isinstance(values, Iterable) else [*values]
-    if not isinstance(values, list) or not values:
+    listed = [*values] if isinstance(values, Iterable) and not isinstance(values, str) else []
+    if not listed:
         raise ConfigError(
             f"{name} must be whole numbers such as (0, 3), got {quoted(values)}; {option.advice}."
         )
-    for value in values:
+    for value in listed:
         _check_count(name, value, option)
-    return tuple(sorted(set(values)))
+    return tuple(sorted(set(listed)))
 
 
 def _check_count(name: str, value: object, option: Option) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import opened
 import pytest
 import tiny_models
 import torch
@@ -57,8 +58,7 @@ def record(model, prompts, out, **options):
 
 
 def table(path, sql):
-    with RunReader.open(path) as run:
-        return run.query(sql).to_pydict()
+    return opened.reader(path).query(sql).to_pydict()
 
 
 def ids_by_token(path):

@@ -1,7 +1,7 @@
 import json
 
-import duckdb
 import numpy as np
+import opened
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,8 +78,7 @@ def out(tmp_path):
 
 def ask(path, sql):
     """Query a file as a stranger does: plain DuckDB, nothing of ours."""
-    with duckdb.connect(str(path), read_only=True) as connection:
-        return connection.sql(sql).fetchall()
+    return opened.stranger(path).sql(sql).fetchall()
 
 
 def expected_assignments(forwards, sites):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import opened
 import pytest
 import synthetic
 from store_runs import LAYERS, make_attention, make_forward, make_site, start, with_tokens, write
 from test_capture_store_processes import spawn
 
 from capture.errors import StoreError
-from capture.store import PairSums, RunReader, migrate, next_sites, recover, schema
+from capture.store import PairSums, migrate, next_sites, recover, schema
 from capture.store import writer as writer_module
 from capture.store.sums import count_pairs
 from capture.store.tables import pack_maps
@@ -49,8 +50,7 @@ def out(tmp_path):
 
 
 def ask(path, sql):
-    with RunReader.open(path) as run:
-        return run.query(sql).to_pylist()
+    return opened.reader(path).query(sql).to_pylist()
 
 
 def check_pairs(path):
