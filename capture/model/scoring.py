@@ -6,8 +6,8 @@ import torch
 
 from kernels.ops.gate import ScoreFunction, gate
 
-# Llama 4 takes the sigmoid of each chosen logit; a rule that nobody knows is measured by the
-# softmax of its scores, which is defined for any finite scores
+# Llama 4 and Kolibri take the sigmoid of each chosen logit; a rule that nobody knows is measured by
+# the softmax of its scores, which is defined for any finite scores
 _STAND_IN = {"sigmoid_topk": "sigmoid", "other": "softmax"}
 
 # relative error of a weight: rounding to 8 (bfloat16) or 11 bits and the router's own arithmetic
@@ -93,6 +93,12 @@ def explains_choice(
     close = out.margin >= -(HALF_TIE if half else TIE) * best.float().cpu()
     rounded = (out.margin < -TIE).float().mean()
     return bool(close.all()) and float(rounded) <= (DECIDED_BY_ROUNDING if half else 0.0)
+
+
+def best_by(ranked: torch.Tensor, expert_ids: torch.Tensor) -> bool:
+    """Whether the ids [T, K] are the best of each row of ``ranked`` [T, E], in any order."""
+    best = ranked.topk(expert_ids.shape[-1]).indices
+    return torch.equal(best.sort(dim=-1).values, expert_ids.long().sort(dim=-1).values)
 
 
 def _misfit(values: torch.Tensor, weights: torch.Tensor, used: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from capture.model import attributes as probe
 from capture.model.forward import takes_positions
 from capture.model.hooks import SiteObservation, tap
 from capture.model.inputs import input_device, plain_forward, vocabulary
-from capture.model.scoring import explains_choice, score_function_of
+from capture.model.scoring import best_by, explains_choice, score_function_of
 from capture.model.sites import Site, find_sites, text_config
 
 # enough tokens that a rule which does not explain the choice is caught, few enough to be quick
@@ -145,6 +145,8 @@ def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
             break
     else:
         known = False
+        if label == "sigmoid" and bias is not None and best_by(scores + bias.float().cpu(), ids):
+            label, groups = "sigmoid_topk", NO_GROUPS
     return replace(
         site,
         info=site.info._replace(score_function=label),

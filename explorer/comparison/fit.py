@@ -248,6 +248,12 @@ class FitData:
         attention = bool(info.needs & set(ATTENTION))
         before = isinstance(router, PartRouter) and router.preceding
         part = self._part_of(router)
+        if part == "layer" and attention and not before:
+            raise RouterError(
+                f"{spec.label} reads the attention of the layer that it decides about, and --skip "
+                "layer leaves that out with the rest. Take --skip block, or a_mod, which reads the "
+                "layer before."
+            )
         learns = info.fits is not None
         if learns:
             self._check_texts(spec.label)

@@ -36,11 +36,18 @@ class NativeRouter(GateRouter):
 def choice_scores(scores: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
     """Return what the host model sorts its experts by, [T, E].
 
-    Its scores plus its selection bias, ``-inf`` outside its best groups of experts.
+    Its scores plus its selection bias, ``-inf`` outside its best groups of experts. Where the model
+    adds the bias to logits (Kolibri), scores are turned back into those.
     """
-    biased = scores
+    if inputs.score_function == "sigmoid_topk" and inputs.selection_bias is not None:
+        scores = scores.logit(eps=1e-7)
+    return _with_bias_and_groups(scores, inputs)
+
+
+def _with_bias_and_groups(ranked: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
+    biased = ranked
     if inputs.selection_bias is not None:
-        biased = scores + inputs.selection_bias.to(scores.device, torch.float32)
+        biased = ranked + inputs.selection_bias.to(ranked.device, torch.float32)
     if inputs.n_groups is None or inputs.top_groups is None or inputs.n_groups == 1:
         return biased
     two_best = inputs.selection_bias is not None
@@ -55,9 +62,11 @@ def host_choice(inputs: RouterInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """
     logits = inputs.tensor("logits")
     scores = host_scores(logits, inputs)
-    sorts_logits = inputs.score_function.endswith("_topk") and inputs.selection_bias is None
     # where logits are sorted before they become scores, these may have run into 0 or 1 together
-    return scores, choice_scores(logits.float() if sorts_logits else scores, inputs)
+    sorts_logits = inputs.score_function == "sigmoid_topk" or (
+        inputs.score_function == "softmax_topk" and inputs.selection_bias is None
+    )
+    return scores, _with_bias_and_groups(logits.float() if sorts_logits else scores, inputs)
 
 
 def host_best(inputs: RouterInputs, k: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

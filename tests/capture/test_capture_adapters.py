@@ -73,7 +73,7 @@ OTHERS = {
     "jamba": ("softmax", 3, 8, 0, True),
     "kimi_linear": ("sigmoid", 3, 8, 1, True),
     # adds its bias to logits, not to scores
-    "kolibri1": ("sigmoid", 3, 8, 1, False),
+    "kolibri1": ("sigmoid_topk", 3, 8, 1, False),
     "laguna": ("sigmoid", 3, 8, 1, True),
     "lfm2_moe": ("sigmoid", 3, 8, 0, True),
     # eight experts and two that pass the token through

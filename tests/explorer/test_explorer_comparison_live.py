@@ -482,6 +482,12 @@ def test_gates_that_learned_to_close_blocks_close_blocks(model, lab):
         for name in ("layer_gate", "layer_gate_trained")
     }
     assert parts == {"layer_gate": "layer", "layer_gate_trained": "block"}
+    # a layer that is left out has no attention of its own to decide by; the one before it has
+    with pytest.raises(
+        RouterError, match=r"attention_received reads .* Take --skip block, or a_mod"
+    ):
+        whole_layers.data.fit(parse_router("attention_received"), 0)
+    assert whole_layers.data.fit(parse_router("a_mod"), 0).part == "layer"
 
 
 def test_the_loss_of_tokens_between_clusters_is_told_apart(run_path, model, tmp_path):

@@ -29,7 +29,7 @@ from explorer.routers.probe import dense, toy_layers, toy_tokens
 # one or the best two
 FAMILIES = [
     *("olmoe", "gpt_oss", "deepseek_v2", "mistral4", "ernie4_5_moe", "minimax_m2"),
-    *("deepseek_v3", "llama4_text"),
+    *("deepseek_v3", "llama4_text", "kolibri1"),
 ]
 
 
