@@ -1,12 +1,13 @@
 """Maps of tokens, prompts and experts: which vectors, their layout, their clusters, how good it is.
 
-features    Source(unit, feature, layer, site)      read_points(run, source)
-projection  pca(values), at once                    project(values, options, report), UMAP
-clustering  cluster(values, method, n_clusters=), in the original space
-quality     trustworthiness(values, xy)             cluster_domain(labels, domains, groups)
-cache       map_path(digest, options)               clusters_path(digest, method, n_clusters, seed)
-work        make_map(...), make_clusters(...): all of it, as the worker process does it
-bench       ``python -m explorer.maps.bench``: how long all of that takes
+data         Source(unit, feature, layer, site): the vectors, and the facts of their points
+pca          the picture that is there at once
+make         UMAP, clusters, another router's choices: what the worker makes
+clustering   groups in the original space; trustworthiness, and what groups say of domains
+rerouted     where another router would send the tokens of a map
+cache        what was made, kept between starts
+point_table  how dense the points are, and which are in a region that somebody drew
+bench        ``python -m explorer.maps.bench``: how long all of that takes
 
-Nothing here needs torch; umap and scikit-learn are imported when they are used.
+Only ``rerouted`` needs torch; scikit-learn and umap are for ``make`` and ``clustering`` alone.
 """

@@ -15,11 +15,11 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from explorer.maps.clustering import cluster
-from explorer.maps.points import PointTable
-from explorer.maps.projection import MapOptions, pca, project
-from explorer.maps.quality import trustworthiness
-from explorer.maps.regions import Region
+from explorer.maps.cache import MapOptions
+from explorer.maps.clustering import cluster, trustworthiness
+from explorer.maps.make import project
+from explorer.maps.pca import pca
+from explorer.maps.point_table import PointTable, Region
 
 T = TypeVar("T")
 

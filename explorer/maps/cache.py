@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,33 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from explorer.maps.projection import MapOptions, versions
-
 # raised when the same vectors and options come to give another result
 VERSION = 2
 KEPT_FILES = 300  # the oldest beyond these are removed when one is added
 _FACTS = b"routescope map"
+
+
+class MapOptions(NamedTuple):
+    """How a map is laid out.
+
+    Attributes
+    ----------
+    n_neighbors : int
+        Of each point, that the layout tries to keep near it.
+    min_dist : float
+        How close points may come, in units of the map.
+    n_landmarks : int
+        Points that are laid out by UMAP; the others are placed between their nearest ones.
+    n_epochs : int
+        Passes over the neighbours.
+    seed : int
+    """
+
+    n_neighbors: int = 15
+    min_dist: float = 0.1
+    n_landmarks: int = 15_000
+    n_epochs: int = 120
+    seed: int = 0
 
 
 class Kept(NamedTuple):
@@ -110,3 +132,8 @@ def _forget(where: Path) -> None:
     for file in files[:-KEPT_FILES]:
         with contextlib.suppress(OSError):
             file.unlink()
+
+
+def versions() -> dict[str, Any]:
+    """Return the versions of what lays maps out; another one may give another map."""
+    return {name: version(name) for name in ("umap-learn", "scikit-learn", "numpy")}

@@ -1,4 +1,4 @@
-"""Groups of vectors, found where the vectors are and not on their picture."""
+"""Groups of vectors where the vectors are, not on their picture; how far both can be trusted."""
 
 import warnings
 from collections.abc import Callable
@@ -6,17 +6,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.cluster import HDBSCAN, KMeans
+from sklearn.manifold import trustworthiness as measured_trustworthiness
+from sklearn.metrics import normalized_mutual_info_score as nmi
+from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import NearestNeighbors
 
 from explorer.errors import ExplorerError
-from explorer.maps.projection import distinct
+from explorer.maps.data import FEWEST_MEASURED, NOISE
+from explorer.maps.pca import Floats, Ids, distinct
 
-Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
-Ids = npt.NDArray[np.int64]
 Scaled = Callable[[Floats], npt.NDArray[Any]]
 Method = Literal["kmeans", "gmm", "hdbscan"]
 
-NOISE = -1
 MAX_CLUSTERS = 64
 # points that a method is fitted on; the others join the cluster that they would be given
 FITTED = {"kmeans": 20_000, "gmm": 20_000, "hdbscan": 4_000}
@@ -99,13 +102,9 @@ def _fit(
     values: Floats, rows: Ids, scaled: Scaled, method: Method, n_clusters: int, seed: int
 ) -> tuple[Labels, bool]:
     if method == "kmeans":
-        from sklearn.cluster import KMeans
-
         model = KMeans(n_clusters, n_init=3, random_state=seed).fit(scaled(values[rows]))
         converged = model.n_iter_ < model.max_iter
     else:
-        from sklearn.mixture import GaussianMixture
-
         model = GaussianMixture(
             n_clusters, covariance_type="diag", reg_covar=1e-4, random_state=seed
         ).fit(scaled(values[rows]))
@@ -118,9 +117,6 @@ def _fit(
 
 
 def _hdbscan(values: Floats, rows: Ids, scaled: Scaled) -> Labels:
-    from sklearn.cluster import HDBSCAN
-    from sklearn.neighbors import NearestNeighbors
-
     fitted = scaled(values[rows])
     smallest = max(_MIN_SAMPLES, len(fitted) // 200)
     model = HDBSCAN(min_cluster_size=smallest, min_samples=_MIN_SAMPLES, copy=True)
@@ -143,3 +139,102 @@ def _by_size(labels: Labels) -> Labels:
     place = {int(name): i for i, name in enumerate(names[np.argsort(-sizes, kind="stable")])}
     table = np.array([place.get(name, NOISE) for name in range(int(labels.max(initial=0)) + 1)])
     return np.where(labels == NOISE, NOISE, table[labels]).astype(np.int32)
+
+
+_SAMPLE = 2_000  # points; the measure compares all pairs of them
+_NEIGHBOURS = 15
+_SHUFFLES = 50
+
+
+class Agreement(NamedTuple):
+    """How much two labellings of the same points say about each other.
+
+    Attributes
+    ----------
+    nmi : float, 0..1
+        Normalised mutual information: mutual information over the mean of both entropies.
+    floor, floor_high : float, 0..1
+        What clusters say of domains that were dealt out anew among the prompts: mean and 95th
+        percentile.
+    noise : float, 0..1
+        Share of points in no cluster; they count as one cluster more.
+    n : int
+        Points with a domain.
+    """
+
+    nmi: float
+    floor: float
+    floor_high: float
+    noise: float
+    n: int
+
+
+def trustworthiness(values: Floats, xy: Floats, *, seed: int = 0) -> float:
+    """Return how far near points of a picture are near in the original space too.
+
+    Parameters
+    ----------
+    values : array [N, D]
+    xy : array [N, 2]
+
+    Returns
+    -------
+    float
+        0..1, 1 = every neighbour is a real one; over a sample of 2,000 points and 15 neighbours.
+        Equal vectors count as one: which of them is nearer cannot be said. nan for fewer than 10
+        different ones.
+
+    References
+    ----------
+    Venna and Kaski 2001, "Neighborhood preservation in nonlinear projection methods".
+    """
+    known = distinct(values)[0]
+    if len(known) < FEWEST_MEASURED:
+        return float("nan")
+    few = min(len(known), _SAMPLE)
+    chosen = known[np.random.default_rng(seed).choice(len(known), few, replace=False)]
+    # the measure is defined for fewer neighbours than half of the points
+    return float(
+        measured_trustworthiness(
+            values[chosen], xy[chosen], n_neighbors=min(_NEIGHBOURS, (few - 1) // 2)
+        )
+    )
+
+
+def cluster_domain(
+    labels: Labels, domains: npt.NDArray[np.object_], groups: Ids, *, seed: int = 0
+) -> Agreement:
+    """Compare clusters with domains.
+
+    Parameters
+    ----------
+    labels : array [N]
+    domains : array [N] of str
+        ``""`` = none; such points are left out.
+    groups : array [N]
+        Prompts. Tokens of a prompt have one domain and are no independent witnesses, so that the
+        floor deals domains out among prompts, not among tokens.
+    seed : int
+
+    Returns
+    -------
+    Agreement
+        nan where fewer than two domains are known.
+    """
+    known = domains != ""
+    labels, domains, groups = labels[known], domains[known], groups[known]
+    names, domain = np.unique(domains.astype(str), return_inverse=True)
+    if len(names) < 2:
+        none = float("nan")
+        return Agreement(none, none, none, none, len(labels))
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    of_group = domain[first]
+    random = np.random.default_rng(seed)
+    floors = [nmi(labels, random.permutation(of_group)[group]) for _ in range(_SHUFFLES)]
+    return Agreement(
+        float(nmi(labels, domain)),
+        float(np.mean(floors)),
+        float(np.percentile(floors, 95)),
+        float((labels == NOISE).mean()),
+        len(labels),
+    )

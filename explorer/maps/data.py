@@ -1,5 +1,6 @@
-"""What maps are made of: recorded vectors of tokens, and routing counts of prompts and experts."""
+"""What maps are made of: vectors of tokens, prompts or experts, and what is known of each point."""
 
+import hashlib
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -8,13 +9,14 @@ import pandas as pd
 import pyarrow as pa
 
 from explorer.errors import RunError
+from explorer.maps.pca import Floats, Ids, has_umap, pca
 from explorer.queries.where import Part, conditions, prompt_conditions
 from explorer.run import Run
 
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 Feature = Literal["hidden", "scores"]
 
+NOISE = -1  # the cluster of points that are in none
+FEWEST_MEASURED = 10  # different points that trustworthiness is measured on
 # numbers of a table of prompts by experts; a larger one would not fit beside everything else
 MAX_NUMBERS = 100_000_000
 # assignments that are counted for it; more would take minutes
@@ -316,3 +318,223 @@ def matching_prompts(run: Run, *, domain: str | None = None, part: Part | None =
     where, params = prompt_conditions(domain=domain, part=part)
     rows = run.table(f"SELECT prompt_id FROM prompts WHERE {where} ORDER BY ALL", params)
     return np.asarray(rows["prompt_id"].to_numpy(), dtype=np.int64)
+
+
+Unit = Literal["tokens", "prompts", "experts"]
+
+
+class Source(NamedTuple):
+    """Where vectors come from.
+
+    Attributes
+    ----------
+    unit : {"tokens", "prompts", "experts"}
+        What a point of the map is.
+    feature : {"hidden", "scores"}
+        Of tokens: what the router read, or its score for every expert.
+    layer, site : int
+        Of tokens: which router.
+    """
+
+    unit: Unit
+    feature: Feature = "hidden"
+    layer: int = 0
+    site: int = 0
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What of this makes a difference for the vectors."""
+        if self.unit != "tokens":
+            return (self.unit,)
+        return self.unit, self.feature, str(self.layer), str(self.site)
+
+
+class Points(NamedTuple):
+    """The vectors of a map.
+
+    Attributes
+    ----------
+    ids : array [N, C]
+        What each point is: the token, the prompt, or layer, site and expert.
+    values : array [N, D]
+        Finite.
+    groups : array [N]
+        Points of one group are not independent: the tokens of a prompt.
+    n_all : int
+        Units that the run has; more than N where some have no vector.
+    """
+
+    ids: Ids
+    values: Floats
+    groups: Ids
+    n_all: int
+
+    @property
+    def digest(self) -> str:
+        """Name of the content, the same for the same vectors of the same units."""
+        mark = hashlib.blake2b(digest_size=16)
+        for array in (self.ids, self.values):
+            mark.update(repr((array.shape, array.dtype.str)).encode())
+            mark.update(np.ascontiguousarray(array).data)
+        return mark.hexdigest()
+
+
+def read_points(run: Run, source: Source) -> Points:
+    """Read the vectors of a map from a run.
+
+    Router inputs are taken as recorded. Of scores that a softmax turns into probabilities, the
+    mean over the experts is taken off first: a softmax does not see it. Prompts and experts are
+    described by square roots of shares, so that distances are Hellinger distances: a prompt by
+    how its assignments at each router are spread over the experts, an expert by how the
+    assignments that it got are spread over the prompts, each prompt counted as one.
+
+    Raises
+    ------
+    RunError
+        If the run did not record what is asked for.
+    """
+    if source.unit == "tokens":
+        return _of_tokens(run, source)
+    return _of_prompts(run) if source.unit == "prompts" else _of_experts(run)
+
+
+def _of_tokens(run: Run, source: Source) -> Points:
+    info = run.site_info(source.layer, source.site)
+    found = token_vectors(run, source.feature, source.layer, site=source.site)
+    values = found.values
+    if source.feature == "scores":
+        values = _known(values)
+        if info.score_function.startswith("softmax"):
+            values = values - values.mean(axis=1, keepdims=True)
+    prompts = run.table("SELECT token_id, prompt_id FROM tokens ORDER BY token_id")
+    at = np.searchsorted(prompts["token_id"].to_numpy(), found.token_ids)
+    groups = prompts["prompt_id"].to_numpy()[at].astype(np.int64)
+    return Points(found.token_ids[:, None], values, groups, int(run.info["n_tokens"]))
+
+
+def _known(values: Floats) -> Floats:
+    """Return scores without gaps: an expert that was ruled out is as bad as the worst other."""
+    if not np.isnan(values).any():
+        return values
+    worst = np.where(np.isnan(values), np.inf, values).min(axis=1)
+    worst[np.isinf(worst)] = 0  # not one known
+    return np.asarray(np.where(np.isnan(values), worst[:, None], values), dtype=np.float32)
+
+
+def _of_prompts(run: Run) -> Points:
+    found = signatures(run)
+    # every router counts the same, however many experts it chooses
+    shares = _per_site(found.counts, found.units)
+    ids = found.prompt_ids
+    return Points(ids[:, None], np.sqrt(shares), ids, found.n_all)
+
+
+def _per_site(counts: Floats, units: Ids) -> Floats:
+    shares = np.zeros_like(counts)
+    sites, place = np.unique(units[:, :2], axis=0, return_inverse=True)
+    for site in range(len(sites)):
+        here = place.ravel() == site
+        total = counts[:, here].sum(axis=1, keepdims=True)
+        shares[:, here] = counts[:, here] / np.maximum(total, 1)
+    return shares
+
+
+def _of_experts(run: Run) -> Points:
+    found = signatures(run)
+    # a prompt counts as one, however long it is
+    shares = _per_site(found.counts, found.units).T  # [M, P]
+    used = shares.sum(axis=1) > 0
+    if used.sum() < 2:
+        raise RunError("Fewer than two experts got a token, so there is no map of experts.")
+    shares = shares[used]
+    shares = shares / shares.sum(axis=1, keepdims=True)
+    units = found.units[used]
+    return Points(units, np.sqrt(shares, dtype=np.float32), np.arange(len(units)), len(used))
+
+
+# names of the columns of ``Prepared.ids``
+ID_COLUMNS = {
+    "tokens": ("token_id",),
+    "prompts": ("prompt_id",),
+    "experts": ("layer", "site", "expert_id"),
+}
+
+
+class Prepared(NamedTuple):
+    """Points without their vectors.
+
+    Attributes
+    ----------
+    ids : array [N, C]
+    flat : array [N, 2]
+        The first two principal components.
+    digest : str
+        Name of the vectors' content.
+    dims : int
+        Of a vector.
+    n_all : int
+        Units that the run has; more than N where some have no vector.
+    has_umap : bool
+        Whether UMAP can lay them out.
+    is_point : bool
+        Whether all vectors are equal.
+    """
+
+    ids: Ids
+    flat: Floats
+    digest: str
+    dims: int
+    n_all: int
+    has_umap: bool
+    is_point: bool
+
+
+def prepare(run: Run, source: Source) -> Prepared:
+    """Read the vectors once, and return what can be said of them at once.
+
+    Raises
+    ------
+    RunError
+        If the run did not record what is asked for.
+    """
+    points = read_points(run, source)
+    values = points.values
+    flat = pca(values)
+    return Prepared(
+        points.ids,
+        flat,
+        points.digest,
+        values.shape[1],
+        points.n_all,
+        has_umap(values),
+        not flat.any(),
+    )
+
+
+def point_facts(run: Run, source: Source, ids: Ids) -> pa.Table:
+    """Return what is known of each point, one row per row of ``ids``.
+
+    Parameters
+    ----------
+    source : Source
+        Its layer and site are the router that experts and entropies are of.
+    ids : array [N, C]
+        ``Prepared.ids``.
+    """
+    if source.unit == "tokens":
+        facts = token_facts(run, source.feature, source.layer, site=source.site)
+    elif source.unit == "prompts":
+        facts = prompt_facts(run, source.layer, site=source.site)
+    else:
+        facts = expert_facts(run)
+    names = ID_COLUMNS[source.unit]
+    known = _keys(np.stack([facts[name].to_numpy().astype(np.int64) for name in names], axis=1))
+    return facts.take(pa.array(np.searchsorted(known, _keys(ids))))
+
+
+def _keys(ids: Ids) -> npt.NDArray[np.int64]:
+    """Return one number per row that rises as the rows do; experts are numbered below 2**20."""
+    key = np.zeros(len(ids), dtype=np.int64)
+    for column in ids.T:
+        key = key * 2**20 + column
+    return key

@@ -7,7 +7,7 @@ import torch
 from capture.errors import quoted
 from explorer.comparison.router_names import make_router, parse_router
 from explorer.errors import RouterError
-from explorer.maps.data import Ids
+from explorer.maps.pca import Ids
 from explorer.routers import PartRouter, Routing, fit_layers, route_layers
 from explorer.routers.recorded import fit_split, recorded_inputs
 from explorer.run import Run

@@ -8,7 +8,7 @@ from explorer import service
 from explorer.text import plain
 from explorer.ui import problems
 from explorer.worker import Job, JobProgress, shared_worker
-from explorer.worker.prompts import read_upload
+from explorer.worker.uploads import read_upload
 
 POLL_SECONDS = 0.5
 _STAGES = {

@@ -280,7 +280,7 @@ def absent_gate(quantity: str, n_experts: int, top_k: int) -> str:
     Parameters
     ----------
     quantity : str
-        A name in ``queries.tokens.QUANTITIES``.
+        A name in ``explorer.pages.tokens.data.QUANTITIES``.
     """
     if quantity == "entropy" and n_experts == 1:
         return "not defined for one expert"

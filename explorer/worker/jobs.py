@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import CaptureCancelled, quoted
+from capture.store import recover
+from explorer.errors import ComparisonCancelled, ComparisonError
+from explorer.run import open_run
+from explorer.worker.expert_weights import measure_cosines
 from explorer.worker.protocol import (
     DEMO_MODEL,
     CaptureRequest,
@@ -80,17 +84,15 @@ def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bo
 
 
 def _recover(request: RecoverRequest, report: Report) -> str:
-    from capture.store import recover
-
     report(JobProgress("writing", message="closing the file"))
     return str(recover(Path(request.partial)))
 
 
 def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bool]) -> str:
     # neither needs torch, and either is seconds of imports that a capture can do without
-    from explorer.maps.features import Source
-    from explorer.maps.projection import MapOptions
-    from explorer.maps.work import make_clusters, make_map, make_rerouted
+    from explorer.maps.cache import MapOptions
+    from explorer.maps.data import Source
+    from explorer.maps.make import make_clusters, make_map, make_rerouted
 
     def on_progress(message: str, part: float) -> None:
         if cancelled():
@@ -118,7 +120,6 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
     _refuse_unnamed_model(request)
     report(JobProgress("loading", message="importing the model library"))
     from explorer.comparison.compare import compare
-    from explorer.errors import ComparisonCancelled
 
     def on_progress(progress: Any) -> None:
         part = progress.done / progress.total if progress.total else None
@@ -151,9 +152,6 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
 
 def _refuse_unnamed_model(request: CompareRequest) -> None:
     """Refuse to load a model that only the run names, and not whoever started the job."""
-    from explorer.errors import ComparisonError
-    from explorer.run import open_run
-
     if not (request.live or request.layers or request.oracle or request.conditions):
         return
     with open_run(request.run) as run:
@@ -186,15 +184,13 @@ def _conditions(
 
 
 def _cosines(request: CosinesRequest, report: Report, cancelled: Callable[[], bool]) -> str:
-    from explorer.worker.likeness import measure
-
     def on_progress(message: str, part: float) -> None:
         if cancelled():
             raise Cancelled("Nothing was kept.", None)
         report(JobProgress("mapping", message=message, part=part))
 
     model = (request.model, request.revision)
-    return str(measure(Path(request.out), request.run, *model, on_progress))
+    return str(measure_cosines(Path(request.out), request.run, *model, on_progress))
 
 
 def _existing(path: str) -> str | None:

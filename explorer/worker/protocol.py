@@ -68,7 +68,7 @@ class ProjectRequest:
     run : str
         Path of the run file.
     unit, feature, layer, site
-        See ``explorer.maps.features.Source``.
+        See ``explorer.maps.data.Source``.
     method : str
         ``""`` for a map, else how to group: ``kmeans``, ``gmm`` or ``hdbscan``.
     router : str
@@ -161,7 +161,7 @@ class CosinesRequest:
     Attributes
     ----------
     out : str
-        Path in the cache, from ``explorer.worker.likeness.cosines_path``.
+        Path in the cache, from ``explorer.worker.expert_weights.cosines_path``.
     run : str
         Path of the run file.
     model : str

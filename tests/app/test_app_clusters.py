@@ -10,9 +10,8 @@ from synthetic import write_run
 
 from explorer import open_run, service
 from explorer.maps import cache
-from explorer.maps.features import Source
-from explorer.maps.prepare import prepare
-from explorer.maps.projection import MapOptions
+from explorer.maps.cache import MapOptions
+from explorer.maps.data import Source, prepare
 from explorer.slices import list_slices
 
 SOURCE = Source("tokens", "scores", 1)

@@ -12,9 +12,9 @@ from test_app_clusters import keep
 
 from capture.store import PromptInfo
 from explorer import open_run
-from explorer.maps import regions
-from explorer.maps.features import Source
-from explorer.maps.regions import inside
+from explorer.maps import point_table
+from explorer.maps.data import Source
+from explorer.maps.point_table import inside
 from explorer.slices import load_slice
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -88,7 +88,7 @@ def listed(tab, places):
 
 def region_of(tab):
     found = re.search(r"region=\w+(?::|%3A)([^&]+)", tab.url)
-    return regions.read(found.group(1)) if found else None
+    return point_table.read_region(found.group(1)) if found else None
 
 
 def near(region, bounds, places):

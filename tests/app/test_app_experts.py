@@ -11,7 +11,7 @@ from explorer import service
 from explorer.maps import cache
 from explorer.run import open_run
 from explorer.slices import load_slice
-from explorer.worker import CosinesRequest, likeness
+from explorer.worker import CosinesRequest, expert_weights
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_weights_are_compared_in_the_background_and_then_shown(known, worker):
     (job,) = worker.jobs()
     assert isinstance(job.request, CosinesRequest) and job.request.model == "synthetic"
     with open_run(known.path) as run:
-        path = likeness.cosines_path(run)
+        path = expert_weights.cosines_path(run)
     assert job.request.out == str(path)
     a, b = (part.ravel().astype(np.int32) for part in np.indices((6, 6)))
     columns = {

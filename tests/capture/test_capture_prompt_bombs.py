@@ -15,8 +15,8 @@ import pytest
 from capture.errors import PromptError
 from capture.prompts import reading
 from capture.prompts.reading import read_prompts, read_prompts_bytes
-from explorer.worker import prompts as upload
-from explorer.worker.prompts import read_upload
+from explorer.worker import uploads
+from explorer.worker.uploads import read_upload
 
 MB = 2**20
 ZEROS = b"x" * (64 * MB)
@@ -123,20 +123,20 @@ def test_an_upload_that_gets_past_the_readers_ends_its_own_process(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_AS)
     # 60 MB of brackets: the parser nests no value that deep, the list of prompts is too long
     data = b'"a"\n' * (15 * MB)
-    monkeypatch.setattr(upload, "SECONDS", 60.0)
-    script = upload.__file__.replace(".py", "")
-    assert script.endswith("prompts")
+    monkeypatch.setattr(uploads, "SECONDS", 60.0)
+    script = uploads.__file__.replace(".py", "")
+    assert script.endswith("uploads")
     limited = [sys.executable, "-c", _LIMITED]
-    done = subprocess.run(limited, input=data, capture_output=True, cwd=upload.ROOT, check=False)
+    done = subprocess.run(limited, input=data, capture_output=True, cwd=uploads.ROOT, check=False)
     assert done.returncode != 0 or b"memory" in done.stdout
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 _LIMITED = (
     "import sys; sys.argv = ['x', 'a.jsonl']\n"
-    "from explorer.worker import prompts\n"
-    "prompts.MEMORY = 512 * 2**20\n"
-    "prompts.main()"
+    "from explorer.worker import uploads\n"
+    "uploads.MEMORY = 512 * 2**20\n"
+    "uploads.main()"
 )
 
 

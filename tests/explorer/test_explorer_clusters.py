@@ -13,16 +13,14 @@ from synthetic import write_run
 
 from explorer import open_run
 from explorer.errors import ExplorerError, RunError
-from explorer.maps import cache, regions
+from explorer.maps import cache, point_table
 from explorer.maps import data as queries
-from explorer.maps.clustering import NOISE, cluster
-from explorer.maps.features import Source, read_points
-from explorer.maps.points import PointTable
-from explorer.maps.prepare import point_facts, prepare
-from explorer.maps.projection import FEWEST, MapOptions, pca, project
-from explorer.maps.quality import cluster_domain, trustworthiness
-from explorer.maps.regions import Region, inside
-from explorer.maps.work import make_clusters, make_map
+from explorer.maps.cache import MapOptions
+from explorer.maps.clustering import cluster, cluster_domain, trustworthiness
+from explorer.maps.data import NOISE, Source, point_facts, prepare, read_points
+from explorer.maps.make import make_clusters, make_map, project
+from explorer.maps.pca import FEWEST, pca
+from explorer.maps.point_table import PointTable, Region, inside
 from explorer.metrics.specialization import MIN_WHOLE, lift
 
 ROOT = Path(__file__).parents[2]
@@ -388,7 +386,7 @@ def test_the_worker_makes_a_map_and_clusters_beside_nothing(run, tmp_path, monke
 
 def test_maps_need_no_torch():
     code = (
-        "import sys, explorer.maps.work, explorer.pages.clusters.points, "
+        "import sys, explorer.maps.make, explorer.pages.clusters.points, "
         "umap, sklearn.cluster; print('torch' in sys.modules)"
     )
     result = subprocess.run(
@@ -431,21 +429,26 @@ def test_a_line_that_crosses_itself_has_a_hole():
 
 def test_a_region_survives_an_address_and_nothing_else_does():
     box = Region((-1.5, 2.0), (3.25, -4.0))
-    assert regions.read(regions.write(box)) == box and box.is_box
+    assert point_table.read_region(point_table.write_region(box)) == box and box.is_box
     assert inside([0, 0, 5], [0, 4, 0], box).tolist() == [True, False, False]
     for text in ("", "1_2", "1_2~3", "a_b~c_d", "1e9_2~3_4", "nan_1~2_3", "1_1~" * 90 + "1_1"):
-        assert regions.read(text) is None
+        assert point_table.read_region(text) is None
 
 
 def test_what_a_figure_reports_becomes_a_region_of_few_corners():
     angle = np.linspace(0, 2 * np.pi, 500).tolist()
     lasso = {"x": np.cos(angle).tolist(), "y": np.sin(angle).tolist()}
-    region = regions.drawn({"points": [], "box": [], "lasso": [lasso]})
-    assert 3 < len(region.x) <= regions.MAX_CORNERS
+    region = point_table.drawn_region({"points": [], "box": [], "lasso": [lasso]})
+    assert 3 < len(region.x) <= point_table.MAX_CORNERS
     assert inside([0.9, 1.01], [0.0, 0.0], region).tolist() == [True, False]
-    assert regions.drawn({"box": [{"x": [1, 0], "y": [0, 2]}], "lasso": []}).bounds == (0, 1, 0, 2)
+    assert point_table.drawn_region({"box": [{"x": [1, 0], "y": [0, 2]}], "lasso": []}).bounds == (
+        0,
+        1,
+        0,
+        2,
+    )
     for nothing in ({}, {"box": [], "lasso": []}, {"box": [{"x": ["a", 1], "y": [0, 1]}]}):
-        assert regions.drawn(nothing) is None
+        assert point_table.drawn_region(nothing) is None
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from explorer import service, views
 from explorer.__main__ import main
 from explorer.commands.report import run_file
 from explorer.errors import ExplorerError, NotAllowedError
-from explorer.maps.features import Source
+from explorer.maps.data import Source
 from explorer.report import build, build_report, write_report
 from explorer.report.build import RUN_PAGES
 from explorer.report.document import rich, section

@@ -12,7 +12,7 @@ from explorer.metrics.specialization import wilson
 from explorer.pages.experts import data
 from explorer.queries.where import Part
 from explorer.run import open_run
-from explorer.worker import likeness
+from explorer.worker import expert_weights
 
 FILTERS = [{}, {"domain": "code"}, {"phase": "prompt"}, {"part": Part(search="a")}]
 
@@ -223,7 +223,7 @@ def test_experts_of_a_text_against_all_tokens(run, known, monkeypatch):
 
 
 def test_cosines_by_hand():
-    found = likeness.cosines([[4, 2, 0], [2, 1, 0], [0, 0, 0]])
+    found = expert_weights.cosines([[4, 2, 0], [2, 1, 0], [0, 0, 0]])
     assert found[0, 1] == pytest.approx(1)
     assert np.isnan(found[2]).all()
 
@@ -239,7 +239,7 @@ def test_cosines_of_a_model_are_those_of_its_weights(tmp_path):
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     messages = []
-    out = likeness.measure(
+    out = expert_weights.measure_cosines(
         tmp_path / "cache" / "weights-x.parquet",
         str(path),
         str(folder),
@@ -247,8 +247,8 @@ def test_cosines_of_a_model_are_those_of_its_weights(tmp_path):
         lambda message, part: messages.append(part),
     )
     site = open_run(path).sites[0]
-    table = likeness.read_cosines(out, site.layer, site.site)
-    assert set(table["kind"]) == set(likeness.KINDS)
+    table = expert_weights.read_cosines(out, site.layer, site.site)
+    assert set(table["kind"]) == set(expert_weights.KINDS)
     block = model.model.layers[site.layer].mlp
     rows = block.gate.weight.detach()
     expected = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
@@ -267,7 +267,7 @@ def test_another_model_than_the_recorded_one_is_refused(known, tmp_path):
     folder = tmp_path / "model"
     build("olmoe").save_pretrained(folder)
     with pytest.raises(ExplorerError, match="not the model that was recorded"):
-        likeness.measure(
+        expert_weights.measure_cosines(
             tmp_path / "x.parquet", str(known.path), str(folder), None, lambda *_: None
         )
 
@@ -275,11 +275,11 @@ def test_another_model_than_the_recorded_one_is_refused(known, tmp_path):
 def test_a_damaged_file_of_cosines_is_named(tmp_path):
     (tmp_path / "x.parquet").write_text("no")
     with pytest.raises(ExplorerError, match="cannot be read"):
-        likeness.read_cosines(tmp_path / "x.parquet", 0, 0)
+        expert_weights.read_cosines(tmp_path / "x.parquet", 0, 0)
 
 
 def test_cosines_of_changed_weights_are_others(run, tmp_path, monkeypatch):
-    first = likeness.cosines_path(run)
-    assert likeness.cosines_path(run) == first
-    monkeypatch.setattr(likeness, "_changed", lambda model: 5)
-    assert likeness.cosines_path(run) != first
+    first = expert_weights.cosines_path(run)
+    assert expert_weights.cosines_path(run) == first
+    monkeypatch.setattr(expert_weights, "_changed", lambda model: 5)
+    assert expert_weights.cosines_path(run) != first

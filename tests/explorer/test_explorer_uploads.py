@@ -8,7 +8,7 @@ from pathlib import Path
 
 from malformed_prompts import ENDINGS, malformed, sound
 
-from explorer.worker import prompts as upload
+from explorer.worker import uploads
 from explorer.worker.client import ROOT
 
 COUNT = 1000
@@ -30,7 +30,7 @@ print("grew", (peak() - before) * (1 if sys.platform == "darwin" else 1024))
 
 def test_the_files_before_their_mutation_are_read():
     for ending, data in sound().items():
-        assert len(json.loads(upload.answer(f"a{ending}", data))["prompts"]) >= 5
+        assert len(json.loads(uploads.answer(f"a{ending}", data))["prompts"]) >= 5
 
 
 def test_a_thousand_malformed_uploads_are_read_or_refused_in_one_line():

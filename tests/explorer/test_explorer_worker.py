@@ -20,7 +20,7 @@ from explorer.worker.protocol import encode, pack_request, unpack_request
 FAKE = """
     import os, sys, time
     from capture.errors import ModelError
-    from explorer.worker import process
+    from explorer.worker import __main__ as process
     from explorer.worker.jobs import Cancelled
     from explorer.worker.protocol import JobProgress
 

@@ -92,7 +92,7 @@ def head_overview(
     Parameters
     ----------
     stats, layers : DataFrame
-        From ``queries.attention.head_stats`` and ``attention_layers``.
+        From ``data.head_stats`` and ``attention_layers``.
     measure : str
         A name in ``MEASURES``.
     chosen : (layer, head), optional
@@ -169,7 +169,7 @@ def head_heatmap(
     Parameters
     ----------
     found : HeadMap
-        From ``queries.attention.head_map``.
+        From ``data.head_map``.
     name : str
         Of the head.
     window : range, optional

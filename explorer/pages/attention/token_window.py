@@ -53,10 +53,10 @@ def window_map(
     Parameters
     ----------
     prompt : Series
-        A row of ``queries.attention.attention_prompts``.
+        A row of ``data.attention_prompts``.
     head : (layer, head)
     listed : DataFrame
-        The prompt's tokens, from ``queries.tokens.tokens``.
+        The prompt's tokens, from ``explorer.pages.tokens.data.tokens``.
     position : int
         Of the chosen token.
     show : {"map", "keys"}

@@ -42,7 +42,7 @@ def token_window(
     Parameters
     ----------
     found : HeadMap
-        From ``queries.attention.head_map``.
+        From ``data.head_map``.
     window : range
         Positions in the prompt, from the beginning of a block on; at most ``MAX_WINDOW``.
     texts : sequence of str or None
@@ -52,7 +52,7 @@ def token_window(
     name, routed : str
         Of the head, and of the layer whose experts ``change`` is about.
     keys : DataFrame, optional
-        From ``queries.attention.prompt_keys``: draw these instead of the map's blocks.
+        From ``data.prompt_keys``: draw these instead of the map's blocks.
     token : int, optional
         Position of the token whose row is framed.
 

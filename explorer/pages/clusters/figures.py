@@ -7,8 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from explorer.maps.points import Density
-from explorer.maps.regions import Region
+from explorer.maps.point_table import Density, Region
 from explorer.metrics.specialization import Lift
 from explorer.ui import theme
 

@@ -8,14 +8,10 @@ import pyarrow as pa
 import streamlit as st
 
 from explorer.errors import RunError
-from explorer.maps import regions
 from explorer.maps.cache import Kept
-from explorer.maps.data import vector_counts
-from explorer.maps.features import Source
-from explorer.maps.points import PointTable
-from explorer.maps.prepare import Prepared, prepare
-from explorer.maps.projection import FEWEST
-from explorer.maps.quality import FEWEST_MEASURED
+from explorer.maps.data import FEWEST_MEASURED, Prepared, Source, prepare, vector_counts
+from explorer.maps.pca import FEWEST
+from explorer.maps.point_table import PointTable, Region, drawn_region, read_region, write_region
 from explorer.pages.clusters.figures import map_density, map_points
 from explorer.pages.clusters.points import (
     AMOUNTS,
@@ -250,9 +246,9 @@ def _tag(prepared: Prepared, layout: str) -> str:
     return f"{prepared.digest[:8]}{layout[0].lower()}"
 
 
-def _region(prepared: Prepared, layout: str) -> regions.Region | None:
+def _region(prepared: Prepared, layout: str) -> Region | None:
     tag, _, text = address.read("region").partition(":")
-    return regions.read(text) if tag == _tag(prepared, layout) else None
+    return read_region(text) if tag == _tag(prepared, layout) else None
 
 
 def _figure(
@@ -262,14 +258,14 @@ def _figure(
     table: PointTable,
     hue: Hue,
     layout: str,
-    region: regions.Region | None,
+    region: Region | None,
 ) -> None:
     unit = asked.source.unit
     tag = _tag(prepared, layout)
     key = f"map {tag}"
     state: Any = st.session_state.get(key)
     # what was drawn in this session shows itself
-    outlined = None if state and regions.drawn(state["selection"]) else region
+    outlined = None if state and drawn_region(state["selection"]) else region
     common: dict[str, Any] = {
         "caption": _caption(view, asked, table, layout),
         "extent": table.extent(),
@@ -278,8 +274,8 @@ def _figure(
     }
 
     def on_region(selection: Any) -> None:
-        found = regions.drawn(selection)
-        address.write("region", f"{tag}:{regions.write(found)}" if found else "")
+        found = drawn_region(selection)
+        address.write("region", f"{tag}:{write_region(found)}" if found else "")
 
     title = f"{layout} of {unit}"
     if unit == "tokens":

@@ -12,12 +12,17 @@ import streamlit as st
 
 from explorer import service
 from explorer.maps import cache
-from explorer.maps.clustering import NOISE
-from explorer.maps.data import matching_prompts, matching_tokens
-from explorer.maps.features import Source
-from explorer.maps.points import PointTable
-from explorer.maps.prepare import ID_COLUMNS, Prepared, point_facts
-from explorer.maps.projection import MapOptions
+from explorer.maps.cache import MapOptions
+from explorer.maps.data import (
+    ID_COLUMNS,
+    NOISE,
+    Prepared,
+    Source,
+    matching_prompts,
+    matching_tokens,
+    point_facts,
+)
+from explorer.maps.point_table import PointTable
 from explorer.pages.clusters.figures import COLORED, Amount, Group
 from explorer.queries.where import Part
 from explorer.run import Run

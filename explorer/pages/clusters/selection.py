@@ -5,10 +5,8 @@ import numpy.typing as npt
 import pandas as pd
 import streamlit as st
 
-from explorer.maps.data import expert_counts, expert_domains
-from explorer.maps.features import Source
-from explorer.maps.points import PointTable
-from explorer.maps.regions import Region
+from explorer.maps.data import Source, expert_counts, expert_domains
+from explorer.maps.point_table import PointTable, Region
 from explorer.metrics.specialization import MIN_WHOLE, Lift, lift
 from explorer.pages.clusters.figures import lift_bars
 from explorer.pages.clusters.points import id_names

@@ -268,7 +268,7 @@ def shares_of(run: Run, layer: int, expert_id: int, *, by: str, **filters: Any) 
     ----------
     by : {"domain", "phase"}
     **filters
-        As ``queries.specialization.expert_hits`` takes them.
+        As ``expert_hits`` takes them.
 
     Returns
     -------
@@ -453,7 +453,7 @@ def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, 
         of all tokens of the filters), ``lift`` = share / base, ``low``, ``high`` (of the lift,
         90 %, tokens taken as independent). Those whose lift is surely largest come first.
     Found
-        The tokens, from ``queries.specialization.tokens_of_text``.
+        The tokens, from ``tokens_of_text``.
     """
     found = tokens_of_text(run, text, **filters)
     names = ["layer", "site", "expert_id", "hits", "tokens", "share", "base", "lift", "low", "high"]

@@ -17,7 +17,7 @@ from explorer.ui.job import follow
 from explorer.ui.problems import part
 from explorer.ui.state import Key, View, is_dark
 from explorer.ui.wording import Scope, expert_label, number, span
-from explorer.worker import CosinesRequest, likeness, shared_worker
+from explorer.worker import CosinesRequest, expert_weights, shared_worker
 
 _SHOWN = 8
 _TITLES = {
@@ -34,7 +34,7 @@ _MISSING = {
 def weights_section(view: View, expert: int) -> None:
     """Draw the section, or what is needed for it."""
     st.subheader("Neighbours in the weights' space", anchor=False)
-    path = likeness.cosines_path(view.run)
+    path = expert_weights.cosines_path(view.run)
     if not path.is_file():
         _offer(view, path)
         return
@@ -51,14 +51,14 @@ def weights_section(view: View, expert: int) -> None:
         "the neurons of an expert can stand in any order."
     )
     places = st.columns(2, gap="large")
-    for place, kind in zip(places, likeness.KINDS, strict=True):
+    for place, kind in zip(places, expert_weights.KINDS, strict=True):
         with place:
             _neighbours(view, expert, table[table["kind"] == kind], kind)
 
 
 @st.cache_data(max_entries=100, show_spinner=False)
 def _cosines(key: Key, layer: int, site: int) -> pd.DataFrame:
-    return likeness.read_cosines(Path(key[0]), layer, site)
+    return expert_weights.read_cosines(Path(key[0]), layer, site)
 
 
 def _offer(view: View, path: Path) -> None:

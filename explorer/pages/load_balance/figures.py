@@ -442,7 +442,7 @@ def capacity_curve(
     Parameters
     ----------
     curve : DataFrame
-        From ``explorer.pages.load_balance.data.capacity_table``.
+        From ``data.capacity_table``.
     layer : str
     capacity_factor : float
         The chosen one, marked.

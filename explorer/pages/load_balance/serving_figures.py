@@ -20,7 +20,7 @@ def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
     Parameters
     ----------
     table : DataFrame
-        Rows of one site of ``explorer.pages.load_balance.data.gpu_table``.
+        Rows of one site of ``data.gpu_table``.
     """
     figure = go.Figure()
     for policy, rows in table.groupby("policy", sort=False):
@@ -57,7 +57,7 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
     Parameters
     ----------
     table : DataFrame
-        From ``explorer.pages.load_balance.data.balance_of_gpus``.
+        From ``data.balance_of_gpus``.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def decode_reads(
     Parameters
     ----------
     table : DataFrame
-        From ``explorer.pages.load_balance.data.decode_reads``.
+        From ``data.decode_reads``.
     notes : tuple of str
         What else the caption says of the tokens: how the batches were put together.
     """
@@ -184,7 +184,7 @@ def coverage(
     Parameters
     ----------
     table : DataFrame
-        From ``explorer.pages.load_balance.data.coverage_curve``.
+        From ``data.coverage_curve``.
     notes : tuple of str
         What else the caption says of the tokens.
     """

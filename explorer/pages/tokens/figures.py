@@ -43,7 +43,7 @@ def token_layer_heatmap(
     Parameters
     ----------
     values : DataFrame
-        From ``queries.tokens.token_quantity``.
+        From ``data.token_quantity``.
     start : int
         First token shown, for prompts that do not fit; the caption says how many are shown.
     missing : str
@@ -121,7 +121,7 @@ def score_bars(
     Parameters
     ----------
     scores : DataFrame
-        From ``queries.tokens.token_scores``; must hold scores.
+        From ``data.token_scores``; must hold scores.
     layer : str
     token_text : str or None
         As recorded; escaped here.
@@ -208,7 +208,7 @@ def token_routes(
     Parameters
     ----------
     experts : DataFrame
-        From ``queries.tokens.token_experts``.
+        From ``data.token_experts``.
 
     Returns
     -------

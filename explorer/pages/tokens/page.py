@@ -401,7 +401,7 @@ def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> No
     Parameters
     ----------
     token : Series
-        A row of ``queries.tokens.tokens``.
+        A row of ``data.tokens``.
     pins : sequence of (layer, site, expert)
         Shown in their colours.
     """

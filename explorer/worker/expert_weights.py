@@ -16,11 +16,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capture import demo
 from capture.errors import first_line, quoted
 from capture.store import SiteInfo
 from explorer.errors import ExplorerError
 from explorer.maps import cache
-from explorer.run import Run
+from explorer.run import Run, open_run
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,9 @@ def read_cosines(path: Path, layer: int, site: int) -> pd.DataFrame:
         raise ExplorerError(f"{path} cannot be read ({first_line(error)}). Delete it.") from error
 
 
-def measure(path: Path, run_path: str, model: str, revision: str | None, on: Progress) -> Path:
+def measure_cosines(
+    path: Path, run_path: str, model: str, revision: str | None, on: Progress
+) -> Path:
     """Load a model and write the cosines of the sites that a run has; for the worker.
 
     Raises
@@ -77,7 +80,6 @@ def measure(path: Path, run_path: str, model: str, revision: str | None, on: Pro
     """
     from capture.model.load import load_model
     from capture.model.sites import find_sites
-    from explorer.run import open_run
 
     with open_run(run_path) as run:
         recorded = list(run.sites)
@@ -175,8 +177,6 @@ def _check(model: str, recorded: Sequence[SiteInfo], found: Sequence[SiteInfo]) 
 
 def _changed(model: str) -> int:
     """Return when the weights of a local model changed, so that others are not taken for them."""
-    from capture import demo
-
     folder = Path(demo.__file__).parent / "weights" if model == "demo" else Path(model)
     try:
         # not the folders within: a stranger's run may name any folder of this machine

@@ -26,7 +26,7 @@ def read_upload(name: str, data: bytes) -> list[Prompt]:
     PromptError
         As ``capture.prompts.reading.read_prompts_bytes``, or if it takes too much memory or time.
     """
-    command = [sys.executable, "-m", "explorer.worker.prompts", name]
+    command = [sys.executable, "-m", "explorer.worker.uploads", name]
     try:
         done = subprocess.run(
             command, input=data, capture_output=True, cwd=ROOT, timeout=SECONDS, check=False
