@@ -47,7 +47,7 @@ class MapOptions(NamedTuple):
     seed: int = 0
 
 
-class Kept(NamedTuple):
+class CachedMap(NamedTuple):
     """What a file of the cache holds.
 
     Attributes
@@ -114,7 +114,7 @@ def write(path: Path, columns: dict[str, npt.NDArray[Any]], facts: dict[str, Any
     return path
 
 
-def read(path: Path, n_points: int) -> Kept | None:
+def read(path: Path, n_points: int) -> CachedMap | None:
     """Return what a file holds, None where there is none or it is not what it should be."""
     try:
         table = pq.read_table(path)
@@ -124,7 +124,7 @@ def read(path: Path, n_points: int) -> Kept | None:
     if table.num_rows != n_points or not isinstance(facts, dict):
         return None
     columns = {name: np.asarray(table[name].to_numpy()) for name in table.column_names}
-    return Kept(columns, facts)
+    return CachedMap(columns, facts)
 
 
 def _forget(where: Path) -> None:

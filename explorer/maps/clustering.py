@@ -146,7 +146,7 @@ _NEIGHBOURS = 15
 _SHUFFLES = 50
 
 
-class Agreement(NamedTuple):
+class ClusterAgreement(NamedTuple):
     """How much two labellings of the same points say about each other.
 
     Attributes
@@ -203,7 +203,7 @@ def trustworthiness(values: Floats, xy: Floats, *, seed: int = 0) -> float:
 
 def cluster_domain(
     labels: Labels, domains: npt.NDArray[np.object_], groups: Ids, *, seed: int = 0
-) -> Agreement:
+) -> ClusterAgreement:
     """Compare clusters with domains.
 
     Parameters
@@ -218,7 +218,7 @@ def cluster_domain(
 
     Returns
     -------
-    Agreement
+    ClusterAgreement
         nan where fewer than two domains are known.
     """
     known = domains != ""
@@ -226,12 +226,12 @@ def cluster_domain(
     names, domain = np.unique(domains.astype(str), return_inverse=True)
     if len(names) < 2:
         none = float("nan")
-        return Agreement(none, none, none, none, len(labels))
+        return ClusterAgreement(none, none, none, none, len(labels))
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
     of_group = domain[first]
     random = np.random.default_rng(seed)
     floors = [nmi(labels, random.permutation(of_group)[group]) for _ in range(_SHUFFLES)]
-    return Agreement(
+    return ClusterAgreement(
         float(nmi(labels, domain)),
         float(np.mean(floors)),
         float(np.percentile(floors, 95)),

@@ -161,7 +161,7 @@ def _load_by(
     )
 
 
-class Routing(NamedTuple):
+class BatchRouting(NamedTuple):
     """What one site chose, in the order of the forward passes.
 
     Attributes
@@ -193,7 +193,7 @@ def routing(
     phase: str | None = None,
     part: Part | None = None,
     max_tokens: int | None = None,
-) -> Routing:
+) -> BatchRouting:
     """Return a site's choices batch by batch, for what acts within a batch.
 
     Parameters
@@ -256,7 +256,7 @@ def routing(
         ids[row, slot] = rows["expert_id"].to_numpy()
         weights[row, slot] = rows["weight"].to_numpy()
     batch = order["batch_id"].to_numpy().astype(np.int64)
-    return Routing(token_id, batch, ids, weights, int(sizes["tokens"].sum()))
+    return BatchRouting(token_id, batch, ids, weights, int(sizes["tokens"].sum()))
 
 
 def balance_table(load: pd.DataFrame, *, n_tokens: int) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from explorer.run import Run
 from explorer.text import plain, visible
 from explorer.ui import address, problems, state
 from explorer.ui.glossary import help_text
-from explorer.ui.state import PHASES, Problem, View, several_sites
+from explorer.ui.state import PHASES, RunProblem, View, several_sites
 from explorer.ui.wording import domain_name, site_name
 
 MAX_SEARCH = 200
@@ -20,7 +20,7 @@ _NEEDS_IDS = (
 )
 
 
-def select_view() -> View | Problem | None:
+def select_view() -> View | RunProblem | None:
     """Draw the bar at the side and return what it says; None when the folder has no run."""
     names = state.run_names()
     if not names:
@@ -43,7 +43,7 @@ def select_view() -> View | Problem | None:
         try:
             run, key = state.opened(name)
         except (CaptureError, ExplorerError) as error:
-            return Problem(str(error))
+            return RunProblem(str(error))
         phase = _select_phase(run)
         domain = _select_domain(run)
         part = _select_part(run)

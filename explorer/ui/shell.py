@@ -77,11 +77,11 @@ def frame(title: str) -> None:
 
 def current_view() -> state.View:
     """Return the run and the filters; without any run, record the demo and end the page here."""
-    view: state.View | state.Problem | None = st.session_state[_VIEW]
+    view: state.View | state.RunProblem | None = st.session_state[_VIEW]
     if view is None:
         first_run()
         st.stop()
-    if isinstance(view, state.Problem):
+    if isinstance(view, state.RunProblem):
         st.error(plain(view.text), icon=":material/error:")
         st.stop()
     if view.run.counts_only:

@@ -126,7 +126,7 @@ class View:
         )
 
 
-class Problem(NamedTuple):
+class RunProblem(NamedTuple):
     """Why the chosen run cannot be shown."""
 
     text: str

@@ -6,7 +6,7 @@ from math import log
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import BATCHES, IDLE, NASTY, PROMPTS, SITES, write_run
+from synthetic import BATCHES, IDLE, PROMPTS, SITES, write_run
 
 from explorer.errors import RunError, UnknownNameError
 from explorer.pages.tokens import data as tokens
@@ -285,12 +285,6 @@ def test_tokens_rejoin_to_the_prompt(run, known, prompt_id):
     assert text == prompts.prompt(run, prompt_id)["text"].iloc[0]
 
 
-def test_one_token(run, known):
-    frame = tokens.token(run, 16)
-    assert frame["text"].tolist() == [NASTY] and frame["prompt_id"].tolist() == [4]
-    assert tokens.token(run, 999).empty
-
-
 def expected_value(route, n_experts, quantity, pinned_here):
     weights = [weight for _, weight in route["experts"]]
     if quantity == "entropy":
@@ -336,22 +330,6 @@ def test_quantities_that_cannot_be_asked_for(run):
         tokens.token_quantity(run, 0, "entropi")
     with pytest.raises(RunError, match="pin"):
         tokens.token_quantity(run, 0, "pinned_weight")
-
-
-def test_token_strip(run, known):
-    rows = [t for t in known.tokens if t["prompt_id"] == 1]
-    at_layer = tokens.token_strip(run, 1, "margin", layer=3)
-    expected = [known.routes[t["token_id"], 3, 0]["margin"] for t in rows]
-    assert at_layer["value"].tolist() == expected
-    assert at_layer["text"].tolist() == [t["text"] for t in rows]
-    mean = tokens.token_strip(run, 1, "margin")
-    expected = [
-        np.mean([known.routes[t["token_id"], layer, 0]["margin"] for layer in (1, 3)]) for t in rows
-    ]
-    assert mean["value"].tolist() == pytest.approx(expected)
-    assert tokens.token_strip(run, 1, "margin", layer=3, site=1)["value"].isna().all()
-    with pytest.raises(RunError):
-        tokens.token_strip(run, 1, "margin", layer=2)
 
 
 @pytest.mark.parametrize("token_id", [0, 16, 24, 30])
@@ -437,8 +415,8 @@ def test_a_run_of_totals_answers_with_missing_values(counted):
     assert load.expert_load(counted)["assignments"].sum() > 0
     values = tokens.token_quantity(counted, 0, "entropy")
     assert len(values) == 8 * len(SITES) and values["value"].isna().all()
-    strip = tokens.token_strip(counted, 0, "pinned_weight", pinned=[(1, 0, 0)])
-    assert len(strip) == 8 and strip["value"].isna().all()
+    pinned = tokens.token_quantity(counted, 0, "pinned_weight", pinned=[(1, 0, 0)])
+    assert len(pinned) == 8 * len(SITES) and pinned["value"].isna().all()
     assert tokens.token_experts(counted, 0).empty
     assert len(tokens.token_gates(counted, 0)) == len(SITES)
     assert experts.expert_tokens(counted, 1, 0).empty

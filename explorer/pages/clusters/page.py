@@ -8,7 +8,7 @@ import pyarrow as pa
 import streamlit as st
 
 from explorer.errors import RunError
-from explorer.maps.cache import Kept
+from explorer.maps.cache import CachedMap
 from explorer.maps.data import FEWEST_MEASURED, Prepared, Source, prepare, vector_counts
 from explorer.maps.pca import FEWEST
 from explorer.maps.point_table import PointTable, Region, drawn_region, read_region, write_region
@@ -366,8 +366,8 @@ def quality_panel(
     source: Source,
     method: str,
     prepared: Prepared,
-    laid_out: Kept | None,
-    grouped: Kept | None,
+    laid_out: CachedMap | None,
+    grouped: CachedMap | None,
     layout: str,
 ) -> None:
     """Say how far the picture and the clusters can be trusted."""

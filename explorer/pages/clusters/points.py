@@ -281,9 +281,9 @@ class Wanted(NamedTuple):
 class Made(NamedTuple):
     """What is there of it; None = not yet."""
 
-    layout: cache.Kept | None
-    clusters: cache.Kept | None
-    choices: cache.Kept | None
+    layout: cache.CachedMap | None
+    clusters: cache.CachedMap | None
+    choices: cache.CachedMap | None
 
 
 def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
@@ -301,7 +301,7 @@ def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
         "clusters": (wanted.method, ""),
         "choices": ("", wanted.router),
     }
-    found: dict[str, cache.Kept | None] = dict.fromkeys(paths)
+    found: dict[str, cache.CachedMap | None] = dict.fromkeys(paths)
     waiting, missing = False, []
     for what, path in paths.items():
         if (what == "UMAP" and not prepared.has_umap) or (what == "choices" and not wanted.router):

@@ -28,7 +28,7 @@ _MOST_LAMBDAS = 8
 _LABELLED = 14  # points with a name beside them; more overlap
 
 
-class Axis(NamedTuple):
+class CostAxis(NamedTuple):
     """A column of a comparison, as an axis.
 
     Attributes
@@ -46,30 +46,30 @@ class Axis(NamedTuple):
     meaning: str
 
 
-AXES: Registry[Axis] = Registry("cost")
+AXES: Registry[CostAxis] = Registry("cost")
 for _name, _axis in {
-    "flops_ratio": Axis(
+    "flops_ratio": CostAxis(
         "FLOPs a token (share of the model's own)",
         1.0,
         "Multiplications and additions that ran, in the whole model, the router's own included.",
     ),
-    "expert_flops_ratio": Axis(
+    "expert_flops_ratio": CostAxis(
         "expert FLOPs a token (share of the model's own)",
         1.0,
         "Multiplications and additions of the experts only.",
     ),
-    "latency_ratio": Axis(
+    "latency_ratio": CostAxis(
         "measured time of a forward pass (share of the model's own)",
         1.0,
         "Wall time on this machine, in turns with the unchanged model; small models are bound by "
         "other things than experts.",
     ),
-    "max_violation": Axis(
+    "max_violation": CostAxis(
         "MaxVio (busiest expert's excess, fair shares; mean of layers)",
         float("nan"),
         "How far the busiest expert is above a fair share; 0 = even.",
     ),
-    "agreement": Axis(
+    "agreement": CostAxis(
         "agreement (share of the model's own experts that were chosen)",
         1.0,
         "Agreement is a poor predictor of loss: see how the points lie.",

@@ -196,9 +196,7 @@ def _routers() -> tuple[list[str], str]:
     picked = st.multiselect(
         "Routers",
         sorted(offered, key=lambda name: (CARDS[name].family, name)),
-        format_func=lambda name: (
-            f"{name} · {family_name(CARDS[name].family)} · {CARDS[name].title}"
-        ),
+        format_func=_described,
         placeholder="Nothing chosen: some of every family",
         key="compare routers",
     )

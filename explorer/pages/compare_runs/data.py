@@ -17,7 +17,7 @@ from explorer.run import Run
 Layers = tuple[int, int]  # the first and the last of a range
 
 
-class Chosen(NamedTuple):
+class ChosenExperts(NamedTuple):
     """Experts of ``T`` tokens at one site.
 
     Attributes
@@ -113,7 +113,7 @@ def spread(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
     return rows.iloc[places].reset_index(drop=True)
 
 
-def chosen(run: Run, token_ids: npt.ArrayLike, *, weights: bool = True) -> list[Chosen]:
+def chosen(run: Run, token_ids: npt.ArrayLike, *, weights: bool = True) -> list[ChosenExperts]:
     """Return the experts of tokens, in the order of ``token_ids``, at every site in order.
 
     Without ``weights``, which are half of what a run holds, it takes half as long.
@@ -141,7 +141,7 @@ def chosen(run: Run, token_ids: npt.ArrayLike, *, weights: bool = True) -> list[
         if weights:
             values[cells] = columns["weight"]
     return [
-        Chosen(expert_ids[at, :, : site.top_k], values[at, :, : site.top_k])
+        ChosenExperts(expert_ids[at, :, : site.top_k], values[at, :, : site.top_k])
         for at, site in enumerate(run.sites)
     ]
 
@@ -325,7 +325,7 @@ def mean(values: npt.NDArray[np.float64]) -> float:
 
 def _of_both(
     first: Run, second: Run, tokens: pd.DataFrame, *, weights: bool
-) -> tuple[list[Chosen], list[Chosen]]:
+) -> tuple[list[ChosenExperts], list[ChosenExperts]]:
     """Return the experts of common tokens; rows of one run are unpacked while the other is read."""
     read = functools.partial(chosen, weights=weights)
     with ThreadPoolExecutor(2) as pool:
@@ -370,7 +370,7 @@ def _within(layers: Layers | None, layer: int) -> bool:
     return layers is None or layers[0] <= layer <= layers[1]
 
 
-def _of_range(run: Run, found: list[Chosen], layers: Layers | None) -> list[Chosen]:
+def _of_range(run: Run, found: list[ChosenExperts], layers: Layers | None) -> list[ChosenExperts]:
     """Return what was chosen at the sites of a range of layers."""
     return [one for site, one in zip(run.sites, found, strict=True) if _within(layers, site.layer)]
 

@@ -120,7 +120,7 @@ def loads_by_domain(
     )
 
 
-class Found(NamedTuple):
+class TextTokens(NamedTuple):
     """Tokens that a text covers.
 
     Attributes
@@ -148,7 +148,7 @@ def tokens_of_text(
     domain: str | None = None,
     phase: str | None = None,
     part: Part | None = None,
-) -> Found:
+) -> TextTokens:
     """Find the tokens that a word or phrase is made of, upper or lower case.
 
     A word is not a token: the same letters are one token here and three there, so occurrences are
@@ -180,7 +180,9 @@ def tokens_of_text(
     ids, pieces, occurrences = _covered(rows, text)
     counts = pd.Series(pieces, dtype=object).value_counts()
     table = pd.DataFrame({"text": counts.index.astype(object), "tokens": counts.to_numpy()})
-    return Found(np.unique(ids).astype(np.int64), occurrences, table, len(searched), len(listed))
+    return TextTokens(
+        np.unique(ids).astype(np.int64), occurrences, table, len(searched), len(listed)
+    )
 
 
 def _covered(rows: pd.DataFrame, text: str) -> tuple[list[int], list[str], int]:
@@ -202,7 +204,7 @@ def _covered(rows: pd.DataFrame, text: str) -> tuple[list[int], list[str], int]:
     return ids, pieces, occurrences
 
 
-class Sample(NamedTuple):
+class RouteSample(NamedTuple):
     """Tokens and what all routers chose for them.
 
     Attributes
@@ -226,7 +228,7 @@ def route_sample(
     domain: str | None = None,
     phase: str | None = None,
     part: Part | None = None,
-) -> Sample:
+) -> RouteSample:
     """Return the assignments of evenly spread tokens, about ``MAX_ASSIGNMENTS`` at most.
 
     No rows at level ``stats``.
@@ -254,7 +256,7 @@ def route_sample(
     routes = {name: table[name].to_numpy().astype(np.int64) for name in names}
     ids = routes.pop("token_id")
     routes["row"] = np.searchsorted(tokens["token_id"].to_numpy(dtype=np.int64), ids)
-    return Sample(tokens, pd.DataFrame(routes), step)
+    return RouteSample(tokens, pd.DataFrame(routes), step)
 
 
 # fewest tokens of a text that went to an expert before its lift means anything
@@ -402,7 +404,7 @@ def layers_of(run: Run, *, min_count: int = MIN_COUNT, **filters: Any) -> tuple[
     return pd.DataFrame(rows), sample.step
 
 
-def _routes(sample: Sample, layer: int, site: int) -> pd.DataFrame:
+def _routes(sample: RouteSample, layer: int, site: int) -> pd.DataFrame:
     routes = sample.routes
     return routes[(routes["layer"] == layer) & (routes["site"] == site)]
 
@@ -442,7 +444,7 @@ def _with_floor(name: str, value: float, floor: Floor) -> dict[Hashable, Any]:
     }
 
 
-def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, Found]:
+def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, TextTokens]:
     """Return which experts the tokens of a word or phrase go to more often than other tokens.
 
     Returns
@@ -452,7 +454,7 @@ def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, 
         ``site``, ``expert_id``, ``hits``, ``tokens``, ``share`` = hits / tokens, ``base`` (share
         of all tokens of the filters), ``lift`` = share / base, ``low``, ``high`` (of the lift,
         90 %, tokens taken as independent). Those whose lift is surely largest come first.
-    Found
+    TextTokens
         The tokens, from ``tokens_of_text``.
     """
     found = tokens_of_text(run, text, **filters)

@@ -16,7 +16,7 @@ _ROW = 24  # pixels of a row of dots
 _CAPTION_WIDTH = 75  # characters on half a page
 
 
-class Axis(NamedTuple):
+class DotsAxis(NamedTuple):
     """The axis of a figure of dots.
 
     Attributes
@@ -37,7 +37,7 @@ class Axis(NamedTuple):
 
 def interval_dots(
     rows: pd.DataFrame,
-    axis: Axis,
+    axis: DotsAxis,
     *,
     title: str,
     scope: Scope,

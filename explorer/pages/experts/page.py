@@ -16,7 +16,7 @@ from explorer.pages.experts.data import (
     shares_of,
     vocabulary_of,
 )
-from explorer.pages.experts.figures import Axis, divergence_heatmap, interval_dots, layer_lines
+from explorer.pages.experts.figures import DotsAxis, divergence_heatmap, interval_dots, layer_lines
 from explorer.pages.experts.weights import weights_section
 from explorer.pages.flow.data import coactivation
 from explorer.queries.load import expert_load
@@ -191,7 +191,7 @@ def _shares(view: View, expert: int, by: str) -> None:
     chart(
         interval_dots(
             shown,
-            Axis(
+            DotsAxis(
                 f"share of the {by}'s tokens",
                 float(every["share"]),
                 f"all tokens {number(every['share'], '.1%')}",
@@ -248,7 +248,7 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
     chart(
         interval_dots(
             shown,
-            Axis(
+            DotsAxis(
                 "share of the occurrences that choose the expert",
                 floor.mean,
                 f"largest by chance {number(floor.mean, '.0%')}",
@@ -316,7 +316,7 @@ def _partners(view: View, expert: int) -> None:
     chart(
         interval_dots(
             rows,
-            Axis("share of its tokens that also choose the other", math.nan, ""),
+            DotsAxis("share of its tokens that also choose the other", math.nan, ""),
             title="Co-activation (share of its tokens)",
             scope=scope,
             notes=["diamonds: what the loads alone give"],
@@ -492,7 +492,7 @@ def text_section(view: View) -> None:
     chart(
         interval_dots(
             rows,
-            Axis("times as often as of all tokens", 1.0, "1 = as of all tokens", percent=False),
+            DotsAxis("times as often as of all tokens", 1.0, "1 = as of all tokens", percent=False),
             title="Experts of the text (share of its tokens / share of all tokens)",
             scope=view.scope(len(found.token_ids), over_layers=True),
             notes=[

@@ -9,7 +9,7 @@ import streamlit as st
 from capture.paths import model_name
 from explorer import service
 from explorer.errors import ExplorerError
-from explorer.pages.experts.figures import Axis, interval_dots
+from explorer.pages.experts.figures import DotsAxis, interval_dots
 from explorer.text import plain
 from explorer.ui import address, problems
 from explorer.ui.chart import chart
@@ -116,7 +116,7 @@ def _neighbours(view: View, expert: int, table: pd.DataFrame, kind: str) -> None
     middle = float(np.nanmean(others))
     figure = interval_dots(
         shown,
-        Axis("cosine", middle, f"mean of the layer's pairs {middle:.3f}", percent=False),
+        DotsAxis("cosine", middle, f"mean of the layer's pairs {middle:.3f}", percent=False),
         title=_TITLES[kind],
         scope=Scope(0),
         dark=is_dark(),

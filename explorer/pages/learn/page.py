@@ -7,7 +7,7 @@ import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
 from explorer.pages.experts.data import divergences, shares_of
-from explorer.pages.experts.figures import Axis, interval_dots
+from explorer.pages.experts.figures import DotsAxis, interval_dots
 from explorer.pages.load_balance.figures import load_bars
 from explorer.pages.tokens.data import token_experts, token_gates, token_scores, tokens
 from explorer.pages.tokens.figures import score_bars, token_routes
@@ -248,7 +248,7 @@ def _specialisation(view: View) -> None:
                 value=rows["share"],
                 hover=[f"{n}: {s:.1%}" for n, s in zip(names, rows["share"], strict=True)],
             ),
-            Axis(
+            DotsAxis(
                 "share of the domain's tokens",
                 float(every["share"]),
                 f"all tokens {number(every['share'], '.1%')}",

@@ -12,7 +12,7 @@ from explorer.metrics.capacity import POLICIES, curve
 from explorer.metrics.load import max_violation
 from explorer.metrics.placement import Placement
 from explorer.queries.load import (
-    Routing,
+    BatchRouting,
     routing,
 )
 from explorer.run import Run
@@ -150,12 +150,12 @@ def coverage_curve(expert_ids: npt.ArrayLike, n_experts: int) -> pd.DataFrame:
     return pd.DataFrame({"tokens": tokens, "share": share, "uniform": uniform})
 
 
-def capacity_table(chosen: Routing, n_experts: int, factors: Sequence[float]) -> pd.DataFrame:
+def capacity_table(chosen: BatchRouting, n_experts: int, factors: Sequence[float]) -> pd.DataFrame:
     """Measure what capacity factors drop at one site, per batch, for both drop policies.
 
     Parameters
     ----------
-    chosen : Routing
+    chosen : BatchRouting
         From ``queries.load.routing``.
     n_experts : int
     factors : sequence of float
@@ -184,7 +184,7 @@ def capacity_table(chosen: Routing, n_experts: int, factors: Sequence[float]) ->
     return pd.DataFrame(columns)
 
 
-def smallest_safe_factor(chosen: Routing, n_experts: int) -> float:
+def smallest_safe_factor(chosen: BatchRouting, n_experts: int) -> float:
     """Return the capacity factor from which on no batch drops anything: 1 + its MaxVio.
 
     Returns

@@ -11,7 +11,7 @@ from explorer.pages.load_balance.serving_figures import (
     decode_reads,
     gpu_bars,
 )
-from explorer.queries.load import Routing, routing
+from explorer.queries.load import BatchRouting, routing
 from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.problems import part
@@ -214,7 +214,7 @@ def _batches(view: View) -> None:
         )
 
 
-def _tokens(view: View) -> tuple[str, Routing]:
+def _tokens(view: View) -> tuple[str, BatchRouting]:
     """Return the phase and the choices of the view's tokens: decoded ones where there are any."""
     known = [phase for phase in ("generated", "prompt") if phase in view.run.phases]
     phases = [view.phase] if view.phase is not None else known or ["prompt"]
@@ -235,7 +235,7 @@ def _tokens(view: View) -> tuple[str, Routing]:
     return phase, chosen
 
 
-def _together(chosen: Routing, phase: str, *, decoded: bool) -> tuple[np.ndarray, str]:
+def _together(chosen: BatchRouting, phase: str, *, decoded: bool) -> tuple[np.ndarray, str]:
     """Return the experts of tokens in an order in which neighbours are of different requests."""
     if phase == "generated":
         return chosen.expert_ids, "batches of neighbours in the recorded decode steps"

@@ -125,15 +125,6 @@ def tokens(run: Run, prompt_id: int) -> pd.DataFrame:
     )
 
 
-def token(run: Run, token_id: int) -> pd.DataFrame:
-    """Return one token, columns as ``tokens`` and ``prompt_id``; no row if there is none."""
-    return run.query(
-        "SELECT token_id, prompt_id, position, phase, token, text, loss FROM tokens "
-        "WHERE token_id = $token_id",
-        {"token_id": token_id},
-    )
-
-
 def token_quantity(
     run: Run, prompt_id: int, quantity: str, *, pinned: Sequence[Pin] = ()
 ) -> pd.DataFrame:
@@ -203,36 +194,6 @@ def _only_pinned_sites(quantity: str) -> str:
         "SEMI JOIN (SELECT layer, site FROM sites "
         "WHERE list_contains($places::VARCHAR[], concat(layer, '.', site))) USING (layer, site)"
     )
-
-
-def token_strip(
-    run: Run,
-    prompt_id: int,
-    quantity: str,
-    *,
-    layer: int | None = None,
-    site: int = 0,
-    pinned: Sequence[Pin] = (),
-) -> pd.DataFrame:
-    """Return the tokens of a prompt with one value each, to colour the text by.
-
-    Parameters
-    ----------
-    layer : int, optional
-        The value at this layer; without it, the mean over the sites that have a value.
-
-    Returns
-    -------
-    DataFrame
-        Columns of ``tokens`` and ``value`` (missing where not recorded).
-    """
-    values = token_quantity(run, prompt_id, quantity, pinned=pinned)
-    if layer is not None:
-        run.site_info(layer, site)
-        values = values[(values["layer"] == layer) & (values["site"] == site)]
-    means = values.groupby("token_id")["value"].mean()
-    listed = tokens(run, prompt_id)
-    return listed.assign(value=listed["token_id"].map(means).astype("float64"))
 
 
 def token_experts(run: Run, token_id: int) -> pd.DataFrame:

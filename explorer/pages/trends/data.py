@@ -13,7 +13,13 @@ from explorer.errors import RunError
 from explorer.metrics import agreement
 from explorer.metrics.load import max_violation, normalized_entropy
 from explorer.metrics.specialization import information
-from explorer.pages.compare_runs.data import Chosen, chosen, common_prompts, common_tokens, mean
+from explorer.pages.compare_runs.data import (
+    ChosenExperts,
+    chosen,
+    common_prompts,
+    common_tokens,
+    mean,
+)
 from explorer.pages.experts.data import loads_by_domain
 from explorer.queries.overview import token_count
 from explorer.run import Run
@@ -136,9 +142,9 @@ class _Experts:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._token_ids: npt.NDArray[np.int64] | None = None
-        self._chosen: list[Chosen] = []
+        self._chosen: list[ChosenExperts] = []
 
-    def of(self, token_ids: npt.NDArray[np.int64]) -> list[Chosen]:
+    def of(self, token_ids: npt.NDArray[np.int64]) -> list[ChosenExperts]:
         if self._token_ids is None or not np.array_equal(token_ids, self._token_ids):
             self._chosen, self._token_ids = chosen(self.run, token_ids, weights=False), token_ids
         return self._chosen
