@@ -293,8 +293,9 @@ def _loop(bench: Bench) -> None:
     from capture.recorder.transfer import WriterThread
 
     def look(step: Step) -> None:
-        arrays = step.parcel.open()
-        if isinstance(step, DecodeStep) and not arrays["goes_on"].any():
+        if not isinstance(step, DecodeStep):
+            step.parcel.open()
+        elif not step.parcel.open().goes_on.any():
             step.all_ended.set()
 
     model = bench.loaded.model

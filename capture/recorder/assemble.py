@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +11,19 @@ import numpy.typing as npt
 from capture.model.forward import Ints, PaddedBatch, next_in_prompt
 from capture.model.token_text import decode_pieces
 from capture.model.tokens import TokenizedPrompt
-from capture.recorder.attention.parcel import unpack_attention
-from capture.recorder.attention.summary import AttentionTaps, PromptRow
-from capture.recorder.observe import SiteGroup
-from capture.recorder.pairs import Stretch, by_site
-from capture.recorder.transfer import Arrays, Parcel
+from capture.recorder.attention.summary import (
+    AttentionTaps,
+    PackedAttention,
+    PromptRow,
+    unpack_attention,
+)
+from capture.recorder.observe import StretchSums
+from capture.recorder.transfer import Parcel
 from capture.store.records import (
-    LEVELS,
+    Array,
     AttentionRows,
+    Block,
     ForwardRows,
-    Level,
     PairSums,
     SiteBlock,
     TokenRows,
@@ -29,6 +32,46 @@ from capture.store.schema import STATISTICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class PromptResult(NamedTuple, Generic[Array]):
+    """What a forward pass over prompts gave.
+
+    Attributes
+    ----------
+    loss : array [tokens with a next one], float32, nats
+    sites : list of SiteBlock
+        One for each group of sites.
+    attention : PackedAttention or None
+    """
+
+    loss: Array
+    sites: list[SiteBlock[Array]]
+    attention: PackedAttention[Array] | None
+
+
+class DecodeResult(NamedTuple, Generic[Array]):
+    """What one decoding step of B rows gave.
+
+    Attributes
+    ----------
+    token, loss : array [B]
+        The token that was fed, and the loss of the next one.
+    has_loss, valid, goes_on : array [B], bool
+        Whether there is a next one, the row counts, and it goes on.
+    sites : list of SiteBlock
+        One for each group of sites, with all B rows.
+    """
+
+    token: Array
+    loss: Array
+    has_loss: Array
+    valid: Array
+    goes_on: Array
+    sites: list[SiteBlock[Array]]
+
+
+Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +87,14 @@ class PromptStep:
         Which of the real tokens belong to the sample.
     attended : sequence of PromptRow
         The prompts whose attention is recorded.
-    parcel : Parcel
-        ``loss`` [tokens with a next one], ``<group>.<name>`` as ``observe`` named it, and what
-        ``pack_attention`` named.
+    parcel : Parcel of PromptResult
     """
 
     batch: PaddedBatch
     domains: Sequence[str | None]
     sampled: Ints
     attended: Sequence[PromptRow]
-    parcel: Parcel
+    parcel: Parcel[PromptResult[Numbers]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +109,21 @@ class DecodeStep:
         0 feeds the first generated token.
     all_ended : Event
         Set here as soon as no row of the batch goes on.
-    parcel : Parcel
-        ``token`` [B], ``loss`` [B], ``has_loss`` [B], ``valid`` [B], ``goes_on`` [B] and
-        ``<group>.<name>``.
+    parcel : Parcel of DecodeResult
     """
 
     batch: PaddedBatch
     domains: Sequence[str | None]
     number: int
     all_ended: threading.Event
-    parcel: Parcel
+    parcel: Parcel[DecodeResult[Numbers]]
 
 
 @dataclass(frozen=True, slots=True)
 class PairStep:
-    """Counts of experts that met since the last such step.
+    """Counts of experts that met since the last such step."""
 
-    Attributes
-    ----------
-    stretches : sequence of Stretch
-    parcel : Parcel
-        ``pairs.i`` and ``transitions.i`` of stretch ``i``.
-    """
-
-    stretches: Sequence[Stretch]
-    parcel: Parcel
+    parcel: Parcel[list[StretchSums[Numbers]]]
 
 
 Step = PromptStep | DecodeStep | PairStep
@@ -106,7 +137,7 @@ class _Decoded:
     """A decoding step whose texts are not known yet: a character may end in a later one."""
 
     step: DecodeStep
-    arrays: Arrays
+    result: DecodeResult[Numbers]
     rows: Ints  # of the batch, those that count
 
 
@@ -124,9 +155,7 @@ class Assembler:
         Takes the attention of a prompt, before the forward pass it comes from.
     attention : AttentionTaps or None
         Which sites and options the attention comes from.
-    groups : sequence of SiteGroup
     prompts : sequence of TokenizedPrompt
-    level : Level
     tokenizer : tokenizer or None
         None leaves the text of tokens unknown.
     prompt_tokens, generated_tokens, sampled_tokens, forwards : int
@@ -136,9 +165,7 @@ class Assembler:
     append: Callable[[ForwardRows], None]
     append_pairs: Callable[[Sequence[PairSums]], None]
     append_attention: Callable[[AttentionRows], None]
-    groups: Sequence[SiteGroup]
     prompts: Sequence[TokenizedPrompt]
-    level: Level
     tokenizer: "PreTrainedTokenizerBase | None"
     attention: AttentionTaps | None = None
     prompt_tokens: int = 0
@@ -163,14 +190,14 @@ class Assembler:
         if isinstance(step, PairStep):
             self.append_pairs(_pair_sums(step))
             return
-        arrays = step.parcel.open()
-        rows = np.flatnonzero(arrays["valid"])
+        result = step.parcel.open()
+        rows = np.flatnonzero(result.valid)
         if len(rows):
-            self._held.append(_Decoded(step, arrays, rows))
+            self._held.append(_Decoded(step, result, rows))
             prompts = step.batch.prompts[rows].tolist()
-            for prompt, token in zip(prompts, arrays["token"][rows].tolist(), strict=True):
+            for prompt, token in zip(prompts, result.token[rows].tolist(), strict=True):
                 self._generated.setdefault(prompt, []).append(token)
-        if not arrays["goes_on"].any():
+        if not result.goes_on.any():
             step.all_ended.set()
 
     def flush(self) -> None:
@@ -191,10 +218,10 @@ class Assembler:
         del self._held[:count]
 
     def _hand_over_prompts(self, step: PromptStep) -> None:
-        arrays, batch = step.parcel.open(), step.batch
+        result, batch = step.parcel.open(), step.batch
         has_next = next_in_prompt(batch)
         loss = np.zeros(len(batch.rows), dtype=np.float32)
-        loss[has_next] = arrays["loss"]
+        loss[has_next] = result.loss
         tokens = TokenRows(
             token_id=(self._first[batch.row_prompt] + batch.position).astype(np.uint32),
             prompt_id=batch.row_prompt.astype(np.uint32),
@@ -204,32 +231,30 @@ class Assembler:
             loss=np.ma.array(loss, mask=~has_next),
             phase="prompt",
         )
-        sites = self._blocks(arrays, None, np.arange(len(batch.rows)), step.sampled)
-        if self.attention is not None and step.attended:
+        if self.attention is not None and result.attention is not None:
             place = (self.attention.sites, self.attention.options, self._first)
-            for rows in unpack_attention(arrays, step.attended, *place):
+            for rows in unpack_attention(result.attention, step.attended, *place):
                 self.append_attention(rows)
-        self._append(ForwardRows(tokens, step.domains, sites))
+        self._append(ForwardRows(tokens, step.domains, result.sites))
         self.prompt_tokens += len(batch.rows)
         self.sampled_tokens += len(step.sampled)
 
     def _hand_over_decoded(
         self, decoded: _Decoded, texts: dict[tuple[int, int], str] | None
     ) -> None:
-        step, arrays, rows = decoded.step, decoded.arrays, decoded.rows
+        step, result, rows = decoded.step, decoded.result, decoded.rows
         prompts = step.batch.prompts[rows]
         first = int(self._first[-1]) + self.generated_tokens
         tokens = TokenRows(
             token_id=np.arange(first, first + len(rows), dtype=np.uint32),
             prompt_id=prompts.astype(np.uint32),
             position=(step.batch.lengths[rows] + step.number).astype(np.uint32),
-            token=arrays["token"][rows].astype(np.int32),
+            token=result.token[rows].astype(np.int32),
             text=None if texts is None else [texts[p, step.number] for p in prompts.tolist()],
-            loss=np.ma.array(arrays["loss"][rows], mask=~arrays["has_loss"][rows]),
+            loss=np.ma.array(result.loss[rows], mask=~result.has_loss[rows]),
             phase="generated",
         )
-        nothing = np.empty(0, dtype=np.int64)
-        sites = self._blocks(arrays, rows, np.arange(len(rows)), nothing)
+        sites = [_kept(block, rows) for block in result.sites]
         self._append(ForwardRows(tokens, step.domains, sites))
         self.generated_tokens += len(rows)
 
@@ -259,57 +284,30 @@ class Assembler:
             texts |= {(prompt, number): piece for number, piece in enumerate(pieces, start)}
         return texts
 
-    def _blocks(
-        self, arrays: Arrays, rows: Ints | None, everything: Ints, sampled: Ints
-    ) -> list[SiteBlock]:
-        """Name the arrays of every group, without the rows left out."""
-        blocks: list[SiteBlock] = []
-        scored = everything if LEVELS.index(self.level) >= LEVELS.index("scores") else sampled
-        for number, group in enumerate(self.groups):
-            prefix = f"{number}."
-            found = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            scores = _vectors(found, "scores", len(group.members))
-            if rows is not None:
-                found = _kept(found, rows)
-                scores = None if scores is None else [values[rows] for values in scores]
-            hidden = _vectors(found, "hidden", len(group.members))
-            blocks.append(
-                SiteBlock(
-                    site_indices=group.members,
-                    assignments=found["assignments"],
-                    weight_sum=found["weight_sum"],
-                    prob_sum=found.get("prob_sum"),
-                    expert_ids=found.get("expert_ids"),
-                    weights=found.get("weights"),
-                    **{name: found.get(name) for name in STATISTICS},
-                    scores=None if scores is None or not len(scored) else (scored, scores),
-                    hidden=None if hidden is None or not len(sampled) else (sampled, hidden),
-                )
-            )
-        return blocks
 
-
-def _kept(found: Arrays, rows: Ints) -> Arrays:
-    """Return the arrays with only these rows of those that have one per token."""
-    per_token = ("expert_ids", "weights", *STATISTICS)
-    return {
-        k: v[:, rows] if k in per_token and len(rows) < v.shape[1] else v for k, v in found.items()
+def _kept(block: Block, rows: Ints) -> Block:
+    """Return a block with only these rows of what has one per token."""
+    if block.expert_ids is None or len(rows) == block.expert_ids.shape[1]:
+        return block
+    per_token: dict[str, Any] = {
+        name: None if values is None else values[:, rows]
+        for name in ("expert_ids", "weights", *STATISTICS)
+        for values in (getattr(block, name),)
     }
-
-
-def _vectors(found: Arrays, name: str, n_sites: int) -> Sequence[npt.NDArray[Any]] | None:
-    """Return the arrays ``name`` of every site, sent together or one by one."""
-    if name in found:
-        return list(found[name])
-    if f"{name}.0" not in found:
-        return None
-    return [found[f"{name}.{place}"] for place in range(n_sites)]
+    scores = block.scores
+    if scores is not None:
+        scores = np.arange(len(rows)), [values[rows] for values in scores[1]]
+    return replace(block, **per_token, scores=scores)
 
 
 def _pair_sums(step: PairStep) -> list[PairSums]:
-    arrays = step.parcel.open()
-    sums = []
-    for number, row, site, following in by_site(step.stretches):
-        transitions = None if following is None else arrays[f"transitions.{number}"][row]
-        sums.append(PairSums(site, arrays[f"pairs.{number}"][row], transitions, following))
-    return sums
+    return [
+        PairSums(
+            site,
+            sums.pairs[row],
+            None if following is None or sums.transitions is None else sums.transitions[row],
+            following,
+        )
+        for sums in step.parcel.open()
+        for row, site, following in sums.by_site()
+    ]

@@ -26,14 +26,19 @@ from capture.model.hooks import Taps
 from capture.model.inputs import vocabulary
 from capture.model.sites import Site
 from capture.model.tokens import TokenizedPrompt
-from capture.recorder.assemble import DecodeStep, PairStep, PromptStep, Step
-from capture.recorder.attention.parcel import pack_attention
-from capture.recorder.attention.summary import AttentionTaps, PromptRow
-from capture.recorder.observe import Rows, SiteGroup, observe
-from capture.recorder.pairs import PairCounter
+from capture.recorder.assemble import (
+    DecodeResult,
+    DecodeStep,
+    PairStep,
+    PromptResult,
+    PromptStep,
+    Step,
+)
+from capture.recorder.attention.summary import AttentionTaps, PromptRow, pack_attention
+from capture.recorder.observe import PairCounter, Rows, SiteGroup, observe
 from capture.recorder.sampling import Sample
 from capture.recorder.transfer import Parcel, Staging, WriterThread
-from capture.store.records import Level
+from capture.store.records import Level, SiteBlock
 
 
 @dataclass
@@ -171,12 +176,15 @@ class Recording:
             rows=to_device(batch.rows, device) if batch.is_padded else None,
             domain=to_device(np.repeat(of_prompt, batch.lengths), device),
             n_domains=len(domains),
-            sampled=to_device(sampled, device) if len(sampled) else None,
+            sampled=sampled,
+            sampled_here=to_device(sampled, device) if len(sampled) else None,
         )
-        tensors = {"loss": done.loss}
-        if self.attention is not None:
-            tensors |= pack_attention(*self.attention.take())
-        self._hand_over(tensors, rows, partial(PromptStep, batch, domains, sampled, attended))
+        attention = None if self.attention is None else pack_attention(*self.attention.take())
+        self._hand_over(
+            lambda sites: PromptResult(done.loss, sites, attention),
+            rows,
+            partial(PromptStep, batch, domains, sampled, attended),
+        )
         self.advance()
         return done
 
@@ -221,13 +229,9 @@ class Recording:
             if number == self.plan.generate - 1:
                 goes_on = torch.zeros_like(goes_on)
             loss = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-            tensors = {
-                "token": token, "loss": loss, "has_loss": goes_on,
-                "valid": valid, "goes_on": goes_on,
-            }  # fmt: skip
             self._hand_over(
-                tensors,
-                Rows(self._last_places(state), domain, len(domains), None, valid),
+                partial(DecodeResult, token, loss, goes_on, valid, goes_on),
+                Rows(self._last_places(state), domain, len(domains), valid=valid),
                 partial(DecodeStep, batch, domains, number, all_ended),
             )
             self.advance()
@@ -264,18 +268,21 @@ class Recording:
         return (torch.arange(rows, device=ids.device) + 1) * length - 1
 
     def _hand_over(
-        self, tensors: dict[str, torch.Tensor], rows: Rows, step: Callable[[Parcel], Step]
+        self,
+        result: Callable[[list[SiteBlock[torch.Tensor]]], Any],
+        rows: Rows,
+        step: Callable[[Parcel[Any]], Step],
     ) -> None:
         """Send what a forward pass gave to the writer, and count its pairs."""
         seen = self.taps.take()
-        expert_ids = []
-        for number, group in enumerate(self.groups):
+        blocks, expert_ids = [], []
+        for group in self.groups:
             device = seen[group.members[0]].expert_ids.device
             here = rows if device == rows.domain.device else _moved(rows, device)
-            found = observe(group, seen, here, self.plan.level)
-            expert_ids.append(found.expert_ids)
-            tensors |= {f"{number}.{name}": tensor for name, tensor in found.tensors.items()}
-        parcel = self.staging.send(tensors, stop=self.thread.failed)
+            block, ids = observe(group, seen, here, self.plan.level)
+            blocks.append(block)
+            expert_ids.append(ids)
+        parcel = self.staging.send(result(blocks), stop=self.thread.failed)
         self._torn = True
         self.thread.put(step(parcel))
         self._pairs.add(expert_ids)
@@ -284,10 +291,9 @@ class Recording:
             self._send_pairs()
 
     def _send_pairs(self) -> None:
-        tensors = self._pairs.take()
-        if tensors:
-            parcel = self.staging.send(tensors, stop=self.thread.failed)
-            self.thread.put(PairStep(self._pairs.stretches, parcel))
+        sums = self._pairs.take()
+        if sums:
+            self.thread.put(PairStep(self.staging.send(sums, stop=self.thread.failed)))
 
     def _local_domains(self, batch: PaddedBatch) -> tuple[list[str | None], Ints]:
         """Return the domains of a batch and each prompt's place among them."""
@@ -299,10 +305,9 @@ def _moved(rows: Rows, device: torch.device) -> Rows:
     def move(value: torch.Tensor | None) -> torch.Tensor | None:
         return None if value is None else value.to(device, non_blocking=True)
 
-    return Rows(
+    return rows._replace(
         rows=move(rows.rows),
         domain=rows.domain.to(device, non_blocking=True),
-        n_domains=rows.n_domains,
-        sampled=move(rows.sampled),
+        sampled_here=move(rows.sampled_here),
         valid=move(rows.valid),
     )

@@ -1,15 +1,28 @@
-"""What the sites did in one forward pass: real rows only, statistics and sums, on the device."""
+"""What the sites did in one forward pass, reduced on the device: real rows, statistics and sums.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+And counts of experts that tokens choose together or one after the other, which stay on the device
+until many tokens have been counted.
+"""
 
+from collections.abc import Iterator, Sequence
+from typing import Generic, NamedTuple
+
+import numpy as np
 import torch
 
+from capture.model.forward import Ints
 from capture.model.hooks import SiteObservation
 from capture.model.scoring import statistics_by
 from capture.model.sites import Site
-from capture.store.records import LEVELS, Level
+from capture.store.records import LEVELS, Array, Level, SiteBlock, Vectors, next_sites
+from kernels.ops.coactivation import coactivation
 from kernels.ops.gate import ScoreFunction, gate_batch
+
+NO_ROWS: Ints = np.empty(0, dtype=np.int64)
+# ids wait until there are so many tokens: a decoding step alone would cost more than it counts
+COUNT_TOKENS = 4096
+# counts are sent to the host after so many tokens, and at the end
+SEND_TOKENS = 65_536
 
 
 class SiteGroup(NamedTuple):
@@ -40,24 +53,6 @@ class SiteGroup(NamedTuple):
     logsumexp_known: bool
 
 
-class Observed(NamedTuple):
-    """What the S sites of one group did with the N real tokens of one forward pass, packed.
-
-    Attributes
-    ----------
-    expert_ids : Tensor [S, N, K], uint8 or uint16
-        Best first, all ones = empty slot; at every level, for counting pairs.
-    tensors : dict
-        By the names of :class:`capture.store.SiteBlock`: ``assignments``, ``weight_sum`` and,
-        where scores are known, ``prob_sum``, each [S, G, E]; from level ids on ``expert_ids``,
-        ``weights`` and the statistics that are known. ``scores`` and ``hidden`` of the sample (at
-        level scores: scores of all) as [S, M, E], or one tensor a site: ``scores.0``, ...
-    """
-
-    expert_ids: torch.Tensor
-    tensors: dict[str, torch.Tensor]
-
-
 class Rows(NamedTuple):
     """The real tokens of one forward pass, on the device.
 
@@ -68,8 +63,10 @@ class Rows(NamedTuple):
     domain : Tensor [N], int64
         Index of each token's domain among the ``n_domains`` of this pass.
     n_domains : int
-    sampled : Tensor [M], int64, or None
+    sampled : array [M], int64
         Which of the N belong to the sample.
+    sampled_here : Tensor [M], int64, or None
+        The same on the device; None for none.
     valid : Tensor [N], bool, or None
         False where a row turned out not to count; None when all count.
     """
@@ -77,7 +74,8 @@ class Rows(NamedTuple):
     rows: torch.Tensor | None
     domain: torch.Tensor
     n_domains: int
-    sampled: torch.Tensor | None
+    sampled: Ints = NO_ROWS
+    sampled_here: torch.Tensor | None = None
     valid: torch.Tensor | None = None
 
 
@@ -115,11 +113,18 @@ def _group(members: tuple[int, ...], sites: Sequence[Site]) -> SiteGroup:
 
 def observe(
     group: SiteGroup, seen: Sequence[SiteObservation], rows: Rows, level: Level
-) -> Observed:
+) -> tuple[SiteBlock[torch.Tensor], torch.Tensor]:
     """Reduce what the sites of one group did to what the run file keeps, in one launch.
 
     The gate reads the model's own tensors and picks the real rows itself; only the scores and
     router inputs that are kept whole are gathered here.
+
+    Returns
+    -------
+    block : SiteBlock of Tensor
+        On the device, packed as the run file holds it.
+    expert_ids : Tensor [S, N, K], uint8 or uint16
+        The choice at every level, for counting pairs.
     """
     picked = [seen[i] for i in group.members]
     scores = [o.scores for o in picked if o.scores is not None]
@@ -140,37 +145,197 @@ def observe(
         n_segments=rows.n_domains,
         packed=True,
     )
-    found: dict[str, torch.Tensor | None] = {
-        "assignments": out.load, "weight_sum": out.weight_sum, "prob_sum": out.importance
-    }  # fmt: skip
-    if LEVELS.index(level) >= LEVELS.index("ids"):
-        found |= {"expert_ids": out.expert_ids, "weights": out.weights}
-        found |= {"entropy": out.entropy, "topk_mass": out.topk_mass}
-        found |= {"margin": out.margin} if group.margin_known else {}
-        found |= {"logsumexp": out.logsumexp} if group.logsumexp_known else {}
-    everywhere = LEVELS.index(level) >= LEVELS.index("scores")
-    if known and (everywhere or rows.sampled is not None):
-        found |= _vectors("scores", scores, rows.rows, None if everywhere else rows.sampled)
+    routed = LEVELS.index(level) >= LEVELS.index("ids")
     hidden = [o.hidden for o in picked if o.hidden is not None]
-    if rows.sampled is not None and len(hidden) == len(picked):
-        found |= _vectors("hidden", hidden, None, None)
-    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
-    return Observed(out.expert_ids, tensors)
+    sampled = rows.sampled_here is not None
+    block = SiteBlock(
+        site_indices=group.members,
+        assignments=out.load,
+        weight_sum=out.weight_sum,
+        prob_sum=out.importance,
+        expert_ids=out.expert_ids if routed else None,
+        weights=out.weights if routed else None,
+        entropy=out.entropy if routed else None,
+        margin=out.margin if routed and group.margin_known else None,
+        logsumexp=out.logsumexp if routed and group.logsumexp_known else None,
+        topk_mass=out.topk_mass if routed else None,
+        scores=_scores(scores, rows, level) if known else None,
+        hidden=(rows.sampled, _together(hidden, None))
+        if sampled and len(hidden) == len(picked)
+        else None,
+    )
+    return block, out.expert_ids
 
 
-def _vectors(
-    name: str,
-    values: Sequence[torch.Tensor],
-    rows: torch.Tensor | None,
-    sampled: torch.Tensor | None,
-) -> dict[str, torch.Tensor | None]:
-    """Pick rows of each site's [R, E] as float32: ``name`` [S, M, E], or ``name.i`` one by one.
+def _scores(
+    scores: Sequence[torch.Tensor], rows: Rows, level: Level
+) -> Vectors[torch.Tensor] | None:
+    """Return the scores that are kept: of every token from level scores on, else of the sample."""
+    if LEVELS.index(level) >= LEVELS.index("scores"):
+        return np.arange(len(rows.domain)), _together(scores, rows.rows)
+    if rows.sampled_here is None:
+        return None
+    wanted = rows.sampled_here
+    if rows.rows is not None:
+        wanted = rows.rows.index_select(0, wanted)
+    return rows.sampled, _together(scores, wanted)
+
+
+def _together(
+    values: Sequence[torch.Tensor], wanted: torch.Tensor | None
+) -> torch.Tensor | list[torch.Tensor]:
+    """Pick rows of each site's [R, E] as float32, [S, M, E] or one tensor a site.
 
     On a CPU every site keeps its own tensor, which saves a copy; elsewhere few launches count.
     """
-    wanted = rows if sampled is None else sampled if rows is None else rows.index_select(0, sampled)
     if values[0].device.type == "cpu":
         chosen = [v if wanted is None else v.index_select(0, wanted) for v in values]
-        return {f"{name}.{place}": value.float() for place, value in enumerate(chosen)}
+        return [value.float() for value in chosen]
     stacked = torch.stack(list(values))
-    return {name: (stacked if wanted is None else stacked.index_select(1, wanted)).float()}
+    return (stacked if wanted is None else stacked.index_select(1, wanted)).float()
+
+
+class Stretch(NamedTuple):
+    """Sites of one group whose transitions lead to sites of one group.
+
+    Attributes
+    ----------
+    group : int
+    places : tuple of int
+        Of the sites in their group.
+    sites : tuple of int
+        Indices of the sites.
+    next_group : int or None
+        None where the transitions lead nowhere.
+    next_places : tuple of int
+    next_sites : tuple of int
+    """
+
+    group: int
+    places: tuple[int, ...]
+    sites: tuple[int, ...]
+    next_group: int | None
+    next_places: tuple[int, ...]
+    next_sites: tuple[int, ...]
+
+
+def stretches(sites: Sequence[Site], groups: Sequence[SiteGroup]) -> list[Stretch]:
+    """Sort the sites by their group and that of the site their transitions lead to."""
+    place = {
+        index: (number, position)
+        for number, group in enumerate(groups)
+        for position, index in enumerate(group.members)
+    }
+    following = next_sites([site.info for site in sites])
+    found: dict[tuple[int, int | None], list[int]] = {}
+    for index in range(len(sites)):
+        target = following[index]
+        key = (place[index][0], None if target is None else place[target][0])
+        found.setdefault(key, []).append(index)
+    result = []
+    for (group, next_group), members in found.items():
+        after = [i for i in (following[index] for index in members) if i is not None]
+        result.append(
+            Stretch(
+                group=group,
+                places=tuple(place[index][1] for index in members),
+                sites=tuple(members),
+                next_group=next_group,
+                next_places=tuple(place[index][1] for index in after),
+                next_sites=tuple(after),
+            )
+        )
+    return result
+
+
+class StretchSums(NamedTuple, Generic[Array]):
+    """Counts of one stretch: ``pairs`` [S, E, E] and ``transitions`` [S, E, E2], int64."""
+
+    stretch: Stretch
+    pairs: Array
+    transitions: Array | None
+
+    def by_site(self) -> Iterator[tuple[int, int, int | None]]:
+        """Yield (row in the counts, site, next site) for every site."""
+        for row, site in enumerate(self.stretch.sites):
+            yield row, site, self.stretch.next_sites[row] if self.stretch.next_sites else None
+
+
+class PairCounter:
+    """Adds up the pairs and transitions of every forward pass.
+
+    Parameters
+    ----------
+    sites : sequence of Site
+    groups : sequence of SiteGroup
+    """
+
+    def __init__(self, sites: Sequence[Site], groups: Sequence[SiteGroup]) -> None:
+        self.stretches = stretches(sites, groups)
+        self._groups = groups
+        self._waiting: list[list[torch.Tensor]] = [[] for _ in groups]
+        self._waiting_tokens = 0
+        self._unsent_tokens = 0
+        self._sums: list[StretchSums[torch.Tensor]] = []
+
+    def add(self, expert_ids: Sequence[torch.Tensor]) -> None:
+        """Add one forward pass.
+
+        Parameters
+        ----------
+        expert_ids : sequence of Tensor [S, N, K]
+            For every group, as the gate packs them; kept until they are counted.
+        """
+        for waiting, ids in zip(self._waiting, expert_ids, strict=True):
+            waiting.append(ids)
+        n_tokens = expert_ids[0].shape[1] if expert_ids else 0
+        self._waiting_tokens += n_tokens
+        self._unsent_tokens += n_tokens
+        if self._waiting_tokens >= COUNT_TOKENS:
+            self._count()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to send the counts."""
+        return self._unsent_tokens >= SEND_TOKENS
+
+    def take(self) -> list[StretchSums[torch.Tensor]]:
+        """Return the counts since the last call; none where no token came since."""
+        self._count()
+        sums, self._sums, self._unsent_tokens = self._sums, [], 0
+        return sums
+
+    def _count(self) -> None:
+        if not self._waiting_tokens:
+            return
+        ids = [w[0] if len(w) == 1 else torch.cat(w, dim=1) for w in self._waiting]
+        for waiting in self._waiting:
+            waiting.clear()
+        self._waiting_tokens = 0
+        counted = [self._counted(stretch, ids) for stretch in self.stretches]
+        if not self._sums:
+            self._sums = counted
+            return
+        for sums, new in zip(self._sums, counted, strict=True):
+            sums.pairs.add_(new.pairs)
+            if sums.transitions is not None and new.transitions is not None:
+                sums.transitions.add_(new.transitions)
+
+    def _counted(self, stretch: Stretch, ids: Sequence[torch.Tensor]) -> StretchSums[torch.Tensor]:
+        here = _chosen(ids[stretch.group], stretch.places)
+        there, n_next = None, None
+        if stretch.next_group is not None:
+            n_next = self._groups[stretch.next_group].n_experts
+            there = _chosen(ids[stretch.next_group], stretch.next_places)
+            there = there.to(here.device, non_blocking=True)
+        n_experts = self._groups[stretch.group].n_experts
+        out = coactivation(here, there, n_experts=n_experts, n_next_experts=n_next)
+        return StretchSums(stretch, out.pairs, out.transitions)
+
+
+def _chosen(ids: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Return the sites at these places of ids [S, N, K], a view where they lie together."""
+    first, last = places[0], places[-1]
+    if list(places) == list(range(first, last + 1)):
+        return ids[first : last + 1]
+    return torch.stack([ids[place] for place in places])

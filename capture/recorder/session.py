@@ -254,9 +254,7 @@ class _Session:
             append_pairs=writer.append_pairs,
             append_attention=writer.append_attention,
             attention=attention.taps if attention is not None else None,
-            groups=self.groups,
             prompts=plan.prompts,
-            level=plan.level,
             tokenizer=loaded.tokenizer if can_decode(loaded.tokenizer) else None,
         )
 

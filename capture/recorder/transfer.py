@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -11,8 +12,6 @@ import numpy.typing as npt
 import torch
 
 T = TypeVar("T")
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 ALIGNMENT = 16  # bytes; numpy views of any dtype start at such an address
 SLOTS = 3  # one being filled, one being read, one between
@@ -33,7 +32,7 @@ NUMPY_TYPES: dict[torch.dtype, Any] = {
 class Segment(NamedTuple):
     """Where one tensor lies in a packed block."""
 
-    name: str
+    number: int
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -45,6 +44,13 @@ class Segment(NamedTuple):
         for length in self.shape:
             count *= length
         return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor of a record while it is on its way."""
+
+    number: int
 
 
 class Slot:
@@ -61,22 +67,29 @@ class Slot:
         return self.memory[:n_bytes]
 
 
-class Parcel:
-    """Tensors on their way to the host; :meth:`open` waits for them and may be called once."""
+class Parcel(Generic[T]):
+    """A record whose tensors are on their way to the host.
+
+    :meth:`open` waits for them and may be called once.
+    """
 
     def __init__(
         self,
-        here: Mapping[str, torch.Tensor],
+        record: Any,
+        here: Mapping[int, torch.Tensor],
         copies: list[tuple[Slot, torch.Tensor, list[Segment], torch.cuda.Event]],
         free: "queue.Queue[Slot]",
     ) -> None:
+        self._record = record
         self._here = here
         self._copies = copies
         self._free = free
 
-    def open(self) -> Arrays:
-        """Return the tensors as numpy arrays that nobody else will write to."""
-        arrays: Arrays = {name: tensor.numpy() for name, tensor in self._here.items()}
+    def open(self) -> T:
+        """Return the record with numpy arrays that nobody else will write to."""
+        arrays: dict[int, npt.NDArray[Any]] = {
+            n: tensor.numpy() for n, tensor in self._here.items()
+        }
         for slot, block, segments, event in self._copies:
             event.synchronize()
             # the slot is filled again at once, and the writer keeps arrays until it commits
@@ -84,15 +97,35 @@ class Parcel:
             self._free.put(slot)
             for segment in segments:
                 part = bytes_[segment.start : segment.start + segment.n_bytes]
-                arrays[segment.name] = part.view(NUMPY_TYPES[segment.dtype]).reshape(segment.shape)
+                array = part.view(NUMPY_TYPES[segment.dtype]).reshape(segment.shape)
+                arrays[segment.number] = array
         self._copies = []
-        return arrays
+        record: T = replaced(self._record, _Place, lambda place: arrays[place.number])
+        return record
+
+
+def replaced(record: Any, kind: type[T], change: Callable[[T], Any]) -> Any:
+    """Return a record with everything of one kind in it changed.
+
+    Looks into tuples, lists, dictionaries, named tuples and dataclasses.
+    """
+    if isinstance(record, kind):
+        return change(record)
+    if isinstance(record, tuple | list):
+        values = [replaced(value, kind, change) for value in record]
+        return type(record)(*values) if hasattr(record, "_fields") else type(record)(values)
+    if isinstance(record, dict):
+        return {name: replaced(value, kind, change) for name, value in record.items()}
+    if is_dataclass(record) and not isinstance(record, type):
+        values_of = {f.name: getattr(record, f.name) for f in fields(record)}
+        return replace(record, **replaced(values_of, kind, change))
+    return record
 
 
 class Staging:
-    """Sends the tensors of a forward pass to the host.
+    """Sends what a forward pass gave to the host.
 
-    On a CPU they are handed over as they are. On CUDA they are packed into one block per device
+    On a CPU tensors are handed over as they are. On CUDA they are packed into one block per device
     and copied once, on a stream of their own, into page-locked memory; the model's stream never
     waits. There are ``SLOTS`` blocks, so a slow writer stops the sender instead of filling memory.
     """
@@ -102,21 +135,31 @@ class Staging:
         self._made = 0
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def send(self, tensors: Mapping[str, torch.Tensor], *, stop: threading.Event) -> Parcel:
+    def send(self, record: Any, *, stop: threading.Event) -> Parcel[Any]:
         """Start the copy and return at once, or when a block is free.
 
         Parameters
         ----------
-        tensors : mapping
-            Their storage must not be written to afterwards.
+        record : object
+            Anything with tensors in it, see :func:`replaced`; their storage must not be written to
+            afterwards.
         stop : Event
             Set when nobody will free a block any more.
         """
-        here = {name: t for name, t in tensors.items() if t.device.type != "cuda"}
-        by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name not in here:
-                by_device.setdefault(tensor.device, {})[name] = tensor
+        tensors: list[torch.Tensor] = []
+
+        def place(tensor: torch.Tensor) -> _Place:
+            tensors.append(tensor)
+            return _Place(len(tensors) - 1)
+
+        record = replaced(record, torch.Tensor, place)
+        here: dict[int, torch.Tensor] = {}
+        by_device: dict[torch.device, dict[int, torch.Tensor]] = {}
+        for number, tensor in enumerate(tensors):
+            if tensor.device.type == "cuda":
+                by_device.setdefault(tensor.device, {})[number] = tensor
+            else:
+                here[number] = tensor
         copies = []
         for device, group in by_device.items():
             packed, segments = pack(group)
@@ -130,7 +173,7 @@ class Staging:
                 event.record(stream)
             packed.record_stream(stream)
             copies.append((slot, block, segments, event))
-        return Parcel(here, copies, self._free)
+        return Parcel(record, here, copies, self._free)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
@@ -149,14 +192,14 @@ class Staging:
                     return Slot()
 
 
-def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[Segment]]:
+def pack(tensors: Mapping[int, torch.Tensor]) -> tuple[torch.Tensor, list[Segment]]:
     """Lay tensors of one device out in one block of bytes, each at an aligned place."""
     parts: list[torch.Tensor] = []
     segments: list[Segment] = []
     start = 0
     padding: torch.Tensor | None = None
-    for name, tensor in tensors.items():
-        segment = Segment(name, start, tensor.dtype, tuple(tensor.shape))
+    for number, tensor in tensors.items():
+        segment = Segment(number, start, tensor.dtype, tuple(tensor.shape))
         segments.append(segment)
         parts.append(tensor.contiguous().view(-1).view(torch.uint8))
         gap = -segment.n_bytes % ALIGNMENT

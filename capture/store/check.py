@@ -21,9 +21,8 @@ import pyarrow as pa
 
 from capture.errors import StoreError, quoted
 from capture.store import schema, values
-from capture.store.blocks import describe
 from capture.store.codec import Layout, unpack_ids
-from capture.store.records import LEVELS, SiteInfo
+from capture.store.records import LEVELS, SiteInfo, describe
 from capture.store.sandbox import not_a_run, open_sandbox
 
 SECONDS = 60.0  # what a check may take; a run of 100 M rows takes a fifth of it

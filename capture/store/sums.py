@@ -11,7 +11,7 @@ import pyarrow as pa
 from capture.errors import StoreError
 from capture.store import schema
 from capture.store.codec import Layout, unpack_ids
-from capture.store.records import ForwardRows, PairSums, SiteBlock, SiteInfo, next_sites
+from capture.store.records import Block, ForwardRows, PairSums, SiteInfo, next_sites
 from capture.store.schema import Column
 from capture.store.tables import as_table
 
@@ -46,7 +46,7 @@ class Rollup:
         self._sites = sites
         self._sums: dict[_Key, _Sums] = {}
 
-    def add(self, forward: ForwardRows, blocks: Sequence[SiteBlock]) -> None:
+    def add(self, forward: ForwardRows, blocks: Sequence[Block]) -> None:
         """Add the sums of one forward pass."""
         phase = forward.tokens.phase
         for block in blocks:

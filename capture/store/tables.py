@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from capture.errors import StoreError
-from capture.store.blocks import as_block, check_block
 from capture.store.codec import Layout, encode_weights, pack_ids, pack_weights
 from capture.store.records import (
     LEVELS,
     AttentionLayer,
     AttentionRows,
+    Block,
     ForwardRows,
     LayerAttention,
     Level,
@@ -22,6 +22,8 @@ from capture.store.records import (
     SiteInfo,
     SiteRows,
     Vectors,
+    as_block,
+    check_block,
 )
 from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, STATISTICS, Column
 
@@ -85,14 +87,14 @@ class RowBuilder:
         self._level = level
 
     def build(
-        self, forward: ForwardRows, blocks: Sequence[SiteBlock], batch_id: int, seconds: float
+        self, forward: ForwardRows, blocks: Sequence[Block], batch_id: int, seconds: float
     ) -> dict[str, pa.Table]:
         """Return the rows of one forward pass by table; large arrays are not copied.
 
         Parameters
         ----------
         forward : ForwardRows
-        blocks : sequence of SiteBlock
+        blocks : sequence of Block
             What :meth:`blocks` gave for this forward pass.
         batch_id : int
         seconds : float
@@ -126,7 +128,7 @@ class RowBuilder:
             for name, parts in arrays.items()
         }
 
-    def blocks(self, forward: ForwardRows) -> list[SiteBlock]:
+    def blocks(self, forward: ForwardRows) -> list[Block]:
         """Return the sites of a forward pass packed and checked.
 
         Raises
@@ -180,7 +182,7 @@ class RowBuilder:
             np.arange(n_tokens, dtype=np.int32),
         ]
 
-    def _places(self, token_id: npt.NDArray[Any], block: SiteBlock) -> list[Any]:
+    def _places(self, token_id: npt.NDArray[Any], block: Block) -> list[Any]:
         """Return token_id, layer and site, site after site."""
         infos = [self._sites[index] for index in block.site_indices]
         return [
@@ -189,7 +191,7 @@ class RowBuilder:
             np.repeat(np.array([info.site for info in infos], np.int32), len(token_id)),
         ]
 
-    def _route_columns(self, token_id: npt.NDArray[Any], block: SiteBlock) -> list[Any]:
+    def _route_columns(self, token_id: npt.NDArray[Any], block: Block) -> list[Any]:
         ids, weights = block.expert_ids, block.weights
         assert ids is not None and weights is not None  # checked before
         id_words = pack_ids(ids.reshape(-1, ids.shape[-1]), self._layout)
@@ -202,13 +204,13 @@ class RowBuilder:
         ]
 
     def _vector_columns(
-        self, token_id: npt.NDArray[Any], block: SiteBlock, vectors: Vectors
+        self, token_id: npt.NDArray[Any], block: Block, vectors: Vectors[npt.NDArray[Any]]
     ) -> list[Any]:
         """Return the columns of ``score`` or ``hidden``; the lists of a site are one chunk."""
         rows, arrays = vectors
         return [*self._places(token_id[rows], block), pa.chunked_array(map(_lists, arrays))]
 
-    def _sampled(self, forward: ForwardRows, blocks: Sequence[SiteBlock]) -> npt.NDArray[np.int32]:
+    def _sampled(self, forward: ForwardRows, blocks: Sequence[Block]) -> npt.NDArray[np.int32]:
         """Return the token ids of the forward pass that belong to the sample."""
         everywhere = LEVELS.index(self._level) >= LEVELS.index("scores")
         rows = [block.hidden[0] for block in blocks if block.hidden is not None]

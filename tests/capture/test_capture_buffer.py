@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from capture.errors import StoreError
 from capture.model.forward import pad_batch, plan_batches
+from capture.recorder.assemble import DecodeResult
 from capture.recorder.transfer import ALIGNMENT, NUMPY_TYPES, Staging, WriterThread, pack
+from capture.store import SiteBlock
 
 
 @given(
@@ -43,7 +45,7 @@ def test_padding_can_be_taken_off_again(lengths, side):
 def test_packed_tensors_come_out_as_they_went_in(dtypes, data):
     shapes = [data.draw(st.lists(st.integers(0, 3), max_size=3)) for _ in dtypes]
     tensors = {
-        str(i): (torch.rand(shape) * 9).to(dtype)
+        i: (torch.rand(shape) * 9).to(dtype)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     }
     block, segments = pack(tensors)
@@ -51,7 +53,23 @@ def test_packed_tensors_come_out_as_they_went_in(dtypes, data):
         assert segment.start % ALIGNMENT == 0
         part = block.numpy()[segment.start : segment.start + segment.n_bytes]
         array = part.view(NUMPY_TYPES[segment.dtype]).reshape(segment.shape)
-        assert np.array_equal(array, tensors[segment.name].numpy())
+        assert np.array_equal(array, tensors[segment.number].numpy())
+
+
+def test_a_record_comes_out_in_the_form_in_which_it_went_in():
+    rows, vectors = np.array([0, 2]), [torch.ones(2, 3), torch.zeros(2, 3)]
+    block = SiteBlock(
+        (4, 7), torch.arange(6), torch.rand(2), None, margin=torch.ones(2), scores=(rows, vectors)
+    )
+    sent = DecodeResult(*(torch.arange(n) for n in range(5)), sites=[block])
+    got = Staging().send({"step": sent}, stop=threading.Event()).open()["step"]
+    assert [values.tolist() for values in got[:5]] == [list(range(n)) for n in range(5)]
+    assert all(isinstance(values, np.ndarray) for values in (*got[:5], got.sites[0].margin))
+    (back,) = got.sites
+    assert (back.site_indices, back.prob_sum, back.entropy) == ((4, 7), None, None)
+    assert back.scores[0] is rows
+    for array, tensor in zip(back.scores[1], vectors, strict=True):
+        assert np.shares_memory(array, tensor.numpy()) and array.shape == (2, 3)
 
 
 def test_the_writer_thread_keeps_order_and_bounds_the_queue():

@@ -15,16 +15,16 @@ from capture.model.hooks import tap
 from capture.model.selftest import attach
 from capture.recorder.attention.calls import listen
 from capture.recorder.attention.layers import attach_attention
-from capture.recorder.attention.parcel import DOUBTS, FLOATS, IDS, pack_attention
 from capture.recorder.attention.summary import (
     AttentionOptions,
+    PackedAttention,
     PromptRow,
     mask_differs,
+    pack_attention,
     rule_of,
     summarise,
 )
-from capture.recorder.observe import Rows, group_sites, observe
-from capture.recorder.pairs import PairCounter
+from capture.recorder.observe import PairCounter, Rows, group_sites, observe
 from capture.recorder.transfer import Staging
 
 pytestmark = [
@@ -49,12 +49,13 @@ def rows_on(device):
         rows=to_device(REAL, device),
         domain=to_device(np.array([0, 0, 0, 0, 0, 1, 1, 1]), device),
         n_domains=2,
-        sampled=to_device(np.array([1, 6]), device),
+        sampled=np.array([1, 6]),
+        sampled_here=to_device(np.array([1, 6]), device),
     )
 
 
 def observed(model, device, staging, before=lambda: None):
-    """One forward pass, observed and sent; returns its arrays."""
+    """One forward pass, observed and sent; returns its blocks and its pairs."""
     sites = attach(model)
     groups = group_sites(sites)
     rows, counter = rows_on(device), PairCounter(sites, groups)
@@ -63,13 +64,10 @@ def observed(model, device, staging, before=lambda: None):
         model(input_ids=tiny_models.tokens().to(device), use_cache=False)
         before()
         seen = taps.take()
-        tensors, ids = {}, []
-        for number, group in enumerate(groups):
-            found = observe(group, seen, rows, "scores")
-            ids.append(found.expert_ids)
-            tensors |= {f"{number}.{name}": value for name, value in found.tensors.items()}
-        counter.add(ids)
-        parcel = staging.send(tensors | counter.take(), stop=threading.Event())
+        found = [observe(group, seen, rows, "scores") for group in groups]
+        counter.add([ids for _, ids in found])
+        record = ([block for block, _ in found], counter.take())
+        parcel = staging.send(record, stop=threading.Event())
     torch.cuda.set_sync_debug_mode("default")
     return parcel.open()
 
@@ -77,16 +75,18 @@ def observed(model, device, staging, before=lambda: None):
 def test_observing_and_sending_never_wait_for_the_device(no_waiting):
     model = tiny_models.build("mixtral").to(CUDA)
     observed(model, CUDA, Staging())  # compiles the kernels, which may wait
-    on_device = observed(model, CUDA, Staging(), no_waiting)
-    on_host = observed(model.cpu(), torch.device("cpu"), Staging())
-    for name in ("0.expert_ids", "0.assignments", "pairs.0", "transitions.0"):
-        np.testing.assert_array_equal(on_device[name], on_host[name])
-    for name in ("0.entropy", "0.margin", "0.logsumexp", "0.topk_mass", "0.prob_sum"):
-        np.testing.assert_allclose(on_device[name], on_host[name], rtol=2e-3, atol=1e-3)
+    on_device, device_pairs = observed(model, CUDA, Staging(), no_waiting)
+    on_host, host_pairs = observed(model.cpu(), torch.device("cpu"), Staging())
+    for name in ("expert_ids", "assignments"):
+        np.testing.assert_array_equal(getattr(on_device[0], name), getattr(on_host[0], name))
+    for name in ("pairs", "transitions"):
+        np.testing.assert_array_equal(getattr(device_pairs[0], name), getattr(host_pairs[0], name))
+    for name in ("entropy", "margin", "logsumexp", "topk_mass", "prob_sum"):
+        values, expected = getattr(on_device[0], name), getattr(on_host[0], name)
+        np.testing.assert_allclose(values, expected, rtol=2e-3, atol=1e-3)
     for place in range(3):
-        np.testing.assert_allclose(
-            on_device["0.scores"][place], on_host[f"0.scores.{place}"], rtol=1e-3, atol=1e-3
-        )
+        values, expected = on_device[0].scores[1][place], on_host[0].scores[1][place]
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_forward_pass_takes_one_gate_launch_and_one_copy():
@@ -130,15 +130,15 @@ def summarised(device, before=lambda: None):
             doubts += [mask_differs(call.mask, row, rule.window, "sdpa") for row in rows]
         packed = pack_attention(found, doubts)
     torch.cuda.set_sync_debug_mode("default")
-    return {name: tensor.cpu().numpy() for name, tensor in packed.items()}
+    return PackedAttention(*(tensor.cpu().numpy() for tensor in packed))
 
 
 def test_attention_never_waits_for_the_device(no_waiting):
     summarised(CUDA)  # compiles the kernels, which may wait
     on_device, on_host = summarised(CUDA, no_waiting), summarised("cpu")
-    assert not on_device[DOUBTS].any() and len(on_device[DOUBTS]) == 3 * 2
-    np.testing.assert_allclose(on_device[FLOATS], on_host[FLOATS], atol=2e-3)
-    assert (on_device[IDS] == on_host[IDS]).mean() > 0.9
+    assert not on_device.doubts.any() and len(on_device.doubts) == 3 * 2
+    np.testing.assert_allclose(on_device.floats, on_host.floats, atol=2e-3)
+    assert (on_device.ids == on_host.ids).mean() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 import capture
 from capture.model.selftest import attach
-from capture.recorder import pairs as pair_counts
+from capture.recorder import observe as pair_counts
 from capture.recorder.observe import group_sites
 from capture.store import next_sites
 from capture.store.records import SiteInfo
@@ -126,12 +126,13 @@ def test_sites_of_different_shapes_lead_to_each_other():
     )
     sums = counter.take()
     found = {}
-    for number, row, site, following in pair_counts.by_site(counter.stretches):
-        if following is not None:
-            where = sums[f"transitions.{number}"][row].nonzero().tolist()
-            found[site, following] = sorted(map(tuple, where))
+    for one in sums:
+        for row, site, following in one.by_site():
+            if following is not None:
+                where = one.transitions[row].nonzero().tolist()
+                found[site, following] = sorted(map(tuple, where))
     assert found == {(0, 1): [(0, 1), (0, 8), (7, 1), (7, 8)], (1, 2): [(1, 2), (8, 2)]}
-    assert counter.take() == {}
+    assert counter.take() == []
 
 
 def test_transitions_follow_the_last_router_of_a_layer():

@@ -1,18 +1,21 @@
 """Summarise where the heads of a model look while it runs, for chosen prompts and layers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from capture.errors import SiteError
 from capture.model.forward import to_device
 from capture.recorder.attention.calls import AttentionCall, Listener, listen
-from kernels.ops.attention import AttentionOutput, attention
+from capture.store.records import Array, AttentionRows, LayerAttention
+from kernels.ops.attention import AttentionOutput, attention, bin_width, n_bins, used_queries
 
 # arguments of attention functions that weigh keys by more than queries, keys and positions
 UNKNOWN_ARGUMENTS = {
@@ -24,6 +27,7 @@ MASK_BLOCK = 256  # queries of a mask that are looked at together
 # a prompt's first queries whose heaviest keys are kept: what a page can show, and no more than
 # the map takes on disk
 TOP_QUERIES = 512
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,4 +303,116 @@ def weights_of(
         every=options.every,
         top_keys=options.top_keys,
         backend=backend,
+    )
+
+
+class PackedAttention(NamedTuple, Generic[Array]):
+    """Summaries of all sites and prompts, end to end, and where a mask differs from its rule."""
+
+    floats: Array
+    ids: Array
+    doubts: Array | None
+
+
+def pack_attention(
+    summaries: Sequence[Sequence[Summary]], doubts: Sequence[torch.Tensor]
+) -> PackedAttention[torch.Tensor] | None:
+    """Lay the summaries of all sites and prompts end to end; nothing waits for the device."""
+    if not summaries:
+        return None
+    device = summaries[0][0].maps.device
+    floats, ids = [], []
+    for summary in (summary for site in summaries for summary in site):
+        parts = (summary.statistics, summary.maps, summary.received, summary.top_weights)
+        floats += [part.reshape(-1).to(device, non_blocking=True) for part in parts]
+        ids.append(summary.top_ids.reshape(-1).to(device, non_blocking=True))
+    moved = [doubt.to(device, non_blocking=True) for doubt in doubts]
+    return PackedAttention(torch.cat(floats), torch.cat(ids), torch.stack(moved) if moved else None)
+
+
+def unpack_attention(
+    packed: PackedAttention[npt.NDArray[Any]],
+    rows: Sequence[PromptRow],
+    sites: Sequence[AttentionSite],
+    options: AttentionOptions,
+    first_token: npt.NDArray[np.int64],
+) -> list[AttentionRows]:
+    """Return the attention of every prompt of a forward pass.
+
+    Parameters
+    ----------
+    packed : PackedAttention
+        On the host.
+    rows : sequence of PromptRow
+        The prompts, in the order of the summaries.
+    sites : sequence of AttentionSite
+    options : AttentionOptions
+    first_token : array [P]
+        Token id of the first token of every prompt of the run.
+
+    Raises
+    ------
+    SiteError
+        If a mask hid other keys than the rule says.
+    """
+    if packed.doubts is not None and packed.doubts.any():
+        raise SiteError(
+            "A layer's attention mask hides other keys than those after a token or outside its "
+            "window, so its weights cannot be recorded from queries and keys. Record the layers "
+            "that have a plain mask (attention_layers), or level 'scores'."
+        )
+    floats, ids = _Reader(packed.floats), _Reader(packed.ids)
+    layers: list[list[LayerAttention]] = [[] for _ in rows]
+    for site in sites:
+        for place, row in enumerate(rows):
+            layers[place].append(_layer(site, row, options, floats, ids))
+    return [
+        AttentionRows(
+            prompt_id=row.prompt,
+            first_token=int(first_token[row.prompt]),
+            tokens=row.length,
+            bin_width=bin_width(row.length, options.bins),
+            every=options.every,
+            layers=found,
+        )
+        for row, found in zip(rows, layers, strict=True)
+    ]
+
+
+class _Reader(Generic[Number]):
+    """Hands out one array piece by piece."""
+
+    def __init__(self, values: npt.NDArray[Number]) -> None:
+        self._values = values
+        self._place = 0
+
+    def take(self, *shape: int) -> npt.NDArray[Number]:
+        """Return the next piece in this shape."""
+        start, self._place = self._place, self._place + math.prod(shape)
+        return self._values[start : self._place].reshape(shape)
+
+
+def _layer(
+    site: AttentionSite,
+    row: PromptRow,
+    options: AttentionOptions,
+    floats: _Reader[np.float32],
+    ids: _Reader[np.int32],
+) -> LayerAttention:
+    n_heads, bins = len(site.heads), n_bins(row.length, options.bins)
+    queries = used_queries(row.length, row.length, options.every).numpy()
+    kept = min(TOP_QUERIES, len(queries))
+    entropy, sink_mass, mean_distance, window_mass = floats.take(4, n_heads)
+    return LayerAttention(
+        layer=site.layer,
+        queries=len(queries),
+        entropy=entropy,
+        sink_mass=sink_mass,
+        mean_distance=mean_distance,
+        window_mass=window_mass,
+        maps=floats.take(n_heads, bins, bins),
+        received=floats.take(n_heads, bins),
+        top_weights=floats.take(n_heads, kept, options.top_keys),
+        top_queries=queries[:kept],
+        top_ids=ids.take(n_heads, kept, options.top_keys),
     )
