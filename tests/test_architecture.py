@@ -1,6 +1,7 @@
 """The shape of the code base, enforced."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +167,9 @@ def test_the_visible_top_level_is_fixed():
 
 
 def test_app_is_short():
-    assert len((ROOT / "app.py").read_text(encoding="utf-8").splitlines()) < 40
+    """A page is a line in its table; what it does stands elsewhere."""
+    lines = (ROOT / "app.py").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if not re.match(r'    "\w+": \("', line)]) < 27
 
 
 def test_kernels_stays_invisible_to_transformers():
