@@ -4,6 +4,7 @@ Looks through the wrappers that adapters (PEFT) put around modules.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,3 +103,36 @@ def idle(model: nn.Module) -> set[nn.Module]:
             copies = [module._modules[ORIGINAL], *module._modules[SAVED].children()]  # type: ignore[union-attr]
             found.update(m for c in copies if c and c is not chosen for m in c.modules())
     return found
+
+
+def scores_of(output: Any, n_experts: int) -> torch.Tensor | None:
+    """Return the first floating tensor [..., E] of a router's output, or None."""
+    for value in output if isinstance(output, tuple | list) else (output,):
+        if (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.shape[-1] == n_experts
+        ):
+            return value
+    return None
+
+
+def gate_matrix(
+    router: nn.Module, n_experts: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return weight [E, D] and bias [E] of a router that is one matrix, else None."""
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        linear = [m for m in router.modules() if isinstance(m, nn.Linear)]
+        weight = linear[0].weight if len(linear) == 1 else None
+    if weight_rows(router) != n_experts or weight is None or weight.ndim != 2:
+        return None, None
+    bias = getattr(router, "bias", None)
+    is_bias = isinstance(bias, torch.Tensor) and bias.shape == (n_experts,)
+    return weight, bias if is_bias else None
+
+
+def n_computing(experts: nn.Module, n_experts: int) -> int:
+    """Return how many of the experts have weights: the others pass a token on or skip it."""
+    stacks = [p.shape[0] for p in experts.parameters() if p.ndim == len(("E", "out", "in"))]
+    return min([n_experts, *stacks])

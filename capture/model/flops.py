@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from capture.errors import SwapError
+from capture.model.adapters.replacing import deaf
 from capture.model.sites import LAYER_LISTS, OTHER_STACKS, SHARED_NAMES, Site, text_config
 
 Key = tuple[int, int]  # layer, site
@@ -313,9 +314,11 @@ def counted_flops(model: nn.Module) -> Iterator[CountedFlops]:
     with ExitStack() as stack:
         for name, module in model.named_modules():
 
+            @deaf
             def enter(*_: object, name: str = name) -> None:
                 running.append(name)
 
+            @deaf
             def leave(*_: object) -> None:
                 running.pop()
 

@@ -7,6 +7,7 @@ a run would lack it.
 import logging
 import re
 from collections.abc import Iterator, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from capture.errors import SiteError
+from capture.errors import SiteError, SwapError
 from capture.model import attributes
-from capture.model import attributes as probe
-from capture.model.adapters import ADAPTERS, Adapter, Parts
+from capture.model.adapters import ADAPTERS, Adapter, Decider, Parts, Replacing, Seat
 from capture.store.records import SiteInfo
 
 STACK, MATRIX = 3, 2  # axes
@@ -189,6 +189,36 @@ class Site:
         return found
 
     @property
+    def can_be_replaced(self) -> bool:
+        """Whether this kind of block has a place where another choice can be put in."""
+        return isinstance(self.adapter, Replacing)
+
+    def replaced(self, decider: Decider) -> AbstractContextManager[None]:
+        """Execute what ``decider`` says in place of the router's choice, until it is left.
+
+        Raises
+        ------
+        SwapError
+            If this kind of block has no place where a choice can be put in.
+        """
+        if isinstance(self.adapter, Replacing):
+            return self.adapter.replace(Seat(self.info.module, self.parent, self.parts), decider)
+        known = sorted(adapter.name for adapter in ADAPTERS if isinstance(adapter, Replacing))
+        raise SwapError(
+            f"{self.info.module}: no other rule can be put in place of a router of kind "
+            f"{self.adapter.name!r}, only recorded. There are: {', '.join(known)}."
+        )
+
+    @property
+    def n_computing(self) -> int:
+        """How many of the experts have weights: the others pass a token on or skip it."""
+        return attributes.n_computing(self.experts, self.info.n_experts)
+
+    def own_gate(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return weight [E, D] and bias [E] of a router that is one matrix, else None."""
+        return attributes.gate_matrix(self.router, self.info.n_experts)
+
+    @property
     def router(self) -> nn.Module:
         """The module that scores the experts."""
         return self.parts.router
@@ -314,13 +344,13 @@ def _site(
         score_function=parts.score_function or "other",
     )
     router = attributes.inner(parts.router)
-    groups = probe.groups(router, parts.n_experts)
+    groups = attributes.groups(router, parts.n_experts)
     return Site(
         info=info,
         parent=parent,
         parts=parts,
         adapter=adapter,
-        selection_bias=probe.selection_bias(parent, router, parts.n_experts),
+        selection_bias=attributes.selection_bias(parent, router, parts.n_experts),
         n_groups=groups[0] if groups else None,
         top_groups=groups[1] if groups else None,
     )
@@ -334,5 +364,5 @@ def _n_shared(model: nn.Module, config: object, module: str, parent: nn.Module) 
     names = [n for o in owners for n in SHARED_NAMES if isinstance(getattr(o, n, None), nn.Module)]
     if not names:
         return 0
-    counted = probe.first_int([config], SHARED_COUNTS)
+    counted = attributes.first_int([config], SHARED_COUNTS)
     return counted or 1

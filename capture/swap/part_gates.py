@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from capture.errors import SwapError
+from capture.model.adapters.replacing import Forward, forward_replaced
 from capture.model.context import Passes, PassTokens
 from capture.model.flops import attention_modules, decoder_layers, head_count
 from capture.model.inputs import plain_forward
 from capture.model.selftest import attach, probe_tokens
 from capture.model.sites import Site
 from capture.swap.attention import LiveAttention
-from capture.swap.inject import Forward, can_inject, flat_choice, forward_replaced, injected
 from capture.swap.routers import Key, SiteCount, site_key
 from capture.swap.rules import (
     OWN_ROUTER,
@@ -258,10 +258,10 @@ class Reached:
 def count_experts(gated: Gated, sites: Sequence[Site], reached: Reached, stack: ExitStack) -> None:
     """Count in ``gated.sites`` what experts execute, until the stack is left."""
     for site in sites:
-        if can_inject(site):
+        if site.can_be_replaced:
             counter = _Counter(SiteCount.of(site), reached)
             gated.sites[site_key(site)] = counter.count
-            stack.enter_context(injected(site, counter))
+            stack.enter_context(site.replaced(counter))
 
 
 class _Counter:
@@ -280,7 +280,7 @@ class _Counter:
     def decide(self, native: Choice | None) -> Choice:
         """Return the choice as it came."""
         assert native is not None  # what reads it gets it
-        flat = flat_choice(native)
+        flat = native.flat()
         self.count.add(flat, self.reached.real(flat.expert_ids.device))
         return native
 

@@ -14,7 +14,6 @@ from capture.model.context import Passes, PassTokens
 from capture.model.selftest import attach
 from capture.model.sites import Site
 from capture.swap.attention import LiveAttention
-from capture.swap.inject import flat_choice, injected, n_computing
 from capture.swap.playback import RoutingTape
 from capture.swap.rules import (
     OWN_ROUTER,
@@ -24,7 +23,6 @@ from capture.swap.rules import (
     Rule,
     as_rows,
     choice_of,
-    own_gate,
     reads_of,
     with_attention,
 )
@@ -97,7 +95,7 @@ class SiteCount:
         """Return the count of a site that executed nothing yet."""
         zeros = torch.zeros(site.info.n_experts, dtype=torch.int64, device=_device(site))
         sums = {name: zeros.clone() for name in ("rows", "load", "calls")}
-        return cls(n_computing(site), site.info.n_experts, _sums=sums)
+        return cls(site.n_computing, site.info.n_experts, _sums=sums)
 
     def add(self, choice: Choice, real: torch.Tensor | None) -> None:
         """Take the choice [R, K] of one pass; ``real`` picks the tokens among the rows.
@@ -235,7 +233,7 @@ def swap(
             key = site_key(site)
             place = _Place(site, run, rules.get(key), watched.get(key))
             swapped.counts[key] = place.count
-            stack.enter_context(injected(site, place))
+            stack.enter_context(site.replaced(place))
         if isinstance(rule, RoutingTape):
             rule.rewind()
         yield swapped
@@ -283,7 +281,7 @@ class _Place:
         if not self.replays and run.on_choice is None and told:
             self.reads = reads_of(rule)
         self.count = SiteCount.of(site)
-        self._gate = own_gate(site)
+        self._gate = site.own_gate()
         self._hidden: torch.Tensor | None = None
         self._scores: torch.Tensor | None = None
 
@@ -293,7 +291,7 @@ class _Place:
 
     def decide(self, native: Choice | None) -> Choice:
         """Return what the experts are told [R, K']."""
-        native = None if native is None else flat_choice(native)
+        native = None if native is None else native.flat()
         rows, device = self._rows(native)
         tokens = self.run.begin().on(device)
         if rows != tokens.n_rows:

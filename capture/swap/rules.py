@@ -5,30 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import nn
 
 from capture.errors import SwapError
-from capture.model import attributes as probe
+from capture.model.adapters import Choice as Choice  # what a rule may answer
+from capture.model.attributes import flat_rows
 from capture.model.sites import Site
 from capture.swap.attention import NAMES, AttentionRows
 
 Part = Literal["head", "layer", "expert"]
 Place = tuple[int, int]  # decoder layer, router within it
-
-
-class Choice(NamedTuple):
-    """What experts are told to do for ``T`` tokens.
-
-    Attributes
-    ----------
-    expert_ids : Tensor [T, K], int64
-        In the order of the slots; -1 = empty slot, which costs nothing.
-    weights : Tensor [T, K]
-        Combine weights as the experts apply them; 0 in an empty slot.
-    """
-
-    expert_ids: torch.Tensor
-    weights: torch.Tensor
 
 
 class Routing(NamedTuple):
@@ -388,20 +373,7 @@ def with_attention(inputs: RouterInputs, rows: AttentionRows | None) -> RouterIn
     return replace(inputs, attention=rows.statistics, attention_names=NAMES, received=rows.received)
 
 
-def own_gate(site: Site) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return weight [E, D] and bias [E] of a router that is one matrix, else None."""
-    weight = getattr(site.router, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        linear = [m for m in site.router.modules() if isinstance(m, nn.Linear)]
-        weight = linear[0].weight if len(linear) == 1 else None
-    if probe.weight_rows(site.router) != site.info.n_experts or weight is None or weight.ndim != 2:
-        return None, None
-    bias = getattr(site.router, "bias", None)
-    is_bias = isinstance(bias, torch.Tensor) and bias.shape == (site.info.n_experts,)
-    return weight, bias if is_bias else None
-
-
 def as_rows(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Return ``tensor`` [..., N] as [R, N], or its chosen rows only."""
-    flat = probe.flat_rows(tensor)
+    flat = flat_rows(tensor)
     return flat if rows is None else flat[rows]

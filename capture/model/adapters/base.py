@@ -1,4 +1,4 @@
-"""What an adapter is: how one kind of MoE block is recognised and listened to.
+"""What an adapter is: how one kind of MoE block is recognised, listened to, told a choice.
 
 Hooks fill a channel. From inside compiled code they reach it through one custom op: a compiler
 traces a hook once and keeps what it did to tensors, not what it did to Python objects. The op is
@@ -7,14 +7,16 @@ at every forward pass. It copies what it is given: compiled code uses its buffer
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from capture.model.attributes import flat_rows
 
 # what is recorded: ids and weights with the run of the experts, without it, the run alone, and
 # the router's scores and input, as far as they are named behind it
@@ -211,8 +213,73 @@ class Rows(Protocol):
         ...
 
 
+class Choice(NamedTuple):
+    """What experts are told to do for ``T`` tokens.
+
+    Attributes
+    ----------
+    expert_ids : Tensor [T, K], int64
+        In the order of the slots; -1 = empty slot, which costs nothing.
+    weights : Tensor [T, K]
+        Combine weights as the experts apply them; 0 in an empty slot.
+    """
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+
+    def flat(self) -> "Choice":
+        """Return a choice [..., K] as [R, K]."""
+        return Choice(flat_rows(self.expert_ids), flat_rows(self.weights))
+
+
+class Decider(Protocol):
+    """Decides what a block executes in place of its router.
+
+    Attributes
+    ----------
+    replays : bool
+        Whether it tells experts what a model told them, so that the model's own code runs as is.
+    reads : frozenset of str
+        What it reads of the model's own router: ``"logits"``, ``"native"``, both or nothing.
+    hears : bool
+        Whether :meth:`see` has to be called.
+    """
+
+    replays: bool
+    reads: frozenset[str]
+    hears: bool
+
+    def see(self, hidden: torch.Tensor, scores: torch.Tensor | None) -> None:
+        """Take the router's input [..., D] and its output [..., E]."""
+        ...
+
+    def decide(self, native: Choice | None) -> Choice:
+        """Return what the experts are told instead of ``native`` [R, K]; None = not computed."""
+        ...
+
+
+class Seat(NamedTuple):
+    """Where a choice is put in: one block.
+
+    Attributes
+    ----------
+    module : str
+        Its full name, for messages.
+    block : Module
+    parts : Parts
+    """
+
+    module: str
+    block: nn.Module
+    parts: Parts
+
+
 class Adapter(Protocol):
-    """One kind of MoE block."""
+    """One kind of MoE block.
+
+    One that can also be told another choice than its router's has ``replace``, see
+    :class:`Replacing`.
+    """
 
     name: str
 
@@ -222,4 +289,25 @@ class Adapter(Protocol):
 
     def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Install hooks that fill ``channel`` and never change what the model computes."""
+        ...
+
+
+@runtime_checkable
+class Replacing(Protocol):
+    """An adapter whose blocks can be told another choice than their router's."""
+
+    name: str
+
+    def replace(self, seat: Seat, decider: Decider) -> AbstractContextManager[None]:
+        """Let the block execute what ``decider`` says and nothing but that, until it is left.
+
+        The place is that at which :meth:`Adapter.listen` listens. The model's own experts code
+        runs throughout, on fewer rows where slots are empty, so that a swapped layer is as fast or
+        slow as the implementation the model was loaded with.
+
+        Raises
+        ------
+        SwapError
+            Here or while the block runs, if this block has no place where a choice can be put in.
+        """
         ...

@@ -1,14 +1,17 @@
 """JetMoE: two routers a layer, attention and MLP, that hand tokens over sorted by expert."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from capture.errors import SwapError
 from capture.model import attributes as probe
-from capture.model.adapters.base import Channel, Parts
+from capture.model.adapters.base import Channel, Choice, Decider, Parts, Seat
+from capture.model.adapters.replacing import deaf
 from capture.model.adapters.standard import router_of
 from capture.model.attributes import child, inner
 
@@ -61,6 +64,44 @@ class SortedTokensAdapter:
             parts.router.register_forward_hook(on_router, with_kwargs=True),
             parts.experts.register_forward_pre_hook(on_experts),
         ]
+
+    @contextmanager
+    def replace(self, seat: Seat, decider: Decider) -> Iterator[None]:
+        """Replace the router's assignments, which are sorted by expert, without empty slots."""
+        # the attention block gives every slot its own query, so it has no place for more of them
+        top_k, is_attention = seat.parts.top_k, not hasattr(seat.block, "activation")
+
+        @deaf
+        def on_router(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> tuple[Any, ...]:
+            if not (isinstance(output, tuple) and len(output) == FIELDS):
+                raise SwapError(f"{seat.module}: its router did not return sorted assignments.")
+            order, _, sorted_weights, sizes, logits = output
+            decider.see(args[0] if args else kwargs["hidden_states"], logits)
+            choice = decider.decide(Choice(*unsorted(order, sorted_weights, sizes, top_k)))
+            ids, weights = choice.expert_ids, choice.weights.to(sorted_weights.dtype)
+            if is_attention and ids.shape[1] > top_k:
+                raise SwapError(
+                    f"{seat.module}: the attention of this model has {top_k} queries a token, "
+                    f"so at most {top_k} experts, got {ids.shape[1]}."
+                )
+            if is_attention and ids.shape[1] < top_k:
+                missing = (0, top_k - ids.shape[1])
+                ids = nn.functional.pad(ids, missing, value=-1)
+                weights = nn.functional.pad(weights, missing)
+            n_slots = ids.shape[1]
+            # empty slots sort to the front and are cut off
+            order = ids.flatten().sort(0).indices[int((ids < 0).sum()) :]
+            token = order.div(n_slots, rounding_mode="trunc")
+            load = ids.flatten()[order].bincount(minlength=seat.parts.n_experts)
+            return order, token, weights.flatten()[order], load.tolist(), logits
+
+        handle = seat.parts.router.register_forward_hook(on_router, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def unsorted(

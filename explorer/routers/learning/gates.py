@@ -15,7 +15,6 @@ from torch import nn
 
 from capture.model.inputs import input_device
 from capture.model.sites import text_config
-from capture.swap.inject import n_computing
 from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, Part, PartMask, Place, RouterInputs, Routing
@@ -291,7 +290,7 @@ def _masked(session: TrainingSession, part: Part, rule: Any) -> AbstractContextM
 def _widths(session: TrainingSession, part: Part) -> dict[Place, int]:
     """Return how many parts each layer has."""
     if part == "expert":
-        return {(s.info.layer, s.info.site): n_computing(s) for s in session.sites}
+        return {(s.info.layer, s.info.site): s.n_computing for s in session.sites}
     if part == "layer":
         return {(layer, 0): 1 for layer in part_modules(session.model, session.sites, "block")}
     from capture.model.flops import head_count
