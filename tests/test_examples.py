@@ -88,8 +88,9 @@ def test_an_adapter_of_ones_own_records_what_the_model_does(printed, tmp_path):
     import capture
     from capture.model.adapters import ADAPTERS
 
-    refused, recorded = printed["own_adapter.py"]
+    refused, recorded, swapped = printed["own_adapter.py"]
     assert "workers (Workers) seems to route" in refused
+    assert swapped == "swapped: 1.0 experts a token"
     assert "shares" not in {adapter.name for adapter in ADAPTERS}
     prompt = "The quick brown fox jumps over the lazy dog."
     usual = capture.record("demo", [prompt], tmp_path / "usual.duckdb", progress=False)

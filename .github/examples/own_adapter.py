@@ -1,14 +1,16 @@
-"""An adapter of your own: a kind of MoE block that capture does not know is recorded.
+"""An adapter of your own: a kind of MoE block that capture does not know is recorded and re-routed.
 
 PYTHONPATH=. python .github/examples/own_adapter.py runs/own-adapter.duckdb
 
 The block below names its parts in its own way and tells its experts a share for every expert, 0 for
 those that were not chosen, where other blocks tell ids and weights. Without the adapter, capture
-refuses the model by the name of the block.
+refuses the model by the name of the block. ``replace`` lets another rule take the router's place;
+an adapter without it records only.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from transformers import PreTrainedModel
 
 import capture
 from capture.errors import SiteError
-from capture.model.adapters import ADAPTERS, Channel, Parts
+from capture.model.adapters import ADAPTERS, Channel, Choice, Decider, Parts, Seat
+from capture.model.adapters.replacing import heard_router
 from capture.model.load import load_model
+from capture.swap.routers import swap
+from capture.swap.rules import RouterInputs
 
 TOP_K = 2
 
@@ -85,6 +90,37 @@ class SharesAdapter:
             parts.router.register_forward_hook(on_scorer),
         ]
 
+    @contextmanager
+    def replace(self, seat: Seat, decider: Decider) -> Iterator[None]:
+        """Tell the workers the shares that another rule gives, of up to ``TOP_K`` experts."""
+
+        def on_workers(
+            _: nn.Module, args: tuple[torch.Tensor, ...]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden, told = args
+            weights, ids = told.topk(TOP_K, dim=-1)
+            choice = decider.decide(Choice(ids, weights))
+            # added, as an empty slot must not erase the share of expert 0
+            places, shares = choice.expert_ids.clamp_min(0), choice.weights.to(told.dtype)
+            return hidden, torch.zeros_like(told).scatter_add(-1, places, shares)
+
+        with heard_router(seat, decider):
+            handle = seat.parts.experts.register_forward_pre_hook(on_workers)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+
+class BestOnly:
+    """A rule: of the model's own choice, each token visits the first expert."""
+
+    def route(self, inputs: RouterInputs) -> Choice:
+        """Keep the first slot, with the whole weight."""
+        assert inputs.native is not None
+        best = inputs.native.expert_ids[:, :1]
+        return Choice(best, torch.ones(best.shape))
+
 
 def odd_model() -> PreTrainedModel:
     """Return the demo model with its MoE blocks rebuilt in the odd way; it computes the same."""
@@ -106,6 +142,9 @@ def main(out: str) -> None:
     ADAPTERS.insert(0, SharesAdapter())  # the first that recognises a block counts
     try:
         print("with:", capture.record(model, prompts, out, progress=False))
+        with torch.inference_mode(), swap(model, None, BestOnly()) as swapped:
+            model(input_ids=torch.arange(20)[None], use_cache=False)
+        print("swapped:", swapped.experts_per_token, "experts a token")
     finally:
         del ADAPTERS[0]
 
