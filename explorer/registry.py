@@ -17,11 +17,13 @@ class Registry(Generic[T]):
     ----------
     kind : str
         What an entry is called in messages, such as ``"load metric"``.
+    entries
+        The first ones, by their names.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, **entries: T) -> None:
         self.kind = kind
-        self._entries: dict[str, T] = {}
+        self._entries: dict[str, T] = entries
 
     def add(self, name: str) -> Callable[[T], T]:
         """Return a decorator that stores its argument as ``name``."""

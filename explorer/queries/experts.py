@@ -38,14 +38,30 @@ def expert_tokens(
         The three texts are None without a tokenizer. No rows at level ``stats``.
     """
     where, params = _of_expert(layer, expert_id, site, domain, phase, part)
+    hits = f"""
+        SELECT token_id, prompt_id, position, phase, coalesce(domain, '') AS domain, slot,
+            weight, tokens.text AS text, loss
+        FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
+        WHERE {where}
+    """
     return run.query(
-        f"""
-        WITH hits AS (
-            SELECT token_id, prompt_id, position, phase, coalesce(domain, '') AS domain, slot,
-                weight, tokens.text AS text, loss
-            FROM assignments JOIN tokens USING (token_id) JOIN prompts USING (prompt_id)
-            WHERE {where} ORDER BY weight DESC, token_id LIMIT $limit
-        ), around AS (
+        in_context(hits, "slot, weight, loss", "weight DESC, token_id"),
+        params | {"limit": limit, "context": context},
+    )
+
+
+def in_context(hits: str, columns: str, order: str) -> str:
+    """Write the query of tokens with the text around them.
+
+    Parameters
+    ----------
+    hits : str
+        A SELECT of ``token_id``, ``prompt_id``, ``position``, ``phase``, ``domain``, ``text`` and
+        the ``columns``; the first ``$limit`` in this order are taken, with ``$context`` tokens of
+        text on either side.
+    """
+    return f"""
+        WITH hits AS ({hits} ORDER BY {order} LIMIT $limit), around AS (
             SELECT hits.token_id,
                 string_agg(near.text, '' ORDER BY near.position)
                     FILTER (near.position < hits.position) AS before,
@@ -55,13 +71,11 @@ def expert_tokens(
                 AND near.position BETWEEN hits.position - $context AND hits.position + $context
             GROUP BY hits.token_id
         )
-        SELECT token_id, prompt_id, position, phase, domain, slot, weight,
+        SELECT token_id, prompt_id, position, phase, domain, {columns},
             CASE WHEN text IS NOT NULL THEN coalesce(before, '') END AS before, text,
-            CASE WHEN text IS NOT NULL THEN coalesce(after, '') END AS after, loss
-        FROM hits JOIN around USING (token_id) ORDER BY weight DESC, token_id
-        """,
-        params | {"limit": limit, "context": context},
-    )
+            CASE WHEN text IS NOT NULL THEN coalesce(after, '') END AS after
+        FROM hits JOIN around USING (token_id) ORDER BY {order}
+    """
 
 
 def expert_token_count(

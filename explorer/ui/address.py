@@ -140,10 +140,11 @@ def choose(
     widget: Callable[..., Any],
     name: str,
     label: str,
-    choices: Sequence[str],
+    choices: Sequence[str] | Mapping[str, str],
     *,
-    default: str,
-    show: Callable[[str], str],
+    default: str | None = None,
+    show: Callable[[str], str] | None = None,
+    resets: Sequence[str] = (),
     on_write: Callable[[str], None] | None = None,
     **options: Any,
 ) -> str:
@@ -153,27 +154,41 @@ def choose(
     ----------
     widget : callable
         ``st.selectbox``, ``st.segmented_control``, ``st.radio`` or the like.
+    choices : sequence or mapping of str
+        Of a mapping, the values are what is shown.
+    default : str, optional
+        By default the first choice.
+    show : callable, optional
+        Returns what is shown of a choice; by default the choice itself.
+    resets : sequence of str
+        Names that go back to their defaults when this one changes.
     on_write : callable, optional
         Called with the new value instead of writing it under ``name``.
     """
-    value = pick(name, choices, default=default, what=label.lower())
+    names = list(choices)
+    first = names[0] if default is None else default
+    if show is None:
+        show = choices.__getitem__ if isinstance(choices, Mapping) else str
+    value = pick(name, names, default=first, what=label.lower())
     key = f"address:{name}"
     st.session_state[key] = value
     # a widget finds a choice by what it shows: no two may look alike
-    shown = dict(zip(choices, distinct([show(choice) for choice in choices]), strict=True))
+    shown = dict(zip(names, distinct([show(choice) for choice in names]), strict=True))
 
     def changed() -> None:
         new = st.session_state[key]
         # a segmented control lets go of its choice when it is clicked again
-        new = default if new is None else new
+        new = first if new is None else new
         if on_write is not None:
             on_write(new)
-        else:
-            write(name, "" if new == default else new)
+            return
+        for other in resets:
+            write(other, "")
+        write(name, "" if new == first else new)
 
     widget(
         label,
-        choices,
+        names,
         key=key,
         format_func=lambda choice: shown.get(choice, choice),
         on_change=changed,

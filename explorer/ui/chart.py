@@ -1,4 +1,4 @@
-"""A figure on a page, with its text for screen readers, its numbers as a table, and downloads."""
+"""Figures and tiles on a page; a figure has a text for screen readers, a table and downloads."""
 
 import hashlib
 import html
@@ -122,6 +122,21 @@ def explain_dash(table: pd.DataFrame, place: DeltaGenerator | None = None) -> No
     """Say what a dash means below a table that has one."""
     if table.isna().any(axis=None):
         (place or st).caption(ABSENT_NOTE)
+
+
+def tile(
+    place: DeltaGenerator, title: str, value: str, below: str = "", *, about: str | None = None
+) -> None:
+    """Draw a number in a box, with a line below it that is no change of it."""
+    place.metric(
+        title,
+        value,
+        border=True,
+        delta=below or None,
+        delta_color="off",
+        delta_arrow="off",
+        help=about,
+    )
 
 
 class _Source(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import streamlit as st
 
 from explorer.queries.experts import (
@@ -30,7 +31,7 @@ _render = st.components.v2.component(
 )
 
 
-class Line(NamedTuple):
+class ContextLine(NamedTuple):
     """One token with the text around it.
 
     Attributes
@@ -53,8 +54,26 @@ class Line(NamedTuple):
     figure: str
 
 
+def lines_of(
+    found: pd.DataFrame, weights: "pd.Series[float]", figures: Sequence[str]
+) -> list[ContextLine]:
+    """Return the lines of tokens in their contexts, each with a bar as long as its weight."""
+    longest = float(weights.max() or 1)
+    return [
+        ContextLine(
+            row.before or "",
+            f"position {row.position}" if row.text is None else row.text,
+            row.after or "",
+            f"{visible(row.domain) if row.domain else 'prompt'} {row.prompt_id}",
+            float(weight) / longest,
+            figure,
+        )
+        for row, weight, figure in zip(found.itertuples(), weights, figures, strict=True)
+    ]
+
+
 def concordance(
-    lines: Sequence[Line], *, label: str, key: str, on_pick: Callable[[int], None]
+    lines: Sequence[ContextLine], *, label: str, key: str, on_pick: Callable[[int], None]
 ) -> None:
     """Draw the lines; ``on_pick`` gets the number of a picked line before the rerun."""
 
@@ -165,19 +184,8 @@ def expert_lines(
     total = ask(view, expert_token_count, expert_id=expert, **where)
     if found.empty:
         return
-    lines = [
-        Line(
-            row.before or "",
-            f"position {row.position}" if row.text is None else row.text,
-            row.after or "",
-            f"{visible(row.domain) if row.domain else 'prompt'} {row.prompt_id}",
-            float(row.weight) / float(found["weight"].max() or 1),
-            f"{row.weight:.3f}",
-        )
-        for row in found.itertuples()
-    ]
     concordance(
-        lines,
+        lines_of(found, found["weight"], [f"{weight:.3f}" for weight in found["weight"]]),
         label=f"Tokens that went to {name}, heaviest weight first. Enter opens the prompt.",
         key="concordance",
         on_pick=lambda index: on_pick(

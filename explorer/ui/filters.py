@@ -33,7 +33,6 @@ def select_view() -> View | RunProblem | None:
             "Run",
             names,
             default=state.default_run(names),
-            show=lambda name: name,
             on_write=address.write_run,
             help=help_text("run"),
         )
@@ -70,7 +69,6 @@ def _select_phase(run: Run) -> str | None:
         "phase",
         "Phase",
         ["", *run.phases],
-        default="",
         show=PHASES.__getitem__,
         help=help_text("phase"),
     )
@@ -86,7 +84,6 @@ def _select_domain(run: Run) -> str | None:
         "domain",
         "Domain",
         ["", *domains],
-        default="",
         show=lambda key: domain_name(domains[key]) if key else "All domains",
         help=help_text("domain"),
     )
@@ -141,7 +138,6 @@ def _select_slice(run: Run) -> slices.Slice | None:
         "slice",
         "Slice",
         ["", *(info.name for info in usable)],
-        default="",
         show=lambda name: visible(name) if name else "All tokens",
         help=help_text("slice"),
     )
@@ -209,7 +205,6 @@ def _select_end(name: str, label: str, choices: list[str], default: str) -> str:
         label,
         choices,
         default=default,
-        show=lambda layer: layer,
         on_write=change,
         help="Figures over layers show this range only." if name == "from" else None,
     )
@@ -227,7 +222,6 @@ def _select_site(run: Run, layers: tuple[int, int] | None) -> tuple[int, int]:
         "layer",
         "Layer",
         list(sites),
-        default=next(iter(sites)),
         show=lambda name: f"Layer {name}",
         help="The decoder layer whose router the pages look at.",
     )

@@ -26,200 +26,199 @@ class Term(NamedTuple):
     also: tuple[str, ...] = ()
 
 
-TERMS: Registry[Term] = Registry("term")
-for _name, _term in {
-    "token": Term(
+TERMS: Registry[Term] = Registry(
+    "term",
+    token=Term(
         "Token",
         "A piece of text that a model reads as one: a word, a part of one, or a sign. Everything "
         "here is counted in tokens.",
     ),
-    "expert": Term(
+    expert=Term(
         "Expert",
         "One of several small networks in a layer. A token visits a few of them, so the model "
         "can be large while every token costs little. An expert is named by its layer and its "
         "number there, such as L3.E12; experts of different layers have nothing in common.",
         ("layer", "router"),
     ),
-    "router": Term(
+    router=Term(
         "Router",
         "The small part of a layer that scores every expert for a token and sends the token to "
         "the best few. Also called a gate.",
         ("expert", "top_k"),
     ),
-    "layer": Term(
+    layer=Term(
         "Layer",
         "One of the steps that a model applies to every token, in order. Many or all of them "
         "have experts and a router of their own.",
     ),
-    "top_k": Term(
+    top_k=Term(
         "Top-k",
         "How many experts a token visits in a layer, such as 2 of 16.",
         ("combine_weight",),
     ),
-    "combine_weight": Term(
+    combine_weight=Term(
         "Combine weight",
         "How much each chosen expert's output counts for a token. The router gives it.",
         ("top_k",),
     ),
-    "shared_expert": Term(
+    shared_expert=Term(
         "Shared expert",
         "An expert that every token visits, beside those that the router chooses. It is not "
         "counted in loads.",
     ),
-    "load": Term(
+    load=Term(
         "Load",
         "How many tokens an expert got. The **fair share** is what it would get if all experts of "
         "its layer got the same: 1× is fair, 2× twice as much.",
         ("by_chance",),
     ),
-    "assignment": Term(
+    assignment=Term(
         "Assignment",
         "One token sent to one expert. A layer with top-k 2 makes two assignments per token.",
         ("top_k",),
     ),
-    "by_chance": Term(
+    by_chance=Term(
         "By chance",
         "What would be seen if nothing were going on: uniform random routing of as many tokens, or "
         "labels that were shuffled. Few tokens never look even, so compare with this before "
         "believing a pattern.",
     ),
-    "interval": Term(
+    interval=Term(
         "Interval",
         "Where the true share may well lie (9 of 10 times). Prompts are drawn again and again "
         "where there are enough of them, since tokens of one prompt are alike.",
     ),
-    "gate_entropy": Term(
+    gate_entropy=Term(
         "Gate entropy",
         "How undecided the router was for a token: 0 % = sure of one expert, 100 % = all experts "
         "alike.",
         ("router", "margin"),
     ),
-    "margin": Term(
+    margin=Term(
         "Margin",
         "How far the last expert that was chosen was ahead of the first that was not. Near 0, a "
         "tiny change would have chosen another one.",
     ),
-    "load_entropy": Term(
+    load_entropy=Term(
         "Load entropy",
         "How evenly a layer's experts share the work: 100 % = all the same, 0 % = one does all.",
         ("load",),
     ),
-    "max_violation": Term(
+    max_violation=Term(
         "MaxVio",
         "How far the busiest expert of a layer is above the fair share: 0 = none is, 1 = it has "
         "twice its share. Everyone waits for it when experts run side by side.",
         ("load",),
     ),
-    "dead_expert": Term(
+    dead_expert=Term(
         "Dead expert",
         "An expert that none of these tokens visited. With few tokens that is expected.",
         ("by_chance",),
     ),
-    "capacity": Term(
+    capacity=Term(
         "Capacity factor",
         "A limit of many systems: with 1.25, an expert has room for 1.25 times its fair share of a "
         "batch, and tokens beyond that are dropped.",
         ("load",),
     ),
-    "specialisation": Term(
+    specialisation=Term(
         "Specialisation",
         "The share of a domain's (or of a word's) tokens that choose an expert. Uniform routing "
         "gives top-k / experts; far above it, the expert is specialised.",
         ("interval", "by_chance"),
     ),
-    "divergence": Term(
+    divergence=Term(
         "Divergence",
         "How far the mix of domains that an expert serves is from the mix of all tokens, in nats: "
         "0 = the same mix.",
         ("specialisation",),
     ),
-    "coactivation": Term(
+    coactivation=Term(
         "Co-activation",
         "Two experts of a layer that serve the same token.",
         ("by_chance",),
     ),
-    "transition": Term(
+    transition=Term(
         "Transition",
         "From the expert of a token in one layer to its expert in the next. A pair that is used "
         "more often than by chance is a path.",
         ("by_chance",),
     ),
-    "attention": Term(
+    attention=Term(
         "Attention head",
         "The part of a layer that lets a token look back at earlier tokens. A head's map says "
         "which ones it read from.",
     ),
-    "phase": Term(
+    phase=Term(
         "Phase",
         "**Prompt**: tokens that the model read. **Generated**: tokens that it wrote, one by one.",
     ),
-    "domain": Term(
+    domain=Term(
         "Domain",
         "What a prompt is about, as it was labelled when it was recorded.",
     ),
-    "slice": Term(
+    slice=Term(
         "Slice",
         "A set of tokens that somebody saved under a name, such as a region of a map. All pages "
         "can be limited to it.",
     ),
-    "run": Term(
+    run=Term(
         "Run",
         "One recording of one model on one set of prompts: a file that holds what every router "
         "did.",
     ),
-    "map": Term(
+    map=Term(
         "Map",
         "Points that are alike lie together. Distances between far regions, and their sizes, mean "
         "nothing; the numbers beside a map say how far it can be trusted.",
     ),
-    "lift": Term(
+    lift=Term(
         "Lift",
         "How many times as often as elsewhere: 1 = as often, 2 = twice as often.",
         ("by_chance",),
     ),
-    "expert_parallel": Term(
+    expert_parallel=Term(
         "Expert parallel",
         "A layer's experts spread over several GPUs. All wait for the GPU with the most tokens, so "
         "busy experts get replicas, and the copies are placed so that GPUs are equally busy.",
         ("load", "max_violation"),
     ),
-    "coverage": Term(
+    coverage=Term(
         "Coverage",
         "How many different experts a batch needs. Every one of them must be read from memory, "
         "however few tokens it gets.",
     ),
-    "comparison": Term(
+    comparison=Term(
         "Comparison",
         "Two runs, or two routers on the same tokens, side by side. Expert numbers of different "
         "models have nothing to do with each other, so those are compared by how tokens share "
         "experts, never by number.",
         ("router",),
     ),
-    "agreement": Term(
+    agreement=Term(
         "Agreement",
         "How many experts of a token are the same under two routers, or in two runs: 1 = the same "
         "set, 0 = none in common. **Jaccard** is the share of all experts that either of them "
         "chose. Agreement says little about the loss.",
         ("by_chance", "loss"),
     ),
-    "saturation": Term(
+    saturation=Term(
         "Saturation",
         "How many of the experts that the last checkpoint of a training chooses for a token an "
         "earlier one chose already: 1 = the routing is settled.",
         ("agreement",),
     ),
-    "condition": Term(
+    condition=Term(
         "Condition",
         "A change of the model's weights, such as fewer bits or fewer experts. A **flip** is a "
         "token whose set of experts it changes, mostly one with a small margin.",
         ("margin", "loss"),
     ),
-    "loss": Term(
+    loss=Term(
         "Loss",
         "How surprised the model was by the next token, in nats: 0 = it knew.",
     ),
-}.items():
-    TERMS.add(_name)(_term)
+)
 
 # figure (its key on a page, or the beginning of it) -> term; the longest beginning counts
 FIGURES = {

@@ -45,30 +45,29 @@ class Measure(NamedTuple):
     high: float | None
 
 
-MEASURES: Registry[Measure] = Registry("measure of a head")
-for _name, _measure in {
-    "entropy": Measure(
+MEASURES: Registry[Measure] = Registry(
+    "measure of a head",
+    entropy=Measure(
         "attention entropy (nats)",
         "How widely a head spreads its attention: 0 = all on one token.",
         None,
     ),
-    "sink_mass": Measure(
+    sink_mass=Measure(
         "attention on the first token (share)",
         "Heads that have nothing to look for often rest on the prompt's first token, the sink.",
         1.0,
     ),
-    "mean_distance": Measure(
+    mean_distance=Measure(
         "mean distance (tokens)",
         "How far back a head looks, on average over its attention.",
         None,
     ),
-    "window_mass": Measure(
+    window_mass=Measure(
         f"attention on the last {RECENT} tokens (share)",
         f"How much of its attention stays near: on the token itself and the {RECENT - 1} before.",
         1.0,
     ),
-}.items():
-    MEASURES.add(_name)(_measure)
+)
 
 
 def head_name(layer: int, head: int) -> str:

@@ -120,9 +120,7 @@ def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
         st.segmented_control,
         "measure",
         "Of every head",
-        list(_MEASURES),
-        default="entropy",
-        show=_MEASURES.__getitem__,
+        _MEASURES,
         help="  \n".join(f"**{_MEASURES[m]}**: {MEASURES[m].meaning}" for m in _MEASURES),
     )
     stats = view.of_layers(ask(view, head_stats, **view.prompt_filters))

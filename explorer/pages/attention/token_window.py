@@ -111,8 +111,6 @@ def window_controls(n_tokens: int, bin_width: int) -> str:
                 "window",
                 "Tokens shown",
                 SIZES,
-                default=SIZES[0],
-                show=lambda size: size,
                 help="The page of the prompt that holds the chosen token.",
             )
         if bin_width == 1:
@@ -122,9 +120,8 @@ def window_controls(n_tokens: int, bin_width: int) -> str:
             st.segmented_control,
             "show",
             "Show",
-            list(_SHOWN),
+            _SHOWN,
             default="keys" if coarse else "map",
-            show=_SHOWN.__getitem__,
             help=f"**The map**: all attention, as means over blocks of {bin_width} × {bin_width} "
             "tokens.  \n**Heaviest keys**: for each token the few keys that it attends to most, "
             "exactly.",

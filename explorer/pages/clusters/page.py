@@ -107,44 +107,28 @@ def render() -> None:
 
 def _controls(view: View) -> Asked | None:
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        unit = _choose("map", "Map of", _UNITS, "tokens", "hue")
+        unit = address.choose(st.segmented_control, "map", "Map of", _UNITS, resets=("hue",))
         feature = "hidden"
         if unit == "tokens":
             counts = ask(view, vector_counts, layer=view.layer, site=view.site)
             there = {name: text for name, text in _FEATURES.items() if counts[name]}
             if there:
-                feature = _choose("vectors", "By", there, next(iter(there)))
-        layout = _choose("layout", "Layout", _LAYOUTS, "umap")
+                feature = address.choose(st.segmented_control, "vectors", "By", there)
+        layout = address.choose(st.segmented_control, "layout", "Layout", _LAYOUTS)
         hues = dict(HUES[unit])
-        hue = address.choose(
-            st.selectbox,
-            "hue",
-            "Colour",
-            list(hues),
-            default=next(iter(hues)),
-            show=hues.__getitem__,
-            width=150,
-        )
+        hue = address.choose(st.selectbox, "hue", "Colour", hues, width=150)
         method = address.choose(
             st.selectbox,
             "method",
             "Clusters",
-            list(METHODS),
-            default="kmeans",
-            show=METHODS.__getitem__,
+            METHODS,
             width=150,
             help="Found among the vectors themselves, not on their picture.",
         )
         groups = "12"
         if method != "hdbscan":
             groups = address.choose(
-                st.selectbox,
-                "groups",
-                "How many",
-                _GROUPS,
-                default="12",
-                show=lambda n: n,
-                width=90,
+                st.selectbox, "groups", "How many", _GROUPS, default="12", width=90
             )
     if unit == "tokens" and not there:
         _not_recorded(view)
@@ -165,31 +149,11 @@ def _router() -> str:
         st.selectbox,
         "other",
         "Router",
-        list(titles),
+        titles,
         default="kmeans",
-        show=titles.__getitem__,
         width=240,
         help="Fitted on half of the prompts where it has to be, then asked about every mapped "
         "token: which expert would it weigh most?",
-    )
-
-
-def _choose(name: str, text: str, choices: dict[str, str], default: str, *limits: str) -> str:
-    """Draw one choice; those that it ``limits`` go back to their defaults when it changes."""
-
-    def write(value: str) -> None:
-        for other in limits:
-            address.write(other, "")
-        address.write(name, "" if value == default else value)
-
-    return address.choose(
-        st.segmented_control,
-        name,
-        text,
-        list(choices),
-        default=default,
-        show=choices.__getitem__,
-        on_write=write,
     )
 
 
@@ -325,7 +289,6 @@ def _density(table: PointTable, hue: Hue, title: str, common: dict[str, Any]) ->
         "value",
         f"Show where {hue.title.lower()} is",
         ["", *names],
-        default="",
         show=lambda name: html.unescape(names[name]) if name else "any: how many points",
         width=320,
     )

@@ -46,36 +46,35 @@ class CostAxis(NamedTuple):
     meaning: str
 
 
-AXES: Registry[CostAxis] = Registry("cost")
-for _name, _axis in {
-    "flops_ratio": CostAxis(
+AXES: Registry[CostAxis] = Registry(
+    "cost",
+    flops_ratio=CostAxis(
         "FLOPs a token (share of the model's own)",
         1.0,
         "Multiplications and additions that ran, in the whole model, the router's own included.",
     ),
-    "expert_flops_ratio": CostAxis(
+    expert_flops_ratio=CostAxis(
         "expert FLOPs a token (share of the model's own)",
         1.0,
         "Multiplications and additions of the experts only.",
     ),
-    "latency_ratio": CostAxis(
+    latency_ratio=CostAxis(
         "measured time of a forward pass (share of the model's own)",
         1.0,
         "Wall time on this machine, in turns with the unchanged model; small models are bound by "
         "other things than experts.",
     ),
-    "max_violation": CostAxis(
+    max_violation=CostAxis(
         "MaxVio (busiest expert's excess, fair shares; mean of layers)",
         float("nan"),
         "How far the busiest expert is above a fair share; 0 = even.",
     ),
-    "agreement": CostAxis(
+    agreement=CostAxis(
         "agreement (share of the model's own experts that were chosen)",
         1.0,
         "Agreement is a poor predictor of loss: see how the points lie.",
     ),
-}.items():
-    AXES.add(_name)(_axis)
+)
 
 
 def family_name(family: str) -> str:

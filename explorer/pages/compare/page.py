@@ -97,8 +97,6 @@ def render() -> None:
             "comparison",
             "Comparison",
             list(files),
-            default=next(iter(files)),
-            show=lambda name: name,
             help="One file for each model and settings; newest first.",
         )
     # written even if it is the default, which changes when another comparison is made
@@ -194,7 +192,6 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
             "controls",
             "Random controls",
             ["shown", "hidden"],
-            default="shown",
             show=str.capitalize,
         )
     shown = live[live["family"].isin(chosen or families)]
@@ -210,12 +207,7 @@ def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
         st.info("Nothing to draw. Choose more families.")
         return
     axis = address.choose(
-        st.segmented_control,
-        "axis",
-        "Loss against",
-        measured,
-        default=measured[0],
-        show=_AXIS_LABELS.__getitem__,
+        st.segmented_control, "axis", "Loss against", measured, show=_AXIS_LABELS.__getitem__
     )
     st.caption(AXES[axis].meaning)
 
@@ -313,9 +305,7 @@ def _learning(comparison: Comparison) -> None:
         default="reward",
         show=lambda name: name.replace("_", " ").capitalize(),
     )
-    chosen = address.choose(
-        st.selectbox, "learner", "Router", rules, default=rules[0], show=lambda name: name
-    )
+    chosen = address.choose(st.selectbox, "learner", "Router", rules)
     rows = rows[rule == chosen]
     chart(
         curves(rows, quantity, dark=is_dark()),

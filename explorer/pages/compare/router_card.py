@@ -28,7 +28,6 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
         "Router",
         names,
         default=next((n for n in names if _own(n, cards)), names[0]),
-        show=lambda name: name,
     )
     card = cards.loc[name]
     rows = live[live["router"] == name]

@@ -89,7 +89,7 @@ def _controls(
 
     others = [name for name in names if name != NATIVE]
     with a:
-        first = address.choose(st.selectbox, "a", "Router A", names, default=names[0], show=called)
+        first = address.choose(st.selectbox, "a", "Router A", names, show=called)
     with b:
         wanted = address.read("router")
         default = wanted if wanted in others else others[0]
@@ -99,14 +99,7 @@ def _controls(
         str(number): f"{heads.loc[number, 'domain'] or 'text'} {number}" for number in heads.index
     }
     with c:
-        text_id = address.choose(
-            st.selectbox,
-            "text",
-            "Text",
-            list(starts),
-            default=next(iter(starts)),
-            show=lambda key: starts.get(key, key),
-        )
+        text_id = address.choose(st.selectbox, "text", "Text", starts)
     layers = [str(layer) for layer in sorted(choices["layer"].dropna().unique())]
     with d:
         layer = address.choose(
@@ -114,7 +107,6 @@ def _controls(
             "swapped",
             "Layers",
             [_ALL, *layers],
-            default=_ALL,
             show=lambda key: "All" if key == _ALL else f"Layer {key}",
         )
     return first, second, int(text_id), layer

@@ -77,14 +77,7 @@ def _other(view: View) -> View | None:
         return None
     if address.read("against") == view.name:
         address.write("against", "")  # B became A at the side
-    name = address.choose(
-        st.selectbox,
-        "against",
-        "B",
-        names,
-        default=state.default_run(names),
-        show=lambda name: name,
-    )
+    name = address.choose(st.selectbox, "against", "B", names, default=state.default_run(names))
     # written even if it is the default, which changes with the runs of the folder
     address.write("against", name)
     try:
@@ -139,9 +132,8 @@ def _same_experts(same_shape: bool, same_model: bool) -> bool:
         st.segmented_control,
         "ids",
         "Expert ids",
-        ["same", "unrelated"],
+        {"same": "Mean the same in A and B", "unrelated": "Unrelated"},
         default="same" if same_model else "unrelated",
-        show={"same": "Mean the same in A and B", "unrelated": "Unrelated"}.__getitem__,
         help="The same in runs of one model and of checkpoints of one training; unrelated in "
         "models that were trained apart, even if they are of one shape.",
     )
@@ -154,9 +146,8 @@ def _same_model(view: View, other: View) -> None:
         st.segmented_control,
         "by",
         "Compare",
-        ["experts", "tokens"],
+        {"experts": "Expert by expert", "tokens": "Token by token"},
         default="tokens" if address.read("spot") or address.read("shared") else "experts",
-        show={"experts": "Expert by expert", "tokens": "Token by token"}.__getitem__,
     )
     if by == "tokens":
         _same_tokens(view, other)
@@ -217,9 +208,7 @@ def _same_tokens(view: View, other: View) -> None:
         st.segmented_control,
         "read",
         "What of a token is compared",
-        ["experts", "weights"],
-        default="experts",
-        show={"experts": "Experts", "weights": "Experts and weights"}.__getitem__,
+        {"experts": "Experts", "weights": "Experts and weights"},
         help="Combine weights are half of what a run holds: with them it takes longer.",
     )
     reading = {"weights": read == "weights", **view.prompt_filters}
@@ -246,7 +235,6 @@ def _same_tokens(view: View, other: View) -> None:
         "shared",
         "Prompt in both runs",
         list(rows),
-        default=next(iter(rows)),
         show=lambda key: f"{rows[key]['domain'] or ''} · {one_line(rows[key]['text'], 90)}",
     )
     if view.part is not None and view.part.slice is not None:
@@ -481,7 +469,6 @@ def stretches_section(view: View, found: TwoModels) -> None:
         "quantity",
         "Quantity",
         list(_QUANTITIES),
-        default="entropy",
         show=lambda name: name.capitalize(),
     )
     if quantity == "margin":

@@ -22,7 +22,7 @@ from explorer.pages.flow.data import coactivation
 from explorer.queries.load import expert_load
 from explorer.text import ABSENT, plain, visible
 from explorer.ui import address
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, tile
 from explorer.ui.concordance import expert_lines
 from explorer.ui.glossary import help_text
 from explorer.ui.problems import part
@@ -47,13 +47,7 @@ def render() -> None:
         "alone would give."
     )
     about = address.choose(
-        st.segmented_control,
-        "about",
-        "Show",
-        list(_ABOUT),
-        default="expert",
-        show=_ABOUT.__getitem__,
-        label_visibility="collapsed",
+        st.segmented_control, "about", "Show", _ABOUT, label_visibility="collapsed"
     )
     if about == "all":
         all_experts_section(view)
@@ -106,9 +100,8 @@ def _choose_expert(view: View, load: pd.DataFrame) -> int:
         st.selectbox,
         "id",
         f"Expert of layer {view.site_name}",
-        list(names),
+        names,
         default=busiest,
-        show=lambda key: names.get(key, key),
         help="Choose the layer at the side. Type a number to search.",
     )
     return int(chosen)
@@ -121,43 +114,35 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     share = hits / n_tokens if n_tokens else float("nan")
     low, high = wilson(min(hits, n_tokens), n_tokens)
     tiles = st.columns(4)
-    tiles[0].metric(
+    tile(
+        tiles[0],
         "Tokens that chose it",
         f"{hits:,}",
-        border=True,
-        delta=f"of {n_tokens:,}",
-        delta_color="off",
-        delta_arrow="off",
-        help="Tokens of the filters at the side; padding is never recorded.",
+        f"of {n_tokens:,}",
+        about="Tokens of the filters at the side; padding is never recorded.",
     )
-    tiles[1].metric(
+    tile(
+        tiles[1],
         "Share of the tokens",
         number(share, ".2%"),
-        border=True,
-        delta=f"{number(float(low), '.2%')} to {number(float(high), '.2%')}; "
+        f"{number(float(low), '.2%')} to {number(float(high), '.2%')}; "
         f"uniform {top_k / len(load):.2%}",
-        delta_color="off",
-        delta_arrow="off",
-        help="With the 90 % interval of Wilson, for tokens taken as independent. A router that "
+        about="With the 90 % interval of Wilson, for tokens taken as independent. A router that "
         "chose at random would give every expert top-k / experts of the tokens.",
     )
-    tiles[2].metric(
+    tile(
+        tiles[2],
         "Load",
         ABSENT if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}× fair share",
-        border=True,
-        delta=f"rank {int((load['assignments'] > hits).sum()) + 1} of {len(load)}",
-        delta_color="off",
-        delta_arrow="off",
-        help=help_text("load") + "  \nRank 1 = busiest.",
+        f"rank {int((load['assignments'] > hits).sum()) + 1} of {len(load)}",
+        about=help_text("load") + "  \nRank 1 = busiest.",
     )
-    tiles[3].metric(
+    tile(
+        tiles[3],
         "Mean combine weight",
         f"{row['weight_sum'] / hits:.3f}" if hits else ABSENT,
-        border=True,
-        delta=f"of {top_k} chosen" if top_k > 1 else "the only one chosen",
-        delta_color="off",
-        delta_arrow="off",
-        help=help_text("combine_weight") + "  \nHere the mean over its tokens.",
+        f"of {top_k} chosen" if top_k > 1 else "the only one chosen",
+        about=help_text("combine_weight") + "  \nHere the mean over its tokens.",
     )
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from capture.store import SiteInfo
 from explorer.errors import RunError
+from explorer.queries.experts import in_context
 from explorer.queries.where import Params, Part, conditions
 from explorer.run import Run
 
@@ -220,26 +221,9 @@ def tokens_of_both(
         ``after``. The three texts are None without a tokenizer. No rows at level ``stats``.
     """
     both, params = _both(first, second, (domain, phase, part))
+    order = "first_weight * second_weight DESC, token_id"
     return run.query(
-        f"""
-        WITH hits AS (
-            {both} ORDER BY first_weight * second_weight DESC, token_id LIMIT $limit
-        ), around AS (
-            SELECT hits.token_id,
-                string_agg(near.text, '' ORDER BY near.position)
-                    FILTER (near.position < hits.position) AS before,
-                string_agg(near.text, '' ORDER BY near.position)
-                    FILTER (near.position > hits.position) AS after
-            FROM hits JOIN tokens AS near ON near.prompt_id = hits.prompt_id
-                AND near.position BETWEEN hits.position - $context AND hits.position + $context
-            GROUP BY hits.token_id
-        )
-        SELECT token_id, prompt_id, position, phase, domain, first_weight, second_weight,
-            CASE WHEN text IS NOT NULL THEN coalesce(before, '') END AS before, text,
-            CASE WHEN text IS NOT NULL THEN coalesce(after, '') END AS after
-        FROM hits JOIN around USING (token_id)
-        ORDER BY first_weight * second_weight DESC, token_id
-        """,
+        in_context(both, "first_weight, second_weight", order),
         params | {"limit": limit, "context": context},
     )
 

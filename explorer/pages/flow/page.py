@@ -21,10 +21,10 @@ from explorer.pages.flow.data import (
     transitions,
 )
 from explorer.pages.flow.figures import Pairs, pair_heatmap, sankey
-from explorer.text import plain, visible
+from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.concordance import Line, concordance
+from explorer.ui.concordance import concordance, lines_of
 from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
@@ -97,7 +97,6 @@ def _sankey(view: View, hops: list[Hop]) -> None:
             f"Steps from layer {hops[start].first_name} on",
             [str(n) for n in range(1, most + 1)],
             default=str(min(3, most)),
-            show=lambda n: n,
             help="How many layers to follow; the first one is the layer at the side.",
         )
         flows = address.choose(
@@ -106,7 +105,6 @@ def _sankey(view: View, hops: list[Hop]) -> None:
             "Flows per step",
             _FLOWS,
             default="12",
-            show=lambda n: n,
             help="The largest flows are drawn one by one.",
         )
     shown = hops[start : start + int(steps)]
@@ -354,16 +352,9 @@ def _lines(view: View, pair: Pair) -> None:
         return
     total = ask(view, both_count, **both)
     weights = found["first_weight"] * found["second_weight"]
-    lines = [
-        Line(
-            row.before or "",
-            f"position {row.position}" if row.text is None else row.text,
-            row.after or "",
-            f"{visible(row.domain) if row.domain else 'prompt'} {row.prompt_id}",
-            float(weight) / float(weights.max() or 1),
-            f"{row.first_weight:.2f}, {row.second_weight:.2f}",
-        )
-        for row, weight in zip(found.itertuples(), weights, strict=True)
+    figures = [
+        f"{first:.2f}, {second:.2f}"
+        for first, second in zip(found["first_weight"], found["second_weight"], strict=True)
     ]
 
     def go_to(index: int) -> None:
@@ -372,7 +363,7 @@ def _lines(view: View, pair: Pair) -> None:
         )
 
     concordance(
-        lines,
+        lines_of(found, weights, figures),
         label=f"Tokens of {pair.name}, heaviest weights first. Enter opens the prompt.",
         key=f"concordance {pair.first} {pair.second}",
         on_pick=go_to,

@@ -59,13 +59,7 @@ def render() -> None:
     view = current_view()
     _asked()
     step = address.choose(
-        st.segmented_control,
-        "step",
-        "The tour",
-        list(_STEPS),
-        default="router",
-        show=_STEPS.__getitem__,
-        label_visibility="collapsed",
+        st.segmented_control, "step", "The tour", _STEPS, label_visibility="collapsed"
     )
     steps: dict[str, Callable[[View], None]] = {
         "router": _router,

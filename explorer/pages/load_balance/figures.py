@@ -321,30 +321,29 @@ class MetricText(NamedTuple):
     meaning: str
 
 
-METRIC_TEXTS: Registry[MetricText] = Registry("load metric")
-for _name, _text in {
-    "max_violation": MetricText(
+METRIC_TEXTS: Registry[MetricText] = Registry(
+    "load metric",
+    max_violation=MetricText(
         "MaxVio (busiest expert's excess, fair shares)",
         "How far the busiest expert is above a fair share; 0 = even, 1 = twice its share.",
     ),
-    "coefficient_of_variation": MetricText(
+    coefficient_of_variation=MetricText(
         "coefficient of variation (standard deviation / mean load)",
         "Spread of the experts' loads around their mean; 0 = even.",
     ),
-    "gini": MetricText(
+    gini=MetricText(
         "Gini coefficient (0 = even, 1 = one expert does all)",
         "Twice the area between the Lorenz curve and the diagonal.",
     ),
-    "normalized_entropy": MetricText(
+    normalized_entropy=MetricText(
         "load entropy (share of ln E; 1 = even)",
         "Entropy of the experts' shares, over its largest value.",
     ),
-    "dead_experts": MetricText(
+    dead_experts=MetricText(
         "dead experts (count)",
         "Experts that no token chose; with few tokens some are expected.",
     ),
-}.items():
-    METRIC_TEXTS.add(_name)(_text)
+)
 
 
 def balance_over_layers(

@@ -27,7 +27,7 @@ from explorer.queries.load import (
 )
 from explorer.ui import address, problems
 from explorer.ui.address import domain_key
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, tile
 from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
@@ -59,9 +59,8 @@ def render() -> None:
         st.segmented_control,
         "topic",
         "Topic",
-        ["layers", "serving"],
+        {"layers": "Layers and capacity", "serving": "Serving: GPUs and batches"},
         default="serving" if serves else "layers",
-        show={"layers": "Layers and capacity", "serving": "Serving: GPUs and batches"}.__getitem__,
     )
     if topic == "serving" and not load["assignments"].sum():
         st.info("These tokens have no assignment in any layer. Change the filters at the side.")
@@ -98,16 +97,14 @@ def _tiles(view: View, balance: pd.DataFrame) -> None:
         value, floor = row[name], row[f"{name}_floor"]
         whole = name == "dead_experts"
         shown = number(value, ".0f" if whole else ".3f")
-        column.metric(
+        tile(
+            column,
             label,
             shown + (f" of {int(row['n_experts'])}" if whole else ""),
-            border=True,
-            delta=f"by chance {number(floor, '.1f' if whole else '.3f')}"
+            f"by chance {number(floor, '.1f' if whole else '.3f')}"
             if math.isfinite(value)
             else undefined_load(int(row["n_experts"])),
-            delta_color="off",
-            delta_arrow="off",
-            help=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
+            about=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
         )
     worst = Floor(*(float(row[f"max_violation_floor{part}"]) for part in ("", "_low", "_high")))
     if math.isfinite(worst.mean):
@@ -179,14 +176,7 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
 
 @part("All layers")
 def _over_layers(view: View, balance: pd.DataFrame) -> None:
-    metric = address.choose(
-        st.segmented_control,
-        "metric",
-        "Measure",
-        list(_TILES),
-        default="max_violation",
-        show=_TILES.__getitem__,
-    )
+    metric = address.choose(st.segmented_control, "metric", "Measure", _TILES)
     columns = [metric, f"{metric}_floor", f"{metric}_floor_low", f"{metric}_floor_high"]
     if balance[metric].isna().all():
         st.info(f"{_TILES[metric]}: {undefined_load(int(balance['n_experts'].max()))}.")

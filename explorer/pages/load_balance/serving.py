@@ -118,25 +118,13 @@ def _controls(experts: int) -> tuple[int, int, int, int]:
     powers = [n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n <= experts] or [1]
 
     def pick(
-        place: int, name: str, title: str, choices: list[int], default: int, *limits: str
+        place: int, name: str, title: str, choices: list[int], default: int, *resets: str
     ) -> int:
-        """Draw one choice; those that it ``limits`` go back to their defaults when it changes."""
-
-        def write(value: str) -> None:
-            for other in limits:
-                address.write(other, "")
-            address.write(name, "" if value == str(default) else value)
-
         with columns[place]:
+            shown = [str(n) for n in choices]
             return int(
                 address.choose(
-                    st.selectbox,
-                    name,
-                    title,
-                    [str(n) for n in choices],
-                    default=str(default),
-                    show=lambda n: n,
-                    on_write=write,
+                    st.selectbox, name, title, shown, default=str(default), resets=resets
                 )
             )
 

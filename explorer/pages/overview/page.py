@@ -2,7 +2,6 @@
 
 import pandas as pd
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
 
 from capture.paths import model_name
 from explorer.pages.load_balance.figures import load_heatmap
@@ -11,7 +10,7 @@ from explorer.queries.overview import domain_counts, gate_means
 from explorer.queries.prompts import prompt_count
 from explorer.text import ABSENT, visible
 from explorer.ui import address
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, tile
 from explorer.ui.glossary import help_text
 from explorer.ui.problems import part
 from explorer.ui.shell import current_view
@@ -64,71 +63,53 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
     balance = balance_of(view, load)
     gates = view.of_layers(ask(view, gate_means, statistics=("entropy",), **view.filters))
     tiles = st.columns(5)
-    tiles[0].metric(
+    tile(
+        tiles[0],
         "Tokens",
         f"{scope.n_tokens:,}",
-        border=True,
-        delta=f"of {ask(view, prompt_count, **view.prompt_filters):,} prompts",
-        delta_color="off",
-        delta_arrow="off",
-        help="Real tokens behind the figures; padding is never recorded.",
+        f"of {ask(view, prompt_count, **view.prompt_filters):,} prompts",
+        about="Real tokens behind the figures; padding is never recorded.",
     )
     worst = balance.dropna(subset=["max_violation"])
     why = undefined_load(int(balance["n_experts"].max()) if len(worst) else 0)
     if len(worst):
         row = worst.loc[worst["max_violation"].idxmax()]
-        _tile(
+        tile(
             tiles[1],
             "Busiest expert",
             f"{1 + row['max_violation']:.2f}× fair share",
             f"layer {int(row['layer'])}; by chance "
             f"{number(1 + row['max_violation_floor'], '.2f')}×",
-            help_text("load", "by_chance"),
+            about=help_text("load", "by_chance"),
         )
     else:
-        _tile(tiles[1], "Busiest expert", ABSENT, why, help_text("load", "by_chance"))
+        tile(tiles[1], "Busiest expert", ABSENT, why, about=help_text("load", "by_chance"))
     even, chance = (worst[f"normalized_entropy{part}"].mean() for part in ("", "_floor"))
-    _tile(
+    tile(
         tiles[2],
         "Load entropy",
         number(even, ".1%"),
         why if pd.isna(even) else f"by chance {number(chance, '.1%')}",
-        help_text("load_entropy")
+        about=help_text("load_entropy")
         + "  \nHere the mean over layers of the entropy of the shares, over its largest value.",
     )
     routed = balance.dropna(subset=["dead_experts"])
-    tiles[3].metric(
+    tile(
+        tiles[3],
         "Dead experts",
         f"{int(routed['dead_experts'].sum())} of {int(routed['n_experts'].sum())}",
-        border=True,
-        delta=f"by chance {routed['dead_experts_floor'].sum():.1f}",
-        delta_color="off",
-        delta_arrow="off",
-        help=help_text("dead_expert") + "  \nHere of all layers together.",
+        f"by chance {routed['dead_experts_floor'].sum():.1f}",
+        about=help_text("dead_expert") + "  \nHere of all layers together.",
     )
     entropy = gates["normalized_entropy"].mean()
     alone = int(balance["n_experts"].max()) == 1
-    tiles[4].metric(
+    tile(
+        tiles[4],
         "Gate entropy",
         ABSENT if alone else "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
-        border=True,
-        delta=undefined_load(1) if alone else "0 % = sure",
-        delta_color="off",
-        delta_arrow="off",
-        help=help_text("gate_entropy")
+        undefined_load(1) if alone else "0 % = sure",
+        about=help_text("gate_entropy")
         + "  \nHere the mean over tokens and layers, over its largest value, ln(experts).",
-    )
-
-
-def _tile(place: DeltaGenerator, title: str, value: str, below: str, about: str) -> None:
-    place.metric(
-        title,
-        value,
-        border=True,
-        delta=below,
-        delta_color="off",
-        delta_arrow="off",
-        help=about,
     )
 
 
@@ -138,9 +119,7 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
         st.segmented_control,
         "order",
         "Order of the experts",
-        list(_ORDERS),
-        default="expert",
-        show=_ORDERS.__getitem__,
+        _ORDERS,
         help="By id, or each layer's experts from the busiest to the idlest.",
     )
     figure = load_heatmap(load, scope=view.scope(over_layers=True), order=order, dark=is_dark())

@@ -41,9 +41,9 @@ class Quantity(NamedTuple):
     uniform: str = ""
 
 
-QUANTITIES: Registry[Quantity] = Registry("quantity")
-for _name, _quantity in {
-    "entropy": Quantity(
+QUANTITIES: Registry[Quantity] = Registry(
+    "quantity",
+    entropy=Quantity(
         "gate entropy (share of ln E)",
         "How undecided the router was: 0 = sure of one expert, 1 = all experts alike.",
         0.0,
@@ -52,7 +52,7 @@ for _name, _quantity in {
         "entropy / nullif(ln(n_experts), 0)",
         "1 = uniform over the experts",
     ),
-    "entropy_nats": Quantity(
+    entropy_nats=Quantity(
         "gate entropy (nats)",
         "Entropy of the router's probabilities over all experts.",
         0.0,
@@ -61,7 +61,7 @@ for _name, _quantity in {
         "entropy",
         "uniform over E experts = ln E",
     ),
-    "margin": Quantity(
+    margin=Quantity(
         "margin (selection score)",
         "How far the last chosen expert was ahead of the first one not chosen; near 0, a tiny "
         "change would have picked another expert.",
@@ -71,7 +71,7 @@ for _name, _quantity in {
         "margin",
         "0 = a tie, as uniform scores give",
     ),
-    "topk_mass": Quantity(
+    topk_mass=Quantity(
         "probability of the chosen experts (0..1)",
         "How much of the router's probability went to the experts that were used.",
         0.0,
@@ -80,7 +80,7 @@ for _name, _quantity in {
         "topk_mass",
         "uniform over E experts = top-k / E",
     ),
-    "logsumexp": Quantity(
+    logsumexp=Quantity(
         "logsumexp of the router logits (nats)",
         "Overall size of the router's logits; training usually keeps it small.",
         None,
@@ -88,7 +88,7 @@ for _name, _quantity in {
         "gates",
         "logsumexp",
     ),
-    "top1_weight": Quantity(
+    top1_weight=Quantity(
         "top-1 weight (combine weight, as applied)",
         "Weight of the expert that counts most for this token.",
         0.0,
@@ -97,7 +97,7 @@ for _name, _quantity in {
         "max(weight)",
         "equal weights = their sum / top-k",
     ),
-    "pinned_weight": Quantity(
+    pinned_weight=Quantity(
         "combine weight of the pinned experts (as applied)",
         "Weight that the pinned experts have together; 0 = none of them was chosen.",
         0.0,
@@ -105,8 +105,7 @@ for _name, _quantity in {
         "assignments",
         "coalesce(sum(weight) FILTER (pinned), 0)",
     ),
-}.items():
-    QUANTITIES.add(_name)(_quantity)
+)
 
 
 def tokens(run: Run, prompt_id: int) -> pd.DataFrame:

@@ -178,9 +178,7 @@ def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFr
             st.segmented_control,
             "color",
             "Colour by",
-            list(_COLORS),
-            default="entropy",
-            show=_COLORS.__getitem__,
+            _COLORS,
             help="  \n".join(f"**{_COLORS[q]}**: {QUANTITIES[q].meaning}" for q in _COLORS),
         )
     pins: list[Pin] = []
@@ -198,7 +196,6 @@ def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFr
             "scope",
             "At",
             list(_SCOPES),
-            default="layer",
             show=lambda s: f"Layer {view.site_name}" if s == "layer" else _SCOPES[s],
         )
     st.session_state["strip scope"] = scope

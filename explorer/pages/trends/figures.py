@@ -18,27 +18,26 @@ class Trend(NamedTuple):
     meaning: str
 
 
-TRENDS: Registry[Trend] = Registry("trend")
-for _name, _trend in {
-    "saturation": Trend(
+TRENDS: Registry[Trend] = Registry(
+    "trend",
+    saturation=Trend(
         "router saturation (share of the last checkpoint's experts)",
         "Of the experts that the last checkpoint chooses for a token, how many this one chose; "
         "1 = the routing is settled.",
     ),
-    "max_violation": Trend(
+    max_violation=Trend(
         "MaxVio (busiest expert's excess, fair shares)",
         "How far the busiest expert is above a fair share; 0 = even.",
     ),
-    "normalized_entropy": Trend(
+    normalized_entropy=Trend(
         "load entropy (share of ln E)", "How evenly the load is spread; 1 = even."
     ),
-    "domain_information": Trend(
+    domain_information=Trend(
         "information between domain and expert (nats)",
         "How much the expert of a token says about its domain; a random router has some too, "
         "since domains use other words.",
     ),
-}.items():
-    TRENDS.add(_name)(_trend)
+)
 
 
 def tokens_of(table: pd.DataFrame, quantity: str) -> dict[str, int]:

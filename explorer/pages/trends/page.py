@@ -34,14 +34,7 @@ def render() -> None:
         "settled, whether the load stayed even, and when experts took up domains. A number after "
         "`step` in a run's name is its training step."
     )
-    source = address.choose(
-        st.segmented_control,
-        "source",
-        "Checkpoints",
-        list(_SOURCES),
-        default=_DEMO,
-        show=_SOURCES.__getitem__,
-    )
+    source = address.choose(st.segmented_control, "source", "Checkpoints", _SOURCES)
     if source == _DEMO:
         address.write("runs", "")  # of the folder, which is not shown
     named = _demo_runs() if source == _DEMO else _folder_runs()
@@ -77,12 +70,7 @@ def _named(rows: pd.DataFrame) -> str:
 @part("Figure")
 def _figure(view: View, table: pd.DataFrame, names: list[str]) -> None:
     quantity = address.choose(
-        st.segmented_control,
-        "trend",
-        "Quantity",
-        list(TRENDS),
-        default="saturation",
-        show=_short,
+        st.segmented_control, "trend", "Quantity", list(TRENDS), default="saturation", show=_short
     )
     st.caption(TRENDS[quantity].meaning)
     if quantity == "saturation":
