@@ -24,12 +24,12 @@ if __name__ != "__main__":
 
     app = st.App(__file__, middleware=guard.MIDDLEWARE, lifespan=guard.lifespan)
 else:
-    from explorer import service
+    from explorer import writing
     from explorer.ui import access, address, problems, saved, shell
 
     st.set_page_config(page_title="RouteScope", page_icon=str(shell.LOGO), layout="wide")
     access.begin()
-    may = {name: about for name, about in PAGES.items() if name != "capture" or service.may_write()}
+    may = {name: about for name, about in PAGES.items() if name != "capture" or writing.may_write()}
     pages = [shell.page(name, title, icon) for name, (title, icon) in may.items()]
     page = st.navigation(pages, expanded=True)
     saved.follow(pages)

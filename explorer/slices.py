@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from capture.errors import first_line, quoted
 from capture.store.files import is_own_file
-from explorer import service
+from explorer import writing
 from explorer.errors import ExplorerError, RunError
 from explorer.run import Run
 
@@ -90,7 +90,7 @@ def save_slice(
         If the name is empty, too long or taken, or the tokens are none, too many or not of the
         run.
     """
-    service.refuse_if_read_only("Saving a slice")
+    writing.refuse_if_read_only("Saving a slice")
     name = name.strip()
     if not 0 < len(name) <= MAX_NAME or len(note) > MAX_NOTE:
         raise ExplorerError(
@@ -112,13 +112,13 @@ def save_slice(
         use_dictionary=False,
         column_encoding={"token_id": "DELTA_BINARY_PACKED"},
     )
-    service.write_new(path, buffer.getvalue(), what="Saving a slice")
+    writing.write_new(path, buffer.getvalue(), what="Saving a slice")
     return Slice(SliceInfo(name, note, author, created, len(ids), ""), ids)
 
 
 def list_slices(run: Run) -> list[SliceInfo]:
     """Return the slices of a run, newest first; those that cannot be used say why."""
-    infos = [_info(run, path) for path in service.own_files(_folder(run.path), "*.parquet")]
+    infos = [_info(run, path) for path in writing.own_files(_folder(run.path), "*.parquet")]
     return sorted(infos, key=lambda info: (info.created, info.name), reverse=True)
 
 
@@ -147,7 +147,7 @@ def load_slice(run: Run, name: str) -> Slice:
 
 def delete_slice(run: Run, name: str) -> None:
     """Remove a slice; one that is gone already is no error."""
-    service.remove(_path(run, name), what="Deleting a slice")
+    writing.remove(_path(run, name), what="Deleting a slice")
 
 
 def content(path: Path) -> str:

@@ -34,7 +34,7 @@ ORDER = {
             "routers",
             "comparison",
         ),
-        *("maps", "survey", "worker", "service", "slices", "views", "report", "ui", "pages"),
+        *("maps", "survey", "worker", "writing", "slices", "saved_views", "report", "ui", "pages"),
         *("locality", "commands", "__main__"),
     ),
 }

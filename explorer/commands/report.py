@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from capture.paths import path_argument
-from explorer import service
+from explorer import writing
 from explorer.commands.compare import Output
 from explorer.errors import ExplorerError
 
@@ -29,7 +29,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
 def run_report(options: argparse.Namespace) -> Output:
     """Write a run, or a saved view of it, as one HTML file."""
     from explorer.report.build import write_report
-    from explorer.views import load_view
+    from explorer.saved_views import load_view
 
     run = run_file(options.run)
     view = load_view(run.absolute().parent, options.view) if options.view else None
@@ -58,4 +58,4 @@ def run_export(options: argparse.Namespace) -> Output:
             "Say what to export: --counts-only leaves the text out. A run as it is needs no "
             "export; copy the file."
         )
-    return Output(str(service.export_counts(run_file(options.run), options.out)))
+    return Output(str(writing.export_counts(run_file(options.run), options.out)))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from capture.paths import model_name
-from explorer import service
+from explorer import writing
 from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section
 from explorer.run import Run, open_run
-from explorer.views import SavedView, changed, fingerprint, runs_named
+from explorer.saved_views import SavedView, changed, fingerprint, runs_named
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SUFFIX = ".duckdb"
@@ -107,11 +107,11 @@ def make_report(path: str | Path, view: SavedView | None = None) -> Report:
 
 def write_report(path: Path, out: Path, view: SavedView | None = None) -> Report:
     """Write a report as a new file; one that exists is never replaced."""
-    service.refuse_if_read_only("Writing a report")
+    writing.refuse_if_read_only("Writing a report")
     if out.exists():
         raise ExplorerError(f"{out} exists already and is not overwritten. Choose another name.")
     report = make_report(path, view)
-    service.write_new(out, report.text.encode(), what="Writing a report")
+    writing.write_new(out, report.text.encode(), what="Writing a report")
     return report
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import streamlit as st
 from streamlit.errors import StreamlitAuthError, StreamlitSecretNotFoundError
 
-from explorer import service
+from explorer import writing
 from explorer.text import plain
 from explorer.ui import printing
 
@@ -235,12 +235,12 @@ class Viewer(NamedTuple):
 
     email: str
     name: str
-    role: service.Role | None
+    role: writing.Role | None
 
 
 def begin() -> None:
     """Set what may be written, and let nobody in who may not look."""
-    service.configure(service.Policy(read_only_option(), _role_of_caller))
+    writing.configure(writing.Policy(read_only_option(), _role_of_caller))
     viewer = who()
     if viewer.role is not None:
         return
@@ -363,20 +363,20 @@ def statement() -> str:
     """Say in one sentence who can see this server and what they may do."""
     if has_login():
         who_sees = "Those who log in see this server"
-    elif is_local() and not service.is_read_only() and not service.may_write():
+    elif is_local() and not writing.is_read_only() and not writing.may_write():
         who_sees = "This server has no login, and you reached it by a name that it does not know"
     elif is_local():
         who_sees = "This server has no login and listens on this machine only"
     else:
         who_sees = "This server has no login and can be reached from other machines"
-    if service.is_read_only():
+    if writing.is_read_only():
         return f"{who_sees}; it was started read-only: nobody can change anything here."
-    if service.may_write():
+    if writing.may_write():
         return f"{who_sees}; you may record, upload, save and delete."
     return f"{who_sees}; you may look, not change anything."
 
 
-def _role_of_caller() -> service.Role:
+def _role_of_caller() -> writing.Role:
     return "editor" if who().role == "editor" else "viewer"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from explorer import views
+from explorer import saved_views
 from explorer.text import plain
 from explorer.ui import token_strip
 from explorer.ui.state import View
@@ -202,7 +202,7 @@ def several(name: str, choices: Sequence[str], *, default: Sequence[str], what: 
     value = read(name)
     if not value:
         return list(default)
-    asked = views.split(value)
+    asked = saved_views.split(value)
     found = [one for one in asked if one in choices]
     for one in asked:
         if one not in choices:
@@ -210,7 +210,7 @@ def several(name: str, choices: Sequence[str], *, default: Sequence[str], what: 
     if asked and not found:
         found = list(default)
     if found != asked:
-        write(name, views.join(found))
+        write(name, saved_views.join(found))
     return found
 
 
@@ -239,7 +239,7 @@ def choose_several(
 
     def changed() -> None:
         new = list(st.session_state[key])
-        write(name, "" if set(new) == set(default) else views.join(new))
+        write(name, "" if set(new) == set(default) else saved_views.join(new))
 
     widget(label, choices, key=key, on_change=changed, **options)
     return value

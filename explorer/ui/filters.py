@@ -3,7 +3,7 @@
 import streamlit as st
 
 from capture.errors import CaptureError
-from explorer import service, slices
+from explorer import slices, writing
 from explorer.errors import ExplorerError
 from explorer.queries.where import Part
 from explorer.run import Run
@@ -164,7 +164,7 @@ def _about(run: Run, info: slices.SliceInfo) -> None:
         st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {plain(info.created[:10])}.")
         if info.note:
             st.markdown(plain(info.note, lines=True))
-        if service.may_write():
+        if writing.may_write():
             st.button("Delete the slice", on_click=_delete, args=(run, info.name))
 
 

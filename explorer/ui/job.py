@@ -4,7 +4,7 @@ import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from capture.prompts.reading import Prompt
-from explorer import service
+from explorer import writing
 from explorer.text import plain
 from explorer.ui import problems
 from explorer.worker import Job, JobProgress, shared_worker
@@ -54,10 +54,10 @@ def _draw(job_id: int, key: str) -> None:
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
         left.markdown(f"**{plain(job.request.title)}** · {_headline(job)}")
-        if service.may_write() and right.button(
+        if writing.may_write() and right.button(
             "Stop", key=f"stop {key}", disabled=job.cancelling, width="stretch"
         ):
-            service.cancel(job_id)
+            writing.cancel(job_id)
             st.rerun(scope="fragment")
         st.progress(fraction(job.progress), text=_figures(job.progress))
         if job.progress.message:

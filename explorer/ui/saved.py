@@ -9,12 +9,12 @@ import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
 from capture.errors import quoted
-from explorer import service, slices, views
+from explorer import saved_views, slices, writing
 from explorer.errors import ExplorerError
+from explorer.saved_views import SavedView
 from explorer.text import plain
 from explorer.ui import access, address, printing, state
 from explorer.ui.state import View
-from explorer.views import SavedView
 
 _ADDRESS = "view"  # its name in the address
 _PROBLEM, _MADE = "problem of the saved view", "saved just now"
@@ -29,7 +29,7 @@ def follow(pages: Sequence[StreamlitPage]) -> None:
     if not view_id or "run" in st.query_params:
         return
     try:
-        view = views.load_view(state.runs_folder(), view_id)
+        view = saved_views.load_view(state.runs_folder(), view_id)
         target = next((p for p in pages if (p.url_path or "overview") == view.page), None)
         if target is None or view.page in NOT_SAVED:
             raise ExplorerError(
@@ -53,7 +53,7 @@ def banner() -> None:
     if not view_id:
         return
     try:
-        view = views.load_view(state.runs_folder(), view_id)
+        view = saved_views.load_view(state.runs_folder(), view_id)
     except ExplorerError as error:
         address.note(str(error))
         del st.query_params[_ADDRESS]
@@ -101,7 +101,7 @@ def _no_longer(view_id: str, changed: list[str]) -> None:
 
 def warn_of_changes(view: SavedView) -> None:
     """Warn when a run, the slice or the comparison of a view is not what it was."""
-    changed = views.changed(view, state.runs_folder(), digest=_digest)
+    changed = saved_views.changed(view, state.runs_folder(), digest=_digest)
     if changed:
         names = ", ".join(plain(name) for name in changed)
         st.warning(
@@ -129,17 +129,17 @@ def _digest(path: Path) -> str:
 # as many as the runs that one view may name
 @st.cache_data(max_entries=1_000, show_spinner=False)
 def _known_digest(path: str, changed_at: int, size: int) -> str:
-    return views.digest(Path(path))
+    return saved_views.digest(Path(path))
 
 
 def save_form(page: str) -> None:
     """Draw the button that saves what the page shows, for those who may."""
-    if page in NOT_SAVED or not service.may_write():
+    if page in NOT_SAVED or not writing.may_write():
         return
     with st.sidebar.popover("Save this view", icon=":material/bookmark_add:", width="stretch"):
         with st.form("save view", border=False, clear_on_submit=True):
-            st.text_input("Name", key="view name", max_chars=views.MAX_NAME)
-            st.text_area("Note", key="view note", max_chars=views.MAX_NOTE, height=90)
+            st.text_input("Name", key="view name", max_chars=saved_views.MAX_NAME)
+            st.text_area("Note", key="view note", max_chars=saved_views.MAX_NOTE, height=90)
             st.text_input("Author", access.who().name, key="view author", max_chars=80)
             st.form_submit_button("Save", type="primary", on_click=_save, args=(page,))
         made = st.session_state.get(_MADE)
@@ -154,7 +154,7 @@ def _save(page: str) -> None:
     given = st.session_state
     params = {n: v for n, v in st.query_params.items() if n in address.names_of(page)}
     try:
-        made: SavedView | str = views.save_view(
+        made: SavedView | str = saved_views.save_view(
             state.runs_folder(),
             given["view name"],
             page=page,
@@ -172,7 +172,7 @@ def runs_of(params: Mapping[str, str]) -> dict[str, Path]:
     """Return the files of the runs that an address names."""
     there = set(state.run_names())
     folder = state.runs_folder()
-    return {n: service.run_file(folder, n) for n in views.runs_named(params) if n in there}
+    return {n: writing.run_file(folder, n) for n in saved_views.runs_named(params) if n in there}
 
 
 def link_to(view: SavedView) -> str:
@@ -202,7 +202,7 @@ def save_slice(view: View, tokens: Callable[[], Ids], *, key: str, fold: bool = 
             icon=":material/check_circle:",
         )
     # a report has no forms
-    if not service.may_write() or printing.theme() is not None:
+    if not writing.may_write() or printing.theme() is not None:
         return
     place = st.container()
     if fold:

@@ -4,7 +4,7 @@ import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
 from capture.store import MIN_PROMPTS, MIN_TOKENS
-from explorer import service
+from explorer import writing
 from explorer.text import plain
 from explorer.ui import address, filters, saved, state
 from explorer.ui.job import follow
@@ -118,7 +118,7 @@ def _take_filters_off() -> None:
 
 def first_run() -> None:
     """Record the demo prompts with the demo model, show how far it is, then show the run."""
-    if not service.may_write():
+    if not writing.may_write():
         st.info(
             "There is no run in this folder yet, and none can be recorded here. Record one with "
             "`python -m capture`, or ask whoever runs this server.",
@@ -145,7 +145,7 @@ def first_run() -> None:
 def _start_demo() -> Job:
     folder = state.runs_folder()
     out = folder / f"{state.new_name(folder, _DEMO)}{state.SUFFIX}"
-    return service.submit(CaptureRequest(str(out), level="attention", generate=_DEMO_GENERATE))
+    return writing.submit(CaptureRequest(str(out), level="attention", generate=_DEMO_GENERATE))
 
 
 def _demo_job() -> Job | None:

@@ -12,7 +12,7 @@ import streamlit as st
 
 from capture.errors import CaptureError, quoted
 from capture.paths import given_path
-from explorer import service
+from explorer import writing
 from explorer.errors import ExplorerError, RunError
 from explorer.queries.load import balance_table
 from explorer.queries.overview import token_count
@@ -143,7 +143,7 @@ def runs_folder() -> Path:
 def run_names() -> list[str]:
     """List the runs of the folder, newest first."""
     folder = runs_folder()
-    files = service.own_files(folder, f"*{SUFFIX}")
+    files = writing.own_files(folder, f"*{SUFFIX}")
     files.sort(key=lambda path: (-path.stat().st_mtime_ns, path.name))
     return [path.stem for path in files]
 
@@ -161,7 +161,7 @@ def opened(name: str) -> tuple[Run, Key]:
     ExplorerError, CaptureError
         If there is no such run, or its file is none.
     """
-    path = service.in_folder(runs_folder(), f"{name}{SUFFIX}")
+    path = writing.in_folder(runs_folder(), f"{name}{SUFFIX}")
     try:
         status = path.stat()
     except OSError:

@@ -7,10 +7,11 @@ with the common colour vision deficiencies, and hues are seen on their ground (3
 
 from collections.abc import Sequence
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from explorer.ui.wording import Caption, escaped
+from explorer.ui.wording import Caption, escaped, site_name
 
 SEQUENTIAL = "cividis"
 # ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the
@@ -45,6 +46,8 @@ _FONT = "Inter, 'Source Sans', 'Segoe UI', system-ui, sans-serif"
 
 # pixels above the plot: title and one line of caption, each further line, a legend
 _TOP, _LINE, _LEGEND = 64, 16, 26
+# layers whose names fit beside each other on half a page
+_LAYERS_NAMED = 30
 # characters that fit beside each other on half a page
 CAPTION_WIDTH = 95
 
@@ -211,6 +214,25 @@ def finish(
         uirevision="keep",
     )
     return figure
+
+
+def layer_axis(figure: go.Figure, sites: pd.DataFrame, *, title: str = "") -> None:
+    """Name the positions 0, 1, ... of the axis x after the sites of some rows.
+
+    Parameters
+    ----------
+    sites : DataFrame
+        ``layer``, ``site``; one row a position.
+    """
+    several = bool((sites["site"] > 0).any())
+    names = [site_name(row.layer, row.site, several=several) for row in sites.itertuples()]
+    step = max(1, -(-len(names) // _LAYERS_NAMED))
+    figure.update_xaxes(
+        title=title or ("decoder layer.router" if several else "decoder layer"),
+        tickmode="array",
+        tickvals=list(range(0, len(names), step)),
+        ticktext=names[::step],
+    )
 
 
 def wrapped(caption: str, width: int = CAPTION_WIDTH) -> list[str]:

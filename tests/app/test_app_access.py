@@ -16,7 +16,7 @@ from synthetic import write_run
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from explorer import service
+from explorer import writing
 from explorer.errors import NotAllowedError
 from explorer.ui import access
 
@@ -225,7 +225,7 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("name", ROLES)
 def test_every_role_at_every_write(monkeypatch, tmp_path, ended, run, name):
-    from test_explorer_service import CALLS
+    from test_explorer_writing import CALLS
 
     options, secrets, headers, claims, role = ROLES[name]
     secrets = SECRETS if secrets == "login" else secrets
@@ -233,11 +233,11 @@ def test_every_role_at_every_write(monkeypatch, tmp_path, ended, run, name):
     monkeypatch.setattr("sys.argv", ["app.py", *options])
     found = access.viewer_at(headers, claims).role
     assert found == role or "read-only" in name
-    policy = service.Policy(access.read_only_option(), lambda: found or "viewer")
-    monkeypatch.setattr(service, "_policy", policy)
-    monkeypatch.setattr("test_explorer_service.RUN", run)
-    monkeypatch.setattr(service, "submit", _asks)
-    monkeypatch.setattr(service, "cancel", _asks)
+    policy = writing.Policy(access.read_only_option(), lambda: found or "viewer")
+    monkeypatch.setattr(writing, "_policy", policy)
+    monkeypatch.setattr("test_explorer_writing.RUN", run)
+    monkeypatch.setattr(writing, "submit", _asks)
+    monkeypatch.setattr(writing, "cancel", _asks)
     for name, call in CALLS.items():
         folder = tmp_path / name
         folder.mkdir()
@@ -251,7 +251,7 @@ def test_every_role_at_every_write(monkeypatch, tmp_path, ended, run, name):
 
 
 def _asks(request):
-    service.refuse_if_read_only("Recording")
+    writing.refuse_if_read_only("Recording")
 
 
 def test_whoever_left_may_not_write(monkeypatch):

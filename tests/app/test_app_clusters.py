@@ -8,7 +8,7 @@ import streamlit as st
 from app_pages import charts, notes, opened
 from synthetic import write_run
 
-from explorer import open_run, service
+from explorer import open_run, writing
 from explorer.maps import cache
 from explorer.maps.cache import MapOptions
 from explorer.maps.data import Source, prepare
@@ -22,7 +22,7 @@ def _clean():
     yield
     st.cache_resource.clear()
     st.cache_data.clear()
-    service.configure(service.Policy())
+    writing.configure(writing.Policy())
 
 
 @pytest.fixture

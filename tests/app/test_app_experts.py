@@ -7,7 +7,6 @@ import pytest
 from app_pages import charts, notes, opened, query
 from synthetic import IDLE, write_run
 
-from explorer import service
 from explorer.maps import cache
 from explorer.run import open_run
 from explorer.slices import load_slice
@@ -149,7 +148,7 @@ def test_viewers_do_not_load_models(known, monkeypatch):
         writing = ("Compare the weights", "Save slice")
         assert not [b for b in app.button if b.label in writing]
     finally:
-        service.configure(service.Policy())
+        writing.configure(writing.Policy())
 
 
 def test_a_run_of_totals_says_what_it_lacks(runs, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import streamlit as st
 from app_pages import charts, notes, opened, query
 from synthetic import SITES, write_run
 
-from explorer import service, slices
+from explorer import slices, writing
 from explorer.run import open_run
 
 PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
@@ -367,4 +367,4 @@ def test_the_filters_are_refused_nothing_read_only(known, monkeypatch):
         assert not [b for b in app.button if b.label == "Delete the slice"]
         assert tokens_of(app) == str(len(IDS))
     finally:
-        service.configure(service.Policy())
+        writing.configure(writing.Policy())

@@ -15,7 +15,7 @@ from browser import serve, settle, visit
 from synthetic import NASTY, PROMPTS, write_run
 from test_app_compare import write_results
 
-from explorer import service, slices, views
+from explorer import saved_views, slices, writing
 from explorer.run import open_run
 from explorer.ui import access
 from explorer.ui.chart import parquet
@@ -27,7 +27,7 @@ APP = str(ROOT / "app.py")
 @pytest.fixture(autouse=True)
 def _writing_again():
     yield
-    service.configure(service.Policy())
+    writing.configure(writing.Policy())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +78,7 @@ def test_a_saved_view_opens_by_its_link_and_warns_when_the_data_changed(monkeypa
     folder.mkdir()
     path = write_run(folder / "known.duckdb").path
     params = {"run": "known", "layer": "3.1", "order": "load"}
-    view = views.save_view(
+    view = saved_views.save_view(
         folder,
         "Half [a](b) *x*",
         page="overview",
@@ -104,7 +104,7 @@ def saved_on(app, name):
     next(button for button in app.button if button.label == "Save").click().run()
     assert not app.exception and not app.error
     folder = Path(sys.argv[sys.argv.index("--runs") + 1])
-    (view,) = [view for view in views.list_views(folder)[0] if view.name == name]
+    (view,) = [view for view in saved_views.list_views(folder)[0] if view.name == name]
     return view
 
 
@@ -188,7 +188,7 @@ def test_a_foreign_view_never_leads_out_of_the_runs_folder(monkeypatch, tmp_path
     for made, name in ((folder, "known"), (secret, "private")):
         made.mkdir()
         write_run(made / f"{name}.duckdb")
-    view = views.save_view(folder, "x", page="overview", params={"run": "known"}, runs={})
+    view = saved_views.save_view(folder, "x", page="overview", params={"run": "known"}, runs={})
     evil = asdict(view) | {"params": {"run": "../secret/private"}}
     (folder / "views" / "0123456789.json").write_text(json.dumps(evil))
     app = opened(monkeypatch, folder, page="share", run="known")
@@ -197,7 +197,7 @@ def test_a_foreign_view_never_leads_out_of_the_runs_folder(monkeypatch, tmp_path
     assert f"report of {view.view_id}" in keys and "report of 0123456789" not in keys
     # even if the check of the file were passed by, the page makes no path of such a name
     outside = replace(view, view_id="0123456789", params={"run": "../secret/private"})
-    monkeypatch.setattr(views, "list_views", lambda folder: ([outside], []))
+    monkeypatch.setattr(saved_views, "list_views", lambda folder: ([outside], []))
     app = opened(monkeypatch, folder, page="share", run="known")
     assert "report of 0123456789" not in {button.key for button in app.button}
 
@@ -216,21 +216,21 @@ def test_a_view_is_saved_listed_and_deleted(monkeypatch, tmp_path):
     app.text_input(key="view name").set_value("Mine")
     app.text_area(key="view note").set_value("why")
     next(button for button in app.button if button.label == "Save").click().run()
-    ((view,), _) = views.list_views(tmp_path)
+    ((view,), _) = saved_views.list_views(tmp_path)
     assert (view.name, view.note, view.page) == ("Mine", "why", "overview")
     assert view.params == {"run": "known", "layer": "3.0"}
     assert view.view_id in said(app.code)
     app = opened(monkeypatch, tmp_path, page="share")
     assert "Mine" in said(app.markdown)
     app.button(key=f"delete {view.view_id}").click().run()
-    assert views.list_views(tmp_path) == ([], [])
+    assert saved_views.list_views(tmp_path) == ([], [])
 
 
 def test_a_report_that_fails_says_why_on_the_page(monkeypatch, tmp_path):
     write_run(tmp_path / "known.duckdb")
     bad = tmp_path / "bad.duckdb"
     bad.write_bytes(b"no run" * 1000)
-    view = views.save_view(
+    view = saved_views.save_view(
         tmp_path, "Bad", page="overview", params={"run": "bad"}, runs={"bad": bad}, note=""
     )
     app = opened(monkeypatch, tmp_path, page="share", run="known")
@@ -278,7 +278,7 @@ def test_without_a_login_a_server_that_others_reach_lets_nobody_write(monkeypatc
     )
     app = opened(monkeypatch, runs, page="share")
     assert "can be reached from other machines; you may look" in said(app.caption)
-    assert not service.may_write()
+    assert not writing.may_write()
 
 
 def test_the_server_listens_on_this_machine_only():
@@ -315,7 +315,7 @@ def test_a_login_decides_who_looks_and_who_writes(monkeypatch, runs, claims, see
     monkeypatch.setattr(st, "user", User(claims))
     app = opened(monkeypatch, runs)
     assert bool(app.metric) == sees
-    assert service.may_write() == writes
+    assert writing.may_write() == writes
     if claims is None:
         assert [button.label for button in app.button] == ["Log in"]
 
@@ -324,7 +324,7 @@ def test_a_login_decides_who_looks_and_who_writes(monkeypatch, runs, claims, see
 
 
 def test_a_counts_only_run_shows_that_its_text_was_left_out(monkeypatch, runs, tmp_path):
-    service.export_counts(runs / "known.duckdb", tmp_path / "counts.duckdb")
+    writing.export_counts(runs / "known.duckdb", tmp_path / "counts.duckdb")
     app = opened(monkeypatch, tmp_path, run="counts")
     for page in PAGES:
         if page != "capture":
@@ -490,7 +490,7 @@ def test_a_run_is_uploaded_in_the_browser(address, new_page, runs, tmp_path):
 def test_a_saved_view_whose_choices_were_changed_says_so_and_drops_its_name(monkeypatch, tmp_path):
     path = write_run(tmp_path / "known.duckdb").path
     params = {"run": "known", "domain": "law", "order": "load"}
-    view = views.save_view(
+    view = saved_views.save_view(
         tmp_path, "My view", page="overview", params=params, runs={"known": path}, note="Law only"
     )
     app = opened(monkeypatch, tmp_path, view=view.view_id)

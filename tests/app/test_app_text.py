@@ -17,7 +17,7 @@ from browser import serve, visit
 from synthetic import write_run
 from test_app_compare import write_results
 
-from explorer import slices, views
+from explorer import saved_views, slices
 from explorer.report.document import rich
 from explorer.run import open_run
 from explorer.text import one_line, plain, visible
@@ -84,7 +84,7 @@ def write_evil(folder):
         slices.save_slice(
             run, "evil slice", [0, 2, 5, 20, 24], note=EVIL, author="eve@evil.example"
         )
-    view = views.save_view(
+    view = saved_views.save_view(
         folder,
         "a -> b :skull: www.evil.example",
         page="overview",

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from explorer import service, slices, views
+from explorer import saved_views, slices, writing
 from explorer.comparison.results_file import comparisons_of
 from explorer.errors import ExplorerError
 
@@ -27,22 +27,22 @@ def folder(tmp_path):
 
 
 def test_only_own_files_are_listed(folder):
-    names = [path.name for path in service.own_files(folder, "*.duckdb")]
+    names = [path.name for path in writing.own_files(folder, "*.duckdb")]
     assert names == ["own.duckdb", "same.duckdb"]
     assert comparisons_of(folder / "a.duckdb") == []
-    assert views.list_views(folder) == ([], [])
-    assert service.own_files(folder / "own.slices", "*.parquet") == []
-    assert service.own_files(folder / "none", "*") == []
+    assert saved_views.list_views(folder) == ([], [])
+    assert writing.own_files(folder / "own.slices", "*.parquet") == []
+    assert writing.own_files(folder / "none", "*") == []
 
 
 @pytest.mark.parametrize("name", ["a.duckdb", "pipe.duckdb", "folder.duckdb", "a.k.comparison"])
 def test_other_names_open_nothing(folder, name):
     with pytest.raises(ExplorerError, match="leads out of it or is none"):
-        service.in_folder(folder, name)
-    assert service.in_folder(folder, "same.duckdb") == folder / "same.duckdb"
-    assert service.in_folder(folder, "new.duckdb") == folder / "new.duckdb"
+        writing.in_folder(folder, name)
+    assert writing.in_folder(folder, "same.duckdb") == folder / "same.duckdb"
+    assert writing.in_folder(folder, "new.duckdb") == folder / "new.duckdb"
     with pytest.raises(ExplorerError, match="There is no saved view"):
-        views.load_view(folder, "0123456789")
+        saved_views.load_view(folder, "0123456789")
 
 
 def test_a_slice_that_is_a_link_is_none(folder):

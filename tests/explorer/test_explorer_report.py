@@ -15,7 +15,7 @@ import pytest
 from synthetic import NASTY, write_run
 from test_app_clusters import keep
 
-from explorer import service, views
+from explorer import saved_views, writing
 from explorer.__main__ import main
 from explorer.commands.report import run_file
 from explorer.errors import ExplorerError, NotAllowedError
@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def view(runs):
-    return views.save_view(
+    return saved_views.save_view(
         runs,
         f"{NASTY} view",
         page="tokens",
@@ -231,16 +231,16 @@ def test_a_run_is_meant_by_its_name_where_runs_lie(runs, tmp_path, monkeypatch):
 
 
 def test_a_report_is_refused_read_only(runs, tmp_path):
-    service.configure(service.Policy(read_only=True))
+    writing.configure(writing.Policy(read_only=True))
     try:
         with pytest.raises(NotAllowedError):
             write_report(runs / "known.duckdb", tmp_path / "report.html")
         with pytest.raises(NotAllowedError):
-            views.save_view(runs, "x", page="tokens", params={}, runs={})
+            saved_views.save_view(runs, "x", page="tokens", params={}, runs={})
         with pytest.raises(NotAllowedError):
-            views.delete_view(runs, "0123456789")
+            saved_views.delete_view(runs, "0123456789")
     finally:
-        service.configure(service.Policy())
+        writing.configure(writing.Policy())
     assert not list(tmp_path.iterdir()) and len(list((runs / "views").iterdir())) == 1
 
 
@@ -329,11 +329,11 @@ def test_a_colour_that_is_none_stays_out():
 
 
 def test_a_view_comes_back_as_it_was_saved(runs, view):
-    assert views.load_view(runs, view.view_id) == view
-    found, damaged = views.list_views(runs)
+    assert saved_views.load_view(runs, view.view_id) == view
+    found, damaged = saved_views.list_views(runs)
     assert found == [view] and not damaged
-    assert not views.changed(view, runs)
-    assert views.changed(view, runs / "views") == ["known (gone)"]
+    assert not saved_views.changed(view, runs)
+    assert saved_views.changed(view, runs / "views") == ["known (gone)"]
 
 
 def test_a_view_saved_before_contents_were_kept_still_opens(tmp_path, runs, view):
@@ -342,14 +342,14 @@ def test_a_view_saved_before_contents_were_kept_still_opens(tmp_path, runs, view
     known["params"] |= {"slice": "gone", "comparison": "gone.1.comparison"}
     (tmp_path / "views").mkdir()
     (tmp_path / "views" / "0123456789.json").write_text(json.dumps(known))
-    read = views.load_view(tmp_path, "0123456789")
-    assert read.contents == {} and views.changed(read, runs) == []
+    read = saved_views.load_view(tmp_path, "0123456789")
+    assert read.contents == {} and saved_views.changed(read, runs) == []
 
 
 def test_a_view_that_could_not_be_read_again_is_not_saved(tmp_path):
     for params in ({"run": "../known"}, {"run": "known", "runs": "x" * 20_000}):
         with pytest.raises(ExplorerError, match=r"cannot be kept|leads out"):
-            views.save_view(tmp_path, "x", page="trends", params=params, runs={})
+            saved_views.save_view(tmp_path, "x", page="trends", params=params, runs={})
     assert not list(tmp_path.iterdir())
 
 
@@ -357,25 +357,25 @@ def test_a_view_that_could_not_be_read_again_is_not_saved(tmp_path):
     "names", [[], ["a"], ["a, b", "50%", "50%2C", "Größe <b>", ""]], ids=["none", "one", "odd"]
 )
 def test_names_come_back_from_one_value_of_an_address(names):
-    value = views.join(names)
-    assert value and views.split(value) == [name for name in names if name]
+    value = saved_views.join(names)
+    assert value and saved_views.split(value) == [name for name in names if name]
 
 
 def test_a_fingerprint_sees_a_change_anywhere(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(3_000_000))
-    before = views.fingerprint(path)
+    before = saved_views.fingerprint(path)
     for place in (0, 100_000, 1_500_000, 2_999_999):
         content = bytearray(3_000_000)
         content[place] = 1
         path.write_bytes(content)
-        assert views.fingerprint(path) != before
+        assert saved_views.fingerprint(path) != before
 
 
 @pytest.mark.parametrize("view_id", ["", "../../etc", "0123456789", "0123456789.json", "Z" * 10])
 def test_a_view_that_is_not_there_is_named(tmp_path, view_id):
     with pytest.raises(ExplorerError, match="There is no saved view"):
-        views.load_view(tmp_path, view_id)
+        saved_views.load_view(tmp_path, view_id)
 
 
 @pytest.mark.parametrize(
@@ -404,8 +404,8 @@ def test_a_view_file_from_a_stranger_is_not_believed(tmp_path, runs, view, chang
     path = tmp_path / "views" / "0123456789.json"
     path.write_text("[" * 5000 if change is None else json.dumps(known | change))
     with pytest.raises(ExplorerError, match="cannot be read"):
-        views.load_view(tmp_path, "0123456789")
-    assert views.list_views(tmp_path) == ([], ["0123456789"])
+        saved_views.load_view(tmp_path, "0123456789")
+    assert saved_views.list_views(tmp_path) == ([], ["0123456789"])
 
 
 def test_printing_needs_no_torch():
@@ -508,10 +508,10 @@ def two_runs(runs, tmp_path):
 @pytest.mark.parametrize("there", [True, False])
 def test_a_report_of_a_view_is_of_its_run_or_refused(two_runs, there):
     path = {name: two_runs / f"{name}.duckdb" for name in "ab"}
-    of_a = views.save_view(
+    of_a = saved_views.save_view(
         two_runs, "x", page="overview", params={"run": "a"}, runs={"a": path["a"]}
     )
-    against = views.save_view(
+    against = saved_views.save_view(
         two_runs,
         "y",
         page="compare-runs",
@@ -526,13 +526,13 @@ def test_a_report_of_a_view_is_of_its_run_or_refused(two_runs, there):
         build_report(path["b"], of_a)
     if there:
         words = Reader(build_report(path["b"], against)).words
-        assert f"a (fingerprint {views.fingerprint(path['a'])})" in words
+        assert f"a (fingerprint {saved_views.fingerprint(path['a'])})" in words
 
 
 def test_what_a_page_could_not_show_of_a_view_is_said(runs):
     params = {"run": "known", "domain": "gone", "layer": "3.1"}
-    view = views.save_view(runs, "z", page="overview", params=params, runs={})
+    view = saved_views.save_view(runs, "z", page="overview", params=params, runs={})
     words = Reader(build_report(runs / "known.duckdb", view)).words
-    views.delete_view(runs, view.view_id)
+    saved_views.delete_view(runs, view.view_id)
     assert "The page could not show domain = gone." in words
     assert "run = known, layer = 3.1" in words and "domain = gone, layer" not in words

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic import write_run
 
-from explorer import service, slices
+from explorer import slices, writing
 from explorer.errors import ExplorerError, NotAllowedError, RunError
 from explorer.run import open_run
 
@@ -137,12 +137,12 @@ def test_the_content_of_a_slice_is_its_tokens_and_nothing_else(run):
 
 def test_read_only_servers_save_and_delete_nothing(run):
     slices.save_slice(run, "kept", np.array([1]))
-    service.configure(service.Policy(read_only=True))
+    writing.configure(writing.Policy(read_only=True))
     try:
         with pytest.raises(NotAllowedError, match="Saving a slice"):
             slices.save_slice(run, "new", [2])
         with pytest.raises(NotAllowedError, match="Deleting a slice"):
             slices.delete_slice(run, "kept")
     finally:
-        service.configure(service.Policy())
+        writing.configure(writing.Policy())
     assert [info.name for info in slices.list_slices(run)] == ["kept"]

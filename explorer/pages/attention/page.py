@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import streamlit as st
 
-from explorer import service
+from explorer import writing
 from explorer.metrics.attention import MIN_PROMPTS, uniform_head
 from explorer.pages.attention.data import (
     HAS_MAP,
@@ -94,7 +94,7 @@ def _not_recorded() -> None:
         "page with the level *attention*.",
         icon=":material/info:",
     )
-    if service.may_write():
+    if writing.may_write():
         st.page_link(
             "explorer/pages/capture/page.py",
             label="Capture with attention",

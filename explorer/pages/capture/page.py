@@ -9,7 +9,7 @@ import streamlit as st
 from capture.errors import PromptError
 from capture.prompts.reading import Prompt, read_prompts, read_prompts_bytes
 from capture.recorder.estimate import human_bytes
-from explorer import service
+from explorer import writing
 from explorer.pages.capture.form import ask, ask_level
 from explorer.text import one_line, plain
 from explorer.ui import address
@@ -170,7 +170,7 @@ def _start(plan: Plan) -> None:
         out = runs_folder() / f"{plan.name}{SUFFIX}"
         records: list[dict[str, Any]] = [_record(prompt) for prompt in plan.prompts]
         request = CaptureRequest(str(out), plan.model, records, **plan.options)
-        job = service.submit(request)
+        job = writing.submit(request)
         address.write("job", str(job.job_id))
         st.rerun()
 
@@ -268,7 +268,7 @@ def _one_line(job: Job) -> None:
     with right:
         if job.active:
             if st.button("Stop", key=f"stop {job.job_id}", width="stretch"):
-                service.cancel(job.job_id)
+                writing.cancel(job.job_id)
                 st.rerun()
         elif job.path and exists(job.path):
             _open_button(job, primary=False)
@@ -285,9 +285,9 @@ def _open_button(job: Job, *, primary: bool) -> None:
 
 def _unfinished() -> None:
     """Offer to close the files that killed captures left behind."""
-    writing = {job.request.out for job in shared_worker().jobs() if job.active}
-    files = service.own_files(runs_folder(), f"*{SUFFIX}.partial")
-    left = [f for f in files if str(f).removesuffix(".partial") not in writing]
+    running = {job.request.out for job in shared_worker().jobs() if job.active}
+    files = writing.own_files(runs_folder(), f"*{SUFFIX}.partial")
+    left = [f for f in files if str(f).removesuffix(".partial") not in running]
     if not left:
         return
     st.subheader("Unfinished captures", anchor=False)
@@ -296,7 +296,7 @@ def _unfinished() -> None:
         name, button = st.columns([3, 1], vertical_alignment="center")
         name.markdown(f"**{plain(path.name)}** · {human_bytes(path.stat().st_size)}")
         if button.button("Recover", key=f"recover {path.name}", width="stretch"):
-            job = service.submit(RecoverRequest(str(path)))
+            job = writing.submit(RecoverRequest(str(path)))
             address.write("job", str(job.job_id))
             st.rerun()
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import streamlit as st
 
-from explorer import service
+from explorer import writing
 from explorer.maps import cache
 from explorer.maps.cache import MapOptions
 from explorer.maps.data import (
@@ -324,7 +324,7 @@ def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
 
 def _have_made(request: ProjectRequest, what: str, *, show: bool) -> bool:
     """Start what is missing, or say why it is not there; return whether it is on its way."""
-    if not service.may_write():
+    if not writing.may_write():
         st.info(
             f"The {what} of these points: not worked out yet, and this server writes nothing for "
             "you. Ask somebody who may record to open this page once.",
@@ -332,7 +332,7 @@ def _have_made(request: ProjectRequest, what: str, *, show: bool) -> bool:
         )
         return False
     jobs = [job for job in shared_worker().jobs() if job.request.out == request.out]
-    job = jobs[0] if jobs else service.submit(request)
+    job = jobs[0] if jobs else writing.submit(request)
     if job.active:
         if show:
             follow(job.job_id, key=Path(request.out).stem)
@@ -341,6 +341,6 @@ def _have_made(request: ProjectRequest, what: str, *, show: bool) -> bool:
     left, right = st.columns([5, 1], vertical_alignment="center")
     left.warning(f"There is no {what} of these points. {said}", icon=":material/warning:")
     if right.button("Try again", key=f"again {what}", width="stretch"):
-        service.submit(request)
+        writing.submit(request)
         st.rerun()
     return False

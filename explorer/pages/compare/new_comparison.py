@@ -8,7 +8,7 @@ import streamlit as st
 
 from capture.errors import PromptError, cut, quoted
 from capture.prompts.reading import read_prompts_bytes
-from explorer import service
+from explorer import writing
 from explorer.comparison.conditions import USUAL
 from explorer.comparison.router_names import parse_router, split_routers
 from explorer.errors import RouterError, UnknownNameError
@@ -59,7 +59,7 @@ def start_comparison(view: View, *, first: bool) -> None:
                 _open(ended)
             elif st.session_state.pop(_WATCHED, None) == ended.job_id:
                 address.write("comparison", Path(ended.path).name)
-    if not service.may_write():
+    if not writing.may_write():
         return
     with st.expander("New comparison", expanded=first, icon=":material/add:"):
         wanted = _form(view.run)
@@ -224,6 +224,6 @@ def _start(view: View, wanted: _Wanted) -> None:
         run = str(folder / f"{new_name(folder, 'compared')}{SUFFIX}")
         capture = CaptureRequest(run, prompts=wanted.prompts)
     request = CompareRequest(run, wanted.routers, capture=capture, **wanted.options)
-    job = service.submit(request)
+    job = writing.submit(request)
     address.write("job", str(job.job_id))
     st.rerun()

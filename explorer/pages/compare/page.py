@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from capture.paths import model_name
-from explorer import service
+from explorer import writing
 from explorer.comparison.results_file import Comparison, comparisons_of, open_comparison
 from explorer.comparison.verdicts import CONTROLS, reach, with_controls
 from explorer.errors import ComparisonError
@@ -87,7 +87,7 @@ def render() -> None:
     start_comparison(view, first=not files)
     if not files:
         address.pick("comparison", [], default="", what="comparison")
-        if not service.may_write():
+        if not writing.may_write():
             st.info("No comparison was made on this run yet.", icon=":material/info:")
         return
     name = address.pick("comparison", list(files), default=next(iter(files)), what="comparison")

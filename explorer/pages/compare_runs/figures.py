@@ -91,13 +91,7 @@ def over_layers(
             )
         )
     longest = max(tables.values(), key=len)
-    labels = [site_name(row.layer, row.site, several=several) for row in longest.itertuples()]
-    step = max(1, -(-len(labels) // 24))
-    figure.update_xaxes(
-        title="decoder layer (n-th with a router)",
-        tickvals=np.arange(len(labels))[::step],
-        ticktext=labels[::step],
-    )
+    theme.layer_axis(figure, longest, title="decoder layer (n-th with a router)")
     # the figure's title has the name; both are too long for the height
     figure.update_yaxes(title=title.partition(" (")[2].rstrip(")") or title, rangemode="tozero")
     return theme.finish(
@@ -117,8 +111,6 @@ def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = Fa
     """
     tokens, common = int(table["tokens"].max()), int(table["common"].max())
     spread = f"{tokens:,} of {common:,} common tokens, evenly spread"
-    several = bool((table["site"] > 0).any())
-    names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
     figure = go.Figure()
     lines = {
         "jaccard": ("Jaccard of the sets", theme.hue("blue", dark), "solid", "circle"),
@@ -141,10 +133,7 @@ def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = Fa
                 hovertemplate="%{y:.3f}<extra>%{fullData.name}</extra>",
             )
         )
-    step = max(1, -(-len(names) // 24))
-    figure.update_xaxes(
-        title="decoder layer", tickvals=np.arange(len(names))[::step], ticktext=names[::step]
-    )
+    theme.layer_axis(figure, table)
     figure.update_yaxes(title="share of tokens, or mean", range=[0, 1.04])
     return theme.finish(
         figure,

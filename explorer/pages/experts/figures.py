@@ -194,7 +194,6 @@ def layer_lines(
     measure : str
         A column that has ``_floor``, ``_floor_low`` and ``_floor_high`` beside it.
     """
-    several = (found["site"] > 0).any()
     x = np.arange(len(found))
     floor = {
         part: found[f"{measure}_floor{part}"].to_numpy(float) for part in ("", "_low", "_high")
@@ -225,16 +224,7 @@ def layer_lines(
             ),
         ]
     )
-    names = [
-        site_name(layer, site, several=several)
-        for layer, site in zip(found["layer"], found["site"], strict=True)
-    ]
-    figure.update_xaxes(
-        title="decoder layer.router" if several else "decoder layer",
-        tickmode="array",
-        tickvals=x[:: max(1, len(x) // 30)],
-        ticktext=names[:: max(1, len(x) // 30)],
-    )
+    theme.layer_axis(figure, found)
     figure.update_yaxes(title=y_title, rangemode="tozero", tickformat=".0%" if percent else None)
     return theme.finish(
         figure,

@@ -7,7 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from capture.paths import model_name
-from explorer import service
+from explorer import writing
 from explorer.errors import ExplorerError
 from explorer.pages.experts.figures import DotsAxis, interval_dots
 from explorer.text import plain
@@ -69,7 +69,7 @@ def _offer(view: View, path: Path) -> None:
         if jobs[0].active:
             return
     model = plain(model_name(str(view.run.info["model"])))
-    if not service.may_write():
+    if not writing.may_write():
         st.info(
             f"Not available: a run holds no weights, and nobody has compared those of {model} "
             "here yet. That loads the model, which this server does not do for viewers.",
@@ -87,7 +87,7 @@ def _offer(view: View, path: Path) -> None:
 @problems.in_callback
 def _start(view: View, path: Path) -> None:
     info = view.run.info
-    service.submit(
+    writing.submit(
         CosinesRequest(str(path), str(view.run.path), str(info["model"]), info["revision"])
     )
 

@@ -404,17 +404,7 @@ def balance_over_layers(
             hovertemplate=site_hover(several=several) + ": %{y:.4g}<extra></extra>",
         )
     )
-    step = 1 if len(table) <= 60 else -(-len(table) // 24)
-    names = [
-        site_name(layer, site, several=several)
-        for layer, site in zip(table["layer"], table["site"], strict=True)
-    ]
-    figure.update_xaxes(
-        title="decoder layer.router" if several else "decoder layer",
-        tickmode="array",
-        tickvals=x[::step],
-        ticktext=names[::step],
-    )
+    theme.layer_axis(figure, table)
     figure.update_yaxes(title=text.label, rangemode="tozero")
     figure.update_layout(clickmode="event+select")
     return theme.finish(

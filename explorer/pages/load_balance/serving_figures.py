@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.ui import theme
-from explorer.ui.wording import Scope, site_name
+from explorer.ui.wording import Scope
 
 # characters of a caption line on half a page
 _CAPTION = 60
@@ -64,9 +64,6 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
     Figure
         A click returns ``customdata`` [layer, site].
     """
-    several = bool((table["site"] > 0).any())
-    places = table[["layer", "site"]].drop_duplicates().reset_index(drop=True)
-    names = [site_name(row.layer, row.site, several=several) for row in places.itertuples()]
     figure = go.Figure()
     for policy, rows in table.groupby("policy", sort=False):
         figure.add_trace(
@@ -85,13 +82,7 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
                 "<extra>%{fullData.name}</extra>",
             )
         )
-    step = max(1, -(-len(names) // 24))
-    figure.update_xaxes(
-        title="decoder layer",
-        tickmode="array",
-        tickvals=np.arange(len(names))[::step],
-        ticktext=names[::step],
-    )
+    theme.layer_axis(figure, table[["layer", "site"]].drop_duplicates())
     figure.update_yaxes(title="balancedness (mean / largest GPU load)", range=[0, 1.04])
     figure.update_layout(clickmode="event+select")
     return theme.finish(

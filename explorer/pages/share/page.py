@@ -6,15 +6,15 @@ import streamlit as st
 
 from capture.errors import CaptureError
 from capture.store import MIN_PROMPTS, MIN_TOKENS
-from explorer import service, views
+from explorer import saved_views, writing
 from explorer.errors import ExplorerError
 from explorer.report import make_report
+from explorer.saved_views import SavedView
 from explorer.text import plain
 from explorer.ui import access, problems, saved
 from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import SUFFIX, View, new_name, run_names, runs_folder
-from explorer.views import SavedView
 
 # a longer list makes the page slow to draw
 MAX_LISTED = 50
@@ -39,7 +39,7 @@ def render() -> None:
     view = current_view()
     with right:
         _run_report(view)
-        if service.may_write():
+        if writing.may_write():
             _without_text(view)
             _upload()
         if access.has_login():
@@ -49,11 +49,11 @@ def render() -> None:
 @part("Saved views")
 def _views() -> None:
     st.subheader("Saved views", anchor=False)
-    found, damaged = views.list_views(runs_folder())
+    found, damaged = saved_views.list_views(runs_folder())
     if not found:
         how = (
             "Set a page up as you want others to see it, then press *Save this view* at the side."
-            if service.may_write()
+            if writing.may_write()
             else "Those who may write here can save what a page shows under a name."
         )
         st.info(f"No view is saved yet. {how}", icon=":material/bookmark:")
@@ -65,7 +65,7 @@ def _views() -> None:
     for view_id in damaged:
         left, right = st.columns([4, 1], vertical_alignment="center")
         left.warning(f"The saved view {plain(view_id)} cannot be read.", icon=":material/warning:")
-        if service.may_write():
+        if writing.may_write():
             right.button("Delete", key=f"delete {view_id}", on_click=_delete, args=(view_id,))
 
 
@@ -86,7 +86,7 @@ def _one_view(view: SavedView, runs: list[str]) -> None:
             )
             if run in runs:
                 _report_button("Report", run, view)
-            if service.may_write():
+            if writing.may_write():
                 with st.popover("Delete", icon=":material/delete:"):
                     st.markdown("Its link will not work any more.")
                     st.button(
@@ -99,7 +99,7 @@ def _one_view(view: SavedView, runs: list[str]) -> None:
 
 @problems.in_callback
 def _delete(view_id: str) -> None:
-    views.delete_view(runs_folder(), view_id)
+    saved_views.delete_view(runs_folder(), view_id)
     st.session_state[_SAID] = "The view was deleted."
 
 
@@ -114,7 +114,7 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
         st.session_state[_REPORT] = (key, "", b"")
         try:
             with st.spinner("Making the report…"):
-                made_now = make_report(service.run_file(runs_folder(), run), view)
+                made_now = make_report(writing.run_file(runs_folder(), run), view)
             said = "; ".join(f"{title}: {why}" for title, why in made_now.failed.items())
             st.session_state[_REPORT] = (key, said, made_now.text.encode())
         except (CaptureError, ExplorerError, OSError) as error:
@@ -175,8 +175,8 @@ def _without_text(view: View) -> None:
 def _export(view: View, key: str) -> None:
     name = str(st.session_state[key]).strip()
     try:
-        out = service.run_path(runs_folder(), name)
-        service.export_counts(view.run.path, out)
+        out = writing.run_path(runs_folder(), name)
+        writing.export_counts(view.run.path, out)
     except (CaptureError, ExplorerError) as error:
         st.session_state[f"problem of {key}"] = str(error)
         return
@@ -189,7 +189,7 @@ def _upload() -> None:
     given = st.file_uploader(
         "A run file",
         type=[SUFFIX.removeprefix(".")],
-        max_upload_size=service.MAX_UPLOAD,
+        max_upload_size=writing.MAX_UPLOAD,
         key="run upload",
         help="It is checked before it is kept; nothing that the file brings along is run.",
     )
@@ -206,7 +206,7 @@ def _keep(given: "st.runtime.uploaded_file_manager.UploadedFile", key: str) -> N
     name = str(st.session_state[key]).strip()
     try:
         given.seek(0)
-        service.keep_upload(runs_folder(), name, given)
+        writing.keep_upload(runs_folder(), name, given)
     except ExplorerError as error:
         st.session_state[f"problem of {key}"] = str(error)
         return

@@ -12,6 +12,7 @@ from explorer.errors import ExplorerError, RunError
 from explorer.pages.trends.data import MAX_TOKENS, in_order, trend_table
 from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
 from explorer.run import Run, open_run
+from explorer.saved_views import join
 from explorer.text import plain
 from explorer.ui import address, state
 from explorer.ui.chart import chart
@@ -19,7 +20,6 @@ from explorer.ui.problems import part
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
 from explorer.ui.wording import Caption, label, labels, number
-from explorer.views import join
 
 _LISTED = 6  # checkpoints whose numbers of tokens are told one by one
 _DEMO, _FOLDER = "demo", "folder"

@@ -13,7 +13,7 @@ import pytest
 from synthetic import NASTY, PROMPTS, write_run
 
 from capture.errors import StoreError
-from explorer import service
+from explorer import writing
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.run import open_run
 from explorer.ui.access import viewer_of
@@ -25,15 +25,15 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _writing_again():
     yield
-    service.configure(service.Policy())
+    writing.configure(writing.Policy())
 
 
 @pytest.fixture(params=["read-only", "viewer"])
 def refusing(request):
     if request.param == "read-only":
-        service.configure(service.Policy(read_only=True))
+        writing.configure(writing.Policy(read_only=True))
         return "--read-only"
-    service.configure(service.Policy(role=lambda: "viewer"))
+    writing.configure(writing.Policy(role=lambda: "viewer"))
     return "role editor"
 
 
@@ -48,13 +48,13 @@ def _run():
 
 
 CALLS = {
-    "submit": lambda folder: service.submit(CaptureRequest(str(folder / "new.duckdb"))),
-    "cancel": lambda folder: service.cancel(1),
-    "write_new": lambda folder: service.write_new(folder / "new", b"1", what="Writing"),
-    "write_json": lambda folder: service.write_json(folder / "new", {"a": 1}, what="Writing"),
-    "keep_upload": lambda folder: service.keep_upload(folder, "up", io.BytesIO(RUN.read_bytes())),
-    "export_counts": lambda folder: service.export_counts(RUN, folder / "counts.duckdb"),
-    "remove": lambda folder: service.remove(folder / "kept", what="Removing"),
+    "submit": lambda folder: writing.submit(CaptureRequest(str(folder / "new.duckdb"))),
+    "cancel": lambda folder: writing.cancel(1),
+    "write_new": lambda folder: writing.write_new(folder / "new", b"1", what="Writing"),
+    "write_json": lambda folder: writing.write_json(folder / "new", {"a": 1}, what="Writing"),
+    "keep_upload": lambda folder: writing.keep_upload(folder, "up", io.BytesIO(RUN.read_bytes())),
+    "export_counts": lambda folder: writing.export_counts(RUN, folder / "counts.duckdb"),
+    "remove": lambda folder: writing.remove(folder / "kept", what="Removing"),
 }
 PATHS = {"run_path", "in_folder", "run_file", "own_files"}
 ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only"} | PATHS
@@ -63,9 +63,9 @@ ASKING = {"configure", "is_read_only", "may_write", "refuse_if_read_only"} | PAT
 def test_every_service_that_writes_is_tried_below():
     functions = {
         name
-        for name, value in vars(service).items()
+        for name, value in vars(writing).items()
         if inspect.isfunction(value)
-        and value.__module__ == "explorer.service"
+        and value.__module__ == "explorer.writing"
         and not name.startswith("_")
     }
     assert functions == set(CALLS) | ASKING
@@ -78,7 +78,7 @@ def test_a_write_service_called_directly_is_refused(refusing, worker, tmp_path, 
         CALLS[name](tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert not worker.jobs()
-    assert not service.may_write()
+    assert not writing.may_write()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -91,23 +91,23 @@ def test_an_editor_may_do_all_of_it(worker, tmp_path, name):
 
 def test_a_recovery_is_a_write_too(refusing, worker, tmp_path):
     with pytest.raises(NotAllowedError):
-        service.submit(RecoverRequest(str(tmp_path / "a.duckdb.partial")))
+        writing.submit(RecoverRequest(str(tmp_path / "a.duckdb.partial")))
 
 
 def test_a_file_is_written_whole_and_never_over_another(tmp_path):
-    path = service.write_new(tmp_path / "sub" / "a", b"one", what="Writing")
+    path = writing.write_new(tmp_path / "sub" / "a", b"one", what="Writing")
     with pytest.raises(ExplorerError, match="not overwritten"):
-        service.write_new(path, b"two", what="Writing")
+        writing.write_new(path, b"two", what="Writing")
     assert path.read_bytes() == b"one"
     assert [p.name for p in path.parent.iterdir()] == ["a"]
 
 
 def test_the_role_is_asked_for_every_write(tmp_path):
     roles = iter(["editor", "viewer"])
-    service.configure(service.Policy(role=lambda: next(roles)))
-    service.write_new(tmp_path / "a", b"", what="Writing")
+    writing.configure(writing.Policy(role=lambda: next(roles)))
+    writing.write_new(tmp_path / "a", b"", what="Writing")
     with pytest.raises(NotAllowedError):
-        service.write_new(tmp_path / "b", b"", what="Writing")
+        writing.write_new(tmp_path / "b", b"", what="Writing")
 
 
 WRITING = {"write_text", "write_bytes", "mkdir", "unlink", "rename", "rmdir"}
@@ -157,17 +157,17 @@ def test_roles_come_from_the_configuration(claims, settings, role):
 
 
 def test_an_upload_is_kept_as_it_is(tmp_path):
-    path = service.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
+    path = writing.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
     assert path.read_bytes() == RUN.read_bytes()
     with pytest.raises(ExplorerError, match="never overwritten"):
-        service.keep_upload(tmp_path, "theirs", io.BytesIO(b"other"))
+        writing.keep_upload(tmp_path, "theirs", io.BytesIO(b"other"))
     assert [p.name for p in tmp_path.iterdir()] == ["theirs.duckdb"]
 
 
 @pytest.mark.parametrize("name", ["../up", "", ".hidden", "a/b", "a" * 61, "up.duckdb/..", "<b>"])
 def test_an_upload_cannot_choose_its_place(tmp_path, name):
     with pytest.raises(ExplorerError, match="name of a run"):
-        service.keep_upload(tmp_path, name, io.BytesIO(b""))
+        writing.keep_upload(tmp_path, name, io.BytesIO(b""))
     assert not list(tmp_path.iterdir())
 
 
@@ -202,7 +202,7 @@ def test_an_upload_that_is_no_sound_run_is_not_kept(tmp_path, statement, said):
             connection.execute(statement)
     folder = tmp_path / "runs"
     with pytest.raises(ExplorerError, match=said) as caught:
-        service.keep_upload(folder, "theirs", io.BytesIO(bad.read_bytes()))
+        writing.keep_upload(folder, "theirs", io.BytesIO(bad.read_bytes()))
     assert ".upload-" not in str(caught.value)
     assert not list(folder.iterdir())
 
@@ -217,24 +217,24 @@ def test_a_name_never_leads_out_of_the_runs_folder(tmp_path, name):
         (other / "private.duckdb").write_bytes(b"x")
     (folder / "sub" / "run.duckdb").write_bytes(b"x")
     with pytest.raises(ExplorerError, match="leads out of it"):
-        service.in_folder(folder, name)
+        writing.in_folder(folder, name)
     with pytest.raises(ExplorerError, match=r"leads out of it|was removed"):
-        service.run_file(folder, name)
+        writing.run_file(folder, name)
 
 
 def test_a_run_of_the_folder_is_found_whatever_its_name(tmp_path):
     for name in ("known", "a, b % c", "..more", "Größe\nמילה"):
         path = tmp_path / f"{name}.duckdb"
         path.write_bytes(b"x")
-        assert service.run_file(tmp_path, name) == path
+        assert writing.run_file(tmp_path, name) == path
     with pytest.raises(ExplorerError, match="was removed"):
-        service.run_file(tmp_path, "gone")
+        writing.run_file(tmp_path, "gone")
 
 
 def test_an_upload_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "MAX_UPLOAD", 0.01)
+    monkeypatch.setattr(writing, "MAX_UPLOAD", 0.01)
     with pytest.raises(ExplorerError, match=r"more than 0\.01 MB"):
-        service.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
+        writing.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
     assert not list(tmp_path.iterdir())
 
 
@@ -243,7 +243,7 @@ def test_a_counts_only_export_holds_no_text_and_the_same_counts(tmp_path, monkey
     for least in ("MIN_TOKENS", "MIN_PROMPTS"):
         monkeypatch.setattr(sys.modules["capture.store.counts_only"], least, 1)
     deep = write_run(tmp_path / "deep.duckdb", level="attention")
-    out = service.export_counts(deep.path, tmp_path / "counts.duckdb")
+    out = writing.export_counts(deep.path, tmp_path / "counts.duckdb")
     with open_run(deep.path) as run, open_run(out) as counts:
         assert counts.counts_only and not run.counts_only
         for view in ("expert_load_by", "coactivation", "transitions", "sites", "prompt_sizes"):
@@ -260,7 +260,7 @@ def test_a_counts_only_export_holds_no_text_and_the_same_counts(tmp_path, monkey
     assert len(words) > 4
     assert not [word for word in words if word.strip().encode() in content]
     with pytest.raises(StoreError, match="never overwritten"):
-        service.export_counts(deep.path, out)
+        writing.export_counts(deep.path, out)
     # tokens have ids again wherever they were not left out
     with duckdb.connect(str(out), read_only=True) as connection:
         assert connection.sql("SELECT DISTINCT token FROM tokens").fetchall() == [(None,)]

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from capture.errors import quoted
 from capture.store.files import is_own_file
-from explorer import service, slices
+from explorer import slices, writing
 from explorer.errors import ExplorerError
 
 SCHEMA_VERSION = 1
@@ -98,7 +98,7 @@ def save_view(
     ExplorerError
         If the name is empty, a text is too long, or the address names what cannot be a file.
     """
-    service.refuse_if_read_only("Saving a view")
+    writing.refuse_if_read_only("Saving a view")
     name, note, author = name.strip(), note.strip(), author.strip()
     if not 0 < len(name) <= MAX_NAME or len(note) > MAX_NOTE or len(author) > MAX_AUTHOR:
         raise ExplorerError(
@@ -123,7 +123,7 @@ def save_view(
         raise ExplorerError(
             f"This view cannot be kept: {error}. Choose less on the page."
         ) from None
-    service.write_json(_path(folder, view.view_id), asdict(view), what="Saving a view")
+    writing.write_json(_path(folder, view.view_id), asdict(view), what="Saving a view")
     return view
 
 
@@ -154,7 +154,7 @@ def load_view(folder: Path, view_id: str) -> SavedView:
 def list_views(folder: Path) -> tuple[list[SavedView], list[str]]:
     """Return the views of a runs folder, newest first, and the ids of files that are damaged."""
     views, damaged = [], []
-    for path in service.own_files(folder / FOLDER, "*.json"):
+    for path in writing.own_files(folder / FOLDER, "*.json"):
         if not _ID.fullmatch(path.stem):
             continue
         try:
@@ -168,7 +168,7 @@ def delete_view(folder: Path, view_id: str) -> None:
     """Remove a view; one that is gone already is no error."""
     if not _ID.fullmatch(view_id):
         raise ExplorerError(f"Expected the id of a saved view, got {quoted(view_id)}.")
-    service.remove(_path(folder, view_id), what="Deleting a view")
+    writing.remove(_path(folder, view_id), what="Deleting a view")
 
 
 def digest(path: Path) -> str:
@@ -253,10 +253,10 @@ def _path(folder: Path, view_id: str) -> Path:
 def _beside(folder: Path, params: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
     """Yield the slice and the comparison that an address names, with their files."""
     if params.get("slice") and params.get("run"):
-        run = service.in_folder(folder, f"{params['run']}.duckdb")
+        run = writing.in_folder(folder, f"{params['run']}.duckdb")
         yield "slice", slices.slice_path(run, params["slice"])
     if params.get("comparison"):
-        yield "comparison", service.in_folder(folder, params["comparison"])
+        yield "comparison", writing.in_folder(folder, params["comparison"])
 
 
 def _checked(view_id: str, values: Any) -> SavedView:
