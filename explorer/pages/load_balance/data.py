@@ -88,7 +88,7 @@ def balance_of_gpus(table: pd.DataFrame) -> pd.DataFrame:
     even GPUs.
     """
     busiest = table.groupby(["policy", "layer", "site"], sort=False)["ratio"].max()
-    frame = busiest.rename("straggler").reset_index()
+    frame = busiest.to_frame("straggler").reset_index()
     return frame.assign(balancedness=1 / frame["straggler"])
 
 
