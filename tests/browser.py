@@ -22,8 +22,6 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # what is animated is painted again and again, which takes a core; nothing is tested of it
-    "--force-prefers-reduced-motion",
     # the pages of the app share one process, and what it compiled (see `visit`)
     "--process-per-site",
 ]

@@ -247,7 +247,9 @@ def new_page(chromium, contexts):
     def make(theme="light", **options):
         key = tuple(sorted(options.items()))
         if key not in contexts:
-            contexts[key] = chromium.new_context(viewport=SIZE, **options)
+            # what moves is painted again and again, which takes a core; nothing is tested of it
+            still = {"viewport": SIZE, "reduced_motion": "reduce"}
+            contexts[key] = chromium.new_context(**still, **options)
             contexts[key].set_default_timeout(60_000)
         page = contexts[key].new_page()
         page.emulate_media(color_scheme=theme)
