@@ -1,9 +1,9 @@
 """Rules that look at a batch: expert choice, balanced assignment, Sinkhorn, capacity."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import log
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ def best_tokens(scores: torch.Tensor, places: int) -> torch.Tensor:
 
 
 @ROUTERS.add("expert_choice")
+@dataclass(kw_only=True, eq=False)
 class ExpertChoiceRouter(GateRouter):
     """Let every expert take the tokens that score highest with it.
 
@@ -59,17 +60,13 @@ class ExpertChoiceRouter(GateRouter):
 
     info = CARDS["expert_choice"]
 
-    def __init__(
-        self,
-        *,
-        experts_per_token: float | None = None,
-        window: int | None = None,
-        raw: bool = False,
-    ) -> None:
-        self.experts_per_token = experts_per_token
-        self.window = window
-        self.raw = raw
-        if raw:
+    experts_per_token: float | None = None
+    window: int | None = None
+    raw: bool = False
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        if self.raw:
             formula = f"{self.info.formula};  w_e = p_te"
             self.info = replace(self.info, formula=formula, weighing="own", differs="")
 
@@ -88,6 +85,7 @@ class ExpertChoiceRouter(GateRouter):
 
 
 @ROUTERS.add("base")
+@dataclass(kw_only=True, eq=False)
 class BaseRouter(GateRouter):
     """Assign tokens to experts so that loads are equal and the sum of log scores is largest.
 
@@ -107,10 +105,12 @@ class BaseRouter(GateRouter):
 
     info = CARDS["base"]
 
-    def __init__(self, *, window: int = 512) -> None:
-        if not 1 <= window <= MAX_WINDOW:
-            raise RouterError(f"Expected a window of 1 to {MAX_WINDOW} tokens, got {window}.")
-        self.window = window
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if not 1 <= self.window <= MAX_WINDOW:
+            raise RouterError(f"Expected a window of 1 to {MAX_WINDOW} tokens, got {self.window}.")
 
     def _route(self, inputs: RouterInputs) -> Routing:
         worth = self._worth(inputs)
@@ -171,6 +171,7 @@ def balanced_assignment(profit: npt.NDArray[np.float64], k: int) -> npt.NDArray[
 
 
 @ROUTERS.add("sinkhorn")
+@dataclass(kw_only=True, eq=False)
 class SinkhornRouter(GateRouter):
     """Balance the logits by Sinkhorn's iteration, then take each token's best experts.
 
@@ -194,20 +195,15 @@ class SinkhornRouter(GateRouter):
 
     info = CARDS["sinkhorn"]
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        max_iterations: int = 200,
-        tolerance: float = 1e-4,
-        window: int | None = None,
-    ) -> None:
-        if max_iterations < 1:
-            raise RouterError(f"Expected at least one iteration, got {max_iterations}.")
-        self.temperature = temperature
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
-        self.window = window
+    temperature: float = 1.0
+    max_iterations: int = 200
+    tolerance: float = 0.0001
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.max_iterations < 1:
+            raise RouterError(f"Expected at least one iteration, got {self.max_iterations}.")
 
     def _route(self, inputs: RouterInputs) -> Routing:
         logits = host_logits(inputs)
@@ -259,6 +255,7 @@ def log_sinkhorn(
 
 
 @ROUTERS.add("capacity_probs")
+@dataclass(kw_only=True, eq=False)
 class CapacityRouter(GateRouter):
     """Take the model's own choice, and drop what exceeds each expert's capacity.
 
@@ -274,12 +271,11 @@ class CapacityRouter(GateRouter):
     As in Megatron-Core, the weights of what is left do not change.
     """
 
-    policy: Literal["probs", "position"] = "probs"
+    policy: ClassVar[Literal["probs", "position"]] = "probs"
     info = CARDS["capacity_probs"]
 
-    def __init__(self, *, capacity_factor: float = 1.25, window: int | None = None) -> None:
-        self.capacity_factor = capacity_factor
-        self.window = window
+    capacity_factor: float = 1.25
+    window: int | None = None
 
     def _route(self, inputs: RouterInputs) -> Routing:
         native = TopKRouter()._route(inputs)  # with gradients, where a model learns with it

@@ -1,7 +1,6 @@
 """Attention-based routers to experts: a token's query meets the keys of the experts."""
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from explorer.routers.selectors import SELECTOR_DECIDES, Selector, chosen_formul
 
 
 @ROUTERS.add("gate_row_attention")
+@dataclass(kw_only=True, eq=False)
 class GateRowRouter(RoutingRouter):
     """Take the token as the query and the rows of the model's gate as the experts' keys.
 
@@ -32,13 +32,15 @@ class GateRowRouter(RoutingRouter):
 
     info = CARDS["gate_row_attention"]
 
-    def __init__(self, *, selector: Selector | None = None) -> None:
-        self.selector = selector
-        if selector is not None:
-            formula = chosen_formula(self.info.formula, selector)
+    selector: Selector | None = None
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        if self.selector is not None:
+            formula = chosen_formula(self.info.formula, self.selector)
             self.info = replace(
                 self.info,
-                variable_k=selector.variable,
+                variable_k=self.selector.variable,
                 formula=formula,
                 identity=SELECTOR_DECIDES,
             )
@@ -78,6 +80,7 @@ class KeyAttention(nn.Module):
 
 
 @ROUTERS.add("expert_key_attention")
+@dataclass(kw_only=True, eq=False)
 class ExpertKeyRouter(Student):
     """Learn a low-rank query of the token and a key of each expert.
 
@@ -91,9 +94,7 @@ class ExpertKeyRouter(Student):
 
     info = CARDS["expert_key_attention"]
 
-    def __init__(self, *, rank: int = 16, **options: Any) -> None:
-        super().__init__(**options)
-        self.rank = rank
+    rank: int = 16
 
     def make(self, d: int, n_experts: int) -> nn.Module:
         """Make the query's projection and the keys."""

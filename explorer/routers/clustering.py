@@ -1,7 +1,7 @@
 """Clustering-based routers: what region of the hidden space a token lies in decides."""
 
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -88,6 +88,7 @@ class TableRouter(RoutingRouter):
 
 
 @ROUTERS.add("kmeans")
+@dataclass(kw_only=True, eq=False)
 class KMeansRouter(TableRouter):
     """Send a token to the experts that its K-means cluster scored highest on average.
 
@@ -113,24 +114,17 @@ class KMeansRouter(TableRouter):
 
     info = CARDS["kmeans"]
 
-    def __init__(
-        self,
-        *,
-        n_clusters: int = 128,
-        soft: bool = False,
-        temperature: float = 0.1,
-        level: Level = "token",
-        selector: Selector | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.soft = soft
-        self.temperature = temperature
-        self.level = level
-        self.selector = selector
-        self.seed = seed
-        needs = {"hidden", "starts"} if level == "prompt" else {"hidden"}
-        variable = selector is not None and selector.variable
+    n_clusters: int = 128
+    soft: bool = False
+    temperature: float = 0.1
+    level: Level = "token"
+    selector: Selector | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        needs = {"hidden", "starts"} if self.level == "prompt" else {"hidden"}
+        variable = self.selector is not None and self.selector.variable
         self.info = replace(self.info, needs=frozenset(needs), variable_k=variable)
 
     def _fit_clusters(self, points: torch.Tensor) -> None:
@@ -156,54 +150,28 @@ class KMeansRouter(TableRouter):
 
 
 @ROUTERS.add("kmeans_soft")
+@dataclass(kw_only=True, eq=False)
 class SoftKMeansRouter(KMeansRouter):
     """Mix the experts of several clusters, by the token's shares in them."""
 
     info = CARDS["kmeans_soft"]
 
-    def __init__(
-        self,
-        *,
-        n_clusters: int = 128,
-        temperature: float = 0.1,
-        level: Level = "token",
-        selector: Selector | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            n_clusters=n_clusters,
-            soft=True,
-            temperature=temperature,
-            level=level,
-            selector=selector,
-            seed=seed,
-        )
+    soft: bool = field(default=True, init=False)
 
 
 @ROUTERS.add("kmeans_prompt")
+@dataclass(kw_only=True, eq=False)
 class PromptKMeansRouter(SoftKMeansRouter):
     """Cluster prompts: all tokens that continue the same kind of text share experts."""
 
     info = CARDS["kmeans_prompt"]
 
-    def __init__(
-        self,
-        *,
-        n_clusters: int = 32,
-        temperature: float = 0.1,
-        selector: Selector | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            n_clusters=n_clusters,
-            temperature=temperature,
-            level="prompt",
-            selector=selector,
-            seed=seed,
-        )
+    n_clusters: int = 32
+    level: Level = field(default="prompt", init=False)
 
 
 @ROUTERS.add("gmm")
+@dataclass(kw_only=True, eq=False)
 class MixtureRouter(TableRouter):
     """Mix the experts of a Gaussian mixture's components, by their posterior.
 
@@ -226,22 +194,16 @@ class MixtureRouter(TableRouter):
 
     info = CARDS["gmm"]
 
-    def __init__(
-        self,
-        *,
-        n_components: int = 128,
-        covariance: Literal["diag", "full"] = "diag",
-        level: Level = "token",
-        selector: Selector | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.n_components = n_components
-        self.covariance = covariance
-        self.level = level
-        self.selector = selector
-        self.seed = seed
-        needs = {"hidden", "starts"} if level == "prompt" else {"hidden"}
-        variable = selector is not None and selector.variable
+    n_components: int = 128
+    covariance: Literal["diag", "full"] = "diag"
+    level: Level = "token"
+    selector: Selector | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        needs = {"hidden", "starts"} if self.level == "prompt" else {"hidden"}
+        variable = self.selector is not None and self.selector.variable
         self.info = replace(self.info, needs=frozenset(needs), variable_k=variable)
 
     def _fit_clusters(self, points: torch.Tensor) -> None:
@@ -259,6 +221,7 @@ class MixtureRouter(TableRouter):
 
 
 @ROUTERS.add("cluster_shortlist")
+@dataclass(kw_only=True, eq=False)
 class ShortlistRouter(TableRouter):
     """Let the model's own gate choose, but only among the experts of the token's cluster.
 
@@ -272,12 +235,9 @@ class ShortlistRouter(TableRouter):
 
     info = CARDS["cluster_shortlist"]
 
-    def __init__(
-        self, *, n_clusters: int = 128, shortlist: int | None = None, seed: int = 0
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.shortlist = shortlist
-        self.seed = seed
+    n_clusters: int = 128
+    shortlist: int | None = None
+    seed: int = 0
 
     def _fit_clusters(self, points: torch.Tensor) -> None:
         self.clusters_ = KMeansClusters(self.n_clusters, self.seed, MAX_POINTS)
@@ -320,6 +280,7 @@ class ShortlistRouter(TableRouter):
 
 
 @ROUTERS.add("cluster_linear")
+@dataclass(kw_only=True, eq=False)
 class ClusterLinearRouter(RoutingRouter):
     """Give every cluster of hidden states a linear router of its own, fitted to the model's logits.
 
@@ -343,20 +304,15 @@ class ClusterLinearRouter(RoutingRouter):
 
     info = CARDS["cluster_linear"]
 
-    def __init__(
-        self,
-        *,
-        n_clusters: int = 8,
-        rank: int | None = None,
-        ridge: float = 1e-3,
-        seed: int = 0,
-    ) -> None:
-        if rank is not None and rank < 1:
-            raise RouterError(f"Expected a rank of at least 1, got {rank}. None is full rank.")
-        self.n_clusters = n_clusters
-        self.rank = rank
-        self.ridge = ridge
-        self.seed = seed
+    n_clusters: int = 8
+    rank: int | None = None
+    ridge: float = 0.001
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.rank is not None and self.rank < 1:
+            raise RouterError(f"Expected a rank of at least 1, got {self.rank}. None is full rank.")
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         hidden = inputs.tensor("hidden").double()
@@ -441,12 +397,10 @@ def regress(
 
 
 @ROUTERS.add("cluster_low_rank")
+@dataclass(kw_only=True, eq=False)
 class ClusterLowRankRouter(ClusterLinearRouter):
     """Give every cluster a linear router of low rank."""
 
     info = CARDS["cluster_low_rank"]
 
-    def __init__(
-        self, *, n_clusters: int = 8, rank: int = 4, ridge: float = 1e-3, seed: int = 0
-    ) -> None:
-        super().__init__(n_clusters=n_clusters, rank=rank, ridge=ridge, seed=seed)
+    rank: int = 4

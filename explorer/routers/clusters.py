@@ -1,6 +1,7 @@
 """Regions of the hidden space: K-means, Gaussian mixtures, and the nearest recorded tokens."""
 
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -172,6 +173,7 @@ class GaussianClusters:
 
 
 @ROUTERS.add("nearest_neighbours")
+@dataclass(kw_only=True, eq=False)
 class NeighbourRouter(RoutingRouter):
     """Average the expert scores of the most similar recorded tokens.
 
@@ -186,10 +188,9 @@ class NeighbourRouter(RoutingRouter):
     info = CARDS["nearest_neighbours"]
     _rows = 2048  # tokens compared at a time, which bounds memory
 
-    def __init__(self, *, neighbours: int = 8, max_points: int = 8192, seed: int = 0) -> None:
-        self.neighbours = neighbours
-        self.max_points = max_points
-        self.seed = seed
+    neighbours: int = 8
+    max_points: int = 8192
+    seed: int = 0
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         rows = sample_rows(inputs.n_tokens, self.max_points, self.seed)

@@ -1,6 +1,6 @@
 """Controls: what chance and constants achieve, at the cost of the rule they stand beside."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import ceil, floor
 from typing import Literal, Self
 
@@ -26,6 +26,7 @@ _SETS, _COUNTS = 1, 2  # streams of random numbers
 
 
 @ROUTERS.add("random")
+@dataclass(kw_only=True, eq=False)
 class RandomRouter(GateRouter):
     """Choose experts by chance, as many on average as told, the same in every layer.
 
@@ -41,17 +42,15 @@ class RandomRouter(GateRouter):
 
     info = CARDS["random"]
 
-    def __init__(
-        self,
-        *,
-        experts_per_token: float | None = None,
-        choose: Choose = "random",
-        seed: int = 0,
-    ) -> None:
-        self.experts_per_token = experts_per_token
-        self.choose = choose
-        self.seed = seed
-        if experts_per_token is not None and experts_per_token != int(experts_per_token):
+    experts_per_token: float | None = None
+    choose: Choose = "random"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        if self.experts_per_token is not None and self.experts_per_token != int(
+            self.experts_per_token
+        ):
             self.info = replace(self.info, variable_k=True)
 
     def _shares(self, inputs: RouterInputs) -> torch.Tensor:
@@ -79,6 +78,7 @@ class RandomRouter(GateRouter):
 
 
 @ROUTERS.add("random_matched")
+@dataclass(kw_only=True, eq=False)
 class MatchedRandomRouter(RandomRouter):
     """Choose by chance with the numbers of experts that another rule uses in this layer.
 
@@ -98,8 +98,8 @@ class MatchedRandomRouter(RandomRouter):
 
     info = CARDS["random_matched"]
 
-    def __init__(self, *, choose: Choose = "best", seed: int = 0) -> None:
-        super().__init__(choose=choose, seed=seed)
+    choose: Choose = "best"
+    experts_per_token: float | None = field(default=None, init=False)
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         beside = inputs.native if target is None else target
@@ -121,6 +121,7 @@ class MatchedRandomRouter(RandomRouter):
 
 
 @ROUTERS.add("frozen_random")
+@dataclass(kw_only=True, eq=False)
 class FrozenRandomRouter(RoutingRouter):
     """Route by a linear gate with random weights that nobody trained.
 
@@ -139,9 +140,8 @@ class FrozenRandomRouter(RoutingRouter):
 
     info = CARDS["frozen_random"]
 
-    def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
-        self.k = k
-        self.seed = seed
+    k: int | None = None
+    seed: int = 0
 
     def _route(self, inputs: RouterInputs) -> Routing:
         hidden = inputs.tensor("hidden").float()
@@ -160,6 +160,7 @@ class FrozenRandomRouter(RoutingRouter):
 
 
 @ROUTERS.add("static_best")
+@dataclass(kw_only=True, eq=False)
 class StaticRouter(RoutingRouter):
     """Send every token to the experts that score highest on average.
 
@@ -171,8 +172,7 @@ class StaticRouter(RoutingRouter):
 
     info = CARDS["static_best"]
 
-    def __init__(self, *, k: int | None = None) -> None:
-        self.k = k
+    k: int | None = None
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         self.mean_ = target_scores(inputs, target).mean(dim=0)
@@ -187,6 +187,7 @@ class StaticRouter(RoutingRouter):
         return 0.0
 
 
+@dataclass(kw_only=True, eq=False)
 class _PartControl(PartRouter):
     """A control of rules about parts, which learns the kind and number of parts from its target.
 
@@ -197,12 +198,13 @@ class _PartControl(PartRouter):
     seed : int
     """
 
+    keep: float | None = 0.75
     part: Part = "head"
+    seed: int = 0
 
-    def __init__(self, *, keep: float | None = 0.75, part: Part = "head", seed: int = 0) -> None:
-        self.keep = None if keep is None else check_keep(keep)
-        self.part = part
-        self.seed = seed
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = None if self.keep is None else check_keep(self.keep)
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         gate = target_importance(target, self.part)
@@ -250,6 +252,7 @@ class StaticPartRouter(_PartControl):
 
 
 @ROUTERS.add("constant_gate")
+@dataclass(kw_only=True, eq=False)
 class ConstantGateRouter(PartRouter):
     """Multiply every part by the same number.
 
@@ -264,16 +267,17 @@ class ConstantGateRouter(PartRouter):
 
     info = CARDS["constant_gate"]
 
-    def __init__(
-        self, *, value: float = 1.0, part: Part = "layer", n_parts: int | None = None
-    ) -> None:
-        if part == "head" and n_parts is None:
+    value: float = 1.0
+    part: Part = "layer"
+    n_parts: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.part == "head" and self.n_parts is None:
             raise RouterError(
                 "Expected n_parts for heads: the router cannot see how many there are."
             )
-        self.value = check_keep(value)
-        self.part = part
-        self.n_parts = n_parts
+        self.value = check_keep(self.value)
 
     def _route(self, inputs: RouterInputs) -> PartMask:
         known = inputs.n_experts if self.part == "expert" else 1
@@ -291,7 +295,8 @@ _WHOLE = 0.01  # blocks: keep=0.667 of 6 layers means 4
 
 
 @ROUTERS.add("static_layers")
-class StaticLayersRouter(TrainedRouter, PartRouter):
+@dataclass(kw_only=True, eq=False)
+class StaticLayersRouter(PartRouter, TrainedRouter):
     """Run the same MoE blocks for all tokens: those without which the loss rises least.
 
     Parameters
@@ -307,12 +312,15 @@ class StaticLayersRouter(TrainedRouter, PartRouter):
         Layers whose block does not run.
     """
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["static_layers"]
 
-    def __init__(self, *, keep: float = 0.75, seed: int = 0) -> None:
-        self.keep = check_keep(keep)
-        self.seed = seed
+    keep: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
 
     def _train(self, session: TrainingSession) -> None:
         layers = sorted(part_modules(session.model, session.sites, "block"))

@@ -1,5 +1,7 @@
 """DeepSeek's rules: a bias that evens out the load, and groups of experts."""
 
+from dataclasses import dataclass
+
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
@@ -17,6 +19,7 @@ from explorer.routers.selectors import TopK
 
 
 @ROUTERS.add("loss_free_bias")
+@dataclass(kw_only=True, eq=False)
 class LossFreeBiasRouter(GateRouter):
     """Choose by sigmoid scores plus a bias per expert that was fitted to even out the load.
 
@@ -42,20 +45,11 @@ class LossFreeBiasRouter(GateRouter):
 
     info = CARDS["loss_free_bias"]
 
-    def __init__(
-        self,
-        *,
-        update_rate: float = 1e-3,
-        steps: int = 1000,
-        batch_tokens: int = 2048,
-        k: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.update_rate = update_rate
-        self.steps = steps
-        self.batch_tokens = batch_tokens
-        self.k = k
-        self.seed = seed
+    update_rate: float = 0.001
+    steps: int = 1000
+    batch_tokens: int = 2048
+    k: int | None = None
+    seed: int = 0
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         scores = self._choice(inputs)
@@ -85,6 +79,7 @@ class LossFreeBiasRouter(GateRouter):
 
 
 @ROUTERS.add("group_limited_v2")
+@dataclass(kw_only=True, eq=False)
 class GroupLimitedRouter(GateRouter):
     """Choose within the best groups of experts only, as a group is one device.
 
@@ -111,12 +106,9 @@ class GroupLimitedRouter(GateRouter):
     info = CARDS["group_limited_v2"]
     counted = 1
 
-    def __init__(
-        self, *, n_groups: int | None = None, top_groups: int = 1, k: int | None = None
-    ) -> None:
-        self.n_groups = n_groups
-        self.top_groups = top_groups
-        self.k = k
+    n_groups: int | None = None
+    top_groups: int = 1
+    k: int | None = None
 
     def _route(self, inputs: RouterInputs) -> Routing:
         k = inputs.top_k if self.k is None else self.k

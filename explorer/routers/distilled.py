@@ -1,8 +1,8 @@
 """Students of the model's gate: linear, cosine, and those that look one layer ahead."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import log
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +64,7 @@ class CosineGate(nn.Module):
 
 
 @ROUTERS.add("cosine")
+@dataclass(kw_only=True, eq=False)
 class CosineRouter(Student):
     """Route by the cosine between a projection of the token and a vector of each expert.
 
@@ -83,9 +84,7 @@ class CosineRouter(Student):
 
     info = CARDS["cosine"]
 
-    def __init__(self, *, width: int = 32, **options: Any) -> None:
-        super().__init__(**options)
-        self.width = width
+    width: int = 32
 
     def make(self, d: int, n_experts: int) -> nn.Module:
         """Make the projection, the expert vectors and the scale."""
@@ -97,6 +96,7 @@ class CosineRouter(Student):
 
 
 @ROUTERS.add("look_ahead")
+@dataclass(kw_only=True, eq=False)
 class LookAheadRouter(AcrossLayers, RoutingRouter):
     """Choose a layer's experts from the router input of the layer before it.
 
@@ -114,9 +114,8 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
 
     info = CARDS["look_ahead"]
 
-    def __init__(self, *, steps: int = STEPS, seed: int = 0) -> None:
-        self.steps = steps
-        self.seed = seed
+    steps: int = STEPS
+    seed: int = 0
 
     def fit_across(
         self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]

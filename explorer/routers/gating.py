@@ -1,11 +1,12 @@
 """Gating-based rules: a number between 0 and 1 in front of each head, layer or expert."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
-from capture.swap.rules import Decision, Part, PartMask, RouterInputs
+from capture.swap.rules import Decision, PartMask, RouterInputs
 from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS, PartRouter
@@ -66,6 +67,7 @@ def blend(gate: torch.Tensor, output: torch.Tensor, identity: torch.Tensor) -> t
     return torch.where(gate == 1, output, torch.where(gate == 0, identity, mixed))
 
 
+@dataclass(kw_only=True, eq=False)
 class _PartGate(PartRouter):
     """A gate for each part, from a linear map of the token.
 
@@ -84,27 +86,21 @@ class _PartGate(PartRouter):
         on the model's loss instead, use ``network`` and ``straight_through`` while it runs.
     """
 
-    def __init__(
-        self,
-        *,
-        kind: Kind = "sigmoid",
-        mode: Mode = "skip",
-        keep: float | None = 0.75,
-        threshold: float = 0.5,
-        steps: int = STEPS,
-        seed: int = 0,
-    ) -> None:
-        if kind not in ("sigmoid", "hard_concrete") or mode not in ("skip", "modulate"):
+    kind: Kind = "sigmoid"
+    mode: Mode = "skip"
+    keep: float | None = 0.75
+    threshold: float = 0.5
+    steps: int = STEPS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.kind not in ("sigmoid", "hard_concrete") or self.mode not in ("skip", "modulate"):
             raise RouterError(
                 "Expected kind 'sigmoid' or 'hard_concrete' and mode 'skip' or 'modulate', got "
-                f"{kind!r} and {mode!r}."
+                f"{self.kind!r} and {self.mode!r}."
             )
-        self.kind = kind
-        self.mode = mode
-        self.keep = None if keep is None else check_keep(keep)
-        self.threshold = threshold
-        self.steps = steps
-        self.seed = seed
+        self.keep = None if self.keep is None else check_keep(self.keep)
 
     def network(self, d: int, n_parts: int) -> nn.Linear:
         """Make the map from tokens to logits, with gates that start open."""
@@ -167,11 +163,12 @@ class _PartGate(PartRouter):
 class LayerGateRouter(_PartGate):
     """Decide for each token whether the layer runs."""
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["layer_gate"]
 
 
 @ROUTERS.add("head_gate")
+@dataclass(kw_only=True, eq=False)
 class HeadGateRouter(_PartGate):
     """Decide for each token which heads run, with gates that can close entirely.
 
@@ -180,41 +177,19 @@ class HeadGateRouter(_PartGate):
     Differs from the source, whose gates belong to heads: here they depend on the token.
     """
 
-    part: Part = "head"
+    part = "head"
     info = CARDS["head_gate"]
 
-    def __init__(
-        self,
-        *,
-        kind: Kind = "hard_concrete",
-        mode: Mode = "skip",
-        keep: float | None = 0.75,
-        threshold: float = 0.5,
-        steps: int = STEPS,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            kind=kind, mode=mode, keep=keep, threshold=threshold, steps=steps, seed=seed
-        )
+    kind: Kind = "hard_concrete"
 
 
 @ROUTERS.add("expert_gate")
+@dataclass(kw_only=True, eq=False)
 class ExpertGateRouter(_PartGate):
     """Multiply each expert's weight by a gate of its own."""
 
-    part: Part = "expert"
+    part = "expert"
     info = CARDS["expert_gate"]
 
-    def __init__(
-        self,
-        *,
-        kind: Kind = "sigmoid",
-        mode: Mode = "modulate",
-        keep: float | None = None,
-        threshold: float = 0.5,
-        steps: int = STEPS,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            kind=kind, mode=mode, keep=keep, threshold=threshold, steps=steps, seed=seed
-        )
+    mode: Mode = "modulate"
+    keep: float | None = None

@@ -1,5 +1,7 @@
 """Hash layers: the token id alone decides."""
 
+from dataclasses import dataclass
+
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
@@ -12,6 +14,7 @@ from explorer.routers.sequences import mix, uniform
 
 
 @ROUTERS.add("hash_random")
+@dataclass(kw_only=True, eq=False)
 class HashRouter(RoutingRouter):
     """Send each token id to experts drawn once, with equal weights.
 
@@ -30,9 +33,8 @@ class HashRouter(RoutingRouter):
 
     info = CARDS["hash_random"]
 
-    def __init__(self, *, k: int | None = None, seed: int = 0) -> None:
-        self.k = k
-        self.seed = seed
+    k: int | None = None
+    seed: int = 0
 
     def _route(self, inputs: RouterInputs) -> Routing:
         salt = (self.seed * 1009 + inputs.layer) * 101 + inputs.site
@@ -49,6 +51,7 @@ class HashRouter(RoutingRouter):
 
 
 @ROUTERS.add("hash_fitted")
+@dataclass(kw_only=True, eq=False)
 class FittedHashRouter(RoutingRouter):
     """Send each token id to the experts that its occurrences scored highest on average.
 
@@ -65,8 +68,7 @@ class FittedHashRouter(RoutingRouter):
 
     info = CARDS["hash_fitted"]
 
-    def __init__(self, *, k: int | None = None) -> None:
-        self.k = k
+    k: int | None = None
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         scores = target_scores(inputs, target).double()

@@ -1,13 +1,13 @@
 """Heads and layers chosen by attention: keys of parts, and attention that tokens receive."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 from torch import nn
 
-from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs
+from capture.swap.rules import Decision, PartMask, Place, RouterInputs
 from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.attention import KeyAttention
@@ -44,6 +44,7 @@ def quantile_threshold(scores: torch.Tensor, keep: float) -> float:
 
 
 @ROUTERS.add("head_attention")
+@dataclass(kw_only=True, eq=False)
 class HeadAttentionRouter(PartRouter):
     """Choose attention heads by the token's query against a learned key of each head.
 
@@ -59,26 +60,21 @@ class HeadAttentionRouter(PartRouter):
         Of the fit, whose target is each head's share of the heads' output norms.
     """
 
-    part: Part = "head"
+    part = "head"
     info = CARDS["head_attention"]
 
-    def __init__(
-        self,
-        *,
-        keep: float = 0.75,
-        selector: Selector | None = None,
-        rank: int = 16,
-        steps: int = STEPS,
-        seed: int = 0,
-    ) -> None:
-        self.keep = check_keep(keep)
-        self.selector = selector
-        if selector is not None:
-            formula = chosen_formula(self.info.formula, selector)
+    keep: float = 0.75
+    selector: Selector | None = None
+    rank: int = 16
+    steps: int = STEPS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
+        if self.selector is not None:
+            formula = chosen_formula(self.info.formula, self.selector)
             self.info = replace(self.info, formula=formula, identity=SELECTOR_DECIDES)
-        self.rank = rank
-        self.steps = steps
-        self.seed = seed
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         hidden = inputs.tensor("hidden").float()
@@ -127,7 +123,8 @@ class LayerKeys(nn.Module):
 
 
 @ROUTERS.add("layer_attention")
-class LayerAttentionRouter(AcrossLayers, PartRouter):
+@dataclass(kw_only=True, eq=False)
+class LayerAttentionRouter(PartRouter, AcrossLayers):
     """Run a layer for the tokens whose query meets the layer's key.
 
     Parameters
@@ -148,24 +145,19 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
     sequence's best tokens instead, as mixture-of-depths does in training, looks at later ones.
     """
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["layer_attention"]
 
-    def __init__(
-        self,
-        *,
-        keep: float = 0.75,
-        selector: Selector | None = None,
-        rank: int = 16,
-        steps: int = STEPS,
-        seed: int = 0,
-    ) -> None:
-        self.keep = check_keep(keep)
-        self.selector = selector
-        self.info = with_selector(self.info, selector)
-        self.rank = rank
-        self.steps = steps
-        self.seed = seed
+    keep: float = 0.75
+    selector: Selector | None = None
+    rank: int = 16
+    steps: int = STEPS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
+        self.info = with_selector(self.info, self.selector)
 
     def fit_across(
         self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
@@ -213,6 +205,7 @@ class LayerAttentionRouter(AcrossLayers, PartRouter):
 
 
 @ROUTERS.add("attention_received")
+@dataclass(kw_only=True, eq=False)
 class AttentionReceivedRouter(PartRouter):
     """Run a layer for the tokens of a sequence that receive most attention.
 
@@ -231,13 +224,16 @@ class AttentionReceivedRouter(PartRouter):
     attention a token receives, so the rule cannot be used while generating.
     """
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["attention_received"]
 
-    def __init__(self, *, keep: float = 0.75, selector: Selector | None = None) -> None:
-        self.keep = check_keep(keep)
-        self.selector = selector
-        self.info = with_selector(self.info, selector)
+    keep: float = 0.75
+    selector: Selector | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
+        self.info = with_selector(self.info, self.selector)
 
     def _route(self, inputs: RouterInputs) -> PartMask:
         received = inputs.tensor("received").float()
@@ -255,6 +251,7 @@ class AttentionReceivedRouter(PartRouter):
 
 
 @ROUTERS.add("attention_given")
+@dataclass(kw_only=True, eq=False)
 class AttentionGivenRouter(PartRouter):
     """Run a layer for the tokens whose own attention row looks as if it mattered.
 
@@ -272,22 +269,18 @@ class AttentionGivenRouter(PartRouter):
         Whether the tokens with the highest or the lowest values run the layer.
     """
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["attention_given"]
 
-    def __init__(
-        self,
-        *,
-        keep: float = 0.75,
-        selector: Selector | None = None,
-        statistic: str = "entropy",
-        highest: bool = True,
-    ) -> None:
-        self.keep = check_keep(keep)
-        self.selector = selector
-        self.info = with_selector(self.info, selector)
-        self.statistic = statistic
-        self.highest = highest
+    keep: float = 0.75
+    selector: Selector | None = None
+    statistic: str = "entropy"
+    highest: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
+        self.info = with_selector(self.info, self.selector)
 
     def _scores(self, inputs: RouterInputs) -> torch.Tensor:
         values = inputs.statistic(self.statistic).float()
@@ -313,6 +306,7 @@ class AttentionGivenRouter(PartRouter):
 
 
 @ROUTERS.add("moh_heads")
+@dataclass(kw_only=True, eq=False)
 class MoHRouter(PartRouter):
     """Keep the first heads of every layer on, and choose among the others by a linear gate.
 
@@ -327,16 +321,18 @@ class MoHRouter(PartRouter):
         Of the fit, whose target is each routed head's share of the routed heads' output norms.
     """
 
-    part: Part = "head"
+    part = "head"
     info = CARDS["moh_heads"]
 
-    def __init__(
-        self, *, keep: float = 0.75, shared: float = 0.5, steps: int = STEPS, seed: int = 0
-    ) -> None:
-        self.keep = check_keep(keep)
-        self.shared = check_keep(shared)
-        self.steps = steps
-        self.seed = seed
+    keep: float = 0.75
+    shared: float = 0.5
+    steps: int = STEPS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
+        self.shared = check_keep(self.shared)
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:
         hidden = inputs.tensor("hidden").float()

@@ -1,6 +1,6 @@
 """The model's own decision, and the rules that stay closest to it: other k, noise, one expert."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -148,6 +148,7 @@ def choose(
 
 
 @ROUTERS.add("top_k")
+@dataclass(kw_only=True, eq=False)
 class TopKRouter(GateRouter):
     """Take the best experts by the model's own logits, any number of them.
 
@@ -161,13 +162,17 @@ class TopKRouter(GateRouter):
 
     info = CARDS["top_k"]
 
-    def __init__(self, *, k: int | None = None, selector: Selector | None = None) -> None:
-        if k is not None and selector is not None:
+    k: int | None = None
+    selector: Selector | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.k is not None and self.selector is not None:
             raise RouterError("Expected k or selector, got both. TopK(k) is the selector of k.")
-        self.k = k
-        self.selector = selector
-        if selector is not None:
-            self.info = replace(self.info, variable_k=selector.variable, identity=SELECTOR_DECIDES)
+        if self.selector is not None:
+            self.info = replace(
+                self.info, variable_k=self.selector.variable, identity=SELECTOR_DECIDES
+            )
 
     def _route(self, inputs: RouterInputs) -> Routing:
         scores, choice = host_choice(inputs)
@@ -177,6 +182,7 @@ class TopKRouter(GateRouter):
 
 
 @ROUTERS.add("noisy_top_k")
+@dataclass(kw_only=True, eq=False)
 class NoisyTopKRouter(GateRouter):
     """Add normal noise to the logits and take the best.
 
@@ -198,10 +204,9 @@ class NoisyTopKRouter(GateRouter):
 
     info = CARDS["noisy_top_k"]
 
-    def __init__(self, *, noise: float = log(2), k: int | None = None, seed: int = 0) -> None:
-        self.noise = noise
-        self.k = k
-        self.seed = seed
+    noise: float = log(2)
+    k: int | None = None
+    seed: int = 0
 
     def _route(self, inputs: RouterInputs) -> Routing:
         logits = inputs.tensor("logits").float()
@@ -217,6 +222,7 @@ class NoisyTopKRouter(GateRouter):
 
 
 @ROUTERS.add("switch")
+@dataclass(kw_only=True, eq=False)
 class SwitchRouter(GateRouter):
     """Send every token to its single best expert, weighted with that expert's raw score.
 
@@ -229,9 +235,11 @@ class SwitchRouter(GateRouter):
 
     info = CARDS["switch"]
 
-    def __init__(self, *, renormalize: bool = False) -> None:
-        self.renormalize = renormalize
-        if renormalize:
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        if self.renormalize:
             self.info = replace(self.info, formula="e = argmax p;  w = 1", weighing="own")
 
     def _route(self, inputs: RouterInputs) -> Routing:

@@ -2,11 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs, Routing
+from capture.swap.rules import Decision, PartMask, Place, RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter, RoutingRouter
@@ -101,6 +102,7 @@ class Recurrence(nn.Module):
         return found
 
 
+@dataclass(kw_only=True, eq=False)
 class _RecurrentRouter(AcrossLayers):
     """What both recurrent routers share: one network for all layers, run in their order.
 
@@ -112,10 +114,9 @@ class _RecurrentRouter(AcrossLayers):
         Of the fit.
     """
 
-    def __init__(self, *, width: int = 32, steps: int = STEPS, seed: int = 0) -> None:
-        self.width = width
-        self.steps = steps
-        self.seed = seed
+    width: int = 32
+    steps: int = STEPS
+    seed: int = 0
 
     @abstractmethod
     def _cell(self) -> nn.GRUCell | GTrXLGate:
@@ -211,7 +212,8 @@ class GRURouter(_RecurrentRouter, RoutingRouter):
 
 
 @ROUTERS.add("gtrxl_layer_gate")
-class GTrXLLayerRouter(_RecurrentRouter, PartRouter):
+@dataclass(kw_only=True, eq=False)
+class GTrXLLayerRouter(PartRouter, _RecurrentRouter):
     """Decide whether a layer runs, from a stream that GTrXL's gate updates layer by layer.
 
     Parameters
@@ -229,14 +231,14 @@ class GTrXLLayerRouter(_RecurrentRouter, PartRouter):
     trained with it: here it updates a small stream beside the frozen model.
     """
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["gtrxl_layer_gate"]
 
-    def __init__(
-        self, *, keep: float = 0.75, width: int = 32, steps: int = STEPS, seed: int = 0
-    ) -> None:
-        super().__init__(width=width, steps=steps, seed=seed)
-        self.keep = check_keep(keep)
+    keep: float = 0.75
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
 
     def _cell(self) -> GTrXLGate:
         return GTrXLGate(self.width)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ from explorer.routers.learning.objectives import (
 from explorer.routers.learning.training import CurveRow, TrainedRouter, TrainingSession
 
 
+@dataclass(kw_only=True, eq=False)
 class ActionRouter(TrainedRouter, RoutingRouter):
     """What all routers of this family share: in each layer, a network prefers one action.
 
@@ -60,33 +61,24 @@ class ActionRouter(TrainedRouter, RoutingRouter):
         Of the training.
     """
 
-    def __init__(
-        self,
-        *,
-        price: float = 0.02,
-        actions: ActionKind = "count",
-        most: int | None = None,
-        least: int | None = None,
-        state: StateKind = "full",
-        cost: CostKind = "experts",
-        width: int = 16,
-        steps: int = 400,
-        seed: int = 0,
-    ) -> None:
-        if price < 0 or state not in ("full", "gate"):
+    price: float = 0.02
+    actions: ActionKind = "count"
+    most: int | None = None
+    least: int | None = None
+    state: StateKind = "full"
+    cost: CostKind = "experts"
+    width: int = 16
+    steps: int = 400
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.price < 0 or self.state not in ("full", "gate"):
             raise RouterError(
-                f"Expected price >= 0 and state 'full' or 'gate', got {price} and {state!r}."
+                f"Expected price >= 0 and state 'full' or 'gate', got {self.price} and "
+                f"{self.state!r}."
             )
-        self.price = price
-        self.actions: ActionKind = actions
-        self.most = most
-        self.least = (0 if actions == "skip" else 1) if least is None else least
-        self.state: StateKind = state
-        self.cost: CostKind = cost
-        self.width = width
-        self.steps = steps
-        self.seed = seed
-        if state == "gate":
+        if self.state == "gate":
             self.info = replace(self.info, needs=frozenset({"logits"}))
 
     def flops(self, n_experts: int, d: int, top_k: int) -> float:
@@ -159,6 +151,7 @@ DEAREST, HALVINGS = 16.0, 40  # nats an expert; halvings of the range in which a
 Watch = Callable[[int], None]  # told the number of each step
 
 
+@dataclass(kw_only=True, eq=False)
 class _OfflineRouter(ActionRouter):
     """Learns each layer for itself from one log of explored actions.
 
@@ -170,27 +163,8 @@ class _OfflineRouter(ActionRouter):
         Random actions of each token and layer. More tokens teach more than more passes.
     """
 
-    def __init__(
-        self,
-        *,
-        price: float = 0.02,
-        actions: ActionKind = "count",
-        most: int | None = None,
-        least: int | None = None,
-        state: StateKind = "full",
-        cost: CostKind = "experts",
-        width: int = 16,
-        steps: int = 400,
-        tokens: int = TOKENS,
-        passes: int = PASSES,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            price=price, actions=actions, most=most, least=least, state=state, cost=cost,
-            width=width, steps=steps, seed=seed,
-        )  # fmt: skip
-        self.tokens = tokens
-        self.passes = passes
+    tokens: int = TOKENS
+    passes: int = PASSES
 
     def _train(self, session: TrainingSession) -> None:
         self._prepare(session)
@@ -296,6 +270,7 @@ class PolicyGradientRouter(_OfflineRouter):
 
 
 @ROUTERS.add("q_learning")
+@dataclass(kw_only=True, eq=False)
 class QLearningRouter(_OfflineRouter):
     """One-step Q-learning fitted to logged exploration; actions are taken greedily.
 
@@ -314,27 +289,7 @@ class QLearningRouter(_OfflineRouter):
 
     info = CARDS["q_learning"]
 
-    def __init__(
-        self,
-        *,
-        price: float = 0.02,
-        experts_per_token: float | None = None,
-        actions: ActionKind = "count",
-        most: int | None = None,
-        least: int | None = None,
-        state: StateKind = "full",
-        cost: CostKind = "experts",
-        width: int = 16,
-        steps: int = 400,
-        tokens: int = TOKENS,
-        passes: int = PASSES,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            price=price, actions=actions, most=most, least=least, state=state, cost=cost,
-            width=width, steps=steps, tokens=tokens, passes=passes, seed=seed,
-        )  # fmt: skip
-        self.experts_per_token = experts_per_token
+    experts_per_token: float | None = None
 
     def _preference(self, place: Place, values: torch.Tensor) -> torch.Tensor:
         price = getattr(self, "price_", self.price)

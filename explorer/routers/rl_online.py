@@ -7,6 +7,7 @@ its actions in every layer, so that a single action's part drowns in the rest.
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,6 @@ import torch
 from capture.swap.rules import Place
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS
-from explorer.routers.learning.actions import ActionKind, CostKind, StateKind
 from explorer.routers.learning.exploration import Acting, Passes
 from explorer.routers.learning.objectives import (
     LayerQ,
@@ -36,6 +36,7 @@ FIRST_EPSILON, LAST_EPSILON = 1.0, 0.1
 Seen = Mapping[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
+@dataclass(kw_only=True, eq=False)
 class _OnlineRouter(ActionRouter):
     """Acts in all layers, batch after batch, and learns from each.
 
@@ -45,25 +46,8 @@ class _OnlineRouter(ActionRouter):
         Of a forward pass; a step is one pass.
     """
 
-    def __init__(
-        self,
-        *,
-        price: float = 0.02,
-        actions: ActionKind = "count",
-        most: int | None = None,
-        least: int | None = None,
-        state: StateKind = "full",
-        cost: CostKind = "experts",
-        width: int = 16,
-        steps: int = 200,
-        batch_tokens: int = 1024,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            price=price, actions=actions, most=most, least=least, state=state, cost=cost,
-            width=width, steps=steps, seed=seed,
-        )  # fmt: skip
-        self.batch_tokens = batch_tokens
+    steps: int = 200
+    batch_tokens: int = 1024
 
     def _train(self, session: TrainingSession) -> None:
         self._prepare(session)

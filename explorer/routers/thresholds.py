@@ -1,6 +1,6 @@
 """Published rules with as many experts as a token needs: top-p, skipping, ReLU."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -11,10 +11,11 @@ from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS
 from explorer.routers.native import GateRouter, TopKRouter
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
-from explorer.routers.selectors import TopP
+from explorer.routers.selectors import Selector, TopP
 
 
 @ROUTERS.add("top_p")
+@dataclass(kw_only=True, eq=False)
 class TopPRouter(TopKRouter):
     """Take the fewest best experts whose probabilities reach ``p``.
 
@@ -30,13 +31,19 @@ class TopPRouter(TopKRouter):
 
     info = CARDS["top_p"]
 
-    def __init__(self, *, p: float = 0.4) -> None:
-        super().__init__(selector=TopP(p))
+    p: float = 0.4
+    k: int | None = field(default=None, init=False)
+    selector: Selector | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Choose by the share; the card stays as it is."""
+        self.selector = TopP(self.p)
+        super().__post_init__()
         self.info = replace(self.info, identity=type(self).info.identity)
-        self.p = p
 
 
 @ROUTERS.add("expert_skipping")
+@dataclass(kw_only=True, eq=False)
 class ExpertSkippingRouter(GateRouter):
     """Leave out chosen experts whose weight is small beside the first one's.
 
@@ -54,10 +61,14 @@ class ExpertSkippingRouter(GateRouter):
 
     info = CARDS["expert_skipping"]
 
-    def __init__(self, *, quantile: float = 0.5) -> None:
-        if not 0 <= quantile <= 1:
-            raise RouterError(f"Expected 0 <= quantile <= 1, got {quantile}; 0.5 is the median.")
-        self.quantile = quantile
+    quantile: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if not 0 <= self.quantile <= 1:
+            raise RouterError(
+                f"Expected 0 <= quantile <= 1, got {self.quantile}; 0.5 is the median."
+            )
 
     def _ratios(self, inputs: RouterInputs) -> tuple[Routing, torch.Tensor]:
         native = TopKRouter().route(inputs)
@@ -80,6 +91,7 @@ class ExpertSkippingRouter(GateRouter):
 
 
 @ROUTERS.add("relu_threshold")
+@dataclass(kw_only=True, eq=False)
 class ReluRouter(GateRouter):
     """Use every expert whose logit exceeds a threshold fitted to a mean number of experts.
 
@@ -102,17 +114,13 @@ class ReluRouter(GateRouter):
 
     info = CARDS["relu_threshold"]
 
-    def __init__(
-        self,
-        *,
-        experts_per_token: float | None = None,
-        per_expert: bool = False,
-        weights: Literal["host", "relu"] = "host",
-    ) -> None:
-        self.experts_per_token = experts_per_token
-        self.per_expert = per_expert
-        self.weights = weights
-        if weights == "relu":
+    experts_per_token: float | None = None
+    per_expert: bool = False
+    weights: Literal["host", "relu"] = "host"
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        if self.weights == "relu":
             self.info = replace(self.info, weighing="own")
 
     def _fit(self, inputs: RouterInputs, target: Decision | None) -> None:

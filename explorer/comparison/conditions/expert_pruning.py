@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ MOST_OUTPUTS = 2**28  # numbers of all experts' outputs that are kept at a time
 RANDOM_SEEDS = 5
 
 
+@dataclass(eq=False)
 class KeptExperts(GateRouter):
     """The model's own rule among the experts that are left, as if the others' rows were deleted.
 
@@ -53,8 +54,11 @@ class KeptExperts(GateRouter):
         identity={"pruned": {}},
     )
 
-    def __init__(self, pruned: Mapping[Key, tuple[int, ...]]) -> None:
-        self.pruned = dict(pruned)
+    pruned: Mapping[Key, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.pruned = dict(self.pruned)
 
     def _route(self, inputs: RouterInputs) -> Routing:
         logits = inputs.tensor("logits")
@@ -83,6 +87,7 @@ def logits_without(logits: torch.Tensor, gone: torch.Tensor, inputs: RouterInput
     )
 
 
+@dataclass(eq=False)
 class ExpertPruning(Condition):
     """Drop the same number of experts in every layer.
 
@@ -93,9 +98,13 @@ class ExpertPruning(Condition):
         model's router takes.
     """
 
-    def __init__(self, keep: float = 0.75, *, seed: int = 0) -> None:
-        self.keep = check_share(keep, self.info.name)
-        self.seed = seed
+    keep: float = 0.75
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_share(self.keep, self.info.name)
 
     @property
     def label(self) -> str:
@@ -223,6 +232,7 @@ def reap_sums(norms: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 
 @CONDITIONS.add("prune_naee")
+@dataclass(eq=False)
 class ReconstructionPruning(ExpertPruning):
     """Prune the subset of experts without which the layer's output changes least.
 
@@ -258,17 +268,9 @@ class ReconstructionPruning(ExpertPruning):
         keeps_experts=False,
     )
 
-    def __init__(
-        self,
-        keep: float = 0.75,
-        *,
-        seed: int = 0,
-        most: int = MOST_SUBSETS,
-        tokens: int = 4096,
-    ) -> None:
-        super().__init__(keep, seed=seed)
-        self.most = most
-        self.tokens = tokens
+    _: KW_ONLY
+    most: int = MOST_SUBSETS
+    tokens: int = 4096
 
     def choose(self, subject: Subject, applied: Applied) -> dict[Key, tuple[int, ...]]:
         """Search every layer on its own, on the inputs it has in the whole model."""
@@ -318,6 +320,7 @@ def combined(outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 
 @CONDITIONS.add("prune_random")
+@dataclass(eq=False)
 class RandomPruning(ExpertPruning):
     """Prune experts by chance; reported as the mean over several seeds.
 
@@ -340,11 +343,14 @@ class RandomPruning(ExpertPruning):
         keeps_experts=False,
     )
 
-    def __init__(self, keep: float = 0.75, *, seed: int = 0, seeds: int = RANDOM_SEEDS) -> None:
-        super().__init__(keep, seed=seed)
-        if seeds < 1:
-            raise ConditionError(f"At least one seed was expected, got {seeds}.")
-        self.seeds = seeds
+    _: KW_ONLY
+    seeds: int = RANDOM_SEEDS
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        super().__post_init__()
+        if self.seeds < 1:
+            raise ConditionError(f"At least one seed was expected, got {self.seeds}.")
 
     def members(self) -> tuple[Condition, ...]:
         """Return one condition for each seed."""

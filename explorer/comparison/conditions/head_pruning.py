@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,6 +114,7 @@ def head_products(subject: Subject, heads: list[Heads], *, tokens: int) -> list[
     return totals
 
 
+@dataclass(eq=False)
 class HeadPruning(Condition):
     """Drop the same share of heads in every layer, by zeros in the matrix that mixes them.
 
@@ -122,9 +124,13 @@ class HeadPruning(Condition):
         Share of each layer's heads that stays, rounded to whole heads, at least one.
     """
 
-    def __init__(self, keep: float = 0.75, *, seed: int = 0) -> None:
-        self.keep = check_share(keep, self.info.name)
-        self.seed = seed
+    keep: float = 0.75
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_share(self.keep, self.info.name)
 
     @property
     def label(self) -> str:
@@ -156,6 +162,7 @@ class HeadPruning(Condition):
 
 
 @CONDITIONS.add("prune_heads")
+@dataclass(eq=False)
 class ReconstructionHeadPruning(HeadPruning):
     """Drop the heads without which the attention's output changes least.
 
@@ -179,9 +186,9 @@ class ReconstructionHeadPruning(HeadPruning):
         calibrated=True,
     )
 
-    def __init__(self, keep: float = 0.75, *, most: int = MOST_SUBSETS) -> None:
-        super().__init__(keep)
-        self.most = most
+    _: KW_ONLY
+    most: int = MOST_SUBSETS
+    seed: int = field(default=0, init=False)
 
     def choose(
         self, subject: Subject, heads: list[Heads], applied: Applied
@@ -212,6 +219,7 @@ def error_without(product: torch.Tensor) -> Callable[[tuple[int, ...]], float]:
 
 
 @CONDITIONS.add("prune_heads_random")
+@dataclass(eq=False)
 class RandomHeadPruning(HeadPruning):
     """Drop heads by chance; reported as the mean over several seeds.
 
@@ -232,11 +240,14 @@ class RandomHeadPruning(HeadPruning):
         formula="C uniform over subsets",
     )
 
-    def __init__(self, keep: float = 0.75, *, seed: int = 0, seeds: int = RANDOM_SEEDS) -> None:
-        super().__init__(keep, seed=seed)
-        if seeds < 1:
-            raise ConditionError(f"At least one seed was expected, got {seeds}.")
-        self.seeds = seeds
+    _: KW_ONLY
+    seeds: int = RANDOM_SEEDS
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        super().__post_init__()
+        if self.seeds < 1:
+            raise ConditionError(f"At least one seed was expected, got {self.seeds}.")
 
     def members(self) -> tuple[Condition, ...]:
         """Return one condition for each seed."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ PAIR = ("gate_up_proj", "down_proj")
 
 
 @CONDITIONS.add("merge")
+@dataclass(eq=False)
 class MergedExperts(Condition):
     """Merge experts into the most used ones, which the router goes on to call by all their names.
 
@@ -61,10 +63,14 @@ class MergedExperts(Condition):
         calibrated=True,
     )
 
-    def __init__(self, keep: float = 0.75, *, align: bool = True, seed: int = 0) -> None:
-        self.keep = check_share(keep, self.info.name)
-        self.align = align
-        self.seed = seed
+    keep: float = 0.75
+    _: KW_ONLY
+    align: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_share(self.keep, self.info.name)
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -151,6 +152,7 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @CONDITIONS.add("precision")
+@dataclass(eq=False)
 class Precision(Condition):
     """Compute the model, or some of its parts, in another dtype.
 
@@ -179,13 +181,16 @@ class Precision(Condition):
         simulated=False,
     )
 
-    def __init__(self, dtype: Dtype = "bfloat16", parts: Sequence[str] = PARTS) -> None:
-        if dtype not in DTYPES:
+    dtype: Dtype = "bfloat16"
+    parts: Sequence[Part] = PARTS
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.dtype not in DTYPES:
             raise ConditionError(
-                f"A dtype among {', '.join(DTYPES)} was expected, got {quoted(dtype)}."
+                f"A dtype among {', '.join(DTYPES)} was expected, got {quoted(self.dtype)}."
             )
-        self.dtype = dtype
-        self.parts = check_parts(parts)
+        self.parts = check_parts(self.parts)
         if "rest" in self.parts and self.parts != PARTS:
             raise ConditionError(
                 "The rest of a model (embeddings, norms, output) has no boundary of its own where "
@@ -310,6 +315,7 @@ def usual_group(inputs: int) -> int:
 
 
 @CONDITIONS.add("quantised")
+@dataclass(eq=False)
 class Quantised(Condition):
     """Round weights to few bits; products are still computed in the model's own dtype.
 
@@ -335,20 +341,21 @@ class Quantised(Condition):
         paper="2508.01625",
     )
 
-    def __init__(
-        self,
-        bits: int = 8,
-        *,
-        group: int | None = None,
-        parts: Sequence[str] = ("attention", "experts"),
-    ) -> None:
-        if not FEWEST_BITS <= bits <= MOST_BITS:
-            raise ConditionError(f"{FEWEST_BITS} to {MOST_BITS} bits were expected, got {bits}.")
-        if group is not None and group < 0:
-            raise ConditionError(f"A group of 0 or more weights was expected, got {group}.")
-        self.bits = bits
-        self.group = 0 if group is None and bits == MOST_BITS else group
-        self.parts = check_parts(parts)
+    bits: int = 8
+    _: KW_ONLY
+    group: int | None = None
+    parts: Sequence[Part] = ("attention", "experts")
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if not FEWEST_BITS <= self.bits <= MOST_BITS:
+            raise ConditionError(
+                f"{FEWEST_BITS} to {MOST_BITS} bits were expected, got {self.bits}."
+            )
+        if self.group is not None and self.group < 0:
+            raise ConditionError(f"A group of 0 or more weights was expected, got {self.group}.")
+        self.group = 0 if self.group is None and self.bits == MOST_BITS else self.group
+        self.parts = check_parts(self.parts)
 
     @property
     def label(self) -> str:
@@ -374,6 +381,7 @@ class Quantised(Condition):
 
 
 @CONDITIONS.add("low_rank")
+@dataclass(eq=False)
 class LowRankExperts(Condition):
     """Replace each expert's matrices by their best approximation of a rank.
 
@@ -395,10 +403,12 @@ class LowRankExperts(Condition):
         paper="",
     )
 
-    def __init__(self, share: float = 0.5) -> None:
-        if not 0 < share <= 1:
-            raise ConditionError(f"0 < share <= 1 of the full rank was expected, got {share}.")
-        self.share = share
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if not 0 < self.share <= 1:
+            raise ConditionError(f"0 < share <= 1 of the full rank was expected, got {self.share}.")
 
     @property
     def label(self) -> str:

@@ -64,7 +64,7 @@ class Actions:
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
-def make_actions(kind: ActionKind, top_k: int, *, most: int | None, least: int) -> Actions:
+def make_actions(kind: ActionKind, top_k: int, *, most: int | None, least: int | None) -> Actions:
     """Make the actions of a layer.
 
     Parameters
@@ -75,8 +75,8 @@ def make_actions(kind: ActionKind, top_k: int, *, most: int | None, least: int) 
         Experts that the model's own rule takes.
     most : int, optional
         Experts that actions choose among; None = ``top_k``.
-    least : int
-        Actions with fewer experts do not exist.
+    least : int, optional
+        Actions with fewer experts do not exist; None = 1, or 0 for ``"skip"``.
 
     Raises
     ------
@@ -84,6 +84,7 @@ def make_actions(kind: ActionKind, top_k: int, *, most: int | None, least: int) 
         If no such set of actions holds the model's own.
     """
     wide = top_k if most is None else most
+    least = int(kind != "skip") if least is None else least
     if wide < top_k or not 0 <= least <= top_k:
         raise RouterError(
             f"Expected most >= {top_k} and 0 <= least <= {top_k}, so that the model's own choice "

@@ -8,6 +8,7 @@ they are masked).
 import statistics
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -61,6 +62,7 @@ class Gates(nn.Module):
         return self.readout[layer](hidden), None
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainedGate(TrainedRouter, PartRouter):
     """What all trained gates share.
 
@@ -76,22 +78,17 @@ class TrainedGate(TrainedRouter, PartRouter):
     seed : int
     """
 
-    def __init__(
-        self,
-        *,
-        keep: float = 0.75,
-        kind: Kind = "sigmoid",
-        steps: int = STEPS,
-        batch_tokens: int = BATCH_TOKENS,
-        seed: int = 0,
-    ) -> None:
-        if kind not in ("sigmoid", "hard_concrete"):
-            raise RouterError(f"Expected kind 'sigmoid' or 'hard_concrete', got {kind!r}.")
-        self.keep = check_keep(keep)
-        self.kind: Kind = kind
-        self.steps = steps
-        self.batch_tokens = batch_tokens
-        self.seed = seed
+    keep: float = 0.75
+    kind: Kind = "sigmoid"
+    steps: int = STEPS
+    batch_tokens: int = BATCH_TOKENS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if self.kind not in ("sigmoid", "hard_concrete"):
+            raise RouterError(f"Expected kind 'sigmoid' or 'hard_concrete', got {self.kind!r}.")
+        self.keep = check_keep(self.keep)
 
     def make(self, d: int, outputs: Sequence[int]) -> nn.Module:
         """Make the network: (hidden [T, D], state, layer) to (logits [T, P], state)."""
@@ -328,27 +325,19 @@ class TrainedLayerGate(TrainedGate):
     computes and multiplies. Run it live with ``gate_parts(..., part="block")``.
     """
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["layer_gate_trained"]
 
 
 @ROUTERS.add("head_gate_trained")
+@dataclass(kw_only=True, eq=False)
 class TrainedHeadGate(TrainedGate):
     """Decide for each token which heads count, by hard-concrete gates trained on the loss."""
 
-    part: Part = "head"
+    part = "head"
     info = CARDS["head_gate_trained"]
 
-    def __init__(
-        self,
-        *,
-        keep: float = 0.75,
-        kind: Kind = "hard_concrete",
-        steps: int = STEPS,
-        batch_tokens: int = BATCH_TOKENS,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(keep=keep, kind=kind, steps=steps, batch_tokens=batch_tokens, seed=seed)
+    kind: Kind = "hard_concrete"
 
 
 @ROUTERS.add("expert_gate_trained")
@@ -361,11 +350,12 @@ class TrainedExpertGate(TrainedGate):
     left stay what they were.
     """
 
-    part: Part = "expert"
+    part = "expert"
     info = CARDS["expert_gate_trained"]
 
 
 @ROUTERS.add("gtrxl_gate_trained")
+@dataclass(kw_only=True, eq=False)
 class TrainedGTrXLGate(TrainedGate):
     """The layer gate with a stream from layer to layer, updated by GTrXL's gate.
 
@@ -375,21 +365,10 @@ class TrainedGTrXLGate(TrainedGate):
         Of the stream.
     """
 
-    part: Part = "layer"
+    part = "layer"
     info = CARDS["gtrxl_gate_trained"]
 
-    def __init__(
-        self,
-        *,
-        keep: float = 0.75,
-        kind: Kind = "sigmoid",
-        width: int = 32,
-        steps: int = STEPS,
-        batch_tokens: int = BATCH_TOKENS,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(keep=keep, kind=kind, steps=steps, batch_tokens=batch_tokens, seed=seed)
-        self.width = width
+    width: int = 32
 
     def make(self, d: int, outputs: Sequence[int]) -> nn.Module:
         """Make a projection and a readout of each layer, and one gate for the stream."""

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,6 @@ from torch import nn
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import RouterInfo
 from explorer.routers.contract import RoutingRouter
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, target_scores, weigh
@@ -146,6 +145,7 @@ def imitation_loss(
     return nn.functional.kl_div(logs, teacher, reduction="batchmean")
 
 
+@dataclass(kw_only=True, eq=False)
 class Student(RoutingRouter):
     """A router with a small network from hidden states to logits, distilled from the model's gate.
 
@@ -159,26 +159,19 @@ class Student(RoutingRouter):
         How experts are chosen; None = the model's own way.
     """
 
-    info: RouterInfo
     rows = 65_536  # tokens scored at a time, which bounds memory
 
-    def __init__(
-        self,
-        *,
-        steps: int = STEPS,
-        batch_tokens: int = BATCH_TOKENS,
-        learning_rate: float = LEARNING_RATE,
-        seed: int = 0,
-        selector: Selector | None = None,
-    ) -> None:
-        self.steps = steps
-        self.batch_tokens = batch_tokens
-        self.learning_rate = learning_rate
-        self.seed = seed
-        self.selector = selector
-        if selector is not None:
-            formula = chosen_formula(self.info.formula, selector)
-            self.info = replace(self.info, variable_k=selector.variable, formula=formula)
+    steps: int = STEPS
+    batch_tokens: int = BATCH_TOKENS
+    learning_rate: float = LEARNING_RATE
+    seed: int = 0
+    selector: Selector | None = None
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        if self.selector is not None:
+            formula = chosen_formula(self.info.formula, self.selector)
+            self.info = replace(self.info, variable_k=self.selector.variable, formula=formula)
 
     @abstractmethod
     def make(self, d: int, n_experts: int) -> nn.Module:
