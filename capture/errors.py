@@ -5,7 +5,8 @@ CaptureError
 ├── PromptError           a prompt file or record cannot be read
 ├── ModelError            a model cannot be loaded, or loads only with a flag
 │   └── SiteError         a model has no MoE site, or a site cannot be tapped
-├── SwapError             a rule cannot take a router's place, or its answer cannot be executed
+├── SwapError             a rule cannot take a router's place, lacks what it asks for, or its
+│                         answer cannot be executed
 ├── StoreError            a run file cannot be created, written or opened
 │   └── SchemaVersionError  a run file has a schema version this code does not read
 └── CaptureCancelled      the caller asked the capture to stop; what was recorded is kept
@@ -42,7 +43,7 @@ class SiteError(ModelError):
 
 
 class SwapError(CaptureError):
-    """A rule cannot take a router's place, or its answer cannot be executed."""
+    """A rule cannot take a router's place, lacks what it asks for, or answers what cannot run."""
 
 
 class StoreError(CaptureError):

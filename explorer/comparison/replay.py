@@ -269,9 +269,9 @@ def site_row(
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
     """Return scores' mean Jensen-Shannon divergence and the found ones' mean entropy, nats.
 
-    As :func:`explorer.metrics.agreement.jensen_shannon`, in one pass over the scores: the
-    divergence is the entropy of the mean less the mean of the entropies. Means are of the tokens
-    that have scores; nan where none has.
+    In one pass over the scores: the divergence is the entropy of the mean less the mean of the
+    entropies. Scores are shares of their sum, since sigmoids are no distribution by themselves.
+    Means are of the tokens that have scores; nan where none has.
     """
     total, tokens = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(found), CHUNK):

@@ -9,7 +9,6 @@ specialization  what an expert is for: domains and vocabulary, intervals by prom
                 what is over-represented in a part
 attention       whether tokens that attend to each other share experts, against two chance levels,
                 and what attention without any preference would show
-confidence      how sure a router is of one token
 agreement       how far two routers agree about the same tokens
 alignment       two tokenizations of one text, and whether two models route stretches alike
 placement       replicas of experts and their places on GPUs, and what a decode batch reads

@@ -123,26 +123,6 @@ def weighted_overlap(
     return _common_weight(same, _shares(expected, expected_weights), _shares(found, found_weights))
 
 
-def jensen_shannon(expected: npt.ArrayLike, found: npt.ArrayLike) -> Floats:
-    r"""Return the Jensen-Shannon divergence of two routers' scores, nats.
-
-    .. math:: \tfrac12 KL(p \| m) + \tfrac12 KL(q \| m), \quad m = (p + q) / 2
-
-    Parameters
-    ----------
-    expected, found : array [T, E], >= 0
-        Scores, divided by their sum here: sigmoids are no distribution by themselves.
-
-    Returns
-    -------
-    array [T], 0..ln 2
-        nan where a router gives no score.
-    """
-    p, q = _distributions(expected, found)
-    middle = (p + q) / 2
-    return np.asarray(np.clip((_entropy_terms(p, middle) + _entropy_terms(q, middle)) / 2, 0, None))
-
-
 def weight_divergence(
     expected: Ids, expected_weights: npt.ArrayLike, found: Ids, found_weights: npt.ArrayLike
 ) -> Floats:
@@ -158,7 +138,7 @@ def weight_divergence(
     Returns
     -------
     array [T], 0..ln 2
-        nan where a routing has no weight. As :func:`jensen_shannon` of all experts' weights.
+        nan where a routing has no weight.
     """
     _check(expected, found)
     same = _same(expected, found)
@@ -166,26 +146,6 @@ def weight_divergence(
     one = _entropy_terms(p, (p + np.einsum("tij,tj->ti", same, q)) / 2)
     two = _entropy_terms(q, (q + np.einsum("tij,ti->tj", same, p)) / 2)
     return np.asarray(np.clip((one + two) / 2, 0, None))
-
-
-def kl_divergence(expected: npt.ArrayLike, found: npt.ArrayLike) -> Floats:
-    r"""Return the divergence of the found scores from the expected ones, nats.
-
-    .. math:: KL(p \| q) = \sum_e p_e \ln (p_e / q_e)
-
-    Parameters
-    ----------
-    expected, found : array [T, E], >= 0
-        Scores, divided by their sum here.
-
-    Returns
-    -------
-    array [T]
-        Infinite where the found router rules out what the expected one does not.
-    """
-    p, q = _distributions(expected, found)
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.maximum(_entropy_terms(p, q), 0.0))
 
 
 def agreement(
@@ -219,12 +179,6 @@ def agreement(
             known = one[~np.isnan(one)]
             sums[at] = (sums[at][0] + float(known.sum()), sums[at][1] + len(known))
     return Agreement(*(total / n if n else float("nan") for total, n in sums))
-
-
-def chance_overlap(n_experts: int, top_k: int) -> float:
-    """Return the overlap of random sets on average, ``k / E``."""
-    _check_sizes(n_experts, top_k)
-    return top_k / n_experts
 
 
 def chance_jaccard(n_experts: int, top_k: int) -> float:
@@ -296,16 +250,6 @@ def _shares(ids: Ids, weights: npt.ArrayLike) -> Floats:
     return _ratio(values, values.sum(axis=1, keepdims=True))
 
 
-def _distributions(expected: npt.ArrayLike, found: npt.ArrayLike) -> tuple[Floats, Floats]:
-    p, q = np.asarray(expected, dtype=np.float64), np.asarray(found, dtype=np.float64)
-    if p.ndim != 2 or p.shape != q.shape or (p < 0).any() or (q < 0).any():
-        raise MetricError(
-            f"Expected two arrays of scores [T, E] >= 0, got shapes {p.shape} and {q.shape}. "
-            "Pass probabilities or sigmoids, not logits."
-        )
-    return _ratio(p, p.sum(axis=1, keepdims=True)), _ratio(q, q.sum(axis=1, keepdims=True))
-
-
 def _entropy_terms(p: Floats, q: Floats) -> Floats:
     """Return sum p ln(p / q), a term being 0 where p is."""
     used = p > 0
@@ -315,8 +259,3 @@ def _entropy_terms(p: Floats, q: Floats) -> Floats:
 
 def _ratio(part: Floats, whole: Floats) -> Floats:
     return np.asarray(np.where(whole > 0, part / np.where(whole > 0, whole, 1.0), np.nan))
-
-
-def _mean(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")

@@ -26,13 +26,11 @@ Policy = Literal["position", "probs"]
 POLICIES: tuple[Policy, ...] = ("position", "probs")
 
 
-class Drops(NamedTuple):
+class Shares(NamedTuple):
     """What a capacity limit drops.
 
     Attributes
     ----------
-    mask : array [T, K], bool
-        True where an assignment is dropped; an empty slot is never dropped.
     assignments : float, 0..1
         Share of the assignments that are dropped; the same for both policies.
     weight : float, 0..1
@@ -40,53 +38,6 @@ class Drops(NamedTuple):
     tokens : float, 0..1
         Share of the tokens that lose every expert they chose.
     """
-
-    mask: npt.NDArray[np.bool_]
-    assignments: float
-    weight: float
-    tokens: float
-
-
-def dropped(
-    expert_ids: npt.ArrayLike,
-    n_experts: int,
-    capacity_factor: float,
-    *,
-    policy: Policy = "position",
-    weights: npt.ArrayLike | None = None,
-    batch: npt.ArrayLike | None = None,
-) -> Drops:
-    """Apply a capacity limit to recorded routing.
-
-    Parameters
-    ----------
-    expert_ids : array [T, K], int
-        Chosen experts of each token, tokens in the order of the forward pass; -1 = empty slot.
-    n_experts : int
-    capacity_factor : float
-        An expert takes ``ceil(capacity_factor * assignments / experts)`` tokens of a batch.
-    policy : {"position", "probs"}
-        ``position``: an expert keeps the tokens that come first. ``probs``: it keeps those with
-        the largest weight, earlier tokens first among equals.
-    weights : array [T, K], optional
-        Combine weights; needed for ``probs``.
-    batch : array [T], int, optional
-        Which batch a token was in; one batch without it.
-
-    Notes
-    -----
-    Slots do not compete: a token takes an expert once, so the order within an expert is the order
-    of its tokens. GShard and Switch with k > 1 serve all first choices before any second one;
-    that is a third policy, which Megatron-Core does not have.
-    Differs from the source: Megatron counts ``T * K`` assignments also where slots are empty; here
-    only real ones count. Padding is not in the run and takes no place.
-    """
-    order = arrival(expert_ids, n_experts, policy=policy, weights=weights, batch=batch)
-    return order.drop(capacity_factor)
-
-
-class Shares(NamedTuple):
-    """What a capacity limit drops, in shares; the fields are those of :class:`Drops`."""
 
     assignments: float
     weight: float
@@ -119,21 +70,6 @@ class Arrival(NamedTuple):
     weights: npt.NDArray[np.floating[Any]] | None
     total_weight: float
     n_experts: int
-
-    def drop(self, capacity_factor: float) -> Drops:
-        """Return what this capacity factor drops."""
-        places = _places(self.assignments, self.n_experts, capacity_factor)
-        limit = places[self.batch]
-        mask = self.rank >= limit[:, None]
-        lost = np.count_nonzero(self.best_rank >= limit)
-        return Drops(
-            mask,
-            _share(float(np.count_nonzero(mask)), float(self.assignments.sum())),
-            float("nan")
-            if self.weights is None
-            else _share(float(self.weights[mask].sum(dtype=np.float64)), self.total_weight),
-            _share(float(lost), float(np.count_nonzero(self.best_rank >= 0))),
-        )
 
     def shares(self, capacity_factors: Sequence[float]) -> list[Shares]:
         """Return what each capacity factor drops, from one pass over the assignments.
@@ -186,7 +122,29 @@ def arrival(
     weights: npt.ArrayLike | None = None,
     batch: npt.ArrayLike | None = None,
 ) -> Arrival:
-    """Return the order of the assignments at their experts; arguments as for ``dropped``."""
+    """Return the order of the assignments at their experts.
+
+    Parameters
+    ----------
+    expert_ids : array [T, K], int
+        Chosen experts of each token, tokens in the order of the forward pass; -1 = empty slot.
+    n_experts : int
+    policy : {"position", "probs"}
+        ``position``: an expert keeps the tokens that come first. ``probs``: it keeps those with
+        the largest weight, earlier tokens first among equals.
+    weights : array [T, K], optional
+        Combine weights; needed for ``probs``.
+    batch : array [T], int, optional
+        Which batch a token was in; one batch without it.
+
+    Notes
+    -----
+    Slots do not compete: a token takes an expert once, so the order within an expert is the order
+    of its tokens. GShard and Switch with k > 1 serve all first choices before any second one;
+    that is a third policy, which Megatron-Core does not have.
+    Differs from the source: Megatron counts ``T * K`` assignments also where slots are empty; here
+    only real ones count. Padding is not in the run and takes no place.
+    """
     ids = np.asarray(expert_ids)
     shape = ids.shape
     if ids.ndim != 2 or (ids.size and (ids.min() < -1 or ids.max() >= n_experts)):
@@ -256,7 +214,10 @@ def curve(
     weights: npt.ArrayLike | None = None,
     batch: npt.ArrayLike | None = None,
 ) -> list[Shares]:
-    """Return what each capacity factor drops; arguments as for ``dropped``."""
+    """Return what each capacity factor drops; arguments as for :func:`arrival`.
+
+    An expert takes ``ceil(capacity_factor * assignments / experts)`` tokens of a batch.
+    """
     order = arrival(expert_ids, n_experts, policy=policy, weights=weights, batch=batch)
     return order.shares(capacity_factors)
 

@@ -184,35 +184,6 @@ def expert_capacity(n_assignments: float, n_experts: int, capacity_factor: float
     return ceil(capacity_factor * n_assignments / n_experts - _ROUNDING_SLACK)
 
 
-def dropped_fraction(load: npt.ArrayLike, capacity_factor: float) -> float:
-    r"""Return the share of assignments above capacity if all of ``load`` were one batch.
-
-    .. math:: \frac{\sum_e \max(0, c_e - \lceil \mathrm{CF} \sum c / E \rceil)}{\sum c}
-
-    Parameters
-    ----------
-    load : array [E], assignments
-    capacity_factor : float
-
-    Returns
-    -------
-    float
-        0 if and only if ``capacity_factor >= 1 + max_violation(load)`` up to the rounding of the
-        capacity to whole places; nan without load.
-
-    Notes
-    -----
-    Real systems apply the limit per batch, where the load is less even than in the total, so
-    this is a lower bound. ``explorer.metrics.capacity`` counts per batch.
-    """
-    counts = _counts(load)
-    total = counts.sum()
-    if total == 0:
-        return float("nan")
-    places = expert_capacity(float(total), counts.size, capacity_factor)
-    return float(np.maximum(0, counts - places).sum() / total)
-
-
 class Lorenz(NamedTuple):
     """A Lorenz curve.
 

@@ -58,15 +58,6 @@ def straight_through(gate: torch.Tensor, threshold: float = 0.5) -> torch.Tensor
     return hard + (gate - gate.detach())
 
 
-def blend(gate: torch.Tensor, output: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
-    """Return ``gate * output + (1 - gate) * identity``, gates [..., 1] or of the same shape.
-
-    At 1 the output itself comes back, bit for bit, and at 0 the identity.
-    """
-    mixed = gate * output + (1 - gate) * identity
-    return torch.where(gate == 1, output, torch.where(gate == 0, identity, mixed))
-
-
 @dataclass(kw_only=True, eq=False)
 class _PartGate(PartRouter):
     """A gate for each part, from a linear map of the token.

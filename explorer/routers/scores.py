@@ -82,25 +82,6 @@ def weigh(scores: torch.Tensor, expert_ids: torch.Tensor, inputs: RouterInputs) 
     return weights if inputs.scaling == 1 else weights * inputs.scaling
 
 
-def host_weights(
-    logits: torch.Tensor, expert_ids: torch.Tensor, inputs: RouterInputs
-) -> torch.Tensor:
-    """Return the combine weights that the host model would give to other experts.
-
-    Parameters
-    ----------
-    logits : Tensor [T, E]
-        Of the host's own gate, as recorded.
-    expert_ids : Tensor [T, K], int64
-        -1 marks an empty slot.
-
-    Returns
-    -------
-    Tensor [T, K], float32
-    """
-    return weigh(host_scores(logits, inputs), expert_ids, inputs)
-
-
 def target_scores(inputs: RouterInputs, target: Decision | None) -> torch.Tensor:
     """Return the expert scores that a router learns to imitate, [T, E] on the host's scale.
 

@@ -5,9 +5,12 @@ from math import log
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
 
+from explorer.comparison.replay import divergence
 from explorer.errors import MetricError
 from explorer.metrics import agreement as metrics
 
@@ -45,17 +48,20 @@ def test_means_leave_out_what_is_not_defined():
     assert np.isnan(metrics.agreement(none, none, none, none).jaccard)
 
 
+def scores_divergence(p, q):
+    """Return the Jensen-Shannon divergence of each row's scores, as replay reports it."""
+    rows = (torch.from_numpy(np.asarray(side, dtype=np.float64)) for side in (p, q))
+    return np.array([divergence(a[None], b[None])[0] for a, b in zip(*rows, strict=True)])
+
+
 def test_divergences_on_paper():
     p, q = np.array([[1.0, 0], [0.5, 0.5], [2, 2]]), np.array([[0.0, 1], [0.5, 0.5], [3, 1]])
-    js = metrics.jensen_shannon(p, q)
+    js = scores_divergence(p, q)
     assert js[0] == pytest.approx(log(2)) and js[1] == 0
-    kl = metrics.kl_divergence(p, q)
-    assert np.isinf(kl[0]) and kl[1] == 0
-    assert kl[2] == pytest.approx(0.5 * log(0.5 / 0.75) + 0.5 * log(0.5 / 0.25))
     middle = np.array([0.625, 0.375])
     expected = sum(0.5 * np.sum(d * np.log(d / middle)) for d in ([0.5, 0.5], [0.75, 0.25]))
-    assert js[2] == pytest.approx(expected)
-    assert np.isnan(metrics.jensen_shannon(np.zeros((1, 2)), q[:1]))[0]
+    assert js[2] == pytest.approx(expected, rel=1e-5)  # of float32 scores
+    assert np.isnan(scores_divergence(np.zeros((1, 2)), q[:1]))[0]
     ids, none = np.array([[0, -1]]), np.array([[-1, -1]])
     apart = metrics.weight_divergence(ids, ids + 1.0, np.array([[3]]), np.array([[2.0]]))
     assert apart[0] == pytest.approx(log(2))
@@ -82,12 +88,13 @@ def test_identities(n_experts, seed, data):
     np.testing.assert_allclose(found, 1 - total_variation, atol=1e-12)
     np.testing.assert_allclose(
         metrics.weight_divergence(first, weights[0], second, weights[1]),
-        metrics.jensen_shannon(dense[0], dense[1]),
+        jensenshannon(dense[0], dense[1], axis=1) ** 2,
         atol=1e-12,
     )
-    js = metrics.jensen_shannon(dense[0] + 0.1, dense[1] + 0.1)
-    assert (js >= 0).all() and (js <= log(2)).all()
-    np.testing.assert_allclose(js, metrics.jensen_shannon(dense[1] + 0.1, dense[0] + 0.1))
+    dense += 0.1
+    js = scores_divergence(*dense)
+    assert (js >= 0).all() and (js <= log(2) + 1e-6).all()
+    np.testing.assert_allclose(js, jensenshannon(*dense, axis=1) ** 2, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,6 @@ def test_identities(n_experts, seed, data):
     [(8, 2, 0.1786, 0.4643), (64, 8, 0.0705, 0.6791), (128, 8, 0.0343, 0.4123)],
 )
 def test_published_anchors_of_chance(n_experts, top_k, jaccard, repeat):
-    assert metrics.chance_overlap(n_experts, top_k) == top_k / n_experts
     assert metrics.chance_jaccard(n_experts, top_k) == pytest.approx(jaccard, abs=5e-5)
     assert metrics.chance_any_repeat(n_experts, top_k) == pytest.approx(repeat, abs=5e-5)
 
@@ -104,26 +110,14 @@ def test_chance_by_enumeration():
     sets = np.array(list(combinations(range(6), 3)))
     left, right = (each.ravel() for each in np.meshgrid(np.arange(20), np.arange(20)))
     overlap = metrics.overlap_at_k(sets[left], sets[right])
-    assert overlap.mean() == pytest.approx(metrics.chance_overlap(6, 3))
+    assert overlap.mean() == pytest.approx(3 / 6)
     jaccard = metrics.jaccard(sets[left], sets[right])
     assert jaccard.mean() == pytest.approx(metrics.chance_jaccard(6, 3))
     assert (overlap > 0).mean() == pytest.approx(metrics.chance_any_repeat(6, 3))
 
 
-def test_marginal_entropy_exceeds_the_mean_by_the_mean_divergence():
-    """H(mean p) - mean H(p) = mean KL(p || mean p)."""
-    p = np.random.default_rng(0).dirichlet(np.ones(8), size=50)
-    mean = p.mean(0)
-    entropy = -(p * np.log(p)).sum(1)
-    information = -(mean * np.log(mean)).sum() - entropy.mean()
-    divergence = metrics.kl_divergence(p, np.tile(mean, (50, 1))).mean()
-    assert information == pytest.approx(divergence)
-
-
 def test_what_cannot_be_compared():
     with pytest.raises(MetricError, match="same tokens"):
         metrics.jaccard(A, B[:2])
-    with pytest.raises(MetricError, match="not logits"):
-        metrics.jensen_shannon(np.array([[-1.0, 1]]), np.array([[0.5, 0.5]]))
     with pytest.raises(MetricError, match="top_k"):
         metrics.chance_jaccard(4, 5)

@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from checks import dropped
 from hypothesis import given
 from hypothesis import strategies as st
 from plotly.colors import sample_colorscale, unlabel_rgb
 from synthetic import NASTY, write_run
 
 from explorer.errors import ExplorerError, UnknownNameError
-from explorer.metrics import capacity
 from explorer.metrics import load as load_metrics
+from explorer.metrics.capacity import POLICIES
 from explorer.pages.load_balance import data
 from explorer.pages.load_balance import figures as load_figures
 from explorer.pages.tokens import data as tokens
@@ -440,8 +441,8 @@ def test_capacity_table_and_figure(routed):
     factors = [0.5, 1.0, 1.5, 4.0]
     table = data.capacity_table(routed, 6, factors)
     for row in table.to_dict("records"):
-        for policy in capacity.POLICIES:
-            drops = capacity.dropped(
+        for policy in POLICIES:
+            drops = dropped(
                 routed.expert_ids,
                 6,
                 row["capacity_factor"],

@@ -8,15 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checks import dropped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_counts import COUNTS, METRICS, N_TOKENS
 
 from explorer.errors import MetricError, UnknownNameError
-from explorer.metrics import capacity, confidence, load
+from explorer.metrics import capacity, load
 
 LOADS = st.lists(st.integers(0, 10_000), min_size=1, max_size=40)
 BUSY_LOADS = LOADS.filter(any)
+SMALL_LOADS = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any)
+
+
+def dropped_of(counts, factor):
+    """Return the share of the assignments that a limit drops where one batch has this load."""
+    ids = np.repeat(np.arange(len(counts)), counts)[:, None]
+    return capacity.curve(ids, len(counts), [factor])[0].assignments
 
 
 # ---- load, by hand
@@ -35,9 +43,9 @@ def test_metrics_of_a_load_worked_by_hand():
     )
     assert load.dead_experts(counts) == 1
     # places for ceil(1 * 8 / 4) = 2 each: 5 - 2 are dropped
-    assert load.dropped_fraction(counts, 1.0) == pytest.approx(3 / 8)
+    assert dropped_of(counts, 1.0) == pytest.approx(3 / 8)
     # places for 3: 2 are dropped
-    assert load.dropped_fraction(counts, 1.25) == pytest.approx(2 / 8)
+    assert dropped_of(counts, 1.25) == pytest.approx(2 / 8)
 
 
 def test_a_perfectly_even_load():
@@ -46,7 +54,7 @@ def test_a_perfectly_even_load():
     assert load.gini([3, 3, 3]) == 0
     assert load.normalized_entropy([3, 3, 3]) == 1
     assert load.dead_experts([3, 3, 3]) == 0
-    assert load.dropped_fraction([3, 3, 3], 1.0) == 0
+    assert dropped_of([3, 3, 3], 1.0) == 0
 
 
 @pytest.mark.parametrize("n_experts", [2, 8, 64, 256])
@@ -58,7 +66,7 @@ def test_collapse_to_one_expert_reaches_the_upper_ends(n_experts):
     assert load.normalized_entropy(counts) == 0
     assert load.dead_experts(counts) == n_experts - 1
     places = ceil(640 / n_experts)
-    assert load.dropped_fraction(counts, 1.0) == pytest.approx((640 - places) / 640)
+    assert dropped_of(counts, 1.0) == pytest.approx((640 - places) / 640)
 
 
 def test_without_load_ratios_are_undefined_and_every_expert_is_dead():
@@ -69,7 +77,7 @@ def test_without_load_ratios_are_undefined_and_every_expert_is_dead():
         load.normalized_entropy,
     ):
         assert np.isnan(metric([0, 0, 0]))
-    assert np.isnan(load.dropped_fraction([0, 0, 0], 1.0))
+    assert np.isnan(dropped_of([0, 0, 0], 1.0))
     assert load.dead_experts([0, 0, 0]) == 3
     assert np.isnan(load.lorenz_curve([0, 0]).load).all()
 
@@ -119,7 +127,6 @@ def test_bounds(counts):
     assert 0 <= load.coefficient_of_variation(counts) <= sqrt(n - 1) + slack
     assert 0 <= load.gini(counts) <= 1 - 1 / n + slack
     assert 0 <= load.dead_experts(counts) < n
-    assert 0 <= load.dropped_fraction(counts, 1.0) < 1
     if n > 1:
         assert 0 <= load.normalized_entropy(counts) <= 1
 
@@ -145,12 +152,13 @@ def test_lorenz_curve_is_convex_below_the_diagonal_and_spans_the_gini(counts):
     assert load.gini(counts) == pytest.approx(1 - 2 * area, abs=1e-9)
 
 
-@given(BUSY_LOADS, st.floats(0.1, 5))
+@given(SMALL_LOADS, st.floats(0.1, 5))
 def test_nothing_is_dropped_exactly_from_one_plus_maxvio_on(counts, factor):
     # identity 11, up to the rounding of the capacity to whole places
     places = load.expert_capacity(sum(counts), len(counts), factor)
-    assert (load.dropped_fraction(counts, factor) == 0) == (places >= max(counts))
-    assert load.dropped_fraction(counts, 1 + load.max_violation(counts)) == 0
+    assert 0 <= dropped_of(counts, factor) < 1 or places == 0
+    assert (dropped_of(counts, factor) == 0) == (places >= max(counts))
+    assert dropped_of(counts, 1 + load.max_violation(counts)) == 0
 
 
 def test_capacity_is_not_rounded_up_by_floating_point():
@@ -228,41 +236,41 @@ def test_both_drop_policies_worked_by_hand():
     # expert 0 is chosen by all four tokens; ceil(1 * 4 / 2) = 2 places
     ids = [[0], [0], [0], [0]]
     weights = [[0.1], [0.4], [0.3], [0.4]]
-    first = capacity.dropped(ids, 2, 1.0, policy="position", weights=weights)
+    first = dropped(ids, 2, 1.0, policy="position", weights=weights)
     assert first.mask[:, 0].tolist() == [False, False, True, True]
     assert first.weight == pytest.approx(0.7 / 1.2)
-    heavy = capacity.dropped(ids, 2, 1.0, policy="probs", weights=weights)
+    heavy = dropped(ids, 2, 1.0, policy="probs", weights=weights)
     assert heavy.mask[:, 0].tolist() == [True, False, True, False]
     assert heavy.weight == pytest.approx(0.4 / 1.2)
     assert first.assignments == heavy.assignments == first.tokens == 0.5
 
 
 def test_equal_weights_keep_the_earlier_token():
-    drops = capacity.dropped([[0]] * 4, 2, 1.0, policy="probs", weights=np.full((4, 1), 0.5))
+    drops = dropped([[0]] * 4, 2, 1.0, policy="probs", weights=np.full((4, 1), 0.5))
     assert drops.mask[:, 0].tolist() == [False, False, True, True]
 
 
 def test_a_limit_acts_within_its_batch():
     ids = [[0], [1], [0], [0], [1], [1]]
-    together = capacity.dropped(ids, 2, 1.0)
-    apart = capacity.dropped(ids, 2, 1.0, batch=[7, 7, 7, 2, 2, 2])
+    together = dropped(ids, 2, 1.0)
+    apart = dropped(ids, 2, 1.0, batch=[7, 7, 7, 2, 2, 2])
     assert together.assignments == 0
     # both batches have 3 assignments, 2 places an expert: none of 2 + 1 is dropped
     assert apart.assignments == 0
     # interleaved batches: 0,0,1 and 1,0,1 have 2 places; 0 and 1 alone have one each
-    split = capacity.dropped(ids, 2, 1.0, batch=[0, 1, 0, 0, 1, 1])
+    split = dropped(ids, 2, 1.0, batch=[0, 1, 0, 0, 1, 1])
     assert split.mask[:, 0].tolist() == [False, False, False, True, False, True]
 
 
 def test_empty_slots_are_neither_counted_nor_dropped():
-    drops = capacity.dropped([[0, -1], [0, 1], [-1, -1]], 2, 0.5, weights=[[1, 0], [1, 1], [0, 0]])
+    drops = dropped([[0, -1], [0, 1], [-1, -1]], 2, 0.5, weights=[[1, 0], [1, 1], [0, 0]])
     # three assignments: ceil(0.5 * 3 / 2) = 1 place
     assert drops.mask.tolist() == [[False, False], [True, False], [False, False]]
     assert drops.assignments == pytest.approx(1 / 3)
     # the token without any expert of its own lost none
     assert drops.tokens == 0
-    assert capacity.dropped([[0], [0]], 2, 0).tokens == 1
-    assert np.isnan(capacity.dropped(np.empty((0, 2)), 2, 1).assignments)
+    assert dropped([[0], [0]], 2, 0).tokens == 1
+    assert np.isnan(dropped(np.empty((0, 2)), 2, 1).assignments)
 
 
 def slow_drops(ids, n_experts, factor, policy, weights, batch):
@@ -297,7 +305,7 @@ def test_drops_equal_serving_the_queues(seed, n, n_experts, n_batches, factor, p
     ids[random.random(ids.shape) < 0.1] = -1
     weights = random.integers(1, 5, size=ids.shape) / 4
     batch = random.integers(0, n_batches, size=n)
-    drops = capacity.dropped(ids, n_experts, factor, policy=policy, weights=weights, batch=batch)
+    drops = dropped(ids, n_experts, factor, policy=policy, weights=weights, batch=batch)
     expected = slow_drops(ids, n_experts, factor, policy, weights, batch)
     assert (drops.mask == expected).all()
     real = ids >= 0
@@ -319,9 +327,7 @@ def test_weights_of_either_sign_are_served_from_the_largest(kind):
     weights = random.integers(-3, 4, size=(60, 1)).astype(kind) * kind(0.3)
     weights[::7] = -0.0
     batch = np.arange(60) % 3
-    drops = capacity.dropped(
-        np.zeros((60, 1), int), 1, 0.5, policy="probs", weights=weights, batch=batch
-    )
+    drops = dropped(np.zeros((60, 1), int), 1, 0.5, policy="probs", weights=weights, batch=batch)
     expected = slow_drops(np.zeros((60, 1), int), 1, 0.5, "probs", weights, batch)
     assert (drops.mask == expected).all()
 
@@ -333,8 +339,10 @@ def test_one_batch_drops_what_its_totals_say_whatever_the_policy(seed, factor):
     weights = random.random((40, 1))
     counts = np.bincount(ids.ravel(), minlength=5)
     for policy in capacity.POLICIES:
-        drops = capacity.dropped(ids, 5, factor, policy=policy, weights=weights)
-        assert drops.assignments == pytest.approx(load.dropped_fraction(counts, factor))
+        drops = dropped(ids, 5, factor, policy=policy, weights=weights)
+        places = load.expert_capacity(40, 5, factor)
+        above = np.maximum(0, counts - places).sum() / 40
+        assert drops.assignments == pytest.approx(above)
 
 
 def binomial_overflow(n, n_experts, factor):
@@ -365,7 +373,7 @@ def test_overflow_of_uniform_top_1_is_binomial(n, n_experts, factor, percent):
     random = np.random.default_rng(0)
     batches = 400_000 // n
     ids = random.integers(0, n_experts, size=(batches * n, 1))
-    drops = capacity.dropped(ids, n_experts, factor, batch=np.repeat(np.arange(batches), n))
+    drops = dropped(ids, n_experts, factor, batch=np.repeat(np.arange(batches), n))
     assert 100 * drops.assignments == pytest.approx(percent, rel=0.04, abs=0.03)
 
 
@@ -376,58 +384,29 @@ def test_a_curve_falls_and_equals_single_factors():
     factors = [0.5, 1.0, 1.5, 2.0]
     curve = capacity.curve(ids, 8, factors, policy="probs", weights=weights)
     assert all(a.assignments >= b.assignments for a, b in pairwise(curve))
-    single = capacity.dropped(ids, 8, 1.0, policy="probs", weights=weights)
+    single = dropped(ids, 8, 1.0, policy="probs", weights=weights)
     assert curve[1] == pytest.approx(single[1:])
 
 
 def test_capacity_refuses_what_it_cannot_mean():
     with pytest.raises(MetricError, match="weights"):
-        capacity.dropped([[0]], 2, 1.0, policy="probs")
+        dropped([[0]], 2, 1.0, policy="probs")
     with pytest.raises(MetricError, match="policy"):
-        capacity.dropped([[0]], 2, 1.0, policy="random")
+        dropped([[0]], 2, 1.0, policy="random")
     with pytest.raises(MetricError, match="expert ids"):
-        capacity.dropped([[2]], 2, 1.0)
+        dropped([[2]], 2, 1.0)
     with pytest.raises(MetricError, match="weights of shape"):
-        capacity.dropped([[0]], 2, 1.0, weights=[[1, 2]])
+        dropped([[0]], 2, 1.0, weights=[[1, 2]])
     with pytest.raises(MetricError, match="one batch per token"):
-        capacity.dropped([[0], [1]], 2, 1.0, batch=[0])
+        dropped([[0], [1]], 2, 1.0, batch=[0])
 
 
-# ---- confidence
-
-
-def test_entropy_and_effective_experts():
-    assert confidence.entropy([0.25] * 4) == pytest.approx(log(4))
-    assert confidence.entropy([1, 0, 0]) == 0
-    assert confidence.normalized_entropy(log(4), 4) == pytest.approx(1)
-    assert confidence.effective_experts([0, log(3)]) == pytest.approx([1, 3])
-
-
-def test_missing_confidence_stays_missing():
-    assert np.isnan(confidence.normalized_entropy([None, 0.5], 4)).tolist() == [True, False]
-    assert np.isnan(confidence.normalized_entropy([0.0], 1)).all()
-    assert np.isnan(confidence.probabilities([1.0, 2.0], "other")).all()
-    assert np.isnan(confidence.probabilities([np.nan, np.nan], "softmax")).all()
-    assert np.isnan(confidence.entropy([np.nan, 0.5]))
-
-
-def test_probabilities_of_each_score_function():
-    scores = [0.0, log(3)]
-    assert confidence.probabilities(scores, "softmax") == pytest.approx([0.25, 0.75])
-    assert confidence.probabilities(scores, "softmax_topk") == pytest.approx([0.25, 0.75])
-    # sigmoids 1/2 and 3/4
-    assert confidence.probabilities(scores, "sigmoid") == pytest.approx([0.4, 0.6])
-    assert confidence.probabilities([0.3, 0.7], "probabilities") == pytest.approx([0.3, 0.7])
-    # large scores do not overflow; an expert that was ruled out has no probability
-    assert confidence.probabilities([1e4, np.nan], "softmax") == pytest.approx([1, 0])
-    assert confidence.probabilities([-1e4, 0.0], "sigmoid") == pytest.approx([0, 1])
-    with pytest.raises(MetricError, match="softmaxx"):
-        confidence.probabilities(scores, "softmaxx")
+# ---- imports
 
 
 def test_metrics_need_numpy_only():
     code = (
-        "import sys, explorer.metrics.load, explorer.metrics.capacity, explorer.metrics.confidence;"
+        "import sys, explorer.metrics.load, explorer.metrics.capacity;"
         "print([m for m in ('torch', 'transformers', 'streamlit', 'plotly') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from test_explorer_routers_clusters import agreement
 
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, fit_layers, route_layers
-from explorer.routers.gating import blend, hard_concrete, straight_through
+from explorer.routers.gating import hard_concrete, straight_through
 from explorer.routers.probe import toy_layers, toy_targets, toy_tokens
 from explorer.routers.recurrent import GTrXLGate
 
@@ -54,17 +54,6 @@ def test_straight_through_is_hard_forwards_and_soft_backwards():
     gate.sum().backward()
     soft = logits.detach().sigmoid()
     assert_close("gradient", logits.grad, soft * (1 - soft), atol=1e-7)
-
-
-def test_blending_is_convex_and_exact_at_its_ends():
-    generator = torch.Generator().manual_seed(0)
-    output, identity = torch.randn(2, 50, 8, generator=generator).unbind(0)
-    gate = torch.rand(50, 1, generator=generator)
-    mixed = blend(gate, output, identity)
-    assert bool((mixed <= torch.maximum(output, identity) + 1e-6).all())
-    assert bool((mixed >= torch.minimum(output, identity) - 1e-6).all())
-    assert torch.equal(blend(torch.ones(50, 1), output, identity), output)
-    assert torch.equal(blend(torch.zeros(50, 1), output, identity), identity)
 
 
 def test_a_constant_gate_of_1_is_1_everywhere():

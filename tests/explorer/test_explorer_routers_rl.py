@@ -25,7 +25,6 @@ from explorer.routers.learning.objectives import (
     Log,
     StateNet,
     Step,
-    expected_reward,
     ips_reward,
     learn_from_log,
     log_policy,
@@ -43,6 +42,11 @@ OFFLINE = RL[:2]
 @functools.cache
 def session():
     return toy_session(n_sequences=8, length=20)
+
+
+def expected_reward(log_probs, rewards):
+    """Return the mean reward under a policy whose actions' rewards [..., A] are all known."""
+    return (log_probs.exp() * rewards).sum(dim=-1).mean()
 
 
 def places(actions):

@@ -234,39 +234,6 @@ def _spread(losses: Sequence[SequenceLosses]) -> float:
     return float(np.std(means, ddof=1)) if len(means) > 1 else float("nan")
 
 
-def decomposition(tables: ConditionTables) -> pd.DataFrame:
-    """Split each condition's cost into what its weights and what its routing do.
-
-    Returns
-    -------
-    DataFrame
-        ``condition``; ``total``, ``weights`` (its weights with the base's routing) and
-        ``routing`` (its routing on the base's weights), changes of loss in nats a token;
-        ``interaction``, what is left of the total; ``recovered``, the share of the total that
-        forcing the base's routing takes back.
-    """
-    rows = []
-    for label, cells in tables.conditions.groupby("condition", sort=False):
-        change = cells.set_index(["weights", "routing"])["loss_change"]
-        if ("condition", "base") not in change.index:
-            continue
-        total = float(change["condition", "condition"])
-        weights = float(change["condition", "base"])
-        routing = float(change["base", "condition"])
-        rows.append(
-            {
-                "condition": label,
-                "total": total,
-                "weights": weights,
-                "routing": routing,
-                "interaction": total - weights - routing,
-                "recovered": (total - weights) / total if total else float("nan"),
-            }
-        )
-    columns = ["condition", "total", "weights", "routing", "interaction", "recovered"]
-    return pd.DataFrame(rows, columns=columns)
-
-
 # As ``RESULTS_VERSION`` of explorer.comparison.session, for rows about conditions and students.
 CONDITIONS_VERSION = 1
 

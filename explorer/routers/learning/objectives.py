@@ -71,11 +71,6 @@ def policy_entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return -(log_probs.exp() * finite).sum(dim=-1)
 
 
-def expected_reward(log_probs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    """Return the mean reward under a policy whose actions' rewards [..., A] are all known."""
-    return (log_probs.exp() * rewards).sum(dim=-1).mean()
-
-
 def ips_reward(
     log_probs: torch.Tensor,
     actions: torch.Tensor,
