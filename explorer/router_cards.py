@@ -48,7 +48,7 @@ class RouterInfo:
         :mod:`explorer.routers.learning.training`.
     causal : bool
         Whether a token's decision depends on itself and earlier tokens of its sequence only.
-        Declared here; :mod:`explorer.routers.probe` finds out.
+        Declared here; :mod:`explorer.comparison.causality` finds out.
     batch_dependent : bool
         Whether other sequences of the batch change a token's decision.
     variable_k : bool

@@ -23,6 +23,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from causality_probe import (
+    EXPERTS,
+    HIDDEN,
+    TOP_K,
+    depends,
+    toy_layers,
+    toy_session,
+    toy_targets,
+    toy_tokens,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from explorer.errors import RouterError
@@ -36,19 +46,9 @@ from explorer.routers import (
     TrainedRouter,
     fit_layers,
 )
+from explorer.routers.contract import dense
 from explorer.routers.learning.training import CurveRow, TrainingCancelled
 from explorer.routers.native import TopKRouter
-from explorer.routers.probe import (
-    EXPERTS,
-    HIDDEN,
-    TOP_K,
-    dense,
-    depends,
-    toy_layers,
-    toy_session,
-    toy_targets,
-    toy_tokens,
-)
 
 HOSTS = {
     "softmax": {"score_function": "softmax"},

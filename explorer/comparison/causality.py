@@ -17,8 +17,8 @@ from capture.swap.rules import RouterInputs, Rule
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import Spy
 from explorer.routers import Router, route_layers
+from explorer.routers.contract import dense
 from explorer.routers.live import LiveRule
-from explorer.routers.probe import dense
 
 Key = tuple[int, int]  # layer, site
 MAX_LAYERS = 4

@@ -4,7 +4,6 @@ contract    what a router is, the registry ``ROUTERS``, fitting every layer
 scores      what the host model makes of logits
 selectors   top-k, threshold, top-p
 sequences   what a token may know of its sequence
-probe       whether a rule looks into the future or at other sequences
 live        a router as ``capture.swap.routers`` takes it (imported on its own)
 recorded    what routers need, from a run file (imported on its own)
 subsets     the best subset to drop, by trying
@@ -61,7 +60,6 @@ from explorer.routers.contract import (
 )
 from explorer.routers.learning import gates
 from explorer.routers.learning.training import TrainedRouter, TrainingCancelled, TrainingSession
-from explorer.routers.probe import Verdict, probe
 from explorer.routers.selectors import Selector, Threshold, TopK, TopP
 
 __all__ = [
@@ -84,7 +82,6 @@ __all__ = [
     "TrainedRouter",
     "TrainingCancelled",
     "TrainingSession",
-    "Verdict",
     "assignment",
     "attention",
     "clustering",
@@ -98,7 +95,6 @@ __all__ = [
     "hashing",
     "heads_and_layers",
     "native",
-    "probe",
     "recurrent",
     "rl",
     "rl_online",

@@ -205,3 +205,12 @@ def route_layers(
             here = replace(here, previous=routing, previous_state=before.state)
         before = decisions[place] = routers[place].route(here)
     return decisions
+
+
+def dense(decision: Decision) -> torch.Tensor:
+    """Return what a decision applies, [T, E] combine weights or [T, P] gates."""
+    if isinstance(decision, PartMask):
+        return decision.gate
+    weights = decision.weights.masked_fill(decision.expert_ids < 0, 0.0)
+    empty = torch.zeros_like(decision.scores)
+    return empty.scatter_add(-1, decision.expert_ids.clamp_min(0), weights)

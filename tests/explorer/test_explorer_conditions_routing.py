@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from causality_probe import toy_layers, toy_tokens
 from test_explorer_conditions import HELD_OUT, subject_of, texts
 
 from capture.model.hooks import SiteObservation
@@ -25,7 +26,6 @@ from explorer.comparison.conditions.routing_changes import (
 )
 from explorer.comparison.conditions.weights import Precision, Quantised
 from explorer.errors import ConditionError
-from explorer.routers.probe import toy_layers, toy_tokens
 from explorer.survey.distil import (
     DistilSettings,
     cached,

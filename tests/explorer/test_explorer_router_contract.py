@@ -12,12 +12,12 @@ import os
 import pytest
 import router_checks
 import torch
+from causality_probe import EXPERTS, HIDDEN, TOP_K
 
 from explorer.comparison.router_names import load_router_file
 from explorer.router_cards import CARDS
 from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
 from explorer.routers.native import TopKRouter
-from explorer.routers.probe import EXPERTS, HIDDEN, TOP_K
 from explorer.routers.scores import slots, weigh
 from explorer.routers.selectors import top_ids
 

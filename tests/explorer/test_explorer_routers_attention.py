@@ -4,17 +4,17 @@ import functools
 
 import pytest
 import torch
+from causality_probe import probe, toy_layers, toy_targets, toy_tokens
 from checks import assert_close
 from test_explorer_routers_clusters import FIT, HELD_OUT, agreement
 
 from explorer.errors import RouterError
-from explorer.routers import ROUTERS, PartMask, RouterInputs, Threshold, TopK, TopP, probe
+from explorer.routers import ROUTERS, PartMask, RouterInputs, Threshold, TopK, TopP
 from explorer.routers.attention import KeyAttention, YuanAttention
 from explorer.routers.controls import ConstantGateRouter
 from explorer.routers.distilled import CosineGate
 from explorer.routers.heads_and_layers import quantile_threshold
 from explorer.routers.learning.imitation import distill, imitation_loss, seeded
-from explorer.routers.probe import toy_layers, toy_targets, toy_tokens
 
 HEADS = toy_targets(ROUTERS["head_attention"](), {(1, 0): FIT})[1, 0]
 HEADS_HELD_OUT = toy_targets(ROUTERS["head_attention"](), {(1, 0): HELD_OUT})[1, 0]

@@ -6,6 +6,7 @@ from math import ceil, log2
 import numpy as np
 import pytest
 import torch
+from causality_probe import probe
 from checks import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +14,9 @@ from test_explorer_routers_rules import inputs_from, random_inputs, sets, toy, v
 
 from explorer.errors import RouterError
 from explorer.metrics.load import max_violation
-from explorer.routers import ROUTERS, probe
+from explorer.routers import ROUTERS
 from explorer.routers.assignment import balanced_assignment, log_sinkhorn
-from explorer.routers.probe import dense
+from explorer.routers.contract import dense
 
 
 def loads(routing):

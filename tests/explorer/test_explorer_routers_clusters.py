@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from causality_probe import toy_layers, toy_tokens
 from checks import assert_close
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -15,7 +16,6 @@ from explorer.errors import RouterError
 from explorer.routers import ROUTERS, RouterInputs, TopP
 from explorer.routers.clustering import regress
 from explorer.routers.clusters import GaussianClusters, KMeansClusters, points_of
-from explorer.routers.probe import toy_layers, toy_tokens
 
 FIT = toy_layers(toy_tokens(40, 40, 1))[1, 0]
 HELD_OUT = toy_layers(toy_tokens(20, 40, 2))[1, 0]

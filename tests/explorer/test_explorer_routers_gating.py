@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from causality_probe import toy_layers, toy_targets, toy_tokens
 from checks import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from test_explorer_routers_clusters import agreement
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, fit_layers, route_layers
 from explorer.routers.gating import hard_concrete, straight_through
-from explorer.routers.probe import toy_layers, toy_targets, toy_tokens
 from explorer.routers.recurrent import GTrXLGate
 
 FIT = toy_layers(toy_tokens(30, 30, 1))

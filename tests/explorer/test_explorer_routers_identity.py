@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from causality_probe import toy_layers, toy_tokens
 from checks import assert_close
 
 from capture.swap.routers import swap
@@ -21,9 +22,9 @@ from explorer.routers import (
     TopP,
     fit_layers,
 )
+from explorer.routers.contract import dense
 from explorer.routers.live import LiveRule, completed
 from explorer.routers.native import host_best
-from explorer.routers.probe import dense, toy_layers, toy_tokens
 
 # softmax of all or of the chosen, sigmoid; renormalised or not, scaled; bias; groups by the best
 # one or the best two

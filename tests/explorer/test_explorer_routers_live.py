@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import tiny_models
 import torch
+from causality_probe import toy_layers, toy_tokens
 from checks import assert_close
 
 from capture.swap.routers import swap
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, fit_layers
 from explorer.routers.live import Convention, LiveRule, completed, convention_of
-from explorer.routers.probe import toy_layers, toy_tokens
 
 TOKENS = tiny_models.tokens(rows=3, length=12)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from causality_probe import toy_layers, toy_tokens
 
 from capture.model.selftest import attach
 from capture.swap.part_gates import gate_parts
@@ -13,7 +14,6 @@ from explorer.__main__ import main
 from explorer.comparison.live_results import source_of
 from explorer.routers import ROUTERS, PartMask, route_layers
 from explorer.routers.live import Convention, LiveRule
-from explorer.routers.probe import toy_layers, toy_tokens
 from tests import tiny_models
 
 SURVEY = Path(routers.__file__).with_name("SURVEY.md")

@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from causality_probe import toy_layers, toy_session, toy_tokens
 from checks import assert_close
 
 from capture.swap.measure import token_losses
@@ -33,7 +34,6 @@ from explorer.routers.learning.objectives import (
     score_function_loss,
 )
 from explorer.routers.live import LiveRule
-from explorer.routers.probe import toy_layers, toy_session, toy_tokens
 
 RL = ("policy_gradient", "q_learning", "reinforce", "q_multistep")
 OFFLINE = RL[:2]

@@ -6,6 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
+from causality_probe import toy_layers, toy_tokens
 from checks import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from capture.errors import SwapError
 from explorer.errors import RouterError, UnknownNameError
 from explorer.routers import ROUTERS, PartMask, RouterInputs, Routing, Threshold, TopK, TopP
+from explorer.routers.contract import dense
 from explorer.routers.native import keep_best_groups
-from explorer.routers.probe import dense, toy_layers, toy_tokens
 from explorer.routers.scores import host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import top_ids
 from explorer.routers.sequences import normal, token_keys, uniform

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import router_checks
 import torch
+from causality_probe import LAYERS, probe, toy_layers, toy_targets, toy_tokens
 from checks import assert_close
 from test_explorer_routers_clusters import FIT, HELD_OUT
 
 from explorer.comparison.router_names import make_router, parse_router
-from explorer.routers import ROUTERS, Selector, Threshold, TopK, TopP, probe
-from explorer.routers.probe import LAYERS, toy_layers, toy_targets, toy_tokens
+from explorer.routers import ROUTERS, Selector, Threshold, TopK, TopP
 from explorer.routers.sequences import choose_tokens
 
 LAYER_RULES = ("layer_attention", "attention_received", "attention_given")

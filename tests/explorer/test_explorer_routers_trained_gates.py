@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from causality_probe import toy_session
 from checks import assert_close
 
 from capture.swap.measure import summed, token_losses
@@ -14,7 +15,6 @@ from explorer.routers import ROUTERS, PartMask
 from explorer.routers.controls import _Closed
 from explorer.routers.learning.gates import open_probability, weighed
 from explorer.routers.live import LiveRule
-from explorer.routers.probe import toy_session
 
 GATES = ("layer_gate_trained", "head_gate_trained", "expert_gate_trained", "gtrxl_gate_trained")
 WHERE = {"layer": "block", "head": "head"}

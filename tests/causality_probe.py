@@ -16,9 +16,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from capture.model.selftest import attach
 from capture.swap.rules import Decision, PartMask, Place, RouterInputs, Routing
-from explorer.routers.contract import PartRouter, Router, fit_layers, route_layers
+from explorer.routers.contract import PartRouter, Router, dense, fit_layers, route_layers
 from explorer.routers.learning.training import TrainedRouter, TrainingSession
 from explorer.routers.native import TopKRouter
 
@@ -217,10 +219,6 @@ def toy_session(*, seed: int = 0, n_sequences: int = 6, length: int = 16) -> Tra
     n_sequences, length : int
         How many texts there are, and how many tokens each has.
     """
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    from capture.model.selftest import attach
-
     config = OlmoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -240,15 +238,6 @@ def toy_session(*, seed: int = 0, n_sequences: int = 6, length: int = 16) -> Tra
         model = OlmoeForCausalLM(config).eval()  # type: ignore[no-untyped-call]
     tokens = toy_tokens(n_sequences, length, seed).numpy()
     return TrainingSession(model=model, sites=attach(model), sequences=list(tokens), seed=seed)
-
-
-def dense(decision: Decision) -> torch.Tensor:
-    """Return what a decision applies, [T, E] combine weights or [T, P] gates."""
-    if isinstance(decision, PartMask):
-        return decision.gate
-    weights = decision.weights.masked_fill(decision.expert_ids < 0, 0.0)
-    empty = torch.zeros_like(decision.scores)
-    return empty.scatter_add(-1, decision.expert_ids.clamp_min(0), weights)
 
 
 def _decide(routers: Mapping[Place, Router], tokens: torch.Tensor, seed: int) -> torch.Tensor:
