@@ -19,8 +19,8 @@ MAX_LINES = 600
 # folders and modules of a package, lowest first: each may import what stands before it, lazily too
 ORDER = {
     "capture": (
-        *("errors", "interrupts", "paths", "prompts", "store", "model", "recorder", "swap"),
-        *("demo", "bench", "__main__"),
+        *("errors", "interrupts", "paths", "progress", "prompts", "store", "model", "recorder"),
+        *("swap", "demo", "bench", "__main__"),
     ),
     "explorer": (
         *(

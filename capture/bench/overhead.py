@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.model.tokens import TokenizedPrompt, tokenize
+from capture.progress import Reporter
 from capture.prompts.reading import Prompt, read_prompts
 from capture.recorder.config import CaptureConfig
-from capture.recorder.progress import Reporter
 from capture.recorder.sampling import plan_sample
 from capture.store import LEVELS, PromptInfo, RunWriter
 

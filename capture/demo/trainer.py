@@ -177,7 +177,7 @@ class Recipe:
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Where a run stands; saved with every checkpoint."""
 
     step: int = 0
@@ -238,7 +238,7 @@ class Trainer:
         self.recipe = recipe
         self.rank, self.world = rank_and_world()
         self.device = torch.device(recipe.device)
-        self.progress = Progress()
+        self.progress = TrainingState()
         model = load_model(recipe.init) if recipe.init else random_model(recipe.seed)
         streams = load_streams(recipe.work / "encoded", "train")
         if recipe.cluster_router is not None:
@@ -288,7 +288,7 @@ class Trainer:
         with torch.no_grad():
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
+        self.progress = TrainingState(**state["progress"])
 
     def _save_checkpoint(self) -> None:
         state = {

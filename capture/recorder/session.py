@@ -15,11 +15,11 @@ from capture.interrupts import Interrupts, Terminated, remembered_interrupts
 from capture.model.token_text import can_decode, has_offsets
 from capture.model.tokens import tokenize
 from capture.paths import check_rank, given_path
+from capture.progress import Progress, Reporter
 from capture.prompts.reading import Prompt, PromptSource, read_prompts
 from capture.recorder import preparation
 from capture.recorder.config import CaptureConfig
 from capture.recorder.estimate import check_space
-from capture.recorder.progress import Progress, Reporter
 from capture.recorder.sampling import plan_sample
 from capture.store import PromptInfo, RunWriter
 from capture.store.files import check_new
@@ -309,7 +309,7 @@ class _Session:
                 f"{_named(why)} before anything was recorded; nothing is kept."
             ) from why
         self.writer.flush()
-        self.reporter.stored(self.writer.stored_tokens)
+        self.reporter.reach(self.writer.stored_tokens)
         if why is None:
             self._check_counts()
         return self._finish(started, complete=why is None)
@@ -349,7 +349,7 @@ class _Session:
                 groups=self.groups,
                 plan=self.plan,
                 thread=thread,
-                advance=lambda: self.reporter.stored(self.writer.stored_tokens),
+                advance=lambda: self.reporter.reach(self.writer.stored_tokens),
                 check=stop.check,
                 attention=self.attention.taps if self.attention is not None else None,
             ).run()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pandas as pd
 
-from explorer.comparison.progress import Progress, Reporter
+from capture.progress import Progress, Reporter
 from explorer.comparison.results_file import Comparison, open_comparison
 from explorer.comparison.router_names import RouterSpec
 from explorer.comparison.session import (
@@ -92,7 +92,7 @@ def compare(
     folder : str or Path, optional
         Where the comparison file goes. Default: beside the run.
     progress : bool or callable
-        A bar, nothing, or a function that gets :class:`explorer.comparison.progress.Progress`.
+        A bar, nothing, or a function that gets :class:`capture.progress.Progress`.
     cancelled : callable
         Asked between forward passes; True ends the comparison.
 
@@ -121,7 +121,7 @@ def compare(
         modes += ["live"] if live or layers or (live is None and routers is None) else []
         modes += ["live-layer"] if layers else []
         units = _units(routers, modes, seeds, controls=controls and "live" in modes)
-        reporter = Reporter(progress)
+        reporter = Reporter(progress, unit="run")
         session = Session(
             run,
             settings,
@@ -132,7 +132,7 @@ def compare(
             reporter=reporter,
             cancelled=cancelled,
         )
-        stack.callback(lambda: reporter.close(str(session.path)))
+        stack.callback(lambda: reporter.enter("done", str(session.path), written=False))
         missing = session.missing(units)
         if missing:
             session.compute(missing)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from capture.errors import CaptureError, quoted
 from capture.model.load import DEMO
 from capture.paths import model_name
+from capture.progress import Reporter
 from explorer.comparison.causality import Badges, badges
 from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import Fitted
@@ -27,7 +28,6 @@ from explorer.comparison.live_results import (
     text_rows,
     token_losses,
 )
-from explorer.comparison.progress import Reporter
 from explorer.comparison.replay import RecordedSplit, choice_rows, recorded_split, replay_router
 from explorer.comparison.results_file import (
     CONDITION_TABLES,
@@ -279,7 +279,7 @@ class Session:
                 _ = self.lab  # a model that cannot be loaded fails once, not for every router
             except ComparisonCancelled:
                 raise self._stopped() from None
-        self.reporter.start(len(units))
+        self.reporter.enter("comparing", total=len(units))
         try:
             for unit in units:
                 self._compute_one(unit)
@@ -319,7 +319,7 @@ class Session:
             found, error = empty_rows(), str(problem)
             self.reporter.note(f"{unit.spec.label} ({unit.mode}): {error}")
         self._store(unit, found, error)
-        self.reporter.advance()
+        self.reporter.reach(self.reporter.done + 1)
 
     def _stopped(self) -> ComparisonCancelled:
         if not self.rows["units"]:
@@ -428,7 +428,7 @@ class Session:
             from capture.model.load import load_model, loading_bars
             from capture.model.selftest import attach
 
-            self.reporter.loading("loading the model")
+            self.reporter.enter("loading", "loading the model")
             with loading_bars(shown=False):
                 loaded: LoadedModel = load_model(self.model, revision=self._revision)
             sites = attach(loaded.model)
@@ -440,7 +440,7 @@ class Session:
                 seed=self.settings.seed,
                 validation=self.settings.validation,
             )
-            self.reporter.loading("measuring the unchanged model")
+            self.reporter.enter("loading", "measuring the unchanged model")
             self._lab = Lab(
                 loaded,
                 sites,

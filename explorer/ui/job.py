@@ -3,11 +3,12 @@
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
+from capture.progress import Progress
 from capture.prompts.reading import Prompt
 from explorer import writing
 from explorer.text import plain
 from explorer.ui import problems
-from explorer.worker import Job, JobProgress, shared_worker
+from explorer.worker import Job, shared_worker
 from explorer.worker.uploads import read_upload
 
 POLL_SECONDS = 0.5
@@ -64,12 +65,14 @@ def _draw(job_id: int, key: str) -> None:
             st.caption(plain(job.progress.message))
 
 
-def fraction(progress: JobProgress) -> float:
+def fraction(progress: Progress) -> float:
     """Return how much of a job is done, 0..1; loading and closing take a small part."""
     if progress.part is not None:
         return min(1.0, max(0.0, progress.part))
     if progress.stage == "recording" and progress.tokens_total:
         return 0.1 + 0.85 * min(1.0, progress.tokens_done / progress.tokens_total)
+    if progress.stage == "comparing" and progress.total:
+        return progress.done / progress.total
     return {"loading": 0.03, "self-test": 0.08, "writing": 0.97, "done": 1.0}.get(
         progress.stage, 0.0
     )
@@ -83,7 +86,7 @@ def _headline(job: Job) -> str:
     return _STAGES.get(job.progress.stage, "Working") + "…"
 
 
-def _figures(progress: JobProgress) -> str:
+def _figures(progress: Progress) -> str:
     if progress.stage != "recording" or not progress.tokens_total:
         return " "
     text = f"{progress.tokens_done:,} of {progress.tokens_total:,} tokens"

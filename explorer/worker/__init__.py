@@ -9,7 +9,6 @@ from explorer.worker.protocol import (
     CompareRequest,
     CosinesRequest,
     Job,
-    JobProgress,
     ProjectRequest,
     RecoverRequest,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "CompareRequest",
     "CosinesRequest",
     "Job",
-    "JobProgress",
     "ProjectRequest",
     "RecoverRequest",
     "WorkerClient",

@@ -14,9 +14,10 @@ import traceback
 from typing import IO, Any
 
 from capture.errors import CaptureError, first_line
+from capture.progress import Progress
 from explorer.errors import ExplorerError
 from explorer.worker.jobs import Cancelled, run_job
-from explorer.worker.protocol import JobProgress, encode, unpack_request
+from explorer.worker.protocol import encode, unpack_request
 
 REPORT_SECONDS = 0.1  # progress is sent at most this often
 
@@ -60,7 +61,7 @@ class Worker:
         self.stop()
 
     def _run_one(self, job_id: int, request: dict[str, Any]) -> None:
-        def progress(report: JobProgress) -> None:
+        def progress(report: Progress) -> None:
             self._report_progress(job_id, report)
 
         def cancelled() -> bool:
@@ -80,7 +81,7 @@ class Worker:
             text = f"{said} (the app's console has the whole story)"
             self._send(event="failed", job=job_id, error=text)
 
-    def _report_progress(self, job_id: int, report: JobProgress) -> None:
+    def _report_progress(self, job_id: int, report: Progress) -> None:
         now = time.monotonic()
         if report.stage == self._last_stage and now - self._last_report < REPORT_SECONDS:
             return

@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from capture.progress import Progress
 from explorer.errors import WorkerError
-from explorer.worker.protocol import Job, JobProgress, Request, encode, pack_request
+from explorer.worker.protocol import Job, Request, encode, pack_request
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # threads that spin while they wait made captures seven times slower beside another busy program
@@ -212,7 +213,7 @@ class WorkerClient:
                 return
             match message["event"]:
                 case "progress":
-                    report = JobProgress(**message["progress"])
+                    report = Progress(**message["progress"])
                     # between two messages, what the last one said still holds
                     job.progress = report._replace(message=report.message or job.progress.message)
                 case "done" | "failed" | "cancelled" as state:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from capture.errors import CaptureCancelled, quoted
+from capture.progress import Progress
 from capture.store import recover
 from explorer.errors import ComparisonCancelled, ComparisonError
 from explorer.run import open_run
@@ -14,13 +14,12 @@ from explorer.worker.protocol import (
     CaptureRequest,
     CompareRequest,
     CosinesRequest,
-    JobProgress,
     ProjectRequest,
     RecoverRequest,
     Request,
 )
 
-Report = Callable[[JobProgress], None]
+Report = Callable[[Progress], None]
 
 
 class Cancelled(Exception):
@@ -61,12 +60,8 @@ def run_job(request: Request, report: Report, cancelled: Callable[[], bool]) -> 
 def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bool]) -> str:
     if cancelled():
         raise Cancelled("The capture was stopped before it began.", None)
-    report(JobProgress("loading", message="importing the model library"))
+    report(Progress("loading", message="importing the model library"))
     from capture import record
-
-    def on_progress(progress: Any) -> None:
-        values = progress._asdict()
-        report(JobProgress(**{n: values[n] for n in JobProgress._fields if n in values}))
 
     Path(request.out).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -75,7 +70,7 @@ def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bo
             request.prompts,
             Path(request.out),
             **request.recorded(),
-            progress=on_progress,
+            progress=report,
             cancel=cancelled,
         )
     except CaptureCancelled as stop:
@@ -84,7 +79,7 @@ def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bo
 
 
 def _recover(request: RecoverRequest, report: Report) -> str:
-    report(JobProgress("writing", message="closing the file"))
+    report(Progress("writing", message="closing the file"))
     return str(recover(Path(request.partial)))
 
 
@@ -97,7 +92,7 @@ def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bo
     def on_progress(message: str, part: float) -> None:
         if cancelled():
             raise Cancelled("Nothing was kept.", None)
-        report(JobProgress("mapping", message=message, part=part))
+        report(Progress("mapping", message=message, part=part))
 
     on_progress("Loading the libraries", 0.0)
     source = Source(request.unit, request.feature, request.layer, request.site)  # type: ignore[arg-type]
@@ -118,13 +113,8 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
     if cancelled():
         raise Cancelled("The comparison was stopped before it began.", None)
     _refuse_unnamed_model(request)
-    report(JobProgress("loading", message="importing the model library"))
+    report(Progress("loading", message="importing the model library"))
     from explorer.comparison.compare import compare
-
-    def on_progress(progress: Any) -> None:
-        part = progress.done / progress.total if progress.total else None
-        left, message = progress.seconds_left, progress.message
-        report(JobProgress(progress.stage, seconds_left=left, message=message, part=part))
 
     try:
         with compare(
@@ -139,7 +129,7 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
             controls=request.controls,
             latency=request.latency,
             oracle=request.oracle,
-            progress=on_progress,
+            progress=report,
             cancelled=cancelled,
         ) as comparison:
             path = str(comparison.path)
@@ -171,7 +161,7 @@ def _conditions(
     def say(what: str) -> None:
         if cancelled():
             raise Cancelled("The conditions that were measured are in the file.", path)
-        report(JobProgress("comparing", message=f"condition: {what}"))
+        report(Progress("comparing", message=f"condition: {what}"))
 
     measure_conditions(
         request.run,
@@ -187,7 +177,7 @@ def _cosines(request: CosinesRequest, report: Report, cancelled: Callable[[], bo
     def on_progress(message: str, part: float) -> None:
         if cancelled():
             raise Cancelled("Nothing was kept.", None)
-        report(JobProgress("mapping", message=message, part=part))
+        report(Progress("mapping", message=message, part=part))
 
     model = (request.model, request.revision)
     return str(measure_cosines(Path(request.out), request.run, *model, on_progress))

@@ -7,9 +7,10 @@ The worker answers with ``{"event": "progress" | "done" | "failed" | "cancelled"
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from capture.paths import model_name
+from capture.progress import Progress
 from capture.recorder.config import RecordingOptions
 
 DEMO_MODEL = "demo"  # what runs of the embedded model call it
@@ -190,30 +191,14 @@ _KINDS: dict[str, type[Request]] = {
 }
 
 
-class JobProgress(NamedTuple):
-    """How far a job is; the fields of ``capture``'s progress reports.
-
-    In a ``Job``, ``message`` is the last one that was not empty. ``part`` is how much is done,
-    0..1, of a job that does not count tokens.
-    """
-
-    stage: str = "starting"
-    tokens_done: int = 0
-    tokens_total: int = 0
-    tokens_per_second: float = 0.0
-    seconds_left: float | None = None
-    message: str = ""
-    part: float | None = None
-
-
 @dataclass(slots=True)
 class Job:
-    """One request and what became of it."""
+    """One request and what became of it; ``progress`` keeps the last message that was not empty."""
 
     job_id: int
     request: Request
     state: JobState = "queued"
-    progress: JobProgress = field(default_factory=JobProgress)
+    progress: Progress = field(default_factory=Progress)
     cancelling: bool = False
     path: str | None = None  # the run file, once there is one
     error: str = ""

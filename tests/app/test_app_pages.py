@@ -11,9 +11,10 @@ import pytest
 from app_pages import APP, charts, notes, opened, query
 from synthetic import write_run
 
+from capture.progress import Progress
 from explorer.text import one_line, plain, visible
 from explorer.ui import wording
-from explorer.worker import Job, JobProgress
+from explorer.worker import Job
 from explorer.worker.client import ROOT
 
 PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow", "capture")
@@ -74,13 +75,13 @@ def test_the_progress_says_what_the_capture_says(runs, worker):
     opened()
     worker._jobs[1].state = "running"
     worker._handle(_report(message="about <b>44 MB</b>"))
-    worker._handle(_report(tokens_done=5, tokens_total=10))
+    worker._handle(_report(done=5, total=10))
     app = opened()
     assert "about <b>44 MB</b>" in " ".join(c.value.replace("\\", "") for c in app.caption)
 
 
 def _report(**values):
-    report = JobProgress("recording", **values)
+    report = Progress("recording", **values)
     return {"event": "progress", "job": 1, "progress": report._asdict()}
 
 
@@ -451,7 +452,7 @@ def test_a_finished_capture_opens_its_run(written, runs, worker):
     write_run(runs / "mine.duckdb")
     job: Job = worker._jobs[1]
     job.state, job.path = "done", str(runs / "mine.duckdb")
-    job.progress = JobProgress("done", 3, 3)
+    job.progress = Progress("done", 3, 3)
     app.run()
     next(b for b in app.button if b.label == "Open the run").click().run()
     assert not app.exception

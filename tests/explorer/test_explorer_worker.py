@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from capture.progress import Progress
 from explorer.errors import WorkerError
-from explorer.worker import CaptureRequest, JobProgress, RecoverRequest, WorkerClient
+from explorer.worker import CaptureRequest, RecoverRequest, WorkerClient
 from explorer.worker.client import ROOT
 from explorer.worker.cost import CHARACTERS_PER_TOKEN, cost
 from explorer.worker.protocol import encode, pack_request, unpack_request
@@ -22,13 +23,13 @@ FAKE = """
     from capture.errors import ModelError
     from explorer.worker import __main__ as process
     from explorer.worker.jobs import Cancelled
-    from explorer.worker.protocol import JobProgress
+    from capture.progress import Progress
 
     def run_job(request, report, cancelled):
         print("a library prints this", flush=True)
         word = request.model
         if word == "quick":
-            report(JobProgress("recording", 5, 10, 2.5, 2.0, "half"))
+            report(Progress("recording", 5, 10, 2.5, 2.0, "half"))
             return request.out
         if word == "refused":
             raise ModelError("No such model; give another.")
@@ -38,7 +39,7 @@ FAKE = """
             os.kill(os.getpid(), 9)
         if word == "prompts":
             return str(len(request.prompts)) + request.prompts[0]["text"]
-        report(JobProgress("recording", 1, 10))
+        report(Progress("recording", 1, 10))
         for _ in range(600):
             if cancelled() and word != "deaf":
                 raise Cancelled("Stopped.", request.out)
@@ -71,7 +72,7 @@ def until_running(client, job_id):
 def test_a_job_reports_progress_and_its_file(client):
     job = client.wait(submit(client, "quick"), 60)
     assert (job.state, job.path) == ("done", "none/a.duckdb")
-    assert job.progress == JobProgress("recording", 5, 10, 2.5, 2.0, "half")
+    assert job.progress == Progress("recording", 5, 10, 2.5, 2.0, "half")
 
 
 def test_refusals_are_messages_and_bugs_name_their_kind(client):
