@@ -160,6 +160,16 @@ def test_every_page_is_described():
     assert sorted(titles) == sorted(described)
 
 
+def test_every_router_is_listed_by_its_family():
+    from explorer.router_cards import CARDS, FAMILIES
+
+    listed = section("explorer/README.md", "Routers")
+    for family in FAMILIES:
+        (row,) = re.findall(rf"^\| {family} \| (.*) \|$", listed, re.MULTILINE)
+        cards = [card for card in CARDS.values() if card.family == family]
+        assert row == ", ".join(f"`{c.name}`" + "°" * bool(c.shelved) for c in cards)
+
+
 def test_every_op_is_described():
     import kernels
 
