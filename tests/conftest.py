@@ -20,6 +20,7 @@ Write such tests with small shapes (a program takes 10 to 20 ms), and remember t
 arithmetic is silently wrong in the interpreter: kernels convert to float32 right after the load.
 """
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -34,6 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+gc.disable()  # until tests begin: what is imported and collected stays
 ROOT = Path(__file__).parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 TIMEOUT = 570  # seconds for one file; less than any test may take (.pytest.ini)
@@ -86,6 +88,12 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):  # a long file at the end would leave the others idle
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish():
+    """Leave what was imported and collected out of every later search for garbage."""
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_pycollect_makemodule(module_path, parent):

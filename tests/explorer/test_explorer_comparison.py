@@ -248,19 +248,6 @@ def test_what_is_no_comparison_is_refused(tmp_path):
         write_comparison(path, rows)
 
 
-def test_opening_needs_no_torch(tmp_path):
-    path = tmp_path / "r.0123abcd.comparison"
-    write_comparison(path, some_rows())
-    code = (
-        f"import sys, explorer; explorer.open_comparison({str(path)!r}).table; "
-        "import explorer.comparison.router_names, explorer.worker; print('torch' in sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "False"
-
-
 def test_the_list_of_routers_says_what_the_cards_say(capsys):
     assert main(["routers", "--json"]) == 0
     cards = {card["name"]: card for card in json.loads(capsys.readouterr().out)}

@@ -1,10 +1,7 @@
 """Metrics: worked by hand, against published figures, and against what must always hold."""
 
-import subprocess
-import sys
 from itertools import pairwise
 from math import ceil, comb, log, sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,18 +396,3 @@ def test_capacity_refuses_what_it_cannot_mean():
         dropped([[0]], 2, 1.0, weights=[[1, 2]])
     with pytest.raises(MetricError, match="one batch per token"):
         dropped([[0], [1]], 2, 1.0, batch=[0])
-
-
-# ---- imports
-
-
-def test_metrics_need_numpy_only():
-    code = (
-        "import sys, explorer.metrics.load, explorer.metrics.capacity;"
-        "print([m for m in ('torch', 'transformers', 'streamlit', 'plotly') if m in sys.modules])"
-    )
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"

@@ -1,9 +1,5 @@
 """Replay of recorded router inputs: against the routers themselves, and what it refuses."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny_models
@@ -187,12 +183,3 @@ def test_what_replay_refuses(run):
         replay(run, ["native"], layers=[99])
     with pytest.raises(RouterError, match="gate_weight"):
         replay(run, ["gate_row_attention"])
-
-
-def test_importing_the_package_needs_no_torch():
-    code = "import sys, explorer.comparison; print('torch' in sys.modules)"
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "False"

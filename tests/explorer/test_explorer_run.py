@@ -1,9 +1,5 @@
 """Opening a run, and what it says of itself."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 from synthetic import SITES, write_run
@@ -12,15 +8,6 @@ from capture.errors import StoreError
 from explorer.errors import RunError
 from explorer.registry import Registry
 from explorer.run import open_run
-
-ROOT = Path(__file__).parents[2]
-# pages may import Streamlit (what else they import is tested with them); the others run models
-OTHERS = {"pages", "ui", "worker", "routers", "comparison", "survey", "commands", "rerouted.py"}
-MODULES = sorted(
-    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-    for path in (ROOT / "explorer").rglob("*.py")
-    if not OTHERS & set(path.relative_to(ROOT).parts)
-)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +61,3 @@ def test_names_in_a_registry_are_unique():
     assert "a" in registry and list(registry) == ["a"] and len(registry) == 1
     with pytest.raises(ValueError, match="unique"):
         registry.add("a")(2)
-
-
-def test_the_explorer_imports_no_model_code():
-    code = f"""
-import importlib, sys
-for name in {MODULES!r}:
-    importlib.import_module(name)
-print([m for m in ("torch", "transformers", "streamlit") if m in sys.modules])
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
