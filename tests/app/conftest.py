@@ -1,5 +1,6 @@
 """What the tests of the app share beside the fixtures of all tests."""
 
+import sys
 from functools import cache
 
 import pytest
@@ -17,3 +18,30 @@ def components_found_once():
         found = cache(manifest_scanner.scan_component_manifests)
         patch.setattr(manifest_scanner, "scan_component_manifests", found)
         yield
+
+
+@pytest.fixture(scope="session")
+def _folders(tmp_path_factory):
+    """Keep the folders of `show`."""
+    return {}, tmp_path_factory
+
+
+@pytest.fixture
+def show(_folders, monkeypatch, worker, closed_runs):
+    """Return what lets the app show the runs of a function, which has written them once.
+
+    The function gets a folder and returns what the test wants to know of it. Other tests read
+    the same files and share what the app remembers of them: nobody writes into the folder, and
+    whoever changes how the app counts writes runs of his own (`runs`).
+    """
+    made, factory = _folders
+
+    def show_runs(write):
+        if write not in made:
+            folder = factory.mktemp("shown")
+            made[write] = folder, write(folder)
+        folder, found = made[write]
+        monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder)])
+        return found
+
+    return show_runs

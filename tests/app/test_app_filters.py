@@ -18,12 +18,23 @@ IDS = [0, 2, 5, 20, 24]
 DEEP = tuple(SITES[1]._replace(layer=layer) for layer in (1, 2, 3, 5))
 
 
-@pytest.fixture
-def known(runs):
-    written = write_run(runs / "known.duckdb", level="attention")
+def with_slice(folder):
+    """Write a run and a slice of it."""
+    written = write_run(folder / "known.duckdb", level="attention")
     with open_run(written.path) as run:
         slices.save_slice(run, NAME, IDS, note="<i>look</i>", author="me")
     return written
+
+
+@pytest.fixture
+def known(show):
+    return show(with_slice)
+
+
+@pytest.fixture
+def own(runs):
+    """Write the run where no other test reads it."""
+    return with_slice(runs)
 
 
 def captions(app):
@@ -94,9 +105,18 @@ def test_the_tokens_page_lists_the_prompts_of_the_part(known):
     assert len(app.selectbox(key="address:prompt").options) == len(prompts)
 
 
+def many_layers(folder):
+    return write_run(folder / "deep.duckdb", level="attention", sites=DEEP)
+
+
 @pytest.fixture
-def deep(runs):
-    return write_run(runs / "deep.duckdb", level="attention", sites=DEEP)
+def deep(show):
+    return show(many_layers)
+
+
+def two_of_many_layers(folder):
+    many_layers(folder)
+    write_run(folder / "other.duckdb", level="attention", sites=DEEP)
 
 
 SERVING = {"topic": "serving", "layer": "1.0"}
@@ -137,11 +157,11 @@ def test_decode_batches_are_of_the_tokens_that_the_caption_names(known, filters,
         assert " of 6" not in caption  # none was left out
 
 
-def test_serving_says_how_many_tokens_it_reads(known, monkeypatch):
+def test_serving_says_how_many_tokens_it_reads(own, monkeypatch):
     from explorer.pages.load_balance import serving
 
     monkeypatch.setattr(serving, "MAX_TOKENS", 9)
-    n = sum(t["phase"] == "prompt" for t in known.tokens)
+    n = sum(t["phase"] == "prompt" for t in own.tokens)
     for caption in read_captions(opened("load_balance", phase="prompt", **SERVING)):
         assert "n = 21 tokens of phase prompt" in caption
         assert f"the first 21 of {n}" in caption
@@ -159,10 +179,19 @@ def compared(way, **filters):
     return opened("compare_runs", run="known", against="other", **WAYS[way], **filters)
 
 
+def with_copy(folder):
+    write_run(folder / "other.duckdb", level="attention")
+    return with_slice(folder)
+
+
 @pytest.fixture
-def copied(known, runs):
-    write_run(runs / "other.duckdb", level="attention")
-    return known
+def copied(show):
+    return show(with_copy)
+
+
+@pytest.fixture
+def own_copied(runs):
+    return with_copy(runs)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -197,11 +226,11 @@ def test_a_slice_is_of_one_run_and_a_search_of_both(copied):
     assert f"B: n = {n} tokens of prompts with “court”" in captions(app)[0]
 
 
-def test_a_search_in_a_run_of_totals_is_said_not_to_act(known, runs):
+def test_a_search_in_a_run_of_totals_is_said_not_to_act(own, runs):
     write_run(runs / "other.duckdb", level="stats")
     app = compared("experts", search="court")
     assert any("counted without the search" in caption.value for caption in app.caption)
-    assert f"B: n = {len(known.tokens)} tokens, padding" in captions(app)[0]
+    assert f"B: n = {len(own.tokens)} tokens, padding" in captions(app)[0]
 
 
 @pytest.mark.parametrize("way", ["tokens", "models"])
@@ -221,7 +250,7 @@ def test_weights_of_tokens_are_compared_when_asked_for(copied):
 
 
 @pytest.mark.parametrize("way", ["tokens", "models"])
-def test_two_runs_without_a_prompt_of_the_filters_say_so(known, runs, monkeypatch, way):
+def test_two_runs_without_a_prompt_of_the_filters_say_so(own, runs, monkeypatch, way):
     import synthetic
 
     monkeypatch.setattr(synthetic, "PROMPTS", (("law", ["Other"] * 6), *synthetic.PROMPTS[1:]))
@@ -232,8 +261,8 @@ def test_two_runs_without_a_prompt_of_the_filters_say_so(known, runs, monkeypatc
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_runs_are_compared_in_the_range_of_layers(deep, runs, way):
-    write_run(runs / "other.duckdb", level="attention", sites=DEEP)
+def test_two_runs_are_compared_in_the_range_of_layers(show, way):
+    show(two_of_many_layers)
     app = opened(
         "compare_runs", run="deep", against="other", **WAYS[way], **{"from": "2", "to": "3"}
     )
@@ -242,7 +271,7 @@ def test_two_runs_are_compared_in_the_range_of_layers(deep, runs, way):
     assert all("layers 2 to 3" in caption for caption in captions(app))
 
 
-def test_pages_say_how_many_prompts_and_tokens_they_compare(copied, monkeypatch):
+def test_pages_say_how_many_prompts_and_tokens_they_compare(own_copied, monkeypatch):
     from explorer.pages.compare_runs import data
 
     for question, limit in (
@@ -251,7 +280,7 @@ def test_pages_say_how_many_prompts_and_tokens_they_compare(copied, monkeypatch)
     ):
         limits = question.__kwdefaults__ | limit
         monkeypatch.setattr(question, "__kwdefaults__", limits)
-    n = sum(t["phase"] == "prompt" for t in copied.tokens)
+    n = sum(t["phase"] == "prompt" for t in own_copied.tokens)
     assert f"5 of {n} common tokens" in captions(compared("tokens"))[0]
     app = compared("models")
     assert "of 2 of 6 prompts in common" in captions(app)[0]
@@ -308,26 +337,26 @@ def test_a_range_that_is_not_there(deep, ends):
     )
 
 
-def test_a_slice_that_is_not_there_and_one_of_another_recording(known):
+def test_a_slice_that_is_not_there_and_one_of_another_recording(own):
     app = opened(slice="nothing")
     assert "which is not here" in notes(app)
     st.cache_data.clear()
     st.cache_resource.clear()
-    known.path.unlink()
-    write_run(known.path, level="scores")
+    own.path.unlink()
+    write_run(own.path, level="scores")
     app = opened(slice=NAME)
     assert "which is not here" in notes(app)
-    assert tokens_of(app) == str(len(known.tokens))
+    assert tokens_of(app) == str(len(own.tokens))
 
 
-def test_a_slice_is_described_and_deleted_only_by_those_who_may(known):
+def test_a_slice_is_described_and_deleted_only_by_those_who_may(own):
     app = opened(slice=NAME)
     shown = " ".join(block.value for block in app.markdown)
     assert "5 tokens, saved by me" in shown and "\\<i\\>look" in shown
     (button,) = (b for b in app.button if b.label == "Delete the slice")
     button.click().run()
     assert "slice" not in app.query_params
-    with open_run(known.path) as run:
+    with open_run(own.path) as run:
         assert slices.list_slices(run) == []
 
 
@@ -338,14 +367,14 @@ def test_a_run_of_totals_knows_no_parts(runs):
     assert not {"search", "slice"} & set(app.query_params)
 
 
-def test_another_run_forgets_the_filters(known, runs):
+def test_another_run_forgets_the_filters(own, runs):
     write_run(runs / "other.duckdb")
     app = opened(run="known", search="court", slice=NAME)
     app.selectbox(key="address:run").set_value("other").run()
     assert not {"search", "slice"} & set(app.query_params)
 
 
-def test_large_parts_are_sampled_and_say_so(known, monkeypatch):
+def test_large_parts_are_sampled_and_say_so(own, monkeypatch):
     from explorer.ui import state
 
     monkeypatch.setattr(state, "MAX_ROWS", 20)
@@ -353,12 +382,12 @@ def test_large_parts_are_sampled_and_say_so(known, monkeypatch):
     (caption,) = captions(app)
     every = int(re.search(r"counted from every (\d+)", caption).group(1))
     counted = int(tokens_of(app).replace(",", ""))
-    matching = [t for t in known.tokens if t["prompt_id"] not in (2, 3)]
-    ids = np.array([t["token_id"] for t in known.tokens if t in matching])
+    matching = [t for t in own.tokens if t["prompt_id"] not in (2, 3)]
+    ids = np.array([t["token_id"] for t in own.tokens if t in matching])
     assert every > 1 and counted < len(ids)
 
 
-def test_the_filters_are_refused_nothing_read_only(known, monkeypatch):
+def test_the_filters_are_refused_nothing_read_only(own, monkeypatch):
     from explorer.ui import access
 
     monkeypatch.setattr(access, "read_only_option", lambda: True)

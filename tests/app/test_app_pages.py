@@ -26,9 +26,30 @@ def written(runs):
     return write_run(runs / "known.duckdb")
 
 
+def with_ids(folder):
+    return write_run(folder / "known.duckdb")
+
+
+def with_scores(folder):
+    return write_run(folder / "known.duckdb", level="scores")
+
+
+def with_attention(folder):
+    return write_run(folder / "known.duckdb", level="attention")
+
+
+def with_totals(folder):
+    return write_run(folder / "known.duckdb", level="stats")
+
+
 @pytest.fixture
-def attended(runs):
-    return write_run(runs / "known.duckdb", level="attention")
+def known(show):
+    return show(with_ids)
+
+
+@pytest.fixture
+def attended(show):
+    return show(with_attention)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -38,13 +59,13 @@ def test_every_page_opens_with_a_run(attended, page):
     assert app.title[0].value
 
 
-@pytest.mark.parametrize("level", ["stats", "scores"])
+@pytest.mark.parametrize("written", [with_totals, with_scores], ids=["stats", "scores"])
 @pytest.mark.parametrize("page", PAGES)
-def test_every_page_opens_at_other_levels(runs, page, level):
-    write_run(runs / "other.duckdb", level=level)
+def test_every_page_opens_at_other_levels(show, page, written):
+    show(written)
     app = opened(page, expert="1")
     assert not app.error
-    if (page, level) == ("tokens", "stats"):
+    if (page, written) == ("tokens", with_totals):
         assert "--level ids" in notes(app)
     if page == "attention":
         assert "holds no attention maps" in notes(app)
@@ -140,15 +161,13 @@ def test_bad_values_of_a_link_fall_back_with_a_note(attended, page, query, named
     assert not app.error
 
 
-def test_key_figures_are_those_of_the_run(written):
+def test_key_figures_are_those_of_the_run(known):
     app = opened()
     values = {metric.label: metric.value for metric in app.metric}
-    assert values["Tokens"] == f"{len(written.tokens):,}"
+    assert values["Tokens"] == f"{len(known.tokens):,}"
     idle = {
         (layer, site, e) for layer, site, _, n_experts, *_ in _sites() for e in range(n_experts)
-    } - {
-        (layer, site, e) for (_, layer, site), r in written.routes.items() for e, _ in r["experts"]
-    }
+    } - {(layer, site, e) for (_, layer, site), r in known.routes.items() for e, _ in r["experts"]}
     assert values["Dead experts"] == f"{len(idle)} of 16"
     assert {"Load entropy", "Gate entropy"} <= set(values)
 
@@ -159,16 +178,16 @@ def _sites():
     return [(s.layer, s.site, s.module, s.n_experts, s.top_k) for s in SITES]
 
 
-def test_filters_narrow_the_figures_and_are_in_the_link(written):
+def test_filters_narrow_the_figures_and_are_in_the_link(known):
     app = opened()
     app.selectbox(key="address:domain").set_value("law").run()
     assert query(app, "domain") == "law"
-    law = sum(token["domain"] == "law" for token in written.tokens)
+    law = sum(token["domain"] == "law" for token in known.tokens)
     tile = next(m for m in app.metric if m.label == "Tokens")
     assert (tile.value, tile.delta) == (str(law), "of 2 prompts")
 
 
-def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(written):
+def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(known):
     app = opened("load_balance")
     assert "Serving" not in [one.value for one in app.subheader]
     for more in ({"topic": "serving"}, {"gpus": "2"}):
@@ -177,7 +196,7 @@ def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(writt
     busiest = app.dataframe[0].value.iloc[0]
     loads = Counter(
         (layer, site, expert)
-        for (_, layer, site), route in written.routes.items()
+        for (_, layer, site), route in known.routes.items()
         for expert, _ in route["experts"]
     )
     place = (busiest["layer"], busiest["site"], busiest["expert_id"])
@@ -186,13 +205,13 @@ def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(writt
     assert busiest["share"] == pytest.approx(100 * loads[place] / total)
 
 
-def test_a_number_of_clusters_is_no_choice_of_a_placement(written):
+def test_a_number_of_clusters_is_no_choice_of_a_placement(known):
     app = opened("clusters", groups="6")
     app.switch_page("explorer/pages/load_balance/page.py").run()
     assert "Serving" not in [one.value for one in app.subheader]
 
 
-def test_other_gpus_put_what_depends_on_them_back(written):
+def test_other_gpus_put_what_depends_on_them_back(known):
     app = opened("load_balance", topic="serving", layer="1.0")
     slider = app.select_slider(key="address:replicas")
     slider.set_value(slider.options[0].split(" ")[0]).run()
@@ -215,7 +234,7 @@ def test_a_jump_to_another_run_leaves_the_choices_of_the_first(written, runs):
     assert query(app, "run") == "other" and "prompt" not in app.query_params
 
 
-def test_a_link_reopens_the_same_view(written):
+def test_a_link_reopens_the_same_view(known):
     first = opened("tokens", run="known", layer="3.1", prompt="4", color="margin")
     again = opened("tokens", **{name: query(first, name) for name in first.query_params})
     assert again.selectbox(key="address:prompt").value == "4"
@@ -223,7 +242,7 @@ def test_a_link_reopens_the_same_view(written):
     assert [m.value for m in again.markdown] == [m.value for m in first.markdown]
 
 
-def test_what_a_page_showed_is_there_again_after_a_visit_elsewhere(written):
+def test_what_a_page_showed_is_there_again_after_a_visit_elsewhere(known):
     app = opened("tokens", prompt="4")
     app.switch_page("explorer/pages/load_balance/page.py").run()
     for name in list(app.query_params):
@@ -241,9 +260,9 @@ def test_a_change_of_run_forgets_what_belonged_to_the_other(written, runs):
     assert app.selectbox(key="address:prompt").value != "4"
 
 
-def test_the_sentence_names_the_recorded_experts(written):
+def test_the_sentence_names_the_recorded_experts(known):
     app = opened("tokens", prompt="0", token="2", layer="1.0")
-    experts = written.routes[2, 1, 0]["experts"]
+    experts = known.routes[2, 1, 0]["experts"]
     sentence = next(m.value for m in app.markdown if m.value.startswith("In layer 1.0"))
     for expert, _ in experts:
         assert f"expert {expert}" in sentence
@@ -257,7 +276,7 @@ def test_scores_that_were_not_recorded_are_said_to_be_missing(runs):
     assert "--level scores" in notes(app)
 
 
-def test_tokens_of_an_expert_that_nobody_visited(written):
+def test_tokens_of_an_expert_that_nobody_visited(known):
     app = opened("tokens", layer="1.0", expert="5")
     assert any("None of these tokens went to **L1.0.E5**" in m.value for m in app.markdown)
 
@@ -287,7 +306,7 @@ def sentence(app, words):
     return next(m.value for m in app.markdown if words in m.value)
 
 
-def test_a_run_without_attention_says_how_to_record_it_and_leads_to_the_capture_page(written):
+def test_a_run_without_attention_says_how_to_record_it_and_leads_to_the_capture_page(known):
     app = opened("attention")
     assert "--level attention" in notes(app)
     assert not charts(app)
@@ -388,7 +407,7 @@ def test_a_pair_of_another_layer_is_no_mistake_of_the_link(attended):
     assert not any("Tokens of" in heading.value for heading in app.subheader)
 
 
-def test_level_attention_is_captured_with_its_options(written, worker):
+def test_level_attention_is_captured_with_its_options(known, worker):
     app = opened("capture")
     app.text_area(key="typed").set_value("One\nTwo").run()
     app.session_state["level choice"] = "attention"
@@ -410,7 +429,7 @@ def test_level_attention_is_captured_with_its_options(written, worker):
     assert (request.attention_layers, request.attention_heads) == ([0, 5], None)
 
 
-def test_other_levels_do_not_ask_about_attention(written):
+def test_other_levels_do_not_ask_about_attention(known):
     app = opened("capture")
     app.text_area(key="typed").set_value("One").run()
     assert not [n for n in app.number_input if "attention" in n.label.lower()]
@@ -437,7 +456,7 @@ def test_capture_of_typed_prompts_is_handed_to_the_worker(written, runs, worker)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", "known", "-x", "a b"])
-def test_names_that_are_paths_or_taken_are_refused(written, worker, name):
+def test_names_that_are_paths_or_taken_are_refused(known, worker, name):
     app = opened("capture")
     app.text_area(key="typed").set_value("Hello there").run()
     next(t for t in app.text_input if t.label == "Name of the run").set_value(name).run()
