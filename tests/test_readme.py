@@ -167,6 +167,14 @@ def test_every_family_is_described():
     assert tuple(families) == FAMILIES
 
 
+def test_every_module_of_metrics_is_described():
+    table = section("explorer/README.md", "Metrics")
+    names = re.findall(r"\| `([a-z]+\.\w+)` \|$", table, re.MULTILINE)
+    assert all(resolves(f"explorer.metrics.{name}") for name in names)
+    modules = {path.stem for path in (ROOT / "explorer" / "metrics").glob("[a-z]*.py")}
+    assert {name.split(".")[0] for name in names} == modules
+
+
 def test_every_op_is_described():
     import kernels
 
