@@ -1,7 +1,6 @@
 """Command line: record a run, close a killed one, bring an old one up to date."""
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from capture.errors import CaptureCancelled, CaptureError
 from capture.interrupts import Terminated
+from capture.paths import RUN_SUFFIX, suggested_name
 from capture.recorder.config import CaptureConfig, described
 from capture.store import migrate, recover
 
@@ -135,8 +135,8 @@ def _migrate(arguments: Sequence[str]) -> int:
 
 
 def _default_out(model: str) -> Path:
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.") or "model"
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.duckdb"
+    name = suggested_name(Path(model).name, most=44, otherwise="model")
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}{RUN_SUFFIX}"
 
 
 def _complain(text: str) -> None:

@@ -7,6 +7,12 @@ from pathlib import Path
 
 from capture.errors import CaptureError
 
+RUN_SUFFIX = ".duckdb"
+_RUN_NAME = re.compile(r"\w[\w.-]{0,59}")
+RUN_NAMES = (
+    "The name of a run must start with a letter or digit and hold at most 60 letters, digits, "
+    "dots, dashes and underscores"
+)
 _CACHED = re.compile(r"models--(.+?)--(.+)")
 _LOCAL = re.compile(r"[./~\\]|[A-Za-z]:[/\\]|.*\\|[^/]*/[^/]*/")
 
@@ -41,6 +47,16 @@ def given_path(name: str | Path, what: str, error: type[Exception] = CaptureErro
 def path_argument(text: str) -> Path:
     """Return the path that an argument of a command line means."""
     return given_path(text, "a file or folder", argparse.ArgumentTypeError)
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a run may have this name, see :data:`RUN_NAMES`."""
+    return _RUN_NAME.fullmatch(name) is not None
+
+
+def suggested_name(wish: str, *, most: int = 50, otherwise: str = "run") -> str:
+    """Return a name that a run may have, near to a wish; what cannot be in one becomes a dash."""
+    return re.sub(r"[^\w.-]+", "-", wish).strip("-.")[:most] or otherwise
 
 
 def check_rank(out: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from capture.errors import CaptureError, quoted
+from capture.paths import RUN_NAMES, RUN_SUFFIX, is_run_name
 from capture.store import check_run, counts_only
 from capture.store.files import is_own_file
 from explorer import worker
@@ -23,7 +24,6 @@ from explorer.worker.protocol import Request
 
 Role = Literal["viewer", "editor"]
 MAX_UPLOAD = 1_024  # MB; the server holds an upload in memory
-_RUN_NAME = re.compile(r"\w[\w.-]{0,59}")
 _FILE_NAME = re.compile(r"(?!\.\.?\Z)[^/\\\0]{1,255}")
 _CHUNK = 2**20
 
@@ -178,7 +178,7 @@ def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
         os.link(hidden, out)
     except CaptureError as error:
         raise ExplorerError(
-            f"{name} was not kept. {str(error).replace(hidden, f'{name}.duckdb')}"
+            f"{name} was not kept. {str(error).replace(hidden, f'{name}{RUN_SUFFIX}')}"
         ) from None
     except OSError as error:
         raise ExplorerError(f"{name} could not be kept: {error.strerror}.") from error
@@ -195,12 +195,9 @@ def run_path(folder: Path, name: str) -> Path:
     ExplorerError
         If no run can have this name, or one has it already.
     """
-    if not _RUN_NAME.fullmatch(name):
-        raise ExplorerError(
-            "The name of a run must start with a letter or digit and hold at most 60 letters, "
-            f"digits, dots, dashes and underscores, got {quoted(name)}. Rename it."
-        )
-    out = folder / f"{name}.duckdb"
+    if not is_run_name(name):
+        raise ExplorerError(f"{RUN_NAMES}, got {quoted(name)}. Rename it.")
+    out = folder / f"{name}{RUN_SUFFIX}"
     if os.path.lexists(out):
         raise ExplorerError(
             f"There is a run named {name} already; runs are never overwritten. Choose another name."
@@ -248,7 +245,7 @@ def run_file(folder: Path, name: str) -> Path:
     ExplorerError
         If the name leaves the folder, or there is no such run.
     """
-    path = in_folder(folder, f"{name}.duckdb")
+    path = in_folder(folder, f"{name}{RUN_SUFFIX}")
     if not path.is_file():
         raise ExplorerError(f"The run {quoted(name)} was removed; choose another one.")
     return path

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capture.paths import model_name
+from capture.paths import RUN_SUFFIX, model_name
 from explorer import writing
 from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section
@@ -17,7 +17,6 @@ from explorer.run import Run, open_run
 from explorer.saved_views import SavedView, changed, fingerprint, runs_named
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SUFFIX = ".duckdb"
 # what a report of a whole run shows: pages as they are called in addresses, with their choices,
 # and what tells two of one page apart
 RUN_PAGES: tuple[tuple[str, dict[str, str], str], ...] = (
@@ -78,8 +77,8 @@ def make_report(path: str | Path, view: SavedView | None = None) -> Report:
         If the file is no run.
     """
     path = Path(path)
-    if path.suffix != SUFFIX:
-        raise RunError(f"Expected a run file named NAME{SUFFIX}, got {path.name}. Rename it.")
+    if path.suffix != RUN_SUFFIX:
+        raise RunError(f"Expected a run file named NAME{RUN_SUFFIX}, got {path.name}. Rename it.")
     pages = [(page, {"run": path.stem} | choices, part) for page, choices, part in RUN_PAGES]
     if view is not None:
         _check_runs(path, view)
@@ -121,10 +120,11 @@ def _check_runs(path: Path, view: SavedView) -> None:
     if run != path.stem:
         raise ExplorerError(
             f"The view “{view.name}” is of the run {run}, not of {path.stem}. Make the report of "
-            f"{run}{SUFFIX}."
+            f"{run}{RUN_SUFFIX}."
         )
     folder = path.absolute().parent
-    gone = [name for name in runs_named(view.params) if not (folder / f"{name}{SUFFIX}").is_file()]
+    shown = runs_named(view.params)
+    gone = [name for name in shown if not (folder / f"{name}{RUN_SUFFIX}").is_file()]
     if gone:
         raise ExplorerError(
             f"The view “{view.name}” shows runs that are gone: {', '.join(gone)}. Put them back "
@@ -187,7 +187,7 @@ def _facts(run: Run, view: SavedView | None) -> dict[str, str]:
         facts |= {"Saved view": saved, "Note": view.note}
         if others := [name for name in runs_named(view.params) if name != run.path.stem]:
             facts["Other runs"] = ", ".join(
-                f"{name} (fingerprint {fingerprint(run.path.parent / f'{name}{SUFFIX}')})"
+                f"{name} (fingerprint {fingerprint(run.path.parent / f'{name}{RUN_SUFFIX}')})"
                 for name in others
             )
         if names := changed(view, run.path.parent):

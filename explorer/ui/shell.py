@@ -3,6 +3,7 @@
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
+from capture.paths import RUN_SUFFIX
 from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import writing
 from explorer.text import plain
@@ -144,7 +145,7 @@ def first_run() -> None:
 
 def _start_demo() -> Job:
     folder = state.runs_folder()
-    out = folder / f"{state.new_name(folder, _DEMO)}{state.SUFFIX}"
+    out = folder / f"{state.new_name(folder, _DEMO)}{RUN_SUFFIX}"
     return writing.submit(CaptureRequest(str(out), level="attention", generate=_DEMO_GENERATE))
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from capture.errors import CaptureError, quoted
-from capture.paths import given_path
+from capture.paths import RUN_SUFFIX, given_path
 from explorer import writing
 from explorer.errors import ExplorerError, RunError
 from explorer.queries.load import balance_table
@@ -25,7 +25,6 @@ T = TypeVar("T")
 Key = tuple[str, int, int]  # path, time of change in ns, bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SUFFIX = ".duckdb"
 # (token, router) rows that are counted anew while somebody waits
 MAX_ROWS = 500_000
 PHASES = {"": "All", "prompt": "Prompt", "generated": "Generated"}
@@ -143,7 +142,7 @@ def runs_folder() -> Path:
 def run_names() -> list[str]:
     """List the runs of the folder, newest first."""
     folder = runs_folder()
-    files = writing.own_files(folder, f"*{SUFFIX}")
+    files = writing.own_files(folder, f"*{RUN_SUFFIX}")
     files.sort(key=lambda path: (-path.stat().st_mtime_ns, path.name))
     return [path.stem for path in files]
 
@@ -161,7 +160,7 @@ def opened(name: str) -> tuple[Run, Key]:
     ExplorerError, CaptureError
         If there is no such run, or its file is none.
     """
-    path = writing.in_folder(runs_folder(), f"{name}{SUFFIX}")
+    path = writing.in_folder(runs_folder(), f"{name}{RUN_SUFFIX}")
     try:
         status = path.stat()
     except OSError:
@@ -184,7 +183,7 @@ def default_run(names: list[str]) -> str:
 
 def problem_of(name: str) -> str:
     """Return why the run of a name cannot be opened, "" where it can."""
-    path = runs_folder() / f"{name}{SUFFIX}"
+    path = runs_folder() / f"{name}{RUN_SUFFIX}"
     try:
         status = path.stat()
     except OSError:
@@ -263,7 +262,7 @@ def _balance(
 
 def new_name(folder: Path, wish: str) -> str:
     """Return a name for a new run that no file and no unfinished capture has."""
-    taken = {path.name.split(SUFFIX)[0] for path in folder.glob(f"*{SUFFIX}*")}
+    taken = {path.name.split(RUN_SUFFIX)[0] for path in folder.glob(f"*{RUN_SUFFIX}*")}
     name, number = wish, 2
     while name in taken:
         name, number = f"{wish}-{number}", number + 1

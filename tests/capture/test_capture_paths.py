@@ -13,7 +13,7 @@ import capture
 from capture.__main__ import main
 from capture.errors import CaptureError, ModelError, PromptError, StoreError
 from capture.model.load import load_model
-from capture.paths import check_rank, given_path
+from capture.paths import check_rank, given_path, is_run_name, suggested_name
 from capture.prompts.reading import read_prompts
 from capture.store import migrate, recover
 from explorer.__main__ import main as explorer
@@ -117,3 +117,23 @@ def test_torchrun_with_one_out_is_refused_in_every_process(tmp_path):
     assert errors
     assert "recover" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wish", "name"),
+    [
+        ("allenai/OLMoE 1B", "allenai-OLMoE-1B"),
+        ("../../etc", "etc"),
+        ("café été", "café-été"),
+        ("-.-", "run"),
+        ("x" * 99, "x" * 50),
+    ],
+)
+def test_a_suggested_name_is_one_that_a_run_may_have(wish, name):
+    assert suggested_name(wish) == name
+    assert is_run_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "-x", "a/b", "a b", "x" * 61, "x\n"])
+def test_what_no_run_may_be_named(name):
+    assert not is_run_name(name)

@@ -1,12 +1,12 @@
 """Capture: from prompts to a run that can be looked at."""
 
-import re
 from typing import Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
 
 from capture.errors import PromptError
+from capture.paths import RUN_NAMES, RUN_SUFFIX, is_run_name, suggested_name
 from capture.prompts.reading import Prompt, read_prompts, read_prompts_bytes
 from capture.recorder.estimate import human_bytes
 from explorer import writing
@@ -14,12 +14,11 @@ from explorer.pages.capture.form import ask, ask_level
 from explorer.text import one_line, plain
 from explorer.ui import address
 from explorer.ui.job import TYPES, follow, prompts_of
-from explorer.ui.state import SUFFIX, exists, new_name, run_names, runs_folder
+from explorer.ui.state import exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
 from explorer.worker.cost import cost
 
 PREVIEWED = 6
-NAME = re.compile(r"\w[\w.-]{0,59}")
 _SOURCES = {"type": "Type", "upload": "Upload a file", "demo": "Demo prompts"}
 _DEMO, _OTHER = "demo", "other"
 _EXAMPLE = (
@@ -150,10 +149,10 @@ def _options(prompts: list[Prompt], model: str) -> Plan:
     attention, problem = ask(st.columns(3), attention=True) if level == "attention" else ({}, "")
     *columns, last = st.columns(3)
     every, _ = ask(columns, attention=False)
-    wish = re.sub(r"[^\w.-]+", "-", model.split("/")[-1]).strip("-.") or "run"
+    wish = "mine" if model == "demo" else suggested_name(model.split("/")[-1])
     name = last.text_input(
         "Name of the run",
-        value=new_name(runs_folder(), "mine" if model == "demo" else wish[:50]),
+        value=new_name(runs_folder(), wish),
         help="Letters, digits, dots, dashes and underscores.",
         key=f"name {len(run_names())} {model}",
     ).strip()
@@ -167,7 +166,7 @@ def _start(plan: Plan) -> None:
     if problem:
         st.caption(problem)
     if st.button("Start capture", type="primary", disabled=bool(problem), key="start"):
-        out = runs_folder() / f"{plan.name}{SUFFIX}"
+        out = runs_folder() / f"{plan.name}{RUN_SUFFIX}"
         records: list[dict[str, Any]] = [_record(prompt) for prompt in plan.prompts]
         request = CaptureRequest(str(out), plan.model, records, **plan.options)
         job = writing.submit(request)
@@ -182,11 +181,8 @@ def _problem(plan: Plan) -> str:
         return "Name a model to start."
     if plan.problem:
         return plan.problem
-    if not NAME.fullmatch(plan.name):
-        return (
-            "The name of the run must start with a letter or digit and hold at most 60 letters, "
-            "digits, dots, dashes and underscores."
-        )
+    if not is_run_name(plan.name):
+        return f"{RUN_NAMES}."
     if plan.name != new_name(runs_folder(), plan.name):
         return f"There is a run named {plan.name} already; runs are never overwritten."
     return ""
@@ -286,7 +282,7 @@ def _open_button(job: Job, *, primary: bool) -> None:
 def _unfinished() -> None:
     """Offer to close the files that killed captures left behind."""
     running = {job.request.out for job in shared_worker().jobs() if job.active}
-    files = writing.own_files(runs_folder(), f"*{SUFFIX}.partial")
+    files = writing.own_files(runs_folder(), f"*{RUN_SUFFIX}.partial")
     left = [f for f in files if str(f).removesuffix(".partial") not in running]
     if not left:
         return

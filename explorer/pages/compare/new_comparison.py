@@ -7,6 +7,7 @@ from typing import Any
 import streamlit as st
 
 from capture.errors import PromptError, cut, quoted
+from capture.paths import RUN_SUFFIX
 from capture.prompts.reading import read_prompts_bytes
 from explorer import writing
 from explorer.comparison.conditions import USUAL
@@ -18,7 +19,7 @@ from explorer.run import Run
 from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.job import TYPES, follow, prompts_of
-from explorer.ui.state import SUFFIX, View, new_name, runs_folder
+from explorer.ui.state import View, new_name, runs_folder
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
 from explorer.worker.protocol import DEMO_MODEL
 
@@ -221,7 +222,7 @@ def _start(view: View, wanted: _Wanted) -> None:
     run, capture = str(view.run.path), None
     if wanted.prompts:
         folder = runs_folder()
-        run = str(folder / f"{new_name(folder, 'compared')}{SUFFIX}")
+        run = str(folder / f"{new_name(folder, 'compared')}{RUN_SUFFIX}")
         capture = CaptureRequest(run, prompts=wanted.prompts)
     request = CompareRequest(run, wanted.routers, capture=capture, **wanted.options)
     job = writing.submit(request)

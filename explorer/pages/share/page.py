@@ -1,10 +1,9 @@
 """Share: saved views, reports, runs without their text, and runs from somebody else."""
 
-import re
-
 import streamlit as st
 
 from capture.errors import CaptureError
+from capture.paths import RUN_SUFFIX, suggested_name
 from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import saved_views, writing
 from explorer.errors import ExplorerError
@@ -14,7 +13,7 @@ from explorer.text import plain
 from explorer.ui import access, problems, saved
 from explorer.ui.problems import part
 from explorer.ui.shell import current_view
-from explorer.ui.state import SUFFIX, View, new_name, run_names, runs_folder
+from explorer.ui.state import View, new_name, run_names, runs_folder
 
 # a longer list makes the page slow to draw
 MAX_LISTED = 50
@@ -130,11 +129,11 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
             f"These sections could not be made whole: {plain(problem)}",
             icon=":material/warning:",
         )
-    name = re.sub(r"[^\w.-]+", "-", f"{run} {view.name if view else ''}").strip("-.")
+    wish = f"{run} {view.name if view else ''}"
     st.download_button(
         f"Download · {len(report) / 1e6:.1f} MB",
         report,
-        file_name=f"{name[:80] or 'report'}.html",
+        file_name=f"{suggested_name(wish, most=80, otherwise='report')}.html",
         mime="text/html",
         type="primary",
         icon=":material/download:",
@@ -188,16 +187,16 @@ def _upload() -> None:
     st.subheader("A run from somebody else", anchor=False)
     given = st.file_uploader(
         "A run file",
-        type=[SUFFIX.removeprefix(".")],
+        type=[RUN_SUFFIX.removeprefix(".")],
         max_upload_size=writing.MAX_UPLOAD,
         key="run upload",
         help="It is checked before it is kept; nothing that the file brings along is run.",
     )
     if given is None:
         return
-    wish = re.sub(r"[^\w.-]+", "-", given.name.removesuffix(SUFFIX)).strip("-.")
+    wish = suggested_name(given.name.removesuffix(RUN_SUFFIX))
     key = f"upload name {given.file_id}"
-    st.text_input("Its name here", new_name(runs_folder(), wish[:50] or "run"), key=key)
+    st.text_input("Its name here", new_name(runs_folder(), wish), key=key)
     st.button("Keep the run", type="primary", on_click=_keep, args=(given, key))
     _say_problem(key)
 
