@@ -3,7 +3,7 @@
 ExplorerError
 ├── RunError            a run file is missing, unreadable, or has not what a question needs
 ├── MetricError         a metric was given numbers that it is not defined for
-├── ComparisonError     a comparison cannot be made, or a file is none
+├── ComparisonError     a comparison cannot be made, or a file is not a comparison file
 │   └── ComparisonCancelled  the caller asked it to stop; what was finished is kept
 ├── RouterError         a router lacks what it needs, or was given options it cannot work with
 ├── ConditionError      a condition was given options, a model or texts it cannot work with
@@ -28,7 +28,7 @@ class MetricError(ExplorerError, ValueError):
 
 
 class ComparisonError(ExplorerError, ValueError):
-    """A comparison cannot be made from what was given, or a file is none."""
+    """A comparison cannot be made from what was given, or a file is not a comparison file."""
 
 
 class ComparisonCancelled(ComparisonError):

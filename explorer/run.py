@@ -146,7 +146,7 @@ def open_run(path: str | Path) -> Run:
         )
     if not path.is_file():
         raise RunError(
-            f"Expected a run file at {path}, there is none. "
+            f"Expected a run file at {path}, but there is no such file. "
             "Record one with: python -m capture demo --prompts demo --out runs/demo.duckdb"
         )
     reader = RunReader.open(path, checked=True)

@@ -25,7 +25,7 @@ from explorer.errors import ExplorerError
 SCHEMA_VERSION = 1
 FOLDER = "views"
 MAX_NAME, MAX_NOTE, MAX_AUTHOR = 80, 2_000, 120
-_MAX_FILE = 200_000  # bytes; a longer file is no view
+_MAX_FILE = 200_000  # bytes; a longer file is not a view
 _MAX_VALUE = 16_000  # characters of one value of an address
 _MAX_PAIRS = 1_000
 _PAGE = re.compile(r"[a-z0-9-]{1,40}")
@@ -266,19 +266,19 @@ def _checked(view_id: str, values: Any) -> SavedView:
     texts = {"name": MAX_NAME, "note": MAX_NOTE, "author": MAX_AUTHOR, "page": 40, "created": 40}
     for name, limit in texts.items():
         if not isinstance(values[name], str) or len(values[name]) > limit:
-            raise ValueError(f"its {name} is no text of at most {limit} characters")
+            raise ValueError(f"its {name} is not a text of at most {limit} characters")
     if not _PAGE.fullmatch(values["page"]):
-        raise ValueError("its page cannot be one")
+        raise ValueError("its page is not the name of a page")
     values = {"contents": {}} | values
     for name in ("params", "fingerprints", "contents"):
         pairs = values[name]
         if not isinstance(pairs, dict) or len(pairs) > _MAX_PAIRS:
-            raise ValueError(f"its {name} are no list of names and values")
+            raise ValueError(f"its {name} are not a list of names and values")
         if any(not isinstance(v, str) or len(v) > _MAX_VALUE for v in pairs.values()):
             raise ValueError(f"its {name} hold something else than short texts")
     params = values["params"]
     files = [*values["fingerprints"], *runs_named(params), params.get("comparison") or "none"]
     if not all(_FILE.fullmatch(name) for name in files):
-        raise ValueError("it names a run or a comparison that cannot be one")
+        raise ValueError("it names a run or a comparison that no file can be called")
     given = {name: values[name] for name in (*texts, "params", "fingerprints", "contents")}
     return SavedView(view_id=view_id, **given)

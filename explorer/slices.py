@@ -27,7 +27,7 @@ from explorer.run import Run
 
 Ids = npt.NDArray[np.int64]
 
-# a set of more tokens than this is no longer a part of a run that a page can ask for quickly
+# a set of more tokens than this is more than a page can ask for quickly
 MAX_TOKENS = 2_000_000
 MAX_NAME, MAX_NOTE = 80, 2_000
 _FACTS = b"routescope slice"
@@ -225,9 +225,11 @@ def _info(run: Run, path: Path) -> SliceInfo:
         name, note, author, created, fingerprint = (str(facts[field]) for field in _FIELDS)
         n_tokens = int(read.num_rows)
         if _path(run, name) != path or not 0 < n_tokens <= MAX_TOKENS:
-            raise ValueError("its name or its size is not one that a slice has")
+            raise ValueError("a slice has another name or another size")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        problem = f"{path.name} is no slice that can be read ({str(error)[:80]}). Delete the file."
+        problem = (
+            f"{path.name} is not a slice that can be read ({str(error)[:80]}). Delete the file."
+        )
         return SliceInfo(path.stem, "", "", "", 0, problem)
     problem = ""
     if fingerprint != run.fingerprint:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable
 from itertools import pairwise
 
-ABSENT = "–"  # in the place of a value that there is none of
+ABSENT = "–"  # in the place of a value that is missing
 # under a table whose dashes are of several kinds
 ABSENT_NOTE = (
     f"{ABSENT} = not recorded, or not defined there: for one expert, without an assignment, or "

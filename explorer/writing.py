@@ -36,7 +36,7 @@ class Policy(NamedTuple):
     read_only : bool
         Nobody, as ``--read-only`` says.
     role : callable
-        Returns the role of whoever calls, asked anew for every write.
+        Returns the role of whoever calls, asked for every write.
     """
 
     read_only: bool = False
@@ -150,7 +150,7 @@ def remove(path: Path, *, what: str) -> None:
 
 
 def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
-    """Keep a run file that somebody uploaded, once it is found to be one.
+    """Keep a run file that somebody uploaded, once it is found to be sound.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
     ------
     NotAllowedError
     ExplorerError
-        If the name cannot be one or is taken, or the file is too large or no sound run file.
+        If no run can have this name or one has it already, or the file is too large or damaged.
     """
     refuse_if_read_only("Uploading a run")
     out = run_path(folder, name)
@@ -219,7 +219,7 @@ def in_folder(folder: Path, name: str) -> Path:
     if path is None or path.parent != folder or (os.path.lexists(path) and not is_own_file(path)):
         raise ExplorerError(
             f"Expected the name of a file in {folder.name or folder}, got {quoted(name)}, which "
-            "leads out of it or is none. Choose one that is listed."
+            "leads out of it or is not a file name. Choose one that is listed."
         )
     return path
 

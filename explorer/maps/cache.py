@@ -115,7 +115,7 @@ def write(path: Path, columns: dict[str, npt.NDArray[Any]], facts: dict[str, Any
 
 
 def read(path: Path, n_points: int) -> CachedMap | None:
-    """Return what a file holds, None where there is none or it is not what it should be."""
+    """Return what a file holds, None where it is missing or damaged."""
     try:
         table = pq.read_table(path)
         facts = json.loads((table.schema.metadata or {})[_FACTS])

@@ -154,7 +154,7 @@ class ClusterAgreement(NamedTuple):
     nmi : float, 0..1
         Normalised mutual information: mutual information over the mean of both entropies.
     floor, floor_high : float, 0..1
-        What clusters say of domains that were dealt out anew among the prompts: mean and 95th
+        What clusters say of domains that were shuffled among the prompts: mean and 95th
         percentile.
     noise : float, 0..1
         Share of points in no cluster; they count as one cluster more.
@@ -212,8 +212,8 @@ def cluster_domain(
     domains : array [N] of str
         ``""`` = none; such points are left out.
     groups : array [N]
-        Prompts. Tokens of a prompt have one domain and are no independent witnesses, so that the
-        floor deals domains out among prompts, not among tokens.
+        Prompts. Tokens of a prompt have one domain and are not independent, so that the
+        floor shuffles domains among prompts, not among tokens.
     seed : int
 
     Returns

@@ -64,7 +64,7 @@ def pca(values: Floats, *, seed: int = 0) -> Floats:
     -------
     array [N, 2]
         A missing component (D = 1, fewer than two points, or vectors that are all equal or lie
-        on a line) is 0: what rounding leaves of it is no distance between points.
+        on a line) is 0: what rounding leaves is not a distance between points.
     """
     xy = np.zeros((len(values), 2), dtype=np.float32)
     few = draw(len(values), _PCA_FITTED, seed)

@@ -58,7 +58,7 @@ class Density(NamedTuple):
     counts : array [Y, X]
         Shown points; the first row is the lowest.
     values : array [Y, X] or None
-        Mean, or share, of the shown points of a bin; nan where there is none.
+        Mean, or share, of the shown points of a bin; nan in an empty bin.
     x0, y0, dx, dy : float
         Middle of the first bin, and size of a bin.
     """

@@ -28,7 +28,7 @@ def expert_load(
     Parameters
     ----------
     part : Part, optional
-        The run has no totals of it, so that its tokens are counted anew.
+        The run has no totals of it, so that its tokens are counted one by one.
     weights : bool
         False leaves ``weight_sum`` missing of a part, where it costs half as much again.
 

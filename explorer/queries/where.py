@@ -30,9 +30,9 @@ class Part:
     slice : str or None
         Name of the slice.
     saved : str or None
-        When the slice was saved: one of its name may have been deleted and saved anew.
+        When the slice was saved: one of its name may have been deleted and saved again.
     step : int
-        Only every so manieth token of the run, where all would make a page wait.
+        Only every n-th token of the run, where all of them would make a page wait.
     token_ids : array [N], optional
         Of the slice.
     """

@@ -74,7 +74,7 @@ def make_report(path: str | Path, view: SavedView | None = None) -> Report:
     ExplorerError
         If no page can be shown, or the view is of another run, or of one that is gone.
     capture.errors.StoreError
-        If the file is no run.
+        If the file is not a run file.
     """
     path = Path(path)
     if path.suffix != RUN_SUFFIX:
@@ -128,7 +128,7 @@ def _check_runs(path: Path, view: SavedView) -> None:
     if gone:
         raise ExplorerError(
             f"The view “{view.name}” shows runs that are gone: {', '.join(gone)}. Put them back "
-            "beside the run, or save the view anew without them."
+            "beside the run, or save the view again without them."
         )
 
 

@@ -127,7 +127,7 @@ def explain_dash(table: pd.DataFrame, place: DeltaGenerator | None = None) -> No
 def tile(
     place: DeltaGenerator, title: str, value: str, below: str = "", *, about: str | None = None
 ) -> None:
-    """Draw a number in a box, with a line below it that is no change of it."""
+    """Draw a number in a box, with a line below it."""
     place.metric(
         title,
         value,

@@ -74,10 +74,10 @@ def _changed_choices(view: SavedView) -> list[str]:
     page = address.page()
     if view.page != page:
         return ["page"]
-    # a job that is under way is no choice
+    # a job that is under way is not a choice
     names = [name for name in address.names_of(page) if name != "job"]
     found = {name: st.query_params.get(name, "") for name in names}
-    # a view that names no run, which may be one from elsewhere, is of whichever is open
+    # a view that names no run, perhaps from elsewhere, is of the run that is open
     asked = {"run": found["run"]} | view.params
     return [name for name in names if found[name] != asked.get(name, "")]
 

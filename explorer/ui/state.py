@@ -25,7 +25,7 @@ T = TypeVar("T")
 Key = tuple[str, int, int]  # path, time of change in ns, bytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# (token, router) rows that are counted anew while somebody waits
+# (token, router) rows that are counted while somebody waits
 MAX_ROWS = 500_000
 PHASES = {"": "All", "prompt": "Prompt", "generated": "Generated"}
 
@@ -79,11 +79,15 @@ class View:
             return rows
         return rows[rows["layer"].between(*self.layers)].reset_index(drop=True)
 
+    def here(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows of the router that the view looks at."""
+        return rows[(rows["layer"] == self.layer) & (rows["site"] == self.site)]
+
     def sampled(self) -> "View":
         """Return the view for figures over all layers.
 
-        The run holds totals of domains and phases only, so that a part is counted anew. Where a
-        reader would wait for that, every n-th token is counted; captions say so.
+        The run holds totals of domains and phases only, so that a part is counted token by token.
+        Where a reader would wait for that, every n-th token is counted; captions say so.
         """
         if self.part is None:
             return self
@@ -158,7 +162,7 @@ def opened(name: str) -> tuple[Run, Key]:
     Raises
     ------
     ExplorerError, CaptureError
-        If there is no such run, or its file is none.
+        If there is no such run, or its file is not a run file.
     """
     path = writing.in_folder(runs_folder(), f"{name}{RUN_SUFFIX}")
     try:
@@ -221,7 +225,7 @@ def _open(key: Key) -> Run:
 
 
 def close_runs() -> None:
-    """Close all run files; pages open them anew."""
+    """Close all run files; pages open them again."""
     _open.clear()
 
 

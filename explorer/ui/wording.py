@@ -125,7 +125,7 @@ def _middle(text: str, limit: int) -> str:
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """Return a number in a format; a dash where there is none, or it is not finite."""
+    """Return a number in a format; a dash for a missing or infinite one."""
     if value is None or not math.isfinite(value):
         return ABSENT
     return format(value, form)
@@ -175,7 +175,7 @@ class Scope(NamedTuple):
     whole_prompts : bool
         All tokens of the prompts that have one of the slice.
     step : int
-        Only every so manieth token was counted.
+        Only every n-th token was counted.
     layers : (int, int) or None
         First and last layer of a figure that has a range of the run's layers only.
     """

@@ -79,7 +79,7 @@ class WorkerClient:
             return replace(job)
 
     def job(self, job_id: int) -> Job | None:
-        """Return a snapshot of a job, or None when there is none of that number."""
+        """Return a snapshot of a job, or None when there is no job of that number."""
         with self._lock:
             job = self._jobs.get(job_id)
             return replace(job) if job else None

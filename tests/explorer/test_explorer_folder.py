@@ -37,7 +37,7 @@ def test_only_own_files_are_listed(folder):
 
 @pytest.mark.parametrize("name", ["a.duckdb", "pipe.duckdb", "folder.duckdb", "a.k.comparison"])
 def test_other_names_open_nothing(folder, name):
-    with pytest.raises(ExplorerError, match="leads out of it or is none"):
+    with pytest.raises(ExplorerError, match="leads out of it or is not a file name"):
         writing.in_folder(folder, name)
     assert writing.in_folder(folder, "same.duckdb") == folder / "same.duckdb"
     assert writing.in_folder(folder, "new.duckdb") == folder / "new.duckdb"

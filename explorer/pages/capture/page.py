@@ -234,7 +234,7 @@ def _cost(plan: Plan) -> Any:
 
 def _jobs() -> None:
     st.subheader("Captures", anchor=False)
-    # a map or a comparison is no capture
+    # a map or a comparison is not a capture
     kinds = (CaptureRequest, RecoverRequest)
     jobs = {
         str(job.job_id): job for job in shared_worker().jobs() if isinstance(job.request, kinds)

@@ -360,7 +360,7 @@ def quality_panel(
         "NMI with domains",
         _number(domains.get("nmi")),
         help="Normalised mutual information of clusters and domains: 0 = the clusters say nothing "
-        "of the domain, 1 = they are the domains. By chance: domains dealt out anew among the "
+        "of the domain, 1 = they are the domains. By chance: domains shuffled among the "
         "prompts, mean of 50.",
         border=True,
     )

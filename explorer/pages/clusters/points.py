@@ -232,7 +232,7 @@ def _color(rows: pd.DataFrame, table: PointTable, hue: Hue) -> Sequence[Group] |
     others = column.isin(listed[len(top) :]).to_numpy(dtype=bool)
     if others.any():
         rest = f"{len(listed) - len(top)} others"
-        # it is no domain, even if one is called so
+        # this group is not a domain, even if a domain is called so
         groups.append(
             Group(f"{rest} (not one domain)" if rest in names else rest, others, rest=True)
         )
@@ -323,7 +323,7 @@ def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
 
 
 def _have_made(request: ProjectRequest, what: str, *, show: bool) -> bool:
-    """Start what is missing, or say why it is not there; return whether it is on its way."""
+    """Start what is missing, or say why it is not there; return whether it is being made."""
     if not writing.may_write():
         st.info(
             f"The {what} of these points: not worked out yet, and this server writes nothing for "
@@ -339,7 +339,7 @@ def _have_made(request: ProjectRequest, what: str, *, show: bool) -> bool:
         return True
     said = plain(job.error or "The result is not in the cache any more.")
     left, right = st.columns([5, 1], vertical_alignment="center")
-    left.warning(f"There is no {what} of these points. {said}", icon=":material/warning:")
+    left.warning(f"The {what} of these points could not be made. {said}", icon=":material/warning:")
     if right.button("Try again", key=f"again {what}", width="stretch"):
         writing.submit(request)
         st.rerun()

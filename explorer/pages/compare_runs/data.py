@@ -106,7 +106,7 @@ def common_tokens(
 
 
 def spread(rows: pd.DataFrame, limit: int) -> pd.DataFrame:
-    """Return at most so many rows, evenly spread over all of them, numbered anew."""
+    """Return at most so many rows, evenly spread over all of them, numbered from 0."""
     if len(rows) <= limit:
         return rows
     places = np.linspace(0, len(rows) - 1, limit).astype(np.int64)
@@ -386,7 +386,7 @@ class TwoModels(NamedTuple):
         the loss of one of its tokens is).
     co_routing : CoRouting
     prompts, common : int
-        Prompts that were compared, and all that both runs hold.
+        Prompts that were compared, and all prompts that both runs hold.
     cut : int
         Prompts that were left out, since one run has more of their text than the other.
     """

@@ -214,7 +214,7 @@ class RouteSample(NamedTuple):
     routes : DataFrame
         One row per assignment: ``layer``, ``site``, ``row`` (in ``tokens``), ``expert_id``.
     step : int
-        Every so manieth token of the run is in it.
+        Every n-th token of the run is in it, n = ``step``.
     """
 
     tokens: pd.DataFrame
@@ -379,7 +379,7 @@ def layers_of(run: Run, *, min_count: int = MIN_COUNT, **filters: Any) -> tuple[
         expert) and ``information`` (domain and expert, nats), each also with ``_floor``,
         ``_floor_low`` and ``_floor_high``; missing where not enough was recorded.
     int
-        Every so manieth token was looked at.
+        Every n-th token was looked at; this n.
     """
     sample = route_sample(run, **filters)
     entry = np.unique(sample.tokens["token"], return_inverse=True)[1]

@@ -16,7 +16,7 @@ Counts = npt.NDArray[np.int64]
 Place = tuple[int, int, int]  # layer, site, expert
 Filters = tuple[str | None, str | None, Part | None]  # domain, phase, part
 
-# tokens that are counted anew where the totals cannot answer; more would make the page wait
+# tokens that are counted again where the totals cannot answer; more would make the page wait
 MAX_TOKENS = 16_000
 
 
@@ -59,7 +59,7 @@ def transitions(
     layer : int
         Any layer with a router but the last one.
     domain, phase, part : optional
-        The run holds totals over all tokens only: with a filter, the tokens are counted anew.
+        The run holds totals over all tokens only: with a filter, the tokens are counted one by one.
 
     Returns
     -------

@@ -130,7 +130,7 @@ def _router(view: View) -> None:
     )
     token = _example(view)
     if token is None:
-        st.info("This run keeps no single tokens, so there is none to show the choice for.")
+        st.info("This run keeps no single tokens, so the choice cannot be shown for one.")
         return
     token_id = int(token["token_id"])
     text = token["text"]
@@ -139,9 +139,9 @@ def _router(view: View) -> None:
         f":primary-background[{plain(visible(text, spaces=True))}]"
     )
     experts = ask(view, token_experts, token_id=token_id)
-    here = experts[(experts["layer"] == view.layer) & (experts["site"] == view.site)]
+    here = view.here(experts)
     gates = ask(view, token_gates, token_id=token_id)
-    gate = gates[(gates["layer"] == view.layer) & (gates["site"] == view.site)].iloc[0]
+    gate = view.here(gates).iloc[0]
     st.markdown(
         routing_sentence(here, site_name=view.site_name, n_experts=info.n_experts)
         + " "
@@ -182,9 +182,9 @@ def _router(view: View) -> None:
 def _load(view: View) -> None:
     sampled = view.sampled()
     load = ask(sampled, expert_load, weights=False, **sampled.filters)
-    here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
+    here = view.here(load)
     balance = balance_of(sampled, sampled.of_layers(load))
-    row = balance[(balance["layer"] == view.layer) & (balance["site"] == view.site)].iloc[0]
+    row = view.here(balance).iloc[0]
     if not here["assignments"].sum():
         st.info("These tokens have no assignment in this layer. Change the filters at the side.")
         return
@@ -217,7 +217,7 @@ def _specialisation(view: View) -> None:
     sampled = view.sampled()
     filters = sampled.filters | {"domain": None}
     found = ask(sampled, divergences, **filters)
-    here = found[(found["layer"] == view.layer) & (found["site"] == view.site)]
+    here = view.here(found)
     if here["divergence"].isna().all():
         st.info("Domains are compared here, and the prompts of this run have fewer than two.")
         return
@@ -271,7 +271,7 @@ def _path(view: View) -> None:
     )
     token = _example(view)
     if token is None:
-        st.info("This run keeps no single tokens, so there is no path to show.")
+        st.info("This run keeps no single tokens, so a path cannot be shown.")
         return
     experts = view.of_layers(ask(view, token_experts, token_id=int(token["token_id"])))
     chart(

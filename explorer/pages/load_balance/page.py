@@ -71,7 +71,7 @@ def render() -> None:
 
 
 def _layers(view: View, load: pd.DataFrame) -> None:
-    here = load[(load["layer"] == view.layer) & (load["site"] == view.site)]
+    here = view.here(load)
     balance = balance_of(view, load)
     st.subheader(f"Layer {view.site_name}", anchor=False)
     _tiles(view, balance)
@@ -92,7 +92,7 @@ def _layers(view: View, load: pd.DataFrame) -> None:
 
 @part("Measures of balance")
 def _tiles(view: View, balance: pd.DataFrame) -> None:
-    row = balance[(balance["layer"] == view.layer) & (balance["site"] == view.site)].iloc[0]
+    row = view.here(balance).iloc[0]
     for column, (name, label) in zip(st.columns(len(_TILES)), _TILES.items(), strict=True):
         value, floor = row[name], row[f"{name}_floor"]
         whole = name == "dead_experts"

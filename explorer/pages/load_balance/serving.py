@@ -88,7 +88,7 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
         st.caption(f"{experts} experts do not divide by {gpus} GPUs in the order of their ids.")
     if len(same) < len(load):
         st.caption(f"Only layers with {experts} experts.")
-    here = table[(table["layer"] == view.layer) & (table["site"] == view.site)]
+    here = view.here(table)
     left, right = st.columns(2, gap="medium")
     with left:
         chart(

@@ -103,7 +103,7 @@ def _delete(view_id: str) -> None:
 
 
 def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
-    """Draw the button that makes a report; then what came of it: a download, or why there is none.
+    """Draw the button that makes a report; then the download, or why the report could not be made.
 
     A download button that makes its file when it is pressed says nothing while it works, and
     writes its problems to the server's console only.

@@ -240,7 +240,7 @@ def _strip(
     scale = quantity_scale(values["value"], QUANTITIES[quantity])
     here = values
     if scope == "layer":
-        here = values[(values["layer"] == view.layer) & (values["site"] == view.site)]
+        here = view.here(values)
     if (of_slice := _of_slice(view)) is not None:
         here = here[here["token_id"].isin(of_slice)]
     level = here.groupby("token_id")["value"].mean()
@@ -407,8 +407,8 @@ def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> No
     st.subheader(f"Token {int(token['position']):,}: “{plain(token_name(text))}”", anchor=False)
     experts = view.of_layers(ask(view, token_experts, token_id=token_id))
     gates = view.of_layers(ask(view, token_gates, token_id=token_id))
-    here = experts[(experts["layer"] == view.layer) & (experts["site"] == view.site)]
-    gate = gates[(gates["layer"] == view.layer) & (gates["site"] == view.site)].iloc[0]
+    here = view.here(experts)
+    gate = view.here(gates).iloc[0]
     st.markdown(
         routing_sentence(here, site_name=view.site_name, n_experts=int(gate["n_experts"]))
         + " "

@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
     step : int or None
         Of the training, as the name says: ``step_01085`` is step 1085.
     stage : int
-        Of a training in several stages, each of which counts its steps anew: ``stage2_step_240``.
+        Of a training in several stages, each of which counts its steps from 0: ``stage2_step_240``.
     run : Run
     """
 
