@@ -46,7 +46,7 @@ def test_a_query_that_fails_names_the_run(path):
 
 
 def test_files_that_are_no_runs_are_refused(tmp_path):
-    with pytest.raises(RunError, match="there is none"):
+    with pytest.raises(RunError, match="there is no such file"):
         open_run(tmp_path / "absent.duckdb")
     with pytest.raises(RunError, match="capture recover"):
         open_run(tmp_path / "b.duckdb.partial")
