@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer
+
 from capture.prompts.reading import Prompt
 from capture.recorder.config import RecordingOptions
 from capture.recorder.estimate import AttentionSize, Estimate, estimate
@@ -18,14 +22,14 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts")
 
 
-class Cost(NamedTuple):
+class CaptureCost(NamedTuple):
     """An estimate, and whether its number of tokens was counted or guessed."""
 
     estimate: Estimate
     counted: bool
 
 
-def cost(model: str, prompts: Sequence[Prompt], **options: Any) -> Cost | None:
+def cost(model: str, prompts: Sequence[Prompt], **options: Any) -> CaptureCost | None:
     """Estimate a capture from the model's configuration file.
 
     Parameters
@@ -73,7 +77,7 @@ def cost(model: str, prompts: Sequence[Prompt], **options: Any) -> Cost | None:
         n_domains=len({prompt.domain for prompt in prompts}),
         attention=attention,
     )
-    return Cost(found, counted)
+    return CaptureCost(found, counted)
 
 
 def _sites(config: dict[str, Any]) -> list[SiteInfo]:
@@ -93,8 +97,6 @@ def _count(model: str, prompts: Sequence[Prompt]) -> tuple[list[int], bool]:
     if path is None:
         counts = iter([int(len(text) / CHARACTERS_PER_TOKEN) + 1 for text in texts])
     else:
-        from tokenizers import Tokenizer
-
         tokenizer = Tokenizer.from_file(str(path))
         counts = iter([len(found.ids) for found in tokenizer.encode_batch(texts)])
     lengths = [len(p.ids) if p.ids is not None else next(counts) for p in prompts]
@@ -119,9 +121,6 @@ def _path(model: str, name: str) -> Path | None:
     local = Path(model).expanduser() / name
     if local.is_file():
         return local
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     try:
         cached = try_to_load_from_cache(model, name)
     except HFValidationError:

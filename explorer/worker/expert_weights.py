@@ -148,15 +148,14 @@ def _router(site: "Site") -> Iterator["torch.Tensor"]:
 def _experts(site: "Site") -> Iterator["torch.Tensor"]:
     """Yield all experts' matrices, [E, ...] each: stacked by the model, or here."""
     import torch
-    from torch import nn
 
     n_experts = site.info.n_experts
-    if isinstance(site.experts, nn.ModuleList) and len(site.experts) == n_experts:
+    if isinstance(site.experts, torch.nn.ModuleList) and len(site.experts) == n_experts:
         for together in zip(*(expert.parameters() for expert in site.experts), strict=True):
             yield torch.stack([one.detach() for one in together])
         return
     second = getattr(site.parent, "output_linear", None)
-    modules = [site.experts, *([second] if isinstance(second, nn.Module) else [])]
+    modules = [site.experts, *([second] if isinstance(second, torch.nn.Module) else [])]
     for module in modules:
         for parameter in module.parameters():
             if parameter.ndim == _STACK and parameter.shape[0] == n_experts:

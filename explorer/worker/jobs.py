@@ -7,6 +7,8 @@ from capture.errors import CaptureCancelled, quoted
 from capture.progress import Progress
 from capture.store import recover
 from explorer.errors import ComparisonCancelled, ComparisonError
+from explorer.maps.cache import MapOptions
+from explorer.maps.data import Source
 from explorer.run import open_run
 from explorer.worker.expert_weights import measure_cosines
 from explorer.worker.protocol import (
@@ -84,9 +86,7 @@ def _recover(request: RecoverRequest, report: Report) -> str:
 
 
 def _project(request: ProjectRequest, report: Report, cancelled: Callable[[], bool]) -> str:
-    # neither needs torch, and either is seconds of imports that a capture can do without
-    from explorer.maps.cache import MapOptions
-    from explorer.maps.data import Source
+    # it needs no torch, but seconds of imports that a capture can do without
     from explorer.maps.make import make_clusters, make_map, make_rerouted
 
     def on_progress(message: str, part: float) -> None:

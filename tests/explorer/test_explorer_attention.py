@@ -16,8 +16,7 @@ from explorer.metrics import attention as metrics
 from explorer.pages.attention import data, figures
 from explorer.pages.attention import data as queries
 from explorer.pages.attention.data import prompt_routing, routing_together
-from explorer.pages.attention.figures import together_figure
-from explorer.pages.attention.token_window_figure import token_window
+from explorer.pages.attention.figures import together_figure, token_window
 from explorer.pages.tokens import data as tokens
 from explorer.run import open_run
 from explorer.ui.wording import Scope

@@ -14,8 +14,7 @@ from explorer.pages.attention.data import (
     prompt_keys,
     prompt_routing,
 )
-from explorer.pages.attention.figures import head_name
-from explorer.pages.attention.token_window_figure import MAX_WINDOW, token_window
+from explorer.pages.attention.figures import MAX_WINDOW, head_name, token_window
 from explorer.text import one_line, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart
