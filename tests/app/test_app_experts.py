@@ -7,6 +7,7 @@ import pytest
 from app_pages import charts, notes, opened, query
 from synthetic import IDLE, write_run
 
+from explorer import writing
 from explorer.maps import cache
 from explorer.run import open_run
 from explorer.slices import load_slice
@@ -145,8 +146,8 @@ def test_viewers_do_not_load_models(known, monkeypatch):
     try:
         app = opened("experts", layer="1.0")
         assert "Not available: a run holds no weights" in notes(app)
-        writing = ("Compare the weights", "Save slice")
-        assert not [b for b in app.button if b.label in writing]
+        buttons = ("Compare the weights", "Save slice")
+        assert not [b for b in app.button if b.label in buttons]
     finally:
         writing.configure(writing.Policy())
 

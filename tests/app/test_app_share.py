@@ -254,8 +254,8 @@ def test_nothing_is_written_read_only(monkeypatch, runs):
         if page != "capture":
             app.switch_page(f"explorer/pages/{page}/page.py").run()
             assert not app.exception and not app.error, page
-            writing = [b.label for b in app.button if b.label in ("Save", "Keep the run")]
-            assert not writing and not app.get("file_uploader"), page
+            buttons = [b.label for b in app.button if b.label in ("Save", "Keep the run")]
+            assert not buttons and not app.get("file_uploader"), page
     assert listing(runs) == before
 
 
