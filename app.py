@@ -34,6 +34,6 @@ else:
     page = st.navigation(pages, expanded=True)
     saved.follow(pages)
     address.begin(page.url_path or "overview")
-    with problems.said():
+    with problems.shown():
         shell.frame(page.title)
         page.run()

@@ -16,7 +16,7 @@ from explorer.queries.experts import (
 from explorer.queries.load import expert_load
 from explorer.text import visible
 from explorer.ui import address, token_strip
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.saved import save_slice
 from explorer.ui.state import View, ask
 from explorer.ui.wording import expert_label
@@ -104,7 +104,7 @@ def _flat(text: str) -> str:
 SHOWN = 60
 
 
-@part("Tokens of the expert")
+@section("Tokens of the expert")
 def expert_tokens_section(view: View) -> None:
     """Draw the section, or nothing where no expert is chosen."""
     info = view.run.site_info(view.layer, view.site)

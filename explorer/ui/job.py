@@ -43,7 +43,7 @@ def follow(job_id: int, *, key: str) -> Job | None:
 @st.fragment(run_every=POLL_SECONDS)
 def _watch(job_id: int, key: str) -> None:
     # a part that is drawn alone is not within the page's own
-    with problems.said():
+    with problems.shown():
         _draw(job_id, key)
 
 

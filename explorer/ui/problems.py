@@ -1,4 +1,4 @@
-"""What goes wrong is said on the page, and a part that fails takes no other one down.
+"""What goes wrong is said on the page, and a section that fails takes no other one down.
 
 A file may be damaged, replaced or a stranger's, a disk full, a right missing: such errors carry a
 sentence for the reader. The framework's box with a traceback is left for errors of the code.
@@ -23,21 +23,21 @@ _LEFT = "problem of a callback"
 _log = logging.getLogger(__name__)
 
 
-def say(error: Exception) -> None:
+def show(error: Exception) -> None:
     """Draw an error as a message."""
     _draw(str(error))
 
 
 @contextmanager
-def said() -> Iterator[None]:
-    """Draw what a callback could not do, and then what the block cannot, instead of raising it."""
+def shown() -> Iterator[None]:
+    """Draw the errors of a callback before, and of the block itself, instead of raising them."""
     left = st.session_state.pop(_LEFT, None)
     if left is not None:
-        say(left)
+        show(left)
     try:
         yield
     except KNOWN as error:
-        say(error)
+        show(error)
 
 
 def in_callback(act: Callable[P, None]) -> Callable[P, None]:
@@ -53,15 +53,15 @@ def in_callback(act: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
-def part(
+def section(
     title: str, *, passing: tuple[type[Exception], ...] = ()
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Make a function that draws a part of a page show a message in its place where it fails.
+    """Make a function that draws a section of a page show a message in its place where it fails.
 
     Parameters
     ----------
     title : str
-        What the part is called in the message.
+        What the section is called in the message.
     passing : tuple of exceptions
         Those that the page itself has something to say of.
     """
@@ -77,7 +77,7 @@ def part(
                 _draw(f"{title}: {error}")
             except Exception as error:
                 # whatever it is: a reader is told where, the console why
-                _log.exception("the part %r of a page failed", title)
+                _log.exception("the section %r of a page failed", title)
                 _draw(f"{title}: this part could not be drawn ({_kind(error)}).")
 
         return drawn

@@ -223,7 +223,7 @@ def test_a_callback_that_fails_is_a_message(runs, sound):
         def press():
             raise ExplorerError("It is gone.")
 
-        with problems.said():
+        with problems.shown():
             st.button("Press", on_click=press)
 
     app = AppTest.from_function(script).run()

@@ -34,7 +34,7 @@ from explorer.pages.tokens.data import tokens
 from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import Scope, number, prompt_name, span
@@ -114,7 +114,7 @@ def _chosen_head(view: View) -> tuple[int, int]:
     return names[address.pick("head", list(names), default=default, what="head")]
 
 
-@part("All heads")
+@section("All heads")
 def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
     measure = address.choose(
         st.segmented_control,
@@ -212,7 +212,7 @@ def _pick_token(listed: pd.DataFrame) -> int:
     return int(address.pick("token", sorted(known), default=default, what="token of this prompt"))
 
 
-@part("Map of the head")
+@section("Map of the head")
 def _whole_map(
     view: View,
     prompt: pd.Series,
@@ -244,7 +244,7 @@ def _prompt_scope(view: View, prompt: pd.Series) -> Scope:
     return scope._replace(domain=prompt["domain"] or None)
 
 
-@part("The head, token by token")
+@section("The head, token by token")
 def _head_on_prompt(
     view: View,
     prompt: pd.Series,
@@ -267,7 +267,7 @@ def _head_on_prompt(
 _SHOWN = 0.005
 
 
-@part("Attention and routing")
+@section("Attention and routing")
 def routing_together_section(view: View, head: tuple[int, int]) -> None:
     """Draw the section for the heads of the chosen head's layer."""
     st.subheader("Do tokens that attend to each other route together?", anchor=False)

@@ -12,7 +12,7 @@ from capture.recorder.estimate import human_bytes
 from explorer import writing
 from explorer.pages.capture.form import ask, ask_level
 from explorer.text import one_line, plain
-from explorer.ui import address
+from explorer.ui import address, problems
 from explorer.ui.job import TYPES, follow, prompts_of
 from explorer.ui.state import exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
@@ -69,7 +69,7 @@ def _prompts() -> list[Prompt]:
     try:
         prompts = _read(source or "type")
     except PromptError as error:
-        st.error(plain(str(error)), icon=":material/error:")
+        problems.show(error)
         return []
     if prompts and source != "type":
         _preview(prompts)

@@ -34,7 +34,7 @@ from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.address import domain_key
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import Caption, number
@@ -324,7 +324,7 @@ def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> Captio
     return Caption("; ".join(parts), acting.filter_values())
 
 
-@part("How good the map is")
+@section("How good the map is")
 def quality_panel(
     source: Source,
     method: str,

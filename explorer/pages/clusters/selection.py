@@ -14,7 +14,7 @@ from explorer.queries.prompts import prompt_tokens
 from explorer.text import ABSENT, visible
 from explorer.ui import address, printing
 from explorer.ui.chart import chart, explain_dash
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.saved import save_slice
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import domain_labels, domain_name, expert_label
@@ -27,7 +27,7 @@ _COLUMNS = {
 }
 
 
-@part("Selected points")
+@section("Selected points")
 def selection_section(view: View, source: Source, table: PointTable, region: Region | None) -> None:
     """Draw the section; without a region, say how to draw one."""
     if region is None:

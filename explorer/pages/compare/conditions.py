@@ -11,7 +11,7 @@ from explorer.pages.compare.condition_figures import (
 )
 from explorer.text import ABSENT, plain
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.state import is_dark
 
 _BASE = "base"
@@ -25,7 +25,7 @@ _STUDENTS = {
 }
 
 
-@part("Conditions")
+@section("Conditions")
 def conditions_section(comparison: Comparison) -> None:
     """Draw what the comparison holds of conditions and distilled routers."""
     cells = comparison.rows("conditions")

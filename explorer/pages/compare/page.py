@@ -29,9 +29,9 @@ from explorer.pages.compare.new_comparison import start_comparison
 from explorer.pages.compare.router_card import router_card
 from explorer.pages.compare.two_routers import two_routers
 from explorer.text import ABSENT, plain
-from explorer.ui import address
+from explorer.ui import address, problems
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
 
@@ -104,7 +104,7 @@ def render() -> None:
     try:
         comparison = _opened(str(files[name]), files[name].stat().st_mtime_ns)
     except (ComparisonError, OSError) as error:
-        st.error(plain(str(error)), icon=":material/error:")
+        problems.show(error)
         return
     _show(view, comparison)
 
@@ -135,7 +135,7 @@ def _show(view: View, comparison: Comparison) -> None:
     replay_section(comparison)
 
 
-@part("Routers in the model")
+@section("Routers in the model")
 def _live(comparison: Comparison, results: pd.DataFrame) -> None:
     """Draw what the model itself said of routers; ``results`` are of all layers."""
     info, live = comparison.info, with_controls(results)
@@ -162,7 +162,7 @@ def _provenance(info: dict[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-@part("What could not be compared")
+@section("What could not be compared")
 def _failed(comparison: Comparison) -> None:
     units = comparison.rows("units")
     failed = units[units["error"].notna()]
@@ -200,7 +200,7 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
     return shown.reset_index(drop=True)
 
 
-@part("Loss against compute")
+@section("Loss against compute")
 def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     measured = [name for name in _AXIS_LABELS if shown[name].notna().any()]
     if shown.empty or not measured:
@@ -231,7 +231,7 @@ def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     )
 
 
-@part("Routers")
+@section("Routers")
 def _table(shown: pd.DataFrame) -> None:
     frame = shown.assign(
         badges=[", ".join(badges(row)) for _, row in shown.iterrows()],
@@ -282,7 +282,7 @@ def _format(name: str) -> str:
     return "%.4f" if name.startswith("loss_se") else "%+.3f" if name in CONTROLS else "%.3f"
 
 
-@part("How the routers learned")
+@section("How the routers learned")
 def _learning(comparison: Comparison) -> None:
     rows = comparison.curves
     if rows.empty:
@@ -324,7 +324,7 @@ _LAYER_COLUMNS = [
 ]
 
 
-@part("Layers and domains")
+@section("Layers and domains")
 def layers_and_domains(
     comparison: Comparison, table: pd.DataFrame, names: set[str], info: dict[str, Any]
 ) -> None:
@@ -373,7 +373,7 @@ def _open_card(means: pd.DataFrame, data: list[float]) -> None:
     address.write("router", str(means.index[int(data[0])]).removesuffix(" †"))
 
 
-@part("Oracle")
+@section("Oracle")
 def oracle_section(comparison: Comparison) -> None:
     """Draw what the comparison holds of the last layer's oracle."""
     rows = comparison.rows("oracle")
@@ -403,7 +403,7 @@ def oracle_section(comparison: Comparison) -> None:
     )
 
 
-@part("Replay")
+@section("Replay")
 def replay_section(comparison: Comparison) -> None:
     """Draw the tables of what was replayed."""
     table = comparison.table

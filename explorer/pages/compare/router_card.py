@@ -10,11 +10,11 @@ from explorer.pages.compare.two_routers import NATIVE
 from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.state import is_dark
 
 
-@part("A router's card")
+@section("A router's card")
 def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
     """Show what one router does, and whether it beats chance at the same compute."""
     cards = comparison.rows("routers").drop_duplicates("router").set_index("router")

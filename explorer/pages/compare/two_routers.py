@@ -8,7 +8,7 @@ import streamlit as st
 from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.figures import marked
 from explorer.ui import address
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
 
 NATIVE = "native"
@@ -16,7 +16,7 @@ _ALL = "all"
 _MODES = ("live", "replay")
 
 
-@part("Two routers, token by token")
+@section("Two routers, token by token")
 def two_routers(comparison: Comparison) -> None:
     """Draw a text of the comparison, tinted by how far two routers disagree about its tokens."""
     choices, texts = comparison.rows("choices"), comparison.rows("texts")

@@ -36,10 +36,10 @@ from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
 from explorer.queries.where import Part
 from explorer.run import Run
-from explorer.text import one_line, plain
-from explorer.ui import address, state
+from explorer.text import one_line
+from explorer.ui import address, problems, state
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
@@ -83,7 +83,7 @@ def _other(view: View) -> View | None:
     try:
         run, key = state.opened(name)
     except (CaptureError, ExplorerError) as error:
-        st.error(plain(str(error)), icon=":material/error:")
+        problems.show(error)
         return None
     layer, site = run.sites[0].layer, run.sites[0].site
     there = View(run, name, key, view.domain, view.phase, layer, site, view.part, view.layers)
@@ -112,7 +112,7 @@ def _applicable(other: View) -> View:
     return replace(other, part=part)
 
 
-@part("What differs between the recordings")
+@section("What differs between the recordings")
 def _differences(view: View, other: View) -> None:
     table = differences(view.run, other.run)
     with st.expander(f"What differs between the recordings ({len(table)})"):
@@ -258,7 +258,7 @@ def _none_matches(view: View, n_prompts: int) -> bool:
     return True
 
 
-@part("The prompt, token by token")
+@section("The prompt, token by token")
 def _strip(view: View, other: View, prompt: dict[Hashable, Any]) -> None:
     prompts = int(prompt["prompt_a"]), int(prompt["prompt_b"])
     tokens = _divergence_of(view.key, other.key, view.run, other.run, *prompts, view.layers)
@@ -403,7 +403,7 @@ def caption_of(sides: dict[str, View], *notes: str) -> Caption:
     return Caption("; ".join(parts), filters)
 
 
-@part("Balance and gate entropy")
+@section("Balance and gate entropy")
 def lines_section(both: Both, caption: str) -> None:
     """Draw the balance and the gate entropy of both runs over their layers."""
     balance = {
@@ -444,7 +444,7 @@ _QUANTITIES = {
 }
 
 
-@part("The same text in both models")
+@section("The same text in both models")
 def stretches_section(view: View, found: TwoModels) -> None:
     """Draw how two models route the same stretches of text; there must be some."""
     routed, longest = found.co_routing, found.stretches.groupby("prompt").size().max()

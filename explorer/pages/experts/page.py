@@ -25,7 +25,7 @@ from explorer.ui import address
 from explorer.ui.chart import chart, tile
 from explorer.ui.concordance import expert_lines
 from explorer.ui.glossary import help_text
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.saved import save_slice
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
@@ -107,7 +107,7 @@ def _choose_expert(view: View, load: pd.DataFrame) -> int:
     return int(chosen)
 
 
-@part("Key figures")
+@section("Key figures")
 def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     n_tokens = view.scope().n_tokens
     hits, top_k = int(row["assignments"]), int(row["top_k"])
@@ -146,7 +146,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     )
 
 
-@part("Specialisation")
+@section("Specialisation")
 def _shares(view: View, expert: int, by: str) -> None:
     """Draw the share of every domain's (or phase's) tokens that choose the expert."""
     kinds, chosen = {
@@ -198,7 +198,7 @@ def _shares(view: View, expert: int, by: str) -> None:
         )
 
 
-@part("Vocabulary")
+@section("Vocabulary")
 def _vocabulary(view: View, expert: int, name: str) -> None:
     if not view.run.records_ids:
         st.info(_NO_IDS, icon=":material/info:")
@@ -261,7 +261,7 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
     )
 
 
-@part("Co-activation")
+@section("Co-activation")
 def _partners(view: View, expert: int) -> None:
     """Draw the experts that are chosen together with this one."""
     if view.run.site_info(view.layer, view.site).top_k < 2:
@@ -348,7 +348,7 @@ def all_experts_section(view: View) -> None:
         _information_of_layers(view, shown, step)
 
 
-@part("Domain specialisation")
+@section("Domain specialisation")
 def _divergence_map(view: View) -> None:
     sampled = view.sampled()
     found = view.of_layers(ask(sampled, divergences, **sampled.filters))
@@ -366,7 +366,7 @@ def _divergence_map(view: View) -> None:
     )
 
 
-@part("Vocabulary specialisation")
+@section("Vocabulary specialisation")
 def _vocabulary_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
     if table["vocabulary"].isna().all():
         st.info(f"No vocabulary entry occurs {MIN_COUNT} times among these tokens: too few.")
@@ -396,7 +396,7 @@ def _vocabulary_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
     )
 
 
-@part("Domain and expert")
+@section("Domain and expert")
 def _information_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
     if table["information"].isna().all():
         return

@@ -14,7 +14,7 @@ from explorer.text import plain
 from explorer.ui import address, problems
 from explorer.ui.chart import chart
 from explorer.ui.job import follow
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.state import Key, View, is_dark
 from explorer.ui.wording import Scope, expert_label, number, span
 from explorer.worker import CosinesRequest, expert_weights, shared_worker
@@ -30,7 +30,7 @@ _MISSING = {
 }
 
 
-@part("Weights")
+@section("Weights")
 def weights_section(view: View, expert: int) -> None:
     """Draw the section, or what is needed for it."""
     st.subheader("Neighbours in the weights' space", anchor=False)
@@ -43,7 +43,7 @@ def weights_section(view: View, expert: int) -> None:
     try:
         table = _cosines(key, view.layer, view.site)
     except ExplorerError as error:
-        st.error(plain(str(error)), icon=":material/error:")
+        problems.show(error)
         return
     st.markdown(
         "Experts with router rows alike are chosen for alike tokens. Experts that were trained "

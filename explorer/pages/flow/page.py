@@ -25,7 +25,7 @@ from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.concordance import concordance, lines_of
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import expert_label
@@ -86,7 +86,7 @@ def _pairs(view: View, hop: Hop) -> tuple[Pairs, PairCounts]:
     return Pairs(counts.tokens, uplift, hop.first_name, hop.second_name), counts
 
 
-@part("Flow", passing=(RunError,))
+@section("Flow", passing=(RunError,))
 def _sankey(view: View, hops: list[Hop]) -> None:
     start = _start(view, hops)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
@@ -140,7 +140,7 @@ def _say_sampled(counts: PairCounts) -> None:
         )
 
 
-@part("Transitions", passing=(RunError,))
+@section("Transitions", passing=(RunError,))
 def _transitions(view: View, hops: list[Hop]) -> None:
     hop = hops[_start(view, hops)]
     st.subheader(f"From layer {hop.first_name} to layer {hop.second_name}", anchor=False)
@@ -150,7 +150,7 @@ def _transitions(view: View, hops: list[Hop]) -> None:
     _map_with_list(view, pairs, counts, hop.first, hop.second, "flow")
 
 
-@part("Co-activation", passing=(RunError,))
+@section("Co-activation", passing=(RunError,))
 def _coactivation(view: View) -> None:
     st.subheader(f"Together in layer {view.site_name}", anchor=False)
     if view.run.site_info(view.layer, view.site).top_k < 2:

@@ -17,7 +17,7 @@ from explorer.text import plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.glossary import TERMS
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
 from explorer.ui.wording import (
@@ -118,7 +118,7 @@ def _example(view: View) -> "pd.Series | None":
     return row
 
 
-@part("What is a router?")
+@section("What is a router?")
 def _router(view: View) -> None:
     info = view.run.site_info(view.layer, view.site)
     st.markdown(
@@ -178,7 +178,7 @@ def _router(view: View) -> None:
     st.page_link("explorer/pages/tokens/page.py", label="See every token of a prompt on **Tokens**")
 
 
-@part("Who gets the work?")
+@section("Who gets the work?")
 def _load(view: View) -> None:
     sampled = view.sampled()
     load = ask(sampled, expert_load, weights=False, **sampled.filters)
@@ -208,7 +208,7 @@ def _load(view: View) -> None:
     st.page_link("explorer/pages/load_balance/page.py", label="Measure it on **Load balance**")
 
 
-@part("What is an expert for?")
+@section("What is an expert for?")
 def _specialisation(view: View) -> None:
     st.markdown(
         "Nobody tells an expert what to do; in training, each becomes better at what it happens to "
@@ -262,7 +262,7 @@ def _specialisation(view: View) -> None:
     )
 
 
-@part("From layer to layer")
+@section("From layer to layer")
 def _path(view: View) -> None:
     st.markdown(
         "Every layer has a router of its own, so a token takes a **path**: some experts in the "
@@ -283,7 +283,7 @@ def _path(view: View) -> None:
     st.page_link("explorer/pages/flow/page.py", label="See the paths of all tokens on **Flow**")
 
 
-@part("Which page answers what?")
+@section("Which page answers what?")
 def _which_page(_view: View) -> None:
     st.markdown(
         "The filters at the side act on all pages: phase, domain, a text that prompts contain, a "
@@ -307,7 +307,7 @@ def _link(name: str) -> None:
         st.markdown(f"**{title}** (not on this server)")
 
 
-@part("Glossary")
+@section("Glossary")
 def _glossary() -> None:
     st.subheader("Glossary", anchor="glossary")
     terms = sorted((TERMS[name] for name in TERMS), key=lambda term: term.title.lower())

@@ -28,7 +28,7 @@ from explorer.queries.load import (
 from explorer.ui import address, problems
 from explorer.ui.address import domain_key
 from explorer.ui.chart import chart, tile
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
 from explorer.ui.wording import domain_name, number, span, undefined_load
@@ -90,7 +90,7 @@ def _layers(view: View, load: pd.DataFrame) -> None:
     _capacity(view)
 
 
-@part("Measures of balance")
+@section("Measures of balance")
 def _tiles(view: View, balance: pd.DataFrame) -> None:
     row = view.here(balance).iloc[0]
     for column, (name, label) in zip(st.columns(len(_TILES)), _TILES.items(), strict=True):
@@ -111,7 +111,7 @@ def _tiles(view: View, balance: pd.DataFrame) -> None:
         st.caption(f"MaxVio: {floor_note(worst)}.")
 
 
-@part("Load of the experts")
+@section("Load of the experts")
 def _bars(view: View, here: pd.DataFrame) -> None:
     chart(
         load_bars(here, scope=view.scope(), layer=view.site_name, dark=is_dark()),
@@ -124,7 +124,7 @@ def _bars(view: View, here: pd.DataFrame) -> None:
     )
 
 
-@part("Lorenz curve")
+@section("Lorenz curve")
 def _lorenz(view: View, here: pd.DataFrame) -> None:
     ordered = here.sort_values("assignments")[["expert_id", "assignments"]]
     chart(
@@ -142,7 +142,7 @@ def _half_share(ordered: "pd.Series[int]") -> float:
     return float(ordered.iloc[: len(ordered) // 2].sum() / max(1, ordered.sum()))
 
 
-@part("Load by domain and phase")
+@section("Load by domain and phase")
 def _by_part(view: View) -> None:
     """Draw the load of the layer in each domain and phase, where there are several."""
     place = {"layer": view.layer, "site": view.site}
@@ -174,7 +174,7 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
     )
 
 
-@part("All layers")
+@section("All layers")
 def _over_layers(view: View, balance: pd.DataFrame) -> None:
     metric = address.choose(st.segmented_control, "metric", "Measure", _TILES)
     columns = [metric, f"{metric}_floor", f"{metric}_floor_low", f"{metric}_floor_high"]
@@ -191,10 +191,10 @@ def _over_layers(view: View, balance: pd.DataFrame) -> None:
 
 
 @st.fragment
-@part("Capacity limit")
+@section("Capacity limit")
 def _capacity(view: View) -> None:
     # a part that is drawn alone is not within the page's own
-    with problems.said():
+    with problems.shown():
         _draw_capacity(view)
 
 

@@ -14,7 +14,7 @@ from explorer.pages.load_balance.serving_figures import (
 from explorer.queries.load import BatchRouting, routing
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import span
 
@@ -37,7 +37,7 @@ def serving_section(view: View, load: pd.DataFrame) -> None:
     _batches(view)
 
 
-@part("Hottest and coldest experts")
+@section("Hottest and coldest experts")
 def _hot_and_cold(load: pd.DataFrame) -> None:
     ordered = load.dropna(subset=["ratio"]).sort_values("ratio", ascending=False)
     for column, title, rows in zip(
@@ -65,7 +65,7 @@ def _hot_and_cold(load: pd.DataFrame) -> None:
             )
 
 
-@part("Load of GPUs")
+@section("Load of GPUs")
 def _gpus(view: View, load: pd.DataFrame) -> None:
     experts = view.run.site_info(view.layer, view.site).n_experts
     same = load[load["n_experts"] == experts]
@@ -149,7 +149,7 @@ def _controls(experts: int) -> tuple[int, int, int, int]:
     return gpus, nodes, groups, int(replicas)
 
 
-@part("Batches")
+@section("Batches")
 def _batches(view: View) -> None:
     if not view.run.records_ids:
         st.info(

@@ -12,7 +12,7 @@ from explorer.text import ABSENT, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, tile
 from explorer.ui.glossary import help_text
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
 from explorer.ui.wording import domain_name, number, span, undefined_load
@@ -57,7 +57,7 @@ def _introduction(view: View) -> str:
     )
 
 
-@part("Key figures")
+@section("Key figures")
 def _key_figures(view: View, load: pd.DataFrame) -> None:
     scope = view.scope()
     balance = balance_of(view, load)
@@ -113,7 +113,7 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
     )
 
 
-@part("Load of every expert")
+@section("Load of every expert")
 def _load_map(view: View, load: pd.DataFrame) -> None:
     order = address.choose(
         st.segmented_control,
@@ -133,7 +133,7 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
     )
 
 
-@part("About this run")
+@section("About this run")
 def _about(view: View) -> None:
     info, sites = view.run.info, view.run.sites
     experts = sorted({s.n_experts for s in sites})
@@ -186,7 +186,7 @@ def _range(values: list[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-@part("Prompts by domain")
+@section("Prompts by domain")
 def _domains(view: View) -> None:
     counts = ask(view, domain_counts)
     st.subheader("Prompts by domain, without filters", anchor=False)

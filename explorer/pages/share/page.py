@@ -11,7 +11,7 @@ from explorer.report import make_report
 from explorer.saved_views import SavedView
 from explorer.text import plain
 from explorer.ui import access, problems, saved
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, new_name, run_names, runs_folder
 
@@ -45,7 +45,7 @@ def render() -> None:
             _account()
 
 
-@part("Saved views")
+@section("Saved views")
 def _views() -> None:
     st.subheader("Saved views", anchor=False)
     found, damaged = saved_views.list_views(runs_folder())
@@ -142,7 +142,7 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
     )
 
 
-@part("Report")
+@section("Report")
 def _run_report(view: View) -> None:
     st.subheader("Report", anchor=False)
     st.markdown(
@@ -152,7 +152,7 @@ def _run_report(view: View) -> None:
     _report_button("Report of this run", view.name)
 
 
-@part("Counts only")
+@section("Counts only")
 def _without_text(view: View) -> None:
     st.subheader("Counts only", anchor=False)
     if view.run.counts_only:
@@ -182,7 +182,7 @@ def _export(view: View, key: str) -> None:
     st.session_state[_SAID] = f"The run {name} holds the counts of {view.name}, and no text."
 
 
-@part("Upload")
+@section("Upload")
 def _upload() -> None:
     st.subheader("A run from somebody else", anchor=False)
     given = st.file_uploader(

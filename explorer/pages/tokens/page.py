@@ -30,7 +30,7 @@ from explorer.text import plain
 from explorer.ui import address, theme
 from explorer.ui.chart import chart
 from explorer.ui.concordance import expert_tokens_section
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.theme import PinKey
@@ -227,7 +227,7 @@ def _pick_pins(view: View) -> list[Pin]:
     return [(int(a), int(b), int(c)) for a, b, c in (pin.split(".") for pin in kept)]
 
 
-@part("The prompt, token by token")
+@section("The prompt, token by token")
 def _strip(
     view: View,
     listed: pd.DataFrame,
@@ -341,7 +341,7 @@ def _hints(
     return hints
 
 
-@part("Tokens by layer")
+@section("Tokens by layer")
 def _heatmap(
     view: View,
     chosen: pd.Series,
@@ -391,7 +391,7 @@ def _go_to_cell(view: View, data: list[float]) -> None:
     address.write("token", str(token_id))
 
 
-@part("Token")
+@section("Token")
 def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> None:
     """Draw the panel of one token.
 
@@ -444,7 +444,7 @@ def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
     return parts
 
 
-@part("Scores of the experts")
+@section("Scores of the experts")
 def _scores(view: View, token_id: int, text: str | None, score_function: str) -> None:
     scores = ask(view, token_scores, token_id=token_id, layer=view.layer, site=view.site)
     if not scores["recorded"].any():

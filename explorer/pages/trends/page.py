@@ -14,9 +14,9 @@ from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
 from explorer.run import Run, open_run
 from explorer.saved_views import join
 from explorer.text import plain
-from explorer.ui import address, state
+from explorer.ui import address, problems, state
 from explorer.ui.chart import chart
-from explorer.ui.problems import part
+from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
 from explorer.ui.wording import Caption, label, labels, number
@@ -51,7 +51,7 @@ def render() -> None:
         with st.spinner("Measuring every checkpoint…"):
             table = view.of_layers(_measured(keys, view.domain, view.phase, named))
     except RunError as error:
-        st.error(plain(str(error)), icon=":material/error:")
+        problems.show(error)
         return
     without = _named(table[table["tokens"] == 0])
     if table.empty or without:
@@ -67,7 +67,7 @@ def _named(rows: pd.DataFrame) -> str:
     return ", ".join(f"{plain(name)}" for name in dict.fromkeys(rows["name"]))
 
 
-@part("Figure")
+@section("Figure")
 def _figure(view: View, table: pd.DataFrame, names: list[str]) -> None:
     quantity = address.choose(
         st.segmented_control, "trend", "Quantity", list(TRENDS), default="saturation", show=_short
@@ -159,7 +159,7 @@ def _folder_runs() -> list[tuple[str, Run]]:
         try:
             found.append((name, state.opened(name)[0]))
         except (CaptureError, ExplorerError) as error:
-            st.error(plain(str(error)), icon=":material/error:")
+            problems.show(error)
     return found
 
 
