@@ -25,10 +25,10 @@ from capture.model.sites import Site
 from capture.model.tokens import tokenize
 from capture.prompts.reading import read_prompts
 from capture.swap.measure import Latency, latency
-from explorer.comparison.live import Lab
+from explorer.comparison.live import LiveModel
 from explorer.comparison.replay import RecordedSplit, replay_router
 from explorer.comparison.router_names import RouterSpec, parse_router, split_routers
-from explorer.comparison.text_split import Split, Texts
+from explorer.comparison.text_split import FitAndReport, Texts
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, Router, RouterInputs
 from explorer.routers.native import TopKRouter
@@ -124,7 +124,7 @@ def own_top_k(sites: Sequence[Site], k: int) -> Iterator[None]:
             router.top_k = site.info.top_k
 
 
-def laboratory(name: str) -> Lab:
+def laboratory(name: str) -> LiveModel:
     """Load a model with texts to fit on and to run."""
     with loading_bars(shown=False):
         loaded = load_model(name)
@@ -138,11 +138,11 @@ def laboratory(name: str) -> Lab:
         kept = int(np.searchsorted(np.cumsum([len(one) for one in ids]), FIT_TOKENS)) + 1
         ids = ids[:kept]
         halves.append(Texts(ids, [""] * len(ids), [None] * len(ids), source))
-    return Lab(loaded, attach(loaded.model), Split(*halves))
+    return LiveModel(loaded, attach(loaded.model), FitAndReport(*halves))
 
 
 def timed(
-    lab: Lab, routers: Sequence[RouterSpec], n_tokens: int, repeats: int
+    lab: LiveModel, routers: Sequence[RouterSpec], n_tokens: int, repeats: int
 ) -> dict[str, Latency]:
     """Time every router, and the model itself with fewer experts.
 

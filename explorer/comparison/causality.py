@@ -13,14 +13,13 @@ from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
 from capture.swap.dependence import MIDDLE, ROUNDING, dependence
 from capture.swap.part_gates import gate_parts
-from capture.swap.rules import RouterInputs, Rule
+from capture.swap.rules import Place, RouterInputs, Rule
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import Spy
 from explorer.routers import Router, route_layers
 from explorer.routers.contract import dense
 from explorer.routers.live import LiveRule
 
-Key = tuple[int, int]  # layer, site
 MAX_LAYERS = 4
 PROBED = 512  # recorded tokens
 PREFIXES = 24  # of these, each of which is tried
@@ -45,7 +44,7 @@ class Badges(NamedTuple):
 class BySite:
     """One rule that asks the rule of the site in question."""
 
-    def __init__(self, rules: Mapping[Key, Rule]) -> None:
+    def __init__(self, rules: Mapping[Place, Rule]) -> None:
         self.rules = rules
 
     def route(self, inputs: RouterInputs, /) -> Any:
@@ -54,7 +53,7 @@ class BySite:
 
 
 def badges(
-    model: nn.Module, sites: Sequence[Site], fitted: Fitted, rules: Mapping[Key, Rule]
+    model: nn.Module, sites: Sequence[Site], fitted: Fitted, rules: Mapping[Place, Rule]
 ) -> Badges:
     """Change later tokens and other sequences, end texts early, and see whether decisions change.
 
@@ -124,7 +123,9 @@ class _Remembered:
         return self.rule.route(inputs)
 
 
-def recorded_badges(routers: Mapping[Key, Router], inputs: Mapping[Key, RouterInputs]) -> Badges:
+def recorded_badges(
+    routers: Mapping[Place, Router], inputs: Mapping[Place, RouterInputs]
+) -> Badges:
     """Change later tokens of recorded inputs, leave tokens out, and see whether choices change.
 
     Parameters
@@ -172,8 +173,8 @@ def recorded_badges(routers: Mapping[Key, Router], inputs: Mapping[Key, RouterIn
 
 
 def _weights(
-    routers: Mapping[Key, Router],
-    inputs: Mapping[Key, RouterInputs],
+    routers: Mapping[Place, Router],
+    inputs: Mapping[Place, RouterInputs],
     rows: torch.Tensor,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -6,12 +6,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from capture.swap.rules import Place
 from explorer.comparison.fit import Fitted
-from explorer.comparison.live import Lab, Outcome, SiteSums
+from explorer.comparison.live import LiveModel, Outcome, SiteSums
 from explorer.routers import ROUTERS, PartMask, Router, RouterInputs
 from explorer.routers.controls import MatchedRandomRouter
 
-Key = tuple[int, int]  # layer, site
 ControlKind = Literal["equal_compute", "matched_per_layer"]
 # differences below are rounding of a share over tokens
 SAME = 1e-3
@@ -39,10 +39,10 @@ def controls_of(
     label: str,
     fitted: Fitted,
     outcome: Outcome,
-    lab: Lab,
+    lab: LiveModel,
     seed: int,
     *,
-    only: Key | None = None,
+    only: Place | None = None,
 ) -> list[Control]:
     """Return the controls of a router, none where every token gets as much as in the model.
 
@@ -56,7 +56,7 @@ def controls_of(
     fitted : Fitted
     outcome : Outcome
         Its run: controls copy the compute that was measured there.
-    lab : Lab
+    lab : LiveModel
     seed : int
     only : (layer, site), optional
         The one that was swapped. Both kinds are the same there, so that one of them is enough.
@@ -84,8 +84,8 @@ _TITLES: dict[ControlKind, str] = {
 
 
 def _of_experts(
-    outcome: Outcome, native: Mapping[Key, float], seed: int
-) -> dict[ControlKind, dict[Key, Router]]:
+    outcome: Outcome, native: Mapping[Place, float], seed: int
+) -> dict[ControlKind, dict[Place, Router]]:
     """Return controls that run as many experts at the sites of ``native``.
 
     Where a rule decides how many experts a token gets, chance decides that, and takes the model's
@@ -103,7 +103,7 @@ def _of_experts(
         "choose": "random" if fixed else "best",
         "seed": seed,
     }
-    made: dict[ControlKind, dict[Key, Router]] = {
+    made: dict[ControlKind, dict[Place, Router]] = {
         "equal_compute": dict.fromkeys(native, ROUTERS["random"](**equal))
     }
     if not fixed:
@@ -116,14 +116,14 @@ def _counts(sums: SiteSums) -> torch.Tensor:
     return torch.from_numpy(sums.counts)
 
 
-def _of_parts(outcome: Outcome, seed: int) -> dict[ControlKind, dict[Key, Router]]:
+def _of_parts(outcome: Outcome, seed: int) -> dict[ControlKind, dict[Place, Router]]:
     """Use as many parts of a layer as the rule does, drawn by chance."""
     gates = outcome.gates
     share = sum(float((g > 0).float().mean()) for g in gates.values()) / max(1, len(gates))
     if not gates or share > 1 - SAME:
         return {}
     kinds: dict[ControlKind, float | None] = {"equal_compute": share, "matched_per_layer": None}
-    made: dict[ControlKind, dict[Key, Router]] = {}
+    made: dict[ControlKind, dict[Place, Router]] = {}
     for kind, keep in kinds.items():
         made[kind] = {}
         for layer, gate in gates.items():

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capture.model.flops import LayerFlops, ModelFlops
-
-Key = tuple[int, int]  # layer, site
+from capture.swap.rules import Place
 
 # sequences that are decoded side by side: weights of an expert are read once for all of them
 DECODED = 16
@@ -23,7 +22,7 @@ OPERATION = {4: (3.7 + 0.9) / 2, 2: (1.1 + 0.4) / 2}
 MEMORY = 640.0 / 4  # a byte
 
 
-class Cost(NamedTuple):
+class TokenCost(NamedTuple):
     """What one token costs.
 
     Attributes
@@ -68,16 +67,16 @@ class Usage:
     """
 
     keys: float
-    experts: Mapping[Key, float]
-    load: Mapping[Key, npt.NDArray[np.float64]]
-    rule: Mapping[Key, float] = field(default_factory=dict)
+    experts: Mapping[Place, float]
+    load: Mapping[Place, npt.NDArray[np.float64]]
+    rule: Mapping[Place, float] = field(default_factory=dict)
     beside: Mapping[int, float] = field(default_factory=dict)
     layers: Mapping[int, float] = field(default_factory=dict)
     blocks: Mapping[int, float] = field(default_factory=dict)
     heads: Mapping[int, float] = field(default_factory=dict)
 
 
-def cost_of(model: ModelFlops, used: Usage, *, itemsize: int) -> Cost:
+def cost_of(model: ModelFlops, used: Usage, *, itemsize: int) -> TokenCost:
     """Return what a token costs.
 
     Parameters
@@ -114,7 +113,7 @@ def cost_of(model: ModelFlops, used: Usage, *, itemsize: int) -> Cost:
         keys_read += meeting / 2
     moved = itemsize * (weights / DECODED + keys_read)
     energy = flops * OPERATION[4 if itemsize >= 4 else 2] + moved * MEMORY
-    return Cost(flops, experts_flops, router_flops, moved, energy)
+    return TokenCost(flops, experts_flops, router_flops, moved, energy)
 
 
 def _read(layer: LayerFlops, used: Usage) -> float:

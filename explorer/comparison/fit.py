@@ -22,6 +22,7 @@ from capture.swap.rules import (
     Decision,
     NativeRule,
     PartMask,
+    Place,
     RouterInputs,
     as_rows,
 )
@@ -30,9 +31,6 @@ from explorer.comparison.text_split import Texts
 from explorer.errors import RouterError
 from explorer.routers import PartRouter, Router, TrainedRouter, TrainingSession, fit_layers
 from explorer.routers.live import Convention, joined
-
-Key = tuple[int, int]  # layer, site
-
 
 LivePart = Literal["expert", "head", "layer", "block"]
 ATTENTION = ("attention", "received")
@@ -56,7 +54,7 @@ class _Open:
 
 def measured_parts(
     model: nn.Module, sites: Sequence[Site], texts: Texts, part: LivePart, *, attention: bool
-) -> tuple[dict[Key, RouterInputs], dict[Key, Decision]]:
+) -> tuple[dict[Place, RouterInputs], dict[Place, Decision]]:
     """Run texts with all gates open; see what gates see and how much each part adds.
 
     Returns
@@ -77,8 +75,8 @@ def measured_parts(
             texts.sequences,
             swapped=lambda: gate_parts(model, sites, rules, part=part, attention=attention),
         )
-    inputs: dict[Key, RouterInputs] = {}
-    targets: dict[Key, Decision] = {}
+    inputs: dict[Place, RouterInputs] = {}
+    targets: dict[Place, Decision] = {}
     for layer, rule in rules.items():
         # passes before the first text belong to the tests that gates make of the model
         n_passes = len(rule.seen)
@@ -186,7 +184,7 @@ class Fitted(NamedTuple):
         Of routers that learned on the model's loss.
     """
 
-    routers: dict[Key, Router]
+    routers: dict[Place, Router]
     part: LivePart
     attention: bool | Literal["before"]
     fit_tokens: int
@@ -228,10 +226,10 @@ class FitData:
         self.texts = texts
         self.skip: Literal["block", "layer"] = skip
         self.session = session
-        self.places: list[Key] = [(site.info.layer, site.info.site) for site in sites]
-        self._inputs: dict[bool, dict[Key, RouterInputs]] = {}
+        self.places: list[Place] = [(site.info.layer, site.info.site) for site in sites]
+        self._inputs: dict[bool, dict[Place, RouterInputs]] = {}
         self._parts: dict[
-            tuple[str, bool], tuple[dict[Key, RouterInputs], dict[Key, Decision]]
+            tuple[str, bool], tuple[dict[Place, RouterInputs], dict[Place, Decision]]
         ] = {}
 
     def fit(self, spec: RouterSpec, seed: int | None) -> Fitted:
@@ -257,7 +255,7 @@ class FitData:
         learns = info.fits is not None
         if learns:
             self._check_texts(spec.label)
-        routers: dict[Key, Router]
+        routers: dict[Place, Router]
         if isinstance(router, TrainedRouter):
             if self.session is None:
                 raise RouterError(f"{spec.label} learns on the model's loss; compare it live.")
@@ -279,7 +277,7 @@ class FitData:
             curves,
         )
 
-    def _behind_a_map(self, part: LivePart) -> list[Key]:
+    def _behind_a_map(self, part: LivePart) -> list[Place]:
         """Return the places with a layer before them that has a whole map of attention."""
         # a layer that some tokens skip has none, so that only every second one can be skipped
         step = 2 if part == "layer" else 1
@@ -302,24 +300,24 @@ class FitData:
 
     def _learned_from(
         self, router: Router, part: LivePart, attention: bool
-    ) -> tuple[dict[Key, RouterInputs], dict[Key, Decision] | None]:
+    ) -> tuple[dict[Place, RouterInputs], dict[Place, Decision] | None]:
         if part != "expert":
             return self.parts(part, attention)
         inputs = self.inputs(attention)
         if getattr(router, "part", None) is None:
             return inputs, None
         # an expert matters to a token as much as its score does beside the token's best
-        targets: dict[Key, Decision] = {}
+        targets: dict[Place, Decision] = {}
         for place, recorded in inputs.items():
             scores = recorded.decision().scores.clamp_min(0)
             best = scores.amax(-1, keepdim=True).clamp_min(1e-20)
             targets[place] = PartMask("expert", scores / best)
         return inputs, targets
 
-    def inputs(self, attention: bool = False) -> dict[Key, RouterInputs]:
+    def inputs(self, attention: bool = False) -> dict[Place, RouterInputs]:
         """Return what every router of the model saw and chose on the fit split."""
         if attention not in self._inputs:
-            seen: dict[Key, list[RouterInputs]] = {place: [] for place in self.places}
+            seen: dict[Place, list[RouterInputs]] = {place: [] for place in self.places}
 
             def keep(inputs: RouterInputs, _: Choice) -> None:
                 seen[inputs.layer, inputs.site].append(inputs)
@@ -335,7 +333,7 @@ class FitData:
             self._inputs[attention] = found
         return self._inputs[attention]
 
-    def conventions(self) -> dict[Key, Convention]:
+    def conventions(self) -> dict[Place, Convention]:
         """Return how the model weighs its experts."""
         return {
             place: Convention(inputs.renormalize, inputs.scaling)
@@ -344,7 +342,7 @@ class FitData:
 
     def parts(
         self, part: LivePart, attention: bool = False
-    ) -> tuple[dict[Key, RouterInputs], dict[Key, Decision]]:
+    ) -> tuple[dict[Place, RouterInputs], dict[Place, Decision]]:
         """Return what rules about parts see on the fit split, and how much each part mattered."""
         asked = (part, attention)
         if asked not in self._parts:

@@ -20,23 +20,22 @@ from capture.swap.losses import SequenceLosses
 from capture.swap.measure import Kept, Latency, latency, summed, token_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import SiteCount, swap
-from capture.swap.rules import Choice, NativeRule, RouterInputs, Rule, reads_of
-from explorer.comparison.cost import Cost, Usage, cost_of
+from capture.swap.rules import Choice, NativeRule, Place, RouterInputs, Rule, reads_of
+from explorer.comparison.cost import TokenCost, Usage, cost_of
 from explorer.comparison.fit import FitData, Fitted, LivePart
-from explorer.comparison.text_split import Split, Texts, shared_texts
+from explorer.comparison.text_split import FitAndReport, Texts, shared_texts
 from explorer.errors import ComparisonCancelled
 from explorer.metrics import agreement as agree
 from explorer.routers import Router, TrainingSession
 from explorer.routers.live import Convention, LiveRule
 from explorer.routers.native import NativeRouter
 
-Key = tuple[int, int]  # layer, site
 Floats = npt.NDArray[np.float64]
 MEASURES = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy")
 
 
 @dataclass
-class Chosen:
+class WatchedChoice:
     """What one site chose in one forward pass, heaviest expert first.
 
     Attributes
@@ -99,7 +98,7 @@ class Watcher:
     Parameters
     ----------
     n_sequences : int
-    native : mapping of (layer, site) to list of Chosen, optional
+    native : mapping of (layer, site) to list of WatchedChoice, optional
         The unchanged model's choices in the same batches, to agree with.
     keep : collection of int
         Sequences whose choices are kept; None = all.
@@ -110,7 +109,7 @@ class Watcher:
     def __init__(
         self,
         n_sequences: int,
-        native: Mapping[Key, Sequence[Chosen]] | None = None,
+        native: Mapping[Place, Sequence[WatchedChoice]] | None = None,
         *,
         keep: Sequence[int] | None = None,
         spanning: bool = False,
@@ -118,19 +117,19 @@ class Watcher:
         self.n_sequences = n_sequences
         self.native = native
         self.keep = None if keep is None else np.array(sorted(keep), dtype=np.int64)
-        self.sums: dict[Key, SiteSums] = {}
-        self.chosen: dict[Key, list[Chosen]] = {}
-        self.spies: dict[Key, Spy] = {}
-        self.between: dict[Key, dict[int, npt.NDArray[np.bool_]]] = {}
+        self.sums: dict[Place, SiteSums] = {}
+        self.chosen: dict[Place, list[WatchedChoice]] = {}
+        self.spies: dict[Place, Spy] = {}
+        self.between: dict[Place, dict[int, npt.NDArray[np.bool_]]] = {}
         self._spanning = spanning
         self._batch: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        self._passes: dict[Key, int] = {}
+        self._passes: dict[Place, int] = {}
 
     def before_batch(self, numbers: npt.NDArray[np.int64]) -> None:
         """Take note of which sequences come next."""
         self._batch = numbers
 
-    def spy(self, key: Key, rule: Rule) -> "Spy":
+    def spy(self, key: Place, rule: Rule) -> "Spy":
         """Return the rule, so that its scores can be read too."""
         self.spies[key] = Spy(rule, spanning=self._spanning)
         return self.spies[key]
@@ -149,7 +148,7 @@ class Watcher:
             self._note_between(key, found, self.spies[key].between)
         self.chosen.setdefault(key, []).append(self._kept(found))
 
-    def _note_between(self, key: Key, found: Chosen, between: Any) -> None:
+    def _note_between(self, key: Place, found: WatchedChoice, between: Any) -> None:
         """Keep the flags of each sequence, in the order of its tokens."""
         for number in np.unique(found.sequences).tolist():
             rows = np.flatnonzero(found.sequences == number)
@@ -166,7 +165,7 @@ class Watcher:
             total = sums_of.setdefault(name, np.zeros(self.n_sequences))
             total += np.bincount(sequences[known], weights, minlength=self.n_sequences)
 
-    def _add(self, sums: SiteSums, found: Chosen, native: Chosen | None) -> None:
+    def _add(self, sums: SiteSums, found: WatchedChoice, native: WatchedChoice | None) -> None:
         filled = (found.expert_ids >= 0).sum(axis=1)
         sums.tokens += np.bincount(found.sequences, minlength=self.n_sequences)
         sums.experts += np.bincount(found.sequences, filled, minlength=self.n_sequences)
@@ -190,11 +189,11 @@ class Watcher:
         for name, one in values.items():
             self._sum(sums, name, found.sequences, one)
 
-    def _kept(self, found: Chosen) -> Chosen:
+    def _kept(self, found: WatchedChoice) -> WatchedChoice:
         if self.keep is None:
             return found
         rows = np.isin(found.sequences, self.keep)
-        return Chosen(
+        return WatchedChoice(
             found.expert_ids[rows],
             found.weights[rows],
             found.sequences[rows],
@@ -261,12 +260,14 @@ def entropy_of_shares(shares: torch.Tensor) -> torch.Tensor:
     return entropy
 
 
-def _sorted(choice: Choice, sequences: npt.NDArray[np.int64], inputs: RouterInputs) -> Chosen:
+def _sorted(
+    choice: Choice, sequences: npt.NDArray[np.int64], inputs: RouterInputs
+) -> WatchedChoice:
     """Return a choice heaviest expert first, empty slots last."""
     ids = choice.expert_ids
     weights = choice.weights.detach().float()
     order = weights.masked_fill(ids < 0, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return Chosen(
+    return WatchedChoice(
         ids.gather(-1, order).to(torch.int16).cpu().numpy(),
         weights.gather(-1, order).cpu().numpy(),
         sequences,
@@ -287,7 +288,7 @@ class Outcome:
         Of each text's tokens from the second on.
     sums : dict of (layer, site) to SiteSums
         Of the sites that were swapped; empty where parts were gated.
-    chosen : dict of (layer, site) to list of Chosen
+    chosen : dict of (layer, site) to list of WatchedChoice
         What the swapped sites chose for the shared texts, for all texts in the native run.
     load : dict of (layer, site) to array [E]
         Assignments of real tokens, at all sites.
@@ -306,16 +307,16 @@ class Outcome:
     """
 
     losses: list[npt.NDArray[np.float32]]
-    sums: dict[Key, SiteSums]
-    chosen: dict[Key, list[Chosen]]
-    load: dict[Key, npt.NDArray[np.int64]]
-    reached: dict[Key, int]
-    experts: dict[Key, float]
-    distinct: dict[Key, float]
+    sums: dict[Place, SiteSums]
+    chosen: dict[Place, list[WatchedChoice]]
+    load: dict[Place, npt.NDArray[np.int64]]
+    reached: dict[Place, int]
+    experts: dict[Place, float]
+    distinct: dict[Place, float]
     shares: dict[int, float]
     gates: dict[int, torch.Tensor]
     seconds: float
-    between: dict[Key, list[npt.NDArray[np.bool_]]] = field(default_factory=dict)
+    between: dict[Place, list[npt.NDArray[np.bool_]]] = field(default_factory=dict)
 
     @cached_property
     def per_sequence(self) -> SequenceLosses:
@@ -323,7 +324,7 @@ class Outcome:
         return summed(self.losses)
 
 
-class Lab:
+class LiveModel:
     """A model with its texts, its routers' fits, and the unchanged model's own run.
 
     Parameters
@@ -331,7 +332,7 @@ class Lab:
     loaded : LoadedModel
     sites : sequence of Site
         All MoE sites of the model.
-    split : Split
+    split : FitAndReport
     skip : {"block", "layer"}
         What a rule about layers skips.
     seed : int
@@ -343,7 +344,7 @@ class Lab:
         self,
         loaded: LoadedModel,
         sites: Sequence[Site],
-        split: Split,
+        split: FitAndReport,
         *,
         skip: Any = "block",
         seed: int = 0,
@@ -373,7 +374,7 @@ class Lab:
         """The unchanged model, through the same swap, so that losses differ by rules only."""
         return self._run(dict.fromkeys(self.data.places, NativeRule()), None, None, everything=True)
 
-    def run(self, fitted: Fitted, *, only: Sequence[Key] | None = None) -> Outcome:
+    def run(self, fitted: Fitted, *, only: Sequence[Place] | None = None) -> Outcome:
         """Run the model with a router in place, everywhere or at ``only`` some sites."""
         if fitted.part == "expert":
             across = fitted.router.info.across_layers and only is not None
@@ -382,21 +383,21 @@ class Lab:
         return self._gated(fitted, None if only is None else [layer for layer, _ in only])
 
     def losses(
-        self, rules: Mapping[Key, Rule], *, only: Sequence[Key]
+        self, rules: Mapping[Place, Rule], *, only: Sequence[Place]
     ) -> list[npt.NDArray[np.float32]]:
         """Run the model with rules at some sites and return the loss of every scored token."""
         kept = Kept(lambda: swap(self.model, self.sites, rules, only=only))
         return self._losses(kept, lambda numbers: None)
 
     @cached_property
-    def conventions(self) -> dict[Key, Convention]:
+    def conventions(self) -> dict[Place, Convention]:
         """How the model weighs its experts at each site, seen on a few texts."""
         texts = self.data.texts if self.data.texts.sequences else self.report
         return FitData(
             self.model, self.sites, texts.take(range(len(texts.sequences))[:8])
         ).conventions()
 
-    def rules(self, fitted: Fitted) -> dict[Key, Rule]:
+    def rules(self, fitted: Fitted) -> dict[Place, Rule]:
         """Return a router's rules for all sites."""
         return {
             place: NativeRule()
@@ -407,9 +408,9 @@ class Lab:
 
     def _run(
         self,
-        rules: Mapping[Key, Rule],
-        only: Sequence[Key] | None,
-        watch: Mapping[Key, Rule] | None,
+        rules: Mapping[Place, Rule],
+        only: Sequence[Place] | None,
+        watch: Mapping[Place, Rule] | None,
         *,
         everything: bool = False,
         attention: bool = False,
@@ -490,8 +491,8 @@ class Lab:
         )
 
     def cost(
-        self, outcome: Outcome, fitted: Fitted | None, only: Sequence[Key] | None = None
-    ) -> Cost:
+        self, outcome: Outcome, fitted: Fitted | None, only: Sequence[Place] | None = None
+    ) -> TokenCost:
         """Return what a token cost in a run; ``fitted`` None = in the unchanged model."""
         tokens = self.report.n_tokens
         usage: dict[str, Any] = {}
@@ -514,7 +515,7 @@ class Lab:
         itemsize = next(iter(self.model.parameters())).element_size()
         return cost_of(self.flops, used, itemsize=itemsize)
 
-    def _operations(self, router: Router, place: Key) -> float:
+    def _operations(self, router: Router, place: Place) -> float:
         """Return the operations of deciding for one token at one place."""
         infos = {(s.info.layer, s.info.site): s for s in self.sites}
         info = infos[place].info if place in infos else self.sites[0].info
@@ -532,7 +533,7 @@ class Lab:
         ids = ids[: len(ids) // rows * rows].reshape(rows, -1).astype(np.int64)
         return torch.from_numpy(ids).to(inputs.input_device(self.model))
 
-    def _context(self, fitted: Fitted, only: Sequence[Key] | None) -> AbstractContextManager[Any]:
+    def _context(self, fitted: Fitted, only: Sequence[Place] | None) -> AbstractContextManager[Any]:
         if fitted.part == "expert":
             rules = self.rules(fitted)
             across = fitted.router.info.across_layers and only is not None
@@ -544,7 +545,7 @@ class Lab:
     def time(
         self,
         fitted: Fitted,
-        only: Sequence[Key] | None = None,
+        only: Sequence[Place] | None = None,
         *,
         ids: torch.Tensor | None = None,
         **how: Any,
@@ -558,7 +559,7 @@ class Lab:
         """Operations that torch runs in the unchanged model, on the timed batch."""
         return self._count(nullcontext())
 
-    def count(self, fitted: Fitted, only: Sequence[Key] | None = None) -> float:
+    def count(self, fitted: Fitted, only: Sequence[Place] | None = None) -> float:
         """Return the ratio of operations that torch really runs, with a router and without."""
         return self._count(self._context(fitted, only)) / self.native_count
 
@@ -574,7 +575,7 @@ class Lab:
         return counted.total
 
 
-def _executed(counts: Mapping[Key, SiteCount], tokens: int, passes: int) -> dict[str, Any]:
+def _executed(counts: Mapping[Place, SiteCount], tokens: int, passes: int) -> dict[str, Any]:
     """Return what of an outcome is counted where experts run; ``tokens`` and ``passes`` of all."""
     computing = {key: int(c.load[: c.computing].sum()) for key, c in counts.items()}
     return {

@@ -8,9 +8,10 @@ import numpy.typing as npt
 
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import Latency
+from capture.swap.rules import Place
 from explorer.comparison.causality import Badges
 from explorer.comparison.fit import Fitted
-from explorer.comparison.live import Chosen, Lab, Outcome, mean_of_known
+from explorer.comparison.live import LiveModel, Outcome, WatchedChoice, mean_of_known
 from explorer.comparison.results_file import Rows
 from explorer.comparison.text_split import SHARED_TOKENS
 from explorer.metrics.load import (
@@ -23,7 +24,6 @@ from explorer.metrics.load import (
 )
 from explorer.routers import Router, RouterInfo
 
-Key = tuple[int, int]  # layer, site
 GATE_BINS = 20
 _MEANS = (
     *("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy"),
@@ -31,7 +31,7 @@ _MEANS = (
 )
 
 
-class Subject(NamedTuple):
+class RowSubject(NamedTuple):
     """Whose rows they are.
 
     Attributes
@@ -87,8 +87,8 @@ def card(label: str, router: Router, *, control: str | None = None, of: str | No
 
 def live_rows(
     rows: Rows,
-    lab: Lab,
-    subject: Subject,
+    lab: LiveModel,
+    subject: RowSubject,
     outcome: Outcome,
     *,
     timed: Latency | None = None,
@@ -110,10 +110,10 @@ def live_rows(
 
 def layer_rows(
     rows: Rows,
-    lab: Lab,
-    subject: Subject,
+    lab: LiveModel,
+    subject: RowSubject,
     outcome: Outcome,
-    key: Key,
+    key: Place,
     *,
     timed: Latency | None = None,
     counted: float | None = None,
@@ -141,7 +141,7 @@ def _measured(timed: Latency | None, counted: float | None) -> dict[str, Any]:
 
 
 def _row(
-    lab: Lab, subject: Subject, outcome: Outcome, mode: str, key: Key | None
+    lab: LiveModel, subject: RowSubject, outcome: Outcome, mode: str, key: Place | None
 ) -> dict[str, Any]:
     fitted = subject.fitted
     pair = lab.native.per_sequence, outcome.per_sequence
@@ -191,7 +191,7 @@ def _row(
     }
 
 
-def _layer_row(whole: dict[str, Any], key: Key, outcome: Outcome) -> dict[str, Any]:
+def _layer_row(whole: dict[str, Any], key: Place, outcome: Outcome) -> dict[str, Any]:
     """Return the row of one layer in a run with all layers swapped; its loss is not its own."""
     same = ("router", "seed", "mode", "family", "condition", "control", "control_of", "part")
     flags = ("causal", "batch_dependent", "simulated", "fit_tokens", "tokens", "sequences")
@@ -200,7 +200,7 @@ def _layer_row(whole: dict[str, Any], key: Key, outcome: Outcome) -> dict[str, A
     return {**shared, "layer": key[0], "site": key[1], **share, **_site(outcome, key)}
 
 
-def _site(outcome: Outcome, key: Key) -> dict[str, Any]:
+def _site(outcome: Outcome, key: Place) -> dict[str, Any]:
     """Return balance at one site, and agreement where its choices were another rule's."""
     load, tokens = outcome.load[key], outcome.reached[key]
     floor = sampling_floor(
@@ -225,7 +225,7 @@ def _site(outcome: Outcome, key: Key) -> dict[str, Any]:
     }
 
 
-def _domains(lab: Lab, subject: Subject, outcome: Outcome) -> list[dict[str, Any]]:
+def _domains(lab: LiveModel, subject: RowSubject, outcome: Outcome) -> list[dict[str, Any]]:
     domains = np.array(lab.report.domains)
     native, found = lab.native.per_sequence, outcome.per_sequence
     rows = []
@@ -255,7 +255,7 @@ def _domains(lab: Lab, subject: Subject, outcome: Outcome) -> list[dict[str, Any
 
 
 def _sequences(
-    lab: Lab, subject: Subject, outcome: Outcome, mode: str, layer: int | None
+    lab: LiveModel, subject: RowSubject, outcome: Outcome, mode: str, layer: int | None
 ) -> list[dict[str, Any]]:
     native, found = lab.native.per_sequence, outcome.per_sequence
     return [
@@ -273,7 +273,7 @@ def _sequences(
     ]
 
 
-def _gate_values(subject: Subject, outcome: Outcome) -> list[dict[str, Any]]:
+def _gate_values(subject: RowSubject, outcome: Outcome) -> list[dict[str, Any]]:
     """Count the gates of each layer by their value, in bins of which the last holds 1."""
     rows = []
     for layer, gates in sorted(outcome.gates.items()):
@@ -287,7 +287,9 @@ def _gate_values(subject: Subject, outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def _spanning(lab: Lab, subject: Subject, outcome: Outcome, key: Key) -> list[dict[str, Any]]:
+def _spanning(
+    lab: LiveModel, subject: RowSubject, outcome: Outcome, key: Place
+) -> list[dict[str, Any]]:
     """Return the loss of the tokens that lie between clusters, and of the others."""
     rows = []
     for between in (True, False):
@@ -324,7 +326,7 @@ def _some(
     )
 
 
-def text_rows(lab: Lab) -> list[dict[str, Any]]:
+def text_rows(lab: LiveModel) -> list[dict[str, Any]]:
     """Return the tokens of the shared texts."""
     rows = []
     for text_id, number in enumerate(lab.shared):
@@ -343,7 +345,7 @@ def text_rows(lab: Lab) -> list[dict[str, Any]]:
     return rows
 
 
-def choices(lab: Lab, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+def choices(lab: LiveModel, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
     """Return what every site chose for the tokens of the shared texts."""
     text_of = {number: text_id for text_id, number in enumerate(lab.shared)}
     rows = []
@@ -355,7 +357,7 @@ def choices(lab: Lab, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, 
     return rows
 
 
-def _tokens(found: Chosen, text_of: dict[int, int]) -> list[dict[str, Any]]:
+def _tokens(found: WatchedChoice, text_of: dict[int, int]) -> list[dict[str, Any]]:
     wanted = np.isin(found.sequences, list(text_of)) & (found.positions < SHARED_TOKENS)
     rows = []
     for at in np.flatnonzero(wanted).tolist():
@@ -371,7 +373,7 @@ def _tokens(found: Chosen, text_of: dict[int, int]) -> list[dict[str, Any]]:
     return rows
 
 
-def token_losses(lab: Lab, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+def token_losses(lab: LiveModel, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
     """Return the loss of every token of the shared texts from the second on."""
     return [
         {**unit, "text_id": text_id, "position": position, "loss": loss}

@@ -19,7 +19,7 @@ import torch
 from capture.model.sites import text_config
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import summed
-from explorer.comparison.live import Lab
+from explorer.comparison.live import LiveModel
 from explorer.errors import ComparisonError
 from explorer.routers import RouterInfo, RouterInputs, Routing, RoutingRouter
 from explorer.routers.live import LiveRule
@@ -65,13 +65,13 @@ class OneSet(RoutingRouter):
 
 
 def last_layer_oracle(
-    lab: Lab, *, seed: int = 0, told: Told = lambda done, total: None
+    lab: LiveModel, *, seed: int = 0, told: Told = lambda done, total: None
 ) -> list[dict[str, Any]]:
     """Try sets of experts in the last layer, all other layers as they are.
 
     Parameters
     ----------
-    lab : Lab
+    lab : LiveModel
     seed : int
         Draws sets where there are more than ``MOST_SETS``.
     told : callable
@@ -116,7 +116,7 @@ def last_layer_oracle(
     ]
 
 
-def _last(lab: Lab) -> tuple[tuple[int, int], int, int]:
+def _last(lab: LiveModel) -> tuple[tuple[int, int], int, int]:
     """Return the last router's place, experts and top k."""
     info = max((site.info for site in lab.sites), key=lambda each: (each.layer, each.site))
     config: Any = text_config(lab.model)
@@ -162,7 +162,7 @@ def least_of(n: int, total: int) -> npt.NDArray[np.float64]:
     return np.array([comb(total - 1 - i, n - 1) / comb(total, n) for i in range(total)])
 
 
-def _by_sequence(lab: Lab, losses: npt.NDArray[Any]) -> SequenceLosses:
+def _by_sequence(lab: LiveModel, losses: npt.NDArray[Any]) -> SequenceLosses:
     ends = np.cumsum([len(each) for each in lab.native.losses])[:-1]
     return summed(np.split(losses, ends))
 

@@ -38,7 +38,7 @@ from explorer.routers import (
     fit_layers,
     route_layers,
 )
-from explorer.routers.clustering import TableRouter
+from explorer.routers.clustering import ClusterTableRouter
 from explorer.routers.recorded import fit_split, recorded_inputs
 from explorer.run import Run
 
@@ -184,7 +184,7 @@ def replay_router(label: str, router: Router, split: RecordedSplit) -> Replayed:
     for at, inputs in split.held_out.items():
         row = site_row(label, router, inputs, decisions[at]) | worn._asdict()
         found = fitted[at]
-        if isinstance(found, TableRouter):
+        if isinstance(found, ClusterTableRouter):
             row["spanning_rate"] = found.spanning_rate(inputs)
         own.append(row)
     return Replayed([*own, over_layers(own)], domain_rows(label, split, decisions), decisions)

@@ -15,12 +15,13 @@ from capture.errors import CaptureError, quoted
 from capture.model.load import DEMO
 from capture.paths import model_name
 from capture.progress import Reporter
+from capture.swap.rules import Place
 from explorer.comparison.causality import Badges, badges
 from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import Fitted
-from explorer.comparison.live import Key, Lab, Outcome
+from explorer.comparison.live import LiveModel, Outcome
 from explorer.comparison.live_results import (
-    Subject,
+    RowSubject,
     card,
     choices,
     layer_rows,
@@ -259,7 +260,7 @@ class Session:
         if self.path.is_file():
             with open_comparison(self.path) as known:
                 self.rows = known.records()
-        self._lab: Lab | None = None
+        self._lab: LiveModel | None = None
         self._fitted: tuple[RouterSpec, int | None, Fitted] | None = None
         self._worn: tuple[RouterSpec, int | None, Badges] | None = None
 
@@ -343,7 +344,7 @@ class Session:
         fitted = self._fit(unit.spec, unit.seed)
         found["routers"].append(card(unit.spec.label, fitted.router))
         worn = self._badges(fitted, unit)
-        subject = Subject(unit.spec.label, unit.seed, fitted, worn)
+        subject = RowSubject(unit.spec.label, unit.seed, fitted, worn)
         if unit.mode == "live":
             self._live(subject, lab, found)
         else:
@@ -372,7 +373,7 @@ class Session:
             self.rows["choices"] += choice_rows({**NATIVE, "mode": "replay"}, split, own, text_ids)
         return split, text_ids
 
-    def _live(self, subject: Subject, lab: Lab, found: Rows) -> None:
+    def _live(self, subject: RowSubject, lab: LiveModel, found: Rows) -> None:
         fitted = subject.fitted
         outcome = lab.run(fitted)
         timed = lab.time(fitted) if self.timed else None
@@ -381,7 +382,7 @@ class Session:
         for beside in self._controls(subject, lab, outcome, found):
             live_rows(found, lab, beside, lab.run(beside.fitted))
 
-    def _live_layer(self, subject: Subject, lab: Lab, found: Rows, key: Key) -> None:
+    def _live_layer(self, subject: RowSubject, lab: LiveModel, found: Rows, key: Place) -> None:
         fitted, only = subject.fitted, [key]
         outcome = lab.run(fitted, only=only)
         timed = lab.time(fitted, only) if self.timed else None
@@ -391,8 +392,14 @@ class Session:
             layer_rows(found, lab, beside, lab.run(beside.fitted, only=only), key)
 
     def _controls(
-        self, subject: Subject, lab: Lab, outcome: Outcome, found: Rows, *, only: Key | None = None
-    ) -> list[Subject]:
+        self,
+        subject: RowSubject,
+        lab: LiveModel,
+        outcome: Outcome,
+        found: Rows,
+        *,
+        only: Place | None = None,
+    ) -> list[RowSubject]:
         """Return the random controls of a router's run, whose cards are added."""
         if not self.controls:
             return []
@@ -403,7 +410,7 @@ class Session:
             cards[one.label] = card(one.label, one.fitted.router, control=one.kind, of=label)
         found["routers"] = list(cards.values())
         return [
-            Subject(one.label, seed, one.fitted, Badges(True, False), one.kind, label)
+            RowSubject(one.label, seed, one.fitted, Badges(True, False), one.kind, label)
             for one in beside
         ]
 
@@ -422,7 +429,7 @@ class Session:
         return self._fitted[2]
 
     @property
-    def lab(self) -> Lab:
+    def lab(self) -> LiveModel:
         """The loaded model, with the unchanged model's own run."""
         if self._lab is None:
             from capture.model.load import load_model, loading_bars
@@ -441,7 +448,7 @@ class Session:
                 validation=self.settings.validation,
             )
             self.reporter.enter("loading", "measuring the unchanged model")
-            self._lab = Lab(
+            self._lab = LiveModel(
                 loaded,
                 sites,
                 split,
@@ -457,7 +464,7 @@ class Session:
         local = not isinstance(self.model, str) or self.model == "demo"
         return None if local else self.run.info["revision"]
 
-    def _describe(self, lab: Lab) -> None:
+    def _describe(self, lab: LiveModel) -> None:
         """Keep what the comparison says of model and texts, and the unchanged model's choices."""
         info, fit = lab.sites[0].info, lab.data.texts
         whole = lab.cost(lab.native, None)

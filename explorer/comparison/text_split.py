@@ -59,7 +59,7 @@ class Texts(NamedTuple):
         )
 
 
-class Split(NamedTuple):
+class FitAndReport(NamedTuple):
     """Texts to fit on and texts to report on."""
 
     fit: Texts
@@ -130,7 +130,7 @@ def split_texts(
     tokens: int,
     seed: int = 0,
     validation: bool = False,
-) -> Split:
+) -> FitAndReport:
     """Choose the texts of a live comparison.
 
     The demo model comes with texts that it was never trained on: routers are fitted on
@@ -172,7 +172,7 @@ def split_texts(
                 f"{run.path.name} has too few texts to choose settings on texts that are not "
                 "reported. Record more prompts, or name one setting."
             )
-    return Split(fit, _sampled(report, tokens, seed + 1))
+    return FitAndReport(fit, _sampled(report, tokens, seed + 1))
 
 
 def _texts_of(name: str) -> set[str | None]:
@@ -217,7 +217,7 @@ def _of_run(run: Run) -> Texts:
 
 def _divided(
     texts: Texts, seed: int, *, share: float = 0.5, parts: tuple[str, str] = ("half", "half")
-) -> Split:
+) -> FitAndReport:
     """Divide texts in two, ``share`` of them for fitting; copies of one text stay together."""
     from explorer.routers.recorded import fit_split
 
@@ -229,7 +229,7 @@ def _divided(
     except RouterError:
         chosen = np.zeros(len(groups), dtype=np.bool_)
     halves = [np.flatnonzero(half).tolist() for half in (chosen, ~chosen)]
-    return Split(
+    return FitAndReport(
         texts.take(halves[0], f"{parts[0]} of the {texts.source}"),
         texts.take(halves[1], f"{parts[1]} of the {texts.source}" if halves[0] else texts.source),
     )

@@ -82,7 +82,7 @@ MIN_PROMPTS = 5
 _LOW, _HIGH = 5.0, 95.0  # percentiles
 
 
-class PairTotals(NamedTuple):
+class AttendedPairs(NamedTuple):
     """Sums over the pairs of one prompt, for each head.
 
     Attributes
@@ -200,7 +200,7 @@ def pair_totals(
     head: npt.ArrayLike,
     *,
     n_heads: int,
-) -> PairTotals:
+) -> AttendedPairs:
     """Add up the pairs of one prompt.
 
     Parameters
@@ -237,7 +237,7 @@ def pair_totals(
     def sums(values: Floats) -> Floats:
         return np.bincount(heads, weights=values, minlength=n_heads).astype(np.float64)
 
-    return PairTotals(
+    return AttendedPairs(
         sums(np.ones(len(heads))),
         sums(weights),
         sums(weights * together),
@@ -247,7 +247,7 @@ def pair_totals(
 
 
 def together(
-    prompts: Sequence[PairTotals], *, n_draws: int = 1000, seed: int = 0
+    prompts: Sequence[AttendedPairs], *, n_draws: int = 1000, seed: int = 0
 ) -> list[Together]:
     """Answer the question of this module for each head.
 
@@ -255,7 +255,7 @@ def together(
 
     Parameters
     ----------
-    prompts : sequence of PairTotals
+    prompts : sequence of AttendedPairs
         One per prompt.
     n_draws, seed : int
 

@@ -30,7 +30,7 @@ from explorer.routers.selectors import Selector, TopK
 MAX_POINTS = 20_000
 
 
-class TableRouter(RoutingRouter):
+class ClusterTableRouter(RoutingRouter):
     """A router that mixes one row of expert scores per cluster, by the token's shares in them."""
 
     level: Level = "token"
@@ -89,7 +89,7 @@ class TableRouter(RoutingRouter):
 
 @ROUTERS.add("kmeans")
 @dataclass(kw_only=True, eq=False)
-class KMeansRouter(TableRouter):
+class KMeansRouter(ClusterTableRouter):
     """Send a token to the experts that its K-means cluster scored highest on average.
 
     Parameters
@@ -172,7 +172,7 @@ class PromptKMeansRouter(SoftKMeansRouter):
 
 @ROUTERS.add("gmm")
 @dataclass(kw_only=True, eq=False)
-class MixtureRouter(TableRouter):
+class MixtureRouter(ClusterTableRouter):
     """Mix the experts of a Gaussian mixture's components, by their posterior.
 
     Parameters
@@ -222,7 +222,7 @@ class MixtureRouter(TableRouter):
 
 @ROUTERS.add("cluster_shortlist")
 @dataclass(kw_only=True, eq=False)
-class ShortlistRouter(TableRouter):
+class ShortlistRouter(ClusterTableRouter):
     """Let the model's own gate choose, but only among the experts of the token's cluster.
 
     Parameters

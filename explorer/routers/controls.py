@@ -13,7 +13,7 @@ from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS, PartRouter, RoutingRouter
 from explorer.routers.heads_and_layers import check_keep
-from explorer.routers.learning.exploration import Passes
+from explorer.routers.learning.exploration import TextPasses
 from explorer.routers.learning.training import CURVE_POINTS, TrainedRouter, TrainingSession
 from explorer.routers.native import GateRouter, choose, host_best
 from explorer.routers.scores import slots, student_scores, target_importance, target_scores, weigh
@@ -325,13 +325,13 @@ class StaticLayersRouter(PartRouter, TrainedRouter):
     def _train(self, session: TrainingSession) -> None:
         layers = sorted(part_modules(session.model, session.sites, "block"))
         n_dropped = len(layers) - ceil(self.keep * len(layers) - _WHOLE)
-        drawn = Passes(session, n_tokens=TOKENS)
+        drawn = TextPasses(session, n_tokens=TOKENS)
         texts = [drawn.ids[number] for batch in drawn.batches for number in batch]
         tried: list[float] = []
 
         def loss(members: tuple[int, ...]) -> float:
             session.report(min(0.99, len(tried) / MOST_SUBSETS), "trying subsets of blocks")
-            rule = _Closed(frozenset(layers[at] for at in members))
+            rule = ClosedBlocks(frozenset(layers[at] for at in members))
             losses = token_losses(
                 session.model,
                 texts,
@@ -367,7 +367,7 @@ class StaticLayersRouter(PartRouter, TrainedRouter):
         return 0.0
 
 
-class _Closed:
+class ClosedBlocks:
     """The rule that closes some layers' blocks."""
 
     def __init__(self, layers: frozenset[int]) -> None:

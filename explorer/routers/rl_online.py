@@ -16,10 +16,10 @@ import torch
 from capture.swap.rules import Place
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS
-from explorer.routers.learning.exploration import Acting, Passes
+from explorer.routers.learning.exploration import Acting, TextPasses
 from explorer.routers.learning.objectives import (
+    EpisodeStep,
     LayerQ,
-    Step,
     is_point,
     log_policy,
     policy_entropy,
@@ -60,7 +60,7 @@ class _OnlineRouter(ActionRouter):
             return drawn.squeeze(-1).to(states.device)
 
         rule = Acting(self.actions_, pick)
-        runs = Passes(session, n_tokens=None, batch_tokens=self.batch_tokens)
+        runs = TextPasses(session, n_tokens=None, batch_tokens=self.batch_tokens)
         order = np.random.default_rng(self.seed).permutation(len(runs.batches))
         with runs.open(rule):
             for step in range(self.steps):
@@ -90,7 +90,11 @@ class _OnlineRouter(ActionRouter):
         self._end()
 
     def _start(
-        self, session: TrainingSession, rule: Acting, runs: Passes, numbers: npt.NDArray[np.int64]
+        self,
+        session: TrainingSession,
+        rule: Acting,
+        runs: TextPasses,
+        numbers: npt.NDArray[np.int64],
     ) -> None:
         """Make the networks; states are standardised by those of a first batch."""
         if not rule.seen:
@@ -207,7 +211,7 @@ class MultiStepQRouter(_OnlineRouter):
     def _begin(self) -> None:
         ordered = [self.networks_[place] for place in sorted(self.networks_)]
         self._learner = LayerQ(ordered, learning_rate=LEARNING_RATE)
-        self._memory: deque[list[Step]] = deque(maxlen=KEPT_BATCHES)
+        self._memory: deque[list[EpisodeStep]] = deque(maxlen=KEPT_BATCHES)
         self._sampler = torch.Generator().manual_seed(self.seed + 1)
         self._epsilon = FIRST_EPSILON
 
@@ -232,7 +236,7 @@ class MultiStepQRouter(_OnlineRouter):
             reward = -costs[place]
             if place == places[-1]:
                 reward = reward - change.to(reward.device)
-            episode.append(Step(self._seen(states), allowed, taken, reward))
+            episode.append(EpisodeStep(self._seen(states), allowed, taken, reward))
         self._memory.append(episode)
         for _ in range(UPDATES):
             at = int(torch.randint(len(self._memory), (1,), generator=self._sampler))
@@ -247,6 +251,8 @@ class MultiStepQRouter(_OnlineRouter):
         del self._learner, self._memory, self._sampler, self._epsilon
 
 
-def _some(step: Step, rows: torch.Tensor) -> Step:
+def _some(step: EpisodeStep, rows: torch.Tensor) -> EpisodeStep:
     rows = rows.to(step.states.device)
-    return Step(step.states[rows], step.allowed[rows], step.actions[rows], step.rewards[rows])
+    return EpisodeStep(
+        step.states[rows], step.allowed[rows], step.actions[rows], step.rewards[rows]
+    )

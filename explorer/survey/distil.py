@@ -31,11 +31,12 @@ from capture.model.sites import layer_of, text_config
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import BATCH_TOKENS, Kept, sequence_losses
 from capture.swap.routers import site_key
+from capture.swap.rules import Place
 from explorer.comparison.compare import demo_run
 from explorer.comparison.conditions.calibration import collect
 from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.comparison.conditions.expert_pruning import CALIBRATION_TOKENS, load_of
-from explorer.comparison.conditions.routing_changes import Floats, Ids, Key, Trace, traced
+from explorer.comparison.conditions.routing_changes import Floats, Ids, Trace, traced
 from explorer.comparison.text_split import split_texts
 from explorer.errors import ConditionError, ExplorerError
 from explorer.run import open_run
@@ -315,7 +316,7 @@ COLUMNS = (
 )
 
 
-class Routed(NamedTuple):
+class RoutedTexts(NamedTuple):
     """What one model did with texts.
 
     Attributes
@@ -329,11 +330,11 @@ class Routed(NamedTuple):
     trace: Trace
 
 
-def routed(subject: Subject, texts: Sequence[npt.ArrayLike]) -> Routed:
+def routed(subject: Subject, texts: Sequence[npt.ArrayLike]) -> RoutedTexts:
     """Run texts and record the routing."""
     kept = Kept(lambda: traced(subject))
     losses = sequence_losses(subject.model, texts, swapped=kept)
-    return Routed(losses, kept.values[-1])
+    return RoutedTexts(losses, kept.values[-1])
 
 
 def text_of_tokens(texts: Sequence[npt.ArrayLike]) -> Ids:
@@ -438,7 +439,7 @@ def correlation(first: Floats, second: Floats) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def relative_entropy(subject: Subject, trace: Trace, key: Key) -> float:
+def relative_entropy(subject: Subject, trace: Trace, key: Place) -> float:
     """Return the mean gate entropy of a router as a share of ``ln E``, NaN where not known."""
     entropies = trace.entropies(key)
     if entropies is None:

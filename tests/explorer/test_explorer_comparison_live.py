@@ -17,11 +17,11 @@ from explorer.comparison.causality import Badges, badges
 from explorer.comparison.compare import pick
 from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import FitData, Fitted
-from explorer.comparison.live import Lab
-from explorer.comparison.live_results import Subject, live_rows
+from explorer.comparison.live import LiveModel
+from explorer.comparison.live_results import RowSubject, live_rows
 from explorer.comparison.results_file import empty_rows
 from explorer.comparison.router_names import parse_router
-from explorer.comparison.text_split import Split, Texts, split_texts
+from explorer.comparison.text_split import FitAndReport, Texts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, RouterError
 from explorer.metrics.load import max_violation
 from explorer.routers import PartMask, RouterInfo
@@ -69,7 +69,7 @@ def lab(model):
     """Two texts of one length, so that what is timed is what is reported."""
     ids = np.random.default_rng(1).integers(3, 60, (4, 16)).astype(np.int32)
     texts = [Texts([*part], ["", ""], [None, None], "given") for part in (ids[:2], ids[2:4])]
-    return Lab(load_model(model), attach(model), Split(*texts))
+    return LiveModel(load_model(model), attach(model), FitAndReport(*texts))
 
 
 def test_the_model_itself_changes_nothing(comparison, run_path):
@@ -313,7 +313,7 @@ def test_balance_behind_gates_is_counted(lab, model, part, reached):
     handle.remove()
     expected = told[-1].flatten().bincount(minlength=lab.sites[1].info.n_experts)
     assert outcome.reached == dict.fromkeys(lab.native.load, reached)
-    live_rows(rows, lab, Subject("half", None, fitted, Badges(True, False)), outcome)
+    live_rows(rows, lab, RowSubject("half", None, fitted, Badges(True, False)), outcome)
     row = next(row for row in rows["results"] if row["layer"] == 1)
     assert row["max_violation"] == max_violation(outcome.load[1, 0])
     assert outcome.load[1, 0].tolist() == expected.tolist()
@@ -453,7 +453,7 @@ def test_what_one_router_cannot_do_does_not_stop_the_others(run_path, model, tmp
 
 def test_without_texts_to_fit_on_a_router_says_so(model):
     texts = Texts([np.arange(3, 20, dtype=np.int32)], [""], [None], "one prompt")
-    lab = Lab(load_model(model), attach(model), Split(texts.take([]), texts))
+    lab = LiveModel(load_model(model), attach(model), FitAndReport(texts.take([]), texts))
     assert lab.run(lab.data.fit(parse_router("top_k(k=1)"), None)).experts == dict.fromkeys(
         lab.data.places, 1.0
     )
@@ -475,8 +475,8 @@ def test_a_router_that_learns_on_the_loss_brings_its_curve(run_path, model, tmp_
 
 
 def test_gates_that_learned_to_close_blocks_close_blocks(model, lab):
-    split = Split(lab.data.texts, lab.report)
-    whole_layers = Lab(load_model(model), lab.sites, split, skip="layer")
+    split = FitAndReport(lab.data.texts, lab.report)
+    whole_layers = LiveModel(load_model(model), lab.sites, split, skip="layer")
     parts = {
         name: whole_layers.data.fit(parse_router(f"{name}(steps=1)"), 0).part
         for name in ("layer_gate", "layer_gate_trained")
@@ -499,7 +499,7 @@ def test_the_loss_of_tokens_between_clusters_is_told_apart(run_path, model, tmp_
     loaded, sites = load_model(model), attach(model)
     with open_run(run_path) as run:
         split = split_texts(run, loaded, fit_tokens=20_000, tokens=10_000)
-    lab = Lab(loaded, sites, split)
+    lab = LiveModel(loaded, sites, split)
     fitted = lab.data.fit(parse_router(name), 0)
     texts = [split.report.take([n]) for n in range(len(split.report.sequences))]
     alone = [FitData(loaded.model, sites, text).inputs() for text in texts]
@@ -535,7 +535,7 @@ def test_the_gates_of_every_layer_are_counted_by_value(run_path, model, tmp_path
     loaded, sites = load_model(model), attach(model)
     with open_run(run_path) as run:
         split = split_texts(run, loaded, fit_tokens=20_000, tokens=10_000)
-    fitted = Lab(loaded, sites, split).data.fit(parse_router(name), 0)
+    fitted = LiveModel(loaded, sites, split).data.fit(parse_router(name), 0)
     seen = FitData(loaded.model, sites, split.report).inputs()
     assert set(rows["router"]) == {parse_router(name).label}
     counts = rows.groupby("layer")["gates"].sum()

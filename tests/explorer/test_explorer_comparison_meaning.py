@@ -12,9 +12,9 @@ from capture.model.selftest import attach
 from capture.swap.rules import Choice, RouterInputs, Routing
 from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import Fitted
-from explorer.comparison.live import Chosen, Lab, Watcher
+from explorer.comparison.live import LiveModel, WatchedChoice, Watcher
 from explorer.comparison.replay import over_layers, site_row
-from explorer.comparison.text_split import Split, Texts
+from explorer.comparison.text_split import FitAndReport, Texts
 from explorer.routers.native import TopKRouter
 
 BOTH = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy")
@@ -50,7 +50,7 @@ def live(native, answer, sequences):
     """Measure an answer as a live run does."""
     _, ids, weights = native[:3]
     places = np.arange(len(ids))
-    own = Chosen(ids.numpy().astype(np.int16), weights.numpy(), sequences.numpy(), places)
+    own = WatchedChoice(ids.numpy().astype(np.int16), weights.numpy(), sequences.numpy(), places)
     watcher = Watcher(int(sequences.max()) + 1, {(0, 0): [own]})
     watcher.before_batch(np.arange(int(sequences.max()) + 1))
     model = {"layer": 0, "n_experts": 4, "top_k": 2, "score_function": "softmax"}
@@ -109,7 +109,7 @@ def test_a_rule_with_the_models_mean_number_of_experts_has_controls():
     model = tiny_models.build("mixtral", num_experts_per_tok=2)
     ids = np.random.default_rng(1).integers(3, 60, (2, 16)).astype(np.int32)
     texts = Texts([*ids], ["", ""], [None, None], "given")
-    lab = Lab(load_model(model), attach(model), Split(texts.take([]), texts))
+    lab = LiveModel(load_model(model), attach(model), FitAndReport(texts.take([]), texts))
     made = {}
     for router in (OneOrThree(), TopKRouter(k=2), TopKRouter(k=1)):
         fitted = Fitted(dict.fromkeys(lab.data.places, router), "expert", False, 0, 0.0, [])

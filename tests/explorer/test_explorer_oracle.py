@@ -14,9 +14,9 @@ from capture.model.load import load_model
 from capture.model.selftest import attach
 from explorer.__main__ import main
 from explorer.comparison import oracle
-from explorer.comparison.live import Lab
+from explorer.comparison.live import LiveModel
 from explorer.comparison.oracle import OneSet, last_layer_oracle, least_of
-from explorer.comparison.text_split import Split, Texts
+from explorer.comparison.text_split import FitAndReport, Texts
 from explorer.errors import ComparisonError
 from explorer.pages.compare.figures import oracle_bound
 from explorer.routers.live import LiveRule
@@ -29,7 +29,7 @@ def lab():
     ids = np.random.default_rng(1).integers(3, 60, (2, 24)).astype(np.int32)
     text = Texts([ids[0]], [""], [None], "given")
     fit = Texts([ids[1]], [""], [None], "given")
-    return Lab(load_model(model), attach(model), Split(fit, text))
+    return LiveModel(load_model(model), attach(model), FitAndReport(fit, text))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from explorer.survey.from_scratch.arms import ARMS
 from explorer.survey.from_scratch.ensemble import (
     PREFIX,
     Clusters,
-    Plan,
+    EnsemblePlan,
     compared,
     held_out_texts,
     log_probabilities,
@@ -21,7 +21,7 @@ from explorer.survey.from_scratch.ensemble import (
     mixture,
     table,
 )
-from explorer.survey.from_scratch.model import Shape
+from explorer.survey.from_scratch.model import ModelShape
 from explorer.survey.from_scratch.train import Corpus, Setting, learn_tokenizer, train
 
 NAMES = ["one model", "clusters, T = 0.1", "clusters, nearest", "clusters, all alike"]
@@ -73,8 +73,8 @@ def test_only_tokens_after_the_prefix_are_scored(texts):
 
 
 def test_one_cluster_after_another_is_learned_and_compared(texts, tmp_path, monkeypatch, capsys):
-    shape = Shape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
-    plan = Plan(2, Setting(steps=80, windows=4, shape=shape))
+    shape = ModelShape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
+    plan = EnsemblePlan(2, Setting(steps=80, windows=4, shape=shape))
     results = compared(plan, texts, texts[:6], seed=0)
     assert [row["model"] for row in results] == NAMES
     loss = {row["model"]: row["loss"] for row in results}
@@ -101,7 +101,7 @@ def test_one_cluster_after_another_is_learned_and_compared(texts, tmp_path, monk
 
 
 def test_a_copy_learns_on_from_where_its_model_was(texts):
-    shape = Shape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
+    shape = ModelShape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
     tokenizer = learn_tokenizer(texts, 280)
     stream = encode_texts(tokenizer, texts).astype(np.int64)
     corpus, arm = Corpus(stream, stream), ARMS["dense"]
@@ -117,7 +117,7 @@ def test_a_copy_learns_on_from_where_its_model_was(texts):
 
 
 def test_a_model_gives_each_token_its_probability(texts):
-    shape = Shape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
+    shape = ModelShape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
     tokenizer = learn_tokenizer(texts, 280)
     found = held_out_texts(tokenizer, texts, 48)
     stream = found.windows.flatten().numpy()

@@ -15,10 +15,10 @@ from explorer.routers.hashing import HashRouter
 from explorer.survey.from_scratch import train as training
 from explorer.survey.from_scratch.__main__ import main
 from explorer.survey.from_scratch.arms import ARMS, CLAIMS, EXPERTS, claims_table, judge, make_table
-from explorer.survey.from_scratch.model import Experts, ScratchModel, Shape
+from explorer.survey.from_scratch.model import Experts, ModelShape, ScratchModel
 from explorer.survey.from_scratch.train import Corpus, Setting, facts_of, make_rules, score, train
 
-SHAPE = Shape(vocabulary=48, width=16, layers=2, heads=2, expert_width=16, context=16)
+SHAPE = ModelShape(vocabulary=48, width=16, layers=2, heads=2, expert_width=16, context=16)
 SETTING = Setting(steps=4, windows=4, held_out=8, shape=SHAPE)
 
 

@@ -16,16 +16,16 @@ from explorer.routers import ROUTERS
 from explorer.routers.learning.actions import action_costs, make_actions, state_of, statistics_of
 from explorer.routers.learning.exploration import (
     Acting,
-    Passes,
+    TextPasses,
     drawn_action,
     exploration_weights,
     explore,
 )
 from explorer.routers.learning.objectives import (
+    EpisodeStep,
     LayerQ,
     Log,
     StateNet,
-    Step,
     ips_reward,
     learn_from_log,
     log_policy,
@@ -197,7 +197,7 @@ def test_multistep_q_learning_converges_to_value_iteration():
         for layer in range(3):
             may = allowed[layer][state]
             action = torch.multinomial(may.float(), 1, generator=generator).squeeze(-1)
-            steps.append(Step(one_hot[state], may, action, rewards[layer][state, action]))
+            steps.append(EpisodeStep(one_hot[state], may, action, rewards[layer][state, action]))
             state = leads_to[layer][state, action]
         learner.update(steps)
         if step % 10 == 0:
@@ -320,7 +320,7 @@ def test_logged_changes_are_what_a_swap_of_that_layer_does():
     actions = places(make_actions("count", 2, most=None, least=0))
     rule = Acting(actions, lambda place, states, allowed: torch.ones(len(states), dtype=torch.long))
     rule.only = [(1, 0)]
-    runs = Passes(session(), n_tokens=None)
+    runs = TextPasses(session(), n_tokens=None)
     with runs.open(rule):
         found = [runs.losses(numbers) for numbers in runs.batches]
     expected = token_losses(

@@ -12,7 +12,7 @@ from capture.swap.measure import summed, token_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from explorer.routers import ROUTERS, PartMask
-from explorer.routers.controls import _Closed
+from explorer.routers.controls import ClosedBlocks
 from explorer.routers.learning.gates import open_probability, weighed
 from explorer.routers.live import LiveRule
 
@@ -183,7 +183,7 @@ def test_the_best_static_drop_keeps_the_block_that_matters():
                 own.model,
                 own.sequences,
                 swapped=lambda dropped=dropped: gate_parts(
-                    own.model, own.sites, _Closed(frozenset(dropped)), part="block"
+                    own.model, own.sites, ClosedBlocks(frozenset(dropped)), part="block"
                 ),
             )
         ).mean

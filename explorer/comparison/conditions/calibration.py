@@ -10,17 +10,16 @@ from capture.model.adapters.standard import StandardAdapter
 from capture.model.sites import Site
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import site_key, swap
-from capture.swap.rules import Choice, NativeRule, RouterInputs
+from capture.swap.rules import Choice, NativeRule, Place, RouterInputs
 from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.errors import ConditionError
 from explorer.routers.live import joined
 
-Key = tuple[int, int]  # layer, site
 ROWS = 16_384  # (token, expert) pairs that are computed at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class SeenSite:
     """What one router did on ``T`` tokens of the fit split.
 
     Attributes
@@ -36,7 +35,7 @@ class Seen:
 
 def collect(
     subject: Subject, sequences: Sequence[Sequence_], *, tokens: int, seed: int = 0
-) -> dict[Key, Seen]:
+) -> dict[Place, SeenSite]:
     """Run texts through the model and keep what every router saw for the same sampled tokens.
 
     Parameters
@@ -60,7 +59,7 @@ def collect(
     order = np.random.default_rng(seed).permutation(len(usable))
     ends = np.cumsum([len(usable[i]) for i in order])
     picked = [usable[i] for i in order[: int(np.searchsorted(ends, tokens)) + 1]]
-    parts: dict[Key, list[RouterInputs]] = {site_key(site): [] for site in subject.sites}
+    parts: dict[Place, list[RouterInputs]] = {site_key(site): [] for site in subject.sites}
 
     def keep(inputs: RouterInputs, _: Choice) -> None:
         parts[inputs.layer, inputs.site].append(inputs)
@@ -70,7 +69,8 @@ def collect(
 
     sequence_losses(subject.model, picked, swapped=native)  # type: ignore[arg-type]
     return {
-        site_key(site): Seen(site, _first(parts[site_key(site)], tokens)) for site in subject.sites
+        site_key(site): SeenSite(site, _first(parts[site_key(site)], tokens))
+        for site in subject.sites
     }
 
 
@@ -81,12 +81,12 @@ def _first(parts: Sequence[RouterInputs], tokens: int) -> RouterInputs:
     return replace(kept, previous=None).per_token(torch.Tensor.clone)
 
 
-def expert_outputs(seen: Seen, hidden: torch.Tensor) -> torch.Tensor:
+def expert_outputs(seen: SeenSite, hidden: torch.Tensor) -> torch.Tensor:
     """Run every expert on every token, whatever the router says.
 
     Parameters
     ----------
-    seen : Seen
+    seen : SeenSite
     hidden : Tensor [T, D]
 
     Returns

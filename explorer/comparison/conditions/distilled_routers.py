@@ -12,8 +12,8 @@ import torch
 from capture.swap.losses import loss_change
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import swap
-from capture.swap.rules import RouterInputs, Routing
-from explorer.comparison.conditions.calibration import Key, Seen, collect
+from capture.swap.rules import Place, RouterInputs, Routing
+from explorer.comparison.conditions.calibration import SeenSite, collect
 from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.routers.contract import ROUTERS, Router, fit_layers, route_layers
 from explorer.routers.learning.imitation import imitation_loss
@@ -91,7 +91,7 @@ def measure_students(
         likenesses = _likeness(fitted, replayed)
         rules = {key: LiveRule(one) for key, one in fitted.items()}
 
-        def live(rules: Mapping[Key, LiveRule] = rules) -> AbstractContextManager[Any]:
+        def live(rules: Mapping[Place, LiveRule] = rules) -> AbstractContextManager[Any]:
             return swap(subject.model, subject.sites, rules)
 
         change = loss_change(native, sequence_losses(subject.model, held_out, swapped=live))
@@ -119,8 +119,8 @@ def measure_students(
 
 
 def _likeness(
-    fitted: Mapping[Key, Router], replayed: Mapping[Key, Seen]
-) -> dict[Key, dict[str, float]]:
+    fitted: Mapping[Place, Router], replayed: Mapping[Place, SeenSite]
+) -> dict[Place, dict[str, float]]:
     """Return how like the model's gate students are on the model's own inputs, by router."""
     inputs = {key: seen.inputs for key, seen in replayed.items()}
     found = {}

@@ -20,7 +20,12 @@ from capture.swap.routers import swap
 from explorer.comparison.compare import compare, demo_run
 from explorer.comparison.conditions import USUAL
 from explorer.comparison.conditions.catalogue import make_conditions
-from explorer.comparison.conditions.contract import Applied, Condition, Subject, model_bytes
+from explorer.comparison.conditions.contract import (
+    Applied,
+    Condition,
+    Subject,
+    model_bytes,
+)
 from explorer.comparison.conditions.distilled_routers import STUDENTS, measure_students
 from explorer.comparison.conditions.routing_changes import Trace, flip_rows, margin_rows, traced
 from explorer.comparison.results_file import CONDITION_TABLES, open_comparison, write_comparison
@@ -79,7 +84,7 @@ class ConditionTables(NamedTuple):
     flip_margins: pd.DataFrame
 
 
-class Cell(NamedTuple):
+class ConditionCell(NamedTuple):
     """One run over the texts.
 
     Attributes
@@ -94,7 +99,7 @@ class Cell(NamedTuple):
 
 def run_texts(
     subject: Subject, texts: Sequence[npt.ArrayLike], forced: Trace | None = None
-) -> Cell:
+) -> ConditionCell:
     """Run texts through the model as it is now, by its own routing or by that of a trace."""
 
     @contextmanager
@@ -108,7 +113,7 @@ def run_texts(
 
     kept = Kept(around)
     losses = sequence_losses(subject.model, texts, swapped=kept)
-    return Cell(losses, kept.values[-1])
+    return ConditionCell(losses, kept.values[-1])
 
 
 def measure(
@@ -116,7 +121,7 @@ def measure(
     texts: Sequence[npt.ArrayLike],
     conditions: Iterable[Condition],
     *,
-    base: Cell | None = None,
+    base: ConditionCell | None = None,
     progress: Progress = lambda _: None,
 ) -> ConditionTables:
     """Measure conditions on texts of the held-out split.
@@ -128,7 +133,7 @@ def measure(
     texts : sequence of array [S]
         Token ids; at least two each.
     conditions : iterable of Condition
-    base : Cell, optional
+    base : ConditionCell, optional
         What :func:`run_texts` gave for the unchanged model on the same texts, to save that run.
     progress : callable, optional
         Told each condition's label before it is measured.
@@ -174,8 +179,11 @@ def _check_apart(subject: Subject, texts: Sequence[npt.ArrayLike]) -> None:
 
 
 def _measured(
-    subject: Subject, texts: Sequence[npt.ArrayLike], base: Cell, condition: Condition
-) -> tuple[Applied, dict[tuple[str, str], Cell]]:
+    subject: Subject,
+    texts: Sequence[npt.ArrayLike],
+    base: ConditionCell,
+    condition: Condition,
+) -> tuple[Applied, dict[tuple[str, str], ConditionCell]]:
     """Run the cells of one condition's 2x2 other than the base's own."""
     cells = {}
     with condition.open(subject) as applied:

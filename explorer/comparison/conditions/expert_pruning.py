@@ -11,8 +11,8 @@ import torch
 
 from capture.model.flops import expert_parameters
 from capture.swap.routers import site_key, swap
-from capture.swap.rules import RouterInputs, Routing
-from explorer.comparison.conditions.calibration import Key, Seen, collect, expert_outputs
+from capture.swap.rules import Place, RouterInputs, Routing
+from explorer.comparison.conditions.calibration import SeenSite, collect, expert_outputs
 from explorer.comparison.conditions.contract import (
     CONDITIONS,
     Applied,
@@ -54,7 +54,7 @@ class KeptExperts(GateRouter):
         identity={"pruned": {}},
     )
 
-    pruned: Mapping[Key, tuple[int, ...]]
+    pruned: Mapping[Place, tuple[int, ...]]
 
     def __post_init__(self) -> None:
         """Check what was given."""
@@ -121,7 +121,7 @@ class ExpertPruning(Condition):
         return swap(subject.model, subject.sites, LiveRule(KeptExperts(pruned)))
 
     @abstractmethod
-    def choose(self, subject: Subject, applied: Applied) -> dict[Key, tuple[int, ...]]:
+    def choose(self, subject: Subject, applied: Applied) -> dict[Place, tuple[int, ...]]:
         """Return the experts to prune at each (layer, site)."""
 
     def n_pruned(self, n_experts: int, top_k: int) -> int:
@@ -135,10 +135,10 @@ class ExpertPruning(Condition):
         return n_experts - kept
 
 
-class _Scored(ExpertPruning):
+class _LowestScorePruning(ExpertPruning):
     """Prune the experts of the lowest score on the fit split."""
 
-    def choose(self, subject: Subject, applied: Applied) -> dict[Key, tuple[int, ...]]:
+    def choose(self, subject: Subject, applied: Applied) -> dict[Place, tuple[int, ...]]:
         """Score the experts of every layer and name the lowest, ties by the lower id."""
         tokens = subject.calibration_tokens()
         seen = collect(subject, tokens, tokens=CALIBRATION_TOKENS, seed=self.seed)
@@ -151,7 +151,7 @@ class _Scored(ExpertPruning):
         return found
 
     @abstractmethod
-    def score(self, seen: Seen) -> torch.Tensor:
+    def score(self, seen: SeenSite) -> torch.Tensor:
         """Return the worth of each expert [E]."""
 
 
@@ -161,7 +161,7 @@ def load_of(routing: Routing, n_experts: int) -> torch.Tensor:
 
 
 @CONDITIONS.add("prune_frequency")
-class FrequencyPruning(_Scored):
+class FrequencyPruning(_LowestScorePruning):
     """Prune the experts that are chosen least."""
 
     info = ConditionInfo(
@@ -178,13 +178,13 @@ class FrequencyPruning(_Scored):
         keeps_experts=False,
     )
 
-    def score(self, seen: Seen) -> torch.Tensor:
+    def score(self, seen: SeenSite) -> torch.Tensor:
         """Count assignments."""
         return load_of(seen.inputs.decision(), seen.inputs.n_experts).double()
 
 
 @CONDITIONS.add("prune_reap")
-class ReapPruning(_Scored):
+class ReapPruning(_LowestScorePruning):
     """Prune the experts that add least to the tokens they serve."""
 
     info = ConditionInfo(
@@ -202,7 +202,7 @@ class ReapPruning(_Scored):
         keeps_experts=False,
     )
 
-    def score(self, seen: Seen) -> torch.Tensor:
+    def score(self, seen: SeenSite) -> torch.Tensor:
         """Measure every expert on the tokens that chose it; an unused expert is worth 0."""
         routing, total = seen.inputs.decision(), torch.zeros(seen.inputs.n_experts).double()
         hidden = seen.inputs.tensor("hidden")
@@ -272,7 +272,7 @@ class ReconstructionPruning(ExpertPruning):
     most: int = MOST_SUBSETS
     tokens: int = 4096
 
-    def choose(self, subject: Subject, applied: Applied) -> dict[Key, tuple[int, ...]]:
+    def choose(self, subject: Subject, applied: Applied) -> dict[Place, tuple[int, ...]]:
         """Search every layer on its own, on the inputs it has in the whole model."""
         texts = subject.calibration_tokens()
         config: Any = subject.model.config
@@ -289,13 +289,13 @@ class ReconstructionPruning(ExpertPruning):
         applied.method = f"{'; '.join(methods)}, {tokens:,} tokens"
         return found
 
-    def search(self, seen: Seen, n: int) -> Dropped:
+    def search(self, seen: SeenSite, n: int) -> Dropped:
         """Find the ``n`` experts of one layer to drop."""
         error = reconstruction_error(seen)
         return best_to_drop(seen.inputs.n_experts, n, error, most=self.most)
 
 
-def reconstruction_error(seen: Seen) -> Callable[[tuple[int, ...]], float]:
+def reconstruction_error(seen: SeenSite) -> Callable[[tuple[int, ...]], float]:
     """Return a function that says how far a layer's output moves without some experts.
 
     Returns
@@ -358,7 +358,7 @@ class RandomPruning(ExpertPruning):
             RandomPruning(self.keep, seed=self.seed + i, seeds=1) for i in range(self.seeds)
         )
 
-    def choose(self, subject: Subject, applied: Applied) -> dict[Key, tuple[int, ...]]:
+    def choose(self, subject: Subject, applied: Applied) -> dict[Place, tuple[int, ...]]:
         """Draw a subset for every layer."""
         random = np.random.default_rng(self.seed)
         applied.method = f"drawn with seed {self.seed}"

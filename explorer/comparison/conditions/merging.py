@@ -11,7 +11,8 @@ from torch import nn
 
 from capture.model.flops import expert_parameters
 from capture.swap.routers import site_key
-from explorer.comparison.conditions.calibration import Key, Seen, collect
+from capture.swap.rules import Place
+from explorer.comparison.conditions.calibration import SeenSite, collect
 from explorer.comparison.conditions.contract import (
     CONDITIONS,
     Applied,
@@ -106,8 +107,8 @@ class MergedExperts(Condition):
 
 
 def find_groups(
-    seen: Mapping[Key, Seen], usage: Mapping[Key, torch.Tensor], keep: float
-) -> dict[Key, tuple[int, ...]]:
+    seen: Mapping[Place, SeenSite], usage: Mapping[Place, torch.Tensor], keep: float
+) -> dict[Place, tuple[int, ...]]:
     """Return the core that each expert belongs to, by (layer, site)."""
     total = sum(len(used) for used in usage.values())
     wanted = max(round(keep * total), len(usage))
@@ -117,7 +118,7 @@ def find_groups(
         ((int(share.argmax()) != e, -float(share[e]), key, e)
          for key, share in shares.items() for e in range(len(share)))
     )  # fmt: skip
-    cores: dict[Key, list[int]] = {key: [] for key in usage}
+    cores: dict[Place, list[int]] = {key: [] for key in usage}
     for _, _, key, e in ranked[:wanted]:
         cores[key].append(e)
     return {key: nearest_cores(host_logits(seen[key].inputs), sorted(cores[key])) for key in usage}

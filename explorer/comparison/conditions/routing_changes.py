@@ -16,11 +16,10 @@ from capture.model.scoring import statistics_by
 from capture.model.sites import Site
 from capture.swap.playback import RoutingTape
 from capture.swap.routers import site_key
-from capture.swap.rules import Choice, as_rows
+from capture.swap.rules import Choice, Place, as_rows
 from explorer.comparison.conditions.contract import Subject
 from kernels.ops.gate import gate
 
-Key = tuple[int, int]  # layer, site
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -36,25 +35,25 @@ class Trace:
     """
 
     tape: RoutingTape = field(default_factory=RoutingTape)
-    _ids: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
-    _heaviest: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
-    _margins: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
-    _entropies: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
+    _ids: dict[Place, list[torch.Tensor]] = field(default_factory=dict)
+    _heaviest: dict[Place, list[torch.Tensor]] = field(default_factory=dict)
+    _margins: dict[Place, list[torch.Tensor]] = field(default_factory=dict)
+    _entropies: dict[Place, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
-    def keys(self) -> list[Key]:
+    def keys(self) -> list[Place]:
         """The (layer, site) of every router, in order."""
         return sorted(self._ids)
 
-    def sets(self, key: Key) -> Ids:
+    def sets(self, key: Place) -> Ids:
         """Return the chosen experts of every token [T, K], ascending; -1 = empty slot."""
         return torch.cat(self._ids[key]).sort(dim=-1).values.cpu().numpy()
 
-    def heaviest(self, key: Key) -> Ids:
+    def heaviest(self, key: Place) -> Ids:
         """Return the expert of the largest weight of every token [T]; the lower id in a tie."""
         return torch.cat(self._heaviest[key]).cpu().numpy()
 
-    def margins(self, key: Key) -> Floats | None:
+    def margins(self, key: Place) -> Floats | None:
         """Return how far the last chosen expert was ahead of the best one left out [T].
 
         In logits where the model sorts by them, else in its selection scores; None where scores,
@@ -63,7 +62,7 @@ class Trace:
         parts = self._margins.get(key)
         return None if parts is None else torch.cat(parts).double().cpu().numpy()
 
-    def entropies(self, key: Key) -> Floats | None:
+    def entropies(self, key: Place) -> Floats | None:
         """Return the gate entropy of every token [T], nats; None where the router hides scores."""
         parts = self._entropies.get(key)
         return None if parts is None else torch.cat(parts).double().cpu().numpy()
@@ -250,7 +249,7 @@ def margin_bins(margins: Floats, bins: int = BINS) -> list[npt.NDArray[np.int64]
     return [part for part in np.array_split(order, bins) if len(part)]
 
 
-def _bin_row(label: str, key: Key, number: int, margins: Floats, flips: Floats) -> dict[str, Any]:
+def _bin_row(label: str, key: Place, number: int, margins: Floats, flips: Floats) -> dict[str, Any]:
     return {
         "condition": label,
         "layer": key[0],

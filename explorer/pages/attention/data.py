@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from explorer.errors import RunError
-from explorer.metrics.attention import PairTotals, chance_levels, pair_totals, together
+from explorer.metrics.attention import AttendedPairs, chance_levels, pair_totals, together
 from explorer.pages.tokens.data import prompt_experts, tokens
 from explorer.queries.prompts import SHOWN
 from explorer.queries.where import PLACES, Part, prompt_conditions
@@ -291,7 +291,7 @@ def _totals(
     prompt_ids: Ids,
     keys: pd.DataFrame,
     experts: pd.DataFrame,
-) -> list[PairTotals]:
+) -> list[AttendedPairs]:
     top_k = run.site_info(layer, site).top_k
     n_heads = int(keys["head"].max()) + 1 if len(keys) else 0
     by_prompt = dict(iter(keys.groupby("prompt_id")))

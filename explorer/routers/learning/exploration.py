@@ -109,7 +109,7 @@ class Acting:
         return known
 
 
-class Passes:
+class TextPasses:
     """Forward passes over the session's texts, with losses token by token.
 
     Parameters
@@ -149,7 +149,7 @@ class Passes:
         self._runner: Runner | None = None
 
     @contextmanager
-    def open(self, rule: Rule) -> Iterator["Passes"]:
+    def open(self, rule: Rule) -> Iterator["TextPasses"]:
         """Put a rule into the model until the block is left."""
         model = self.session.model
         with torch.no_grad(), Head(model).open(probe_tokens(model)[:1]) as head:
@@ -220,7 +220,7 @@ def explore(
         return taken
 
     rule = Acting(actions, pick)
-    runs = Passes(session, n_tokens=n_tokens)
+    runs = TextPasses(session, n_tokens=n_tokens)
     logs: dict[Place, list[list[torch.Tensor]]] = {place: [] for place in actions}
     with runs.open(rule):
         for done, numbers in enumerate(runs.batches):

@@ -24,7 +24,7 @@ from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS, PartRouter
 from explorer.routers.gating import HIGH, LOW, TEMPERATURE, Kind, hard_concrete, straight_through
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
-from explorer.routers.learning.exploration import Passes
+from explorer.routers.learning.exploration import TextPasses
 from explorer.routers.learning.imitation import seeded
 from explorer.routers.learning.objectives import is_point
 from explorer.routers.learning.training import TrainedRouter, TrainingSession
@@ -116,7 +116,7 @@ class TrainedGate(TrainedRouter, PartRouter):
     def _descend(self, session: TrainingSession, network: nn.Module) -> None:
         """Take gradient steps on the loss, with a price of open gates that holds the rate."""
         rule = _Learning(network, self.places_, self.part, self.kind, _generator(self.seed + 1))
-        runs = Passes(session, n_tokens=None, batch_tokens=self.batch_tokens)
+        runs = TextPasses(session, n_tokens=None, batch_tokens=self.batch_tokens)
         optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps))
         order = torch.randperm(len(runs.batches), generator=_generator(self.seed + 2)).tolist()
@@ -160,7 +160,7 @@ class TrainedGate(TrainedRouter, PartRouter):
 
         Closed gates change what later layers see, so the share is met in a few rounds.
         """
-        runs = Passes(session, n_tokens=CALIBRATION_TOKENS, batch_tokens=self.batch_tokens)
+        runs = TextPasses(session, n_tokens=CALIBRATION_TOKENS, batch_tokens=self.batch_tokens)
         for number in range(CALIBRATIONS):
             found: list[torch.Tensor] = []
             rule = _Deciding(self, found)

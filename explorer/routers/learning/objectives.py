@@ -130,7 +130,7 @@ def q_loss(values: torch.Tensor, actions: torch.Tensor, target: torch.Tensor) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class EpisodeStep:
     """Transitions of ``T`` tokens at one layer.
 
     Attributes
@@ -168,7 +168,7 @@ class LayerQ:
         """Let targets come from the networks as they are now."""
         self._targets = [deepcopy(network) for network in self.networks]
 
-    def update(self, steps: Sequence[Step]) -> float:
+    def update(self, steps: Sequence[EpisodeStep]) -> float:
         """Take one gradient step on the same tokens' transitions in all layers; return the loss."""
         losses = []
         for at, step in enumerate(steps):

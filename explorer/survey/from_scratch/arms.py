@@ -74,7 +74,7 @@ class Arm:
         return self.rule().info.causal and self.key != "next"
 
 
-class TableRouter(RoutingRouter):
+class FixedTableRouter(RoutingRouter):
     """Look a token's expert up in a table that is given.
 
     Parameters

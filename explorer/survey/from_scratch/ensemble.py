@@ -134,7 +134,7 @@ def mixed_losses(log_probabilities: torch.Tensor, weights: torch.Tensor) -> torc
     return -(log_probabilities.double() + weights.T.log()[:, :, None]).logsumexp(dim=0)
 
 
-class HeldOut(NamedTuple):
+class HeldOutTexts(NamedTuple):
     """Texts to score: token windows and what their first tokens say.
 
     Attributes
@@ -151,7 +151,7 @@ class HeldOut(NamedTuple):
     prefixes: list[str]
 
 
-def held_out_texts(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> HeldOut:
+def held_out_texts(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> HeldOutTexts:
     """Cut texts to windows of ``context`` tokens; those that end with the prefix are left out."""
     rows, scored, prefixes = [], [], []
     for encoding in tokenizer.encode_batch(list(texts)):
@@ -162,7 +162,7 @@ def held_out_texts(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> 
         rows.append(ids + [0] * filling)
         scored.append([PREFIX <= at < len(ids) - 1 for at in range(context)])
         prefixes.append(tokenizer.decode(ids[1 : PREFIX + 1]))
-    return HeldOut(torch.tensor(rows), torch.tensor(scored), prefixes)
+    return HeldOutTexts(torch.tensor(rows), torch.tensor(scored), prefixes)
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def log_probabilities(model: ScratchModel, windows: torch.Tensor) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnsemblePlan:
     """What is compared.
 
     Attributes
@@ -192,7 +192,9 @@ class Plan:
     setting: Setting = field(default_factory=Setting)
 
 
-def compared(plan: Plan, fit: list[str], held_out: list[str], seed: int) -> list[dict[str, Any]]:
+def compared(
+    plan: EnsemblePlan, fit: list[str], held_out: list[str], seed: int
+) -> list[dict[str, Any]]:
     """Train all models of one seed and return the held-out loss of each way to use them.
 
     Returns
@@ -274,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds = seeds_of(options.seeds)
     except RouterError as error:
         parser.error(str(error))
-    plan = Plan(options.clusters, Setting(steps=options.steps))
+    plan = EnsemblePlan(options.clusters, Setting(steps=options.steps))
     fit, held_out = (
         [str(prompt.text) for prompt in read_prompts(name)] for name in ("demo-fit", "demo-heldout")
     )

@@ -14,7 +14,7 @@ from explorer.routers.scores import host_scores
 from explorer.survey.from_scratch.arms import Arm
 
 
-class Shape(NamedTuple):
+class ModelShape(NamedTuple):
     """Sizes of a model.
 
     Attributes
@@ -85,7 +85,7 @@ class MoE(nn.Module):
     arm : Arm
     rule : RoutingRouter
         Decides with gradients, which ``Router.route`` would switch off.
-    shape : Shape
+    shape : ModelShape
     layer : int
 
     Attributes
@@ -104,7 +104,7 @@ class MoE(nn.Module):
     density: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, arm: Arm, rule: RoutingRouter, shape: Shape, layer: int) -> None:
+    def __init__(self, arm: Arm, rule: RoutingRouter, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.arm, self.rule, self.layer = arm, rule, layer
         self.gate: nn.Module | None = None
@@ -162,10 +162,10 @@ class Block(nn.Module):
     Parameters
     ----------
     moe : MoE
-    shape : Shape
+    shape : ModelShape
     """
 
-    def __init__(self, moe: MoE, shape: Shape) -> None:
+    def __init__(self, moe: MoE, shape: ModelShape) -> None:
         super().__init__()
         self.heads = shape.heads
         self.attention_norm = nn.RMSNorm(shape.width)
@@ -200,12 +200,14 @@ class ScratchModel(nn.Module):
     arm : Arm
     rules : list of RoutingRouter
         One a layer.
-    shape : Shape
+    shape : ModelShape
     seed : int
         Of the first weights. Models of different arms start with the same trunk.
     """
 
-    def __init__(self, arm: Arm, rules: list[RoutingRouter], shape: Shape, *, seed: int) -> None:
+    def __init__(
+        self, arm: Arm, rules: list[RoutingRouter], shape: ModelShape, *, seed: int
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             blocks = []

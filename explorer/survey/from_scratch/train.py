@@ -19,13 +19,13 @@ from capture.prompts.reading import read_prompts
 from explorer.errors import RouterError
 from explorer.metrics.load import max_violation
 from explorer.routers.contract import RoutingRouter
-from explorer.survey.from_scratch.arms import ARMS, Arm, Ints, Key, TableRouter, make_table
-from explorer.survey.from_scratch.model import Facts, ScratchModel, Shape
+from explorer.survey.from_scratch.arms import ARMS, Arm, FixedTableRouter, Ints, Key, make_table
+from explorer.survey.from_scratch.model import Facts, ModelShape, ScratchModel
 
 # Raise it when the same setting would train another model: kept figures are then made anew.
 TRAINING_VERSION = 1
 PEAK_RATE, WARM_UP_STEPS, WEIGHT_DECAY, CLIP = 6e-3, 30, 0.1, 1.0
-SHAPE = Shape()
+SHAPE = ModelShape()
 L1_START, L1_FACTOR = 1e-8, 1.2  # ReMoE's
 
 
@@ -39,13 +39,13 @@ class Setting:
         Training steps, and windows of ``shape.context`` tokens in each.
     held_out : int
         Windows that are scored, evenly spread over the held-out text.
-    shape : Shape
+    shape : ModelShape
     """
 
     steps: int = 450
     windows: int = 16
     held_out: int = 1024
-    shape: Shape = SHAPE
+    shape: ModelShape = SHAPE
 
     @property
     def key(self) -> str:
@@ -117,7 +117,7 @@ def make_rules(arm: Arm, setting: Setting, corpus: Corpus, seed: int) -> list[Ro
     if arm.table is None:
         return [arm.rule() for _ in layers]
     tables = [make_table(arm.table, corpus.train, vocabulary, seed * 101 + n) for n in layers]
-    return [TableRouter(table) for table in tables]
+    return [FixedTableRouter(table) for table in tables]
 
 
 def train(
