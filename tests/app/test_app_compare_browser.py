@@ -75,17 +75,18 @@ def has_run_nothing(page):
 # --- routers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["compare", "compare-runs", "trends"])
-def test_the_pages_that_compare_draw_in_both_themes(address, new_page, theme, path):
+def test_the_pages_that_compare_draw_in_both_themes(address, new_page, theme):
     tab = new_page(theme)
-    visit(tab, f"{address}/{path}?run=known&against=other&ids=same")
-    tab.wait_for_selector(".js-plotly-plot .plot-container")
-    papers = tab.evaluate(
-        "[...document.querySelectorAll('.js-plotly-plot')].map(p => p._fullLayout.paper_bgcolor)"
-    )
-    assert papers
-    assert all((paper.lower() == "#ffffff") == (theme == "light") for paper in papers)
-    has_run_nothing(tab)
+    for path in ("compare", "compare-runs", "trends"):
+        visit(tab, f"{address}/{path}?run=known&against=other&ids=same")
+        tab.wait_for_selector(".js-plotly-plot .plot-container")
+        papers = tab.evaluate(
+            "[...document.querySelectorAll('.js-plotly-plot')]"
+            ".map(p => p._fullLayout.paper_bgcolor)"
+        )
+        assert papers, path
+        assert all((paper.lower() == "#ffffff") == (theme == "light") for paper in papers), path
+        has_run_nothing(tab)
 
 
 def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import streamlit as st
+from app_pages import opened as opened_here
+from app_pages import query
 from browser import serve, settle, visit
 from synthetic import NASTY, PROMPTS, write_run
 from test_app_compare import write_results
@@ -21,7 +23,6 @@ from explorer.ui import access
 from explorer.ui.chart import parquet
 
 ROOT = Path(__file__).parents[2]
-APP = str(ROOT / "app.py")
 
 
 @pytest.fixture(autouse=True)
@@ -47,23 +48,10 @@ def listing(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def opened(monkeypatch, folder, *options, page="", **query):
-    from streamlit.testing.v1 import AppTest
-
+def opened(monkeypatch, folder, *options, page="overview", **query):
+    """Open a page of a folder with options of the app."""
     monkeypatch.setattr(sys, "argv", ["app.py", "--runs", str(folder), *options])
-    app = AppTest.from_file(APP, default_timeout=60)
-    for name, value in query.items():
-        app.query_params[name] = value
-    app.run()
-    if page:
-        app.switch_page(f"explorer/pages/{page}/page.py").run()
-    assert not app.exception, app.exception[0].stack_trace
-    return app
-
-
-def query(app, name):
-    value = app.query_params[name]
-    return value if isinstance(value, str) else value[0]
+    return opened_here(page, **query)
 
 
 def said(elements):
@@ -341,14 +329,6 @@ def test_a_table_with_numbered_columns_becomes_parquet(tmp_path):
 
 
 # --- in the browser ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    write_run(folder / "known.duckdb", level="attention")
-    with serve(folder, log=folder.parent / "server.log") as url:
-        yield url
 
 
 def figure(page, which=0):

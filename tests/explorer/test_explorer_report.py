@@ -153,11 +153,18 @@ def test_a_report_says_where_it_is_from(report, runs, view):
 
 
 @pytest.fixture(scope="module")
-def whole(runs, tmp_path_factory):
+def written(runs, tmp_path_factory):
+    """The file that the command writes of a run without maps in the cache."""
+    out = tmp_path_factory.mktemp("report") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        # no map is kept in a cache that is empty
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return build_report(runs / "known.duckdb")
+        assert main(["report", str(runs / "known.duckdb"), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(written):
+    return written.read_text(encoding="utf-8")
 
 
 def test_a_report_of_a_run_has_both_topics_of_load_balance(whole):
@@ -198,16 +205,12 @@ def test_a_report_of_a_changed_run_says_so(runs, view, tmp_path):
     assert "Changed since the view was saved: known" in Reader(build_report(path, view)).words
 
 
-def test_the_command_writes_a_whole_run_and_nothing_twice(runs, tmp_path, capsys):
-    out = tmp_path / "report.html"
-    given = ["report", str(runs / "known.duckdb"), "--out", str(out)]
-    assert main(given) == 0
-    text = out.read_text(encoding="utf-8")
+def test_the_command_writes_a_whole_run_and_nothing_twice(runs, written, whole, capsys):
     for title in ("Overview", "Load balance", "Tokens", "Attention", "Flow", "Where this is from"):
-        assert f"<h2>{title}</h2>" in text
-    assert main(given) == 2
+        assert f"<h2>{title}</h2>" in whole
+    assert main(["report", str(runs / "known.duckdb"), "--out", str(written)]) == 2
     assert "not overwritten" in capsys.readouterr().err
-    assert out.read_text(encoding="utf-8") == text
+    assert written.read_text(encoding="utf-8") == whole
     assert {p.name for p in runs.iterdir()} <= {"known.duckdb", "views"}
 
 
