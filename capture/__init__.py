@@ -3,18 +3,18 @@
 Importing this package imports neither torch nor transformers: names load on first use.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capture.recorder.config import CaptureConfig
+    from capture.recorder.record import record
 
 __all__ = ["CaptureConfig", "record"]
+_WHERE = {"CaptureConfig": "capture.recorder.config", "record": "capture.recorder.record"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "record":
-        from capture.recorder.session import record
-
-        return record
-    if name == "CaptureConfig":
-        from capture.recorder.config import CaptureConfig
-
-        return CaptureConfig
-    raise AttributeError(f"module 'capture' has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'capture' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -11,6 +11,7 @@ from capture.errors import CaptureCancelled, CaptureError
 from capture.interrupts import Terminated
 from capture.paths import RUN_SUFFIX, suggested_name
 from capture.recorder.config import CaptureConfig, described
+from capture.recorder.record import record
 from capture.store import migrate, recover
 
 ERROR = 2
@@ -63,8 +64,6 @@ def _capture(arguments: Sequence[str]) -> int:
     options = vars(_capture_parser().parse_args(arguments))
     model, prompts, out = (options.pop(name) for name in ("model", "prompts", "out"))
     progress = not options.pop("quiet")
-    from capture.recorder.session import record  # torch, which help and errors can do without
-
     out = _default_out(model) if out is None else out
     print(record(model, prompts, out, progress=progress, **options))
     return 0

@@ -13,9 +13,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from capture.bench.levels import start_peak, stop_peak
+from capture.model.load import transformers_library
+from capture.recorder.record import record
+
 HEADS, LAYERS, HEAD_SIZE = 8, 2, 16
 WARM_TOKENS = 128
 MIB = 2**20
+CPU = torch.device("cpu")
 MODES = ("scores", "attention")
 
 
@@ -60,11 +68,9 @@ def _measured(tokens: int, mode: str, every: int) -> int:
 
 def _model(tokens: int) -> Any:
     """Return a random model with room for the prompt."""
-    import torch
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
+    library = transformers_library()
     torch.manual_seed(0)
-    config = OlmoeConfig(
+    config = library.OlmoeConfig(
         vocab_size=512,
         hidden_size=HEADS * HEAD_SIZE,
         intermediate_size=64,
@@ -77,16 +83,11 @@ def _model(tokens: int) -> Any:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return OlmoeForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    return library.OlmoeForCausalLM(config).eval()
 
 
 def _cell(tokens: int, mode: str, every: int) -> None:
     """Record one prompt and print how far memory rose."""
-    import numpy as np
-    import torch
-
-    from capture.recorder.session import record
-
     torch.set_num_threads(1)
     model = _model(max(tokens, WARM_TOKENS))
     random = np.random.default_rng(0)
@@ -94,26 +95,12 @@ def _cell(tokens: int, mode: str, every: int) -> None:
         for name, length in (("warm", WARM_TOKENS), ("long", tokens)):
             prompt = random.integers(3, 500, length).tolist()
             gc.collect()
-            before = _start_peak()
+            before = start_peak(CPU)
             out = Path(folder) / f"{name}.duckdb"
             options: dict[str, Any] = {"level": mode, "sample_tokens": 0, "attention_every": every}
             record(model, [prompt], out, batch_tokens=tokens, progress=False, **options)
-            peak = _status("VmHWM") - before
+            peak = stop_peak(CPU) - before
     _say(json.dumps({"peak": peak}))
-
-
-def _start_peak() -> int:
-    """Forget the peak so far and return the resident memory, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    """Read a size from Linux's account of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"This measurement needs {name} in /proc/self/status, as Linux has it.")
 
 
 if __name__ == "__main__":

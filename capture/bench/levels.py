@@ -14,14 +14,21 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from capture.bench.overhead import Bench, plain, prepare, recorded, timed
+from capture.model.forward import Head, Runner, pad_batch
+from capture.model.hooks import Taps
+from capture.model.load import DEMO, LoadedModel, load_model, transformers_library
+from capture.model.selftest import probe_tokens
 from capture.prompts.reading import Prompt, read_prompts
+from capture.recorder.assemble import DecodeStep, Step
 from capture.recorder.config import CaptureConfig
-
-if TYPE_CHECKING:
-    import torch
+from capture.recorder.loop import HiddenRows, Recording
+from capture.recorder.transfer import WriterThread
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -65,7 +72,7 @@ QWEN3_30B: dict[str, Any] = {  # Qwen3-30B-A3B, 8 of its 48 layers
 SHAPES = ("demo", "tiny", "olmoe", "qwen3-30b-8layers")
 
 
-def start_peak(device: "torch.device") -> int:
+def start_peak(device: torch.device) -> int:
     """Forget the peak so far and return what is in use now, bytes.
 
     On a CPU that is the process's resident memory as Linux counts it, on CUDA what PyTorch has
@@ -73,8 +80,6 @@ def start_peak(device: "torch.device") -> int:
     """
     gc.collect()
     if device.type == "cuda":
-        import torch
-
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -82,11 +87,9 @@ def start_peak(device: "torch.device") -> int:
     return _status("VmRSS")
 
 
-def stop_peak(device: "torch.device") -> int:
+def stop_peak(device: torch.device) -> int:
     """Return the most that was in use since :func:`start_peak`, bytes."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM")
 
@@ -172,8 +175,6 @@ def _say_cell(cell: Cell, found: dict[str, Any]) -> None:
 
 def measure(cell: Cell) -> dict[str, Any]:
     """Measure one cell in this process: ratios to plain passes that alternate with it, and peak."""
-    import torch
-
     if cell.threads:
         torch.set_num_threads(cell.threads)
     bench, small = _benches(cell)
@@ -207,10 +208,6 @@ def _row(row: str, bench: Bench, folder: Path) -> Callable[[], None]:
 
 def _benches(cell: Cell) -> tuple[Bench, Bench]:
     """Load or make the model, with prompts of the length wanted and with one short prompt."""
-    import numpy as np
-
-    from capture.model.load import LoadedModel, load_model
-
     count = max(1, cell.tokens // cell.length)
     loaded = None
     if cell.shape == "demo" and cell.length + cell.decode <= DEMO_CONTEXT:
@@ -238,36 +235,24 @@ def _benches(cell: Cell) -> tuple[Bench, Bench]:
 
 def _random_model(shape: str, device: str, context: int) -> Any:
     """Make a model of a published shape with random weights."""
-    import torch
-    from transformers import AutoConfig, OlmoeConfig, Qwen3MoeConfig
-    from transformers import AutoModelForCausalLM as Model
-
-    from capture.model.load import DEMO, refuse_kernels_package
-
-    refuse_kernels_package()
+    library = transformers_library()
     ends: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     config: Any
     if shape == "demo":
-        config = AutoConfig.from_pretrained(DEMO)
+        config = library.AutoConfig.from_pretrained(DEMO)
     elif shape == "qwen3-30b-8layers":
-        config = Qwen3MoeConfig(**QWEN3_30B, **ends)
+        config = library.Qwen3MoeConfig(**QWEN3_30B, **ends)
     else:
-        config = OlmoeConfig(**(TINY if shape == "tiny" else OLMOE), **ends)
+        config = library.OlmoeConfig(**(TINY if shape == "tiny" else OLMOE), **ends)
     config.max_position_embeddings = max(context, config.max_position_embeddings)
     torch.manual_seed(0)
     with torch.device(device):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model: Any = Model
-        return model.from_config(config, dtype=dtype).eval()
+        return library.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def _with_outputs(bench: Bench) -> None:
     """Run forward and loss with eager attention, and every attention map and router score."""
-    import torch
-
-    from capture.model.forward import Head, Runner, pad_batch
-    from capture.model.selftest import probe_tokens
-
     model: Any = bench.loaded.model
     ids = [prompt.ids for prompt in bench.plan.prompts]
     before = model.config._attn_implementation
@@ -285,12 +270,6 @@ def _with_outputs(bench: Bench) -> None:
 
 def _loop(bench: Bench) -> None:
     """Run the loop of a capture, decoding included, with nothing observed and nothing written."""
-    from capture.model.forward import Head, Runner
-    from capture.model.hooks import Taps
-    from capture.model.selftest import probe_tokens
-    from capture.recorder.assemble import DecodeStep, Step
-    from capture.recorder.loop import HiddenRows, Recording
-    from capture.recorder.transfer import WriterThread
 
     def look(step: Step) -> None:
         if not isinstance(step, DecodeStep):

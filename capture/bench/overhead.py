@@ -8,20 +8,31 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
+
+from capture.interrupts import Interrupts
+from capture.model.forward import Head, Runner, pad_batch
+from capture.model.inputs import vocabulary
+from capture.model.load import LoadedModel, load_model
+from capture.model.selftest import attach, probe_tokens
+from capture.model.sites import Site
 from capture.model.tokens import TokenizedPrompt, tokenize
 from capture.progress import Reporter
 from capture.prompts.reading import Prompt, read_prompts
 from capture.recorder.config import CaptureConfig
+from capture.recorder.loop import Plan
+from capture.recorder.preparation import (
+    AttentionPlan,
+    describe_run,
+    max_length,
+    plan_attention,
+    plan_recording,
+)
 from capture.recorder.sampling import plan_sample
+from capture.recorder.session import Stopper, _Session
 from capture.store import LEVELS, PromptInfo, RunWriter
-
-if TYPE_CHECKING:
-    from capture.model.load import LoadedModel
-    from capture.model.sites import Site
-    from capture.recorder.loop import Plan
-    from capture.recorder.preparation import AttentionPlan
 
 
 class Timing(NamedTuple):
@@ -34,11 +45,11 @@ class Timing(NamedTuple):
 class Bench(NamedTuple):
     """A loaded model, its sites, and the batches that both sides run."""
 
-    loaded: "LoadedModel"
-    sites: "list[Site]"
-    plan: "Plan"
+    loaded: LoadedModel
+    sites: list[Site]
+    plan: Plan
     config: CaptureConfig
-    attention: "AttentionPlan | None"
+    attention: AttentionPlan | None
 
 
 def overhead_options(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +67,8 @@ def overhead_options(parser: argparse.ArgumentParser) -> None:
 
 def overhead(options: argparse.Namespace) -> None:
     """Time capture over plain forward and loss, alternating; prints the ratio."""
-    import torch
-
     if options.threads:
         torch.set_num_threads(options.threads)
-    from capture.model.load import load_model
-
     bench = prepare(
         load_model(options.model, device=options.device),
         read_prompts(options.prompts) * options.copies,
@@ -95,15 +102,12 @@ def overhead(options: argparse.Namespace) -> None:
     _report("core seconds", [after.cores / before.cores for before, after in pairs])
 
 
-def prepare(loaded: "LoadedModel", prompts: list[Prompt], config: CaptureConfig) -> Bench:
+def prepare(loaded: LoadedModel, prompts: list[Prompt], config: CaptureConfig) -> Bench:
     """Settle what a capture settles between loading the model and its first forward pass."""
-    from capture.model.selftest import attach
-    from capture.recorder.preparation import max_length, plan_attention, plan_recording, vocab_size
-
     tokenized: list[TokenizedPrompt] = tokenize(
         prompts,
         loaded.tokenizer,
-        vocab_size=vocab_size(loaded),
+        vocab_size=vocabulary(loaded.model),
         max_length=max_length(loaded, config),
     )
     domains, lengths = [p.domain for p in tokenized], [len(p.ids) for p in tokenized]
@@ -116,27 +120,17 @@ def prepare(loaded: "LoadedModel", prompts: list[Prompt], config: CaptureConfig)
 
 def plain(bench: Bench) -> None:
     """Run the same batches and losses, without anything of capture but the loop."""
-    import torch
-
-    from capture.model.forward import Head, Runner, pad_batch
-    from capture.model.selftest import probe_tokens
-    from capture.recorder.preparation import vocab_size
-
     model, plan = bench.loaded.model, bench.plan
     ids = [prompt.ids for prompt in plan.prompts]
     with torch.inference_mode(), Head(model).open(probe_tokens(model)[:1]) as head:
         runner = Runner(model, head)
-        for prompts in plan.batches(head.limit(vocab_size(bench.loaded))):
+        for prompts in plan.batches(head.limit(vocabulary(bench.loaded.model))):
             batch = pad_batch(prompts, ids, side="right", pad_id=plan.pad_id)
             runner.prompts(batch).loss.cpu()
 
 
 def recorded(bench: Bench, folder: Path) -> None:
     """Record the batches into a run file, until it is closed, and remove it."""
-    from capture.interrupts import Interrupts
-    from capture.recorder.preparation import describe_run
-    from capture.recorder.session import Stopper, _Session
-
     out, attention = folder / "run.duckdb", bench.attention
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), 0) for p in bench.plan.prompts]
     info = describe_run(bench.loaded, bench.config, bench.plan.sample, attention)
@@ -151,8 +145,6 @@ def recorded(bench: Bench, folder: Path) -> None:
 
 def timed(bench: Bench, run: Callable[[], None]) -> Timing:
     """Time one run, until the device is done."""
-    import torch
-
     wall, cores = time.perf_counter(), time.process_time()
     run()
     if bench.loaded.model.device.type == "cuda":

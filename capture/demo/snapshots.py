@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from capture import record
 from capture.demo.model import random_model, save_weights
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -80,8 +81,6 @@ def record_snapshots(work: Path, folder: Path) -> list[Path]:
         The run files, in the order of the training.
     """
     # the library's own entry point, imported late: training does not need it
-    from capture import record
-
     snapshots = list_snapshots(work)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,11 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from capture.errors import ModelError, cut, quoted
-
-if TYPE_CHECKING:
-    import torch
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ".safetensors"
@@ -216,7 +215,7 @@ def _check_types(folder: Path) -> None:
             )
 
 
-def check_numbers(name: str, model: "torch.nn.Module") -> None:
+def check_numbers(name: str, model: torch.nn.Module) -> None:
     """Refuse weights that are not finite: everything that the model says would be nan.
 
     Raises
@@ -224,8 +223,6 @@ def check_numbers(name: str, model: "torch.nn.Module") -> None:
     ModelError
         That names the first such tensor.
     """
-    import torch
-
     for tensor, weight in model.state_dict().items():
         if weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from capture.errors import ModelError, cut, first_line, quoted
+from capture.model.compiled import Compiler, unwrapped
 from capture.model.folder import check_model_folder, check_numbers, odd_one, read_document
+from capture.model.inputs import embedding_weight
 from capture.paths import given_path
 from capture.store.records import DTYPES
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from capture.model.compiled import Compiler
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,14 @@ class LoadedModel(NamedTuple):
     tokenizer: "PreTrainedTokenizerBase | None"
     name: str
     revision: str | None
-    compiler: "Compiler | None" = None
+    compiler: Compiler | None = None
 
 
 def load_model(
     model: "str | Path | PreTrainedModel",
     *,
     revision: str | None = None,
-    dtype: "str | torch.dtype | None" = None,
+    dtype: str | torch.dtype | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -100,17 +101,29 @@ def load_model(
 @contextmanager
 def loading_bars(*, shown: bool) -> Iterator[None]:
     """Let transformers draw its own progress bars inside the block, or not."""
-    refuse_kernels_package()
-    from transformers.utils import logging as bars
-
+    bars = transformers_library().utils.logging
     hide = not shown and bars.is_progress_bar_enabled()
     if hide:
-        bars.disable_progress_bar()  # type: ignore[no-untyped-call]
+        bars.disable_progress_bar()
     try:
         yield
     finally:
         if hide:
-            bars.enable_progress_bar()  # type: ignore[no-untyped-call]
+            bars.enable_progress_bar()
+
+
+def transformers_library() -> Any:
+    """Import transformers, on first use, unless its import would end in a riddle.
+
+    Raises
+    ------
+    ModelError
+        See :func:`refuse_kernels_package`.
+    """
+    refuse_kernels_package()
+    import transformers  # takes seconds
+
+    return transformers
 
 
 def refuse_kernels_package() -> None:
@@ -131,8 +144,6 @@ def refuse_kernels_package() -> None:
 
 def _taken(model: Any, *, dtype: object, device: object) -> LoadedModel:
     """Check a model that the caller loaded."""
-    from capture.model.compiled import unwrapped
-
     model, compiler = unwrapped(model)
     if not hasattr(model, "named_modules") or not hasattr(model, "config"):
         raise ModelError(
@@ -185,7 +196,6 @@ def _no_folder(text: str, what: str) -> ModelError:
 @contextmanager
 def _unpickled(name: str, *, allow_pickle: bool) -> Iterator[None]:
     """Let nothing be unpickled inside the block: an index of a hub id may name any file."""
-    import torch
 
     def refuse(*args: object, **options: object) -> None:
         raise ModelError(
@@ -206,17 +216,10 @@ def _load(
     source: str,
     name: str,
     hub: dict[str, Any],
-    dtype: "str | torch.dtype | None",
+    dtype: str | torch.dtype | None,
     device: str | None,
     allow_pickle: bool,
 ) -> "PreTrainedModel":
-    import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForMultimodalLM,
-    )
-
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
         **hub,
@@ -228,7 +231,12 @@ def _load(
     try:
         found: Any = None
         # a model that also sees or hears has a language model inside, which runs on text alone
-        kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+        library = transformers_library()
+        kinds = (
+            library.AutoModelForCausalLM,
+            library.AutoModelForImageTextToText,
+            library.AutoModelForMultimodalLM,
+        )
         for kind in kinds:
             try:
                 found = kind.from_pretrained(source, **options)
@@ -257,8 +265,6 @@ def speaking_part(model: Any) -> Any:
 
     Models that also talk (Omni) have no forward pass of their own, only that of their parts.
     """
-    from capture.model.inputs import embedding_weight
-
     thinker = getattr(model, "thinker", None)
     if thinker is None:
         return model
@@ -270,8 +276,6 @@ def speaking_part(model: Any) -> Any:
 
 
 def _device_map(place: str) -> Any:
-    import torch
-
     if place == "auto":
         return "auto"
     try:
@@ -288,9 +292,7 @@ def _device_map(place: str) -> Any:
     return None if device.type == "cpu" else {"": device}
 
 
-def _dtype(dtype: "str | torch.dtype | None", place: str) -> "str | torch.dtype":
-    import torch
-
+def _dtype(dtype: str | torch.dtype | None, place: str) -> str | torch.dtype:
     if dtype is None:
         on_cpu = place.startswith("cpu") or (place == "auto" and not torch.cuda.is_available())
         return torch.float32 if on_cpu else "auto"
@@ -345,10 +347,8 @@ def _field_of(error: Exception, folder: Path) -> str:
 
 def _mismatched(source: str, hub: dict[str, Any]) -> str:
     """Return the first tensor whose shape is not the model's, by loading all others."""
-    from transformers import AutoModelForCausalLM
-
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers_library().AutoModelForCausalLM.from_pretrained(
             source,
             **hub,
             use_safetensors=True,
@@ -363,10 +363,9 @@ def _mismatched(source: str, hub: dict[str, Any]) -> str:
 
 def _tokenizer(source: str, hub: dict[str, Any]) -> "PreTrainedTokenizerBase | None":
     """Return the model's tokenizer, or None when it has none."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **hub)
+        tokenizer: PreTrainedTokenizerBase
+        tokenizer = transformers_library().AutoTokenizer.from_pretrained(source, **hub)
     except Exception as error:  # transformers raises a dozen kinds when files are missing
         if (Path(source) / "tokenizer.json").is_file():
             raise ModelError(

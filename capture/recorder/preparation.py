@@ -5,21 +5,24 @@ import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from capture.errors import ConfigError
+from capture.model.inputs import input_device, vocabulary, width
+from capture.model.load import LoadedModel
+from capture.model.selftest import heeds_padding
+from capture.model.sites import Site, text_config
 from capture.model.tokens import TokenizedPrompt
+from capture.recorder.attention.layers import FoundAttention, attach_attention
+from capture.recorder.attention.summary import AttentionOptions, AttentionTaps
 from capture.recorder.config import CaptureConfig
 from capture.recorder.estimate import AttentionSize, Estimate, estimate
+from capture.recorder.loop import Plan
 from capture.recorder.sampling import Attended, Sample
+from capture.recorder.sampling import plan_attention as choose
 from capture.store import RunInfo
-
-if TYPE_CHECKING:
-    from capture.model.load import LoadedModel
-    from capture.model.sites import Site
-    from capture.recorder.attention.layers import FoundAttention
-    from capture.recorder.attention.summary import AttentionTaps
-    from capture.recorder.loop import Plan
+from kernels.dispatch import backend_for
 
 # padded tokens of a forward pass; on a CPU larger ones leave the caches, on a GPU smaller ones
 # leave it idle
@@ -31,17 +34,8 @@ ATTENTION_OPS = ("attention",)
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
-def vocab_size(loaded: "LoadedModel") -> int:
-    """Return the rows of the model's embedding, the ids it can be fed."""
-    from capture.model.inputs import vocabulary
-
-    return vocabulary(loaded.model)
-
-
-def max_length(loaded: "LoadedModel", config: CaptureConfig) -> int | None:
+def max_length(loaded: LoadedModel, config: CaptureConfig) -> int | None:
     """Return how many tokens of a prompt fit, with room for what is generated."""
-    from capture.model.sites import text_config
-
     options = text_config(loaded.model)
     sizes = [getattr(options, name, None) for name in CONTEXT_NAMES]
     context = next((size for size in sizes if isinstance(size, int) and size > 0), None)
@@ -70,9 +64,9 @@ class AttentionPlan:
         For the estimate.
     """
 
-    found: "FoundAttention"
+    found: FoundAttention
     attended: Attended
-    taps: "AttentionTaps"
+    taps: AttentionTaps
     size: AttentionSize
 
     @property
@@ -88,8 +82,8 @@ class AttentionPlan:
 
 def plan_attention(
     prompts: list[TokenizedPrompt],
-    sites: "list[Site]",
-    loaded: "LoadedModel",
+    sites: list[Site],
+    loaded: LoadedModel,
     config: CaptureConfig,
 ) -> AttentionPlan | None:
     """Choose prompts and test layers for level attention; None at other levels.
@@ -101,10 +95,6 @@ def plan_attention(
     """
     if config.level != "attention":
         return None
-    from capture.recorder.attention.layers import attach_attention
-    from capture.recorder.attention.summary import AttentionOptions, AttentionTaps
-    from capture.recorder.sampling import plan_attention as choose
-
     lengths = [len(prompt.ids) for prompt in prompts]
     domains = [prompt.domain for prompt in prompts]
     attended = choose(domains, lengths, config.attention_prompts, config.seed)
@@ -135,8 +125,8 @@ def plan_attention(
 
 def cost_of(
     prompts: list[TokenizedPrompt],
-    sites: "list[Site]",
-    loaded: "LoadedModel",
+    sites: list[Site],
+    loaded: LoadedModel,
     config: CaptureConfig,
     sample: Sample,
     attention: AttentionPlan | None = None,
@@ -146,7 +136,7 @@ def cost_of(
     return estimate(
         n_tokens=n_tokens,
         sites=[site.info for site in sites],
-        hidden_size=hidden_size(loaded),
+        hidden_size=width(loaded.model),
         level=config.level,
         sample_tokens=int(sample.record["planned"]),
         n_domains=len({prompt.domain for prompt in prompts}),
@@ -154,26 +144,15 @@ def cost_of(
     )
 
 
-def hidden_size(loaded: "LoadedModel") -> int:
-    """Return the width of the router inputs."""
-    from capture.model.inputs import width
-
-    return width(loaded.model)
-
-
 def plan_recording(
     prompts: list[TokenizedPrompt],
     sample: Sample,
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     config: CaptureConfig,
     attention: AttentionPlan | None = None,
-    sites: "list[Site] | None" = None,
-) -> "Plan":
+    sites: list[Site] | None = None,
+) -> Plan:
     """Settle what the loop over batches needs to know; ``sites`` are needed for decoding."""
-    from capture.model.selftest import heeds_padding
-    from capture.model.sites import text_config
-    from capture.recorder.loop import Plan
-
     padded = config.generate > 0 and len({len(prompt.ids) for prompt in prompts}) > 1
 
     budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
@@ -184,14 +163,14 @@ def plan_recording(
         sample=sample,
         level=config.level,
         generate=config.generate,
-        pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocab_size(loaded) else 0,
+        pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocabulary(loaded.model) else 0,
         end_ids=_end_ids(loaded),
         attended=attention.attended.is_attended if attention is not None else None,
         same_length=padded and not heeds_padding(loaded.model, sites or []),
     )
 
 
-def _end_ids(loaded: "LoadedModel") -> tuple[int, ...]:
+def _end_ids(loaded: LoadedModel) -> tuple[int, ...]:
     """Return the tokens that end a text, from wherever the model says it."""
     generation = getattr(loaded.model, "generation_config", None)
     for owner in (generation, loaded.model.config, loaded.tokenizer):
@@ -208,17 +187,12 @@ def _version(package: str) -> str:
 
 
 def describe_run(
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     config: CaptureConfig,
     sample: Sample,
     attention: AttentionPlan | None = None,
 ) -> RunInfo:
     """Return what is known of the run before its first token."""
-    import torch
-
-    from capture.model.inputs import input_device
-    from kernels.dispatch import backend_for
-
     model = loaded.model
     place = model.device if model.device.type != "meta" else input_device(model)
     device = f"{place} (weights offloaded)" if model.device.type == "meta" else str(place)
@@ -235,8 +209,8 @@ def describe_run(
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
         level=config.level,
-        vocab_size=vocab_size(loaded),
-        hidden_size=hidden_size(loaded),
+        vocab_size=vocabulary(loaded.model),
+        hidden_size=width(loaded.model),
         backends={op: backend_for(op, place) for op in ops},
         packages={"python": platform.python_version(), **packages},
         config=config.to_json(),

@@ -1,39 +1,39 @@
-"""One capture from start to end: load, test, estimate, record, check, close."""
+"""One capture from the model to the closed file: load, test, estimate, record, check, close."""
 
 import contextlib
-import inspect
 import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capture.errors import CaptureCancelled, CaptureError
-from capture.interrupts import Interrupts, Terminated, remembered_interrupts
+from capture.interrupts import Interrupts, Terminated
+from capture.model.compiled import compiled, default_compiler, suspended
+from capture.model.forward import Head, Runner
+from capture.model.hooks import tap
+from capture.model.inputs import vocabulary
+from capture.model.load import LoadedModel, load_model, loading_bars
+from capture.model.selftest import attach, probe_tokens
+from capture.model.sites import Site
 from capture.model.token_text import can_decode, has_offsets
 from capture.model.tokens import tokenize
-from capture.paths import check_rank, given_path
-from capture.progress import Progress, Reporter
-from capture.prompts.reading import Prompt, PromptSource, read_prompts
+from capture.progress import Reporter
+from capture.prompts.reading import Prompt
 from capture.recorder import preparation
+from capture.recorder.assemble import Assembler, Step
 from capture.recorder.config import CaptureConfig
 from capture.recorder.estimate import check_space
+from capture.recorder.loop import HiddenRows, Plan, Recording
+from capture.recorder.observe import group_sites
 from capture.recorder.sampling import plan_sample
+from capture.recorder.transfer import WriterThread
 from capture.store import PromptInfo, RunWriter
-from capture.store.files import check_new
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from capture.model.load import LoadedModel
-    from capture.model.sites import Site
-    from capture.recorder.assemble import Step
-    from capture.recorder.loop import Plan
-    from capture.recorder.transfer import WriterThread
-
-__all__ = ["Progress", "record"]
 
 log = logging.getLogger(__name__)
 
@@ -74,86 +74,18 @@ class Stopper(NamedTuple):
             raise _Cancelled
 
 
-def record(
+def capture(
     model: "str | Path | PreTrainedModel",
-    prompts: PromptSource,
-    out: str | Path,
-    *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    progress: bool | Callable[[Progress], None] = True,
-    cancel: Callable[[], bool] | None = None,
-    **options: Any,
-) -> Path:
-    """Record the routing of a mixture-of-experts model on some prompts as a run file.
-
-    Parameters
-    ----------
-    model : str, Path or PreTrainedModel
-        ``"demo"``, a Hugging Face id, a local folder, or a loaded model in evaluation mode.
-    prompts : str, Path or iterable
-        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; a .txt, .csv, .jsonl or .parquet file; or
-        strings, token-id lists and records with ``text`` (or ``ids``) and ``domain``.
-    out : str or Path
-        The run file; it must not exist. While recording, its name ends in ``.partial``.
-    tokenizer : tokenizer, optional
-        For a loaded model that does not know where its tokenizer lies.
-    progress : bool or callable
-        True draws a bar on standard error; a callable gets :class:`Progress` reports.
-    cancel : callable, optional
-        Asked before every forward pass; True ends the capture.
-    **options
-        As in :class:`capture.CaptureConfig`: ``level="scores"``, ``generate=32``, ...
-
-    Returns
-    -------
-    Path
-        ``out``.
-
-    Raises
-    ------
-    CaptureCancelled
-        If ``cancel`` said so or Ctrl-C was pressed. What was recorded is closed as an incomplete
-        run, whose path is the error's ``path``; None when there was nothing yet.
-    CaptureError
-        If an option, the prompts, the model or the file cannot work. Whatever fails after the
-        first forward pass leaves ``OUT.partial`` for ``python -m capture recover``.
-    """
-    config = CaptureConfig(**options)
-    path = given_path(out, "the run file")
-    reporter = Reporter(progress)
-    with closing(reporter), remembered_interrupts() as interrupts:
-        stop = Stopper(interrupts, cancel)
-        return _record(model, prompts, path, config, tokenizer, reporter, stop)
-
-
-def _spelled_out(function: Callable[..., Path]) -> inspect.Signature:
-    """Return the signature of ``record`` with every option, for ``help()`` and completion."""
-    own = list(inspect.signature(function).parameters.values())[:-1]
-    options = inspect.signature(CaptureConfig).parameters.values()
-    return inspect.Signature([*own, *options], return_annotation=Path)
-
-
-setattr(record, "__signature__", _spelled_out(record))  # noqa: B010  mypy forbids the assignment
-
-
-def _record(
-    model: "str | Path | PreTrainedModel",
-    source: PromptSource,
+    given: list[Prompt],
     out: Path,
     config: CaptureConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
     reporter: Reporter,
-    stop: "Stopper",
+    stop: Stopper,
+    started: float,
 ) -> Path:
-    check_rank(out)
-    check_new(out)
-    given = read_prompts(source)
-    name = model if isinstance(model, str | Path) else type(model).__name__
-    started = time.monotonic()
-    reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
+    """Load the model and record; see :func:`capture.record`, which checks what it is given."""
     loaded = _load(model, config, tokenizer, reporter)
-    from capture.model.compiled import default_compiler, suspended
-
     with suspended(loaded.model) as was_compiled:
         if loaded.compiler is None and (was_compiled or config.compile):
             loaded = loaded._replace(compiler=default_compiler)
@@ -161,21 +93,19 @@ def _record(
 
 
 def _capture(
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     given: list[Prompt],
     out: Path,
     config: CaptureConfig,
     reporter: Reporter,
-    stop: "Stopper",
+    stop: Stopper,
     started: float,
 ) -> Path:
     """Record with a model that is loaded, and not compiled yet."""
-    from capture.model.selftest import attach
-
     prompts = tokenize(
         given,
         loaded.tokenizer,
-        vocab_size=preparation.vocab_size(loaded),
+        vocab_size=vocabulary(loaded.model),
         max_length=preparation.max_length(loaded, config),
     )
     reporter.enter("self-test", "Testing that every router can be tapped.")
@@ -211,9 +141,7 @@ def _load(
     config: CaptureConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
     reporter: Reporter,
-) -> "LoadedModel":
-    from capture.model.load import load_model, loading_bars
-
+) -> LoadedModel:
     with loading_bars(shown=reporter.draws):
         loaded = load_model(
             model,
@@ -231,16 +159,13 @@ class _Session:
 
     def __init__(
         self,
-        loaded: "LoadedModel",
-        sites: "list[Site]",
-        plan: "Plan",
+        loaded: LoadedModel,
+        sites: list[Site],
+        plan: Plan,
         writer: RunWriter,
         reporter: Reporter,
-        attention: "preparation.AttentionPlan | None" = None,
+        attention: preparation.AttentionPlan | None = None,
     ) -> None:
-        from capture.recorder.assemble import Assembler
-        from capture.recorder.observe import group_sites
-
         self.loaded = loaded
         self.sites = sites
         self.plan = plan
@@ -260,8 +185,6 @@ class _Session:
 
     def run(self, stop: Stopper) -> Path:
         """Record, and close the file whatever happens; see :func:`record`."""
-        from capture.recorder.transfer import WriterThread
-
         started = time.monotonic()
         thread: WriterThread[Step] = WriterThread(self._consume, idle=self._keep_up)
         why: BaseException | None = None
@@ -286,7 +209,7 @@ class _Session:
         self.reporter.enter("done", f"{path}: {self._counted()} recorded.")
         return path
 
-    def _consume(self, step: "Step") -> None:
+    def _consume(self, step: Step) -> None:
         self.assembler.consume(step)
         self._keep_up()
 
@@ -296,9 +219,7 @@ class _Session:
             self.assembler.settle()
             self.writer.flush()
 
-    def _close(
-        self, thread: "WriterThread[Step]", started: float, why: BaseException | None
-    ) -> Path:
+    def _close(self, thread: WriterThread[Step], started: float, why: BaseException | None) -> Path:
         """Store what is still on its way, and finish the file."""
         self.reporter.enter("writing", f"Closing {self.writer.out}.")
         thread.close()
@@ -324,13 +245,7 @@ class _Session:
     def _counted(self) -> str:
         return f"{self.assembler.prompt_tokens + self.assembler.generated_tokens:,} tokens"
 
-    def _record(self, thread: "WriterThread[Step]", stop: Stopper) -> None:
-        from capture.model.compiled import compiled
-        from capture.model.forward import Head, Runner
-        from capture.model.hooks import tap
-        from capture.model.selftest import probe_tokens
-        from capture.recorder.loop import HiddenRows, Recording
-
+    def _record(self, thread: WriterThread[Step], stop: Stopper) -> None:
         hidden_rows = HiddenRows()
         model = self.loaded.model
         with (
@@ -394,7 +309,7 @@ class _Session:
             notes["special_tokens"] = SPELLED.format(count=f"{spelled:,}")
         return notes
 
-    def _keep(self, thread: "WriterThread[Step]", error: BaseException) -> None:
+    def _keep(self, thread: WriterThread[Step], error: BaseException) -> None:
         """After a failure, commit what can be committed and leave the partial file."""
         if _is_same_file(self.writer.partial, self.writer.out):
             self.writer.partial.unlink()  # the run is whole and has its name

@@ -9,13 +9,12 @@ import pandas as pd
 
 from capture.model.tokens import tokenize
 from capture.prompts.reading import read_prompts
-from capture.recorder.preparation import vocab_size
 from explorer.errors import ComparisonError, RouterError
 from explorer.run import UNLABELLED, Run
 
 if TYPE_CHECKING:
-    from capture.model.load import LoadedModel
-
+    from capture.model.inputs import vocabulary
+from capture.model.load import LoadedModel
 
 DEMO = "demo"
 LONGEST = 512  # tokens of a sequence; attention that rules ask for grows with the square
@@ -181,7 +180,10 @@ def _texts_of(name: str) -> set[str | None]:
 
 def _of_set(name: str, loaded: "LoadedModel") -> Texts:
     tokenized = tokenize(
-        read_prompts(name), loaded.tokenizer, vocab_size=vocab_size(loaded), max_length=LONGEST
+        read_prompts(name),
+        loaded.tokenizer,
+        vocab_size=vocabulary(loaded.model),
+        max_length=LONGEST,
     )
     kept = [one for one in tokenized if len(one.ids) > 1]
     return Texts(

@@ -10,7 +10,6 @@ from explorer.errors import ComparisonCancelled, ComparisonError
 from explorer.maps.cache import MapOptions
 from explorer.maps.data import Source
 from explorer.run import open_run
-from explorer.worker.expert_weights import measure_cosines
 from explorer.worker.protocol import (
     DEMO_MODEL,
     CaptureRequest,
@@ -174,6 +173,8 @@ def _conditions(
 
 
 def _cosines(request: CosinesRequest, report: Report, cancelled: Callable[[], bool]) -> str:
+    from explorer.worker.expert_weights import measure_cosines  # torch
+
     def on_progress(message: str, part: float) -> None:
         if cancelled():
             raise Cancelled("Nothing was kept.", None)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from capture.errors import SiteError
+from capture.model.load import transformers_library
 
 
 class AttentionCall(NamedTuple):
@@ -83,26 +84,24 @@ _plain_get_interface: Callable[..., Any] | None = None
 def _install() -> None:
     """Put our word in front of what transformers hands out, once for all open listeners."""
     global _open, _plain_get_interface
-    from transformers.modeling_utils import AttentionInterface
-
     if _open == 0:
-        plain = AttentionInterface.get_interface
+        interface = transformers_library().modeling_utils.AttentionInterface
+        plain = interface.get_interface
 
         def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
             return _heard(plain(self, *args, **kwargs))
 
         _plain_get_interface = plain
-        AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+        interface.get_interface = get_interface
     _open += 1
 
 
 def _remove() -> None:
     global _open, _plain_get_interface
-    from transformers.modeling_utils import AttentionInterface
-
     _open -= 1
     if _open == 0 and _plain_get_interface is not None:
-        AttentionInterface.get_interface = _plain_get_interface  # type: ignore[method-assign]
+        interface = transformers_library().modeling_utils.AttentionInterface
+        interface.get_interface = _plain_get_interface
         _plain_get_interface = None
 
 

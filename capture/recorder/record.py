@@ -1,0 +1,88 @@
+"""``capture.record``: what is asked for is checked, and then recorded."""
+
+import inspect
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from capture.interrupts import remembered_interrupts
+from capture.paths import check_rank, given_path
+from capture.progress import Progress, Reporter
+from capture.prompts.reading import PromptSource, read_prompts
+from capture.recorder.config import CaptureConfig
+from capture.store.files import check_new
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def record(
+    model: "str | Path | PreTrainedModel",
+    prompts: PromptSource,
+    out: str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    progress: bool | Callable[[Progress], None] = True,
+    cancel: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Path:
+    """Record the routing of a mixture-of-experts model on some prompts as a run file.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+        ``"demo"``, a Hugging Face id, a local folder, or a loaded model in evaluation mode.
+    prompts : str, Path or iterable
+        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; a .txt, .csv, .jsonl or .parquet file; or
+        strings, token-id lists and records with ``text`` (or ``ids``) and ``domain``.
+    out : str or Path
+        The run file; it must not exist. While recording, its name ends in ``.partial``.
+    tokenizer : tokenizer, optional
+        For a loaded model that does not know where its tokenizer lies.
+    progress : bool or callable
+        True draws a bar on standard error; a callable gets :class:`Progress` reports.
+    cancel : callable, optional
+        Asked before every forward pass; True ends the capture.
+    **options
+        As in :class:`capture.CaptureConfig`: ``level="scores"``, ``generate=32``, ...
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    CaptureCancelled
+        If ``cancel`` said so or Ctrl-C was pressed. What was recorded is closed as an incomplete
+        run, whose path is the error's ``path``; None when there was nothing yet.
+    CaptureError
+        If an option, the prompts, the model or the file cannot work. Whatever fails after the
+        first forward pass leaves ``OUT.partial`` for ``python -m capture recover``.
+    """
+    config = CaptureConfig(**options)
+    path = given_path(out, "the run file")
+    reporter = Reporter(progress)
+    with closing(reporter), remembered_interrupts() as interrupts:
+        check_rank(path)
+        check_new(path)
+        given = read_prompts(prompts)
+        name = model if isinstance(model, str | Path) else type(model).__name__
+        started = time.monotonic()
+        reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
+        from capture.recorder.session import Stopper, capture  # torch takes seconds
+
+        stop = Stopper(interrupts, cancel)
+        return capture(model, given, path, config, tokenizer, reporter, stop, started)
+
+
+def _spelled_out(function: Callable[..., Path]) -> inspect.Signature:
+    """Return the signature of ``record`` with every option, for ``help()`` and completion."""
+    own = list(inspect.signature(function).parameters.values())[:-1]
+    options = inspect.signature(CaptureConfig).parameters.values()
+    return inspect.Signature([*own, *options], return_annotation=Path)
+
+
+setattr(record, "__signature__", _spelled_out(record))  # noqa: B010  mypy forbids the assignment
