@@ -19,7 +19,8 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from capture.model.selftest import attach
-from capture.swap.rules import Decision, PartMask, Place, RouterInputs, Routing
+from capture.store.records import Place
+from capture.swap.rules import Decision, PartMask, RouterInputs, Routing
 from explorer.routers.contract import PartRouter, Router, dense, fit_layers, route_layers
 from explorer.routers.learning.training import TrainedRouter, TrainingSession
 from explorer.routers.native import TopKRouter

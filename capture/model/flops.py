@@ -17,8 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from capture.errors import SwapError
 from capture.model.adapters.replacing import deaf
 from capture.model.sites import LAYER_LISTS, OTHER_STACKS, SHARED_NAMES, Site, text_config
-
-Key = tuple[int, int]  # layer, site
+from capture.store.records import Place
 
 # the parts of a decoder layer that attend to other tokens
 ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
@@ -57,8 +56,8 @@ class LayerFlops:
     attention: float
     attention_heads: float
     attention_key: float | None
-    router: Mapping[Key, float]
-    expert: Mapping[Key, float]
+    router: Mapping[Place, float]
+    expert: Mapping[Place, float]
     shared: float
     dense: float
 
@@ -80,9 +79,9 @@ class ModelFlops:
     def per_token(
         self,
         keys: float,
-        experts: Mapping[Key, float],
+        experts: Mapping[Place, float],
         *,
-        router: Mapping[Key, float] | None = None,
+        router: Mapping[Place, float] | None = None,
     ) -> float:
         """Return the operations of one token through the whole model.
 
@@ -155,8 +154,8 @@ def decoder_layers(model: nn.Module) -> dict[int, nn.Module]:
 def _layer_flops(
     number: int, layer: nn.Module, sites: Sequence[Site], config: object
 ) -> LayerFlops:
-    router: dict[Key, float] = {}
-    expert: dict[Key, float] = {}
+    router: dict[Place, float] = {}
+    expert: dict[Place, float] = {}
     counted: set[nn.Parameter] = set()
     for site in sites:
         if site.info.layer == number:

@@ -19,6 +19,7 @@ Level = Literal["stats", "ids", "scores", "attention"]
 LEVELS: tuple[Level, ...] = ("stats", "ids", "scores", "attention")
 DTYPES = ("float32", "bfloat16", "float16")
 Phase = Literal["prompt", "generated"]
+Place = tuple[int, int]  # decoder layer, router within it
 Array = TypeVar("Array")  # of torch where the sites ran, of numpy where it is stored
 # row numbers [M] into N, and one array [M, E or D] a site, or one of all sites
 Vectors = tuple[npt.NDArray[np.int64], Array | Sequence[Array]]

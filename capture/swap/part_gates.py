@@ -20,8 +20,9 @@ from capture.model.flops import attention_modules, decoder_layers, head_count
 from capture.model.inputs import plain_forward
 from capture.model.selftest import attach, probe_tokens
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.attention import LiveAttention
-from capture.swap.routers import Key, SiteCount, site_key
+from capture.swap.routers import SiteCount, site_key
 from capture.swap.rules import (
     OWN_ROUTER,
     Choice,
@@ -215,7 +216,7 @@ class Gated:
     part: Part
     simulated: bool
     counts: dict[int, PartCount] = field(default_factory=dict)
-    sites: dict[Key, SiteCount] = field(default_factory=dict)
+    sites: dict[Place, SiteCount] = field(default_factory=dict)
 
     @property
     def per_token(self) -> float:

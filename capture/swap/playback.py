@@ -10,9 +10,8 @@ from capture.model.adapters import Channel
 from capture.model.attributes import flat_rows
 from capture.model.context import PassTokens
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.rules import Choice
-
-Key = tuple[int, int]  # layer, site
 
 
 class RoutingTape:
@@ -23,10 +22,10 @@ class RoutingTape:
     """
 
     def __init__(self) -> None:
-        self._choices: dict[Key, list[Choice]] = {}
-        self._next: dict[Key, int] = {}
+        self._choices: dict[Place, list[Choice]] = {}
+        self._next: dict[Place, int] = {}
 
-    def append(self, key: Key, choice: Choice) -> None:
+    def append(self, key: Place, choice: Choice) -> None:
         """Add what site ``key`` was told in one more pass, for all rows or the real ones."""
         self._choices.setdefault(key, []).append(choice)
 
@@ -34,7 +33,7 @@ class RoutingTape:
         """Start again at the first pass."""
         self._next.clear()
 
-    def choices(self, key: Key) -> Sequence[Choice]:
+    def choices(self, key: Place) -> Sequence[Choice]:
         """Return what site ``key`` was told, one entry a pass."""
         return tuple(self._choices.get(key, ()))
 
@@ -43,7 +42,7 @@ class RoutingTape:
         """Passes recorded at every site."""
         return min((len(choices) for choices in self._choices.values()), default=0)
 
-    def next_choice(self, key: Key, native: Choice, tokens: PassTokens) -> Choice:
+    def next_choice(self, key: Place, native: Choice, tokens: PassTokens) -> Choice:
         """Return the choice [R, K] to force in the pass that runs.
 
         A tape of real tokens only leaves the padding its own routing; nobody reads that.

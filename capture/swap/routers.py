@@ -13,6 +13,7 @@ from capture.errors import SwapError
 from capture.model.context import Passes, PassTokens
 from capture.model.selftest import attach
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.attention import LiveAttention
 from capture.swap.playback import RoutingTape
 from capture.swap.rules import (
@@ -27,7 +28,6 @@ from capture.swap.rules import (
     with_attention,
 )
 
-Key = tuple[int, int]  # layer, site
 OnChoice = Callable[[RouterInputs, Choice], None]
 
 # choices that wait to be counted hold their memory
@@ -136,7 +136,7 @@ class Swapped:
     """
 
     sites: tuple[Site, ...]
-    counts: dict[Key, SiteCount] = field(default_factory=dict)
+    counts: dict[Place, SiteCount] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:
@@ -144,12 +144,12 @@ class Swapped:
         return max((count.passes for count in self.counts.values()), default=0)
 
     @property
-    def experts(self) -> dict[Key, float]:
+    def experts(self) -> dict[Place, float]:
         """Experts that ran, a real token, at each (layer, site)."""
         return {key: count.experts_per_token for key, count in self.counts.items()}
 
     @property
-    def distinct_experts(self) -> dict[Key, float]:
+    def distinct_experts(self) -> dict[Place, float]:
         """Different experts that ran in a pass, at each (layer, site)."""
         return {key: count.distinct_experts for key, count in self.counts.items()}
 
@@ -165,7 +165,7 @@ def swap(
     sites: Sequence[Site] | None,
     rule: Rule | RoutingTape | Mapping[Any, Rule],
     *,
-    only: Sequence[int | Key] | None = None,
+    only: Sequence[int | Place] | None = None,
     watch: Mapping[Any, Rule] | None = None,
     on_choice: OnChoice | None = None,
     checked: bool = True,
@@ -239,7 +239,7 @@ def swap(
         yield swapped
 
 
-def site_key(site: Site) -> Key:
+def site_key(site: Site) -> Place:
     """Return (layer, site) of a site."""
     return site.info.layer, site.info.site
 
@@ -391,10 +391,10 @@ def _on_all_rows(choice: Choice, tokens: PassTokens) -> Choice:
     return Choice(ids, weights)
 
 
-def _rules_by_site(sites: Sequence[Site], rule: Any, only: Sequence[int | Key] | None) -> Any:
+def _rules_by_site(sites: Sequence[Site], rule: Any, only: Sequence[int | Place] | None) -> Any:
     """Return {(layer, site): rule} for the sites to be swapped."""
     keys = [site_key(site) for site in sites]
-    known: set[int | Key] = {*keys, *(layer for layer, _ in keys)}
+    known: set[int | Place] = {*keys, *(layer for layer, _ in keys)}
     asked = [*(only or ()), *(rule if isinstance(rule, Mapping) else ())]
     unknown = [place for place in asked if place not in known]
     if unknown:

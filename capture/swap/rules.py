@@ -10,10 +10,10 @@ from capture.errors import SwapError
 from capture.model.adapters import Choice as Choice  # what a rule may answer
 from capture.model.attributes import flat_rows
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.attention import NAMES, AttentionRows
 
 Part = Literal["head", "layer", "expert"]
-Place = tuple[int, int]  # decoder layer, router within it
 
 
 class Routing(NamedTuple):

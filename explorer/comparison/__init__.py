@@ -14,7 +14,6 @@ causality     whether a router looks ahead or at other sequences
 oracle        the last layer's experts chosen by the loss: a bound
 verdicts      two routers paired text by text, and what that can show; imports no torch
 results_file  the tables, reading and writing them; imports no torch
-progress      how far a comparison is
 conditions    the same texts with other weights, fewer experts, students of the gate
 bench         how long replay and live rules take
 

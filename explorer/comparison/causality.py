@@ -11,9 +11,10 @@ from torch import nn
 from capture.model.inputs import plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.dependence import MIDDLE, ROUNDING, dependence
 from capture.swap.part_gates import gate_parts
-from capture.swap.rules import Place, RouterInputs, Rule
+from capture.swap.rules import RouterInputs, Rule
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import Spy
 from explorer.routers import Router, route_layers

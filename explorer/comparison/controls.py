@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from capture.swap.rules import Place
+from capture.store.records import Place
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import LiveModel, Outcome, SiteSums
 from explorer.routers import ROUTERS, PartMask, Router, RouterInputs

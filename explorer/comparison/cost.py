@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capture.model.flops import LayerFlops, ModelFlops
-from capture.swap.rules import Place
+from capture.store.records import Place
 
 # sequences that are decoded side by side: weights of an expert are read once for all of them
 DECODED = 16

@@ -14,18 +14,11 @@ from torch import nn
 from capture.model.context import Passes
 from capture.model.flops import decoder_layers, head_count
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.measure import token_losses
 from capture.swap.part_gates import gate_parts, output_layers, part_modules
 from capture.swap.routers import swap
-from capture.swap.rules import (
-    Choice,
-    Decision,
-    NativeRule,
-    PartMask,
-    Place,
-    RouterInputs,
-    as_rows,
-)
+from capture.swap.rules import Choice, Decision, NativeRule, PartMask, RouterInputs, as_rows
 from explorer.comparison.router_names import RouterSpec, make_router
 from explorer.comparison.text_split import Texts
 from explorer.errors import RouterError

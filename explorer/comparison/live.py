@@ -16,11 +16,12 @@ from capture.model.flops import counted_flops, model_flops
 from capture.model.inputs import plain_forward
 from capture.model.load import LoadedModel
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.losses import SequenceLosses
 from capture.swap.measure import Kept, Latency, latency, summed, token_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import SiteCount, swap
-from capture.swap.rules import Choice, NativeRule, Place, RouterInputs, Rule, reads_of
+from capture.swap.rules import Choice, NativeRule, RouterInputs, Rule, reads_of
 from explorer.comparison.cost import TokenCost, Usage, cost_of
 from explorer.comparison.fit import FitData, Fitted, LivePart
 from explorer.comparison.text_split import FitAndReport, Texts, shared_texts

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from capture.store.records import Place
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import Latency
-from capture.swap.rules import Place
 from explorer.comparison.causality import Badges
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import LiveModel, Outcome, WatchedChoice, mean_of_known

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from capture.errors import quoted
+from capture.store.records import Place
 from explorer.comparison.causality import recorded_badges
 from explorer.comparison.live import entropy_of_shares, mean_of_known, shares_of
 from explorer.comparison.text_split import SHARED_TOKENS
@@ -31,7 +32,6 @@ from explorer.routers import (
     ROUTERS,
     Decision,
     PartRouter,
-    Place,
     Router,
     RouterInputs,
     Routing,

@@ -15,7 +15,7 @@ from capture.errors import CaptureError, quoted
 from capture.model.load import DEMO
 from capture.paths import model_name
 from capture.progress import Reporter
-from capture.swap.rules import Place
+from capture.store.records import Place
 from explorer.comparison.causality import Badges, badges
 from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import Fitted

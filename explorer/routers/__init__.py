@@ -30,7 +30,8 @@ learning    how routers learn: by imitation, or on the model's own loss; and gat
 Importing this package imports torch; ``import explorer`` does not import this package.
 """
 
-from capture.swap.rules import Decision, PartMask, Place, RouterInputs, Routing
+from capture.store.records import Place
+from capture.swap.rules import Decision, PartMask, RouterInputs, Routing
 from explorer.router_cards import FAMILIES, RouterInfo
 from explorer.routers import (
     assignment,

@@ -11,7 +11,8 @@ from typing import Self, cast
 
 import torch
 
-from capture.swap.rules import Decision, Part, PartMask, Place, RouterInputs, Routing, how_to_get
+from capture.store.records import Place
+from capture.swap.rules import Decision, Part, PartMask, RouterInputs, Routing, how_to_get
 from explorer.errors import RouterError
 from explorer.registry import Registry
 from explorer.router_cards import RouterInfo

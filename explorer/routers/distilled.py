@@ -7,7 +7,8 @@ from math import log
 import torch
 from torch import nn
 
-from capture.swap.rules import Decision, Place, RouterInputs, Routing
+from capture.store.records import Place
+from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS, AcrossLayers, RoutingRouter

@@ -7,7 +7,8 @@ from math import ceil
 import torch
 from torch import nn
 
-from capture.swap.rules import Decision, PartMask, Place, RouterInputs
+from capture.store.records import Place
+from capture.swap.rules import Decision, PartMask, RouterInputs
 from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.attention import KeyAttention

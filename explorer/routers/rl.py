@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from capture.swap.rules import Place, RouterInputs, Routing
+from capture.store.records import Place
+from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS, RoutingRouter

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from capture.swap.rules import Place
+from capture.store.records import Place
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS
 from explorer.routers.learning.exploration import Acting, TextPasses

@@ -28,10 +28,10 @@ from capture.model.forward import pad_batch, plan_batches
 from capture.model.inputs import input_device, plain_forward
 from capture.model.load import load_model, loading_bars
 from capture.model.sites import layer_of, text_config
+from capture.store.records import Place
 from capture.swap.losses import SequenceLosses, loss_change
 from capture.swap.measure import BATCH_TOKENS, Kept, sequence_losses
 from capture.swap.routers import site_key
-from capture.swap.rules import Place
 from explorer.comparison.compare import demo_run
 from explorer.comparison.conditions.calibration import collect
 from explorer.comparison.conditions.contract import Sequence_, Subject

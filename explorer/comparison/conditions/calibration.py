@@ -8,9 +8,10 @@ import torch
 
 from capture.model.adapters.standard import StandardAdapter
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import site_key, swap
-from capture.swap.rules import Choice, NativeRule, Place, RouterInputs
+from capture.swap.rules import Choice, NativeRule, RouterInputs
 from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.errors import ConditionError
 from explorer.routers.live import joined

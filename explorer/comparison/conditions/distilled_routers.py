@@ -9,10 +9,11 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from capture.store.records import Place
 from capture.swap.losses import loss_change
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import swap
-from capture.swap.rules import Place, RouterInputs, Routing
+from capture.swap.rules import RouterInputs, Routing
 from explorer.comparison.conditions.calibration import SeenSite, collect
 from explorer.comparison.conditions.contract import Sequence_, Subject
 from explorer.routers.contract import ROUTERS, Router, fit_layers, route_layers

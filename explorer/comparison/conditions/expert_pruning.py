@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from capture.model.flops import expert_parameters
+from capture.store.records import Place
 from capture.swap.routers import site_key, swap
-from capture.swap.rules import Place, RouterInputs, Routing
+from capture.swap.rules import RouterInputs, Routing
 from explorer.comparison.conditions.calibration import SeenSite, collect, expert_outputs
 from explorer.comparison.conditions.contract import (
     CONDITIONS,

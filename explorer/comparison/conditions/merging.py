@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from capture.model.flops import expert_parameters
+from capture.store.records import Place
 from capture.swap.routers import site_key
-from capture.swap.rules import Place
 from explorer.comparison.conditions.calibration import SeenSite, collect
 from explorer.comparison.conditions.contract import (
     CONDITIONS,

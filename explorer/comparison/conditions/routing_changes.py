@@ -14,9 +14,10 @@ from capture.model.context import Passes
 from capture.model.hooks import SiteObservation, tap
 from capture.model.scoring import statistics_by
 from capture.model.sites import Site
+from capture.store.records import Place
 from capture.swap.playback import RoutingTape
 from capture.swap.routers import site_key
-from capture.swap.rules import Choice, Place, as_rows
+from capture.swap.rules import Choice, as_rows
 from explorer.comparison.conditions.contract import Subject
 from kernels.ops.gate import gate
 

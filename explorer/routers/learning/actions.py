@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from capture.swap.rules import Place, RouterInputs, Routing
+from capture.store.records import Place
+from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.routers.native import choose
 from explorer.routers.scores import host_scores, slots, weigh

@@ -19,8 +19,9 @@ from capture.model.forward import Head, PaddedBatch, Runner, next_in_prompt, pad
 from capture.model.inputs import input_device, plain_forward
 from capture.model.selftest import probe_tokens
 from capture.model.sites import text_config
+from capture.store.records import Place
 from capture.swap.routers import swap
-from capture.swap.rules import Choice, Place, RouterInputs, Rule
+from capture.swap.rules import Choice, RouterInputs, Rule
 from explorer.errors import RouterError
 from explorer.routers.learning.actions import Actions, state_and_best
 from explorer.routers.learning.training import TrainingSession

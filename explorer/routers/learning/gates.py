@@ -16,9 +16,10 @@ from torch import nn
 
 from capture.model.inputs import input_device
 from capture.model.sites import text_config
+from capture.store.records import Place
 from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.routers import swap
-from capture.swap.rules import Choice, Part, PartMask, Place, RouterInputs, Routing
+from capture.swap.rules import Choice, Part, PartMask, RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.router_cards import CARDS
 from explorer.routers.contract import ROUTERS, PartRouter

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from capture.swap.rules import Decision, Place, RouterInputs
+from capture.store.records import Place
+from capture.swap.rules import Decision, RouterInputs
 from explorer.errors import RouterError
 from explorer.routers.contract import AcrossLayers
 
