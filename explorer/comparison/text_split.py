@@ -1,20 +1,19 @@
 """Which texts routers are fitted on, and which they are reported on; the two never meet."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from capture.model.inputs import vocabulary
+from capture.model.load import LoadedModel
 from capture.model.tokens import tokenize
 from capture.prompts.reading import read_prompts
 from explorer.errors import ComparisonError, RouterError
+from explorer.routers.recorded import fit_split
 from explorer.run import UNLABELLED, Run
-
-if TYPE_CHECKING:
-    from capture.model.inputs import vocabulary
-from capture.model.load import LoadedModel
 
 DEMO = "demo"
 LONGEST = 512  # tokens of a sequence; attention that rules ask for grows with the square
@@ -123,7 +122,7 @@ def recorded_texts(run: Run, tokens: pd.DataFrame) -> tuple[dict[int, int], list
 
 def split_texts(
     run: Run,
-    loaded: "LoadedModel",
+    loaded: LoadedModel,
     *,
     fit_tokens: int,
     tokens: int,
@@ -178,7 +177,7 @@ def _texts_of(name: str) -> set[str | None]:
     return {prompt.text for prompt in read_prompts(name)}
 
 
-def _of_set(name: str, loaded: "LoadedModel") -> Texts:
+def _of_set(name: str, loaded: LoadedModel) -> Texts:
     tokenized = tokenize(
         read_prompts(name),
         loaded.tokenizer,
@@ -221,8 +220,6 @@ def _divided(
     texts: Texts, seed: int, *, share: float = 0.5, parts: tuple[str, str] = ("half", "half")
 ) -> FitAndReport:
     """Divide texts in two, ``share`` of them for fitting; copies of one text stay together."""
-    from explorer.routers.recorded import fit_split
-
     same: dict[bytes, int] = {}
     groups = [same.setdefault(one.tobytes(), n) for n, one in enumerate(texts.sequences)]
     frame = pd.DataFrame({"prompt_id": groups, "domain": texts.domains})
