@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from capture.errors import CaptureError
-from explorer.commands import compare, conditions, report, routers
+from explorer.commands import compare, conditions, place, report, routers
 from explorer.errors import ComparisonCancelled, ExplorerError
 
 ERROR = 2
@@ -46,6 +46,11 @@ COMMANDS = {
         "write a run without its text, as a new run file",
         report.export_arguments,
         report.run_export,
+    ),
+    "place": Command(
+        "place experts on GPUs, judged on traffic that was held out, as a file for an engine",
+        place.arguments,
+        place.run,
     ),
     "routers": Command("list the routers there are", routers.arguments, routers.run),
 }

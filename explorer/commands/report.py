@@ -8,7 +8,7 @@ from explorer import writing
 from explorer.commands.compare import Output
 from explorer.errors import ExplorerError
 
-_RUN = "a run file, or the name of one in runs/"
+RUN_HELP = "a run file, or the name of one in runs/"
 
 
 def run_file(given: Path) -> Path:
@@ -19,7 +19,7 @@ def run_file(given: Path) -> Path:
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``report``."""
-    parser.add_argument("run", type=path_argument, metavar="RUN", help=_RUN)
+    parser.add_argument("run", type=path_argument, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="FILE", help="never overwritten"
     )
@@ -40,7 +40,7 @@ def run_report(options: argparse.Namespace) -> Output:
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``export``."""
-    parser.add_argument("run", type=path_argument, metavar="RUN", help=_RUN)
+    parser.add_argument("run", type=path_argument, metavar="RUN", help=RUN_HELP)
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="FILE", help="never overwritten"
     )

@@ -1,7 +1,13 @@
-"""Where experts live: replicas, their placement on GPUs, and what a decode batch reads."""
+"""Where experts live: replicas, their placement on GPUs, and what a decode batch reads.
 
+A placement is made from the loads of some traffic and serves other traffic: :func:`held_out` judges
+it on windows that it was not made from.
+"""
+
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +15,16 @@ from explorer.errors import MetricError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+IN_ORDER, BY_NODE, GLOBAL = "in order", "EPLB, by node", "EPLB, global"
+ACROSS_WINDOWS = "across windows"
+PLACEMENTS: Mapping[str, str] = {
+    IN_ORDER: "experts in the order of their ids, one copy each",
+    BY_NODE: "copies of hot experts; groups of experts stay on one node",
+    GLOBAL: "copies of hot experts, anywhere",
+    ACROSS_WINDOWS: "copies as EPLB makes them; experts that are hot at the same time lie apart",
+}
+_SWEEPS = 20  # over all pairs of copies; two or three change something
 
 
 class Placement(NamedTuple):
@@ -107,6 +123,257 @@ def in_order(n_layers: int, n_experts: int, num_gpus: int) -> Placement:
     return Placement(ids, ids[..., None].copy(), np.ones_like(ids))
 
 
+def across_windows(windows: npt.ArrayLike, num_replicas: int, num_gpus: int) -> Placement:
+    """Place experts so that the fullest GPU of each window is as empty as it can be made.
+
+    Loads of a sum hide which experts are hot at the same time. Here every window is a scenario:
+    copies are made as :func:`rebalance` makes them from the mean of the windows' shares, and then
+    two copies on different GPUs change places for as long as this lowers the mean over windows of
+    the largest share of a GPU. Ours; no published load balancer does this.
+
+    Parameters
+    ----------
+    windows : array [W, L, E]
+        Load of every logical expert in each window of traffic; windows count equally.
+    num_replicas : int
+        Physical experts a layer, a multiple of ``num_gpus`` and at least ``E``.
+    num_gpus : int
+
+    Raises
+    ------
+    MetricError
+        For sizes that do not divide.
+    """
+    shares = _shares(windows)
+    start = rebalance(shares.mean(0), num_replicas, 1, 1, num_gpus)
+    phy2log = start.phy2log.copy()
+    log2phy = np.full_like(start.log2phy, -1)
+    first = np.repeat(np.arange(num_gpus), num_replicas // num_gpus)
+    for layer, copies in enumerate(start.phy2log):
+        loads = shares[:, layer, copies] / start.logcnt[layer, copies]
+        gpu = _swapped(np.ascontiguousarray(loads), first, num_gpus)
+        phy2log[layer] = copies[np.argsort(gpu, kind="stable")]
+        filled = np.zeros(shares.shape[-1], np.int64)
+        for place, expert in enumerate(phy2log[layer]):
+            log2phy[layer, expert, filled[expert]] = place
+            filled[expert] += 1
+    return Placement(phy2log, log2phy, start.logcnt)
+
+
+@numba.njit(cache=True, nogil=True)
+def _swapped(loads: Floats, first: Ints, gpus: int) -> Ints:
+    """Return the GPU of each copy [R] after swaps; ``loads`` is [W, R], ``first`` the start."""
+    windows, copies = loads.shape
+    gpu = first.copy()
+    total = np.zeros((windows, gpus))
+    for copy in range(copies):
+        total[:, gpu[copy]] += loads[:, copy]
+    best = 0.0
+    for window in range(windows):
+        best += total[window].max()
+    for _ in range(_SWEEPS):
+        changed = False
+        for one in range(copies):
+            for other in range(one + 1, copies):
+                here, there = gpu[one], gpu[other]
+                if here == there:
+                    continue
+                found = 0.0
+                for window in range(windows):
+                    more = loads[window, one] - loads[window, other]
+                    most = max(total[window, here] - more, total[window, there] + more)
+                    for rank in range(gpus):
+                        if rank != here and rank != there:
+                            most = max(most, total[window, rank])
+                    found += most
+                    if found >= best:
+                        break
+                if found < best - 1e-12:
+                    for window in range(windows):
+                        more = loads[window, one] - loads[window, other]
+                        total[window, here] -= more
+                        total[window, there] += more
+                    gpu[one], gpu[other] = there, here
+                    best, changed = found, True
+        if not changed:
+            break
+    return gpu
+
+
+def policies(n_experts: int, *, gpus: int, nodes: int, groups: int) -> list[str]:
+    """Return the names of ``PLACEMENTS`` that these sizes allow."""
+    allowed = [IN_ORDER] if n_experts % gpus == 0 else []
+    if nodes > 1 and n_experts % groups == 0 and groups % nodes == 0:
+        allowed.append(BY_NODE)
+    return [*allowed, GLOBAL, ACROSS_WINDOWS]
+
+
+def place(
+    windows: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
+) -> Placement:
+    """Place the experts of layers by one of ``PLACEMENTS``.
+
+    Parameters
+    ----------
+    windows : array [W, L, E]
+        Loads in each window of the traffic that the placement is made from.
+
+    Raises
+    ------
+    MetricError
+        For an unknown policy, loads of another shape, or sizes that do not divide.
+    """
+    loads = _windows(windows)
+    if policy == IN_ORDER:
+        return in_order(loads.shape[1], loads.shape[2], gpus)
+    if policy == BY_NODE:
+        return rebalance(loads.sum(0), replicas, groups, nodes, gpus)
+    if policy == GLOBAL:
+        return rebalance(loads.sum(0), replicas, 1, 1, gpus)
+    if policy == ACROSS_WINDOWS:
+        return across_windows(loads, replicas, gpus)
+    raise MetricError(f"Expected one of {', '.join(PLACEMENTS)}; got {policy!r}.")
+
+
+class HeldOut(NamedTuple):
+    """How a policy balances the traffic that it was made from, and traffic that it was not.
+
+    Attributes
+    ----------
+    own : array [W]
+        Overall balancedness of each window under the placement of all windows.
+    held_out : array [W]
+        The same under the placement of all other windows.
+    """
+
+    own: Floats
+    held_out: Floats
+
+
+def held_out(
+    windows: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
+) -> HeldOut:
+    """Judge a policy on windows of traffic [W, L, E] that it was not made from, one at a time.
+
+    Raises
+    ------
+    MetricError
+        With fewer than two windows, or as :func:`place` does.
+    """
+    loads = _windows(windows)
+    if len(loads) < 2:
+        raise MetricError(
+            f"Expected two or more windows of traffic to hold one out, got {len(loads)}."
+        )
+    sizes = {"gpus": gpus, "nodes": nodes, "groups": groups, "replicas": replicas}
+    whole = place(loads, policy, **sizes)
+    others = [place(np.delete(loads, i, axis=0), policy, **sizes) for i in range(len(loads))]
+    return HeldOut(
+        np.array([overall_balancedness(gpu_load(window, whole, gpus)) for window in loads]),
+        np.array(
+            [
+                overall_balancedness(gpu_load(window, other, gpus))
+                for window, other in zip(loads, others, strict=True)
+            ]
+        ),
+    )
+
+
+def rebalanced_later(
+    windows: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
+) -> Floats:
+    """Return what a placement made at one window does to the windows after it.
+
+    Parameters
+    ----------
+    windows : array [W, L, E]
+        In order of time.
+
+    Returns
+    -------
+    array [W, W]
+        Overall balancedness of window ``j`` under the placement made from window ``i``; nan where
+        ``j < i``. The diagonal is what was predicted when it was made, the rest what came of it.
+    """
+    loads = _windows(windows)
+    sizes = {"gpus": gpus, "nodes": nodes, "groups": groups, "replicas": replicas}
+    found = np.full((len(loads), len(loads)), np.nan)
+    for made in range(len(loads)):
+        placement = place(loads[made : made + 1], policy, **sizes)
+        for later in range(made, len(loads)):
+            found[made, later] = overall_balancedness(gpu_load(loads[later], placement, gpus))
+    return found
+
+
+def moved(before: Placement, after: Placement, num_gpus: int) -> Ints:
+    """Return how many copies each layer has to load when placements change, [L].
+
+    A copy that its GPU holds already, in whatever slot, is not loaded again.
+    """
+    old, new = (
+        np.sort(one.phy2log.reshape(len(one.phy2log), num_gpus, -1), axis=-1)
+        for one in (before, after)
+    )
+    if old.shape != new.shape:
+        raise MetricError(
+            f"Expected two placements of equal size, got {list(old.shape)} and {list(new.shape)} "
+            "(layers, GPUs, slots)."
+        )
+    n_experts = int(max(old.max(), new.max())) + 1
+    counts = [np.apply_along_axis(np.bincount, -1, one, minlength=n_experts) for one in (old, new)]
+    return np.asarray(np.maximum(counts[1] - counts[0], 0).sum((1, 2)), dtype=np.int64)
+
+
+def visited(
+    expert_ids: npt.ArrayLike, placement: Placement, layer: int, *, gpus: int, nodes: int = 1
+) -> tuple[Floats, Floats]:
+    """Return how many different GPUs, and nodes, each token's experts lie on, two arrays [T].
+
+    Of an expert with several copies the one that is taken goes by the token's number, in turn, as
+    engines spread requests.
+
+    Parameters
+    ----------
+    expert_ids : array [T, K], int
+        -1 in empty slots.
+    layer : int
+        Row of the placement.
+    """
+    ids = np.asarray(expert_ids)
+    turn = np.arange(len(ids))[:, None] % placement.logcnt[layer][ids]
+    slot = placement.log2phy[layer][ids, turn]
+    gpu = slot // (placement.phy2log.shape[1] // gpus)
+    found = []
+    for rank in (gpu, gpu // (gpus // nodes)):
+        rows = np.sort(np.where(ids >= 0, rank, -1), axis=1)
+        fresh = np.ones(rows.shape, dtype=bool)
+        fresh[:, 1:] = rows[:, 1:] != rows[:, :-1]
+        found.append(np.asarray((fresh & (rows >= 0)).sum(1), dtype=np.float64))
+    return found[0], found[1]
+
+
+def mean_interval(
+    values: npt.ArrayLike, *, in_time: bool, n_draws: int = 2_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of windows [W].
+
+    Parameters
+    ----------
+    in_time : bool
+        Windows follow each other, so that neighbours are alike: blocks of about ``W ** (1/3)``
+        neighbours are drawn, the last beside the first (Politis and Romano 1992). Otherwise
+        windows are drawn one by one.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    n = len(given)
+    size = max(1, round(n ** (1 / 3))) if in_time else 1
+    random = np.random.default_rng(seed)
+    starts = random.integers(0, n, (n_draws, -(-n // size)))
+    rows = ((starts[..., None] + np.arange(size)) % n).reshape(n_draws, -1)[:, :n]
+    low, high = np.quantile(given[rows].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def gpu_load(weight: npt.ArrayLike, placement: Placement, num_gpus: int) -> Floats:
     """Return the load of each GPU, [L, G]; an expert's copies share its load evenly."""
     load = np.atleast_2d(np.asarray(weight, dtype=np.float64)) / placement.logcnt
@@ -175,6 +442,22 @@ def coverage(expert_ids: npt.ArrayLike, n_experts: int) -> Ints:
     first = np.full(n_experts, len(ids), dtype=np.int64)
     np.minimum.at(first, ids[token, slot], token)
     return np.sort(first[first < len(ids)]) + 1
+
+
+def _windows(windows: npt.ArrayLike) -> Floats:
+    loads = np.asarray(windows, dtype=np.float64)
+    if loads.ndim != 3 or not loads.size:
+        raise MetricError(
+            f"Expected loads [windows, layers, experts], got shape {list(loads.shape)}."
+        )
+    return loads
+
+
+def _shares(windows: npt.ArrayLike) -> Floats:
+    """Return each layer's shares in each window [W, L, E]; zeros in a window without load."""
+    loads = _windows(windows)
+    total = loads.sum(-1, keepdims=True)
+    return np.asarray(np.divide(loads, total, out=np.zeros_like(loads), where=total > 0))
 
 
 def _check_sizes(load: npt.NDArray[np.float32], *sizes: int) -> None:

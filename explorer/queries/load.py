@@ -161,6 +161,95 @@ def _load_by(
     )
 
 
+class WindowLoads(NamedTuple):
+    """Loads of W windows of a run's traffic, at the L routers with E experts each.
+
+    Attributes
+    ----------
+    names : list of str
+        Domains, or the numbers of the windows from 1.
+    sites : list of (layer, site)
+    loads : array [W, L, E], assignments
+    in_time : bool
+        Whether windows follow each other; domains do not.
+    """
+
+    names: list[str]
+    sites: list[tuple[int, int]]
+    loads: npt.NDArray[np.float64]
+    in_time: bool
+
+
+def window_loads(
+    run: Run,
+    windows: int | None,
+    *,
+    n_experts: int | None = None,
+    domain: str | None = None,
+    phase: str | None = None,
+) -> WindowLoads:
+    """Return the loads of windows of the run's traffic.
+
+    Parameters
+    ----------
+    windows : int or None
+        This many windows of consecutive prompts with about equally many tokens; None: one window
+        a domain. Windows without a token are left out.
+    n_experts : int, optional
+        Of the routers that are wanted; needed where a run has routers of several sizes.
+
+    Raises
+    ------
+    RunError
+        For windows of a run that does not hold expert ids, and for routers of several sizes.
+    """
+    sizes = sorted({site.n_experts for site in run.sites})
+    if n_experts is None:
+        if len(sizes) > 1:
+            raise RunError(
+                f"The routers of this run have {', '.join(map(str, sizes))} experts. Say which of "
+                "these sizes is meant."
+            )
+        n_experts = sizes[0]
+    sites = [(one.layer, one.site) for one in run.sites if one.n_experts == n_experts]
+    where, params = conditions(domain=domain, phase=phase)
+    if windows is None:
+        source = "SELECT *, coalesce(domain, '') AS part FROM expert_load_by"
+    else:
+        if not run.records_ids:
+            raise RunError(
+                "This run was recorded at level stats: only its domains can be told apart. Take "
+                "windows by domain, or record it again with --level ids."
+            )
+        source = """
+            SELECT layer, site, expert_id, domain, phase, part, 1 AS assignments
+            FROM assignments JOIN tokens USING (token_id) JOIN (
+                SELECT prompt_id, domain, floor($windows * (
+                    sum(n_tokens) OVER (ORDER BY prompt_id) - n_tokens / 2
+                ) / sum(n_tokens) OVER ())::INTEGER AS part
+                FROM prompts JOIN prompt_sizes USING (prompt_id)
+            ) USING (prompt_id)
+        """
+        params["windows"] = windows
+    table = run.query(
+        f"SELECT part, layer, site, expert_id, sum(assignments)::BIGINT AS assignments "
+        f"FROM ({source}) WHERE {where} GROUP BY ALL ORDER BY part",
+        params,
+    )
+    table = table[table["assignments"] > 0]
+    parts = list(dict.fromkeys(table["part"].tolist()))
+    index = {place: i for i, place in enumerate(sites)}
+    at = [index.get(place, -1) for place in zip(table["layer"], table["site"], strict=True)]
+    kept = np.array(at, dtype=np.int64) >= 0
+    number = table["part"].map({part: i for i, part in enumerate(parts)}).to_numpy(np.int64)
+    loads = np.zeros((len(parts), len(sites), n_experts))
+    loads[number[kept], np.array(at, dtype=np.int64)[kept], table["expert_id"].to_numpy()[kept]] = (
+        table["assignments"].to_numpy()[kept]
+    )
+    names = [str(part) for part in parts] if windows is None else [str(p + 1) for p in parts]
+    return WindowLoads(names, sites, loads, windows is not None)
+
+
 class BatchRouting(NamedTuple):
     """What one site chose, in the order of the forward passes.
 

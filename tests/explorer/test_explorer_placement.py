@@ -1,12 +1,22 @@
 """Placement of experts: the published example, and what any placement must keep."""
 
+import itertools
+import json
+import re
+
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_counts import COUNTS
+from synthetic import SITES, write_run
 
-from explorer.errors import MetricError
+from explorer.__main__ import main
+from explorer.errors import MetricError, RunError
 from explorer.metrics import placement
+from explorer.queries.load import window_loads
+from explorer.run import open_run
 
 # README of github.com/deepseek-ai/EPLB
 PUBLISHED = [
@@ -126,3 +136,192 @@ def test_loads_that_are_none_are_refused():
         placement.rebalance([[1.0, -1.0]], 2, 1, 1, 2)
     with pytest.raises(MetricError, match="divides 12 experts"):
         placement.in_order(1, 12, 5)
+
+
+# --- traffic that a placement was not made from ------------------------------------------------
+
+
+def windows_of(seed, n_windows=6, layers=2, experts=12):
+    """Loads in which pairs of experts are hot at the same time."""
+    random = np.random.default_rng(seed)
+    topics = random.gamma(0.3, 1.0, (n_windows, layers, experts // 2))
+    return np.repeat(topics, 2, axis=-1) + random.gamma(1.0, 0.05, (n_windows, layers, experts))
+
+
+def test_sizes_decide_which_placements_there_are():
+    of = placement.policies
+    assert of(12, gpus=5, nodes=1, groups=1) == ["EPLB, global", "across windows"]
+    assert of(12, gpus=4, nodes=2, groups=3) == ["in order", "EPLB, global", "across windows"]
+    assert of(12, gpus=4, nodes=2, groups=4)[1] == "EPLB, by node"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_are_hot_together_lie_apart(seed):
+    loads = windows_of(seed)
+    found = placement.across_windows(loads, 16, 4)
+    for layer, copies in enumerate(found.phy2log):
+        assert sorted(set(copies)) == list(range(12))
+        for expert in range(12):
+            places = found.log2phy[layer, expert]
+            assert sorted(places[places >= 0]) == np.flatnonzero(copies == expert).tolist()
+            assert (places >= 0).sum() == found.logcnt[layer, expert]
+    shares = loads / loads.sum(-1, keepdims=True)
+    usual = placement.rebalance(shares.mean(0), 16, 1, 1, 4)
+
+    def fullest(one):
+        return np.mean([placement.gpu_load(share, one, 4).max(-1) for share in shares])
+
+    assert fullest(found) < fullest(usual) - 0.01
+    ours, eplb = (placement.held_out(windows_of(seed, 24), policy, gpus=4, nodes=1, groups=1,
+                                     replicas=16).held_out.mean()
+                  for policy in ("across windows", "EPLB, global"))  # fmt: skip
+    assert ours > eplb
+
+
+def test_no_swap_of_two_experts_is_left_that_helps():
+    loads = windows_of(7, experts=8, layers=1)
+    found = placement.across_windows(loads, 8, 2).phy2log[0]
+    shares = (loads / loads.sum(-1, keepdims=True))[:, 0]
+
+    def fullest(experts):
+        return shares[:, experts].reshape(len(shares), 2, -1).sum(-1).max(-1).mean()
+
+    for one, other in itertools.product(range(4), range(4, 8)):
+        swapped = found.copy()
+        swapped[[one, other]] = found[[other, one]]
+        assert fullest(swapped) >= fullest(found) - 1e-12
+    halves = [list(h) + [e for e in range(8) if e not in h]
+              for h in itertools.combinations(range(8), 4)]  # fmt: skip
+    assert fullest(found) <= np.sort([fullest(np.array(h)) for h in halves])[len(halves) // 10]
+
+
+def test_a_window_is_judged_by_a_placement_that_never_saw_it():
+    c4 = np.array([COUNTS["olmoe", "c4", layer] for layer in (0, 7, 15)], float)
+    layer = np.array(COUNTS["olmoe", "github", 7], float)
+    github = np.stack([layer, layer, layer])
+    sizes = {"gpus": 8, "nodes": 1, "groups": 1, "replicas": 72}
+    found = placement.held_out(np.stack([c4, github]), "EPLB, global", **sizes)
+    made = placement.rebalance(github, 72, 1, 1, 8)
+    expected = placement.overall_balancedness(placement.gpu_load(c4, made, 8))
+    assert found.held_out[0] == pytest.approx(expected)
+    own = placement.rebalance(c4, 72, 1, 1, 8)
+    assert placement.overall_balancedness(placement.gpu_load(c4, own, 8)) > expected + 0.05
+    later = placement.rebalanced_later(np.stack([github, c4]), "EPLB, global", **sizes)
+    assert later[0, 1] == pytest.approx(expected) and np.isnan(later[1, 0])
+    with pytest.raises(MetricError, match="two or more windows"):
+        placement.held_out(c4[None], "EPLB, global", **sizes)
+    with pytest.raises(MetricError, match="in order, EPLB"):
+        placement.place(c4[None], "best", **sizes)
+
+
+def test_copies_that_move_and_gpus_that_a_token_visits():
+    before = placement.in_order(1, 4, 2)
+    after = before._replace(phy2log=np.array([[1, 2, 0, 3]]))
+    assert placement.moved(before, before, 2).tolist() == [0]
+    assert placement.moved(before, after, 2).tolist() == [2]
+    gpus, nodes = placement.visited([[0, 1], [0, 2], [3, -1]], before, 0, gpus=4, nodes=2)
+    assert gpus.tolist() == [2, 2, 1] and nodes.tolist() == [1, 2, 1]
+    # one expert with a copy on each GPU: tokens take them in turn
+    copies = placement.Placement(
+        np.array([[0, 1, 0, 2]]), np.array([[[0, 2], [1, -1], [3, -1]]]), np.array([[2, 1, 1]])
+    )
+    gpus, _ = placement.visited([[0, 1], [0, 1]], copies, 0, gpus=2)
+    assert gpus.tolist() == [1, 2]
+
+
+def test_the_interval_of_a_mean():
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = placement.mean_interval(random.normal(1, 1, 20), in_time=False, n_draws=400)
+        covered += low <= 1 <= high
+    assert 0.87 < covered / 200 < 0.98
+    # neighbours that are alike say less
+    walk = np.repeat(random.normal(0, 1, 9), 3)
+    plain = np.ptp(placement.mean_interval(walk, in_time=False))
+    assert np.ptp(placement.mean_interval(walk, in_time=True)) > 1.2 * plain
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "known.duckdb")
+
+
+def test_loads_of_windows_are_counts_of_the_rows(known):
+    with open_run(known.path) as run:
+        by_domain = window_loads(run, None, n_experts=6)
+        by_prompt = window_loads(run, 2, n_experts=6, phase="prompt")
+        with pytest.raises(RunError, match="4, 6 experts"):
+            window_loads(run, None)
+    assert by_domain.names == ["", "code", "law", "text"] and not by_domain.in_time
+    assert by_domain.sites == [(1, 0), (3, 0)]
+    for number, domain in enumerate(by_domain.names):
+        for at, (layer, site) in enumerate(by_domain.sites):
+            rows = known.assignments(layer, site, domain=domain)
+            counts = np.bincount([expert for _, _, expert, _ in rows], minlength=6)
+            assert by_domain.loads[number, at].tolist() == counts.tolist()
+    # 15 and 15 of 30 tokens
+    halves = [
+        sum(token["prompt_id"] in part for token, *_ in known.assignments(1, 0, phase="prompt"))
+        for part in ({0, 1, 2}, {3, 4, 5})
+    ]
+    assert by_prompt.loads[:, 0].sum(1).tolist() == halves
+    assert by_prompt.names == ["1", "2"] and by_prompt.in_time
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A run whose routers are all of one size."""
+    path = tmp_path_factory.mktemp("runs") / "served.duckdb"
+    write_run(path, sites=SITES[:2])
+    return path
+
+
+def test_files_follow_the_rules_of_the_engines_that_load_them(served, tmp_path, capsys):
+    sizes = ["place", str(served), "--gpus", "2", "--slots", "8", "--windows", "domain"]
+    files = {kind: tmp_path / f"{kind}.file" for kind in ("sglang", "tensorrt-llm", "eplb-json")}
+    for kind, out in files.items():
+        more = ["--format", kind, "--out", str(out), "--policy", "EPLB, global"]
+        assert main([*sizes, *more, *(["--model-layers", "5"] if kind == "sglang" else [])]) == 0
+        said = capsys.readouterr().out
+        assert "4 windows of a domain each" in said and said.endswith(f"{out}\n")
+    # SGLang: one row a decoder layer, dense ones too; every expert has a copy in every row
+    table = np.array(json.loads(files["sglang"].read_text())["physical_to_logical_map"])
+    assert table.shape == (5, 8)
+    assert all(set(row) == set(range(6)) for row in table.tolist())
+    # TensorRT-LLM: layers are numbers, a list of num_slots experts each, cut by ranks
+    settings_of = yaml.safe_load(files["tensorrt-llm"].read_text())
+    assert settings_of["num_slots"] == 8 and settings_of["layer_updates_per_iter"] == 0
+    rows = settings_of["initial_global_assignments"]
+    assert {layer: list(table[layer]) for layer in (1, 3)} == rows
+    plain = json.loads(files["eplb-json"].read_text())
+    assert plain["layers"] == [1, 3] and plain["phy2log"] == [rows[1], rows[3]]
+    for layer, copies in enumerate(plain["log2phy"]):
+        for expert, places in enumerate(copies):
+            assert {plain["phy2log"][layer][p] for p in places if p >= 0} == {expert}
+    with open_run(served) as run:
+        loads = window_loads(run, None).loads
+    expected = placement.rebalance(loads.sum(0), 8, 1, 1, 2)
+    assert plain["phy2log"] == expected.phy2log.tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--gpus", "2", "--windows", "1"], "--windows must be domain or a number of 2 or more"),
+        (["--gpus", "0"], "--gpus must be 1 or more, got 0"),
+        (["--gpus", "5", "--policy", "in order"], "there are EPLB, global, across windows"),
+        (["--gpus", "4", "--slots", "9"], "a number of replicas that divides by 4 GPUs"),
+        (["--gpus", "2", "--model-layers", "2"], "--model-layers must be at least 4"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(served, capsys, given, said):
+    assert main(["place", str(served), *given]) == 2
+    assert said in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+def test_an_existing_placement_is_kept(served, tmp_path, capsys):
+    out = tmp_path / "placement.json"
+    out.write_text("mine")
+    assert main(["place", str(served), "--gpus", "2", "--out", str(out)]) == 2
+    assert "not overwritten" in capsys.readouterr().err and out.read_text() == "mine"

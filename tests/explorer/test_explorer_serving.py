@@ -40,11 +40,6 @@ def test_gpus_under_every_placement():
     assert list(bars.data[0].y) == [1.6, 0.4]
 
 
-def test_sizes_decide_which_placements_there_are():
-    assert data.policies(12, gpus=5, nodes=1, groups=1) == ["EPLB, global"]
-    assert data.policies(12, gpus=4, nodes=2, groups=3) == ["in order", "EPLB, global"]
-
-
 def test_decode_batches_and_coverage():
     ids = np.array([[0, 1], [0, 1], [2, 3], [0, -1]])
     table = data.decode_reads(ids, 4, sizes=(1, 2, 4, 8))

@@ -10,39 +10,13 @@ import pandas as pd
 from explorer.metrics import placement
 from explorer.metrics.capacity import POLICIES, curve
 from explorer.metrics.load import max_violation
-from explorer.metrics.placement import Placement
 from explorer.queries.load import (
     BatchRouting,
     routing,
 )
 from explorer.run import Run
 
-PLACEMENTS = {
-    "in order": "experts in the order of their ids, one copy each",
-    "EPLB, by node": "copies of hot experts; groups of experts stay on one node",
-    "EPLB, global": "copies of hot experts, anywhere",
-}
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-def place(
-    load: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
-) -> Placement:
-    """Place the experts of layers by a policy of ``PLACEMENTS``; ``load`` is [L, E]."""
-    loads = np.atleast_2d(np.asarray(load, dtype=np.float64))
-    if policy == "in order":
-        return placement.in_order(loads.shape[0], loads.shape[1], gpus)
-    if policy == "EPLB, global":
-        groups = nodes = 1
-    return placement.rebalance(loads, replicas, groups, nodes, gpus)
-
-
-def policies(experts: int, *, gpus: int, nodes: int, groups: int) -> list[str]:
-    """Return the policies that these sizes allow."""
-    allowed = ["in order"] if experts % gpus == 0 else []
-    if nodes > 1 and experts % groups == 0 and groups % nodes == 0:
-        allowed.append("EPLB, by node")
-    return [*allowed, "EPLB, global"]
 
 
 def gpu_table(
@@ -62,10 +36,13 @@ def gpu_table(
     """
     sites = load[["layer", "site"]].drop_duplicates()
     counts = load["assignments"].to_numpy(dtype=np.float64).reshape(len(sites), -1)
-    allowed = policies(counts.shape[1], gpus=gpus, nodes=nodes, groups=groups)
+    allowed = placement.policies(counts.shape[1], gpus=gpus, nodes=nodes, groups=groups)
+    allowed.remove(placement.ACROSS_WINDOWS)  # these loads are of one window
     parts = []
     for policy in allowed:
-        found = place(counts, policy, gpus=gpus, nodes=nodes, groups=groups, replicas=replicas)
+        found = placement.place(
+            counts[None], policy, gpus=gpus, nodes=nodes, groups=groups, replicas=replicas
+        )
         loads = placement.gpu_load(counts, found, gpus)
         part = sites.loc[sites.index.repeat(gpus)].reset_index(drop=True)
         mean = loads.mean(-1, keepdims=True)
