@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from capture.errors import CaptureError
-from explorer.commands import compare, conditions, place, report, routers
+from explorer.commands import cache, compare, conditions, place, report, routers
 from explorer.errors import ComparisonCancelled, ExplorerError
 
 ERROR = 2
@@ -51,6 +51,11 @@ COMMANDS = {
         "place experts on GPUs, judged on traffic that was held out, as a file for an engine",
         place.arguments,
         place.run,
+    ),
+    "cache": Command(
+        "simulate caches of experts, and list the experts that are worth keeping in fast memory",
+        cache.arguments,
+        cache.run,
     ),
     "routers": Command("list the routers there are", routers.arguments, routers.run),
 }

@@ -1,10 +1,10 @@
-"""What a cache of experts would hit: LRU, LFU and Belady's bound on the routing of a trace.
+"""What a cache of experts would hit: LRU, LFU, pins, prefetching, and Belady's bound.
 
 One layer at a time: a token's experts are looked up in order of slot. A hit is an expert that is in
 the cache; a miss loads it and, where the cache is full, evicts another one.
 """
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numba
 import numpy as np
@@ -57,6 +57,138 @@ def hit_rate(ids: npt.ArrayLike, *, slots: int, policy: Policy = "lru") -> float
     due = _next_lookups(lookups, n_experts) if policy == "belady" else np.empty(0, np.int64)
     hits: int = _run(lookups, due, n_experts, min(int(slots), n_experts), POLICIES.index(policy))
     return hits / len(lookups)
+
+
+def pins(load: npt.ArrayLike, budget: int) -> npt.NDArray[np.bool_]:
+    """Return which experts to keep in fast memory for good, the busiest ones.
+
+    Parameters
+    ----------
+    load : array [..., E]
+        Lookups of every expert in some traffic: of a layer [E], or of all layers [L, E], which
+        then share the budget.
+    budget : int
+        How many experts fit.
+
+    Returns
+    -------
+    array of bool, as ``load``
+        Of experts with equal load the first ones.
+
+    Raises
+    ------
+    MetricError
+        If loads are negative or not finite, or the budget is none.
+    """
+    given = np.asarray(load, dtype=np.float64)
+    if budget < 0 or not np.isfinite(given).all() or (given < 0).any():
+        raise MetricError(f"Expected loads and a budget of 0 or more, got {budget} experts.")
+    kept = np.zeros(given.size, dtype=bool)
+    kept[np.argsort(-given.ravel(), kind="stable")[:budget]] = True
+    return kept.reshape(given.shape)
+
+
+def pinned_hit_rate(ids: npt.ArrayLike, pinned: npt.ArrayLike) -> float:
+    """Return the share of one layer's lookups ``ids`` [T, k] that pinned experts [E] answer."""
+    lookups = _lookups(ids)
+    return float(np.asarray(pinned, dtype=bool)[lookups].mean()) if len(lookups) else float("nan")
+
+
+def likely_next(ids: npt.ArrayLike, transitions: npt.ArrayLike, n: int) -> Ids:
+    """Predict the next layer's experts from this layer's.
+
+    Parameters
+    ----------
+    ids : array [T, k] of int
+        Experts of each token in one layer; -1 = empty slot.
+    transitions : array [E, E2]
+        How many tokens of other traffic chose an expert here and one there.
+    n : int
+        How many to predict.
+
+    Returns
+    -------
+    array [T, n] of int
+        Most likely first: by the sum over a token's experts of P(expert there | expert here).
+    """
+    counts = np.asarray(transitions, dtype=np.float64)
+    total = counts.sum(-1, keepdims=True)
+    chances = np.divide(counts, total, out=np.zeros_like(counts), where=total > 0)
+    given = np.asarray(ids)
+    scores = np.where((given >= 0)[..., None], chances[given], 0.0).sum(-2)
+    return np.argsort(-scores, axis=-1, kind="stable")[:, :n].astype(np.int64)
+
+
+class Prefetched(NamedTuple):
+    """A cache that is told beforehand what may come.
+
+    Attributes
+    ----------
+    hit_rate : float
+        Share of lookups that are in the cache when they come.
+    loads : float
+        Experts loaded, a token: those fetched beforehand and the misses.
+    """
+
+    hit_rate: float
+    loads: float
+
+
+def prefetched(ids: npt.ArrayLike, predicted: npt.ArrayLike, *, slots: int) -> Prefetched:
+    """Run an LRU cache of one layer that loads what was predicted before each token.
+
+    Parameters
+    ----------
+    ids : array [T, k] of int
+        As for :func:`hit_rate`.
+    predicted : array [T, n] of int
+        Loaded before the token's lookups, the likeliest last, so that it stays longest.
+    slots : int, experts
+    """
+    given, before = np.asarray(ids, dtype=np.int64), np.asarray(predicted, dtype=np.int64)
+    _lookups(given)
+    if slots < 1 or before.shape[0] != given.shape[0]:
+        raise MetricError(
+            f"Expected a slot and a prediction for each of {len(given)} tokens, got {slots} slots "
+            f"and predictions of shape {list(before.shape)}."
+        )
+    n_lookups = int((given >= 0).sum())
+    if not n_lookups:
+        return Prefetched(float("nan"), float("nan"))
+    n_experts = int(max(given.max(), before.max(initial=0))) + 1
+    hits, loads = _run_prefetched(given, before, n_experts, min(slots, n_experts))
+    return Prefetched(hits / n_lookups, loads / len(given))
+
+
+@numba.njit(cache=True, nogil=True)
+def _run_prefetched(ids: Ids, before: Ids, n_experts: int, slots: int) -> tuple[int, int]:
+    """Return hits of lookups and loads in all, of an LRU cache."""
+    used = np.full(n_experts, -1)  # when an expert was asked for last; -1 = not held
+    held = hits = loads = now = 0
+    for token in range(len(ids)):
+        for step in range(before.shape[1] + ids.shape[1]):
+            fetch = step < before.shape[1]
+            if fetch:
+                expert = before[token, before.shape[1] - 1 - step]
+            else:
+                expert = ids[token, step - before.shape[1]]
+            if expert < 0:
+                continue
+            now += 1
+            if used[expert] >= 0:
+                hits += 0 if fetch else 1
+            else:
+                loads += 1
+                if held == slots:
+                    oldest = -1
+                    for other in range(n_experts):
+                        if used[other] >= 0 and (oldest < 0 or used[other] < used[oldest]):
+                            oldest = other
+                    used[oldest] = -1
+                else:
+                    held += 1
+            used[expert] = now
+    return hits, loads
 
 
 def _lookups(ids: npt.ArrayLike) -> Ids:

@@ -250,6 +250,75 @@ def window_loads(
     return WindowLoads(names, sites, loads, windows is not None)
 
 
+class Trace(NamedTuple):
+    """What one site chose, token after token.
+
+    Attributes
+    ----------
+    expert_ids : array [T, K], int64
+        -1 = empty slot.
+    prompt_id : array [T]
+    """
+
+    expert_ids: npt.NDArray[np.int64]
+    prompt_id: npt.NDArray[np.int64]
+
+
+def trace(
+    run: Run,
+    layer: int,
+    *,
+    site: int = 0,
+    phase: str | None = None,
+    domain: str | None = None,
+    interleaved: bool = False,
+) -> Trace:
+    """Return a site's choices in the order in which a cache of experts would see them.
+
+    Parameters
+    ----------
+    interleaved : bool
+        In the order of the forward passes, where requests are decoded together; otherwise request
+        after request, each from its first token.
+
+    Raises
+    ------
+    RunError
+        If the run does not hold expert ids.
+    """
+    info = run.site_info(layer, site)
+    if not run.records_ids:
+        raise RunError(
+            "This run was recorded at level stats, which keeps no expert ids per token. "
+            "Record it again with --level ids."
+        )
+    where, params = conditions(phase=phase, domain=domain)
+    order = "batch_id, row_in_batch" if interleaved else "prompt_id, position"
+    rows = run.table(
+        f"""
+        WITH ordered AS (
+            SELECT token_id, prompt_id, row_number() OVER (ORDER BY {order}) - 1 AS place
+            FROM tokens JOIN prompts USING (prompt_id) JOIN token_batches USING (token_id)
+            WHERE {where}
+        )
+        SELECT place, prompt_id, slot, expert_id FROM ordered LEFT JOIN (
+            SELECT token_id, slot, expert_id FROM assignments
+            WHERE layer = $layer AND site = $site
+        ) USING (token_id) ORDER BY place
+        """,
+        params | {"layer": layer, "site": site},
+    )
+    at = rows["place"].to_numpy()
+    n_tokens = int(at[-1]) + 1 if len(at) else 0
+    ids = np.full((n_tokens, info.top_k), -1, dtype=np.int64)
+    prompt_id = np.zeros(n_tokens, dtype=np.int64)
+    prompt_id[at] = rows["prompt_id"].to_numpy()
+    chosen = rows["slot"].is_valid().to_numpy()
+    slot = rows["slot"].fill_null(0).to_numpy()
+    ids[at[chosen], slot[chosen]] = rows["expert_id"].fill_null(-1).to_numpy()[chosen]
+    return Trace(ids, prompt_id)
+
+
 class BatchRouting(NamedTuple):
     """What one site chose, in the order of the forward passes.
 
