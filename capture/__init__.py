@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capture.recorder.config import CaptureConfig
+    from capture.recorder.own_loop.recording import recording
     from capture.recorder.record import record
 
-__all__ = ["CaptureConfig", "record"]
-_WHERE = {"CaptureConfig": "capture.recorder.config", "record": "capture.recorder.record"}
+__all__ = ["CaptureConfig", "record", "recording"]
+_WHERE = {
+    "CaptureConfig": "capture.recorder.config",
+    "record": "capture.recorder.record",
+    "recording": "capture.recorder.own_loop.recording",
+}
 
 
 def __getattr__(name: str) -> Any:

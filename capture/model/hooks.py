@@ -43,8 +43,9 @@ class SiteObservation(NamedTuple):
 class Taps:
     """The open hooks of :func:`tap`."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], *, training: bool = False) -> None:
         self.sites = tuple(sites)
+        self._training = training
         self._channels = [Channel() for _ in self.sites]
 
     def take(self) -> list[SiteObservation]:
@@ -59,7 +60,7 @@ class Taps:
         """
         try:
             return [
-                _observe(site, channel)
+                _observe(site, channel, self._training)
                 for site, channel in zip(self.sites, self._channels, strict=True)
             ]
         finally:
@@ -73,7 +74,10 @@ class Taps:
 
 @contextmanager
 def tap(
-    sites: Sequence[Site], *, hidden_rows: Callable[[], torch.Tensor | None] | None = None
+    sites: Sequence[Site],
+    *,
+    hidden_rows: Callable[[], torch.Tensor | None] | None = None,
+    training: bool = False,
 ) -> Iterator[Taps]:
     """Install hooks at the sites, yield the taps, and always remove every hook again.
 
@@ -87,20 +91,24 @@ def tap(
     hidden_rows : callable, optional
         Called once a site and forward pass; returns the rows [R'] (int64, on the model's device)
         of the router input to keep, or None. Without it no router input is kept.
+    training : bool
+        Whether the model may be in training mode. A pass that checkpointing runs again is then
+        not to be taken: call ``discard()`` before every forward pass.
 
     Raises
     ------
     SiteError
-        If the model is in training mode or a site is tapped already.
+        If the model is in training mode and may not be, or a site is tapped already.
     """
     for site in sites:
-        _check_mode(site)
+        if not training:
+            _check_mode(site)
         if site.parent in _tapped:
             raise SiteError(
                 f"{site.info.module} is tapped already: two captures of one model at a time would "
                 "mix their tokens. Leave the first `with tap(...)` block first."
             )
-    taps = Taps(sites)
+    taps = Taps(sites, training=training)
     with ExitStack() as stack:
         stack.enter_context(listening(taps._channels))
         for site, channel in zip(sites, taps._channels, strict=True):
@@ -121,10 +129,11 @@ def _check_mode(site: Site) -> None:
         )
 
 
-def _observe(site: Site, channel: Channel) -> SiteObservation:
+def _observe(site: Site, channel: Channel, training: bool) -> SiteObservation:
     """Check one site's channel and bring it into the common form."""
     module, top_k, n_experts = site.info.module, site.info.top_k, site.info.n_experts
-    _check_mode(site)
+    if not training:
+        _check_mode(site)
     _check_fired(site, channel)
     ids, weights, scores = channel.expert_ids, channel.weights, channel.scores
     if ids is None or weights is None:

@@ -188,7 +188,7 @@ class Assembler:
             self._hand_over_prompts(step)
             return
         if isinstance(step, PairStep):
-            self.append_pairs(_pair_sums(step))
+            self.append_pairs(pair_sums(step.parcel.open()))
             return
         result = step.parcel.open()
         rows = np.flatnonzero(result.valid)
@@ -300,14 +300,17 @@ def _kept(block: Block, rows: Ints) -> Block:
     return replace(block, **per_token, scores=scores)
 
 
-def _pair_sums(step: PairStep) -> list[PairSums]:
+def pair_sums(stretches: Sequence[StretchSums[Any]]) -> list[PairSums]:
+    """Return counts on the host as the store takes them."""
     return [
         PairSums(
             site,
-            sums.pairs[row],
-            None if following is None or sums.transitions is None else sums.transitions[row],
+            np.asarray(sums.pairs[row]),
+            None
+            if following is None or sums.transitions is None
+            else np.asarray(sums.transitions[row]),
             following,
         )
-        for sums in step.parcel.open()
+        for sums in stretches
         for row, site, following in sums.by_site()
     ]

@@ -103,6 +103,7 @@ class RunWriter:
         # the file
         self._routed = LEVELS.index(info.level) >= LEVELS.index("ids")
         self._pairs, self._new_pairs = PairTotals(sites), False
+        self._n_prompts, self._new_prompts = 0, list[PromptInfo]()
         self._attention = AttentionBuilder(attention_layers, self._tables)
         self._attention_counts = dict.fromkeys(schema.ATTENTION_TABLES, 0)
         self._pending: list[dict[str, pa.Table]] = []
@@ -187,8 +188,9 @@ class RunWriter:
         connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
         if layers:
             connection.executemany(schema.INSERT_ATTENTION_LAYERS, layer_rows(layers))
-        if prompts:
-            self._insert(schema.INSERT_PROMPTS, _prompt_table(prompts))
+        self.append_prompts(prompts)
+        self._store_prompts()
+        self._prompts_are_stored()
         connection.execute("COMMIT")
 
     def _open(self) -> duckdb.DuckDBPyConnection:
@@ -225,6 +227,21 @@ class RunWriter:
         full = self._pending_rows >= COMMIT_ROWS or self._pending_bytes >= COMMIT_BYTES
         if full or self.is_due:
             self.flush()
+
+    def append_prompts(self, prompts: Sequence[PromptInfo]) -> None:
+        """Add prompts that were not known at the start, numbered on; before their tokens.
+
+        They are stored with the tokens that are appended next.
+        """
+        self._new_prompts += prompts
+
+    def _store_prompts(self) -> None:
+        if self._new_prompts:
+            self._insert(schema.INSERT_PROMPTS, _prompt_table(self._new_prompts, self._n_prompts))
+
+    def _prompts_are_stored(self) -> None:
+        self._n_prompts += len(self._new_prompts)
+        self._new_prompts = []
 
     @property
     def is_due(self) -> bool:
@@ -271,6 +288,7 @@ class RunWriter:
         self._open()
         if self._pending or self._new_pairs:
             with self._transaction():
+                self._store_prompts()
                 for name in self._tables:
                     parts = [tables[name] for tables in self._pending if name in tables]
                     if parts:
@@ -282,6 +300,7 @@ class RunWriter:
                     store_pairs(self._open(), self._pairs, self._tables)
                     self._new_pairs = False
             self._pending.clear()
+            self._prompts_are_stored()
             self._pending_rows = self._pending_bytes = 0
             self.stored_tokens = self._n_tokens
         self._committed = time.monotonic()
@@ -410,9 +429,9 @@ def _check_facts(info: RunInfo, sites: Sequence[SiteInfo]) -> None:
             )
 
 
-def _prompt_table(prompts: Sequence[PromptInfo]) -> pa.Table:
+def _prompt_table(prompts: Sequence[PromptInfo], first: int) -> pa.Table:
     arrays = [
-        pa.array(range(len(prompts)), pa.int32()),
+        pa.array(range(first, first + len(prompts)), pa.int32()),
         strings([prompt.text for prompt in prompts]),
         strings([prompt.domain for prompt in prompts]),
         strings([prompt.source for prompt in prompts]),
