@@ -11,7 +11,9 @@ attention       whether tokens that attend to each other share experts, against 
                 and what attention without any preference would show
 agreement       how far two routers agree about the same tokens
 alignment       two tokenizations of one text, and whether two models route stretches alike
-placement       replicas of experts and their places on GPUs, and what a decode batch reads
+placement       replicas of experts and their places on GPUs, judged on traffic that they were not
+                made from, and what a decode batch reads
+cache           what caches of experts would hit, which experts to pin, what prefetching loads
 
 ``nan`` means undefined (no load, a single expert, nothing recorded), never zero.
 """
