@@ -403,9 +403,9 @@ def test_the_demo_models_texts_to_fit_on_are_not_those_to_report_on():
 
 def test_what_is_there_is_not_computed_again(run_path, model, comparison, monkeypatch):
     ran = []
-    run = lab_module.Lab.run
+    run = lab_module.LiveModel.run
     monkeypatch.setattr(
-        lab_module.Lab,
+        lab_module.LiveModel,
         "run",
         lambda self, fitted, **k: (ran.append(fitted), run(self, fitted, **k))[1],
     )
@@ -564,9 +564,9 @@ def test_settings_are_chosen_on_texts_that_are_not_reported(run_path, model, mon
     assert "the rest of the half of the prompts" in validation.source
 
     reported = []
-    run_texts = lab_module.Lab._losses
+    run_texts = lab_module.LiveModel._losses
     monkeypatch.setattr(
-        lab_module.Lab,
+        lab_module.LiveModel,
         "_losses",
         lambda self, *a: (
             reported.append({one.tobytes() for one in self.report.sequences}), run_texts(self, *a)
