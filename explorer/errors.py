@@ -8,6 +8,7 @@ ExplorerError
 ├── RouterError         a router lacks what it needs, or was given options it cannot work with
 ├── ConditionError      a condition was given options, a model or texts it cannot work with
 ├── WorkerError         the worker process cannot be used
+├── JobCancelled        the app asked the worker to stop what it was doing
 ├── NotAllowedError     the server is read-only, or the caller has not the role to write
 └── UnknownNameError    a name is not among the registered ones
 """
@@ -55,6 +56,20 @@ class ConditionError(ExplorerError, ValueError):
 
 class WorkerError(ExplorerError):
     """The worker process cannot be used."""
+
+
+class JobCancelled(ExplorerError):
+    """The app asked the worker to stop what it was doing.
+
+    Attributes
+    ----------
+    path : Path or None
+        The file with what was done until then, when there is one.
+    """
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class NotAllowedError(ExplorerError):

@@ -20,7 +20,7 @@ from capture.store.files import is_own_file
 from explorer import worker
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.worker import Job
-from explorer.worker.protocol import Request
+from explorer.worker.requests import Request
 
 Role = Literal["viewer", "editor"]
 MAX_UPLOAD = 1_024  # MB; the server holds an upload in memory

@@ -15,9 +15,9 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from explorer.maps.cache import MapOptions
 from explorer.maps.clustering import cluster, trustworthiness
 from explorer.maps.make import project
+from explorer.maps.map_cache import MapOptions
 from explorer.maps.pca import pca
 from explorer.maps.point_table import PointTable, Region
 

@@ -18,6 +18,7 @@ from explorer.maps.pca import Floats, Ids, distinct
 
 Labels = npt.NDArray[np.int32]
 Scaled = Callable[[Floats], npt.NDArray[Any]]
+
 Method = Literal["kmeans", "gmm", "hdbscan"]
 
 MAX_CLUSTERS = 64

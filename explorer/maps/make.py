@@ -11,10 +11,10 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from explorer.errors import RunError
-from explorer.maps import cache
-from explorer.maps.cache import MapOptions
+from explorer.maps import map_cache
 from explorer.maps.clustering import Method, cluster, cluster_domain, trustworthiness
 from explorer.maps.data import Points, Source, read_points
+from explorer.maps.map_cache import MapOptions
 from explorer.maps.pca import CHUNK, Floats, Ids, distinct, draw, has_umap, pca
 from explorer.run import Run, open_run
 
@@ -37,7 +37,7 @@ def make_map(run_path: str, source: Source, out: Path, options: MapOptions, repo
     with open_run(run_path) as run:
         report("Reading the vectors", 0.0)
         points = read_points(run, source)
-    _check(points, out, cache.map_path(points.digest, options))
+    check_content(out, map_cache.map_path(points.digest, options))
     xy = project(points.values, options, report)
     report("Measuring", 0.96)
     flat = pca(points.values, seed=options.seed)
@@ -47,7 +47,7 @@ def make_map(run_path: str, source: Source, out: Path, options: MapOptions, repo
         "landmarks": min(len(xy), options.n_landmarks),
         "options": options._asdict(),
     }
-    return cache.write(out, {"x": xy[:, 0], "y": xy[:, 1]}, facts)
+    return map_cache.write(out, {"x": xy[:, 0], "y": xy[:, 1]}, facts)
 
 
 def make_clusters(
@@ -70,7 +70,7 @@ def make_clusters(
         report("Reading the vectors", 0.0)
         points = read_points(run, source)
         domains = _domains(run, points, source)
-    _check(points, out, cache.clusters_path(points.digest, method, n_clusters, seed))
+    check_content(out, map_cache.clusters_path(points.digest, method, n_clusters, seed))
     report("Looking for clusters", 0.1)
     found = cluster(points.values, method, n_clusters=n_clusters, seed=seed)
     report("Comparing with domains", 0.8)
@@ -83,35 +83,11 @@ def make_clusters(
     if domains is not None:
         agreement = cluster_domain(found.labels, domains, points.groups, seed=seed)
         facts["domains"] = {k: _known(v) for k, v in agreement._asdict().items()}
-    return cache.write(out, {"cluster": found.labels}, facts)
+    return map_cache.write(out, {"cluster": found.labels}, facts)
 
 
-def make_rerouted(
-    run_path: str, source: Source, out: Path, router: str, seed: int, report: Report
-) -> Path:
-    """Route the tokens of a map by another router and keep its choices at ``out``.
-
-    Raises
-    ------
-    RouterError
-        If the router cannot route what the run holds.
-    RunError
-        If the run does not hold the vectors that ``out`` is named after.
-    """
-    with open_run(run_path) as run:
-        report("Reading the vectors", 0.0)
-        points = read_points(run, source)
-        _check(points, out, cache.router_path(points.digest, run.fingerprint, router, seed))
-        report("Loading the routers", 0.1)
-        from explorer.maps.rerouted import rerouted
-
-        report("Fitting and routing", 0.4)
-        ids = points.ids[:, 0]
-        found = rerouted(run, source.layer, ids, router, site=source.site, seed=seed)
-    return cache.write(out, {"router": found}, {"known": float((found >= 0).mean())})
-
-
-def _check(points: Points, out: Path, expected: Path) -> None:
+def check_content(out: Path, expected: Path) -> None:
+    """Refuse other vectors than those that a file of the cache is named after."""
     if out.name != expected.name:
         raise RunError(
             "Expected the vectors that the page showed, but the run's file or a library changed "

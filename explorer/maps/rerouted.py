@@ -1,5 +1,7 @@
 """Where another router would send the tokens of a map; unlike the rest of a map, it needs torch."""
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -7,12 +9,37 @@ import torch
 from capture.errors import quoted
 from explorer.comparison.router_names import make_router, parse_router
 from explorer.errors import RouterError
+from explorer.maps import map_cache
+from explorer.maps.data import Source, read_points
+from explorer.maps.make import Report, check_content
 from explorer.maps.pca import Ids
 from explorer.routers import PartRouter, Routing, fit_layers, route_layers
 from explorer.routers.recorded import fit_split, recorded_inputs
-from explorer.run import Run
+from explorer.run import Run, open_run
 
 UNKNOWN = -1
+
+
+def make_rerouted(
+    run_path: str, source: Source, out: Path, router: str, seed: int, report: Report
+) -> Path:
+    """Route the tokens of a map by another router and keep its choices at ``out``.
+
+    Raises
+    ------
+    RouterError
+        If the router cannot route what the run holds.
+    RunError
+        If the run does not hold the vectors that ``out`` is named after.
+    """
+    with open_run(run_path) as run:
+        report("Reading the vectors", 0.0)
+        points = read_points(run, source)
+        check_content(out, map_cache.router_path(points.digest, run.fingerprint, router, seed))
+        report("Fitting and routing", 0.4)
+        ids = points.ids[:, 0]
+        found = rerouted(run, source.layer, ids, router, site=source.site, seed=seed)
+    return map_cache.write(out, {"router": found}, {"known": float((found >= 0).mean())})
 
 
 def rerouted(

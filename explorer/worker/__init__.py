@@ -1,14 +1,13 @@
 """One process beside the app that does what takes long, such as captures, one job at a time.
 
-The app's side (``client``, ``protocol``) imports neither torch nor transformers.
+The app's side (``client``, ``requests``) imports neither torch nor transformers.
 """
 
-from explorer.worker.client import WorkerClient, close_shared_worker, shared_worker
-from explorer.worker.protocol import (
+from explorer.worker.client import Job, WorkerClient, close_shared_worker, shared_worker
+from explorer.worker.requests import (
     CaptureRequest,
     CompareRequest,
     CosinesRequest,
-    Job,
     ProjectRequest,
     RecoverRequest,
 )

@@ -1,25 +1,66 @@
-"""The worker process, which the app starts as ``python -m explorer.worker``.
+"""The worker process, which the app starts as ``python -m explorer.worker``: one job at a time."""
 
-It takes jobs from standard input, one at a time, and reports on them to standard output.
-"""
-
-import json
-import os
+import importlib
 import queue
 import signal
 import sys
 import threading
 import time
 import traceback
-from typing import IO, Any
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 
-from capture.errors import CaptureError, first_line
+from capture import record
+from capture.errors import CaptureCancelled, CaptureError, first_line
 from capture.progress import Progress
-from explorer.errors import ExplorerError
-from explorer.worker.jobs import Cancelled, run_job
-from explorer.worker.protocol import encode, unpack_request
+from capture.store import recover
+from explorer.errors import ComparisonCancelled, ExplorerError, JobCancelled
+from explorer.worker.requests import (
+    CaptureRequest,
+    CompareRequest,
+    Outcome,
+    RecoverRequest,
+    Request,
+)
 
 REPORT_SECONDS = 0.1  # progress is sent at most this often
+
+Report = Callable[[Progress], None]
+
+
+def run_job(request: Request, report: Report, cancelled: Callable[[], bool]) -> str:
+    """Do what a request asks and return the path of the file that came of it.
+
+    Raises
+    ------
+    CaptureCancelled, ComparisonCancelled, JobCancelled
+        When ``cancelled()`` became true and the job ended because of it.
+    CaptureError, ExplorerError
+        With a message for the user.
+    """
+    if cancelled():
+        raise JobCancelled("The job was stopped before it began.")
+    if isinstance(request, RecoverRequest):
+        report(Progress("writing", message="closing the file"))
+        return str(recover(Path(request.partial)))
+    if isinstance(request, CaptureRequest):
+        return _capture(request, report, cancelled)
+    if isinstance(request, CompareRequest) and request.capture is not None:
+        _capture(request.capture, report, cancelled)
+    report(Progress("loading", message="importing the libraries"))
+    # by name: it imports torch and scikit-learn, which a capture does not have to wait for
+    jobs = importlib.import_module("explorer.worker.jobs")
+    return str(jobs.run_job(request, report, cancelled))
+
+
+def _capture(request: CaptureRequest, report: Report, cancelled: Callable[[], bool]) -> str:
+    report(Progress("loading", message="importing the model library"))
+    out = Path(request.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    options = request.recorded()
+    record(request.model, request.prompts, out, **options, progress=report, cancel=cancelled)
+    return str(out)
 
 
 class Worker:
@@ -27,24 +68,24 @@ class Worker:
 
     Parameters
     ----------
-    commands, reports : text streams
-        Lines of the protocol, in and out.
+    connection : Connection
+        To the app; see :mod:`explorer.worker.requests`.
     """
 
-    def __init__(self, commands: IO[str], reports: IO[str]) -> None:
-        self._commands = commands
-        self._reports = reports
-        self._jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._jobs: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         self._app_is_gone = threading.Event()
         self._last_report = 0.0
         self._last_stage = ""
 
     def run(self) -> None:
-        """Work until the app closes the commands."""
+        """Work until the app says that it is over, or is gone."""
         threading.Thread(target=self._listen, name="commands", daemon=True).start()
         while (job := self._jobs.get()) is not None:
-            self._run_one(job["job"], job["request"])
+            number, request = job
+            self._send(number, self._outcome(number, request))
 
     def stop(self) -> None:
         """End the job at hand as if it were cancelled, and then the process."""
@@ -52,57 +93,54 @@ class Worker:
         self._jobs.put(None)
 
     def _listen(self) -> None:
-        for line in self._commands:
-            message = json.loads(line)
-            if message["do"] == "cancel":
-                self._cancelled.add(message["job"])
-            else:
-                self._jobs.put(message)
+        try:
+            while (message := self._connection.recv()) is not None:
+                number, request = message
+                if request is None:
+                    self._cancelled.add(number)
+                else:
+                    self._jobs.put((number, request))
+        except (EOFError, OSError):
+            pass  # the app is gone
         self.stop()
 
-    def _run_one(self, job_id: int, request: dict[str, Any]) -> None:
+    def _outcome(self, number: int, request: Request) -> Outcome:
         def progress(report: Progress) -> None:
-            self._report_progress(job_id, report)
+            self._report_progress(number, report)
 
         def cancelled() -> bool:
-            return self._app_is_gone.is_set() or job_id in self._cancelled
+            return self._app_is_gone.is_set() or number in self._cancelled
 
         try:
-            path = run_job(unpack_request(request), progress, cancelled)
-            self._send(event="done", job=job_id, path=path)
-        except Cancelled as stop:
-            self._send(event="cancelled", job=job_id, path=stop.path, error=str(stop))
+            return Outcome("done", run_job(request, progress, cancelled))
+        except (CaptureCancelled, ComparisonCancelled, JobCancelled) as stop:
+            return Outcome("cancelled", None if stop.path is None else str(stop.path), str(stop))
         except (CaptureError, ExplorerError) as error:
-            self._send(event="failed", job=job_id, error=str(error))
+            return Outcome("failed", error=str(error))
         except Exception as error:
             # our bug, or one of a library: the console gets the traceback, the page one line
             traceback.print_exc()
             said = f"{type(error).__name__}: {first_line(error)}"
-            text = f"{said} (the app's console has the whole story)"
-            self._send(event="failed", job=job_id, error=text)
+            return Outcome("failed", error=f"{said} (the app's console has the whole story)")
 
-    def _report_progress(self, job_id: int, report: Progress) -> None:
+    def _report_progress(self, number: int, report: Progress) -> None:
         now = time.monotonic()
         if report.stage == self._last_stage and now - self._last_report < REPORT_SECONDS:
             return
         self._last_report, self._last_stage = now, report.stage
-        self._send(event="progress", job=job_id, progress=report._asdict())
+        self._send(number, report)
 
-    def _send(self, **message: Any) -> None:
+    def _send(self, number: int, message: Progress | Outcome) -> None:
         try:
-            self._reports.write(encode(message))
-            self._reports.flush()
-        except BrokenPipeError:
+            self._connection.send((number, message))
+        except OSError:
             self._app_is_gone.set()
 
 
 def serve() -> None:
-    """Keep standard output for the protocol alone, and work."""
-    # what a library prints would break the protocol: it goes to standard error instead
-    reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    with reports, sys.stdin as commands:
-        worker = Worker(commands, reports)
+    """Work for the app at the other end of the connection whose number is the last argument."""
+    with Connection(int(sys.argv[-1])) as connection:
+        worker = Worker(connection)
         # the stop of a container, or of the service that runs the app
         signal.signal(signal.SIGTERM, lambda *_: worker.stop())
         worker.run()

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import functools
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -12,13 +11,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Literal
 
 from capture.progress import Progress
 from explorer.errors import WorkerError
-from explorer.worker.protocol import Job, Request, encode, pack_request
+from explorer.worker.requests import Outcome, Request
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # threads that spin while they wait made captures seven times slower beside another busy program
@@ -26,6 +27,25 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 COMMAND = (sys.executable, "-m", "explorer.worker")
 KEPT_JOBS = 50  # finished jobs remembered
 CANCEL_SECONDS = 15.0  # a cancelled job that has not ended by then loses its process
+
+
+@dataclass(slots=True)
+class Job:
+    """One request and what became of it; ``progress`` keeps the last message that was not empty."""
+
+    job_id: int
+    request: Request
+    state: Literal["queued", "running", "done", "failed", "cancelled"] = "queued"
+    progress: Progress = field(default_factory=Progress)
+    cancelling: bool = False
+    path: str | None = None  # the run file, once there is one
+    error: str = ""
+    submitted_at: float = 0.0  # seconds since the epoch
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ("queued", "running")
 
 
 class WorkerClient:
@@ -37,7 +57,7 @@ class WorkerClient:
     Parameters
     ----------
     command : sequence of str
-        How the process is started.
+        How the process is started; the number of its end of the connection is added.
     cancel_seconds : float, seconds
         How long a cancelled job may take to end before its process is killed.
     """
@@ -52,7 +72,8 @@ class WorkerClient:
         self._numbers = itertools.count(1)
         self._queue: deque[int] = deque()
         self._running: int | None = None
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
         self._reader: threading.Thread | None = None
         self._timers: list[threading.Timer] = []
         self._closed = False
@@ -100,7 +121,7 @@ class WorkerClient:
                 self._queue.remove(job_id)
                 job.state = "cancelled"
                 return
-            self._send({"do": "cancel", "job": job_id})
+            self._send((job_id, None))
             timer = threading.Timer(self._cancel_seconds, self._kill_if_running, [job_id])
             timer.daemon = True
             self._timers.append(timer)
@@ -138,10 +159,9 @@ class WorkerClient:
             process, reader = self._process, self._reader
             for timer in self._timers:
                 timer.cancel()
+            self._send(None)
         if process is None:
             return
-        with contextlib.suppress(OSError):
-            _pipe(process.stdin).close()
         try:
             process.wait(timeout=self._cancel_seconds)
         except subprocess.TimeoutExpired:
@@ -158,69 +178,65 @@ class WorkerClient:
         try:
             self._ensure_process()
         except OSError as error:
-            self._end(job, "failed", error=f"The capture worker could not be started: {error}")
+            text = f"The capture worker could not be started: {error}"
+            self._end(job, Outcome("failed", error=text))
             return
-        self._send({"do": "run", "job": job.job_id, "request": pack_request(job.request)})
+        self._send((job.job_id, job.request))
 
     def _ensure_process(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        # its own session: Ctrl-C in the terminal ends the app, and the app's end ends the worker
-        self._process = subprocess.Popen(
-            self._command,
-            cwd=ROOT,
-            env=ENVIRONMENT | os.environ,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-        )
+        ours, theirs = Pipe()
+        with theirs:
+            # its own session: Ctrl-C in the terminal ends the app, and the app's end the worker
+            self._process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())],
+                cwd=ROOT,
+                env=ENVIRONMENT | os.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what libraries print
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._connection = ours
         self._reader = threading.Thread(
-            target=self._read, args=(self._process,), name="worker reader", daemon=True
+            target=self._read, args=(self._process, ours), name="worker reader", daemon=True
         )
         self._reader.start()
 
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._process is None:
+    def _send(self, message: tuple[int, Request | None] | None) -> None:
+        if self._connection is None:
             return
         # a broken pipe means the process is gone: its reader says so, with the exit status
-        with contextlib.suppress(OSError, ValueError):
-            stdin = _pipe(self._process.stdin)
-            stdin.write(encode(message))
-            stdin.flush()
-
-    def _read(self, process: "subprocess.Popen[str]") -> None:
-        with _pipe(process.stdout) as lines:
-            for line in lines:
-                # a half-written line is the last thing a dying process leaves
-                with contextlib.suppress(json.JSONDecodeError):
-                    self._handle(json.loads(line))
-        status = process.wait()
         with contextlib.suppress(OSError):
-            _pipe(process.stdin).close()
+            self._connection.send(message)
+
+    def _read(self, process: "subprocess.Popen[bytes]", connection: Connection) -> None:
+        # half a message is the last thing that a dying process leaves
+        with connection, contextlib.suppress(EOFError, OSError):
+            while True:
+                self._handle(*connection.recv())
+        status = process.wait()
         with self._lock:
             if self._process is not process:
                 return
-            self._process = None
+            self._process = self._connection = None
             if self._running is not None and not self._closed:
                 self._end_of_dead(self._jobs[self._running], status)
 
-    def _handle(self, message: dict[str, Any]) -> None:
+    def _handle(self, job_id: int, message: Progress | Outcome) -> None:
         with self._lock:
-            job = self._jobs.get(message.get("job", -1))
+            job = self._jobs.get(job_id)
             if job is None or job.state != "running":
                 return
-            match message["event"]:
-                case "progress":
-                    report = Progress(**message["progress"])
-                    # between two messages, what the last one said still holds
-                    job.progress = report._replace(message=report.message or job.progress.message)
-                case "done" | "failed" | "cancelled" as state:
-                    self._end(job, state, message.get("path"), message.get("error", ""))
+            if isinstance(message, Outcome):
+                self._end(job, message)
+            else:
+                # between two messages, what the last one said still holds
+                job.progress = message._replace(message=message.message or job.progress.message)
 
-    def _end(self, job: Job, state: Any, path: str | None = None, error: str = "") -> None:
-        job.state, job.path, job.error = state, path, error
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        job.state, job.path, job.error = outcome
         job.cancelling = False
         self._running = None
         self._start_next()
@@ -234,7 +250,7 @@ class WorkerClient:
         )
         if job.cancelling:
             text = f"The worker was stopped because it did not end by itself.{kept}"
-            self._end(job, "cancelled", error=text)
+            self._end(job, Outcome("cancelled", error=text))
             return
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         hint = " Signal 9 usually means that memory ran out: try a smaller model or fewer prompts."
@@ -242,7 +258,7 @@ class WorkerClient:
             f"The capture worker {how} while it recorded {job.request.title!r}."
             f"{hint if status == -9 else ''}{kept} The next capture starts a new worker."
         )
-        self._end(job, "failed", error=text)
+        self._end(job, Outcome("failed", error=text))
 
     def _kill_if_running(self, job_id: int) -> None:
         with self._lock:
@@ -253,12 +269,6 @@ class WorkerClient:
         ended = [job.job_id for job in self._jobs.values() if not job.active]
         for job_id in ended[:-KEPT_JOBS]:
             del self._jobs[job_id]
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    if stream is None:
-        raise WorkerError("The worker was started without pipes; this is an error of the app.")
-    return stream
 
 
 @functools.cache

@@ -4,70 +4,33 @@ A run file holds no weights, so that the worker loads the model that the run nam
 the cosines in the user's cache folder.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 
-from capture import demo
-from capture.errors import first_line, quoted
+from capture.errors import quoted
+from capture.model.load import load_model
+from capture.model.sites import Site, find_sites
 from capture.store import SiteInfo
 from explorer.errors import ExplorerError
-from explorer.maps import cache
-from explorer.run import Run, open_run
-
-if TYPE_CHECKING:
-    import torch
-
-    from capture.model.sites import Site
+from explorer.maps import map_cache
+from explorer.run import open_run
 
 Floats = npt.NDArray[np.float64]
-Progress = Callable[[str, float], None]
 
-KINDS = ("router", "experts")
-_VERSION = 1
 _STACK = 3  # axes of a tensor that holds all experts' matrices
 
 
-def cosines_path(run: Run) -> Path:
-    """Return where the cosines of a run's model are kept."""
-    model = str(run.info["model"])
-    places = [(s.layer, s.site, s.n_experts) for s in run.sites]
-    text = json.dumps([_VERSION, model, run.info["revision"], _changed(model), places])
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return cache.folder() / f"weights-{digest}.parquet"
-
-
-def read_cosines(path: Path, layer: int, site: int) -> pd.DataFrame:
-    """Return the cosines at one router.
-
-    Returns
-    -------
-    DataFrame
-        ``kind`` (of ``KINDS``), ``a``, ``b`` (experts), ``cosine``. A kind that the model does not
-        have in a form that can be compared has no rows.
-
-    Raises
-    ------
-    ExplorerError
-        If the file cannot be read.
-    """
-    where = [("layer", "=", layer), ("site", "=", site)]
-    try:
-        return pq.read_table(path, filters=where).drop(["layer", "site"]).to_pandas()
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise ExplorerError(f"{path} cannot be read ({first_line(error)}). Delete it.") from error
-
-
 def measure_cosines(
-    path: Path, run_path: str, model: str, revision: str | None, on: Progress
+    path: Path,
+    run_path: str,
+    model: str,
+    revision: str | None,
+    on: Callable[[str, float], None],
 ) -> Path:
     """Load a model and write the cosines of the sites that a run has; for the worker.
 
@@ -78,9 +41,6 @@ def measure_cosines(
     capture.errors.CaptureError
         If it cannot be loaded.
     """
-    from capture.model.load import load_model
-    from capture.model.sites import find_sites
-
     with open_run(run_path) as run:
         recorded = list(run.sites)
     on("Loading the model", 0.0)
@@ -92,7 +52,7 @@ def measure_cosines(
         parts += list(_rows(site))
     names = ("layer", "site", "kind", "a", "b", "cosine")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    return cache.write(path, columns, {"model": model})
+    return map_cache.write(path, columns, {"model": model})
 
 
 def cosines(gram: npt.ArrayLike) -> Floats:
@@ -113,9 +73,9 @@ def cosines(gram: npt.ArrayLike) -> Floats:
         return np.asarray(np.clip(products / np.outer(lengths, lengths), -1, 1))
 
 
-def _rows(site: "Site") -> Iterator[dict[str, Any]]:
+def _rows(site: Site) -> Iterator[dict[str, Any]]:
     n_experts = site.info.n_experts
-    for kind, tensors in zip(KINDS, (_router(site), _experts(site)), strict=True):
+    for kind, tensors in zip(map_cache.WEIGHT_KINDS, (_router(site), _experts(site)), strict=True):
         gram = np.zeros((n_experts, n_experts))
         for tensor in tensors:
             flat = tensor.detach().float().reshape(n_experts, -1)
@@ -133,7 +93,7 @@ def _rows(site: "Site") -> Iterator[dict[str, Any]]:
         }
 
 
-def _router(site: "Site") -> Iterator["torch.Tensor"]:
+def _router(site: Site) -> Iterator[torch.Tensor]:
     """Yield the router's matrix with a row per expert, where it has one."""
     matrices = [p for p in site.router.parameters() if p.ndim == 2]
     if len(matrices) != 1:
@@ -145,10 +105,8 @@ def _router(site: "Site") -> Iterator["torch.Tensor"]:
         yield matrix.T
 
 
-def _experts(site: "Site") -> Iterator["torch.Tensor"]:
+def _experts(site: Site) -> Iterator[torch.Tensor]:
     """Yield all experts' matrices, [E, ...] each: stacked by the model, or here."""
-    import torch
-
     n_experts = site.info.n_experts
     if isinstance(site.experts, torch.nn.ModuleList) and len(site.experts) == n_experts:
         for together in zip(*(expert.parameters() for expert in site.experts), strict=True):
@@ -172,14 +130,3 @@ def _check(model: str, recorded: Sequence[SiteInfo], found: Sequence[SiteInfo]) 
             f"run {len(recorded)}, or "
             "other numbers of experts: it is not the model that was recorded."
         )
-
-
-def _changed(model: str) -> int:
-    """Return when the weights of a local model changed, so that others are not taken for them."""
-    folder = Path(demo.__file__).parent / "weights" if model == "demo" else Path(model)
-    try:
-        # not the folders within: a stranger's run may name any folder of this machine
-        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
-        return max((file.stat().st_mtime_ns for file in files), default=0)
-    except (OSError, ValueError):  # no name that a file can have
-        return 0

@@ -9,9 +9,9 @@ from app_pages import charts, notes, opened
 from synthetic import write_run
 
 from explorer import open_run, writing
-from explorer.maps import cache
-from explorer.maps.cache import MapOptions
+from explorer.maps import map_cache
 from explorer.maps.data import Source, prepare
+from explorer.maps.map_cache import MapOptions
 from explorer.slices import list_slices
 
 SOURCE = Source("tokens", "scores", 1)
@@ -44,13 +44,13 @@ def keep(path, source=SOURCE):
     n = len(prepared.ids)
     places = np.stack([np.arange(n), np.arange(n) % 3], axis=1).astype(np.float32)
     facts = {"trustworthiness": 0.93, "trustworthiness_pca": 0.61}
-    where = cache.map_path(prepared.digest, MapOptions())
-    cache.write(where, {"x": places[:, 0], "y": places[:, 1]}, facts)
-    where = cache.clusters_path(prepared.digest, "kmeans", 12, 0)
+    where = map_cache.map_path(prepared.digest, MapOptions())
+    map_cache.write(where, {"x": places[:, 0], "y": places[:, 1]}, facts)
+    where = map_cache.clusters_path(prepared.digest, "kmeans", 12, 0)
     found = {"n_clusters": 3, "fitted": n, "converged": True, "noise": 0.0}
     domains = {"nmi": 0.42, "floor": 0.11, "floor_high": 0.15}
     labels = {"cluster": (np.arange(n) % 3).astype(np.int32)}
-    cache.write(where, labels, {**found, "domains": domains})
+    map_cache.write(where, labels, {**found, "domains": domains})
     return prepared, places
 
 
@@ -68,7 +68,7 @@ def test_the_pca_is_shown_at_once_and_the_map_is_asked_for(known, worker):
     assert "PCA of tokens: router scores of layer 1" in figure.spec
     requests = [job.request for job in worker.jobs()]
     assert [r.method for r in reversed(requests)] == ["", "kmeans"]
-    assert all(r.unit == "tokens" and r.feature == "scores" and r.layer == 1 for r in requests)
+    assert {r.source for r in requests} == {Source("tokens", "scores", 1)}
     assert numbers(app)["Trustworthiness"] == "–"
     # another visit waits for the same jobs
     opened("clusters", layer="1")

@@ -8,10 +8,10 @@ from app_pages import charts, notes, opened, query
 from synthetic import IDLE, write_run
 
 from explorer import writing
-from explorer.maps import cache
+from explorer.maps import map_cache
 from explorer.run import open_run
 from explorer.slices import load_slice
-from explorer.worker import CosinesRequest, expert_weights
+from explorer.worker import CosinesRequest
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_weights_are_compared_in_the_background_and_then_shown(known, worker):
     (job,) = worker.jobs()
     assert isinstance(job.request, CosinesRequest) and job.request.model == "synthetic"
     with open_run(known.path) as run:
-        path = expert_weights.cosines_path(run)
+        path = map_cache.cosines_path(run)
     assert job.request.out == str(path)
     a, b = (part.ravel().astype(np.int32) for part in np.indices((6, 6)))
     columns = {
@@ -105,7 +105,7 @@ def test_weights_are_compared_in_the_background_and_then_shown(known, worker):
         "b": b,
         "cosine": np.where(a == b, 1, 1 / (1 + np.abs(a - b))).astype(np.float32),
     }
-    cache.write(path, columns, {})
+    map_cache.write(path, columns, {})
     app = opened("experts", layer="1.0", id="0")
     chart = next(c for c in charts(app) if "Router rows alike" in c.spec)
     labels = json.loads(chart.spec)["layout"]["yaxis"]["ticktext"]

@@ -269,7 +269,7 @@ def test_few_prompts_have_no_interval():
     (found,) = metrics.together([routed(random, 30, True)])
     assert found.lift > 1 and math.isnan(found.lift_low) and math.isnan(found.share_high)
     assert metrics.together([]) == []
-    empty = metrics.PairTotals(*(np.zeros(1) for _ in range(5)))
+    empty = metrics.AttendedPairs(*(np.zeros(1) for _ in range(5)))
     (nothing,) = metrics.together([empty])
     assert math.isnan(nothing.share) and math.isnan(nothing.lift) and nothing.pairs == 0
 

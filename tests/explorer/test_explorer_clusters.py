@@ -13,12 +13,12 @@ from synthetic import write_run
 
 from explorer import open_run
 from explorer.errors import ExplorerError, RunError
-from explorer.maps import cache, point_table
 from explorer.maps import data as queries
-from explorer.maps.cache import MapOptions
+from explorer.maps import map_cache, point_table
 from explorer.maps.clustering import cluster, cluster_domain, trustworthiness
 from explorer.maps.data import NOISE, Source, point_facts, prepare, read_points
 from explorer.maps.make import make_clusters, make_map, project
+from explorer.maps.map_cache import MapOptions
 from explorer.maps.pca import FEWEST, pca
 from explorer.maps.point_table import PointTable, Region, inside
 from explorer.metrics.specialization import MIN_WHOLE, lift
@@ -331,35 +331,37 @@ def test_a_name_in_the_cache_is_of_content_and_of_every_option(run, blobs):
         read_points(run, Source("tokens", "scores", 3)).digest,
     ]
     assert len({first.digest, *others}) == 5
-    paths = [cache.map_path(first.digest, MapOptions())]
+    paths = [map_cache.map_path(first.digest, MapOptions())]
     for field, value in (("n_neighbors", 5), ("min_dist", 0.5), ("seed", 1), ("n_epochs", 9)):
-        paths.append(cache.map_path(first.digest, MapOptions()._replace(**{field: value})))
+        paths.append(map_cache.map_path(first.digest, MapOptions()._replace(**{field: value})))
     for how in (("kmeans", 6, 0), ("kmeans", 12, 0), ("gmm", 12, 0), ("kmeans", 12, 1)):
-        paths.append(cache.clusters_path(first.digest, *how))
-    paths.append(cache.router_path(first.digest, "run", "top_k", 0))
-    paths.append(cache.router_path(first.digest, "other run", "top_k", 0))
+        paths.append(map_cache.clusters_path(first.digest, *how))
+    paths.append(map_cache.router_path(first.digest, "run", "top_k", 0))
+    paths.append(map_cache.router_path(first.digest, "other run", "top_k", 0))
     assert len(set(paths)) == len(paths)
     # HDBSCAN is not asked how many
-    assert cache.clusters_path("d", "hdbscan", 6, 0) == cache.clusters_path("d", "hdbscan", 12, 0)
+    assert map_cache.clusters_path("d", "hdbscan", 6, 0) == map_cache.clusters_path(
+        "d", "hdbscan", 12, 0
+    )
 
 
 def test_a_name_in_the_cache_changes_with_the_libraries(monkeypatch):
-    before = cache.map_path("d", MapOptions())
-    monkeypatch.setattr(cache, "versions", lambda: {"umap-learn": "9"})
-    assert cache.map_path("d", MapOptions()) != before
+    before = map_cache.map_path("d", MapOptions())
+    monkeypatch.setattr(map_cache, "versions", lambda: {"umap-learn": "9"})
+    assert map_cache.map_path("d", MapOptions()) != before
 
 
 def test_the_cache_gives_back_what_was_written_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "KEPT_FILES", 2)
+    monkeypatch.setattr(map_cache, "KEPT_FILES", 2)
     column = np.arange(5, dtype=np.float32)
     for name in "abc":
-        path = cache.write(tmp_path / f"map-{name}.parquet", {"x": column}, {"n": name})
+        path = map_cache.write(tmp_path / f"map-{name}.parquet", {"x": column}, {"n": name})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["map-b.parquet", "map-c.parquet"]
-    kept = cache.read(path, 5)
+    kept = map_cache.read(path, 5)
     assert kept.facts == {"n": "c"} and np.array_equal(kept.columns["x"], column)
-    assert cache.read(path, 6) is None and cache.read(tmp_path / "map-a.parquet", 5) is None
+    assert map_cache.read(path, 6) is None and map_cache.read(tmp_path / "map-a.parquet", 5) is None
     path.write_bytes(b"no map")
-    assert cache.read(path, 5) is None
+    assert map_cache.read(path, 5) is None
 
 
 def test_the_worker_makes_a_map_and_clusters_beside_nothing(run, tmp_path, monkeypatch):
@@ -368,13 +370,13 @@ def test_the_worker_makes_a_map_and_clusters_beside_nothing(run, tmp_path, monke
     source = Source("tokens", "scores", 1)
     prepared = prepare(run, source)
     seen = []
-    path = cache.map_path(prepared.digest, FAST)
+    path = map_cache.map_path(prepared.digest, FAST)
     make_map(str(run.path), source, path, FAST, lambda text, part: seen.append(text))
-    kept = cache.read(path, len(prepared.ids))
+    kept = map_cache.read(path, len(prepared.ids))
     assert set(kept.columns) == {"x", "y"} and 0 <= kept.facts["trustworthiness"] <= 1
-    out = cache.clusters_path(prepared.digest, "kmeans", 3, 0)
+    out = map_cache.clusters_path(prepared.digest, "kmeans", 3, 0)
     make_clusters(str(run.path), source, out, "kmeans", 3, 0, lambda *_: None)
-    grouped = cache.read(out, len(prepared.ids))
+    grouped = map_cache.read(out, len(prepared.ids))
     assert (
         set(grouped.columns["cluster"]) == {0, 1, 2} and 0 <= grouped.facts["domains"]["nmi"] <= 1
     )

@@ -8,6 +8,7 @@ from causality_probe import probe, toy_layers, toy_targets, toy_tokens
 from checks import assert_close
 from test_explorer_routers_clusters import FIT, HELD_OUT, agreement
 
+from capture.errors import SwapError
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, PartMask, RouterInputs, Threshold, TopK, TopP
 from explorer.routers.attention import KeyAttention, YuanAttention
@@ -218,7 +219,7 @@ def test_the_causal_substitute_keeps_the_wanted_share():
     for keep in (0.25, 0.75):
         router = ROUTERS["attention_given"](keep=keep).fit(FIT)
         assert abs(float(router.route(FIT).gate.mean()) - keep) < 0.01
-    with pytest.raises(RouterError, match="'spread'"):
+    with pytest.raises(SwapError, match="'spread'"):
         ROUTERS["attention_given"](statistic="spread").fit(FIT)
     assert probe(ROUTERS["attention_given"]()).causal
     assert not probe(ROUTERS["attention_received"]()).causal

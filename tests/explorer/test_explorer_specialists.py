@@ -8,6 +8,7 @@ import pytest
 from synthetic import PROMPTS, SITES, write_run
 
 from explorer.errors import ExplorerError
+from explorer.maps import map_cache
 from explorer.metrics.specialization import wilson
 from explorer.pages.experts import data
 from explorer.queries.where import Part
@@ -247,8 +248,8 @@ def test_cosines_of_a_model_are_those_of_its_weights(tmp_path):
         lambda message, part: messages.append(part),
     )
     site = open_run(path).sites[0]
-    table = expert_weights.read_cosines(out, site.layer, site.site)
-    assert set(table["kind"]) == set(expert_weights.KINDS)
+    table = map_cache.read_cosines(out, site.layer, site.site)
+    assert set(table["kind"]) == set(map_cache.WEIGHT_KINDS)
     block = model.model.layers[site.layer].mlp
     rows = block.gate.weight.detach()
     expected = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
@@ -275,11 +276,11 @@ def test_another_model_than_the_recorded_one_is_refused(known, tmp_path):
 def test_a_damaged_file_of_cosines_is_named(tmp_path):
     (tmp_path / "x.parquet").write_text("no")
     with pytest.raises(ExplorerError, match="cannot be read"):
-        expert_weights.read_cosines(tmp_path / "x.parquet", 0, 0)
+        map_cache.read_cosines(tmp_path / "x.parquet", 0, 0)
 
 
 def test_cosines_of_changed_weights_are_others(run, tmp_path, monkeypatch):
-    first = expert_weights.cosines_path(run)
-    assert expert_weights.cosines_path(run) == first
-    monkeypatch.setattr(expert_weights, "_changed", lambda model: 5)
-    assert expert_weights.cosines_path(run) != first
+    first = map_cache.cosines_path(run)
+    assert map_cache.cosines_path(run) == first
+    monkeypatch.setattr(map_cache, "_changed_at", lambda model: 5)
+    assert map_cache.cosines_path(run) != first

@@ -1,4 +1,4 @@
-"""The worker: a real process without a model, driven through the protocol."""
+"""The worker: a real process without a model, driven as the app does."""
 
 import json
 import os
@@ -7,22 +7,22 @@ import subprocess
 import sys
 import textwrap
 import time
+from multiprocessing import Pipe
 
 import pytest
 
 from capture.progress import Progress
 from explorer.errors import WorkerError
 from explorer.worker import CaptureRequest, RecoverRequest, WorkerClient
+from explorer.worker.capture_cost import CHARACTERS_PER_TOKEN, cost
 from explorer.worker.client import ROOT
-from explorer.worker.cost import CHARACTERS_PER_TOKEN, cost
-from explorer.worker.protocol import encode, pack_request, unpack_request
 
 # what a job does is told by its model name, so that no test needs a real model
 FAKE = """
     import os, sys, time
     from capture.errors import ModelError
     from explorer.worker import __main__ as process
-    from explorer.worker.jobs import Cancelled
+    from explorer.errors import JobCancelled
     from capture.progress import Progress
 
     def run_job(request, report, cancelled):
@@ -42,7 +42,7 @@ FAKE = """
         report(Progress("recording", 1, 10))
         for _ in range(600):
             if cancelled() and word != "deaf":
-                raise Cancelled("Stopped.", request.out)
+                raise JobCancelled("Stopped.", request.out)
             time.sleep(0.05)
         return request.out
 
@@ -166,13 +166,17 @@ def test_a_command_that_cannot_start_is_a_message():
 @pytest.mark.parametrize(
     "request_", [CaptureRequest("/a.duckdb", generate=3), RecoverRequest("/a.duckdb.partial")]
 )
-def test_requests_survive_the_wire(request_):
-    assert unpack_request(json.loads(encode(pack_request(request_)))) == request_
+def test_requests_arrive_as_they_were_sent(request_):
+    ours, theirs = Pipe()
+    with ours, theirs:
+        ours.send(request_)
+        assert theirs.recv() == request_
     assert request_.title == "a"
 
 
 def test_the_apps_side_imports_no_torch():
-    code = "import sys, explorer.worker, explorer.worker.cost; print('torch' in sys.modules)"
+    names = ", ".join(f"explorer.worker{name}" for name in ("", ".capture_cost", ".__main__"))
+    code = f"import sys, {names}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

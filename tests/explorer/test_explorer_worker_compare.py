@@ -1,15 +1,21 @@
 """Comparisons in the worker: recorded first where asked, reported on, cancelled, found again."""
 
+import pickle
+
 import duckdb
 import pytest
 from synthetic import write_run
 
 from capture.errors import CaptureError
 from explorer import open_comparison, open_run
-from explorer.errors import ComparisonError, ExplorerError
+from explorer.errors import (
+    ComparisonCancelled,
+    ComparisonError,
+    ExplorerError,
+    JobCancelled,
+)
 from explorer.worker import CaptureRequest, CompareRequest
-from explorer.worker.jobs import Cancelled, run_job
-from explorer.worker.protocol import encode, pack_request, unpack_request
+from explorer.worker.__main__ import run_job
 
 TEXTS = [
     {"text": "In the beginning God created the heaven and the earth.", "domain": "a"},
@@ -28,8 +34,7 @@ def request(path, **changes):
 def test_requests_survive_the_pipe(tmp_path):
     run = str(tmp_path / "a.duckdb")
     for one in (request(run), request(run, capture=CaptureRequest(run, prompts=TEXTS))):
-        assert unpack_request(pack_request(one)) == one
-        assert encode(pack_request(one)).endswith("\n")
+        assert pickle.loads(pickle.dumps(one)) == one
     assert request(run).out != run  # a capture and a comparison are no doubles
     assert request(run, capture=CaptureRequest(run)).out == run
 
@@ -57,7 +62,7 @@ def test_prompts_are_recorded_and_then_compared(done):
         assert "".join(pieces) in {text["text"] for text in TEXTS}
     stages = [report.stage for report in reports]
     assert stages.index("recording") < stages.index("comparing") and stages[-1] == "done"
-    assert any(report.part == 1 for report in reports)
+    assert any(r.stage == "comparing" and r.done == r.total > 0 for r in reports)
 
 
 def test_the_same_request_finds_its_rows_again(done):
@@ -69,10 +74,10 @@ def test_the_same_request_finds_its_rows_again(done):
 
 def test_a_cancelled_comparison_says_so(done):
     run, _, _ = done
-    with pytest.raises(Cancelled, match="before it began"):
+    with pytest.raises(JobCancelled, match="before it began"):
         run_job(request(run, tokens=100), lambda report: None, lambda: True)
     stop = []
-    with pytest.raises(Cancelled, match="before the first router") as cancelled:
+    with pytest.raises(ComparisonCancelled, match="before the first router") as cancelled:
         run_job(request(run, tokens=100), stop.append, lambda: bool(stop))
     assert cancelled.value.path is None
 

@@ -16,7 +16,7 @@ from explorer.ui import address, problems
 from explorer.ui.job import TYPES, follow, prompts_of
 from explorer.ui.state import exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
-from explorer.worker.cost import cost
+from explorer.worker.capture_cost import cost
 
 PREVIEWED = 6
 _SOURCES = {"type": "Type", "upload": "Upload a file", "demo": "Demo prompts"}

@@ -8,8 +8,8 @@ import pyarrow as pa
 import streamlit as st
 
 from explorer.errors import RunError
-from explorer.maps.cache import CachedMap
 from explorer.maps.data import FEWEST_MEASURED, Prepared, Source, prepare, vector_counts
+from explorer.maps.map_cache import CachedMap
 from explorer.maps.pca import FEWEST
 from explorer.maps.point_table import PointTable, Region, drawn_region, read_region, write_region
 from explorer.pages.clusters.figures import map_density, map_points

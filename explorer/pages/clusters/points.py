@@ -11,8 +11,7 @@ import pyarrow as pa
 import streamlit as st
 
 from explorer import writing
-from explorer.maps import cache
-from explorer.maps.cache import MapOptions
+from explorer.maps import map_cache
 from explorer.maps.data import (
     ID_COLUMNS,
     NOISE,
@@ -22,6 +21,7 @@ from explorer.maps.data import (
     matching_tokens,
     point_facts,
 )
+from explorer.maps.map_cache import MapOptions
 from explorer.maps.point_table import PointTable
 from explorer.pages.clusters.figures import COLORED, Amount, Group
 from explorer.queries.where import Part
@@ -281,38 +281,37 @@ class Wanted(NamedTuple):
 class Made(NamedTuple):
     """What is there of it; None = not yet."""
 
-    layout: cache.CachedMap | None
-    clusters: cache.CachedMap | None
-    choices: cache.CachedMap | None
+    layout: map_cache.CachedMap | None
+    clusters: map_cache.CachedMap | None
+    choices: map_cache.CachedMap | None
 
 
 def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
     """Return what the cache has; have the rest made, and show how far it is."""
     source, digest = wanted.source, prepared.digest
     run = str(view.run.path)
-    place = (source.unit, source.feature, source.layer, source.site)
     paths = {
-        "UMAP": cache.map_path(digest, MapOptions(seed=SEED)),
-        "clusters": cache.clusters_path(digest, wanted.method, wanted.n_clusters, SEED),
-        "choices": cache.router_path(digest, view.run.fingerprint, wanted.router, SEED),
+        "UMAP": map_cache.map_path(digest, MapOptions(seed=SEED)),
+        "clusters": map_cache.clusters_path(digest, wanted.method, wanted.n_clusters, SEED),
+        "choices": map_cache.router_path(digest, view.run.fingerprint, wanted.router, SEED),
     }
     how: dict[str, tuple[str, str]] = {
         "UMAP": ("", ""),
         "clusters": (wanted.method, ""),
         "choices": ("", wanted.router),
     }
-    found: dict[str, cache.CachedMap | None] = dict.fromkeys(paths)
+    found: dict[str, map_cache.CachedMap | None] = dict.fromkeys(paths)
     waiting, missing = False, []
     for what, path in paths.items():
         if (what == "UMAP" and not prepared.has_umap) or (what == "choices" and not wanted.router):
             continue
-        found[what] = cache.read(path, len(prepared.ids))
+        found[what] = map_cache.read(path, len(prepared.ids))
         if found[what] is None and printing.theme():
             missing.append(what)
         elif found[what] is None:
             method, router = how[what]
             request = ProjectRequest(
-                str(path), run, *place, method, wanted.n_clusters, SEED, router
+                str(path), run, source, method, wanted.n_clusters, SEED, router
             )
             # one box for all: when its job ends, the page runs again and shows the next one's
             waiting = _have_made(request, what, show=not waiting) or waiting

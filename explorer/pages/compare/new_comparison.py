@@ -21,7 +21,7 @@ from explorer.ui import address
 from explorer.ui.job import TYPES, follow, prompts_of
 from explorer.ui.state import View, new_name, runs_folder
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
-from explorer.worker.protocol import DEMO_MODEL
+from explorer.worker.requests import DEMO_MODEL
 
 _TOKENS = (2_000, 5_000, 10_000, 30_000, 100_000)
 _WATCHED = "comparison in progress"

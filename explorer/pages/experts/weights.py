@@ -9,6 +9,7 @@ import streamlit as st
 from capture.paths import model_name
 from explorer import writing
 from explorer.errors import ExplorerError
+from explorer.maps import map_cache
 from explorer.pages.experts.figures import DotsAxis, interval_dots
 from explorer.text import plain
 from explorer.ui import address, problems
@@ -17,7 +18,7 @@ from explorer.ui.job import follow
 from explorer.ui.problems import section
 from explorer.ui.state import Key, View, is_dark
 from explorer.ui.wording import Scope, expert_label, number, span
-from explorer.worker import CosinesRequest, expert_weights, shared_worker
+from explorer.worker import CosinesRequest, shared_worker
 
 _SHOWN = 8
 _TITLES = {
@@ -34,7 +35,7 @@ _MISSING = {
 def weights_section(view: View, expert: int) -> None:
     """Draw the section, or what is needed for it."""
     st.subheader("Neighbours in the weights' space", anchor=False)
-    path = expert_weights.cosines_path(view.run)
+    path = map_cache.cosines_path(view.run)
     if not path.is_file():
         _offer(view, path)
         return
@@ -51,14 +52,14 @@ def weights_section(view: View, expert: int) -> None:
         "the neurons of an expert can stand in any order."
     )
     places = st.columns(2, gap="large")
-    for place, kind in zip(places, expert_weights.KINDS, strict=True):
+    for place, kind in zip(places, map_cache.WEIGHT_KINDS, strict=True):
         with place:
             _neighbours(view, expert, table[table["kind"] == kind], kind)
 
 
 @st.cache_data(max_entries=100, show_spinner=False)
 def _cosines(key: Key, layer: int, site: int) -> pd.DataFrame:
-    return expert_weights.read_cosines(Path(key[0]), layer, site)
+    return map_cache.read_cosines(Path(key[0]), layer, site)
 
 
 def _offer(view: View, path: Path) -> None:

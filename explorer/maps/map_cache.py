@@ -1,7 +1,7 @@
-"""Maps and clusters kept between starts, in the user's cache folder and never in a run file.
+"""Maps, clusters and likeness of weights kept between starts, in the user's cache folder.
 
-A file is named after the content of the vectors and everything that shapes the result, so that a
-name is never right for other content, and any run with the same vectors finds it.
+Never in a run file. A file is named after the content of the vectors and everything that shapes the
+result, so that a name is never right for other content, and any run with the same vectors finds it.
 """
 
 import contextlib
@@ -15,11 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# raised when the same vectors and options come to give another result
-VERSION = 2
+from capture import demo
+from capture.errors import first_line
+from explorer.errors import ExplorerError
+from explorer.run import Run
+
+# raised when the same vectors and options, or weights, come to give another result
+VERSION, WEIGHTS_VERSION = 2, 1
+WEIGHT_KINDS = ("router", "experts")  # whose cosines there are
 KEPT_FILES = 300  # the oldest beyond these are removed when one is added
 _FACTS = b"routescope map"
 
@@ -97,6 +104,36 @@ def _path(kind: str, digest: str, options: dict[str, Any]) -> Path:
     return folder() / f"{kind}-{name}.parquet"
 
 
+def cosines_path(run: Run) -> Path:
+    """Return where the cosines of a run's model are kept."""
+    model = str(run.info["model"])
+    places = [(s.layer, s.site, s.n_experts) for s in run.sites]
+    text = json.dumps([WEIGHTS_VERSION, model, run.info["revision"], _changed_at(model), places])
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return folder() / f"weights-{digest}.parquet"
+
+
+def read_cosines(path: Path, layer: int, site: int) -> pd.DataFrame:
+    """Return the cosines at one router.
+
+    Returns
+    -------
+    DataFrame
+        ``kind`` (of ``WEIGHT_KINDS``), ``a``, ``b`` (experts), ``cosine``. A kind that the model
+        does not have in a form that can be compared has no rows.
+
+    Raises
+    ------
+    ExplorerError
+        If the file cannot be read.
+    """
+    where = [("layer", "=", layer), ("site", "=", site)]
+    try:
+        return pq.read_table(path, filters=where).drop(["layer", "site"]).to_pandas()
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ExplorerError(f"{path} cannot be read ({first_line(error)}). Delete it.") from error
+
+
 def write(path: Path, columns: dict[str, npt.NDArray[Any]], facts: dict[str, Any]) -> Path:
     """Write a file in one step; one that is there is replaced by the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,3 +174,14 @@ def _forget(where: Path) -> None:
 def versions() -> dict[str, Any]:
     """Return the versions of what lays maps out; another one may give another map."""
     return {name: version(name) for name in ("umap-learn", "scikit-learn", "numpy")}
+
+
+def _changed_at(model: str) -> int:
+    """Return when the weights of a local model changed, so that others are not taken for them."""
+    folder = Path(demo.__file__).parent / "weights" if model == "demo" else Path(model)
+    try:
+        # not the folders within: a stranger's run may name any folder of this machine
+        files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+        return max((file.stat().st_mtime_ns for file in files), default=0)
+    except (OSError, ValueError):  # no name that a file can have
+        return 0

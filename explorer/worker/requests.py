@@ -1,20 +1,18 @@
-"""What the app and the worker process say to each other: one JSON object a line.
+"""What the app asks of the worker process, and what it is told in the end.
 
-The app sends ``{"do": "run", "job": 3, "request": {...}}`` and ``{"do": "cancel", "job": 3}``.
-The worker answers with ``{"event": "progress" | "done" | "failed" | "cancelled", "job": 3, ...}``.
+Through a connection the app sends ``(number, request)``, ``(number, None)`` to cancel that job, and
+``None`` to end the process; the worker sends ``(number, Progress)`` and ``(number, Outcome)``.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from capture.paths import model_name
-from capture.progress import Progress
 from capture.recorder.config import RecordingOptions
+from explorer.maps.data import Source
 
 DEMO_MODEL = "demo"  # what runs of the embedded model call it
-JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ class ProjectRequest:
         Path in the cache, which is named after the vectors and the options.
     run : str
         Path of the run file.
-    unit, feature, layer, site
-        See ``explorer.maps.data.Source``.
+    source : Source
+        Which vectors.
     method : str
         ``""`` for a map, else how to group: ``kmeans``, ``gmm`` or ``hdbscan``.
     router : str
@@ -80,10 +78,7 @@ class ProjectRequest:
 
     out: str
     run: str
-    unit: str
-    feature: str = "hidden"
-    layer: int = 0
-    site: int = 0
+    source: Source
     method: str = ""
     n_clusters: int = 12
     seed: int = 0
@@ -95,7 +90,7 @@ class ProjectRequest:
         what = "Clusters of" if self.method else "Map of"
         if self.router:
             what = f"Choices of {self.router} for"
-        return f"{what} {self.unit} of {Path(self.run).stem}"
+        return f"{what} {self.source.unit} of {Path(self.run).stem}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +157,7 @@ class CosinesRequest:
     Attributes
     ----------
     out : str
-        Path in the cache, from ``explorer.worker.expert_weights.cosines_path``.
+        Path in the cache, from ``explorer.maps.map_cache.cosines_path``.
     run : str
         Path of the run file.
     model : str
@@ -182,48 +177,20 @@ class CosinesRequest:
 
 
 Request = CaptureRequest | RecoverRequest | ProjectRequest | CompareRequest | CosinesRequest
-_KINDS: dict[str, type[Request]] = {
-    "capture": CaptureRequest,
-    "recover": RecoverRequest,
-    "project": ProjectRequest,
-    "compare": CompareRequest,
-    "cosines": CosinesRequest,
-}
 
 
-@dataclass(slots=True)
-class Job:
-    """One request and what became of it; ``progress`` keeps the last message that was not empty."""
+class Outcome(NamedTuple):
+    """How a job ended.
 
-    job_id: int
-    request: Request
-    state: JobState = "queued"
-    progress: Progress = field(default_factory=Progress)
-    cancelling: bool = False
-    path: str | None = None  # the run file, once there is one
+    Attributes
+    ----------
+    state : {"done", "failed", "cancelled"}
+    path : str or None
+        The file that came of it.
+    error : str
+        Why it failed, or what is left of a cancelled one.
+    """
+
+    state: Literal["done", "failed", "cancelled"]
+    path: str | None = None
     error: str = ""
-    submitted_at: float = 0.0  # seconds since the epoch
-
-    @property
-    def active(self) -> bool:
-        """Whether it waits or runs."""
-        return self.state in ("queued", "running")
-
-
-def encode(message: dict[str, Any]) -> str:
-    """Return the message as one line of plain ASCII."""
-    return json.dumps(message) + "\n"
-
-
-def pack_request(request: Request) -> dict[str, Any]:
-    """Return a request as JSON values, with its kind."""
-    kind = next(kind for kind, cls in _KINDS.items() if isinstance(request, cls))
-    return {"kind": kind, **asdict(request)}
-
-
-def unpack_request(values: dict[str, Any]) -> Request:
-    """Return the request that `pack_request` packed."""
-    given = dict(values)
-    if isinstance(given.get("capture"), dict):
-        given["capture"] = CaptureRequest(**given["capture"])
-    return _KINDS[given.pop("kind")](**given)
