@@ -3,6 +3,7 @@
 Importing this package needs no torch; names that do load on first use.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from explorer.comparison.results_file import open_comparison
@@ -14,14 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ROUTERS", "compare", "open_comparison", "open_run"]
 
+_LATER = {"ROUTERS": "explorer.routers", "compare": "explorer.comparison.compare"}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "ROUTERS":
-        from explorer.routers import ROUTERS
-
-        return ROUTERS
-    if name == "compare":
-        from explorer.comparison.compare import compare
-
-        return compare
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'explorer' has no attribute {name!r}")

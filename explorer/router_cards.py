@@ -1,11 +1,13 @@
-"""The cards of routers: what each is, in words; read from ``router_cards.toml``, without torch."""
+"""The cards of routers, from ``router_cards.toml``, and how routers are named; without torch."""
 
+import ast
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from capture.errors import cut, quoted
 from explorer.errors import RouterError
 
 Family = Literal["attention", "clustering", "gating", "rl", "literature", "control"]
@@ -127,3 +129,101 @@ def _read(path: Path) -> dict[str, RouterInfo]:
 
 
 CARDS: Mapping[str, RouterInfo] = _read(Path(__file__).with_suffix(".toml"))
+
+
+SELECTORS = ("TopK", "Threshold", "TopP")
+_HOW = "Write a name, or a name with arguments, such as top_k(k=1) or kmeans(n_clusters=128)."
+
+
+class Call(NamedTuple):
+    """A selector among the arguments of a router, such as ``TopP(p=0.5)``."""
+
+    name: str
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return _written(self.name, self.options)
+
+
+class RouterSpec(NamedTuple):
+    """A router that is yet to be made.
+
+    Attributes
+    ----------
+    name : str
+        In ``ROUTERS``.
+    options : dict
+        Arguments of its constructor: numbers, strings, booleans, None, or a :class:`Call`.
+    """
+
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """How it is called in tables, always the same for the same router."""
+        return _written(self.name, self.options) if self.options else self.name
+
+
+def _written(name: str, options: dict[str, Any]) -> str:
+    values = (f"{k}={v if isinstance(v, Call) else repr(v)}" for k, v in sorted(options.items()))
+    return f"{name}({', '.join(values)})"
+
+
+def parse_router(text: str) -> RouterSpec:
+    """Read a router's name and arguments; nothing is evaluated, only values are read.
+
+    Raises
+    ------
+    RouterError
+        If the text is anything else.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise RouterError(f"Expected a router, got {quoted(text)}. {_HOW}") from None
+    if isinstance(tree, ast.Name):
+        return RouterSpec(tree.id, {})
+    return RouterSpec(*_call(tree, text))
+
+
+def _call(tree: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
+        raise RouterError(f"Expected a router, got {quoted(text)}. {_HOW}")
+    if tree.args or any(keyword.arg is None for keyword in tree.keywords):
+        raise RouterError(f"Expected every argument with its name in {quoted(text)}. {_HOW}")
+    return tree.func.id, {str(k.arg): _value(k.value, text) for k in tree.keywords}
+
+
+def _value(tree: ast.expr, text: str) -> Any:
+    if isinstance(tree, ast.Call):
+        name, options = _call(tree, text)
+        if name not in SELECTORS:
+            raise RouterError(
+                f"Expected one of the selectors {', '.join(SELECTORS)} in "
+                f"{quoted(text)}, got {name}."
+            )
+        return Call(name, options)
+    try:
+        value = ast.literal_eval(tree)
+    except ValueError:
+        value = ...
+    if not isinstance(value, str | int | float | bool | None):
+        raise RouterError(
+            f"Expected a number, text in quotes, True, False or None for an "
+            f"argument in {quoted(text)}, "
+            f"got {cut(ast.unparse(tree), 80)}. {_HOW}"
+        )
+    return value
+
+
+def split_routers(text: str) -> list[str]:
+    """Divide a list of routers at the commas that lie outside brackets."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "(") - (sign == ")")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts if part.strip()]

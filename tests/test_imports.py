@@ -60,7 +60,7 @@ def test_reading_needs_no_torch(tmp_path):
     write_comparison(comparison, rows)
     names = ("capture", "capture.store", "capture.demo", "explorer", "explorer.run")
     names += ("explorer.router_cards", "explorer.comparison.conditions")
-    names += ("explorer.comparison", "explorer.comparison.router_names", "explorer.worker")
+    names += ("explorer.comparison", "explorer.worker")
     metrics = "import explorer.metrics.load, explorer.metrics.capacity"
     steps = [
         ("import kernels.dispatch", ["torch"]),

@@ -116,7 +116,7 @@ def test_commands_parse(command, parse, capsys):
         return
     options = parse(name, arguments)
     if getattr(options, "command", None) == "compare" and not options.router_file:
-        from explorer.comparison.router_names import parse_router, split_routers
+        from explorer.router_cards import parse_router, split_routers
         from explorer.routers import ROUTERS
 
         assert all(parse_router(r).name in ROUTERS for r in split_routers(options.routers or ""))

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from capture.paths import path_argument
 from explorer import writing
-from explorer.commands.compare import Output
-from explorer.commands.report import RUN_HELP, run_file
+from explorer.commands import RUN_HELP, Output, run_file
 from explorer.errors import ExplorerError
 from explorer.metrics.cache import (
     POLICIES,

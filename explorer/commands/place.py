@@ -8,8 +8,7 @@ import yaml
 
 from capture.paths import path_argument
 from explorer import writing
-from explorer.commands.compare import Output
-from explorer.commands.report import RUN_HELP, run_file
+from explorer.commands import RUN_HELP, Output, run_file
 from explorer.errors import ExplorerError
 from explorer.metrics import placement
 from explorer.metrics.placement import HeldOut, Placement

@@ -1,18 +1,13 @@
-"""The command ``python -m explorer routers``; imports no torch before it runs."""
+"""``python -m explorer routers``: the cards of the routers there are, as a table or JSON."""
 
 import argparse
 import json
 from typing import Any
 
-from explorer.commands.compare import Output
-from explorer.comparison.router_names import arguments_of, load_router_file
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``routers``."""
-    parser.add_argument("--family", metavar="FAMILY", help="only one family")
-    parser.add_argument("--router-file", action="append", default=[], metavar="FILE.py")
-    parser.add_argument("--json", action="store_true", help="print the whole cards as JSON")
+from explorer.commands import Output
+from explorer.comparison.live_results import card
+from explorer.routers import ROUTERS
+from explorer.routers.by_name import arguments_of, load_router_file
 
 
 def run(options: argparse.Namespace) -> Output:
@@ -61,7 +56,7 @@ def run(options: argparse.Namespace) -> Output:
 
 
 def cards() -> list[dict[str, Any]]:
-    """Return the cards of the routers registered in this process; imports torch.
+    """Return the cards of the routers registered in this process.
 
     Returns
     -------
@@ -70,9 +65,6 @@ def cards() -> list[dict[str, Any]]:
         ``needs`` (names of fields of ``RouterInputs``), ``weighing``, ``shelved`` and
         ``arguments`` with their defaults.
     """
-    from explorer.comparison.live_results import card
-    from explorer.routers import ROUTERS
-
     found = []
     for name in ROUTERS:
         factory = ROUTERS[name]

@@ -2,7 +2,6 @@
 
 compare       ``explorer.compare``; settings of rules chosen before
 session       one comparison: what is asked for, what is there, what is missing, where it goes
-router_names  routers by name, with arguments; routers of a user's own file
 text_split    the fit split and the report split
 replay        route recorded router inputs again and report agreement, balance and compute
 fit           fit routers on what the model does on the fit split

@@ -27,9 +27,9 @@ from capture.prompts.reading import read_prompts
 from capture.swap.measure import Latency, latency
 from explorer.comparison.live import LiveModel
 from explorer.comparison.replay import RecordedSplit, replay_router
-from explorer.comparison.router_names import RouterSpec, parse_router, split_routers
 from explorer.comparison.text_split import FitAndReport, Texts
 from explorer.errors import RouterError
+from explorer.router_cards import RouterSpec, parse_router, split_routers
 from explorer.routers import ROUTERS, Router, RouterInputs
 from explorer.routers.native import TopKRouter
 

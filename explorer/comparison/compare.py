@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pandas as pd
 
+from capture import record
 from capture.progress import Progress, Reporter
 from explorer.comparison.results_file import Comparison, open_comparison
-from explorer.comparison.router_names import RouterSpec
 from explorer.comparison.session import (
     Mode,
     Session,
@@ -21,6 +21,7 @@ from explorer.comparison.session import (
 )
 from explorer.comparison.text_split import check_text
 from explorer.errors import ComparisonError
+from explorer.router_cards import RouterSpec
 from explorer.run import Run, open_run
 
 if TYPE_CHECKING:
@@ -166,8 +167,6 @@ def _units(
 def demo_run(path: Path = DEMO_RUN) -> Path:
     """Return the run of the demo model, recorded first where there is none."""
     if not path.is_file():
-        from capture import record
-
         record("demo", "demo", path)
     return path
 

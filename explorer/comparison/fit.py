@@ -19,10 +19,11 @@ from capture.swap.measure import token_losses
 from capture.swap.part_gates import gate_parts, output_layers, part_modules
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, Decision, NativeRule, PartMask, RouterInputs, as_rows
-from explorer.comparison.router_names import RouterSpec, make_router
 from explorer.comparison.text_split import Texts
 from explorer.errors import RouterError
+from explorer.router_cards import RouterSpec
 from explorer.routers import PartRouter, Router, TrainedRouter, TrainingSession, fit_layers
+from explorer.routers.by_name import make_router
 from explorer.routers.live import Convention, joined
 
 LivePart = Literal["expert", "head", "layer", "block"]

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
 
 from capture.errors import CaptureError, quoted
-from capture.model.load import DEMO
+from capture.model.load import DEMO, LoadedModel, load_model, loading_bars
+from capture.model.selftest import attach
 from capture.paths import model_name
 from capture.progress import Reporter
 from capture.store.records import Place
@@ -29,6 +32,7 @@ from explorer.comparison.live_results import (
     text_rows,
     token_losses,
 )
+from explorer.comparison.oracle import last_layer_oracle
 from explorer.comparison.replay import RecordedSplit, choice_rows, recorded_split, replay_router
 from explorer.comparison.results_file import (
     CONDITION_TABLES,
@@ -39,24 +43,13 @@ from explorer.comparison.results_file import (
     open_comparison,
     write_comparison,
 )
-from explorer.comparison.router_names import (
-    RouterSpec,
-    content_of,
-    make_router,
-    parse_router,
-    takes_seed,
-)
 from explorer.comparison.text_split import recorded_texts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, ExplorerError
-from explorer.routers import PartRouter, TrainedRouter
+from explorer.router_cards import RouterSpec, parse_router
+from explorer.routers import ROUTERS, PartRouter, TrainedRouter
+from explorer.routers.by_name import content_of, make_router, takes_seed
 from explorer.routers.learning.training import TrainingCancelled
 from explorer.run import Run
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from capture.model.load import LoadedModel
-
 
 # Part of every file's key. Raise it when the same run, model and settings would give other numbers
 # than before: a rule, a fit, a metric, a choice of texts. Not for a new router, words or speed.
@@ -65,7 +58,7 @@ BLOCK, BLOCKS = 2**16, 1024  # of a file of weights: bytes at a time, and how of
 SAMPLED = 256  # values of each weight that are looked at
 
 
-def source_fingerprint(model: "str | Path | nn.Module", revision: str | None = None) -> str:
+def source_fingerprint(model: str | Path | nn.Module, revision: str | None = None) -> str:
     """Return a short name for a model, without loading it where it is a folder.
 
     Parameters
@@ -90,7 +83,7 @@ def source_fingerprint(model: "str | Path | nn.Module", revision: str | None = N
     return found.hexdigest()[:16]
 
 
-def model_fingerprint(model: "nn.Module") -> str:
+def model_fingerprint(model: nn.Module) -> str:
     """Return a short name for a model's weights, from values spread over each of them."""
     found = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -186,8 +179,6 @@ def read_specs(routers: Sequence[str] | None) -> list[RouterSpec]:
     RouterError
         If a name cannot be read.
     """
-    from explorer.routers import ROUTERS
-
     specs = [parse_router(text) for text in (SENSIBLE if routers is None else routers)]
     if not specs:
         raise ComparisonError(f"Expected at least one router. There are: {', '.join(ROUTERS)}.")
@@ -294,7 +285,6 @@ class Session:
         """Measure the oracle of the last layer, unless the file has it."""
         if self.rows["oracle"]:
             return
-        from explorer.comparison.oracle import last_layer_oracle
 
         def told(done: int, total: int) -> None:
             self.reporter.at(f"oracle of the last layer: set {done} of {total}")
@@ -432,9 +422,6 @@ class Session:
     def lab(self) -> LiveModel:
         """The loaded model, with the unchanged model's own run."""
         if self._lab is None:
-            from capture.model.load import load_model, loading_bars
-            from capture.model.selftest import attach
-
             self.reporter.enter("loading", "loading the model")
             with loading_bars(shown=False):
                 loaded: LoadedModel = load_model(self.model, revision=self._revision)

@@ -7,13 +7,14 @@ import numpy.typing as npt
 import torch
 
 from capture.errors import quoted
-from explorer.comparison.router_names import make_router, parse_router
 from explorer.errors import RouterError
 from explorer.maps import map_cache
 from explorer.maps.data import Source, read_points
 from explorer.maps.make import Report, check_content
 from explorer.maps.pca import Ids
+from explorer.router_cards import parse_router
 from explorer.routers import PartRouter, Routing, fit_layers, route_layers
+from explorer.routers.by_name import make_router
 from explorer.routers.recorded import fit_split, recorded_inputs
 from explorer.run import Run, open_run
 

@@ -15,13 +15,11 @@ from explorer.routers.contract import ROUTERS, RoutingRouter
 from explorer.routers.learning.actions import (
     STATISTICS,
     ActionKind,
-    CostKind,
     StateKind,
-    action_costs,
     make_actions,
     state_and_best,
 )
-from explorer.routers.learning.exploration import Log, explore
+from explorer.routers.learning.exploration import CostKind, Log, action_costs, explore
 from explorer.routers.learning.imitation import seeded
 from explorer.routers.learning.objectives import (
     CLIP,
@@ -55,7 +53,7 @@ class ActionRouter(TrainedRouter, RoutingRouter):
     state : {"full", "gate"}
         [hidden, p1, p2, p1 - p2, H(p)], or the last four only.
     cost : {"experts", "flops", "ms"}
-        See :func:`explorer.routers.learning.actions.action_costs`.
+        See :func:`explorer.routers.learning.exploration.action_costs`.
     width : int
         Of the network's hidden layer.
     steps, seed : int

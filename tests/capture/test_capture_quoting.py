@@ -4,9 +4,9 @@ import pytest
 
 from capture.errors import CaptureError, cut, first_line, quoted
 from capture.recorder.config import CaptureConfig
-from explorer.comparison.router_names import parse_router, split_routers
 from explorer.errors import ExplorerError
 from explorer.registry import Registry
+from explorer.router_cards import parse_router, split_routers
 
 LONG = "word\n" * 100_000
 

@@ -27,18 +27,12 @@ from explorer.comparison.results_file import (
     empty_rows,
     write_comparison,
 )
-from explorer.comparison.router_names import (
-    arguments_of,
-    load_router_file,
-    make_router,
-    parse_router,
-    split_routers,
-    takes_seed,
-)
 from explorer.comparison.session import SENSIBLE
 from explorer.comparison.verdicts import against_controls, paired
 from explorer.errors import ComparisonError, RouterError, UnknownNameError
+from explorer.router_cards import parse_router, split_routers
 from explorer.routers import ROUTERS, TopP, fit_layers
+from explorer.routers.by_name import arguments_of, load_router_file, make_router, takes_seed
 
 ROOT = Path(__file__).parents[2]
 MY_ROUTER = '''

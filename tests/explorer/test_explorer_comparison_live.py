@@ -20,10 +20,10 @@ from explorer.comparison.fit import FitData, Fitted
 from explorer.comparison.live import LiveModel
 from explorer.comparison.live_results import RowSubject, live_rows
 from explorer.comparison.results_file import empty_rows
-from explorer.comparison.router_names import parse_router
 from explorer.comparison.text_split import FitAndReport, Texts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, RouterError
 from explorer.metrics.load import max_violation
+from explorer.router_cards import parse_router
 from explorer.routers import PartMask, RouterInfo
 from explorer.routers.contract import PartRouter
 from explorer.routers.live import LiveRule

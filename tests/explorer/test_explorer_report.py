@@ -17,7 +17,7 @@ from test_app_clusters import keep
 
 from explorer import saved_views, writing
 from explorer.__main__ import main
-from explorer.commands.report import run_file
+from explorer.commands import run_file
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.maps.data import Source
 from explorer.report import build, build_report, write_report

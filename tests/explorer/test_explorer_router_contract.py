@@ -14,9 +14,9 @@ import router_checks
 import torch
 from causality_probe import EXPERTS, HIDDEN, TOP_K
 
-from explorer.comparison.router_names import load_router_file
 from explorer.router_cards import CARDS
 from explorer.routers import ROUTERS, PartMask, PartRouter, RouterInfo, Routing, RoutingRouter
+from explorer.routers.by_name import load_router_file
 from explorer.routers.native import TopKRouter
 from explorer.routers.scores import slots, weigh
 from explorer.routers.selectors import top_ids

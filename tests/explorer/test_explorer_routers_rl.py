@@ -13,10 +13,11 @@ from capture.swap.measure import token_losses
 from capture.swap.routers import swap
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS
-from explorer.routers.learning.actions import action_costs, make_actions, state_of, statistics_of
+from explorer.routers.learning.actions import make_actions, state_of, statistics_of
 from explorer.routers.learning.exploration import (
     Acting,
     TextPasses,
+    action_costs,
     drawn_action,
     exploration_weights,
     explore,

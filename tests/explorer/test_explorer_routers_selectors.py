@@ -11,8 +11,9 @@ from causality_probe import LAYERS, probe, toy_layers, toy_targets, toy_tokens
 from checks import assert_close
 from test_explorer_routers_clusters import FIT, HELD_OUT
 
-from explorer.comparison.router_names import make_router, parse_router
+from explorer.router_cards import parse_router
 from explorer.routers import ROUTERS, Selector, Threshold, TopK, TopP
+from explorer.routers.by_name import make_router
 from explorer.routers.sequences import choose_tokens
 
 LAYER_RULES = ("layer_attention", "attention_received", "attention_given")

@@ -11,8 +11,8 @@ from explorer.comparison.conditions import (  # noqa: F401  importing them regis
     weights,
 )
 from explorer.comparison.conditions.contract import CONDITIONS, Condition
-from explorer.comparison.router_names import parse_router
 from explorer.errors import ConditionError, RouterError
+from explorer.router_cards import parse_router
 
 
 def make_condition(text: str) -> Condition:

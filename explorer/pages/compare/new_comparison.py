@@ -11,10 +11,9 @@ from capture.paths import RUN_SUFFIX
 from capture.prompts.reading import read_prompts_bytes
 from explorer import writing
 from explorer.comparison.conditions import USUAL
-from explorer.comparison.router_names import parse_router, split_routers
 from explorer.errors import RouterError, UnknownNameError
 from explorer.pages.compare.figures import family_name
-from explorer.router_cards import CARDS
+from explorer.router_cards import CARDS, parse_router, split_routers
 from explorer.run import Run
 from explorer.text import plain
 from explorer.ui import address

@@ -1,4 +1,4 @@
-"""Exploration: run the frozen model with other actions than its own, and log what that changes.
+"""Exploration: run the frozen model with other actions than its own; what changes, what it costs.
 
 In a pass of :func:`explore` the actions of one layer are drawn at random and all other layers do
 what the model does. A token's reward then has one cause, its own action, beside the noise of the
@@ -6,15 +6,18 @@ other tokens' actions, which is independent of it. Drawn in all layers at once, 
 :class:`Acting` does for the online learners, many actions share one reward.
 """
 
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from capture.model.flops import model_flops
 from capture.model.forward import Head, PaddedBatch, Runner, next_in_prompt, pad_batch, plan_batches
 from capture.model.inputs import input_device, plain_forward
 from capture.model.selftest import probe_tokens
@@ -25,11 +28,14 @@ from capture.swap.rules import Choice, RouterInputs, Rule
 from explorer.errors import RouterError
 from explorer.routers.learning.actions import Actions, state_and_best
 from explorer.routers.learning.training import TrainingSession
-from explorer.routers.live import Convention, completed
+from explorer.routers.live import Convention, LiveRule, completed
+from explorer.routers.native import TopKRouter
 
 BATCH_TOKENS = 2048
+TIMED_PASSES = 7
 OTHER_WEIGHT, NATIVE_WEIGHT, EMPTY_WEIGHT = 8.0, 2.0, 1.0
 
+CostKind = Literal["experts", "flops", "ms"]
 Pick = Callable[[Place, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -291,3 +297,97 @@ def _log(parts: Sequence[Sequence[torch.Tensor]]) -> Log:
     states, allowed = (torch.cat([part[at] for part in parts]) for at in (0, 1))
     drawn = (torch.cat([part[at] for part in parts], dim=1) for at in (2, 3, 4))
     return Log(states, allowed, *drawn)
+
+
+def action_costs(
+    session: TrainingSession, actions: Mapping[Place, Actions], kind: CostKind
+) -> dict[Place, torch.Tensor]:
+    """Return what each action costs at each site, [A] float32, in experts.
+
+    Parameters
+    ----------
+    session : TrainingSession
+    actions : mapping of (layer, site) to Actions
+    kind : {"experts", "flops", "ms"}
+        ``"flops"`` and ``"ms"`` are divided by what one expert costs in the mean layer, so that a
+        price means the same with each of them. Milliseconds are measured here, on this machine,
+        with all tokens of a batch taking the same action.
+    """
+    if kind == "experts":
+        return {place: each.n_experts.float() for place, each in actions.items()}
+    if kind == "flops":
+        layers = model_flops(session.model, session.sites).layers
+        one = {place: cost for layer in layers for place, cost in layer.expert.items()}
+        mean = statistics.fmean(one[place] for place in actions)
+        return {place: each.n_experts * (one[place] / mean) for place, each in actions.items()}
+    if kind != "ms":
+        raise RouterError(f"Expected cost 'experts', 'flops' or 'ms', got {kind!r}.")
+    by_count = session.once(("expert_ms", *actions), lambda: expert_milliseconds(session, actions))
+    top_k = {place: int(each.n_experts[each.native]) for place, each in actions.items()}
+    # above running none at all
+    unit = statistics.fmean(
+        (by_count[p][top_k[p]] - by_count[p][0]) / max(1, top_k[p]) for p in actions
+    )
+    if unit <= 0:
+        raise RouterError(
+            "Running experts took no longer than running none, so milliseconds cannot price them "
+            "on this machine. Use cost='flops'."
+        )
+    return {
+        place: torch.tensor([(by_count[place][n] - by_count[place][0]) / unit for n in counts])
+        for place, counts in ((p, each.n_experts.tolist()) for p, each in actions.items())
+    }
+
+
+def expert_milliseconds(
+    session: TrainingSession, actions: Mapping[Place, Actions], *, batch_tokens: int = 2048
+) -> dict[Place, list[float]]:
+    """Return the milliseconds that a site's experts take with 0, 1, 2, ... experts a token."""
+    widest = max(each.used.shape[1] for each in actions.values())
+    ids = _rectangle(session.sequences, batch_tokens)
+    found: dict[Place, list[float]] = {place: [] for place in actions}
+    for count in range(widest + 1):
+        rule = LiveRule(TopKRouter(k=count)) if count else NoExperts()
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(plain_forward(session.model))
+            stack.enter_context(swap(session.model, session.sites, rule, checked=False))
+            clocks = [(site, _Clock(site.experts, stack)) for site in session.sites]
+            for number in range(TIMED_PASSES):
+                session.report(number / TIMED_PASSES, f"timing {count} experts a token")
+                session.model(input_ids=ids.to(input_device(session.model)), use_cache=False)
+        for site, clock in clocks:
+            place = (site.info.layer, site.info.site)
+            if place in found:
+                found[place].append(1e3 * statistics.median(clock.seconds[1:]))
+    # noise must not make more experts cheaper
+    return {p: torch.tensor(times).cummax(dim=0).values.tolist() for p, times in found.items()}
+
+
+class _Clock:
+    """Times every call of a module."""
+
+    def __init__(self, module: torch.nn.Module, stack: ExitStack) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+        stack.callback(module.register_forward_pre_hook(self._before).remove)
+        stack.callback(module.register_forward_hook(self._after).remove)
+
+    def _before(self, *_: Any) -> None:
+        _wait()
+        self._start = time.perf_counter()
+
+    def _after(self, *_: Any) -> None:
+        _wait()
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _rectangle(sequences: Sequence[Any], n_tokens: int) -> torch.Tensor:
+    """Return about ``n_tokens`` token ids [B, S] without padding."""
+    flat = torch.cat([torch.as_tensor(each, dtype=torch.int64) for each in sequences])[:n_tokens]
+    width = min(128, len(flat))
+    return flat[: len(flat) // width * width].view(-1, width)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from capture.model.flops import head_count
 from capture.model.inputs import input_device
 from capture.model.sites import text_config
 from capture.store.records import Place
@@ -291,8 +292,6 @@ def _widths(session: TrainingSession, part: Part) -> dict[Place, int]:
         return {(s.info.layer, s.info.site): s.n_computing for s in session.sites}
     if part == "layer":
         return {(layer, 0): 1 for layer in part_modules(session.model, session.sites, "block")}
-    from capture.model.flops import head_count
-
     heads = part_modules(session.model, session.sites, "head")
     return {(layer, 0): head_count(module, session.model) for layer, module in heads.items()}
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from scipy.stats import t as student_t
+from sklearn.cluster import KMeans
 
 from capture.swap.rules import RouterInputs, Routing
 from explorer.router_cards import RouterInfo
@@ -128,8 +129,6 @@ def make_table(kind: Table, stream: Ints, vocabulary: int, seed: int) -> torch.T
     generator = np.random.default_rng(seed)
     if kind == "balanced":
         return torch.from_numpy(_deal(np.zeros(vocabulary, np.int64), counts, generator))
-    from sklearn.cluster import KMeans
-
     # ids are alike if the same ids stand beside them: log counts of neighbours, few dimensions
     beside = np.zeros((vocabulary, vocabulary))
     np.add.at(beside, (stream[:-1], stream[1:]), 1.0)

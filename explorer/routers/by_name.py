@@ -1,6 +1,5 @@
-"""Routers by name, with arguments where they differ from the defaults: ``top_k(k=1)``."""
+"""Routers made by name, with arguments where they differ from the defaults; users' own files."""
 
-import ast
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -9,114 +8,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from capture.errors import cut, first_line, quoted
 from explorer.errors import RouterError
-
-if TYPE_CHECKING:
-    from explorer.routers import Router
-
-
-SELECTORS = ("TopK", "Threshold", "TopP")
-_HOW = "Write a name, or a name with arguments, such as top_k(k=1) or kmeans(n_clusters=128)."
+from explorer.router_cards import Call, RouterSpec
+from explorer.routers import ROUTERS, Router, Threshold, TopK, TopP
 
 
-class Call(NamedTuple):
-    """A selector among the arguments of a router, such as ``TopP(p=0.5)``."""
-
-    name: str
-    options: dict[str, Any]
-
-    def __str__(self) -> str:
-        return _written(self.name, self.options)
-
-
-class RouterSpec(NamedTuple):
-    """A router that is yet to be made.
-
-    Attributes
-    ----------
-    name : str
-        In ``ROUTERS``.
-    options : dict
-        Arguments of its constructor: numbers, strings, booleans, None, or a :class:`Call`.
-    """
-
-    name: str
-    options: dict[str, Any]
-
-    @property
-    def label(self) -> str:
-        """How it is called in tables, always the same for the same router."""
-        return _written(self.name, self.options) if self.options else self.name
-
-
-def _written(name: str, options: dict[str, Any]) -> str:
-    values = (f"{k}={v if isinstance(v, Call) else repr(v)}" for k, v in sorted(options.items()))
-    return f"{name}({', '.join(values)})"
-
-
-def parse_router(text: str) -> RouterSpec:
-    """Read a router's name and arguments; nothing is evaluated, only values are read.
-
-    Raises
-    ------
-    RouterError
-        If the text is anything else.
-    """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise RouterError(f"Expected a router, got {quoted(text)}. {_HOW}") from None
-    if isinstance(tree, ast.Name):
-        return RouterSpec(tree.id, {})
-    return RouterSpec(*_call(tree, text))
-
-
-def _call(tree: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
-    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-        raise RouterError(f"Expected a router, got {quoted(text)}. {_HOW}")
-    if tree.args or any(keyword.arg is None for keyword in tree.keywords):
-        raise RouterError(f"Expected every argument with its name in {quoted(text)}. {_HOW}")
-    return tree.func.id, {str(k.arg): _value(k.value, text) for k in tree.keywords}
-
-
-def _value(tree: ast.expr, text: str) -> Any:
-    if isinstance(tree, ast.Call):
-        name, options = _call(tree, text)
-        if name not in SELECTORS:
-            raise RouterError(
-                f"Expected one of the selectors {', '.join(SELECTORS)} in "
-                f"{quoted(text)}, got {name}."
-            )
-        return Call(name, options)
-    try:
-        value = ast.literal_eval(tree)
-    except ValueError:
-        value = ...
-    if not isinstance(value, str | int | float | bool | None):
-        raise RouterError(
-            f"Expected a number, text in quotes, True, False or None for an "
-            f"argument in {quoted(text)}, "
-            f"got {cut(ast.unparse(tree), 80)}. {_HOW}"
-        )
-    return value
-
-
-def split_routers(text: str) -> list[str]:
-    """Divide a list of routers at the commas that lie outside brackets."""
-    parts, depth = [""], 0
-    for sign in text:
-        depth += (sign == "(") - (sign == ")")
-        if sign == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return [part.strip() for part in parts if part.strip()]
-
-
-def make_router(spec: RouterSpec, *, seed: int | None = None) -> "Router":
+def make_router(spec: RouterSpec, *, seed: int | None = None) -> Router:
     """Make a router.
 
     Parameters
@@ -132,8 +32,6 @@ def make_router(spec: RouterSpec, *, seed: int | None = None) -> "Router":
     RouterError
         If it takes no such argument, or not with this value.
     """
-    from explorer.routers import ROUTERS, Threshold, TopK, TopP
-
     selectors = {"TopK": TopK, "Threshold": Threshold, "TopP": TopP}
     factory = ROUTERS[spec.name]
     known = arguments_of(factory)
@@ -158,8 +56,6 @@ def make_router(spec: RouterSpec, *, seed: int | None = None) -> "Router":
 
 def takes_seed(spec: RouterSpec) -> bool:
     """Whether a router is stochastic, so that it is worth running with several seeds."""
-    from explorer.routers import ROUTERS
-
     return "seed" in arguments_of(ROUTERS[spec.name]) and "seed" not in spec.options
 
 
@@ -202,8 +98,6 @@ def load_router_file(path: str | Path) -> list[str]:
     RouterError
         If there is no such file, it fails, or it adds no router.
     """
-    from explorer.routers import ROUTERS
-
     path = Path(path).resolve()
     if not path.is_file():
         raise RouterError(f"Expected a Python file with routers at {path}, there is none.")
