@@ -113,6 +113,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _findings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``findings``."""
+    parser.add_argument("run", type=path_argument, metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--json", action="store_true", help="with effects, intervals and p values")
+
+
 def _routers_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``routers``."""
     parser.add_argument("--family", metavar="FAMILY", help="only one family")
@@ -145,6 +151,11 @@ COMMANDS = {
         _report_arguments,
         "explorer.commands.report",
         "run_report",
+    ),
+    "findings": Command(
+        "say what is worth knowing in a run: at most seven sentences, each tested",
+        _findings_arguments,
+        "explorer.commands.findings",
     ),
     "export": Command(
         "write a run without its text, as a new run file",

@@ -30,6 +30,7 @@ ORDER = {
             "metrics",
             "run",
             "queries",
+            "findings",
             "routers",
             "comparison",
         ),

@@ -4,11 +4,12 @@ import pandas as pd
 import streamlit as st
 
 from capture.paths import model_name
+from explorer.findings import findings
 from explorer.pages.load_balance.figures import load_heatmap
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means
 from explorer.queries.prompts import prompt_count
-from explorer.text import ABSENT, visible
+from explorer.text import ABSENT, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, tile
 from explorer.ui.glossary import help_text
@@ -25,6 +26,7 @@ def render() -> None:
     view = current_view().sampled()
     address.follow_jump()
     st.markdown(_introduction(view))
+    worth_knowing = st.container()  # drawn last: it takes longer than the rest
     load = view.of_layers(ask(view, expert_load, weights=False, **view.filters))
     _key_figures(view, load)
     _load_map(view, load)
@@ -33,6 +35,33 @@ def render() -> None:
         _about(view)
     with domains:
         _domains(view)
+    with worth_knowing:
+        _findings(view)
+
+
+@section("Worth knowing")
+def _findings(view: View) -> None:
+    if not view.run.records_ids:
+        return  # the level is said below
+    with st.spinner("Testing what is worth knowing in this run."):
+        found = ask(view, findings)
+    with st.container(border=True):
+        st.subheader("Worth knowing", anchor=False)
+        for one in found.found:
+            line, link = st.columns([12, 1], vertical_alignment="center")
+            line.markdown(f"- {plain(one.sentence)}")
+            there = dict(one.address)
+            if "domain" in there:
+                there["domain"] = address.domain_key(there["domain"])
+            link.page_link(
+                f"explorer/pages/{one.page.replace('-', '_')}/page.py",
+                label="Show",
+                help=f"p = {one.p:.2g}, corrected for {len(found.tested)} tests {one.q:.2g}",
+                query_params={"run": view.name} | there,
+            )
+        if found.tested and not found.found:
+            st.markdown("Nothing in this run goes beyond chance.")
+        st.caption(f"{found.summary} Of the whole run, without filters.")
 
 
 def _introduction(view: View) -> str:

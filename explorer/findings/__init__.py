@@ -1,0 +1,130 @@
+"""What is worth knowing in a run: at most seven sentences, each a test that could have failed.
+
+Every other prompt suggests: of each kind of finding the strongest candidate, such as the expert
+that leans most to one domain. The prompts that did not suggest it test it against its own null,
+with the prompt as the unit, because tokens of a prompt are alike. So the thousands of experts,
+domains and words that were looked through cost nothing, and what is corrected for are the few tests
+that are left (Benjamini and Hochberg 1995).
+"""
+
+import json
+from typing import NamedTuple
+
+from scipy import stats
+
+from explorer.findings.halves import MIN_PROMPTS, Half, read_halves
+from explorer.findings.kinds import KINDS, Tested
+from explorer.run import Run
+
+MOST = 7
+RATE = 0.01  # false discovery rate
+
+
+class Finding(NamedTuple):
+    """One thing that holds in prompts that did not suggest it.
+
+    Attributes
+    ----------
+    kind : str
+    sentence : str
+        Plain text, with the effect and its 95 % interval.
+    effect, low, high : float
+        In the unit that the sentence gives it, from the prompts that test.
+    p, q : float
+        One-sided; ``q`` is adjusted for all kinds that were tested.
+    page : str
+        Where it is seen, as pages are called in addresses.
+    address : dict of str
+        Choices of that page; ``domain`` as the run has it, ``""`` for none.
+    """
+
+    kind: str
+    sentence: str
+    effect: float
+    low: float
+    high: float
+    p: float
+    q: float
+    page: str
+    address: dict[str, str]
+
+
+class Findings(NamedTuple):
+    """What holds, and how much was looked at.
+
+    Attributes
+    ----------
+    found : list of Finding
+    tested : list of str
+        Kinds of which there was a candidate.
+    n_prompts, n_tokens : int
+        That were read, both halves.
+    """
+
+    found: list[Finding]
+    tested: list[str]
+    n_prompts: int
+    n_tokens: int
+
+    @property
+    def summary(self) -> str:
+        """How the sentences came about, in one."""
+        read = f"{self.n_tokens:,} tokens of {self.n_prompts:,} prompts"
+        if not self.tested:
+            return (
+                f"Nothing can be tested in {read}: half of the prompts suggest and the others "
+                f"test, and each half needs {MIN_PROMPTS}."
+            )
+        kinds = f"{len(self.tested)} kinds of finding" if len(self.tested) > 1 else "1 kind"
+        hold = f"{len(self.found)} of them hold" if self.found else "none of them holds"
+        return (
+            f"In {read}, every other prompt suggested {kinds} and the rest, whose figures these "
+            f"are, tested them: {hold} at a false discovery rate of {RATE:.0%}."
+        )
+
+    def to_json(self) -> str:
+        """Return everything as JSON."""
+        return json.dumps(
+            {
+                "summary": self.summary,
+                "findings": [one._asdict() for one in self.found],
+                "tested": self.tested,
+                "n_prompts": self.n_prompts,
+                "n_tokens": self.n_tokens,
+            },
+            indent=1,
+        )
+
+
+def findings(run: Run) -> Findings:
+    """Return what is worth knowing in a run.
+
+    Raises
+    ------
+    RunError
+        If the run was recorded at level ``stats``, which keeps no experts per token.
+    """
+    return judge(*read_halves(run))
+
+
+def judge(suggests: Half, tests: Half) -> Findings:
+    """Let one half of the prompts suggest findings, and keep those that hold in the other."""
+    halves = (suggests, tests)
+    n_prompts = sum(len(half.tokens) for half in halves)
+    n_tokens = sum(len(half.token) for half in halves)
+    if min(len(half.tokens) for half in halves) < MIN_PROMPTS:
+        return Findings([], [], n_prompts, n_tokens)
+    tested: dict[str, Tested] = {}
+    for kind, suggest in KINDS.items():
+        strongest = max(suggest(suggests), key=lambda one: one.strength, default=None)
+        result = strongest and strongest.test(tests)
+        if result is not None:
+            tested[kind] = result
+    # at least one test, or there is nothing to correct for
+    rates = stats.false_discovery_control([one.p for one in tested.values()] or [1.0])
+    found = [
+        Finding(kind, *one[:5], float(q), one.page, one.address)
+        for (kind, one), q in zip(tested.items(), rates, strict=False)
+        if q <= RATE
+    ]
+    return Findings(found[:MOST], list(tested), n_prompts, n_tokens)
