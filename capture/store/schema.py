@@ -22,7 +22,7 @@ from capture.store.codec import (
 SCHEMA_VERSION = 3
 OLDEST_READ = 2  # files of older versions have to be migrated
 STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
-NO_TOKEN = -1  # a token id that was left out; readers show it as NULL
+NO_TOKEN = -1  # a token id that is not known or was left out; the views show it as NULL
 
 
 class Column(NamedTuple):
@@ -172,9 +172,10 @@ CREATE TABLE packed.attention_layer (
 );
 """
 
-_FIXED_VIEWS = """
+_FIXED_VIEWS = f"""
 CREATE VIEW tokens AS
-    SELECT token_id, prompt_id, position, phase, token, text, loss FROM packed.token;
+    SELECT token_id, prompt_id, position, phase, nullif(token, {NO_TOKEN}) AS token, text, loss
+    FROM packed.token;
 CREATE VIEW prompts AS SELECT prompt_id, text, domain, source FROM packed.prompt;
 CREATE VIEW prompt_sizes AS SELECT prompt_id, n_tokens, truncated FROM packed.prompt;
 CREATE VIEW scores AS SELECT token_id, layer, site, scores FROM packed.score;

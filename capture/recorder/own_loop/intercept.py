@@ -18,6 +18,15 @@ CHANGES = (
 )  # fmt: skip
 Changed = Callable[[object, str, tuple[Any, ...]], None]
 
+
+def not_compiled() -> None:
+    """Tell compilers to leave what stands around a module alone, and to go on inside of it."""
+    if not _left_alone:
+        torch._dynamo.trace_rules.add(__package__)
+        _left_alone.append(__package__)
+
+
+_left_alone: list[str] = []
 _lock = threading.RLock()
 _watchers: list[Changed] = []
 _patched: dict[type, dict[str, Any]] = {}
@@ -40,8 +49,7 @@ def calls_of(module: nn.Module, around: Around) -> Iterator[None]:
     def compile_inside(*args: Any, **kwargs: Any) -> None:
         inside[0] = torch.compile(module._call_impl, *args, **kwargs)
 
-    skipped = torch._dynamo.disable(call, recursive=False)  # type: ignore[no-untyped-call]
-    vars(module)["_compiled_call_impl"] = skipped
+    vars(module)["_compiled_call_impl"] = call
     vars(module)["compile"] = compile_inside
     try:
         yield

@@ -23,6 +23,7 @@ from capture.recorder.own_loop.intercept import (
     calls_of,
     method_of,
     modules_called,
+    not_compiled,
     watched_caches,
 )
 from capture.recorder.own_loop.steps import (
@@ -137,11 +138,12 @@ class Listener:
     def open(self) -> Iterator[None]:
         """Follow calls while the block runs; the model is as before afterwards."""
         with ExitStack() as stack:
-            was_compiled = any(m._compiled_call_impl is not None for m in self._model.modules())
-            if was_compiled:
-                # code that was compiled before has no hooks
-                torch._dynamo.reset()
-                stack.callback(torch._dynamo.reset)
+            # code that was compiled before has no hooks, code that is compiled now keeps them
+            torch._dynamo.reset()
+            stack.callback(torch._dynamo.reset)
+            not_compiled()
+            self._begin_apart = torch._dynamo.disable(self._begin)
+            self._finish_apart = torch._dynamo.disable(self._finish)
             self._taps = stack.enter_context(tap(self._sites, training=True))
             for module in modules_called(self._model):
                 self._signatures[module] = inspect.signature(type(module).forward)
@@ -164,7 +166,7 @@ class Listener:
         begun = None
         try:
             with self._failure.kept():
-                begun = self._begin(module, args, kwargs)
+                begun = self._begin_apart(module, args, kwargs)
             output = inner(*args, **kwargs)
         except BaseException:
             self._discard()
@@ -173,7 +175,7 @@ class Listener:
             self._running = None
         if begun is not None and self._listens:
             with self._failure.kept():
-                self._finish(begun, output)
+                self._finish_apart(begun, output)
         return output
 
     def _discard(self) -> None:

@@ -1,0 +1,341 @@
+"""Recording in loops of every kind: hand-written decoding, training, wrappers, several models."""
+
+import gc
+import threading
+import warnings
+
+import accelerate
+import pytest
+import tiny_models
+import torch
+from own_loop import assert_recorded, padded, texts
+
+import capture
+from capture.errors import CaptureError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of its own imports
+    import peft
+
+TEXTS = [[5, 6, 7, 9, 11], [8, 9], [20, 21, 22, 23]]
+LONG = [5, 6, 7, 9, 11, 30, 31, 32]
+
+
+def model(name="olmoe", **changes):
+    return tiny_models.build(name, **changes)
+
+
+def decoded(own, ids, steps, *, crop=0):
+    """Decode greedily by hand, as people do who call the model themselves."""
+    whole = ids.tolist()[0]
+    with torch.no_grad():
+        out = own(ids, use_cache=True)
+        for _ in range(steps):
+            token = out.logits[:, -1:].argmax(-1)
+            whole.append(token.item())
+            out = own(token, past_key_values=out.past_key_values)
+        if crop:
+            out.past_key_values.crop(-crop)
+            whole = whole[:-crop]
+            out = own(torch.tensor([[33, 34]]), past_key_values=out.past_key_values)
+            whole += [33, 34]
+    return whole
+
+
+def test_decoding_by_hand(tmp_path):
+    own = model("deepseek_v3")
+    with capture.recording(own, tmp_path / "a.duckdb"):
+        first = decoded(own, torch.tensor([TEXTS[0]]), 3)
+        gc.collect()
+        second = decoded(own, torch.tensor([TEXTS[1]]), 4, crop=2)
+    assert_recorded(own, tmp_path / "a.duckdb", [(first, 5), (second, 4)])
+
+
+def test_rows_of_a_cache_that_are_chosen_and_repeated(tmp_path):
+    own = model("mixtral")
+    ids, mask = padded(TEXTS[:1] + TEXTS[2:], side="left")
+    with torch.no_grad(), capture.recording(own, tmp_path / "a.duckdb"):
+        cache = own(ids, attention_mask=mask).past_key_values
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.batch_repeat_interleave(2)
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[:, 0] = 0
+        own(torch.tensor([[40], [41]]), attention_mask=mask, past_key_values=cache)
+    whole = [([*TEXTS[2], 40], 4), ([*TEXTS[2], 41], 4)]
+    assert_recorded(own, tmp_path / "a.duckdb", whole)
+
+
+def test_a_chat_that_keeps_its_cache(tmp_path):
+    from transformers import DynamicCache
+
+    own = model("qwen3_moe")
+    own.generation_config.eos_token_id = None
+    with capture.recording(own, tmp_path / "a.duckdb") as run:
+        cache = DynamicCache(config=own.config)
+        given = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False}
+        first = own.generate(torch.tensor([TEXTS[0]]), **given)
+        again = torch.cat([first, torch.tensor([[50, 51]])], dim=1)
+        second = own.generate(again, **given)
+    assert run.error is None
+    (text,) = texts(tmp_path / "a.duckdb")
+    assert text.tokens == second[0, :-1].tolist()
+    # the last token of the first answer is read with what follows it
+    assert text.given == 5 + 3
+
+
+def test_samples_of_one_prompt_are_texts_of_their_own(tmp_path):
+    own = model()
+    own.generation_config.eos_token_id = None
+    torch.manual_seed(0)
+    with capture.recording(own, tmp_path / "a.duckdb", level="scores") as run:
+        run.prompts(["one"])
+        out = own.generate(
+            torch.tensor([TEXTS[0]]), max_new_tokens=4, do_sample=True, num_return_sequences=3
+        )
+    assert_recorded(own, tmp_path / "a.duckdb", [(row[:-1].tolist(), 5) for row in out])
+    with capture.store.RunReader.open(tmp_path / "a.duckdb") as run:
+        assert {row["text"] for row in run.query("SELECT text FROM prompts").to_pylist()} == {"one"}
+        counts = run.query("SELECT count(*) AS n FROM scores").to_pylist()
+    assert counts == [{"n": 3 * 8 * 3}]
+
+
+@pytest.mark.parametrize("level", ["stats", "ids"])
+def test_sums_are_of_what_is_kept(tmp_path, level):
+    """Of what generate() read, only the kept rows count in sums of weights and probabilities."""
+    own = model("mixtral")
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5]])
+    own.generation_config.eos_token_id = None
+    with capture.recording(own, tmp_path / "a.duckdb", level=level):
+        out = own.generate(ids, max_new_tokens=9, do_sample=False, prompt_lookup_num_tokens=3)
+    with torch.no_grad(), capture.recording(own, tmp_path / "b.duckdb", level=level):
+        own(out[:, :-1])
+    sums = []
+    for name in ("a", "b"):
+        with capture.store.RunReader.open(tmp_path / f"{name}.duckdb") as run:
+            sums.append(
+                run.query(
+                    "SELECT assignments, weight_sum, prob_sum FROM expert_load"
+                    " ORDER BY layer, site, expert_id"
+                ).to_pylist()
+            )
+            pairs = run.query("SELECT sum(tokens) AS n FROM coactivation").to_pylist()
+            assert pairs == [{"n": 3 * 15 * 9}]
+    for mine, theirs in zip(*sums, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["olmoe", "phimoe"])
+def test_training_counts_every_token_once(tmp_path, name, reentrant):
+    ids, mask = padded(TEXTS)
+    results = []
+    for recorded in (False, True):
+        own = model(name).train()
+        own.activation_checkpointing_enable({"use_reentrant": reentrant})
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        told = []
+        handle = own.model.layers[0].mlp.experts.register_forward_pre_hook(
+            lambda _, args, told=told: told.append(args[1].tolist())
+        )
+        torch.manual_seed(0)
+
+        def step(own=own, optimizer=optimizer):
+            own(ids, attention_mask=mask, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if recorded:
+            with capture.recording(own, tmp_path / "a.duckdb"):
+                step()
+                step()
+        else:
+            step()
+            step()
+        handle.remove()
+        assert own.training
+        told = told[-4:]  # of two steps; a test of the routers came before
+        results.append([p.detach().clone() for p in own.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "training is the same"
+    found = texts(tmp_path / "a.duckdb")
+    assert [text.tokens for text in found] == TEXTS * 2
+    # what the experts were told in the passes, not when they ran again
+    passes = told[::2]
+    rows = [n for n, real in enumerate(mask.flatten().tolist()) if real]
+    chosen = [set(token) for text in found for token in text.experts[0]]
+    assert chosen == [set(one[n]) for one in passes for n in rows]
+
+
+def test_two_models_at_once(tmp_path):
+    one, other = model(), model("mixtral")
+    ids = torch.tensor([TEXTS[0]])
+    with torch.no_grad(), capture.recording(one, tmp_path / "a.duckdb"):
+        with capture.recording(other, tmp_path / "b.duckdb"):
+            one(ids)
+            decoded(other, torch.tensor([TEXTS[1]]), 2)
+        one(torch.tensor([TEXTS[2]]))
+    assert_recorded(one, tmp_path / "a.duckdb", [(TEXTS[0], 5), (TEXTS[2], 4)])
+    assert [text.given for text in texts(tmp_path / "b.duckdb")] == [2]
+
+
+def test_adapters_around_a_model(tmp_path):
+    own = model("mixtral")
+    config = peft.LoraConfig(
+        r=2, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=["q_proj"],
+        modules_to_save=["gate"],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in an old way
+        wrapped = peft.get_peft_model(own, config).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.add_(torch.randn_like(parameter))
+    own.generation_config.eos_token_id = None
+    with capture.recording(wrapped, tmp_path / "a.duckdb"):
+        with torch.no_grad():
+            wrapped(input_ids=torch.tensor([TEXTS[0]]))
+        out = wrapped.generate(input_ids=torch.tensor([TEXTS[1]]), max_new_tokens=3)
+    assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5), (out[0, :-1].tolist(), 2)])
+
+
+def test_offloaded_weights_and_embeddings(tmp_path):
+    plain, own = model("mixtral"), model("mixtral")
+    accelerate.cpu_offload(own, offload_buffers=True)
+    with torch.no_grad(), capture.recording(own, tmp_path / "a.duckdb"):
+        own(torch.tensor([TEXTS[0]]))
+    assert_recorded(plain, tmp_path / "a.duckdb", [(TEXTS[0], 5)])
+
+
+def test_the_part_below_the_head_may_be_called(tmp_path):
+    own = model()
+    with torch.no_grad(), capture.recording(own, tmp_path / "a.duckdb"):
+        own.model(input_ids=torch.tensor([TEXTS[0]]))
+    assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5)])
+
+
+def test_embeddings_have_no_token_ids(tmp_path):
+    own = model()
+    embeds = own.get_input_embeddings()(torch.tensor([TEXTS[0]]))
+    own.generation_config.eos_token_id = None
+    with torch.no_grad(), capture.recording(own, tmp_path / "a.duckdb"):
+        own(inputs_embeds=embeds)
+        out = own.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
+    found = texts(tmp_path / "a.duckdb")
+    assert [text.tokens for text in found] == [[None] * 5, [None] * 5 + out[0, :-1].tolist()]
+
+
+@pytest.mark.parametrize("when", ["wrapper", "inside, in place"])
+def test_compiled_models(tmp_path, when):
+    plain, own = (model("mixtral", num_hidden_layers=2) for _ in range(2))
+    ids, mask = padded(TEXTS)
+
+    def compiled():
+        if "in place" in when:
+            own.compile(backend="eager")
+            return own
+        return torch.compile(own, backend="eager", fullgraph=True)
+
+    called = own if "inside" in when else compiled()
+    with torch.no_grad():
+        called(ids, attention_mask=mask, use_cache=False)
+        with capture.recording(called, tmp_path / "a.duckdb"):
+            if "inside" in when:
+                called = compiled()
+            for _ in range(2):
+                called(ids, attention_mask=mask, use_cache=False)
+        called(ids, attention_mask=mask, use_cache=False)
+    torch._dynamo.reset()
+    assert_recorded(plain, tmp_path / "a.duckdb", [(text, len(text)) for text in TEXTS * 2])
+
+
+def test_parallel_wrappers_and_ranks(tmp_path, monkeypatch):
+    own = model()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+    class DistributedDataParallel(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    wrapped = DistributedDataParallel(own)
+    with torch.no_grad(), capture.recording(wrapped, tmp_path / "a.duckdb") as run:
+        wrapped(torch.tensor([TEXTS[0]]))
+    assert run.path == tmp_path / "a-rank1.duckdb"
+    assert_recorded(own, run.path, [(TEXTS[0], 5)])
+
+
+def test_an_error_of_the_loop_is_the_loops(tmp_path):
+    own = model()
+    with pytest.raises(ZeroDivisionError), capture.recording(own, tmp_path / "a.duckdb"):
+        with torch.no_grad():
+            own(torch.tensor([TEXTS[0]]))
+        raise ZeroDivisionError
+    with capture.store.RunReader.open(tmp_path / "a.duckdb") as run:
+        assert not run.info["complete"]
+    assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5)])
+    assert "generate" not in vars(own) and own._compiled_call_impl is None
+
+
+def test_a_call_that_fails_is_no_text(tmp_path):
+    own = model()
+    with torch.no_grad(), capture.recording(own, tmp_path / "a.duckdb") as run:
+        with pytest.raises(IndexError):
+            own(torch.tensor([[1_000]]))
+        own(torch.tensor([TEXTS[0]]))
+    assert run.error is None
+    assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5)])
+
+
+def test_strict_raises_where_it_happens(tmp_path):
+    own = model()
+    with torch.no_grad():
+        cache = own(torch.tensor([LONG])).past_key_values
+        with pytest.raises(CaptureError), capture.recording(
+            own, tmp_path / "a.duckdb", strict=True
+        ):  # fmt: skip
+            own(torch.tensor([[3]]), past_key_values=cache)
+            raise AssertionError("not reached")
+    assert not (tmp_path / "a.duckdb").exists()
+
+
+def test_two_threads_at_once_are_refused(tmp_path):
+    own = model()
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        go.wait(20)
+
+    def call():
+        with torch.no_grad():
+            own(torch.tensor([TEXTS[0]]))
+
+    with pytest.raises(CaptureError, match="two threads"), capture.recording(
+        own, tmp_path / "a.duckdb"
+    ):  # fmt: skip
+        call()
+        handle = own.model.layers[1].register_forward_pre_hook(wait)
+        thread = threading.Thread(target=call)
+        thread.start()
+        inside.wait(20)
+        handle.remove()
+        call()
+        go.set()
+        thread.join()
+    assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5)])
+
+
+def test_attention_and_unknown_levels_are_refused(tmp_path):
+    of_level = capture.recording(model(), tmp_path / "a.duckdb", level="attention")
+    with pytest.raises(CaptureError, match="level must be one of stats, ids, scores"), of_level:
+        pass
+
+
+def test_a_block_without_a_call_leaves_no_file(tmp_path):
+    of_nothing = capture.recording(model(), tmp_path / "a.duckdb")
+    with pytest.raises(CaptureError, match="Nothing was recorded"), of_nothing:
+        pass
+    assert list(tmp_path.iterdir()) == []
