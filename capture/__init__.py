@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capture.recorder.config import CaptureConfig
+    from capture.recorder.own_loop.callback import TrainerCallback
     from capture.recorder.own_loop.recording import recording
     from capture.recorder.record import record
 
-__all__ = ["CaptureConfig", "record", "recording"]
+__all__ = ["CaptureConfig", "TrainerCallback", "record", "recording"]
 _WHERE = {
     "CaptureConfig": "capture.recorder.config",
+    "TrainerCallback": "capture.recorder.own_loop.callback",
     "record": "capture.recorder.record",
     "recording": "capture.recorder.own_loop.recording",
 }

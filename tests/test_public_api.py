@@ -20,7 +20,7 @@ HEAVY = {"torch", "triton", "numba", "numpy"}
     ("package", "names"),
     [
         ("kernels", ["attention", "coactivation", "gate", "project_topk"]),
-        ("capture", ["CaptureConfig", "record", "recording"]),
+        ("capture", ["CaptureConfig", "TrainerCallback", "record", "recording"]),
         ("explorer", ["ROUTERS", "compare", "open_comparison", "open_run"]),
     ],
 )

@@ -142,8 +142,8 @@ class Listener:
             torch._dynamo.reset()
             stack.callback(torch._dynamo.reset)
             not_compiled()
-            self._begin_apart = torch._dynamo.disable(self._begin)
-            self._finish_apart = torch._dynamo.disable(self._finish)
+            self._begin_apart = torch._dynamo.disable(self._begin)  # type: ignore[no-untyped-call]
+            self._finish_apart = torch._dynamo.disable(self._finish)  # type: ignore[no-untyped-call]
             self._taps = stack.enter_context(tap(self._sites, training=True))
             for module in modules_called(self._model):
                 self._signatures[module] = inspect.signature(type(module).forward)

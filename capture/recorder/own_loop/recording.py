@@ -146,6 +146,11 @@ def recording(
             f"level must be one of {', '.join(LEVELS[:3])} in one's own loop, got {quoted(level)}. "
             "Level attention is recorded by capture.record()."
         )
+    if isinstance(model, nn.DataParallel):
+        raise ConfigError(
+            "A model in one place was expected, got DataParallel, which copies it at every call. "
+            "Use DistributedDataParallel, or give the model inside."
+        )
     loaded = take(model, tokenizer)
     sites = tested(loaded.model)
     config = CaptureConfig(level=level, sample_tokens=0)
