@@ -132,7 +132,8 @@ def settle(page, timeout=60_000):
 
     A click, a key or a choice takes effect on the state of the script before this looks at it.
     """
-    page.wait_for_function(SETTLED, arg=QUIET, timeout=timeout)
+    # asked at every frame, as is the default, the page is painted at every frame too
+    page.wait_for_function(SETTLED, arg=QUIET, timeout=timeout, polling=50)
 
 
 def visit(page, url):

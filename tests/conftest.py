@@ -31,6 +31,10 @@ from pathlib import Path
 # models of tests are too small for threads; on a busy machine torch's threads wait for each other
 # many times longer than they work, and the sum of a product may depend on how many there are
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# where Python is told to keep no bytecode, a third of collecting is compiling, and each process
+# that a test starts compiles the package again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """Comparison files with the right columns and wrong values: refused, or the page shows them."""
 
+import shutil
+
 import duckdb
 import pytest
 from app_pages import opened
@@ -12,11 +14,12 @@ from explorer.comparison.values import wrong_values
 from explorer.errors import ComparisonError
 
 
-@pytest.fixture
-def path(runs):
-    """Return a comparison whose every table has a row."""
-    write_run(runs / "known.duckdb")
-    path = write_results(runs)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return a folder with a run, and a comparison of it whose every table has a row."""
+    folder = tmp_path_factory.mktemp("made")
+    write_run(folder / "known.duckdb")
+    path = write_results(folder)
     with duckdb.connect(str(path)) as connection:
         for table, columns in TABLES.items():
             if connection.sql(f"SELECT count(*) FROM {table}").fetchall() == [(0,)]:
@@ -25,15 +28,31 @@ def path(runs):
                 if "mode" in columns:
                     connection.execute(f"UPDATE {table} SET mode = 'live'")
     open_comparison(path).close()
-    return path
+    return folder, path.name
 
 
 @pytest.fixture
-def inside(path):
-    """Open the file, whose changes are taken back."""
-    with duckdb.connect(str(path)) as connection:
-        connection.execute("BEGIN")
+def path(runs, made):
+    """Return a copy of the comparison, which the app shows with its run."""
+    folder, name = made
+    shutil.copytree(folder, runs, dirs_exist_ok=True)
+    return runs / name
+
+
+@pytest.fixture(scope="module")
+def connected(made):
+    folder, name = made
+    with duckdb.connect(str(folder / name)) as connection:
+        assert found_in(connection) == []
         yield connection
+
+
+@pytest.fixture
+def inside(connected):
+    """Return an open comparison; its changes are taken back."""
+    connected.execute("BEGIN")
+    yield connected
+    connected.execute("ROLLBACK")
 
 
 def found_in(connection):
@@ -42,7 +61,6 @@ def found_in(connection):
 
 @pytest.mark.parametrize("nth", range(N_NEVER))
 def test_values_that_cannot_be_are_found_in_every_column(inside, nth):
-    assert found_in(inside) == []
     changed = dict(never(nth))
     for statement in changed.values():
         inside.execute(statement)
@@ -71,3 +89,7 @@ def test_what_is_odd_breaks_no_page(path, nth):
         connection.execute("BEGIN; " + "; ".join(odd(nth)) + "; COMMIT")
     open_comparison(path).close()
     assert opened("compare", run="known")
+
+
+def test_taken_back_the_changes_leave_a_sound_file(connected):
+    assert found_in(connected) == []
