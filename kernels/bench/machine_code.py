@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -129,13 +130,14 @@ class Code:
     instructions: tuple[tuple[int, str], ...]
     spills: int
 
+    @cached_property
     def opcodes(self) -> Counter[str]:
         """Count instructions by name with modifiers, predicates left out."""
         return Counter(PREDICATE.sub("", text).split()[0] for _, text in self.instructions)
 
     def count(self, prefix: str) -> int:
         """Count the instructions whose name starts with ``prefix``, ``"LDG.E.128"`` say."""
-        return sum(n for name, n in self.opcodes().items() if name.startswith(prefix))
+        return sum(n for name, n in self.opcodes.items() if name.startswith(prefix))
 
 
 def read(compiled: Any) -> Code:

@@ -60,9 +60,9 @@ def assert_same_run(run, expected):
     np.testing.assert_allclose(*hidden, atol=1e-4)
 
 
-def two_layers():
+def small(layers=1):
     """Every layer is traced on its own, which takes a second."""
-    return tiny_models.build("mixtral", num_hidden_layers=2)
+    return tiny_models.build("mixtral", num_hidden_layers=layers)
 
 
 class Counting:
@@ -78,7 +78,7 @@ class Counting:
 
 @pytest.mark.parametrize("name", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "mixtral"])
 def test_a_compiled_model_is_recorded_like_the_model(tmp_path, name):
-    model = two_layers() if name == "mixtral" else tiny_models.build(name)
+    model = small(layers=2) if name == "mixtral" else tiny_models.build(name)
     expected = record(model, tmp_path, "plain")
     backend = Counting()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -89,7 +89,7 @@ def test_a_compiled_model_is_recorded_like_the_model(tmp_path, name):
 
 @pytest.mark.slow
 def test_no_hook_stays_in_the_callers_compiled_code(tmp_path):
-    model = two_layers()
+    model = small()
     backend = Counting()
     compiled = torch.compile(model, backend=backend)
     ids = tiny_models.tokens()
@@ -107,7 +107,7 @@ def test_no_hook_stays_in_the_callers_compiled_code(tmp_path):
 
 def test_a_model_that_was_compiled_before_is_traced_again(tmp_path):
     """Code compiled without hooks would record nothing."""
-    model = two_layers()
+    model = small()
     expected = record(model, tmp_path, "plain")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
@@ -116,8 +116,8 @@ def test_a_model_that_was_compiled_before_is_traced_again(tmp_path):
 
 
 def test_a_model_compiled_in_place_gets_its_compilation_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("capture.model.compiled.default_compiler", torch.compile(backend="eager"))
-    model = two_layers()
+    monkeypatch.setattr("capture.recorder.session.default_compiler", torch.compile(backend="eager"))
+    model = small(layers=2)
     expected = record(model, tmp_path, "plain")
     model.model.layers[1].compile(backend="eager")
     call = model.model.layers[1]._compiled_call_impl
@@ -127,7 +127,7 @@ def test_a_model_compiled_in_place_gets_its_compilation_back(tmp_path, monkeypat
 
 
 def test_a_compiled_model_can_generate(tmp_path):
-    model = two_layers()
+    model = small()
     expected = record(model, tmp_path, "plain", generate=3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_same_run(record(compiled, tmp_path, "compiled", generate=3), expected)
@@ -135,7 +135,7 @@ def test_a_compiled_model_can_generate(tmp_path):
 
 def test_the_op_copies_what_it_is_given():
     """Compiled code writes into its buffers again."""
-    model = two_layers()
+    model = small()
     sites = attach(model)[:1]
     with torch.no_grad(), tap(sites) as taps:
         channel = taps._channels[0]
