@@ -34,12 +34,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # where Python is told to keep no bytecode, a third of collecting is compiling, and each process
 # that a test starts compiles the package again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 
 import pytest
 import torch
 
 gc.disable()  # until tests begin: what is imported and collected stays
+sys.dont_write_bytecode = False  # as the environment, above
 ROOT = Path(__file__).parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 TIMEOUT = 570  # seconds for one file; less than any test may take (.pytest.ini)
