@@ -24,7 +24,7 @@ from capture.model.forward import Head, Runner, pad_batch
 from capture.model.hooks import Taps
 from capture.model.load import DEMO, LoadedModel, load_model, transformers_library
 from capture.model.selftest import probe_tokens
-from capture.prompts.reading import Prompt, read_prompts
+from capture.prompts import Prompt, read_prompts
 from capture.recorder.assemble import DecodeStep, Step
 from capture.recorder.config import CaptureConfig
 from capture.recorder.loop import HiddenRows, Recording

@@ -20,7 +20,7 @@ from capture.model.selftest import attach, probe_tokens
 from capture.model.sites import Site
 from capture.model.tokens import TokenizedPrompt, tokenize
 from capture.progress import Reporter
-from capture.prompts.reading import Prompt, read_prompts
+from capture.prompts import Prompt, read_prompts
 from capture.recorder.config import CaptureConfig
 from capture.recorder.loop import Plan
 from capture.recorder.preparation import (

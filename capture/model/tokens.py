@@ -15,7 +15,7 @@ from capture.model.token_text import (
     has_offsets,
     piece_ends,
 )
-from capture.prompts.reading import Prompt
+from capture.prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from capture.interrupts import remembered_interrupts
 from capture.paths import check_rank, given_path
 from capture.progress import Progress, Reporter
-from capture.prompts.reading import PromptSource, read_prompts
+from capture.prompts import PromptSource, read_prompts
 from capture.recorder.config import CaptureConfig
 from capture.store.files import check_new
 

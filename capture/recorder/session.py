@@ -21,7 +21,7 @@ from capture.model.sites import Site
 from capture.model.token_text import can_decode, has_offsets
 from capture.model.tokens import tokenize
 from capture.progress import Reporter
-from capture.prompts.reading import Prompt
+from capture.prompts import Prompt
 from capture.recorder import preparation
 from capture.recorder.assemble import Assembler, Step
 from capture.recorder.config import CaptureConfig

@@ -23,7 +23,7 @@ from capture.model.load import load_model, loading_bars
 from capture.model.selftest import attach
 from capture.model.sites import Site
 from capture.model.tokens import tokenize
-from capture.prompts.reading import read_prompts
+from capture.prompts import read_prompts
 from capture.swap.measure import Latency, latency
 from explorer.comparison.live import LiveModel
 from explorer.comparison.replay import RecordedSplit, replay_router

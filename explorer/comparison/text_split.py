@@ -10,7 +10,7 @@ import pandas as pd
 from capture.model.inputs import vocabulary
 from capture.model.load import LoadedModel
 from capture.model.tokens import tokenize
-from capture.prompts.reading import read_prompts
+from capture.prompts import read_prompts
 from explorer.errors import ComparisonError, RouterError
 from explorer.routers.recorded import fit_split
 from explorer.run import UNLABELLED, Run

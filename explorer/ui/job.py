@@ -4,7 +4,7 @@ import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from capture.progress import Progress
-from capture.prompts.reading import Prompt
+from capture.prompts import Prompt
 from explorer import writing
 from explorer.text import plain
 from explorer.ui import problems

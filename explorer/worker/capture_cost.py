@@ -9,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer
 
-from capture.prompts.reading import Prompt
+from capture.prompts import Prompt
 from capture.recorder.config import RecordingOptions
 from capture.recorder.estimate import AttentionSize, Estimate, estimate
 from capture.recorder.sampling import plan_attention

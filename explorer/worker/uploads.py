@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from capture.errors import PromptError
-from capture.prompts.reading import Prompt, read_prompts_bytes
+from capture.prompts import Prompt, read_prompts_bytes
 from explorer.worker.client import ROOT
 
 MOST = 256 * 10**6  # bytes of text; the app holds the prompts and hands them on
@@ -24,7 +24,7 @@ def read_upload(name: str, data: bytes) -> list[Prompt]:
     Raises
     ------
     PromptError
-        As ``capture.prompts.reading.read_prompts_bytes``, or if it takes too much memory or time.
+        As ``capture.prompts.read_prompts_bytes``, or if it takes too much memory or time.
     """
     command = [sys.executable, "-m", "explorer.worker.uploads", name]
     try:

@@ -14,7 +14,7 @@ from capture.__main__ import main
 from capture.errors import CaptureError, ModelError, PromptError, StoreError
 from capture.model.load import load_model
 from capture.paths import check_rank, given_path, is_run_name, suggested_name
-from capture.prompts.reading import read_prompts
+from capture.prompts import read_prompts
 from capture.store import migrate, recover
 from explorer.__main__ import main as explorer
 from explorer.errors import RunError

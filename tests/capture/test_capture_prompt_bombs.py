@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from capture import prompts
 from capture.errors import PromptError
-from capture.prompts import reading
-from capture.prompts.reading import read_prompts, read_prompts_bytes
+from capture.prompts import read_prompts, read_prompts_bytes
 from explorer.worker import uploads
 from explorer.worker.uploads import read_upload
 
@@ -26,9 +26,9 @@ def peak_of(code):
     """Run code in a new process and return by how many bytes its memory grew at most."""
     script = (
         "import resource, sys\n"
-        "import pyarrow.parquet, capture.prompts.reading\n"
+        "import pyarrow.parquet, capture.prompts\n"
         "from capture.errors import PromptError\n"
-        "from capture.prompts.reading import read_prompts\n"
+        "from capture.prompts import read_prompts\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"{code}\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
@@ -45,7 +45,7 @@ def peak_of(code):
 
 def refused(path, most):
     return (
-        f"import capture.prompts.reading; capture.prompts.reading.MAX_BYTES = {most}\n"
+        f"import capture.prompts; capture.prompts.MAX_BYTES = {most}\n"
         f"try: read_prompts({str(path)!r})\n"
         "except PromptError as error: assert 'Divide' in str(error)\n"
         "else: raise SystemExit('it was read')"
@@ -70,7 +70,7 @@ def test_streams_may_follow_each_other_and_end_early(tmp_path, ending):
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     assert [prompt.text for prompt in read_prompts(path)] == ["one", "two"]
     path.write_bytes(pack(b"text " * 1000)[:-20])
-    with pytest.raises(PromptError, match=r"cannot be unpacked: it ends in the middle"):
+    with pytest.raises(PromptError, match=r"cannot be unpacked: Compressed file ended before the end"):
         read_prompts(path)
 
 
@@ -163,7 +163,7 @@ def test_errors_quote_a_line_at_most(name, data):
 def test_texts_and_domains_that_no_run_can_hold_are_refused():
     with pytest.raises(PromptError, match=r"prompt 1: expected up to 16,000,000 bytes"):
         read_prompts(["ä" * 8_000_001])
-    many = [{"text": "a", "domain": str(n)} for n in range(reading.MAX_DOMAINS + 1)]
+    many = [{"text": "a", "domain": str(n)} for n in range(prompts.MAX_DOMAINS + 1)]
     with pytest.raises(PromptError, match=r"10,001 domains"):
         read_prompts(many)
-    assert len(read_prompts(many[:-1])) == reading.MAX_DOMAINS
+    assert len(read_prompts(many[:-1])) == prompts.MAX_DOMAINS

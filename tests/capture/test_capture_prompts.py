@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.errors import PromptError
-from capture.prompts.reading import Prompt, read_prompts, read_prompts_bytes
+from capture.prompts import Prompt, read_prompts, read_prompts_bytes
 
 
 def texts(prompts):

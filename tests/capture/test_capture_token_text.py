@@ -21,7 +21,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 import capture
 from capture.model.token_text import piece_ends
 from capture.model.tokens import decode_pieces, tokenize
-from capture.prompts.reading import Prompt
+from capture.prompts import Prompt
 
 TEXTS = {
     "latin": "The quick brown fox, naïve café.",

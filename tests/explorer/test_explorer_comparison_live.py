@@ -9,7 +9,7 @@ import capture
 from capture.model.flops import counted_flops
 from capture.model.load import load_model
 from capture.model.selftest import attach
-from capture.prompts.reading import read_prompts
+from capture.prompts import read_prompts
 from capture.swap.routers import swap
 from explorer import compare, open_comparison, open_run
 from explorer.comparison import live as lab_module

@@ -16,7 +16,7 @@ MB = 2**20
 # what the process of an upload does, for many files in turn
 _READ = """
 import json, resource, sys
-import pyarrow.parquet, capture.prompts.reading
+import pyarrow.parquet, capture.prompts
 from malformed_prompts import malformed
 from explorer.worker import prompts
 prompts.limit_memory()

@@ -182,7 +182,7 @@ def test_the_apps_side_imports_no_torch():
 
 
 def test_the_cost_of_the_demo_model_is_counted_without_loading_it():
-    from capture.prompts.reading import read_prompts
+    from capture.prompts import read_prompts
 
     prompts = read_prompts(["one two three", {"text": "four", "domain": "d"}])
     found = cost("demo", prompts, level="ids", generate=10, sample_tokens=5)
@@ -192,7 +192,7 @@ def test_the_cost_of_the_demo_model_is_counted_without_loading_it():
 
 
 def test_the_cost_of_a_model_without_tokenizer_is_guessed(tmp_path):
-    from capture.prompts.reading import read_prompts
+    from capture.prompts import read_prompts
 
     config = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))

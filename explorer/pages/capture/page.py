@@ -7,7 +7,7 @@ import streamlit as st
 
 from capture.errors import PromptError
 from capture.paths import RUN_NAMES, RUN_SUFFIX, is_run_name, suggested_name
-from capture.prompts.reading import Prompt, read_prompts, read_prompts_bytes
+from capture.prompts import Prompt, read_prompts, read_prompts_bytes
 from capture.recorder.estimate import human_bytes
 from explorer import writing
 from explorer.pages.capture.form import ask, ask_level

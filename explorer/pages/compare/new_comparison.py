@@ -8,7 +8,7 @@ import streamlit as st
 
 from capture.errors import PromptError, cut, quoted
 from capture.paths import RUN_SUFFIX
-from capture.prompts.reading import read_prompts_bytes
+from capture.prompts import read_prompts_bytes
 from explorer import writing
 from explorer.comparison.conditions import USUAL
 from explorer.errors import RouterError, UnknownNameError

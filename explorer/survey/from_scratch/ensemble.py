@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from capture.demo.tokenizer import BOS, encode_texts
 from capture.paths import path_argument
-from capture.prompts.reading import read_prompts
+from capture.prompts import read_prompts
 from explorer.errors import RouterError
 from explorer.routers.assignment import balanced_assignment
 from explorer.survey.from_scratch.arms import ARMS, Ints

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn import functional
 
 from capture.demo.tokenizer import PATTERN, SPECIAL_TOKENS, encode_texts
-from capture.prompts.reading import read_prompts
+from capture.prompts import read_prompts
 from explorer.errors import RouterError
 from explorer.metrics.load import max_violation
 from explorer.routers.contract import RoutingRouter

@@ -1,14 +1,15 @@
-"""Read prompts from lists, records and files (txt, csv, jsonl, parquet), checked and numbered."""
+"""Prompts from lists, records and files (txt, csv, jsonl, parquet), checked; imports no model."""
 
 import csv
 import functools
+import gzip
 import importlib.resources
 import io
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +20,6 @@ import pyarrow.parquet as pq
 
 from capture.errors import PromptError, cut, first_line, quoted
 from capture.paths import given_path
-from capture.prompts.decompress import unpacked
 
 DEMO_SETS = {
     "demo": "prompts.jsonl",
@@ -43,6 +43,8 @@ MAX_FIELD = 2**31 - 1  # csv refuses fields above 128 KiB unless told
 _SHOWN = 5  # names of columns in an error
 _ROWS, _FEW_ROWS = 1_024, 16  # read at a time
 _OBJECT = 100  # bytes that a row takes at least
+_CHUNK = 2**20
+_DICTIONARY = 2**28  # bytes that unpacking .xz may take for itself
 
 
 class Prompt(NamedTuple):
@@ -229,8 +231,8 @@ def _read_named(source: str | Path) -> list[Prompt]:
         )
     ending, compression = _suffixes(path)
     try:
-        data = unpacked(path, compression, MAX_BYTES)
-    except (lzma.LZMAError, zlib.error, EOFError) as error:
+        data = _unpacked(path, compression, MAX_BYTES)
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise PromptError(f"{path} cannot be unpacked: {first_line(error)}.") from None
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}.") from None
@@ -517,3 +519,42 @@ def _known_columns(name: str, columns: Iterable[str]) -> list[str]:
             f"{_names(found) or 'no column'}. Rename the column."
         )
     return [column for column in ("text", "ids", "domain", "source") if column in found]
+
+
+def _unpacked(path: Path, compression: str, most: int) -> bytes:
+    """Return what a file holds, unpacked; a few kilobytes can stand for gigabytes.
+
+    Nothing is unpacked far beyond ``most`` bytes.
+    """
+    found = bytearray()
+    for part in _parts(path, compression):
+        found += part
+        if len(found) > most:
+            raise PromptError(
+                f"{path.name} holds more than {most / 1e6:,.0f} MB when it is unpacked, and no "
+                "more can be read. Divide it into several files."
+            )
+    return bytes(found)
+
+
+def _parts(path: Path, compression: str) -> Iterator[bytes]:
+    """Yield a file piece by piece, unpacked."""
+    if compression != ".xz":
+        with gzip.open(path) if compression else path.open("rb") as file:
+            yield from iter(lambda: file.read(_CHUNK), b"")
+        return
+    # lzma.open has no limit for the dictionary
+    with path.open("rb") as file:
+        rest = file.read(_CHUNK)
+        # one compressed stream may follow another
+        while rest:
+            stream = lzma.LZMADecompressor(memlimit=_DICTIONARY)
+            while not stream.eof:
+                yield stream.decompress(rest, _CHUNK)
+                rest = b""
+                if stream.needs_input and not stream.eof:
+                    rest = file.read(_CHUNK)
+                    if not rest:
+                        raise EOFError("Compressed file ended before the end-of-stream marker")
+            # zeros may fill it up
+            rest = (stream.unused_data or file.read(_CHUNK)).lstrip(b"\0") or file.read(_CHUNK)
