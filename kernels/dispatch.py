@@ -16,13 +16,16 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import kernels
-from kernels.errors import KernelError
 
 if TYPE_CHECKING:
     import torch
 
 BACKENDS = ("triton", "numba", "torch")  # of every op, best first
 PACKAGES = ("triton", "numba")  # backends that need a package of their own name
+
+
+class KernelError(ValueError):
+    """An op was called with a shape, dtype, option or backend it does not support."""
 
 
 def interpreting() -> bool:
@@ -85,14 +88,17 @@ def backend_for(op: str, device: "torch.device") -> str:
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """Return what runs an op, ``OP_BACKEND`` of its module ``_BACKEND``, imported on first use.
+    """Return what runs an op: ``OP_reference``, or ``OP_BACKEND`` of its module ``_BACKEND``.
 
-    A CPU-only install has no triton, and numba takes a second to load.
+    That module is imported on first use: a CPU-only install has no triton, and numba takes a
+    second to load.
     """
-    module, name = ("reference",) * 2 if backend == "torch" else (f"_{backend}", backend)
-    run: Callable[..., Any] = getattr(
-        importlib.import_module(f"kernels.ops.{op}.{module}"), f"{op}_{name}"
-    )
+    of_op, name = f"kernels.ops.{op}", f"{op}_{backend}"
+    if backend == "torch":
+        name = f"{op}_reference"
+    else:
+        of_op += f"._{backend}"
+    run: Callable[..., Any] = getattr(importlib.import_module(of_op), name)
     return run
 
 

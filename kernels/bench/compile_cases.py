@@ -10,7 +10,7 @@ import torch
 from kernels.ops.attention import _triton as attention
 from kernels.ops.coactivation._triton import coactivation_triton
 from kernels.ops.gate._triton import gate_triton
-from kernels.ops.gate.types import GateInputs
+from kernels.ops.gate.reference import GateInputs
 from kernels.ops.project_topk._triton import project_topk_triton
 
 TOKENS = 65536

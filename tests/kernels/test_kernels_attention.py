@@ -11,7 +11,7 @@ from checks import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.errors import KernelError
+from kernels.dispatch import KernelError
 from kernels.ops.attention import attention, bin_width, n_bins, used_queries
 
 LN = math.log

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from kernels import dispatch
-from kernels.dispatch import backend_for, resolve_backend
-from kernels.errors import KernelError
+from kernels.dispatch import KernelError, backend_for, resolve_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.store.codec import encode_weights
-from kernels.errors import KernelError
+from kernels.dispatch import KernelError
 from kernels.ops.gate import _numba, gate_batch
 from kernels.ops.gate import gate as gate_of_any_backend
-from kernels.ops.gate.types import NO_WEIGHT
+from kernels.ops.gate.reference import NO_WEIGHT
 
 
 @pytest.fixture(params=["torch", "numba"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.ops.gate import _triton, gate
-from kernels.ops.gate.types import GateInputs
+from kernels.ops.gate.reference import GateInputs
 
 
 @pytest.mark.parametrize("cases", ["select_cases", "group_cases", "observe_cases", "edge_cases"])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import project_topk
-from kernels.errors import KernelError
-from kernels.ops.project_topk import BACKENDS, _numba
+from kernels.dispatch import BACKENDS, KernelError
+from kernels.ops.project_topk import _numba
 
 CPU_BACKENDS = [name for name in BACKENDS if name != "triton"]
 

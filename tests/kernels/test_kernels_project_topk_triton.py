@@ -6,7 +6,7 @@ import pytest
 import torch
 from checks import assert_close
 
-from kernels.errors import KernelError
+from kernels.dispatch import KernelError
 from kernels.ops.project_topk import project_topk, project_topk_reference
 
 

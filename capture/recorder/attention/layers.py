@@ -22,7 +22,7 @@ from capture.recorder.attention.summary import (
     weights_of,
 )
 from capture.store.records import AttentionLayer
-from kernels.errors import KernelError
+from kernels.dispatch import KernelError
 
 # names of the part of a decoder layer that mixes tokens
 MIXERS = (

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from numba import njit
 
-from kernels.ops.attention.types import (
+from kernels.ops.attention import (
     LEAST_ROW,
     QUERY_BLOCK,
     RECENT,
+    AttentionInputs,
     AttentionOutput,
     bin_width,
     n_bins,
@@ -253,50 +254,36 @@ def _finish(pooled, received):
                     row[j] *= share
 
 
-def attention_numba(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    scaling: float,
-    lse: torch.Tensor | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    bins: int,
-    every: int,
-    top_keys: int,
-) -> AttentionOutput:
-    """Run the compiled loops; inputs were checked by :func:`kernels.attention`."""
-    query, key = query.detach().float(), key.detach().float()
+def attention_numba(inputs: AttentionInputs) -> AttentionOutput:
+    """Run the compiled loops."""
+    query, key = inputs.query.detach().float(), inputs.key.detach().float()
+    window, every = inputs.window, inputs.every
     batch, heads, n_queries, _ = query.shape
     key_heads, n_keys = key.shape[1:3]
     queries = used_queries(n_queries, n_keys, every)
-    count = n_bins(n_keys, bins)
+    count = n_bins(n_keys, inputs.bins)
     stats = query.new_empty(4, batch, heads, len(queries))
     pooled = query.new_zeros(batch, heads, count, count)
     received = query.new_empty(batch, heads, count)
-    top_ids = torch.full((batch, heads, len(queries), top_keys), -1, dtype=torch.int32)
+    top_ids = torch.full((batch, heads, len(queries), inputs.top_keys), -1, dtype=torch.int32)
     top_weights = query.new_zeros(top_ids.shape)
 
-    spans = _sequence_spans(valid)
     arguments = (
-        *spans,
-        _floats(lse, 3),
-        _floats(sinks, 1),
+        *_sequence_spans(inputs.valid),
+        _floats(inputs.lse, 3),
+        _floats(inputs.sinks, 1),
         np.arange(n_keys - 1, -n_keys, -1, dtype=np.float32),
-        F32(scaling),
-        F32(softcap or 0.0),
-        causal,
+        F32(inputs.scaling),
+        F32(inputs.softcap or 0.0),
+        inputs.causal,
         window or 0,
-        bin_width(n_keys, bins).bit_length() - 1,
+        bin_width(n_keys, inputs.bins).bit_length() - 1,
         *(value.numpy() for value in (stats, pooled, top_ids, top_weights)),
     )
     group = heads // key_heads
     for b in range(batch):
         for start, position, length in _blocks(n_queries, n_keys, every):
-            low, high = _key_range(position, length, n_keys, causal, window)
+            low, high = _key_range(position, length, n_keys, inputs.causal, window)
             width = high - low
             at_once = max(1, BLOCK_SCORES // (length * group * width))  # key heads
             first_query = position - n_keys + n_queries

@@ -7,15 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.attention.reference import visible_keys
-from kernels.ops.attention.types import (
+from kernels.ops.attention import (
     QUERY_BLOCK,
     RECENT,
+    AttentionInputs,
     AttentionOutput,
     bin_width,
     n_bins,
     row_shares,
     used_queries,
+    visible_keys,
 )
 
 TOP_SCORES = 1 << 24  # scores the pass for the top keys holds at once, 64 MiB
@@ -65,19 +66,13 @@ def pool(
 
 
 def top_keys_of(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    inputs: AttentionInputs,
     totals: torch.Tensor,
     positions: torch.Tensor,
     sequences: torch.Tensor | None,
-    top_keys: int,
-    *,
-    scaling: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """List the heaviest keys of each used query: rows of scores, a chunk of queries at a time."""
+    query, key, top_keys, softcap = inputs.query, inputs.key, inputs.top_keys, inputs.softcap
     batch, heads, n_queries, _ = query.shape
     key_heads, n_keys = key.shape[1:3]
     shape = (batch, heads, len(positions), top_keys)
@@ -94,10 +89,10 @@ def top_keys_of(
         here = positions[low : low + chunk]
         rows = query[:, :, here - (n_keys - n_queries)].float()
         rows = rows.reshape(batch, key_heads, -1, rows.shape[-1])  # a key head's queries together
-        scores = (rows @ keys * scaling).view(batch, heads, len(here), n_keys)
+        scores = (rows @ keys * inputs.scaling).view(batch, heads, len(here), n_keys)
         if softcap is not None:
             scores = (scores / softcap).tanh() * softcap
-        visible = visible_keys(here, sequences, causal=causal, window=window)
+        visible = visible_keys(here, sequences, causal=inputs.causal, window=inputs.window)
         scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
         best, best_ids = scores.topk(kept, dim=-1)
         weight = (best - totals[:, :, low : low + chunk].unsqueeze(-1)).exp()
@@ -445,31 +440,21 @@ def config(
     return blocks if amd else {**blocks, "maxnreg": 255}
 
 
-def attention_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    scaling: float,
-    lse: torch.Tensor | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    bins: int,
-    every: int,
-    top_keys: int,
-) -> AttentionOutput:
-    """Launch the kernels; inputs were checked by :func:`kernels.attention`."""
-    query, key = (value if value.stride(-1) == 1 else value.contiguous() for value in (query, key))
+def attention_triton(inputs: AttentionInputs) -> AttentionOutput:
+    """Launch the kernels."""
+    query, key = (
+        value if value.stride(-1) == 1 else value.contiguous()
+        for value in (inputs.query, inputs.key)
+    )
+    lse, every, bins = inputs.lse, inputs.every, inputs.bins
     batch, heads, n_queries, size = query.shape
     key_heads, n_keys = key.shape[1:3]
     queries = used_queries(n_queries, n_keys, every, query.device)
     sequences = starts = None
-    if valid is not None:
-        sequences = valid.to(torch.int32).contiguous()
+    if inputs.valid is not None:
+        sequences = inputs.valid.to(torch.int32).contiguous()
         starts = first_keys(sequences)
-    sinks = None if sinks is None else sinks.float().contiguous()
+    sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
 
     width = bin_width(n_keys, bins)
     blocks = config(size, query.itemsize, every, width, capability(query.device))
@@ -492,13 +477,13 @@ def attention_triton(
             n_queries, n_keys, len(queries), base, step, max(0, first - base),
         )  # fmt: skip
         options = {
-            "GROUP": heads // key_heads, "SIZE": size, "CAUSAL": causal,
-            "WINDOW": window is not None, "SOFTCAP": softcap is not None,
+            "GROUP": heads // key_heads, "SIZE": size, "CAUSAL": inputs.causal,
+            "WINDOW": inputs.window is not None, "SOFTCAP": inputs.softcap is not None,
             "SEQUENCES": sequences is not None, **blocks,
         }  # fmt: skip
         # a pointer that a kernel does not follow may be any
         given = [query if value is None else value for value in (sinks, sequences, starts)]
-        scores = (window or 0, float(scaling), float(softcap or 0.0))
+        scores = (inputs.window or 0, float(inputs.scaling), float(inputs.softcap or 0.0))
         if lse is None:
             denominator_kernel[grid](
                 query, key, *given, totals, *numbers, *scores, SINKS=sinks is not None, **options
@@ -512,18 +497,7 @@ def attention_triton(
             PART_M=part_m, PART_N=part_n, **options,
         )  # fmt: skip
     pooled = pool(parts, base, step, block_m, part_m, part_n, width, n_bins(n_keys, bins))
-    top_ids, top_weights = top_keys_of(
-        query,
-        key,
-        totals,
-        queries + first,
-        sequences,
-        top_keys,
-        scaling=scaling,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-    )
+    top_ids, top_weights = top_keys_of(inputs, totals, queries + first, sequences)
     entropy, sink_mass, mean_distance, window_mass = stats.unbind()
     return AttentionOutput(
         entropy=entropy,

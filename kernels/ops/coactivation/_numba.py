@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import torch
 
-from kernels.ops.coactivation.reference import EMPTY_CODES, CoactivationOutput, wrong_id
+from kernels.ops.coactivation import EMPTY_CODES, CoactivationOutput, wrong_id
 
 
 @numba.njit(cache=True, nogil=True)

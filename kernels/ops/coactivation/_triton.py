@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.coactivation.reference import EMPTY_CODES, CoactivationOutput
+from kernels.ops.coactivation import EMPTY_CODES, CoactivationOutput
 
 PACK_BLOCK_T = 128
 PACK_WARPS = 4

@@ -6,28 +6,28 @@ from typing import Any
 
 import torch
 
-from kernels.dispatch import BACKENDS, implementation, resolve_backend
-from kernels.errors import KernelError
-from kernels.ops.gate import checks
-from kernels.ops.gate.types import (
+from kernels.dispatch import KernelError, implementation, resolve_backend
+from kernels.ops.gate.reference import (
     SCORE_FUNCTIONS,
     GateBatchOutput,
     GateInputs,
     GateOutput,
     ScoreFunction,
+    gate_reference,
 )
 
 __all__ = [
-    "BACKENDS",
     "SCORE_FUNCTIONS",
     "GateBatchOutput",
     "GateOutput",
     "ScoreFunction",
     "gate",
     "gate_batch",
+    "gate_reference",
 ]
 
 TRITON_MAX_EXPERTS = 4096  # one row has to fit in the registers of one program
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def gate(
@@ -105,10 +105,10 @@ def gate(
     ----------
     Shazeer et al. 2017, arXiv:1701.06538, eq. 3-5; DeepSeek-V3, arXiv:2412.19437, eq. 12-16.
     """
-    checks.check_logits(logits)
+    _check_logits(logits)
     if (expert_ids is None) != (weights is None):
         raise KernelError("expert_ids and weights belong together: pass both or neither.")
-    groups = checks.groups_given(n_groups, top_groups)
+    groups = _groups_given(n_groups, top_groups)
     inputs = GateInputs(
         n_tokens=logits.shape[0],
         n_experts=logits.shape[1],
@@ -196,7 +196,7 @@ def gate_batch(
                 f"logits must have shape [{n_rows}, {n_experts}] ([rows, experts]), "
                 f"got {list(site_logits.shape)}."
             )
-    groups = checks.groups_given(n_groups, top_groups)
+    groups = _groups_given(n_groups, top_groups)
     inputs = GateInputs(
         n_tokens=n_rows if rows is None else rows.numel(),
         n_experts=n_experts,
@@ -220,12 +220,12 @@ def gate_batch(
 
 def _run(inputs: GateInputs, backend: str) -> GateBatchOutput:
     """Check what both ops share, choose the backend and run it."""
-    checks.check_rule(inputs)
+    _check_rule(inputs)
     if inputs.expert_ids is not None and inputs.weights is not None:
         n_rows = inputs.expert_ids[0].shape[0] if inputs.rows is not None else inputs.n_tokens
-        checks.check_slots(inputs.expert_ids, inputs.weights, (n_rows, inputs.top_k))
-    checks.check_tokens(inputs)
-    checks.check_devices(inputs)
+        _check_slots(inputs.expert_ids, inputs.weights, (n_rows, inputs.top_k))
+    _check_tokens(inputs)
+    _check_devices(inputs)
     chosen = resolve_backend(backend, device=inputs.device, refusals=_refusals(inputs))
     out: GateBatchOutput = implementation("gate", chosen)(
         inputs if chosen == "torch" else _plain(inputs)
@@ -238,7 +238,7 @@ def _refusals(inputs: GateInputs) -> dict[str, str | None]:
     reason = None
     floats = [*(inputs.logits or ()), *(inputs.weights or ())]
     for value in floats:
-        if value.dtype not in checks.FLOATS:
+        if value.dtype not in FLOATS:
             reason = f"it takes float16, bfloat16 and float32, got {value.dtype}"
     if torch.is_grad_enabled() and any(value.requires_grad for value in floats):
         reason = "an input requires a gradient, and it has no backward pass"
@@ -271,3 +271,133 @@ def _plain(inputs: GateInputs) -> GateInputs:
         valid=None if inputs.valid is None else inputs.valid.contiguous(),
         segments=None if inputs.segments is None else inputs.segments.int().contiguous(),
     )
+
+
+def _check_logits(logits: torch.Tensor) -> None:
+    """Refuse logits that are not [tokens, experts]."""
+    if logits.ndim != 2:
+        raise KernelError(
+            f"gate() takes router logits of shape [tokens, experts], got {list(logits.shape)}. "
+            "Flatten batch and sequence first: logits.flatten(0, -2)."
+        )
+
+
+def _check_rule(inputs: GateInputs) -> None:
+    """Refuse a top_k, score function, bias or groups that do not fit the experts."""
+    n_experts, top_k = inputs.n_experts, inputs.top_k
+    if not 1 <= top_k <= n_experts:
+        raise KernelError(f"top_k must be between 1 and {n_experts} (the experts), got {top_k}.")
+    if inputs.score_function not in SCORE_FUNCTIONS:
+        raise KernelError(
+            f"Unknown score_function {inputs.score_function!r}. "
+            f"Choose one of {', '.join(SCORE_FUNCTIONS)}."
+        )
+    for bias in inputs.selection_bias or ():
+        if bias is not None and bias.shape != (n_experts,):
+            raise KernelError(
+                f"selection_bias must have shape [{n_experts}], one value an expert, "
+                f"got {list(bias.shape)}."
+            )
+    n_groups, top_groups = inputs.n_groups, inputs.top_groups
+    if n_groups < 1 or n_experts % n_groups or not 1 <= top_groups <= n_groups:
+        raise KernelError(
+            f"{n_experts} experts cannot form n_groups={n_groups} equal groups of which "
+            f"top_groups={top_groups} are kept."
+        )
+    if inputs.expert_ids is None and top_k > n_experts // n_groups * top_groups:
+        raise KernelError(
+            f"top_k={top_k} experts do not fit into {top_groups} groups of "
+            f"{n_experts // n_groups}. Raise top_groups or lower top_k."
+        )
+
+
+def _groups_given(n_groups: int | None, top_groups: int | None) -> tuple[int, int]:
+    """Return the groups, one of one where none are asked for."""
+    if n_groups is None and top_groups is None:
+        return 1, 1
+    if n_groups is None or top_groups is None:
+        raise KernelError("n_groups and top_groups belong together: pass both or neither.")
+    return n_groups, top_groups
+
+
+def _check_slots(
+    expert_ids: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], shape: tuple[int, int]
+) -> None:
+    """Refuse ids or weights that are not [tokens, top_k], or ids that are no integers."""
+    for name, values in (("expert_ids", expert_ids), ("weights", weights)):
+        for value in values:
+            if value.shape != shape:
+                raise KernelError(
+                    f"{name} must have shape {list(shape)} ([tokens, top_k]), "
+                    f"got {list(value.shape)}."
+                )
+    for value in expert_ids:
+        if not _integers(value):
+            raise KernelError(f"expert_ids must be integers, got {value.dtype}.")
+
+
+def _check_tokens(inputs: GateInputs) -> None:
+    """Refuse a mask, segments or rows that do not fit the tokens."""
+    n_tokens, valid, segments = inputs.n_tokens, inputs.valid, inputs.segments
+    if valid is not None and (valid.shape != (n_tokens,) or valid.dtype != torch.bool):
+        raise KernelError(
+            f"valid must be a boolean tensor of shape [{n_tokens}], "
+            f"got {valid.dtype} of shape {list(valid.shape)}."
+        )
+    if inputs.n_segments < 1:
+        raise KernelError(f"n_segments must be at least 1, got {inputs.n_segments}.")
+    if segments is None and inputs.n_segments != 1:
+        raise KernelError(f"n_segments={inputs.n_segments} needs segments, one a token.")
+    if segments is not None and (segments.shape != (n_tokens,) or not _integers(segments)):
+        raise KernelError(
+            f"segments must be an integer tensor of shape [{n_tokens}], "
+            f"got {segments.dtype} of shape {list(segments.shape)}."
+        )
+    rows = inputs.rows
+    if rows is None:
+        return
+    if rows.ndim != 1 or rows.dtype != torch.int64:
+        raise KernelError(
+            f"rows must be an int64 tensor of one dimension, got {rows.dtype} of shape "
+            f"{list(rows.shape)}."
+        )
+    n_rows = inputs.tensors[0].shape[0]
+    # on a GPU the look would wait for the device
+    if (
+        rows.device.type == "cpu"
+        and n_tokens
+        and not 0 <= int(rows.min()) <= int(rows.max()) < n_rows
+    ):
+        raise KernelError(
+            f"rows must be from 0 to {n_rows - 1}, the rows of the batch, got "
+            f"{int(rows.min())} to {int(rows.max())}."
+        )
+
+
+def _check_devices(inputs: GateInputs) -> None:
+    """Refuse tensors on different devices, and sites whose tensors differ in type."""
+    groups = {
+        "logits": inputs.logits or (),
+        "expert_ids": inputs.expert_ids or (),
+        "weights": inputs.weights or (),
+        "selection_bias": tuple(b for b in inputs.selection_bias or () if b is not None),
+        "rows, valid or segments": tuple(
+            v for v in (inputs.rows, inputs.valid, inputs.segments) if v is not None
+        ),
+    }
+    for name, values in groups.items():
+        for value in values:
+            if value.device != inputs.device:
+                raise KernelError(
+                    f"All tensors must be on one device: {name} is on {value.device}, "
+                    f"the first on {inputs.device}."
+                )
+            if name in ("logits", "expert_ids", "weights") and value.dtype != values[0].dtype:
+                raise KernelError(
+                    f"All sites of a batch must have {name} of one type, got {values[0].dtype} "
+                    f"and {value.dtype}. Call gate_batch() once for each."
+                )
+
+
+def _integers(values: torch.Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from kernels.ops.gate.types import (
+from kernels.ops.gate.reference import (
     NO_WEIGHT,
     SCORE_FUNCTIONS,
     WEIGHT_LARGEST_BITS,

@@ -4,10 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.gate._triton_parts import MERGE, NETWORKS
-from kernels.ops.gate._triton_rows import gate_rows
-from kernels.ops.gate._triton_tokens import observe_tokens, select_tokens
-from kernels.ops.gate.types import SCORE_FUNCTIONS, GateBatchOutput, GateInputs
+from kernels.ops.gate._triton_kernels import (
+    MERGE,
+    NETWORKS,
+    gate_rows,
+    observe_tokens,
+    select_tokens,
+)
+from kernels.ops.gate.reference import SCORE_FUNCTIONS, GateBatchOutput, GateInputs
 
 BLOCK = 128  # tokens of a program that has a thread per token
 WARPS = 4

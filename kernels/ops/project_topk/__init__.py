@@ -1,16 +1,33 @@
 """The choices of many candidate routers on the same hidden states, in one pass."""
 
+from typing import NamedTuple
+
 import torch
 
-from kernels.dispatch import BACKENDS, implementation, resolve_backend
-from kernels.errors import KernelError
-from kernels.ops.project_topk.reference import ProjectTopkOutput, project_topk_reference
-
-__all__ = ["BACKENDS", "ProjectTopkOutput", "project_topk", "project_topk_reference"]
+from kernels.dispatch import BACKENDS, KernelError, implementation, resolve_backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # experts whose logits one Triton program can hold in registers, by bytes of an element
 MAX_EXPERTS = {2: 1024, 4: 512}
+
+
+class ProjectTopkOutput(NamedTuple):
+    """What ``R`` routers of ``E`` experts would choose for ``T`` tokens, ``K`` experts each.
+
+    Attributes
+    ----------
+    expert_ids : Tensor [T, R, K], int32
+        Experts with the highest logits, best first. Ties go to the lower expert id.
+    values : Tensor [T, R, K], float32
+        Their logits.
+    logsumexp : Tensor [T, R], float32
+        Log of the sum of exponentials of all ``E`` logits: ``exp(values - logsumexp)`` are the
+        softmax probabilities of the chosen.
+    """
+
+    expert_ids: torch.Tensor
+    values: torch.Tensor
+    logsumexp: torch.Tensor
 
 
 def project_topk(
@@ -88,3 +105,29 @@ def _check(
     for name, other in (("projections", projections), ("bias", bias)):
         if other is not None and other.device != hidden.device:
             raise KernelError(f"hidden is on {hidden.device}, {name} on {other.device}. Move one.")
+
+
+def project_topk_reference(
+    hidden: torch.Tensor,
+    projections: torch.Tensor,
+    *,
+    top_k: int,
+    bias: torch.Tensor | None = None,
+) -> ProjectTopkOutput:
+    """Compute what :func:`kernels.project_topk` computes, a router at a time."""
+    n_tokens, n_routers = len(hidden), len(projections)
+    out = ProjectTopkOutput(
+        expert_ids=hidden.new_empty((n_tokens, n_routers, top_k), dtype=torch.int32),
+        values=hidden.new_empty((n_tokens, n_routers, top_k), dtype=torch.float32),
+        logsumexp=hidden.new_empty((n_tokens, n_routers), dtype=torch.float32),
+    )
+    for router, projection in enumerate(projections):
+        logits = hidden.float() @ projection.float().T  # [T, E]
+        if bias is not None:
+            logits = logits + bias[router].float()
+        # torch.topk leaves the order of ties open; a stable sort keeps the lower id
+        values, order = logits.sort(dim=-1, descending=True, stable=True)
+        out.expert_ids[:, router] = order[:, :top_k]
+        out.values[:, router] = values[:, :top_k]
+        out.logsumexp[:, router] = logits.logsumexp(dim=-1)
+    return out

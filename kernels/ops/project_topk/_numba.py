@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import torch
 
-from kernels.ops.project_topk.reference import ProjectTopkOutput
+from kernels.ops.project_topk import ProjectTopkOutput
 
 CHUNK_BYTES = 2**22  # logits at once: small chunks wait on the cores of the matrix product
 MIN_CHUNK = 16  # tokens; fewer make matrix products slow

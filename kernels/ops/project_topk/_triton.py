@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import interpreting
-from kernels.ops.project_topk.reference import ProjectTopkOutput
+from kernels.ops.project_topk import ProjectTopkOutput
 
 MIN_BLOCK = 16  # a side of the smallest matrix product
 REMOVED = tl.constexpr(-(2**31))  # below the key of any float, -inf included
