@@ -7,7 +7,7 @@ import sys
 import torch
 
 import kernels
-from kernels.bench import cases, compile_table, report, results
+from kernels.bench import cases, results
 from kernels.bench.cases import BenchError
 from kernels.bench.timing import measure
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     if wrong:
         parser.error(f"no such op: {', '.join(wrong)}. Choose from {', '.join(kernels.__all__)}.")
     if options.readme:
-        report.update()
+        results.update_readme()
         return 0
     compiles = options.compile or options.compile_for
     return _compile(options) if compiles else _time(options)
@@ -54,8 +54,8 @@ def _compile(options: argparse.Namespace) -> int:
     for row in rows:
         print(*vars(row).values(), sep="  ")
     if not options.no_write:
-        compile_table.write(rows)
-        print(f"Wrote {compile_table.TABLE}.")
+        results.write(rows, results.COMPILED)
+        print(f"Wrote {results.COMPILED}.")
     return 0
 
 
@@ -79,7 +79,7 @@ def _time(options: argparse.Namespace) -> int:
                     continue
                 print(results.markdown(rows), end="\n\n", flush=True)
                 if not options.no_write:
-                    results.write(results.merge(results.read(), rows))
+                    results.write(results.merge(results.read(), rows), results.RESULTS)
     return 1 if refused else 0
 
 

@@ -2,33 +2,279 @@
 
 ``python -m kernels.bench --compile`` writes the table ``compile.csv`` that the README of this
 package shows; ``tests/bench/test_kernels_compile.py`` holds each row to its limits.
+
+An op's Triton code runs on CPU tensors and its launches are kept. The launcher itself decides block
+sizes, warps and which integers and pointers are multiples of 16, so what is compiled here is the
+kernel that a GPU would get, not a copy of its settings.
 """
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
-from kernels.bench import machine_code
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
 from kernels.bench.compile_cases import Case, cases
-from kernels.bench.compile_table import COUNTED, Row
-from kernels.bench.machine_code import TARGETS, compile_launch, record_launches
+from kernels.bench.results import COUNTED, Compiled
 
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),  # A100
+    "sm_90": GPUTarget("cuda", 90, 32),  # H100
+    "sm_100": GPUTarget("cuda", 100, 32),  # B200
+    "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300X
+}
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+BRANCH = re.compile(r"\bBRA\S*\s+.*?0x([0-9a-f]+)")
+PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 WIDE_LOADS = ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDGSTS.E.128")  # to registers, to shared memory
 PROCESSES = 2  # at a time; each takes about 500 MB
 ROOT = Path(__file__).parent.parent.parent
 TENSOR_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, not executed.
+
+    Attributes
+    ----------
+    kernel : JITFunction
+        The Triton kernel.
+    args, kwargs : tuple, dict
+        Its arguments and options, as the launcher passed them.
+    grid : tuple of int
+        Programs along each axis.
+    """
+
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name without what marks it as private."""
+        return str(self.kernel.fn.__name__).strip("_").removesuffix("_kernel")
+
+    def constants(self) -> dict[str, Any]:
+        """Return the kernel's compile-time arguments and options by name."""
+        names = [p.name for p in self.kernel.params]
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
+def record_launches(run: Callable[[], object], target: str) -> list[Launch]:
+    """Call ``run`` with every launch of a Triton kernel kept instead of executed.
+
+    Launchers ask PyTorch whether it is built for AMD; they are told what ``target`` means.
+    """
+    launches: list[Launch] = []
+
+    def keep(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bound = {p.name: value for p, value in zip(kernel.params, args, strict=False)}
+        size = grid({**bound, **kwargs}) if callable(grid) else grid
+        launches.append(Launch(kernel, args, kwargs, tuple(size)))
+
+    amd = TARGETS[target].backend == "hip"
+    with (
+        patch.object(JITFunction, "run", keep),
+        patch.object(torch.version, "hip", "6" if amd else None),
+    ):
+        run()
+    return launches
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Compile a launch for a target of :data:`TARGETS`; needs no GPU."""
+    kernel, backend = launch.kernel, make_backend(TARGETS[target])
+    options = {**launch.kwargs, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, left = bind(*launch.args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, left
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[target], options=parsed.__dict__)
+
+
+class UnexpectedCodeError(RuntimeError):
+    """Machine code looks different from what the counting assumes."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """The machine code of one kernel.
+
+    Attributes
+    ----------
+    registers : int
+        Registers per thread (AMD: vector registers).
+    stack : int
+        Bytes of stack per thread; not 0 where registers spill or arrays are indexed.
+    shared : int
+        Bytes of shared memory per program, dynamic and static.
+    warps : int
+        Warps per program.
+    instructions : tuple of (address, text)
+        In order; empty where only resources are known (AMD).
+    spills : int
+        Loads from and stores to local memory (AMD: vector registers that spill).
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    instructions: tuple[tuple[int, str], ...]
+    spills: int
+
+    @cached_property
+    def opcodes(self) -> Counter[str]:
+        """Count instructions by name with modifiers, predicates left out."""
+        return Counter(PREDICATE.sub("", text).split()[0] for _, text in self.instructions)
+
+    def count(self, prefix: str) -> int:
+        """Count the instructions whose name starts with ``prefix``, ``"LDG.E.128"`` say."""
+        return sum(n for name, n in self.opcodes.items() if name.startswith(prefix))
+
+
+def read_code(compiled: Any) -> Code:
+    """Disassemble what :func:`compile_launch` returns."""
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    if "cubin" not in compiled.asm:
+        return _read_amd(compiled.asm["amdgcn"], warps, shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _cuobjdump("-res-usage", "-sass", file.name)
+    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    instructions = [
+        (int(match[1], 16), match[2])
+        for match in map(INSTRUCTION.search, text.splitlines())
+        if match
+    ]
+    code = Code(found["REG"], found["STACK"], shared, warps, tuple(_trimmed(instructions)), 0)
+    spills = code.count("LDL") + code.count("STL")
+    return Code(code.registers, code.stack, shared, warps, code.instructions, spills)
+
+
+def loops(code: Code) -> list[tuple[int, int]]:
+    """Return (first, last) address of every loop, outer before inner, in order of address.
+
+    A loop is what a branch backwards encloses. Left out are waits on a barrier, which try again
+    while the hardware works: a few instructions, or a way back from behind the kernel's exit.
+    """
+    found: dict[int, int] = {}
+    addresses = [address for address, _ in code.instructions]
+    for address, text in code.instructions:
+        match = BRANCH.search(text)
+        if not match:
+            continue
+        target = int(match[1], 16)
+        body = [t for a, t in code.instructions if target <= a <= address]
+        if target in addresses and target < address and not _is_wait(body):
+            found[target] = max(address, found.get(target, 0))
+    return sorted(found.items(), key=lambda loop: (loop[0], -loop[1]))
+
+
+def executed(code: Code, trips: Sequence[int]) -> int:
+    """Return how many instructions one warp executes, each loop as often as ``trips`` says.
+
+    Both sides of a branch count, and so do instructions whose predicate is off: an upper bound.
+
+    Parameters
+    ----------
+    code : Code
+        Of an NVIDIA target.
+    trips : sequence of int
+        Rounds of each loop of :func:`loops`, in its order.
+
+    Raises
+    ------
+    UnexpectedCodeError
+        If the code has another number of loops, so that ``trips`` no longer describes it.
+    """
+    found = loops(code)
+    if len(found) != len(trips):
+        sizes = [sum(first <= a <= last for a, _ in code.instructions) for first, last in found]
+        raise UnexpectedCodeError(
+            f"The kernel has {len(found)} loops, of {sizes} instructions; rounds were given for "
+            f"{len(trips)}. Look at the code and give the rounds of each."
+        )
+    total = 0
+    for address, _ in code.instructions:
+        rounds = 1
+        for (first, last), trip in zip(found, trips, strict=True):
+            rounds *= trip if first <= address <= last else 1
+        total += rounds
+    return total
+
+
+def _is_wait(body: list[str]) -> bool:
+    """Whether the instructions of a loop say that it only waits."""
+    tries = any("TRYWAIT" in text for text in body) and len(body) <= 8
+    return tries or any(text == "EXIT" for text in body)
+
+
+def _trimmed(instructions: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Leave out what pads the code: the branch to itself at its end, and no-ops."""
+    return [
+        (address, text)
+        for address, text in instructions
+        if not text.startswith("NOP")
+        and not ((match := BRANCH.search(text)) and int(match[1], 16) == address)
+    ]
+
+
+def _cuobjdump(*arguments: str) -> str:
+    result = subprocess.run(
+        [str(CUOBJDUMP), *arguments], capture_output=True, text=True, check=True
+    )
+    return result.stdout + result.stderr
+
+
+def _read_amd(text: str, warps: int, shared: int) -> Code:
+    """Read the resources that the AMD compiler writes at the end of its assembly."""
+
+    def value(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        if match is None:
+            raise UnexpectedCodeError(f"The AMD assembly does not say its {name}.")
+        return int(match[1])
+
+    return Code(
+        registers=value("vgpr_count"),
+        stack=value("private_segment_fixed_size"),
+        shared=shared,
+        warps=warps,
+        instructions=(),
+        # scalar registers spill into lanes of vector registers, not into memory
+        spills=value("vgpr_spill_count"),
+    )
+
+
 class CompileError(RuntimeError):
     """A kernel of the matrix could not be compiled."""
 
 
-def measure(case: Case, target: str) -> Row:
+def measure(case: Case, target: str) -> Compiled:
     """Compile a case for a target and return the table's line."""
     launches = [
         launch
@@ -37,14 +283,14 @@ def measure(case: Case, target: str) -> Row:
     ]
     if not launches:
         raise RuntimeError(f"{case.name} launches no kernel {case.kernel!r}.")
-    code = machine_code.read(compile_launch(launches[0], target))
+    code = read_code(compile_launch(launches[0], target))
     nvidia = bool(code.instructions)
     cost = None
     if case.budget and target == COUNTED:
         constants = launches[0].constants()
-        executed = machine_code.executed(code, case.budget.trips(constants)) * code.warps
-        cost = round(executed / case.budget.tokens(constants), 1)
-    return Row(
+        total = executed(code, case.budget.trips(constants)) * code.warps
+        cost = round(total / case.budget.tokens(constants), 1)
+    return Compiled(
         kernel=case.kernel,
         case=case.name,
         target=target,
@@ -61,7 +307,7 @@ def measure(case: Case, target: str) -> Row:
     )
 
 
-def measure_all() -> list[Row]:
+def measure_all() -> list[Compiled]:
     """Compile every case for every target: a minute or two on two cores.
 
     Each target has a Python process of its own, two at a time. The compiler is native code: where
@@ -87,7 +333,7 @@ def _run_target(target: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def _rows(run: subprocess.CompletedProcess[str], target: str) -> list[Row]:
+def _rows(run: subprocess.CompletedProcess[str], target: str) -> list[Compiled]:
     if run.returncode:
         signalled = run.returncode < 0
         end = signal.Signals(-run.returncode).name if signalled else f"exit code {run.returncode}"
@@ -95,10 +341,10 @@ def _rows(run: subprocess.CompletedProcess[str], target: str) -> list[Row]:
             f"The process that compiles for {target} ended with {end}, after "
             f"{len(run.stdout.splitlines())} kernels. It printed:\n{run.stderr[-4000:]}"
         )
-    return [Row(**json.loads(line)) for line in run.stdout.splitlines()]
+    return [Compiled(**json.loads(line)) for line in run.stdout.splitlines()]
 
 
-def measure_target(target: str) -> Iterator[Row]:
+def measure_target(target: str) -> Iterator[Compiled]:
     """Compile every case for one target, in this process."""
     for case in cases():
         try:

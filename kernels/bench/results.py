@@ -1,16 +1,23 @@
-"""Rows of measurements in ``results.csv``, and the table that the README makes of them."""
+"""The files of measurements, and the tables that the README makes of them.
+
+Needs neither torch nor triton, so that ``--readme`` runs anywhere.
+"""
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results.csv"
+COMPILED = Path(__file__).parent / "compile.csv"
+README = Path(__file__).parent.parent / "README.md"
 COPY = "copy"  # the baseline whose bandwidth the others are a share of
+COUNTED = "sm_90"  # the target whose instructions are counted
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """Times of one function on one input; times in microseconds, bandwidth in GB/s.
 
     ``backend`` is a backend of the op or the name of a baseline. ``copy_share`` is the bandwidth
@@ -37,19 +44,41 @@ class Result:
         return self.op, self.shape, self.backend, self.device
 
 
-def read(path: Path = RESULTS) -> list[Result]:
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for a target; None where a target does not tell.
+
+    ``per_token`` are the instructions that warps execute for each token.
+    """
+
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    wide_loads: int | None
+    tensor_products: int | None
+    stores: int | None
+    instructions: int | None
+    per_token: float | None
+
+
+def read(path: Path = RESULTS) -> list[Measurement]:
     """Return the rows of a file, none where there is no file."""
     if not path.exists():
         return []
-    kinds = {f.name: f.type for f in fields(Result)}
+    kinds = {f.name: f.type for f in fields(Measurement)}
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Result(**{name: kinds[name](value) for name, value in row.items()})  # type: ignore[operator]
+            Measurement(**{name: kinds[name](value) for name, value in row.items()})  # type: ignore[operator]
             for row in csv.DictReader(file)
         ]
 
 
-def merge(old: Iterable[Result], new: Iterable[Result]) -> list[Result]:
+def merge(old: Iterable[Measurement], new: Iterable[Measurement]) -> list[Measurement]:
     """Return all rows, newer ones in place of older ones of the same op, shape and device.
 
     A run replaces everything that an earlier one measured on the same input and device: rows of
@@ -61,15 +90,15 @@ def merge(old: Iterable[Result], new: Iterable[Result]) -> list[Result]:
     return sorted([*kept, *rows], key=lambda row: (row.device, row.op, row.shape, row.p50))
 
 
-def write(rows: Sequence[Result], path: Path = RESULTS) -> None:
-    """Write the file anew."""
+def write(rows: Sequence[Measurement | Compiled], path: Path) -> None:
+    """Write a file anew; empty is what is not known."""
     with path.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(f.name for f in fields(Result))
+        lines.writerow(f.name for f in fields(rows[0]))
         lines.writerows(astuple(row) for row in rows)
 
 
-def markdown(rows: Sequence[Result]) -> str:
+def markdown(rows: Sequence[Measurement]) -> str:
     """Return the rows as tables, one a device; ratios are of times in the same run."""
     parts = []
     for device in dict.fromkeys(row.device for row in rows):
@@ -85,13 +114,66 @@ def markdown(rows: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def _reference(row: Result, rows: Sequence[Result]) -> Result | None:
+def _reference(row: Measurement, rows: Sequence[Measurement]) -> Measurement | None:
     """Return the row of the plain reference on the same input."""
     same = [r for r in rows if (r.op, r.shape) == (row.op, row.shape) and r.backend == "torch"]
     return same[0] if same else None
 
 
-def _line(row: Result, reference: Result | None) -> str:
+def _line(row: Measurement, reference: Measurement | None) -> str:
     times = " | ".join(f"{value / 1e3:.3g}" for value in (row.p20, row.p50, row.p80))
     faster = "" if reference is None else f"{reference.p50 / row.p50:.2f}"
     return f"| {row.op} | {row.shape} | {row.backend} | {times} | {faster} | {row.copy_share:.3f} |"
+
+
+def read_compiled(path: Path = COMPILED) -> list[dict[str, str]]:
+    """Return the lines of a file of compiled kernels, as text."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def compiled_markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Return the table of NVIDIA targets, a line a kernel and case, and of AMD's in one column."""
+    lines = [
+        "| kernel | compiled for | registers sm_80 / sm_90 / sm_100 | instructions in the code, "
+        "sm_90 | per token | 16-byte loads | spills | gfx942 registers |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in rows):
+        mine = {
+            row["target"]: row for row in rows if (row["kernel"], row["case"]) == (kernel, case)
+        }
+        counted = mine[COUNTED]
+        registers = " / ".join(mine[target]["registers"] for target in ("sm_80", "sm_90", "sm_100"))
+        spills = sum(int(row["spills"]) + int(row["stack"]) for row in mine.values())
+        lines.append(
+            f"| {kernel} | {case} | {registers} | {counted['instructions']} | "
+            f"{counted['per_token']} | {counted['wide_loads']} | {spills} | "
+            f"{mine['gfx942']['registers']} |"
+        )
+    return "\n".join(lines)
+
+
+def section(text: str, part: str) -> str:
+    """Return what stands between the marks of a part."""
+    match = re.search(rf"<!-- {part} -->\n(.*?)\n?<!-- end -->", text, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"{README} has no part {part!r} between <!-- {part} --> and <!-- end -->.")
+    return match[1]
+
+
+def with_section(text: str, part: str, content: str) -> str:
+    """Return the text with the part replaced."""
+    section(text, part)
+    pattern = rf"(<!-- {part} -->\n).*?(<!-- end -->)"
+    return re.sub(
+        pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL, count=1
+    )
+
+
+def update_readme() -> None:
+    """Write both tables into the README from their files."""
+    text = README.read_text(encoding="utf-8")
+    text = with_section(text, "results", markdown(read()))
+    text = with_section(text, "compile", compiled_markdown(read_compiled()))
+    README.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.bench.cases import Problem
-from kernels.bench.results import COPY, Result
+from kernels.bench.results import COPY, Measurement
 
 FLUSH_BYTES = 2**28  # more than the second-level cache of any GPU we know
 SLEEP_CYCLES = 10**6  # about half a millisecond: the host queues the call while the GPU sleeps
@@ -79,7 +79,7 @@ def _cuda_timer() -> Callable[[Callable[[], object]], float]:
     return measure
 
 
-def measure(problem: Problem, device: torch.device, repeats: int) -> list[Result]:
+def measure(problem: Problem, device: torch.device, repeats: int) -> list[Measurement]:
     """Return a row for each backend and baseline of a problem.
 
     Raises
@@ -96,7 +96,7 @@ def measure(problem: Problem, device: torch.device, repeats: int) -> list[Result
     times = time_in_turns(functions, device, repeats)
     date = datetime.now(UTC).date().isoformat()
     return [
-        Result(
+        Measurement(
             op=problem.op,
             shape=problem.shape,
             backend=name,

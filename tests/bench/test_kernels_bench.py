@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.bench import baselines, cases, compile_table, report, results
+from kernels.bench import cases, results
 from kernels.bench.__main__ import main
 from kernels.bench.cases import BenchError, Problem, Tolerance, disagreement
 from kernels.bench.timing import measure, quantiles, time_in_turns
@@ -15,7 +15,7 @@ from kernels.ops.coactivation import CoactivationOutput
 from kernels.ops.gate import gate
 
 CPU = torch.device("cpu")
-README = report.README
+README = results.README
 TINY = cases.Size(
     gate=((40, 8, 2),),
     decode=((3, 4, 8, 2),),
@@ -106,7 +106,7 @@ def test_the_chain_of_torch_calls_computes_what_the_gate_does(importance):
     out = gate(
         logits, top_k=3, score_function="softmax", expert_ids=ids, weights=weights, backend="torch"
     )
-    slots, ordered, statistics, sums = baselines.observe_chain(logits, ids, weights, importance)()
+    slots, ordered, statistics, sums = cases.observe_chain(logits, ids, weights, importance)()
     assert torch.equal(slots.int(), out.expert_ids)
     torch.testing.assert_close(ordered, out.weights)
     expected = (out.entropy, out.margin, out.logsumexp, out.topk_mass)
@@ -119,7 +119,7 @@ def test_the_chain_of_torch_calls_computes_what_the_gate_does(importance):
 def test_the_selecting_chain_computes_what_the_gate_does():
     logits = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)) * 3
     out = gate(logits, top_k=3, score_function="softmax", backend="torch")
-    ids, weights, entropy, margin, lse, mass, sums = baselines.select_chain(logits, 3)()
+    ids, weights, entropy, margin, lse, mass, sums = cases.select_chain(logits, 3)()
     assert torch.equal(ids, out.expert_ids)
     expected = (out.weights, out.entropy, out.margin, out.logsumexp, out.topk_mass)
     torch.testing.assert_close((weights, entropy, margin, lse, mass), expected)
@@ -129,14 +129,14 @@ def test_the_selecting_chain_computes_what_the_gate_does():
 def test_logsumexp_of_scores_on_paper():
     """One head, keys 0 and ln 2: the second query sees 1 + 2 = 3."""
     query, key = torch.ones(1, 1, 2, 1), torch.tensor([[[[0.0], [math.log(2)]]]])
-    lse = baselines.logsumexp_of_scores(query, key, 1.0)
+    lse = cases.logsumexp_of_scores(query, key, 1.0)
     torch.testing.assert_close(lse, torch.tensor([[[0.0, math.log(3)]]]))
 
 
 def test_the_layer_of_the_baseline_runs():
     query = torch.zeros(1, 4, 3, 8)
-    out = baselines.decoder_layer(3, 4, 2, 8, query)()
-    assert out.shape == (3, baselines.HIDDEN) and bool(out.isfinite().all())
+    out = cases.decoder_layer(3, 4, 2, 8, query)()
+    assert out.shape == (3, cases.HIDDEN) and bool(out.isfinite().all())
 
 
 def test_quantiles_on_paper():
@@ -157,7 +157,7 @@ def row(**changes):
         "p80": 1500.0, "bytes": 4, "bandwidth": 0.5, "copy_share": 0.25, "device": "a CPU",
         "versions": "torch 2", "date": "2026-11-24",
     }  # fmt: skip
-    return results.Result(**{**values, **changes})
+    return results.Measurement(**{**values, **changes})
 
 
 def test_rows_survive_the_file_and_newer_ones_replace(tmp_path):
@@ -195,9 +195,9 @@ def test_the_command_refuses_what_it_does_not_know(capsys):
     ("part", "table"),
     [
         ("results", lambda: results.markdown(results.read())),
-        ("compile", lambda: compile_table.markdown(compile_table.read())),
+        ("compile", lambda: results.compiled_markdown(results.read_compiled())),
     ],
 )
 def test_the_readme_shows_the_files(part, table):
     """Run `python -m kernels.bench --readme` after a measurement."""
-    assert report.section(README.read_text(encoding="utf-8"), part) == table()
+    assert results.section(README.read_text(encoding="utf-8"), part) == table()

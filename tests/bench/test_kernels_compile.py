@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (tests/requirements.txt)")
 
 from kernels.bench import compile as matrix
-from kernels.bench import compile_table, machine_code
+from kernels.bench import results
+from kernels.bench.compile import TARGETS
 from kernels.bench.compile_cases import cases
-from kernels.bench.machine_code import TARGETS
 
 pytestmark = pytest.mark.slow  # the first test compiles for all
 
@@ -42,7 +42,7 @@ def test_a_kernel_keeps_its_limits(rows, case, target):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.budget], ids=name)
 def test_instructions_for_each_token(rows, case):
-    assert 0 < rows[case.kernel, case.name, compile_table.COUNTED].per_token <= case.budget.most
+    assert 0 < rows[case.kernel, case.name, results.COUNTED].per_token <= case.budget.most
 
 
 def test_the_limits_are_those_promised():
@@ -58,8 +58,8 @@ def test_the_limits_are_those_promised():
 
 def test_the_table_is_what_the_compiler_gives(rows, tmp_path):
     """Run `python -m kernels.bench --compile` after a change of a kernel."""
-    compile_table.write(list(rows.values()), tmp_path / "compile.csv")
-    assert compile_table.read() == compile_table.read(tmp_path / "compile.csv")
+    results.write(list(rows.values()), tmp_path / "compile.csv")
+    assert results.read_compiled() == results.read_compiled(tmp_path / "compile.csv")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_kernel_that_does_not_compile_is_named():
 
 
 def loop_code(*texts):
-    return machine_code.Code(1, 0, 0, 1, tuple((16 * i, text) for i, text in enumerate(texts)), 0)
+    return matrix.Code(1, 0, 0, 1, tuple((16 * i, text) for i, text in enumerate(texts)), 0)
 
 
 def test_nested_loops_multiply_and_waits_do_not_count():
@@ -108,13 +108,11 @@ def test_nested_loops_multiply_and_waits_do_not_count():
         "@!P1 BRA 0xc0",
         "BRA 0x50",
     )
-    assert machine_code.loops(code) == [(16, 160), (32, 48)]
+    assert matrix.loops(code) == [(16, 160), (32, 48)]
     # outside the loops: MOV, EXIT and the three behind it
-    assert machine_code.executed(code, [3, 5]) == 5 + 3 * (1 + 2 * 5 + 7)
-    with pytest.raises(
-        machine_code.UnexpectedCodeError, match=r"2 loops, of \[10, 2\] instructions.* 1"
-    ):
-        machine_code.executed(code, [3])
+    assert matrix.executed(code, [3, 5]) == 5 + 3 * (1 + 2 * 5 + 7)
+    with pytest.raises(matrix.UnexpectedCodeError, match=r"2 loops, of \[10, 2\] instructions.* 1"):
+        matrix.executed(code, [3])
 
 
 def test_opcodes_without_predicates():
