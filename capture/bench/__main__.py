@@ -9,9 +9,14 @@ measurement is one more entry of ``COMMANDS``.
 import argparse
 from collections.abc import Callable, Sequence
 
-from capture.bench.attention import attention_memory, attention_memory_options
-from capture.bench.levels import levels, levels_options
-from capture.bench.overhead import overhead, overhead_options
+from capture.bench.recording import (
+    attention_memory,
+    attention_memory_options,
+    levels,
+    levels_options,
+    overhead,
+    overhead_options,
+)
 from capture.bench.store import store, store_options
 
 

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from capture.bench import say
 from capture.store import (
     ForwardRows,
     PromptInfo,
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     tokens: int
 
 
-class Result(NamedTuple):
+class WriteTime(NamedTuple):
     """One timed write: (token, layer) rows, seconds until the file is closed, bytes on disk.
 
     ``busy`` are the seconds that all threads computed; unlike ``seconds`` they do not grow when
@@ -51,12 +51,6 @@ class Result(NamedTuple):
     seconds: float
     busy: float
     size: int
-
-
-def say(line: str) -> None:
-    """Print one line at once, so that a long measurement shows its progress."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def store_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +75,7 @@ def store(options: argparse.Namespace) -> None:
     pool = make_forwards(shape, count=min(n_forwards, DOMAINS), seed=options.seed)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        results: dict[str, list[Result]] = {"packed (RunWriter)": [], "lists (baseline)": []}
+        results: dict[str, list[WriteTime]] = {"packed (RunWriter)": [], "lists (baseline)": []}
         for repeat in range(options.repeats):
             out = folder / f"packed{repeat}.duckdb"
             results["packed (RunWriter)"].append(write_run(out, shape, pool, n_forwards))
@@ -205,7 +199,7 @@ def _prompts(pool: Sequence[ForwardRows], n_forwards: int) -> list[PromptInfo]:
     return [found[number] for number in range(len(found))]
 
 
-def write_run(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: int) -> Result:
+def write_run(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: int) -> WriteTime:
     """Time a whole run through :class:`RunWriter`, its checks and the final rename included."""
     sites = [
         SiteInfo(layer, 0, f"layers.{layer}.mlp", shape.experts, shape.slots, 0, "softmax")
@@ -228,10 +222,10 @@ def write_run(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: 
         writer.append_pairs(pairs[index % len(pool)])
     writer.finish(seconds=time.perf_counter() - started)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    return Result(n_forwards * shape.layers * shape.tokens, seconds, busy, out.stat().st_size)
+    return WriteTime(n_forwards * shape.layers * shape.tokens, seconds, busy, out.stat().st_size)
 
 
-def write_lists(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: int) -> Result:
+def write_lists(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards: int) -> WriteTime:
     """Time the plain layout: lists of ids and FLOAT weights, FLOAT statistics, no check at all."""
     started, busy = time.perf_counter(), time.process_time()
     connection = duckdb.connect(str(out))
@@ -250,7 +244,7 @@ def write_lists(out: Path, shape: Shape, pool: Sequence[ForwardRows], n_forwards
     connection.execute("CHECKPOINT")
     connection.close()
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    return Result(n_forwards * shape.layers * shape.tokens, seconds, busy, out.stat().st_size)
+    return WriteTime(n_forwards * shape.layers * shape.tokens, seconds, busy, out.stat().st_size)
 
 
 def _list_rows(forward: ForwardRows, shape: Shape) -> pa.Table:

@@ -1,7 +1,9 @@
-"""What every level costs in time and memory, beside the model's own way to put out its insides.
+"""What recording costs in time and memory, against the same passes without it.
 
-``python -m capture.bench levels`` prints the table; this module run as a program measures one cell
-of it, in a process of its own, because the peak of a process's memory belongs to all it did.
+``python -m capture.bench overhead`` times one capture, ``levels`` every level, beside the model's
+own way to put out its insides, and ``attention-memory`` looks at long prompts. This module run as a
+program measures one cell of a table, in a process of its own, because the peak of a process's
+memory belongs to all it did.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,16 +22,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from capture.bench.overhead import Bench, plain, prepare, recorded, timed
+from capture.bench import say
+from capture.interrupts import Interrupts
 from capture.model.forward import Head, Runner, pad_batch
 from capture.model.hooks import Taps
+from capture.model.inputs import vocabulary
 from capture.model.load import DEMO, LoadedModel, load_model, transformers_library
-from capture.model.selftest import probe_tokens
+from capture.model.selftest import attach, probe_tokens
+from capture.model.sites import Site
+from capture.model.tokens import TokenizedPrompt, tokenize
+from capture.progress import Reporter
 from capture.prompts import Prompt, read_prompts
 from capture.recorder.assemble import DecodeStep, Step
 from capture.recorder.config import CaptureConfig
-from capture.recorder.loop import HiddenRows, Recording
+from capture.recorder.loop import HiddenRows, Plan, Recording
+from capture.recorder.preparation import (
+    AttentionPlan,
+    describe_run,
+    max_length,
+    plan_attention,
+    plan_recording,
+)
+from capture.recorder.sampling import plan_sample
+from capture.recorder.session import Stopper, _Session
 from capture.recorder.transfer import WriterThread
+from capture.store import LEVELS, PromptInfo, RunWriter
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -37,7 +55,7 @@ PLAIN = "plain"  # forward and loss
 OUTPUTS = "eager+outputs"  # output_attentions and output_router_logits, with eager attention
 ROWS = (PLAIN, "stats", "ids", "scores", "attention", OUTPUTS)
 DEMO_CONTEXT = 1024
-SHORT = 16  # tokens of the prompt that warms everything up
+SHORT = 128  # tokens of the prompt that warms everything up
 RANDOM_VOCABULARY = 100  # token ids of random prompts, which every vocabulary has
 TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -69,7 +87,86 @@ QWEN3_30B: dict[str, Any] = {  # Qwen3-30B-A3B, 8 of its 48 layers
     "num_experts_per_tok": 8,
     "norm_topk_prob": True,
 }
+HEADS, LAYERS, HEAD_SIZE = 8, 2, 16
+ATTENTION: dict[str, Any] = {  # of the measurement of attention's memory
+    "vocab_size": 512,
+    "hidden_size": HEADS * HEAD_SIZE,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+RANDOM = {"tiny": TINY, "olmoe": OLMOE, "attention": ATTENTION}
 SHAPES = ("demo", "tiny", "olmoe", "qwen3-30b-8layers")
+
+
+class Timing(NamedTuple):
+    """One timed pass over all prompts: seconds on the clock and seconds of all cores."""
+
+    wall: float
+    cores: float
+
+
+class Bench(NamedTuple):
+    """A loaded model, its sites, and the batches that both sides run."""
+
+    loaded: LoadedModel
+    sites: list[Site]
+    plan: Plan
+    config: CaptureConfig
+    attention: AttentionPlan | None
+
+
+def prepare(loaded: LoadedModel, prompts: list[Prompt], config: CaptureConfig) -> Bench:
+    """Settle what a capture settles between loading the model and its first forward pass."""
+    tokenized: list[TokenizedPrompt] = tokenize(
+        prompts,
+        loaded.tokenizer,
+        vocab_size=vocabulary(loaded.model),
+        max_length=max_length(loaded, config),
+    )
+    domains, lengths = [p.domain for p in tokenized], [len(p.ids) for p in tokenized]
+    sample = plan_sample(domains, lengths, config.sample_tokens, config.seed)
+    sites = attach(loaded.model)
+    attention = plan_attention(tokenized, sites, loaded, config)
+    plan = plan_recording(tokenized, sample, loaded, config, attention)
+    return Bench(loaded, sites, plan, config, attention)
+
+
+def plain(bench: Bench) -> None:
+    """Run the same batches and losses, without anything of capture but the loop."""
+    model, plan = bench.loaded.model, bench.plan
+    ids = [prompt.ids for prompt in plan.prompts]
+    with torch.inference_mode(), Head(model).open(probe_tokens(model)[:1]) as head:
+        runner = Runner(model, head)
+        for prompts in plan.batches(head.limit(vocabulary(bench.loaded.model))):
+            batch = pad_batch(prompts, ids, side="right", pad_id=plan.pad_id)
+            runner.prompts(batch).loss.cpu()
+
+
+def recorded(bench: Bench, folder: Path) -> None:
+    """Record the batches into a run file, until it is closed, and remove it."""
+    out, attention = folder / "run.duckdb", bench.attention
+    rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), 0) for p in bench.plan.prompts]
+    info = describe_run(bench.loaded, bench.config, bench.plan.sample, attention)
+    layers = attention.found.layers if attention is not None else ()
+    writer = RunWriter.create(out, info, [site.info for site in bench.sites], rows, layers)
+    reporter = Reporter(False)
+    _Session(bench.loaded, bench.sites, bench.plan, writer, reporter, attention).run(
+        Stopper(Interrupts())
+    )
+    out.unlink()
+
+
+def timed(bench: Bench, run: Callable[[], None]) -> Timing:
+    """Time one run, until the device is done."""
+    wall, cores = time.perf_counter(), time.process_time()
+    run()
+    if bench.loaded.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return Timing(time.perf_counter() - wall, time.process_time() - cores)
 
 
 def start_peak(device: torch.device) -> int:
@@ -101,8 +198,65 @@ def _status(name: str) -> int:
     raise RuntimeError(f"This measurement needs {name} in {STATUS}, as Linux has it.")
 
 
+def overhead_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of the measurement."""
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--prompts", default="demo")
+    parser.add_argument("--copies", type=int, default=2, help="how often the prompts are repeated")
+    parser.add_argument("--level", choices=LEVELS, default="ids")
+    parser.add_argument("--sample-tokens", type=int, default=0)
+    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--repeats", type=int, default=7, help="pairs; the median is reported")
+    parser.add_argument("--device")
+    parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
+
+
+def overhead(options: argparse.Namespace) -> None:
+    """Time capture over plain forward and loss, alternating; prints the ratio."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = prepare(
+        load_model(options.model, device=options.device),
+        read_prompts(options.prompts) * options.copies,
+        CaptureConfig(
+            level=options.level,
+            sample_tokens=options.sample_tokens,
+            batch_tokens=options.batch_tokens,
+        ),
+    )
+    n_tokens = sum(len(prompt.ids) for prompt in bench.plan.prompts)
+    say(
+        f"{options.model} on {bench.loaded.model.device}, {torch.get_num_threads()} threads of "
+        f"torch; {n_tokens:,} tokens in {len(bench.plan.batches())} forward passes; level "
+        f"{options.level}, {options.sample_tokens:,} sampled tokens"
+    )
+    say("plain: forward and loss; capture: the same, recorded, until the run file is closed")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {"plain": partial(plain, bench), "capture": partial(recorded, bench, Path(folder))}
+        for run in runs.values():
+            timed(bench, run)
+        pairs = []
+        for number in range(options.repeats):
+            pairs.append((timed(bench, runs["plain"]), timed(bench, runs["capture"])))
+            before, after = pairs[-1]
+            say(
+                f"pair {number + 1}: plain {before.wall:.2f} s, capture {after.wall:.2f} s, "
+                f"ratio {after.wall / before.wall:.3f} "
+                f"(core seconds {after.cores / before.cores:.3f})"
+            )
+    _report("wall", [after.wall / before.wall for before, after in pairs])
+    _report("core seconds", [after.cores / before.cores for before, after in pairs])
+
+
+def _report(name: str, ratios: list[float]) -> None:
+    say(
+        f"overhead, {name}: median {statistics.median(ratios):.3f}, min {min(ratios):.3f}, "
+        f"max {max(ratios):.3f} of {len(ratios)}"
+    )
+
+
 class Cell(NamedTuple):
-    """One measurement: a row of the table at one prompt length."""
+    """One measurement: a row of the table at one prompt length; without repeats only its peak."""
 
     row: str
     shape: str
@@ -114,6 +268,7 @@ class Cell(NamedTuple):
     decode: int
     attention_prompts: int
     threads: int | None
+    every: int = 1  # as attention_every
 
 
 def levels_options(parser: argparse.ArgumentParser) -> None:
@@ -134,19 +289,17 @@ def levels_options(parser: argparse.ArgumentParser) -> None:
 def levels(options: argparse.Namespace) -> None:
     """Time and peak memory of every level, and of eager attention with all outputs."""
     what = f"then {options.decode} tokens decoded" if options.decode else "forward and loss"
-    _say(
+    say(
         f"{options.shape} on {options.device}; {options.tokens:,} prompt tokens, {what}; median of "
         f"{options.repeats} pairs (plain, row) in one process; memory: peak above the loaded model"
     )
-    _say(
+    say(
         f"{'tokens':>7}  {'row':14}{'wall':>7}  {'min-max':13}{'cores':>7}{'plain s':>9}"
         f"{'peak':>13}"
     )
     for length in options.lengths:
         if options.shape == "demo" and length > DEMO_CONTEXT:
-            _say(
-                f"{length:>7}  (a random model of the demo's shape: the demo reads {DEMO_CONTEXT})"
-            )
+            say(f"{length:>7}  (a random model of the demo's shape: the demo reads {DEMO_CONTEXT})")
         for row in options.rows:
             if row == OUTPUTS and options.decode:
                 continue
@@ -158,7 +311,7 @@ def levels(options: argparse.Namespace) -> None:
 
 
 def _in_own_process(cell: Cell) -> dict[str, Any]:
-    command = [sys.executable, "-m", "capture.bench.levels", json.dumps(cell._asdict())]
+    command = [sys.executable, "-m", "capture.bench.recording", json.dumps(cell._asdict())]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -167,7 +320,7 @@ def _in_own_process(cell: Cell) -> dict[str, Any]:
 def _say_cell(cell: Cell, found: dict[str, Any]) -> None:
     wall, cores = found["wall"], found["cores"]
     spread = f"{min(wall):.2f}-{max(wall):.2f}"
-    _say(
+    say(
         f"{cell.length:>7}  {cell.row:14}{statistics.median(wall):>7.3f}  {spread:13}"
         f"{statistics.median(cores):>7.3f}{found['plain']:>9.2f}{found['peak'] / MIB:>9.1f} MiB"
     )
@@ -183,7 +336,8 @@ def measure(cell: Cell) -> dict[str, Any]:
         baseline = partial(_loop if cell.decode else plain, bench)
         # libraries are loaded and kernels compiled before memory is looked at
         _row(cell.row, small, Path(folder))()
-        baseline()
+        if cell.repeats:
+            baseline()
         run = _row(cell.row, bench, Path(folder))
         before = start_peak(device)
         run()
@@ -192,7 +346,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     return {
         "wall": [after.wall / first.wall for first, after in pairs],
         "cores": [after.cores / first.cores for first, after in pairs],
-        "plain": statistics.median(first.wall for first, _ in pairs),
+        "plain": statistics.median(first.wall for first, _ in pairs) if pairs else None,
         "peak": peak,
     }
 
@@ -228,6 +382,7 @@ def _benches(cell: Cell) -> tuple[Bench, Bench]:
         batch_tokens=cell.batch_tokens,
         generate=cell.decode,
         attention_prompts=cell.attention_prompts,
+        attention_every=cell.every,
     )
     short = prompts[0]._replace(ids=tuple(ids[0, :SHORT].tolist()))
     return prepare(loaded, prompts, config), prepare(loaded, [short], config)
@@ -243,7 +398,7 @@ def _random_model(shape: str, device: str, context: int) -> Any:
     elif shape == "qwen3-30b-8layers":
         config = library.Qwen3MoeConfig(**QWEN3_30B, **ends)
     else:
-        config = library.OlmoeConfig(**(TINY if shape == "tiny" else OLMOE), **ends)
+        config = library.OlmoeConfig(**RANDOM[shape], **ends)
     config.max_position_embeddings = max(context, config.max_position_embeddings)
     torch.manual_seed(0)
     with torch.device(device):
@@ -294,10 +449,37 @@ def _loop(bench: Bench) -> None:
     thread.close()
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+def attention_memory_options(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of the measurement."""
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="prompt lengths"
+    )
+    parser.add_argument("--every", type=int, default=1, help="as attention_every")
+
+
+def attention_memory(options: argparse.Namespace) -> None:
+    """Peak memory of recording one long prompt at level attention, against level scores."""
+    say(
+        f"random OLMoE, {LAYERS} layers, {HEADS} heads of {HEAD_SIZE}, sdpa, float32, one prompt; "
+        "peak resident memory above that before recording"
+    )
+    say(
+        f"{'tokens':>8}{'scores':>12}{'attention':>12}{'more':>10}{'a token':>11}"
+        f"{'weights of one layer':>24}"
+    )
+    for tokens in options.tokens:
+        scores, attention = (
+            _in_own_process(
+                Cell(row, "attention", "cpu", tokens, tokens, tokens, 0, 0, 64, 1, options.every)
+            )["peak"]
+            for row in ("scores", "attention")
+        )
+        more, weights = attention - scores, HEADS * tokens * tokens * 4
+        say(
+            f"{tokens:>8}{scores / MIB:>8.1f} MiB{attention / MIB:>8.1f} MiB"
+            f"{more / MIB:>6.1f} MiB{more / tokens / 1024:>7.1f} KiB{weights / MIB:>20.0f} MiB"
+        )
 
 
 if __name__ == "__main__":
-    _say(json.dumps(measure(Cell(**json.loads(sys.argv[1])))))
+    say(json.dumps(measure(Cell(**json.loads(sys.argv[1])))))
