@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from capture.demo.sources import DOMAINS, PACKAGES, Domain
-from capture.demo.trainer import WARM_UP_STEPS
+from capture.demo.model import WARM_UP_STEPS
+from capture.demo.sources import DOMAINS, describe_source
 
 _INTRODUCTION = """\
 # The embedded demo model
@@ -78,7 +78,7 @@ _COLD_START = "random weights (deviation 0.04, output projections scaled down wi
 _NEXT_START = "the weights of the stage before"
 _CLUSTERED = (
     "; before the first step {share:.0%} of the router of layer {layer} were replaced by K-Means"
-    " clusters of training windows (no domain labels; `capture/demo/cluster_router.py`), because"
+    " clusters of training windows (no domain labels; `capture/demo/routing.py`), because"
     " that layer had come to say little more about the domain than an untrained one"
 )
 
@@ -90,18 +90,10 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(lines)
 
 
-def _source(domain: Domain) -> str:
-    return ", ".join(
-        f"{package.client} `{package.name}` {package.version}".strip()
-        for package in PACKAGES
-        if package.folder in domain.packages
-    )
-
-
 def _data() -> str:
     rows = (
-        (domain.name, domain.title, _source(domain), domain.licence, "yes" if domain.ships else "")
-        for domain in DOMAINS
+        (d.name, d.title, describe_source(d, "`"), d.licence, "yes" if d.ships else "")
+        for d in DOMAINS
     )
     header = ("domain", "text", "source", "licence", "held-out text ships")
     return _DATA.format(table=_table(header, rows))
@@ -264,15 +256,7 @@ def _samples(samples: dict[str, str]) -> str:
 
 
 def write_card(figures: dict[str, Any], path: Path) -> None:
-    """Write the card.
-
-    Parameters
-    ----------
-    figures : dict
-        The content of ``figures.json``.
-    path : Path
-        Where the card goes.
-    """
+    """Write the card from the content of ``figures.json``."""
     shape = {name: figures[name] for name in ("layers", "experts", "top_k")}
     parts = [
         _INTRODUCTION,

@@ -16,7 +16,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from capture.demo.sources import DOMAINS, HELP_ENGLISH, HELP_LANGUAGES, PACKAGES, Domain
+from capture.demo.sources import (
+    DOMAINS,
+    HELP_ENGLISH,
+    HELP_LANGUAGES,
+    Domain,
+    describe_source,
+)
 
 Documents = Iterator[tuple[str, str]]
 
@@ -446,15 +452,6 @@ def cut_pieces(text: str, limit: int = PIECE_BYTES) -> list[str]:
     if current:
         pieces.append(current)
     return [piece.strip("\n") for piece in pieces if piece.strip()]
-
-
-def describe_source(domain: Domain) -> str:
-    """Name the packages of a domain."""
-    return ", ".join(
-        f"{package.client} {package.name} {package.version}".strip()
-        for package in PACKAGES
-        if package.folder in domain.packages
-    )
 
 
 def _pieces(domain: Domain, documents: list[Document]) -> Iterator[dict[str, str]]:

@@ -22,13 +22,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from capture.demo import FIGURES, WEIGHTS, work_folder
-from capture.demo.batches import cut_windows, load_streams
 from capture.demo.card import write_card
 from capture.demo.corpus import read_lines
-from capture.demo.model import load_model, random_model, stock_model, use_experts
+from capture.demo.model import load_model, random_model, read_stages, stock_model, use_experts
 from capture.demo.routing import (
     Array,
-    Sample,
+    WindowRouting,
     Windows,
     balance,
     domain_counts,
@@ -40,9 +39,8 @@ from capture.demo.routing import (
     window_accuracy,
     window_losses,
 )
-from capture.demo.snapshots import read_stages
 from capture.demo.sources import DOMAIN_NAMES
-from capture.demo.tokenizer import BOS
+from capture.demo.streams import BOS, cut_windows, load_streams
 from capture.errors import CaptureError
 
 ROUTING_WINDOWS = 48  # windows a domain, the same number for each
@@ -197,7 +195,7 @@ def prepare_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def language_figures(sample: Sample, windows: Windows, held_out: HeldOut) -> dict[str, Any]:
+def language_figures(sample: WindowRouting, windows: Windows, held_out: HeldOut) -> dict[str, Any]:
     """Summarise loss and bits per byte by domain."""
     domains = {}
     for number, name in enumerate(DOMAIN_NAMES):
@@ -229,15 +227,15 @@ def _layer_figures(
 
 
 def routing_figures(
-    trained: Sample, untrained: dict[str, Sample], windows: Windows, experts: int
+    trained: WindowRouting, untrained: dict[str, WindowRouting], windows: Windows, experts: int
 ) -> dict[str, Any]:
     """Summarise balance and expert-domain information of every layer.
 
     Parameters
     ----------
-    trained : Sample
+    trained : WindowRouting
         The windows through the model.
-    untrained : dict of Sample
+    untrained : dict of WindowRouting
         The same windows through models with random weights, by name.
     windows : Windows
         Equally many of every domain.
@@ -330,7 +328,7 @@ def position_figures(model: Any, held_out: HeldOut) -> list[dict[str, Any]]:
 
 
 def continue_texts(model: Any, tokenizer: Tokenizer) -> dict[str, str]:
-    """Sample a continuation of one opening a domain."""
+    """WindowRouting a continuation of one opening a domain."""
     torch.manual_seed(0)
     texts = {}
     for domain, start in SAMPLE_STARTS.items():
@@ -372,7 +370,7 @@ def _routing(model: PreTrainedModel, windows: Windows) -> dict[str, Any]:
 
 
 def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, Any]:
-    """Measure everything the card reports.
+    """Measure everything the card reports: the content of ``figures.json``.
 
     Parameters
     ----------
@@ -382,11 +380,6 @@ def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, 
         Work folder with the corpus.
     earlier : Path or None
         Weights to compare bits per byte with; they must share the tokenizer.
-
-    Returns
-    -------
-    dict
-        The content of ``figures.json``.
     """
     held_out = load_held_out(work)
     model = prepare_model(model_folder)

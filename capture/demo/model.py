@@ -1,20 +1,30 @@
-"""The demo model's shape, its start, and an experts implementation that is fast on a CPU."""
+"""The demo model: its shape, its start, fast experts on a CPU, and snapshots of its training."""
 
+import contextlib
 import copy
+import json
 import math
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from capture.demo.tokenizer import BOS, CONTEXT, EOS, VOCABULARY
+from capture import record
+from capture.demo.streams import BOS, CONTEXT, EOS, VOCABULARY
 
 INITIALIZER_RANGE = 0.04
 PAD = 0
+WARM_UP_STEPS = 100  # of the training's rate
 SORTED_EXPERTS = "sorted"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+STAGES = "training.json"
+RANDOM_SEED = 1
 
 
 def make_config() -> OlmoeConfig:
@@ -77,16 +87,8 @@ def sorted_experts(
     experts : Module
         Holds ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I].
     hidden : Tensor [T, H]
-        Router inputs.
     expert_ids : Tensor [T, K], int64
-        Chosen experts.
     weights : Tensor [T, K]
-        Combine weights.
-
-    Returns
-    -------
-    Tensor [T, H]
-        Weighted sum of the experts' outputs.
     """
     tokens, width = hidden.shape
     top_k = expert_ids.size(-1)
@@ -124,3 +126,62 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
     stored.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
+
+
+def snapshot_folder(work: Path, step: int, percent: int) -> Path:
+    """Name the folder of a snapshot."""
+    return work / "training" / "snapshots" / f"step_{step:05d}_{percent:03d}"
+
+
+def list_snapshots(work: Path) -> list[Path]:
+    """List the snapshots, earliest first."""
+    return sorted((work / "training" / "snapshots").glob("step_*"))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Put the tokenizer's files beside the weights."""
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(source / name, folder / name)
+
+
+def save_snapshot(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
+    """Save weights and tokenizer so that `from_pretrained` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder)
+    copy_tokenizer(tokenizer, folder)
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """Read how weights were trained, one entry a training run; empty where nothing is noted."""
+    path = folder / STAGES
+    stages: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return stages
+
+
+def install(snapshot: Path, weights: Path) -> None:
+    """Replace the shipped model by a snapshot."""
+    weights.mkdir(parents=True, exist_ok=True)
+    for path in snapshot.iterdir():
+        shutil.copyfile(path, weights / path.name)
+
+
+def record_snapshots(work: Path, folder: Path) -> list[Path]:
+    """Record the demo prompts through a random-init model and through every snapshot.
+
+    Returns the run files in ``folder``, in the order of the training; those that exist stay.
+    """
+    snapshots = list_snapshots(work)
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        untrained = Path(scratch) / "random_init"
+        save_snapshot(random_model(RANDOM_SEED), snapshots[-1], untrained)
+        for snapshot in tqdm([untrained, *snapshots], desc="record", unit="run"):
+            run = folder / f"{snapshot.name}.duckdb"
+            if not run.exists():
+                # a run keeps the model's name as given: the folder's, not this machine's path
+                with contextlib.chdir(snapshot.parent):
+                    record(snapshot.name, "demo", run, level="ids", sample_tokens=0)
+            runs.append(run)
+    return runs

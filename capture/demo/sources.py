@@ -154,6 +154,15 @@ DOMAINS = (
 DOMAIN_NAMES = tuple(domain.name for domain in DOMAINS)
 
 
+def describe_source(domain: Domain, mark: str = "") -> str:
+    """Name the packages of a domain, their names between two ``mark``."""
+    return ", ".join(
+        f"{package.client} {mark}{package.name}{mark} {package.version}".strip()
+        for package in PACKAGES
+        if package.folder in domain.packages
+    )
+
+
 def _run(command: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,6 +1,7 @@
 """The embedded demo model: weights, prompts, texts, figures, and the code that made them."""
 
 import json
+import lzma
 import math
 import re
 from collections import Counter
@@ -8,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import capture.demo
-from capture.demo import FIGURES, PROMPTS, TRENDS, WEIGHTS, load_texts
+from capture.demo import FIGURES, FOLDER, TRENDS, WEIGHTS
+from capture.prompts import DEMO_SETS
 
 PUBLIC = {"public domain", "CC0-1.0"}
 CARD = FIGURES.with_name("MODEL_CARD.md")
@@ -37,6 +38,14 @@ def model():
 @pytest.fixture(scope="module")
 def figures():
     return json.loads(FIGURES.read_text(encoding="utf-8"))
+
+
+def load_texts(name):
+    """Load the records of a prompt set as they are stored, with licence and document."""
+    path = FOLDER / DEMO_SETS[name]
+    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    # not splitlines: a text may hold other line separators than the newline
+    return [json.loads(line) for line in data.decode().split("\n") if line]
 
 
 def key_of(record):
@@ -97,7 +106,7 @@ class TestPrompts:
         assert not [text for text in long if text in texts]
 
     def test_one_object_a_line(self):
-        lines = PROMPTS.read_text(encoding="utf-8").split("\n")
+        lines = (FOLDER / DEMO_SETS["demo"]).read_text(encoding="utf-8").split("\n")
         assert lines.pop() == ""
         assert all({"text", "domain", "source"} == set(json.loads(line)) for line in lines)
 
@@ -126,19 +135,8 @@ class TestTexts:
         assert all(is_held_out(record["document"]) for record in records)
 
     def test_small(self):
-        sizes = [capture.demo.TEXTS[n].stat().st_size for n in ("demo-fit", "demo-heldout")]
+        sizes = [(FOLDER / DEMO_SETS[n]).stat().st_size for n in ("demo-fit", "demo-heldout")]
         assert sum(sizes) <= 2e6
-
-    def test_a_rebuilt_corpus_takes_over(self, tmp_path):
-        record = {"text": "a\u2028b", "domain": "d", "licence": "MIT", "document": "k"}
-        (tmp_path / "fit").mkdir()
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        (tmp_path / "fit" / "d.jsonl").write_text(line, encoding="utf-8")
-        assert load_texts("demo-fit", corpus=tmp_path) == [record]
-
-    def test_refuses_other_names(self):
-        with pytest.raises(KeyError, match="demo-heldout"):
-            load_texts("demo-judge")
 
 
 class TestFigures:

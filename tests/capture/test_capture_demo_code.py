@@ -8,15 +8,6 @@ import pytest
 import torch
 
 from capture.demo import evaluate
-from capture.demo.batches import (
-    LONG_EVERY,
-    LONG_WINDOW,
-    WINDOW,
-    WindowSampler,
-    cut_windows,
-    domain_order,
-)
-from capture.demo.cluster_router import cluster_router
 from capture.demo.corpus import (
     cap_bytes,
     cut_blocks,
@@ -26,10 +17,17 @@ from capture.demo.corpus import (
     strip_html,
 )
 from capture.demo.evaluate import masked_expert, measure_harm
-from capture.demo.model import random_model, save_weights, sorted_experts
+from capture.demo.model import (
+    list_snapshots,
+    random_model,
+    read_stages,
+    save_weights,
+    sorted_experts,
+)
 from capture.demo.routing import (
     Windows,
     balance,
+    cluster_router,
     domain_counts,
     histograms,
     information,
@@ -38,9 +36,16 @@ from capture.demo.routing import (
     window_accuracy,
     window_losses,
 )
-from capture.demo.snapshots import list_snapshots, read_stages
 from capture.demo.sources import DOMAIN_NAMES, DOMAINS, PACKAGES, unpack
-from capture.demo.trainer import Recipe, Trainer, balance_loss
+from capture.demo.streams import (
+    LONG_EVERY,
+    LONG_WINDOW,
+    WINDOW,
+    WindowSampler,
+    cut_windows,
+    domain_order,
+)
+from capture.demo.train import Recipe, Trainer, balance_loss
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -343,9 +348,9 @@ class TestTrainer:
         return Recipe(tmp_path, tokenizer, None, 1.0, 4, 1e-3, 1, 0, None, "cpu")
 
     def test_resumed_equals_uninterrupted(self, recipe, monkeypatch):
-        monkeypatch.setattr("capture.demo.trainer.CHECKPOINT_SECONDS", 0.0)
+        monkeypatch.setattr("capture.demo.train.CHECKPOINT_SECONDS", 0.0)
         monkeypatch.setattr(Trainer, "check", lambda _: 0.0)
-        monkeypatch.setattr("capture.demo.trainer.save_snapshot", lambda *_: None)
+        monkeypatch.setattr("capture.demo.train.save_snapshot", lambda *_: None)
         through = Trainer(recipe, resume=False)
         through.run()
         stopped = Trainer(recipe, resume=False)
@@ -372,7 +377,7 @@ class TestTrainer:
         Trainer(first, resume=False).run()
         weights = list_snapshots(recipe.work)[-1]
         again = replace(recipe, steps=2, init=weights, cluster_router=1)
-        monkeypatch.setattr("capture.demo.trainer.cluster_router", lambda *_: None)
+        monkeypatch.setattr("capture.demo.train.cluster_router", lambda *_: None)
         Trainer(again, resume=False).run()
         one, two = read_stages(list_snapshots(recipe.work)[-1])
         assert [one] == read_stages(weights)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_explorer_routers_from_scratch import model_of
 
-from capture.demo.tokenizer import encode_texts
+from capture.demo.streams import encode_texts
 from explorer.survey.from_scratch import ensemble
 from explorer.survey.from_scratch.arms import ARMS
 from explorer.survey.from_scratch.ensemble import (

@@ -28,7 +28,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer
 from tokenizers import Tokenizer
 
-from capture.demo.tokenizer import BOS, encode_texts
+from capture.demo.streams import BOS, encode_texts
 from capture.paths import path_argument
 from capture.prompts import read_prompts
 from explorer.errors import RouterError

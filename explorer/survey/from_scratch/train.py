@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 
-from capture.demo.tokenizer import PATTERN, SPECIAL_TOKENS, encode_texts
+from capture.demo.streams import PATTERN, SPECIAL_TOKENS, encode_texts
 from capture.prompts import read_prompts
 from explorer.errors import RouterError
 from explorer.metrics.load import max_violation
