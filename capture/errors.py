@@ -69,13 +69,7 @@ class CaptureCancelled(CaptureError):
 
 
 def quoted(value: object, most: int = MAX_QUOTED) -> str:
-    """Return how Python writes a value, on one line and cut where it is long.
-
-    Parameters
-    ----------
-    value : object
-    most : int, characters
-    """
+    """Return how Python writes a value, on one line, cut where it has over ``most`` characters."""
     try:
         return cut(_repr.repr(value), most)
     except ValueError:  # a number of more digits than Python writes
@@ -89,12 +83,9 @@ def cut(text: str, most: int = MAX_LINE) -> str:
 
 
 def first_line(error: object, most: int = MAX_LINE) -> str:
-    """Return the first line of what an error of a library says, or its kind where it says nothing.
+    """Return the first line of what an error of a library says, without its full stop.
 
-    Parameters
-    ----------
-    error : object
-    most : int, characters
+    An error that says nothing is named by its kind. ``most`` are characters.
     """
     lines = str(error)[: 10 * most].strip().splitlines()
-    return cut(lines[0].strip(), most) if lines else type(error).__name__
+    return cut(lines[0].strip().rstrip("."), most) if lines else type(error).__name__

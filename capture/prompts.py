@@ -32,7 +32,7 @@ COMPRESSIONS = (".xz", ".gz")
 # what a file of prompts may come to, whatever it takes on disk
 MAX_BYTES = 2**30
 # bytes of UTF-8 that a run file holds
-MAX_PROMPT = 16_000_000
+MAX_PROMPT = 16_000_000  # a million tokens take a quarter
 MAX_DOMAIN = 1_000
 MAX_SOURCE = 10_000
 MAX_DOMAINS = 10_000

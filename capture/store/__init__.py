@@ -1,9 +1,8 @@
 """The run file: one DuckDB database per capture, written once, read by many."""
 
-from capture.store.check import check_run
 from capture.store.counts_only import MIN_PROMPTS, MIN_TOKENS, counts_only
-from capture.store.migrations import migrate
-from capture.store.reader import RunReader
+from capture.store.maintenance import migrate, recover
+from capture.store.reader import RunReader, check_run
 from capture.store.records import (
     LEVELS,
     AttentionLayer,
@@ -21,7 +20,6 @@ from capture.store.records import (
     TokenRows,
     next_sites,
 )
-from capture.store.recovery import recover
 from capture.store.schema import SCHEMA_VERSION
 from capture.store.writer import RunWriter
 

@@ -26,9 +26,8 @@ from capture.interrupts import as_keyboard_interrupt
 from capture.paths import given_path, model_name
 from capture.store import schema
 from capture.store.codec import Layout
-from capture.store.files import check_new, made_whole
+from capture.store.files import SAFE, check_new, made_whole
 from capture.store.reader import RunReader
-from capture.store.sandbox import SAFE
 from capture.store.writer import BLOCK_SIZE
 
 # what a counts-only run says of itself in ``run.notes``

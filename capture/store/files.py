@@ -1,4 +1,7 @@
-"""Names of run files on disk: every name is taken once, and a file gets it whole or not at all."""
+"""Run files on disk: their names, opening one as it is, and one clear error for what is not one.
+
+Every name is taken once, and a file gets it whole or not at all.
+"""
 
 import logging
 import os
@@ -9,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from capture.errors import StoreError
-from capture.store.sandbox import connect
+import duckdb
+
+from capture.errors import StoreError, first_line
 
 SUFFIX = ".partial"
 # of files that are being made and have no name yet; no page lists them
@@ -18,6 +22,15 @@ _UNNAMED = ".new"
 _UNNAMED_HOURS = 24.0  # after which one is left from a process that died
 # of a DuckDB file without a table; the log beside it holds what was committed since
 _HEADER_BYTES = 12_288
+# statements on a file that may come from a stranger read no other file and no Python variable
+SAFE = {
+    "python_enable_replacements": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+}
+LOCKED = SAFE | {"enable_external_access": "false", "lock_configuration": "true"}
+# what a system says when a write finds no room
+_NO_ROOM = ("No space left", "File too large", "quota exceeded")
 _log = logging.getLogger(__name__)
 
 
@@ -227,3 +240,48 @@ def publish(partial: Path, out: Path) -> None:
             f"{partial} is closed and whole, but could not be renamed to {out}: {error.strerror}. "
             f"Then: python -m capture recover '{partial}'."
         ) from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a path with no file."""
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
+        raise StoreError(
+            f"A run file was expected at {path}, which is {found}. Record one with: "
+            "python -m capture MODEL --prompts FILE --out RUN"
+        )
+
+
+def connect(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+    """Open a DuckDB file itself, to write it or to look at its version."""
+    check_file(path)
+    try:
+        return duckdb.connect(str(path), read_only=read_only, config=dict(LOCKED))
+    except duckdb.Error as error:
+        raise cannot_open(path, error) from error
+
+
+def cannot_open(path: Path, error: duckdb.Error) -> StoreError:
+    """Make the error for what DuckDB says when it cannot open a file."""
+    if "different configuration" in str(error) or "already attached" in str(error):
+        return StoreError(
+            f"{path} is open in this process with other settings. Close that connection first."
+        )
+    if "Could not set lock" in str(error):
+        return StoreError(
+            f"{path} is being written by another process. Wait until its capture ends."
+        )
+    if any(words in str(error) for words in _NO_ROOM):
+        return StoreError(
+            f"{path} could not be opened: {first_line(error)}. Free disk space; nothing in it is "
+            "lost."
+        )
+    return not_a_run(path, error)
+
+
+def not_a_run(path: Path, reason: Exception | str) -> StoreError:
+    """Make the error for a file that is not a run file."""
+    return StoreError(
+        f"A run file was expected at {path}, but it is not one ({first_line(reason)}). "
+        "Record one with: python -m capture MODEL --prompts FILE --out RUN"
+    )

@@ -12,12 +12,18 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
-from capture.errors import StoreError, quoted
+from capture.errors import StoreError, first_line, quoted
 from capture.interrupts import as_keyboard_interrupt
 from capture.store import schema
-from capture.store.check import check_counts, check_diagonal
 from capture.store.codec import layout_for
-from capture.store.files import check_new, give_name, partial_of, publish, remove_partial, unnamed
+from capture.store.files import (
+    check_new,
+    give_name,
+    partial_of,
+    publish,
+    remove_partial,
+    unnamed,
+)
 from capture.store.records import (
     LEVELS,
     AttentionLayer,
@@ -28,8 +34,14 @@ from capture.store.records import (
     RunInfo,
     SiteInfo,
 )
-from capture.store.sandbox import first_line
-from capture.store.sums import PairTotals, Rollup, pairs_of_rows, store_pairs
+from capture.store.sums import (
+    PairTotals,
+    Rollup,
+    check_counts,
+    check_diagonal,
+    pairs_of_rows,
+    store_pairs,
+)
 from capture.store.tables import AttentionBuilder, RowBuilder, clean, layer_rows, strings
 
 _log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """The file of a comparison, beside its run: its tables, written whole, read without torch.
 
 One DuckDB file per run, model and settings, named ``RUN.KEY.comparison``. It may come from a
-stranger, so it is attached as run files are, see ``capture.store.sandbox``: nothing that it brings
+stranger, so it is attached as run files are, see ``capture.store.reader``: nothing that it brings
 along is run, and its queries reach no other file.
 """
 
@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from capture.errors import first_line, quoted
 from capture.store.check import UNREADABLE, limited
-from capture.store.files import is_own_file
-from capture.store.sandbox import LOCKED, attach, tables_in
+from capture.store.files import LOCKED, is_own_file
+from capture.store.reader import attach, tables_in
 from explorer.comparison.values import wrong_values
 from explorer.errors import ComparisonError
 from explorer.run import frame

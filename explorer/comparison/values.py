@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator, Mapping
 
 import duckdb
 
-from capture.store.values import (
+from capture.prompts import MAX_SOURCE
+from capture.store.check import (
     MAX_DOCUMENT,
     MAX_LAYER,
     MAX_LOSS,
     MAX_NAME,
     MAX_NUMBER,
-    MAX_SOURCE,
     long,
     number,
     numbers,

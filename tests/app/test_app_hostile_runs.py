@@ -18,7 +18,7 @@ from synthetic import write_run
 
 from capture.errors import CaptureError, StoreError
 from capture.store import RunReader, check, check_run
-from capture.store.sandbox import in_file, open_sandbox
+from capture.store.reader import in_file, open_sandbox
 from explorer import pages
 from explorer.errors import ExplorerError
 from explorer.run import open_run
@@ -72,7 +72,7 @@ def test_values_that_contradict_each_other_are_refused(inside, name):
         connection.execute("ROLLBACK")
     assert found is not None
     said = str(found)
-    assert "it is none (" in said and len(said) < 400 and "Error" not in said
+    assert "it is not one (" in said and len(said) < 400 and "Error" not in said
 
 
 def test_taken_back_the_changes_leave_a_sound_file(inside):
@@ -157,7 +157,7 @@ def test_a_check_and_a_query_take_so_long_and_no_more(sound, monkeypatch):
 
 
 def test_a_query_takes_so_much_memory_and_no_more(sound, monkeypatch):
-    monkeypatch.setattr("capture.store.sandbox.MEMORY", "100MB")
+    monkeypatch.setattr("capture.store.reader.MEMORY", "100MB")
     with RunReader.open(sound) as run, pytest.raises(StoreError, match="Out of Memory"):
         run.query("SELECT list(i) AS all FROM range(100000000) AS t(i)")
 

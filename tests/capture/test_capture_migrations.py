@@ -8,7 +8,7 @@ from store_runs import make_forward, make_site, write
 
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import RunReader, migrate, schema
-from capture.store.migrations import STEPS, Step
+from capture.store.maintenance import STEPS, Step
 
 SITES = [make_site(1, 5, 2)]
 # one file of every version that was released; the first has the sites of FIRST
@@ -105,7 +105,7 @@ def test_migration_overwrites_nothing_and_takes_runs_only(old, tmp_path):
     new.write_text("mine")
     with pytest.raises(StoreError, match="already exists"):
         migrate(old, new, steps=[RENAME, DROP, *REST])
-    with pytest.raises(StoreError, match="it is none"):
+    with pytest.raises(StoreError, match="it is not one"):
         migrate(new, tmp_path / "other.duckdb")
     with pytest.raises(StoreError, match="which is nothing"):
         migrate(tmp_path / "gone", tmp_path / "other.duckdb")

@@ -326,11 +326,11 @@ def make_database_without_views(path):
 )
 def test_files_that_are_no_run_are_refused(out, make):
     make(out)
-    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is none"):
+    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is not one"):
         RunReader.open(out)
     partial = out.with_name("run.duckdb.partial")
     shutil.move(out, partial)
-    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is none"):
+    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is not one"):
         recover(partial)
     assert partial.exists() and not out.exists()
 
@@ -339,7 +339,7 @@ def test_a_damaged_run_is_refused(out, forward):
     write(out, SITES, [forward])
     content = out.read_bytes()
     out.write_bytes(content[: len(content) // 2])
-    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is none"):
+    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is not one"):
         RunReader.open(out)
 
 

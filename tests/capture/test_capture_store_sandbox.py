@@ -8,7 +8,7 @@ from synthetic import PROMPTS, SITES, write_run
 
 from capture.errors import StoreError
 from capture.store import RunReader, migrate, recover
-from capture.store.sandbox import MAX_EXPERTS
+from capture.store.reader import MAX_EXPERTS
 
 FOREVER = "SELECT count(*) FROM range(1000000000000) AS a, range(1000000000000) AS b"
 
@@ -104,7 +104,7 @@ def test_a_macro_does_not_stand_in_for_a_function(written, forged):
     ],
 )
 def test_tables_that_are_not_ours_are_refused(forged, statements):
-    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is none"):
+    with pytest.raises(StoreError, match=r"A run file was expected at .*, but it is not one"):
         RunReader.open(forged(*statements))
 
 
