@@ -179,7 +179,7 @@ def test_an_upload_cannot_choose_its_place(tmp_path, name):
 @pytest.mark.parametrize(
     ("statement", "said"),
     [
-        (None, "it is none"),
+        (None, "it is not one"),
         ("DELETE FROM packed.prompt WHERE prompt_id = 2", "tokens of no prompt"),
         ("UPDATE packed.run SET config = 'x'", "config are no JSON"),
         ("UPDATE packed.run SET level = '<b>'", "its level"),
