@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import torch
 
+from kernels.ops.attention import AttentionInputs
 from kernels.ops.attention import _triton as attention
 from kernels.ops.coactivation._triton import coactivation_triton
 from kernels.ops.gate._triton import gate_triton
@@ -193,18 +194,20 @@ def _attention_run(
     def run(target: str) -> object:
         with patch.object(attention, "capability", lambda device: CAPABILITIES[target]):
             return attention.attention_triton(
-                torch.zeros((1, heads, n_tokens, size), dtype=dtype),
-                torch.zeros((1, 1, n_tokens, size), dtype=dtype),
-                scaling=size**-0.5,
-                lse=torch.zeros((1, heads, n_tokens)) if lse else None,
-                causal=True,
-                window=window,
-                softcap=softcap,
-                sinks=torch.zeros(heads) if sinks else None,
-                valid=torch.ones((1, n_tokens), dtype=torch.int32) if packed else None,
-                bins=64,
-                every=every,
-                top_keys=0,
+                AttentionInputs(
+                    query=torch.zeros((1, heads, n_tokens, size), dtype=dtype),
+                    key=torch.zeros((1, 1, n_tokens, size), dtype=dtype),
+                    scaling=size**-0.5,
+                    lse=torch.zeros((1, heads, n_tokens)) if lse else None,
+                    causal=True,
+                    window=window,
+                    softcap=softcap,
+                    sinks=torch.zeros(heads) if sinks else None,
+                    valid=torch.ones((1, n_tokens), dtype=torch.int32) if packed else None,
+                    bins=64,
+                    every=every,
+                    top_keys=0,
+                )
             )
 
     return run
