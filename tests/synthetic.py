@@ -24,6 +24,7 @@ from capture.store import (
     SiteRows,
     TokenRows,
     check,
+    check_run,
 )
 from capture.store.sums import count_pairs
 
@@ -131,7 +132,7 @@ def write_run(path, *, fresh=False, **choices):
 
 def _is_sound(path):
     try:
-        check.check_run(path)
+        check_run(path)
     except StoreError:
         return False
     return True

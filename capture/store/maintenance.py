@@ -69,8 +69,8 @@ def recover(partial: str | Path) -> Path:
     check_free(out)
     if holds_nothing(partial):
         raise StoreError(
-            f"A run file was expected at {partial}, but it holds nothing, because its "
-            f"capture was killed before it had stored anything. Record {out.name} anew."
+            f"A run file was expected at {partial}, but it is not one: it holds nothing, because "
+            f"its capture was killed before it had stored anything. Record {out.name} anew."
         )
     connection = open_sandbox(partial, read_only=False, oldest=schema.SCHEMA_VERSION)
     try:
