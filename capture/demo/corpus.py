@@ -330,39 +330,19 @@ MORE_TRAINING: dict[str, Callable[[Path], Documents]] = {"zh_classical": more_zh
 
 
 class Document(NamedTuple):
-    """One document: all texts of one key stay on the same side of every split.
+    """One document: all texts of one key stay on the same side of every split."""
 
-    Attributes
-    ----------
-    key : str
-        Path or name within the source.
-    text : str
-        The text.
-    """
-
-    key: str
+    key: str  # path or name within the source
     text: str
 
 
 class Split(NamedTuple):
-    """The documents of one domain.
-
-    Attributes
-    ----------
-    train : list of Document
-        Trained on.
-    validation : list of Document
-        The prototype's held-out split, where bits per byte are compared.
-    fit : list of Document
-        Held out; for fitting routers.
-    heldout : list of Document
-        Held out; for judging routers. Shares no document with ``fit``.
-    """
+    """The documents of one domain; fit and heldout share none."""
 
     train: list[Document]
-    validation: list[Document]
-    fit: list[Document]
-    heldout: list[Document]
+    validation: list[Document]  # the prototype's held-out split, where bits per byte are compared
+    fit: list[Document]  # held out, for fitting routers
+    heldout: list[Document]  # held out, for judging routers
 
 
 def is_held_out(key: str) -> bool:

@@ -74,22 +74,12 @@ SAMPLE_STARTS = {
 
 
 class Harm(NamedTuple):
-    """What masking one expert costs.
-
-    Attributes
-    ----------
-    layer, expert : int
-        Which expert.
-    mean : array [D], float64, nats a token
-        Loss with the expert masked minus loss without, by domain.
-    error : array [D], float64, nats a token
-        Standard error of ``mean`` over the windows.
-    """
+    """What masking one expert costs each of D domains, nats a token."""
 
     layer: int
     expert: int
-    mean: Array
-    error: Array
+    mean: Array  # [D], loss with the expert masked minus loss without
+    error: Array  # [D], standard error of the mean over the windows
 
     @property
     def domain(self) -> int:
@@ -157,18 +147,10 @@ def measure_harm(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The prototype's held-out split, encoded.
-
-    Attributes
-    ----------
-    streams : list of array
-        One token stream a domain.
-    bytes_per_token : list of float
-        UTF-8 bytes of the domain's text over its tokens, document marks included.
-    """
+    """The prototype's held-out split, encoded: by domain."""
 
     streams: list[np.ndarray]
-    bytes_per_token: list[float]
+    bytes_per_token: list[float]  # of UTF-8, document marks included
 
     def windows(self, limit: int | None = None) -> Windows:
         """Cut neighbouring windows, at most ``limit`` a domain, spread over its text."""

@@ -22,33 +22,17 @@ RIDGE = 0.1  # of the mean variance; keeps the inverse of the covariance tame
 
 
 class Windows(NamedTuple):
-    """Held-out windows of several domains.
+    """Held-out windows of several domains."""
 
-    Attributes
-    ----------
-    tokens : Tensor [W, S + 1], int64
-        Token ids; the last of each row is only a target.
-    domains : array [W], int64
-        Domain number of each window.
-    """
-
-    tokens: torch.Tensor
-    domains: npt.NDArray[np.int64]
+    tokens: torch.Tensor  # [W, S + 1], int64; the last of each row is only a target
+    domains: npt.NDArray[np.int64]  # [W], the number of each window's domain
 
 
 class WindowRouting(NamedTuple):
-    """What one model did on the windows.
+    """What one model did on the windows."""
 
-    Attributes
-    ----------
-    losses : array [W], float64, nats a token
-        Mean loss of each window.
-    expert_ids : array [L, W, S, K], uint8
-        Chosen experts.
-    """
-
-    losses: Array
-    expert_ids: npt.NDArray[np.uint8]
+    losses: Array  # [W], nats a token
+    expert_ids: npt.NDArray[np.uint8]  # [L, W, S, K]
 
 
 def routers(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -30,51 +30,26 @@ _SOURCE_LIST = "deb-src http://deb.debian.org/debian bookworm main\n"
 class Package:
     """One package of a public registry that holds text.
 
-    Attributes
-    ----------
-    name : str
-        Name in its registry.
-    client : Client
-        Which registry client downloads it.
-    folder : str
-        Where it is unpacked, below the work folder. Document keys start with it, and the split
-        hangs on the keys, so the folder carries the version for pinned packages.
-    version : str
-        Pinned version; empty where the registry serves only its current one (apt).
+    Document keys start with the folder, and the split hangs on the keys, so the folder carries
+    the version of pinned packages.
     """
 
     name: str
     client: Client
-    folder: str
-    version: str = ""
+    folder: str  # where it is unpacked, below the work folder
+    version: str = ""  # pinned; empty where the registry serves only its current one (apt)
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One domain of text.
+    """One domain of text."""
 
-    Attributes
-    ----------
-    name : str
-        Short name, the label of prompts and tokens.
-    title : str
-        What a reader sees.
-    licence : str
-        Licence of the text.
-    packages : tuple of str
-        Folders of the packages it is read from.
-    ships : bool
-        Whether the licence (public domain, CC0) lets its held-out text ship with the project.
-    weight : float
-        How often it is drawn in training, relative to the other domains.
-    """
-
-    name: str
+    name: str  # the label of prompts and tokens
     title: str
     licence: str
-    packages: tuple[str, ...]
-    ships: bool = False
-    weight: float = 1.0
+    packages: tuple[str, ...]  # folders of the packages it is read from
+    ships: bool = False  # whether the licence lets its held-out text ship with the project
+    weight: float = 1.0  # how often it is drawn in training, relative to the other domains
 
 
 PACKAGES = (

@@ -144,42 +144,18 @@ def launch(arguments: list[str], *, folder: Path, processes: int) -> None:
 
 @dataclass
 class Recipe:
-    """What one training run does.
+    """What one training run does."""
 
-    Attributes
-    ----------
-    work : Path
-        Work folder with ``encoded``; checkpoints and snapshots go below it.
-    tokenizer : Path
-        Folder of the tokenizer, copied beside the weights.
-    init : Path or None
-        Weights to start from; None starts from random ones.
-    minutes : float
-        Length of the schedule; the rate reaches zero at its end.
-    steps : int
-        Length in steps instead; 0 goes by the clock.
-    rate : float
-        Peak learning rate.
-    batch : int
-        Windows a step and process.
-    seed : int
-        Decides the start and the windows.
-    cluster_router : int or None
-        Layer whose router starts turned towards clusters of the text; see `cluster_router`.
-    device : str
-        ``"cpu"`` or ``"cuda"``.
-    """
-
-    work: Path
-    tokenizer: Path
-    init: Path | None
-    minutes: float
-    steps: int
-    rate: float
-    batch: int
-    seed: int
-    cluster_router: int | None
-    device: str
+    work: Path  # has ``encoded``; checkpoints and snapshots go below it
+    tokenizer: Path  # its folder, copied beside the weights
+    init: Path | None  # weights to start from; None starts from random ones
+    minutes: float  # length of the schedule; the rate reaches zero at its end
+    steps: int  # length in steps instead; 0 goes by the clock
+    rate: float  # at its peak
+    batch: int  # windows a step and process
+    seed: int  # decides the start and the windows
+    cluster_router: int | None  # layer whose router starts turned towards clusters of the text
+    device: str  # "cpu" or "cuda"
 
 
 @dataclass

@@ -59,18 +59,10 @@ PHASE = "phase NOT IN ('prompt', 'generated')"
 
 
 class Question(NamedTuple):
-    """Rows, and what must not be true of one.
+    """Rows, and what must not be true of one."""
 
-    Attributes
-    ----------
-    rows : str
-        What follows FROM.
-    wrong : mapping of str to str
-        What is wrong, as in "it has ...", and the condition of a row where it is.
-    """
-
-    rows: str
-    wrong: Mapping[str, str]
+    rows: str  # what follows FROM
+    wrong: Mapping[str, str]  # "it has ..." -> the condition of a row where it is so
 
 
 def long(column: str, most: int = MAX_NAME) -> str:

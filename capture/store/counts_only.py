@@ -77,21 +77,11 @@ class _Size(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """What is given of a run: the sums of each phase, and the domains that are named in them.
+    """What is given of a run: the sums of each phase, and the domains that are named in them."""
 
-    Attributes
-    ----------
-    named : mapping of phase to frozenset of domain
-        Phases that are given, each with the domains that keep their names there.
-    left_out : frozenset of phase
-        Phases of which nothing is given.
-    lost : frozenset of domain
-        Domains that are named nowhere.
-    """
-
-    named: Mapping[str, frozenset[str | None]]
-    left_out: frozenset[str]
-    lost: frozenset[str | None]
+    named: Mapping[str, frozenset[str | None]]  # phase -> domains that keep their names there
+    left_out: frozenset[str]  # phases of which nothing is given
+    lost: frozenset[str | None]  # domains that are named nowhere
 
     def name(self, domain: str | None) -> str | None:
         """Return what a domain of prompts is called in the new file."""

@@ -49,30 +49,14 @@ class PromptInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """The real tokens of one forward pass, in the order of the routing rows.
+    """The N real tokens of one forward pass, in the order of the routing rows."""
 
-    Attributes
-    ----------
-    token_id : array [N], uint32
-        Row number of the token in the run: prompt tokens first, in prompt order.
-    prompt_id : array [N], uint32
-    position : array [N], uint32
-        0 is the first token of the prompt.
-    token : array [N], int32
-        Id in the model's vocabulary.
-    text : list [N] or None
-        Pieces that join to the prompt; None without a tokenizer.
-    loss : masked array [N], float32, nats
-        Loss of the next token; masked where there is none.
-    phase : {"prompt", "generated"}
-    """
-
-    token_id: npt.NDArray[np.uint32]
+    token_id: npt.NDArray[np.uint32]  # row in the run: prompt tokens first, in prompt order
     prompt_id: npt.NDArray[np.uint32]
-    position: npt.NDArray[np.uint32]
-    token: npt.NDArray[np.int32]
-    text: Sequence[str] | None
-    loss: "np.ma.MaskedArray[Any, Any]"
+    position: npt.NDArray[np.uint32]  # 0 is the first token of the prompt
+    token: npt.NDArray[np.int32]  # id in the model's vocabulary
+    text: Sequence[str] | None  # pieces that join to the prompt; None without a tokenizer
+    loss: "np.ma.MaskedArray[Any, Any]"  # of the next token, nats; masked where there is none
     phase: Phase
 
 
@@ -125,29 +109,16 @@ Block = SiteBlock[npt.NDArray[Any]]
 class SiteRows:
     """What one site did in one forward pass, in plain numbers; the store packs a copy of it.
 
-    Attributes
-    ----------
-    site_index : int
-        Index into the run's list of sites.
-    assignments, weight_sum, prob_sum : array [G, E]
-        As in :class:`SiteBlock`.
-    expert_ids : array [N, K], int32, or None at level stats
-        Best first; -1 = empty slot.
-    weights : array [N, K], float32, or None at level stats
-        Combine weights as the model applied them; 0 in an empty slot.
-    entropy, margin, logsumexp, topk_mass : array [N], float32, or None
-        As in :class:`SiteBlock`.
-    scores, hidden : tuple (array [M], array [M, E or D]) or None
-        Row indices into N and the vectors of these rows.
+    As :class:`SiteBlock` without its first axis: -1 is an empty slot, with weight 0.
     """
 
     site_index: int
-    assignments: npt.NDArray[np.int64]
+    assignments: npt.NDArray[np.int64]  # [G, E], as the next two
     weight_sum: npt.NDArray[np.float64]
     prob_sum: npt.NDArray[np.float64] | None
-    expert_ids: npt.NDArray[np.int32] | None = None
+    expert_ids: npt.NDArray[np.int32] | None = None  # [N, K], as the weights
     weights: npt.NDArray[np.float32] | None = None
-    entropy: npt.NDArray[np.float32] | None = None
+    entropy: npt.NDArray[np.float32] | None = None  # [N], as the next three
     margin: npt.NDArray[np.float32] | None = None
     logsumexp: npt.NDArray[np.float32] | None = None
     topk_mass: npt.NDArray[np.float32] | None = None
@@ -160,24 +131,13 @@ class PairSums:
     """Experts that met at one site since the last hand-over, for ``RunWriter.append_pairs``.
 
     The writer adds them up. They arrive seldom and once at the end, not with every forward pass,
-    so that decoding costs no copy; a killed run gets them from its rows.
-
-    Attributes
-    ----------
-    site_index : int
-        Index into the run's list of sites.
-    pairs : array [E, E], int64
-        How many tokens chose both experts, in both orders; the diagonal is the load.
-    transitions : array [E, E2], int64, or None
-        How many tokens chose an expert here and one at ``next_index``; None where there is no
-        next layer with experts, and at all but the last site of a layer.
-    next_index : int or None
-        The last site of the next layer that has experts, as :func:`next_sites` says.
+    so that decoding costs no copy; a killed run gets them from its rows. There are transitions at
+    the last site of a layer, if a later layer has experts, see :func:`next_sites`.
     """
 
     site_index: int
-    pairs: npt.NDArray[np.int64]
-    transitions: npt.NDArray[np.int64] | None = None
+    pairs: npt.NDArray[np.int64]  # [E, E], tokens that chose both; the diagonal is the load
+    transitions: npt.NDArray[np.int64] | None = None  # [E, E2], tokens that went on to the next
     next_index: int | None = None
 
 
@@ -197,65 +157,35 @@ def next_sites(sites: Sequence[SiteInfo]) -> list[int | None]:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayer:
-    """One decoder layer, as stored in the view ``attention_layers``.
-
-    Attributes
-    ----------
-    layer : int
-    module : str
-        Full name of the module that mixes tokens.
-    heads : int or None
-        Query heads of the layer; None without an attention map.
-    kind : str
-        "attention", or the class of a module whose weights over keys do not exist or are not
-        known.
-    reason : str or None
-        Why there is no attention map.
-    recorded : tuple of int
-        Heads whose attention is recorded, ascending.
-    """
+    """One decoder layer, as stored in the view ``attention_layers``."""
 
     layer: int
-    module: str
-    heads: int | None
-    kind: str
-    reason: str | None = None
-    recorded: tuple[int, ...] = ()
+    module: str  # full name of the module that mixes tokens
+    heads: int | None  # query heads; None without an attention map
+    kind: str  # "attention", or the class of a module whose weights over keys are not known
+    reason: str | None = None  # why there is no attention map
+    recorded: tuple[int, ...] = ()  # heads whose attention is recorded, ascending
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
     """The attention of one prompt in one layer: H recorded heads, n bins, Q queries, K keys.
 
-    Attributes
-    ----------
-    layer : int
-    queries : int
-        Queries that were used, of which the four statistics are means.
-    entropy, sink_mass, mean_distance, window_mass : array [H], float32
-        Nats; mass on the prompt's first token; tokens; mass on the latest keys.
-    maps : array [H, n, n], float32
-        Query bins by key bins; rows sum to 1, nan in a row without a used query.
-    received : array [H, n], float32
-        Mass that each key bin receives, summed over the used queries.
-    top_queries : array [Q], int64
-        Places in the prompt of the queries whose heaviest keys are kept.
-    top_ids : array [H, Q, K], int32
-        Places of these keys in the prompt, heaviest first; -1 = there are fewer keys.
-    top_weights : array [H, Q, K], float32
+    The four statistics [H] are means over the queries used: nats; mass on the prompt's first
+    token; tokens; mass on the latest keys.
     """
 
     layer: int
-    queries: int
+    queries: int  # how many were used
     entropy: npt.NDArray[np.float32]
     sink_mass: npt.NDArray[np.float32]
     mean_distance: npt.NDArray[np.float32]
     window_mass: npt.NDArray[np.float32]
-    maps: npt.NDArray[np.float32]
-    received: npt.NDArray[np.float32]
-    top_queries: npt.NDArray[np.int64]
-    top_ids: npt.NDArray[np.int32]
-    top_weights: npt.NDArray[np.float32]
+    maps: npt.NDArray[np.float32]  # [H, n, n], rows sum to 1; nan in a row without a used query
+    received: npt.NDArray[np.float32]  # [H, n], mass summed over the used queries
+    top_queries: npt.NDArray[np.int64]  # [Q], places of queries whose heaviest keys are kept
+    top_ids: npt.NDArray[np.int32]  # [H, Q, K], places of the keys, heaviest first; -1 = none
+    top_weights: npt.NDArray[np.float32]  # [H, Q, K]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,51 +29,28 @@ class BenchError(RuntimeError):
 
 
 class Tolerance(NamedTuple):
-    """How far one field of an output may be from the reference.
+    """How far one field of an output may be from the reference."""
 
-    Attributes
-    ----------
-    error : float
-        Largest difference; for large values, this share of the reference.
-    share : float
-        Share of the elements that may be further away.
-    """
-
-    error: float
-    share: float = 0.0
+    error: float  # largest difference; for large values, this share of the reference
+    share: float = 0.0  # of the elements that may be further away
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One op on one input.
+    """One op on one input, as the results name it.
 
-    Attributes
-    ----------
-    op, shape : str
-        How the results name it.
-    run : callable
-        From the name of a backend to the op's output.
-    backends : tuple of str
-        Backends to time, all but the reference, best first.
-    inputs : tuple of Tensor
-        What the op reads.
-    baselines : mapping
-        Other functions to time in the same run, by name.
-    tolerances : mapping
-        By field of the output; integers are equal and floats within 1e-4 where it says nothing.
-    check : callable, optional
-        Like ``run`` on a smaller input, for references that cannot hold the timed one. The
-        reference is timed only where there is none.
+    The reference is timed only where there is no ``check``: it cannot hold large inputs.
     """
 
     op: str
     shape: str
-    run: Callable[[str], Any]
-    backends: tuple[str, ...]
+    run: Callable[[str], Any]  # from the name of a backend to the op's output
+    backends: tuple[str, ...]  # to time: all but the reference, best first
     inputs: tuple[torch.Tensor, ...]
-    baselines: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)  # timed in the same run
+    # by field of the output; without one, integers are equal and floats within 1e-4
     tolerances: Mapping[str, Tolerance] = field(default_factory=dict)
-    check: Callable[[str], Any] | None = None
+    check: Callable[[str], Any] | None = None  # like run, on a smaller input
 
     def timed(self) -> dict[str, Callable[[], object]]:
         """Return what is timed by name: backends, the reference where it fits, baselines."""
@@ -136,26 +113,14 @@ def disagreement(
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of one kind of run; ``more`` has those that ``--all`` adds.
+    """Shapes of one kind of run."""
 
-    Attributes
-    ----------
-    gate : tuple of (T, E, k)
-    decode : tuple of (S, T, E, k)
-        Sites and tokens of one step of decoding.
-    coactivation : tuple of (S, T, E, k)
-    project_topk : tuple of (T, D, R, E, k)
-    attention : tuple of (T, H, Hkv, D)
-    dtype : torch.dtype
-        Of logits, hidden states, queries and keys.
-    """
-
-    gate: tuple[tuple[int, int, int], ...]
-    decode: tuple[tuple[int, int, int, int], ...]
-    coactivation: tuple[tuple[int, int, int, int], ...]
-    project_topk: tuple[tuple[int, int, int, int, int], ...]
-    attention: tuple[tuple[int, int, int, int], ...]
-    dtype: torch.dtype
+    gate: tuple[tuple[int, int, int], ...]  # T, E, k
+    decode: tuple[tuple[int, int, int, int], ...]  # S, T, E, k of one step of decoding
+    coactivation: tuple[tuple[int, int, int, int], ...]  # S, T, E, k
+    project_topk: tuple[tuple[int, int, int, int, int], ...]  # T, D, R, E, k
+    attention: tuple[tuple[int, int, int, int], ...]  # T, H, Hkv, D
+    dtype: torch.dtype  # of logits, hidden states, queries and keys
 
 
 CPU = Size(

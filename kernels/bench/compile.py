@@ -52,22 +52,12 @@ TENSOR_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, not executed.
-
-    Attributes
-    ----------
-    kernel : JITFunction
-        The Triton kernel.
-    args, kwargs : tuple, dict
-        Its arguments and options, as the launcher passed them.
-    grid : tuple of int
-        Programs along each axis.
-    """
+    """One launch of a Triton kernel, not executed."""
 
     kernel: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    grid: tuple[int, ...]
+    grid: tuple[int, ...]  # programs along each axis
 
     @property
     def name(self) -> str:
@@ -120,30 +110,14 @@ class UnexpectedCodeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Code:
-    """The machine code of one kernel.
+    """The machine code of one kernel."""
 
-    Attributes
-    ----------
-    registers : int
-        Registers per thread (AMD: vector registers).
-    stack : int
-        Bytes of stack per thread; not 0 where registers spill or arrays are indexed.
-    shared : int
-        Bytes of shared memory per program, dynamic and static.
-    warps : int
-        Warps per program.
-    instructions : tuple of (address, text)
-        In order; empty where only resources are known (AMD).
-    spills : int
-        Loads from and stores to local memory (AMD: vector registers that spill).
-    """
-
-    registers: int
-    stack: int
-    shared: int
-    warps: int
-    instructions: tuple[tuple[int, str], ...]
-    spills: int
+    registers: int  # per thread (AMD: vector registers)
+    stack: int  # bytes per thread; not 0 where registers spill or arrays are indexed
+    shared: int  # bytes of shared memory per program, dynamic and static
+    warps: int  # per program
+    instructions: tuple[tuple[int, str], ...]  # address and text; empty for AMD
+    spills: int  # loads from and stores to local memory (AMD: vector registers that spill)
 
     @cached_property
     def opcodes(self) -> Counter[str]:

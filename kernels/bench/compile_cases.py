@@ -24,50 +24,25 @@ CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (
 class Budget:
     """How many machine instructions the warps may execute for each token, on :data:`COUNTED`.
 
-    Attributes
-    ----------
-    most : float
-        The limit.
-    trips : callable
-        From the launch's compile-time arguments to the rounds of each loop in the code.
-    tokens : callable
-        From the same to the tokens that one program serves.
+    ``trips`` and ``tokens`` are told the launch's compile-time arguments.
     """
 
     most: float
-    trips: Callable[[dict[str, int]], Sequence[int]]
-    tokens: Callable[[dict[str, int]], int]
+    trips: Callable[[dict[str, int]], Sequence[int]]  # rounds of each loop in the code
+    tokens: Callable[[dict[str, int]], int]  # that one program serves
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one specialisation.
+    """One kernel in one specialisation, and the limits that its code keeps on NVIDIA targets."""
 
-    Attributes
-    ----------
-    kernel : str
-        Which of the launches that ``run`` makes, by the kernel's name.
-    name : str
-        What it is compiled for, as the table shows it.
-    run : callable
-        From the name of a target to anything; calls the op's Triton code on CPU tensors.
-    most_registers : int
-        Limit per thread on NVIDIA targets.
-    wide : int
-        How many 16-byte loads the code must at least hold on NVIDIA targets.
-    tensor_cores : bool
-        Whether products must run on tensor cores.
-    budget : Budget, optional
-        Limit on instructions per token.
-    """
-
-    kernel: str
-    name: str
-    run: Callable[[str], object]
-    most_registers: int = 255
-    wide: int = 0
-    tensor_cores: bool = False
-    budget: Budget | None = None
+    kernel: str  # which of the launches that ``run`` makes
+    name: str  # what it is compiled for, as the table shows it
+    run: Callable[[str], object]  # calls the op's Triton code on CPU tensors, for a target
+    most_registers: int = 255  # per thread
+    wide: int = 0  # least number of 16-byte loads
+    tensor_cores: bool = False  # whether products must run on them
+    budget: Budget | None = None  # on instructions per token
 
 
 def cases() -> list[Case]:

@@ -90,33 +90,23 @@ class GateBatchOutput(NamedTuple):
 class GateInputs:
     """The checked arguments of a call, as every implementation takes them.
 
-    Attributes
-    ----------
-    logits : tuple of S tensors [R, E], or None
-    expert_ids, weights : tuple of S tensors [R, K], or None
-        Both given: observe. Both None: select, and ``logits`` are given.
-    rows : Tensor [T], int64, or None
-        Row of the batch that each output row shows; None = all rows in order.
-    selection_bias : tuple of S tensors [E] float32 or None each
-    valid : Tensor [T], bool, or None
-    segments : Tensor [T], integer, or None
-        A token whose segment is outside ``range(n_segments)`` is counted in none.
+    Ids and weights both given: observe. Neither: select.
     """
 
     n_tokens: int
     n_experts: int
     top_k: int
     score_function: ScoreFunction
-    logits: tuple[torch.Tensor, ...] | None
-    expert_ids: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None  # S tensors [R, E]
+    expert_ids: tuple[torch.Tensor, ...] | None = None  # S tensors [R, K], as the weights
     weights: tuple[torch.Tensor, ...] | None = None
-    rows: torch.Tensor | None = None
-    selection_bias: tuple[torch.Tensor | None, ...] | None = None
+    rows: torch.Tensor | None = None  # [T] int64, row of the batch of each output row; None: all
+    selection_bias: tuple[torch.Tensor | None, ...] | None = None  # S tensors [E]
     n_groups: int = 1
     top_groups: int = 1
     renormalize: bool = True
-    valid: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
+    valid: torch.Tensor | None = None  # [T] bool
+    segments: torch.Tensor | None = None  # [T]; a token outside range(n_segments) counts in none
     n_segments: int = 1
     importance: bool = True
     packed: bool = False
