@@ -57,10 +57,7 @@ class SchemaVersionError(StoreError):
 class CaptureCancelled(CaptureError):
     """The caller asked the capture to stop; what was recorded is kept.
 
-    Attributes
-    ----------
-    path : Path or None
-        The finished, incomplete run; None when nothing was recorded yet.
+    ``path`` is the finished, incomplete run; None when nothing was recorded yet.
     """
 
     def __init__(self, message: str, path: Path | None = None) -> None:

@@ -17,10 +17,7 @@ class Terminated(KeyboardInterrupt):
 class Interrupts:
     """Which signals have come since :func:`remembered_interrupts` began.
 
-    Attributes
-    ----------
-    last : type of KeyboardInterrupt or None
-        How to tell of the last one; None when there was none.
+    ``last`` is how to tell of the last one, None when there was none.
     """
 
     def __init__(self) -> None:

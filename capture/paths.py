@@ -18,15 +18,10 @@ _LOCAL = re.compile(r"[./~\\]|[A-Za-z]:[/\\]|.*\\|[^/]*/[^/]*/")
 
 
 def given_path(name: str | Path, what: str, error: type[Exception] = CaptureError) -> Path:
-    """Return the path that a name means: ``~`` is a home folder, nothing is an error.
+    """Return the path that a name means: ``~`` is a home folder.
 
-    Parameters
-    ----------
-    name : str or Path
-    what : str
-        For the message, such as ``"the run file"``.
-    error : type
-        Raised when the name is empty or its home folder is not known.
+    An empty name or an unknown home folder raises ``error``; ``what`` is for its message, such as
+    ``"the run file"``.
     """
     text = str(name)
     if not text.strip():
@@ -82,13 +77,7 @@ def check_rank(out: Path) -> None:
 
 
 def model_name(model: str) -> str:
-    """Return the name of a model: the last one of a folder, or the id of a hub as it is.
-
-    Parameters
-    ----------
-    model : str
-        As a run has it: ``demo``, ``org/name``, or the path of a folder.
-    """
+    """Return the name of a model: the last one of a folder, or the id of a hub as it is."""
     text = model.rstrip("/\\")
     if not _LOCAL.match(text) and not (text and os.path.isdir(text)):
         return model

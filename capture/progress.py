@@ -13,34 +13,21 @@ TOKENS = "tok"
 
 
 class Progress(NamedTuple):
-    """One report of something that runs.
+    """One report of something that runs: a capture counts tokens, a comparison routers.
 
-    Attributes
-    ----------
-    stage : str
-        Of a capture "loading", "self-test", "recording", "writing" and "done"; of a comparison
-        "loading", "comparing" and "done".
-    done, total : int, in ``unit``
-        Of a capture tokens that are stored, which nothing can take back; the total counts every
-        token that may be generated, so a capture can end below it. Of a comparison routers,
-        counted once for each seed and mode.
-    per_second : float
-        Over the stage so far; 0 before it starts.
-    seconds_left : float or None
-    message : str
-        What just began, or the cost estimate; '' in between.
-    part : float or None
-        How much is done, 0..1, of a job that counts nothing.
-    unit : str
+    Stages of a capture are "loading", "self-test", "recording", "writing" and "done"; of a
+    comparison "loading", "comparing" and "done". Tokens that are done are stored, which nothing
+    can take back; their total counts every token that may be generated, so a capture can end below
+    it. Routers count once for each seed and mode.
     """
 
     stage: str = "starting"
     done: int = 0
     total: int = 0
-    per_second: float = 0.0
+    per_second: float = 0.0  # over the stage so far; 0 before it starts
     seconds_left: float | None = None
-    message: str = ""
-    part: float | None = None
+    message: str = ""  # what just began, or the cost estimate; "" in between
+    part: float | None = None  # how much is done, 0..1, of a job that counts nothing
     unit: str = TOKENS
 
     @property
@@ -62,12 +49,7 @@ class Progress(NamedTuple):
 class Reporter:
     """Turns what runs into :class:`Progress` for one sink.
 
-    Parameters
-    ----------
-    progress : bool or callable
-        True draws a bar on standard error, False is silent, a callable gets every report.
-    unit : str
-        What is counted.
+    True draws a bar on standard error, False is silent, a callable gets every report.
     """
 
     def __init__(self, progress: bool | Callable[[Progress], None], *, unit: str = TOKENS) -> None:

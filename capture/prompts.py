@@ -94,17 +94,10 @@ def read_prompts(source: PromptSource) -> list[Prompt]:
 def read_prompts_bytes(name: str, data: bytes, *, most: int = MAX_BYTES) -> list[Prompt]:
     """Read an uploaded file: its name says the format, compressed files are refused.
 
-    Parameters
-    ----------
-    name : str
-    data : bytes
-    most : int, bytes
-        The texts together may come to so much.
-
     Raises
     ------
     PromptError
-        As :func:`read_prompts`.
+        As :func:`read_prompts`, or if the texts together come to more than ``most`` bytes.
     """
     suffix = Path(name).suffix.lower()
     if suffix in COMPRESSIONS:

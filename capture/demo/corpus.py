@@ -391,19 +391,10 @@ def _share_out(
 def split_documents(
     documents: Iterable[tuple[str, str]], more_training: Iterable[tuple[str, str]] = ()
 ) -> Split:
-    """Split the documents of one domain.
+    """Split the documents of one domain, given as (key, text).
 
-    Parameters
-    ----------
-    documents : iterable of (key, text)
-        The documents that the prototype saw, in its order: its shuffle is repeated here.
-    more_training : iterable of (key, text)
-        Further documents, for training only.
-
-    Returns
-    -------
-    Split
-        Training text, the prototype's held-out split, and the texts for fit and heldout.
+    Of ``documents``, which the prototype saw, its shuffle is repeated; ``more_training`` are for
+    training only.
     """
     train: list[Document] = []
     held_out: list[Document] = []
@@ -460,15 +451,7 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 def prepare(unpacked: Path, corpus: Path) -> None:
-    """Write ``SPLIT/DOMAIN.jsonl`` for every split and domain.
-
-    Parameters
-    ----------
-    unpacked : Path
-        The folder that `capture.demo.sources.fetch` returned.
-    corpus : Path
-        Where to write.
-    """
+    """Write ``SPLIT/DOMAIN.jsonl`` for every split and domain, from what ``fetch`` unpacked."""
     for domain in tqdm(DOMAINS, desc="corpus", unit="domain"):
         more = MORE_TRAINING.get(domain.name)
         documents = EXTRACTORS[domain.name](unpacked)

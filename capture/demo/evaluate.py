@@ -119,18 +119,9 @@ def masked_expert(router: torch.nn.Module, expert: int) -> Iterator[None]:
 def measure_harm(
     model: PreTrainedModel, windows: Windows, experts: list[tuple[int, int]], label: str
 ) -> list[Harm]:
-    """Mask each expert in turn and compare each window's loss with the whole model's.
+    """Mask each (layer, expert) in turn and compare each window's loss with the whole model's.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        An OLMoE model.
-    windows : Windows
-        The same windows for every expert, so that differences are paired.
-    experts : list of (layer, expert)
-        Which ones.
-    label : str
-        Shown beside the progress bar.
+    The windows are the same for every expert, so that differences are paired.
     """
     whole = window_losses(model, windows.tokens)
     numbers = np.unique(windows.domains)
@@ -213,16 +204,8 @@ def routing_figures(
 ) -> dict[str, Any]:
     """Summarise balance and expert-domain information of every layer.
 
-    Parameters
-    ----------
-    trained : WindowRouting
-        The windows through the model.
-    untrained : dict of WindowRouting
-        The same windows through models with random weights, by name.
-    windows : Windows
-        Equally many of every domain.
-    experts : int
-        Experts a layer.
+    The same windows, equally many of every domain, went through the trained model and through those
+    with random weights.
     """
     generator = np.random.default_rng(0)
     layers = [_layer_figures(ids, windows, experts, generator) for ids in trained.expert_ids]

@@ -79,15 +79,9 @@ def observe(model: PreTrainedModel, windows: Windows, label: str) -> WindowRouti
 def domain_counts(
     expert_ids: npt.NDArray[np.uint8], domains: npt.NDArray[np.int64], experts: int
 ) -> Array:
-    """Count assignments by domain and expert, [D, E].
+    """Count a layer's assignments by domain and expert, [D, E].
 
-    Parameters
-    ----------
-    expert_ids : array [N, ...], uint8
-        One layer's choices, one row a window or token.
-    domains : array [N], int64
-        Domain number of each row.
-    experts : int
+    Ids [N, ...] and domains [N] have one row a window or token.
     """
     counts = np.zeros((int(domains.max()) + 1, experts))
     rows = expert_ids.reshape(len(domains), -1)
@@ -148,21 +142,14 @@ def window_accuracy(
 ) -> tuple[float, dict[int, float]]:
     """Tell the domain of a window from its routing alone: nearest centroid.
 
-    Centroids come from the first half of each domain's windows, the second half is judged.
+    Centroids come from the first half of each domain's windows, the second half is judged. Returns
+    the share of windows told right, over all and by domain number.
 
     Parameters
     ----------
     shares : array [W, F]
         One row a window, each domain's windows in the order of its text.
     domains : array [W]
-        Domain numbers.
-
-    Returns
-    -------
-    accuracy : float
-        Share of windows told right.
-    by_domain : dict
-        The same by domain number.
     """
     numbers = np.unique(domains)
     first = np.zeros(len(domains), dtype=bool)
@@ -224,18 +211,7 @@ def cluster_router(
     experts. Linear discriminants of these clusters (within-window covariance inverted) are made
     orthogonal to the mean input, so that no expert is ahead of the others. Each goes to the
     expert that reads most of the same tokens already, and is blended with that expert's old row;
-    the logits stay as large as they were.
-
-    Parameters
-    ----------
-    model : OlmoeForCausalLM
-    layer : int
-    streams : list of array
-        Token streams of the training split, one a domain.
-    seed : int
-        Seeds K-Means.
-    share : float
-        Share of the clusters in the new rows; 1 leaves nothing of the old ones.
+    the logits stay as large as they were. A ``share`` of 1 leaves nothing of the old rows.
     """
     tokens = torch.cat([cut_windows(stream, CLUSTER_WINDOWS)[:, :-1] for stream in streams])
     hidden = router_inputs(model, layer, tokens).double()

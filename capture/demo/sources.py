@@ -205,18 +205,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def fetch(work: Path) -> Path:
-    """Download and unpack every package that is not there yet.
-
-    Parameters
-    ----------
-    work : Path
-        The work folder; ``downloads`` and ``unpacked`` are made in it.
-
-    Returns
-    -------
-    Path
-        The folder with one folder a package.
-    """
+    """Download and unpack every package that is not there yet; return their folder."""
     # the clients run inside the downloads folder, so no path may be relative
     downloads = work.resolve() / "downloads"
     unpacked = work.resolve() / "unpacked"

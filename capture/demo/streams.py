@@ -121,20 +121,9 @@ def domain_order(weights: list[float], seed: int) -> Iterator[int]:
 
 
 class WindowSampler:
-    """Training batches for one process, the same after a restart at any step.
+    """Training batches for one process of ``world``, the same after a restart at any step.
 
-    Parameters
-    ----------
-    streams : list of array
-        One token stream a domain.
-    batch : int
-        Windows of `WINDOW` tokens a step and process.
-    rank, world : int
-        This process and how many there are.
-    seed : int
-        Decides the order of domains and the places.
-    first_step : int
-        Where to go on.
+    ``batch`` are windows of `WINDOW` tokens; the seed decides the order of domains and the places.
     """
 
     def __init__(
@@ -163,13 +152,9 @@ class WindowSampler:
         return max(1, self._batch * WINDOW // LONG_WINDOW), LONG_WINDOW
 
     def draw(self) -> torch.Tensor:
-        """Draw the next batch.
+        """Draw the next batch, [windows, length + 1] int64; the last of each row is only a target.
 
-        Returns
-        -------
-        Tensor [windows, length + 1], int64
-            Token ids; the last of each row is only a target. ``length`` is `WINDOW`, and
-            `LONG_WINDOW` at every `LONG_EVERY`-th step, with fewer windows.
+        ``length`` is `WINDOW`, and `LONG_WINDOW` at every `LONG_EVERY`-th step, with fewer windows.
         """
         windows, length = self._shape(self._step)
         domains = list(itertools.islice(self._order, windows * self._world))
@@ -184,12 +169,9 @@ class WindowSampler:
 
 
 def cut_windows(stream: np.ndarray, limit: int | None = None) -> torch.Tensor:
-    """Cut a stream into neighbouring windows.
+    """Cut a stream into neighbouring windows, [windows, WINDOW + 1] int64.
 
-    Returns
-    -------
-    Tensor [windows, WINDOW + 1], int64
-        At most ``limit`` windows, evenly spread over the stream.
+    Of more than ``limit``, as many are taken, evenly spread over the stream.
     """
     count = (len(stream) - 1) // WINDOW
     starts = np.arange(count) * WINDOW

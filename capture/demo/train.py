@@ -171,14 +171,7 @@ class TrainingState:
 def balance_loss(
     router_logits: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the two losses of the routers.
-
-    Parameters
-    ----------
-    router_logits : Tensor [L, T, E]
-        Scores of every layer and token of this process.
-    top_k : int
-        Experts a token.
+    """Compute the two losses of the routers from logits [L, T, E] of every layer and token.
 
     Returns
     -------

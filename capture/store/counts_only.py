@@ -143,15 +143,10 @@ def counts_only(path: str | Path, out: str | Path) -> Path:
     ``MIN_PROMPTS`` prompts. Of the model's folder the last name is kept. The old file is not
     touched.
 
-    Returns
-    -------
-    Path
-        ``out``.
-
     Raises
     ------
     StoreError
-        If ``path`` is no run, or ``out`` exists or cannot be written.
+        If ``path`` is not a run, or ``out`` exists or cannot be written.
     """
     path, out = given_path(path, "the run", StoreError), given_path(out, "the new file", StoreError)
     check_new(out)

@@ -38,15 +38,10 @@ from capture.store.sums import check_counts, pairs_of_rows, store_pairs
 def recover(partial: str | Path) -> Path:
     """Close ``NAME.partial`` as ``NAME``, marked incomplete, with every committed forward pass.
 
-    Returns
-    -------
-    Path
-        NAME.
-
     Raises
     ------
     StoreError
-        If the file is no partial run, holds nothing, is still being written, or NAME exists.
+        If the file is not a partial run, holds nothing, is still being written, or NAME exists.
         Whatever fails, such as a full disk, leaves the file as it was.
     """
     partial = given_path(partial, "the file to recover", StoreError)
@@ -168,19 +163,12 @@ def migrate(path: str | Path, out: str | Path, *, steps: Sequence[Step] = STEPS)
 
     The old file is not touched. Every step runs in its own transaction and sets the version.
 
-    Parameters
-    ----------
-    path, out : path
-        An older run, and the name of the new one.
-    steps : sequence of Step
-        Known steps; the default is all there are.
-
     Raises
     ------
     SchemaVersionError
         If the run is newer than this code, is current already, or no step leads on.
     StoreError
-        If ``path`` is no run or ``out`` exists.
+        If ``path`` is not a run or ``out`` exists.
     """
     path, out = (
         given_path(path, "the old run", StoreError),

@@ -275,7 +275,7 @@ def _views(layout: Layout, missing: frozenset[str]) -> list[str]:
 
 
 class RunReader:
-    """A read-only connection to one run file, whoever made it; see ``sandbox``.
+    """A read-only connection to one run file, whoever made it.
 
     Attributes
     ----------
@@ -296,20 +296,14 @@ class RunReader:
 
     @classmethod
     def open(cls, path: str | Path, *, checked: bool = False) -> Self:
-        """Open a run file for reading.
-
-        Parameters
-        ----------
-        path : str or Path
-        checked : bool
-            Refuse a file whose values contradict each other, see ``checking``.
+        """Open a run file for reading; ``checked`` refuses values that contradict each other.
 
         Raises
         ------
         SchemaVersionError
             If the file has another schema version.
         StoreError
-            If the file does not exist or is no run file.
+            If the file does not exist or is not a run file.
         """
         path = Path(path)
         connection = open_sandbox(path)
@@ -329,12 +323,7 @@ class RunReader:
     ) -> pa.Table:
         """Run a SELECT and return Arrow; safe to call from several threads.
 
-        Parameters
-        ----------
-        sql : str
-            With ``?`` or ``$name`` for every value that comes from outside.
-        params : sequence or dict, optional
-            Their values.
+        ``?`` or ``$name`` stands for every value that comes from outside, and ``params`` has it.
 
         Raises
         ------
@@ -387,10 +376,7 @@ class RunReader:
 def check_run(path: str | Path, *, seconds: float = check.SECONDS) -> None:
     """Refuse a run file whose parts contradict each other.
 
-    Parameters
-    ----------
-    seconds : float
-        A file that takes longer is refused too: it would make every page wait.
+    One that takes longer than ``seconds`` is refused too: it would make every page wait.
 
     Raises
     ------

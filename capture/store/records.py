@@ -285,15 +285,7 @@ def check_block(
 ) -> None:
     """Refuse arrays that do not fit together or hold what a run file must not.
 
-    Parameters
-    ----------
-    block : Block
-    sites : sequence of SiteInfo
-        Those of the block, in its order.
-    level : Level
-        What the run records.
-    n_tokens, n_domains : int
-        Of the forward pass.
+    ``sites`` are those of the block, in its order.
 
     Raises
     ------

@@ -40,10 +40,7 @@ class _Sums:
 class Rollup:
     """Adds up what every forward pass did to every expert.
 
-    Parameters
-    ----------
-    sites : sequence of SiteInfo
-        The run's sites, each in blocks of the same sites throughout the run.
+    A site comes in blocks of the same sites throughout the run.
     """
 
     def __init__(self, sites: Sequence[SiteInfo]) -> None:
@@ -100,13 +97,7 @@ class Rollup:
 
 
 class PairTotals:
-    """Adds up :class:`PairSums`.
-
-    Parameters
-    ----------
-    sites : sequence of SiteInfo
-        The run's sites.
-    """
+    """Adds up :class:`PairSums`."""
 
     def __init__(self, sites: Sequence[SiteInfo]) -> None:
         self._sites = sites
@@ -296,15 +287,8 @@ def check_counts(
 
     Parameters
     ----------
-    connection : DuckDBPyConnection
-        Open on the file.
-    layout : Layout
-        Bits and slots of a packed row.
-    sites : sequence of SiteInfo
     routed : bool
         Whether the level stores a row per token and site.
-    n_tokens : int
-        Tokens handed in.
     assignments : sequence of int
         Assignments of every site, summed while the forward passes came in.
     vectors : mapping of sequences of int

@@ -91,20 +91,12 @@ class RowBuilder:
     ) -> dict[str, pa.Table]:
         """Return the rows of one forward pass by table; large arrays are not copied.
 
-        Parameters
-        ----------
-        forward : ForwardRows
-        blocks : sequence of Block
-            What :meth:`blocks` gave for this forward pass.
-        batch_id : int
-        seconds : float
-            Since the run began.
+        ``blocks`` is what :meth:`blocks` gave for it; ``seconds`` count from the run's start.
 
         Raises
         ------
         StoreError
-            If a shape, an id or a number is not what the records promise; the message names
-            the site.
+            If a number of a token is not what the records promise.
         """
         tokens = forward.tokens
         n_tokens = len(tokens.token_id)
@@ -242,15 +234,7 @@ def _lists(values: npt.NDArray[np.float32]) -> pa.Array:
 
 
 class AttentionBuilder:
-    """Checks and packs the attention of the prompts of one run.
-
-    Parameters
-    ----------
-    layers : sequence of AttentionLayer
-        What the run said about its layers; a prompt has rows of each that is recorded.
-    columns_of : dict
-        Columns of every table, from ``schema.tables``.
-    """
+    """Checks and packs the attention of the prompts of one run, in each layer that is recorded."""
 
     def __init__(
         self, layers: Sequence[AttentionLayer], columns_of: Mapping[str, list[Column]]

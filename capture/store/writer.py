@@ -137,14 +137,7 @@ class RunWriter:
     ) -> Self:
         """Start a run in ``OUT.partial``.
 
-        Parameters
-        ----------
-        out : Path
-        info : RunInfo
-        sites : sequence of SiteInfo
-        prompts : sequence of PromptInfo
-        attention_layers : sequence of AttentionLayer
-            At level attention every decoder layer, otherwise none.
+        ``attention_layers`` are all decoder layers at level attention, otherwise none.
 
         Raises
         ------
@@ -369,8 +362,7 @@ class RunWriter:
         Raises
         ------
         StoreError
-            If the stored rows do not add up; the message names the site, and the partial file
-            stays.
+            If the stored rows do not add up. The partial file stays.
         """
         self.flush()
         connection = self._open()

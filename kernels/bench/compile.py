@@ -172,13 +172,7 @@ def executed(code: Code, trips: Sequence[int]) -> int:
     """Return how many instructions one warp executes, each loop as often as ``trips`` says.
 
     Both sides of a branch count, and so do instructions whose predicate is off: an upper bound.
-
-    Parameters
-    ----------
-    code : Code
-        Of an NVIDIA target.
-    trips : sequence of int
-        Rounds of each loop of :func:`loops`, in its order.
+    ``trips`` are rounds of each of :func:`loops`, in their order.
 
     Raises
     ------
