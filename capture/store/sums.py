@@ -16,7 +16,7 @@ from capture.store import schema
 from capture.store.codec import Layout, unpack_ids
 from capture.store.records import Block, ForwardRows, PairSums, SiteInfo, describe, next_sites
 from capture.store.schema import Column
-from capture.store.tables import as_table
+from capture.store.tables import rows_table
 
 _Key = tuple[tuple[int, ...], str | None, str]  # indices of the sites, domain, phase
 # tokens whose rows are unpacked at a time; 64 layers of top-8 take 64 MB
@@ -88,12 +88,7 @@ class Rollup:
             for (indices, domain, phase), sums in self._sums.items()
             for place, index in enumerate(indices)
         ]
-        by_column = zip(*rows, strict=True) if rows else ([] for _ in columns)
-        arrays = [
-            pa.array(values, column.arrow)
-            for values, column in zip(by_column, columns, strict=True)
-        ]
-        return pa.Table.from_arrays(arrays, names=[column.name for column in columns])
+        return rows_table(columns, rows)
 
 
 class PairTotals:
@@ -166,8 +161,8 @@ class PairTotals:
             place = (sites[index].layer, sites[following].layer, sites[following].n_experts)
             transitions.append((*place, counts.ravel()))
         return {
-            "coactivation": _as_rows(columns_of["coactivation"], pairs),
-            "transition": _as_rows(columns_of["transition"], transitions),
+            "coactivation": rows_table(columns_of["coactivation"], pairs),
+            "transition": rows_table(columns_of["transition"], transitions),
         }
 
 
@@ -196,20 +191,6 @@ def _add(sums: dict[int, Counts], index: int, counts: Counts) -> None:
         sums[index] += counts
     else:
         sums[index] = counts.astype(np.int64)  # a copy: the caller may reuse its buffer
-
-
-def _as_rows(columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> pa.Table:
-    by_column = zip(*rows, strict=True) if rows else (() for _ in columns)
-    return as_table(columns, [_as_array(v, c) for v, c in zip(by_column, columns, strict=True)])
-
-
-def _as_array(values: Sequence[object], column: Column) -> pa.Array:
-    if not values or not isinstance(values[0], np.ndarray):
-        return pa.array(values, column.arrow)
-    matrices = [np.asarray(value) for value in values]
-    ends = np.cumsum([0, *(len(matrix) for matrix in matrices)])
-    flat = pa.array(np.concatenate(matrices))
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat).cast(column.arrow)
 
 
 def pairs_of_rows(

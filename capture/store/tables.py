@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,32 +60,29 @@ def as_table(columns: Sequence[Column], arrays: Sequence[Any]) -> pa.Table:
     return pa.Table.from_arrays(typed, names=[column.name for column in columns])
 
 
+def rows_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> pa.Table:
+    """Make a table of rows; an array in a row is a list."""
+    values = zip(*rows, strict=True) if rows else ([] for _ in columns)
+    return as_table(columns, [_column(v, c) for v, c in zip(values, columns, strict=True)])
+
+
+def _column(values: Sequence[Any], column: Column) -> pa.Array:
+    if not values or not all(isinstance(value, np.ndarray) for value in values):
+        return pa.array(values, column.arrow)
+    # large matrices: put together by numpy, not number by number
+    ends = np.cumsum([0, *(len(value) for value in values)])
+    flat = pa.array(np.concatenate(values))
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat).cast(column.arrow)
+
+
+@dataclass(frozen=True)
 class RowBuilder:
-    """Checks and packs the forward passes of one run.
+    """Checks and packs the forward passes of one run."""
 
-    Parameters
-    ----------
-    level : Level
-        What the run records.
-    sites : sequence of SiteInfo
-        The run's sites; a forward pass has the rows of every one.
-    layout : Layout
-        Bits and slots of a packed row.
-    tables : dict
-        Columns of every table, from ``schema.tables``.
-    """
-
-    def __init__(
-        self,
-        level: Level,
-        sites: Sequence[SiteInfo],
-        layout: Layout,
-        tables: dict[str, list[Column]],
-    ) -> None:
-        self._sites = sites
-        self._layout = layout
-        self._tables = tables
-        self._level = level
+    level: Level
+    sites: Sequence[SiteInfo]  # a forward pass has the rows of every one
+    layout: Layout
+    columns_of: Mapping[str, Sequence[Column]]  # from ``schema.tables``
 
     def build(
         self, forward: ForwardRows, blocks: Sequence[Block], batch_id: int, seconds: float
@@ -116,7 +114,7 @@ class RowBuilder:
         if len(sample):
             arrays["sample"] = [[sample]]
         return {
-            name: pa.concat_tables(as_table(self._tables[name], columns) for columns in parts)
+            name: pa.concat_tables(as_table(self.columns_of[name], columns) for columns in parts)
             for name, parts in arrays.items()
         }
 
@@ -128,7 +126,7 @@ class RowBuilder:
         StoreError
             If a site is missing, or its arrays hold what a run file must not.
         """
-        n_sites = len(self._sites)
+        n_sites = len(self.sites)
         given = [
             index
             for rows in forward.sites
@@ -143,9 +141,9 @@ class RowBuilder:
         n_tokens, n_domains = len(forward.tokens.token_id), len(forward.domains)
         for rows in forward.sites:
             if isinstance(rows, SiteRows):
-                rows = as_block(rows, self._sites[rows.site_index])
-            sites = [self._sites[index] for index in rows.site_indices]
-            check_block(rows, sites, self._level, n_tokens, n_domains)
+                rows = as_block(rows, self.sites[rows.site_index])
+            sites = [self.sites[index] for index in rows.site_indices]
+            check_block(rows, sites, self.level, n_tokens, n_domains)
             blocks.append(rows)
         return blocks
 
@@ -176,7 +174,7 @@ class RowBuilder:
 
     def _places(self, token_id: npt.NDArray[Any], block: Block) -> list[Any]:
         """Return token_id, layer and site, site after site."""
-        infos = [self._sites[index] for index in block.site_indices]
+        infos = [self.sites[index] for index in block.site_indices]
         return [
             np.tile(token_id.astype(np.int32), len(infos)),
             np.repeat(np.array([info.layer for info in infos], np.int32), len(token_id)),
@@ -186,8 +184,8 @@ class RowBuilder:
     def _route_columns(self, token_id: npt.NDArray[Any], block: Block) -> list[Any]:
         ids, weights = block.expert_ids, block.weights
         assert ids is not None and weights is not None  # checked before
-        id_words = pack_ids(ids.reshape(-1, ids.shape[-1]), self._layout)
-        weight_words = pack_weights(weights.reshape(-1, weights.shape[-1]), self._layout)
+        id_words = pack_ids(ids.reshape(-1, ids.shape[-1]), self.layout)
+        weight_words = pack_weights(weights.reshape(-1, weights.shape[-1]), self.layout)
         return [
             *self._places(token_id, block),
             *(_statistic(getattr(block, name), ids.shape[0] * ids.shape[1]) for name in STATISTICS),
@@ -204,7 +202,7 @@ class RowBuilder:
 
     def _sampled(self, forward: ForwardRows, blocks: Sequence[Block]) -> npt.NDArray[np.int32]:
         """Return the token ids of the forward pass that belong to the sample."""
-        everywhere = LEVELS.index(self._level) >= LEVELS.index("scores")
+        everywhere = LEVELS.index(self.level) >= LEVELS.index("scores")
         rows = [block.hidden[0] for block in blocks if block.hidden is not None]
         if not everywhere:
             rows += [block.scores[0] for block in blocks if block.scores is not None]
