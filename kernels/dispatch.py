@@ -61,7 +61,7 @@ def resolve_backend(
         raise KernelError(f"No backend can run these inputs: {_listed(reasons)}.")
     if requested not in reasons:
         raise KernelError(
-            f"backend={requested!r} is none of this op's backends. "
+            f"backend={requested!r} is not one of this op's backends. "
             f"Choose one of auto, {', '.join(reasons)}."
         )
     reason = reasons[requested]

@@ -33,7 +33,8 @@ from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, NO_TOKEN, STAT
 SECONDS = 60.0  # what a check may take; a run of 100 M rows takes a fifth of it
 _DOCUMENTS = ("backends", "packages", "config", "sample", "notes")
 _TEXTS = {"prompt": ("text", "domain", "source"), "token": ("text",)}
-# what reading a damaged file raises: text that is none, a number or a moment that Python has not
+# what reading a damaged file raises: for bytes that are not text, or numbers and moments that
+# Python does not have
 UNREADABLE = (duckdb.Error, pa.ArrowException, ValueError, OverflowError, MemoryError)
 _SALT_BITS = 62
 _ROWS = 2**17  # routes that are unpacked at a time
@@ -66,22 +67,22 @@ class Question(NamedTuple):
 
 
 def long(column: str, most: int = MAX_NAME) -> str:
-    """Write the condition of a text that is too long; NULL is none."""
+    """Write the condition of a text that is too long; NULL is not."""
     return f"{column} IS NOT NULL AND strlen({column}) > {most}"
 
 
 def number(column: str, least: float, most: float) -> str:
-    """Write the condition of a number that is none, or outside of a range."""
+    """Write the condition of what is not a number, or outside of a range."""
     return f"NOT (isfinite({column}) AND {column} BETWEEN {least} AND {most})"
 
 
 def numbers(column: str, least: str = f"{-MAX_NUMBER}", most: str = f"{MAX_NUMBER}") -> str:
-    """Write the condition of a list with a gap, or with something that is no number in a range."""
+    """Write the condition of a list with a gap, or with what is not a number in a range."""
     return f"(len({column}) <> list_count({column}) OR {beyond(column, least, most)})"
 
 
 def beyond(column: str, least: str = f"{-MAX_NUMBER}", most: str = f"{MAX_NUMBER}") -> str:
-    """Write the condition of a list with something that is no number in a range; gaps may be."""
+    """Write the condition of a list with something that is not a number in a range; gaps may be."""
     # NaN is the largest number of all
     return (
         f"(coalesce(list_min({column}), {most}) < {least}"
@@ -90,7 +91,7 @@ def beyond(column: str, least: str = f"{-MAX_NUMBER}", most: str = f"{MAX_NUMBER
 
 
 def counts(column: str, most: str) -> str:
-    """Write the condition of a list with something that is no count from 0 to ``most``."""
+    """Write the condition of a list with something that is not a count from 0 to ``most``."""
     return (
         f"(len({column}) <> list_count({column}) OR coalesce(list_min({column}), 0) < 0"
         f" OR coalesce(list_max({column}), 0) > {most})"
@@ -108,8 +109,8 @@ RUN = Question(
             for name in ("backends", "packages", "config", "sample", "notes")
         ),
         "a size that no model has": f"vocab_size < 0 OR hidden_size NOT BETWEEN 0 AND {MAX_WIDTH}",
-        "a start that is no date from 1970 to 2200": f"NOT ({_MOMENT})",
-        "a duration that is none": f"seconds IS NOT NULL AND {number('seconds', 0, MAX_SECONDS)}",
+        "a start that is not a date from 1970 to 2200": f"NOT ({_MOMENT})",
+        "a duration that cannot be": f"seconds IS NOT NULL AND {number('seconds', 0, MAX_SECONDS)}",
     },
 )
 SITES = Question(
@@ -168,8 +169,8 @@ QUESTIONS = (
         {
             "a batch with a negative number": "batch_id < 0 OR tokens < 0",
             "tokens that its batches do not know": "tokens <> coalesce(found, 0)",
-            "batches of phases that are none": PHASE,
-            "a batch at a time that is none": number("seconds", 0, MAX_SECONDS),
+            "batches of unknown phases": PHASE,
+            "a batch at a time that cannot be": number("seconds", 0, MAX_SECONDS),
         },
     ),
     Question(
@@ -177,7 +178,7 @@ QUESTIONS = (
         " LEFT JOIN packed.batch AS batch USING (batch_id)",
         {
             "tokens of no prompt": "prompt.n_tokens IS NULL",
-            "phases that are none": f"token.{PHASE}",
+            "unknown phases": f"token.{PHASE}",
             "tokens of no batch": "batch.tokens IS NULL OR batch.phase <> token.phase",
             "tokens outside of their batch": "row_in_batch NOT BETWEEN 0 AND batch.tokens - 1",
             "a token with a negative number": "token_id < 0 OR position < 0",
@@ -189,7 +190,7 @@ QUESTIONS = (
             "a token that is not in the vocabulary": "token IS NOT NULL AND (token <"
             f" {NO_TOKEN} OR token >= vocab_size)",
             "a token with a text that is too long": long("token.text"),
-            "a loss that is no number": f"loss IS NOT NULL AND {number('loss', -1, MAX_LOSS)}",
+            "a loss that is not a number": f"loss IS NOT NULL AND {number('loss', -1, MAX_LOSS)}",
         },
     ),
     Question(
@@ -224,11 +225,11 @@ QUESTIONS = (
             " OR len(assignments) <> n_experts OR len(weight_sum) <> n_experts"
             " OR coalesce(len(prob_sum), n_experts) <> n_experts",
             "sums of a domain that no prompt has": "named.known IS NULL",
-            "sums of phases that are none": PHASE,
+            "sums of unknown phases": PHASE,
             "negative counts": "list_min(assignments) < 0",
             "counts that cannot be": counts("assignments", "n_all")
             + " OR list_sum(assignments) > n_all * top_k::HUGEINT",
-            "sums that are no numbers": f"{numbers('weight_sum', '0', _MOST_WEIGHT)}"
+            "sums that are not numbers": f"{numbers('weight_sum', '0', _MOST_WEIGHT)}"
             f" OR (prob_sum IS NOT NULL AND {numbers('prob_sum', '-1', _MOST_WEIGHT)})",
         },
     ),
@@ -238,7 +239,7 @@ QUESTIONS = (
         {
             "scores of no token": "token.position IS NULL",
             "scores of another number of experts": "n_experts IS NULL OR len(scores) <> n_experts",
-            "a score that is no number": "list_count(scores) = 0 OR " + beyond("scores"),
+            "a score that is not a number": "list_count(scores) = 0 OR " + beyond("scores"),
         },
     ),
     Question(
@@ -249,7 +250,7 @@ QUESTIONS = (
             "a router input of no token": "token.position IS NULL OR n_experts IS NULL",
             "router inputs of different lengths": "len(hidden) <> width"
             f" OR width NOT BETWEEN 1 AND {MAX_WIDTH}",
-            "a router input that is no number": numbers("hidden"),
+            "a router input that is not a number": numbers("hidden"),
         },
     ),
     Question(
@@ -310,7 +311,7 @@ QUESTIONS = (
             " OR len(received) <> attended.bins",
             "a map of more queries than tokens": "queries NOT BETWEEN 0 AND attended.tokens",
             "a map of shares that cannot be": f"coalesce(list_max(cells), 0) > {MAP_PARTS}",
-            "attention that is no number": " OR ".join(
+            "attention that is not a number": " OR ".join(
                 number(name, -1, MAX_TOKENS) for name in ATTENTION_STATISTICS
             )
             + f" OR {numbers('received', '-1', str(MAX_TOKENS))}",
@@ -500,15 +501,15 @@ def _ask(path: Path, connection: duckdb.DuckDBPyConnection, question: Question) 
 
 
 def _check_documents(path: Path, connection: duckdb.DuckDBPyConnection) -> str:
-    """Refuse a level or a document that is none; return the level."""
+    """Refuse an unknown level, and documents that are not JSON; return the level."""
     level, *documents = connection.sql(
         f"SELECT level, {', '.join(_DOCUMENTS)} FROM run"
     ).fetchall()[0]
     if level not in LEVELS:
-        raise not_a_run(path, f"its level {quoted(level)} is none of {', '.join(LEVELS)}")
+        raise not_a_run(path, f"its level {quoted(level)} is not one of {', '.join(LEVELS)}")
     for name, text in zip(_DOCUMENTS, documents, strict=True):
         if not _is_object(text):
-            raise not_a_run(path, f"its {name} are no JSON object")
+            raise not_a_run(path, f"its {name} is not a JSON object")
     return str(level)
 
 
@@ -580,7 +581,7 @@ def _check_experts(
 
 
 def _check_text(connection: duckdb.DuckDBPyConnection) -> None:
-    """Read every text once: bytes that are no text raise an error."""
+    """Read every text once: bytes that are not text raise an error."""
     for table, columns in _TEXTS.items():
         read = ", ".join(f"max(strlen(decode(encode({column}))))" for column in columns)
         connection.sql(f"SELECT {read} FROM packed.{table}").fetchall()

@@ -92,7 +92,7 @@ def check_new(out: Path) -> None:
                 f"python -m capture recover '{partial}', or delete it."
             )
         _remove(partial)
-        _log.warning("%s held nothing, and its name is taken anew.", partial)
+        _log.warning("%s held nothing, and its name is used again.", partial)
     _make_folder(out)
 
 
@@ -102,7 +102,7 @@ def holds_nothing(partial: Path) -> bool:
     Raises
     ------
     StoreError
-        If another process is writing it, or it is no file of DuckDB.
+        If another process is writing it, or it is not a file of DuckDB.
     """
     if not is_own_file(partial) or partial.stat().st_size > _HEADER_BYTES:
         return False
@@ -180,7 +180,8 @@ def made_whole(out: Path) -> Iterator[Path]:
             give_name(fresh, out)
         except FileExistsError as error:
             raise StoreError(
-                f"{out} appeared meanwhile, and a run is never overwritten. Choose another name."
+                f"{out} appeared in the meantime, and a run is never overwritten. "
+                "Choose another name."
             ) from error
         except OSError as error:
             raise StoreError(

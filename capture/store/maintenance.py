@@ -65,7 +65,7 @@ def recover(partial: str | Path) -> Path:
     if holds_nothing(partial):
         raise StoreError(
             f"A run file was expected at {partial}, but it is not one: it holds nothing, because "
-            f"its capture was killed before it had stored anything. Record {out.name} anew."
+            f"its capture was killed before it had stored anything. Record {out.name} again."
         )
     connection = open_sandbox(partial, read_only=False, oldest=schema.SCHEMA_VERSION)
     try:
@@ -95,7 +95,7 @@ def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
     level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
     layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
     if level not in LEVELS:
-        raise not_a_run(partial, f"its level is none of {', '.join(LEVELS)}")
+        raise not_a_run(partial, f"its level is not one of {', '.join(LEVELS)}")
     routed = LEVELS.index(level) >= LEVELS.index("ids")
     load = {
         (layer, site): count for layer, site, count in connection.sql(schema.COUNT_LOAD).fetchall()
@@ -196,7 +196,7 @@ def plan_steps(path: Path, found: int, steps: Sequence[Step]) -> list[Step]:
     known = {step.before: step for step in steps}
     if len(known) != len(steps):
         raise StoreError(
-            f"Each version has one step, got {[step.name for step in steps]}. Remove the double."
+            f"Each version has one step, got {[step.name for step in steps]}. Remove one of two."
         )
     missing = [v for v in range(found, schema.SCHEMA_VERSION) if v not in known]
     if missing:

@@ -90,7 +90,7 @@ def attach(path: Path, name: str, *, read_only: bool = True) -> duckdb.DuckDBPyC
     Raises
     ------
     duckdb.Error
-        If the file is no database, or is open elsewhere.
+        If the file is not a database, or is open elsewhere.
     """
     connection = duckdb.connect(":memory:", config=dict(SAFE))
     try:
@@ -114,7 +114,7 @@ def tables_in(
     """Return how DuckDB writes down each table in a schema of an attached file.
 
     The text names columns, types, keys, defaults and generated columns, so that equal text means
-    an equal table. A view is no table.
+    an equal table. Views are not among them.
     """
     return dict(connection.execute(_TABLES, [database, folder]).fetchall())
 
@@ -129,7 +129,7 @@ def open_sandbox(
     SchemaVersionError
         If the file has a schema version before ``oldest``, or a newer one.
     StoreError
-        If there is no such file, or it is no run file of ours.
+        If there is no such file, or it is not a run file of ours.
     """
     check_file(path)
     try:
@@ -160,7 +160,7 @@ def check_old(path: Path) -> int:
     Raises
     ------
     StoreError
-        If there is no such file, it is no run, or it brings along macros, indexes or other tables.
+        If there is no such file, it is not a run, or it holds macros, indexes or other tables.
     """
     check_file(path)
     try:
@@ -198,7 +198,7 @@ def _check_indexes(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection, oldest: int) -> frozenset[str]:
-    """Refuse tables that are not ours to the last column; a view is no table.
+    """Refuse tables that are not ours to the last column.
 
     Returns the tables that a file of this older version does not have.
     """

@@ -225,7 +225,7 @@ def _lists(values: npt.NDArray[np.float32]) -> pa.Array:
     """Return one list per row of values [M, E], without a copy where all are numbers."""
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     offsets = np.arange(len(values) + 1, dtype=np.int64) * values.shape[1]
-    # the score of an expert that was ruled out is -inf, which is no number: NULL
+    # the score of an expert that was ruled out is -inf, which is not a number: NULL
     ruled_out = np.isneginf(flat)
     items = pa.array(flat, pa.float32(), mask=ruled_out if ruled_out.any() else None)
     return pa.LargeListArray.from_arrays(pa.array(offsets), items)

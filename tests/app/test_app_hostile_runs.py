@@ -109,7 +109,7 @@ def test_what_passes_breaks_no_page(sound, runs, names):
             "INSERT INTO packed.site SELECT i + 9, 0, 'm', 4, 1, 0, 'x' FROM range(99999) t(i)",
             "100,002 routers",
         ),
-        ("UPDATE packed.run SET config = repeat('[', 100000)", "config are no JSON"),
+        ("UPDATE packed.run SET config = repeat('[', 100000)", "config is not a JSON"),
         (
             "INSERT INTO packed.prompt SELECT i + 9, 'x', 'd' || i, 's', 0, 0"
             " FROM range(20000) t(i)",

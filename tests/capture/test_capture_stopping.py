@@ -290,7 +290,9 @@ def test_two_exports_of_one_name_make_one_run(tmp_path, monkeypatch, make, links
 
     monkeypatch.setattr(files, "give_name", late)
     before = {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(StoreError, match="appeared meanwhile, and a run is never overwritten"):
+    with pytest.raises(
+        StoreError, match="appeared in the meantime, and a run is never overwritten"
+    ):
         make(source, out)
     assert {path.name for path in tmp_path.iterdir()} == before | {"out.duckdb"}
     assert out.read_text() == "another one was quicker"
@@ -300,7 +302,7 @@ def test_a_capture_killed_before_its_first_transaction_frees_its_name(tmp_path):
     partial = files.partial_of(tmp_path / "a")
     for n, make in enumerate([lambda: duckdb.connect(str(partial)).close(), partial.touch]):
         make()
-        with pytest.raises(StoreError, match=r"it holds nothing, .* Record a anew"):
+        with pytest.raises(StoreError, match=r"it holds nothing, .* Record a again"):
             recover(partial)
         writer = start(tmp_path / "a", SITES)
         writer.append(forward(n))

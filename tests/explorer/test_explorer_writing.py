@@ -181,7 +181,7 @@ def test_an_upload_cannot_choose_its_place(tmp_path, name):
     [
         (None, "it is not one"),
         ("DELETE FROM packed.prompt WHERE prompt_id = 2", "tokens of no prompt"),
-        ("UPDATE packed.run SET config = 'x'", "config are no JSON"),
+        ("UPDATE packed.run SET config = 'x'", "config is not a JSON"),
         ("UPDATE packed.run SET level = '<b>'", "its level"),
         ("UPDATE packed.token SET token_id = 0", "there twice"),
         ("UPDATE packed.token SET phase = 'dreamt'", "phases"),

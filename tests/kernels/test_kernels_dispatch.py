@@ -41,7 +41,11 @@ def test_auto_takes_the_first_that_can_run(device, refusals, chosen):
             CUDA,
             r"'numba' cannot run here: it runs on the CPU.*cuda:0.*auto, triton, torch",
         ),
-        ("fast", CPU, r"'fast' is none of this op's backends. Choose one of auto, triton, numba"),
+        (
+            "fast",
+            CPU,
+            r"'fast' is not one of this op's backends. Choose one of auto, triton, numba",
+        ),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused_with_the_reason(requested, device, message):

@@ -378,7 +378,7 @@ def test_invariants(backend, n_tokens, n_experts, data):
             r"weights must .*\[2\]",
         ),
         ({"logits": torch.zeros(2, 4).double(), "backend": "numba"}, "float32, got torch.float64"),
-        ({"backend": "cuda"}, re.escape("backend='cuda' is none of this op's backends")),
+        ({"backend": "cuda"}, re.escape("backend='cuda' is not one of this op's backends")),
     ],
 )
 def test_errors_name_the_fix(arguments, message):

@@ -95,7 +95,7 @@ def _scale(row, scaling, softcap):
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def _greatest(row, lanes):
-    """Return the greatest score; ``lanes`` hold maxima side by side, as one alone is no vector."""
+    """Return the greatest score; ``lanes`` hold maxima side by side: one alone is not a vector."""
     lanes[:] = row[0]
     whole = len(row) // LANES * LANES
     for start in range(0, whole, LANES):

@@ -323,7 +323,7 @@ def _groups_given(n_groups: int | None, top_groups: int | None) -> tuple[int, in
 def _check_slots(
     expert_ids: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], shape: tuple[int, int]
 ) -> None:
-    """Refuse ids or weights that are not [tokens, top_k], or ids that are no integers."""
+    """Refuse ids or weights that are not [tokens, top_k], or ids that are not integers."""
     for name, values in (("expert_ids", expert_ids), ("weights", weights)):
         for value in values:
             if value.shape != shape:
