@@ -6,9 +6,9 @@ import numpy as np
 
 from capture.store import (
     AttentionLayer,
-    AttentionRows,
     ForwardRows,
     LayerAttention,
+    PromptAttention,
     PromptInfo,
     RunInfo,
     RunWriter,
@@ -130,7 +130,7 @@ def make_attention(prompt, first_token, n_tokens, random, *, width=2, ranks=3):
                 top_weights=heavy.astype(np.float32),
             )
         )
-    return AttentionRows(prompt, first_token, n_tokens, width, 1, layers)
+    return PromptAttention(prompt, first_token, n_tokens, width, 1, layers)
 
 
 def start(out, sites, level="ids", prompts=None, layers=()):

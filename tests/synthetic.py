@@ -14,9 +14,9 @@ import numpy as np
 from capture.errors import StoreError
 from capture.store import (
     AttentionLayer,
-    AttentionRows,
     ForwardRows,
     LayerAttention,
+    PromptAttention,
     PromptInfo,
     RunInfo,
     RunWriter,
@@ -339,7 +339,7 @@ def _attention(random, prompt, tokens, known):
         received = maps.sum(axis=1) * BIN_WIDTH
         top = (np.arange(n), ids, weights)
         layers.append(LayerAttention(layer.layer, n, *statistics, maps, received, *top))
-    return AttentionRows(prompt, first, n, BIN_WIDTH, 1, layers)
+    return PromptAttention(prompt, first, n, BIN_WIDTH, 1, layers)
 
 
 def _shares(random, n):

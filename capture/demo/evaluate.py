@@ -137,7 +137,7 @@ def measure_harm(
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutText:
     """The prototype's held-out split, encoded: by domain."""
 
     streams: list[np.ndarray]
@@ -150,14 +150,14 @@ class HeldOut:
         return Windows(torch.cat(parts), labels)
 
 
-def load_held_out(work: Path) -> HeldOut:
+def load_held_out(work: Path) -> HeldOutText:
     """Load the held-out split from the work folder."""
     streams = load_streams(work / "encoded", "validation")
     sizes = []
     for name, stream in zip(DOMAIN_NAMES, streams, strict=True):
         lines = read_lines(work / "corpus" / "validation" / f"{name}.jsonl")
         sizes.append(sum(len(line["text"].encode()) for line in lines) / len(stream))
-    return HeldOut(streams, sizes)
+    return HeldOutText(streams, sizes)
 
 
 def prepare_model(folder: Path) -> PreTrainedModel:
@@ -168,7 +168,9 @@ def prepare_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def language_figures(sample: WindowRouting, windows: Windows, held_out: HeldOut) -> dict[str, Any]:
+def language_figures(
+    sample: WindowRouting, windows: Windows, held_out: HeldOutText
+) -> dict[str, Any]:
     """Summarise loss and bits per byte by domain."""
     domains = {}
     for number, name in enumerate(DOMAIN_NAMES):
@@ -240,7 +242,7 @@ def _describe(harm: Harm) -> dict[str, Any]:
     }
 
 
-def harm_figures(model: PreTrainedModel, held_out: HeldOut) -> dict[str, Any]:
+def harm_figures(model: PreTrainedModel, held_out: HeldOutText) -> dict[str, Any]:
     """Mask every expert on a few windows, and the most specific ones on many."""
     every = [
         (layer, expert)
@@ -268,7 +270,7 @@ def harm_figures(model: PreTrainedModel, held_out: HeldOut) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def position_figures(model: Any, held_out: HeldOut) -> list[dict[str, Any]]:
+def position_figures(model: Any, held_out: HeldOutText) -> list[dict[str, Any]]:
     """Average the loss by position in contexts longer than the training windows."""
     contexts = []
     for stream in held_out.streams:

@@ -21,10 +21,10 @@ from capture.recorder.observe import StretchSums
 from capture.recorder.transfer import Parcel
 from capture.store.records import (
     Array,
-    AttentionRows,
     Block,
     ForwardRows,
     PairSums,
+    PromptAttention,
     SiteBlock,
     TokenRows,
 )
@@ -164,7 +164,7 @@ class Assembler:
 
     append: Callable[[ForwardRows], None]
     append_pairs: Callable[[Sequence[PairSums]], None]
-    append_attention: Callable[[AttentionRows], None]
+    append_attention: Callable[[PromptAttention], None]
     prompts: Sequence[TokenizedPrompt]
     tokenizer: "PreTrainedTokenizerBase | None"
     attention: AttentionTaps | None = None

@@ -189,7 +189,7 @@ class LayerAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionRows:
+class PromptAttention:
     """The attention of one prompt, for ``RunWriter.append_attention``.
 
     Hand it over just before the forward pass it comes from, so that both are committed together.

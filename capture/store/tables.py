@@ -14,11 +14,11 @@ from capture.store.codec import Layout, encode_weights, pack_ids, pack_weights
 from capture.store.records import (
     LEVELS,
     AttentionLayer,
-    AttentionRows,
     Block,
     ForwardRows,
     LayerAttention,
     Level,
+    PromptAttention,
     SiteBlock,
     SiteInfo,
     SiteRows,
@@ -241,7 +241,7 @@ class AttentionBuilder:
         self._columns_of = columns_of
         self._seen: set[int] = set()
 
-    def build(self, rows: AttentionRows) -> dict[str, pa.Table]:
+    def build(self, rows: PromptAttention) -> dict[str, pa.Table]:
         """Check the attention of one prompt and return its rows by table.
 
         Raises
@@ -259,7 +259,7 @@ class AttentionBuilder:
         self._seen.add(rows.prompt_id)
         return tables
 
-    def _check(self, rows: AttentionRows) -> None:
+    def _check(self, rows: PromptAttention) -> None:
         given = sorted(layer.layer for layer in rows.layers)
         if given != sorted(self._layers):
             raise StoreError(
@@ -276,7 +276,7 @@ class AttentionBuilder:
         for layer in rows.layers:
             self._check_layer(layer, bins, rows)
 
-    def _check_layer(self, layer: LayerAttention, bins: int, rows: AttentionRows) -> None:
+    def _check_layer(self, layer: LayerAttention, bins: int, rows: PromptAttention) -> None:
         n_heads, ids = len(self._layers[layer.layer].recorded), layer.top_ids
         shapes = {
             **{name: [n_heads] for name in ATTENTION_STATISTICS},
@@ -305,11 +305,11 @@ class AttentionBuilder:
                 f"{int(ids.max())} of {rows.tokens} tokens. Count places within the prompt."
             )
 
-    def _prompt(self, rows: AttentionRows, bins: int) -> pa.Table:
+    def _prompt(self, rows: PromptAttention, bins: int) -> pa.Table:
         values = (rows.prompt_id, rows.first_token, rows.tokens, bins, rows.bin_width, rows.every)
         return as_table(self._columns_of["attention_prompt"], [[value] for value in values])
 
-    def _heads(self, rows: AttentionRows, bins: int) -> pa.Table:
+    def _heads(self, rows: PromptAttention, bins: int) -> pa.Table:
         """Return one row per layer and recorded head."""
         recorded = [self._layers[layer.layer].recorded for layer in rows.layers]
         counts = [len(heads) for heads in recorded]
@@ -333,7 +333,7 @@ class AttentionBuilder:
             ],
         )
 
-    def _keys(self, rows: AttentionRows, layer: LayerAttention) -> pa.Table:
+    def _keys(self, rows: PromptAttention, layer: LayerAttention) -> pa.Table:
         """Return one row per query whose heaviest keys are kept."""
         n_queries = len(layer.top_queries) if layer.top_ids.shape[-1] else 0
         ids = layer.top_ids.transpose(1, 0, 2)[:n_queries].astype(np.int64)  # [Q, H, K]

@@ -27,9 +27,9 @@ from capture.store.files import (
 from capture.store.records import (
     LEVELS,
     AttentionLayer,
-    AttentionRows,
     ForwardRows,
     PairSums,
+    PromptAttention,
     PromptInfo,
     RunInfo,
     SiteInfo,
@@ -253,7 +253,7 @@ class RunWriter:
         """Whether ``COMMIT_SECONDS`` have passed since the last commit."""
         return time.monotonic() - self._committed >= COMMIT_SECONDS
 
-    def append_attention(self, rows: AttentionRows) -> None:
+    def append_attention(self, rows: PromptAttention) -> None:
         """Add the attention of one prompt, stored with the forward pass that is appended next.
 
         Raises

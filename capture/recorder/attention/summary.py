@@ -14,7 +14,7 @@ from torch import nn
 from capture.errors import SiteError
 from capture.model.forward import to_device
 from capture.recorder.attention.calls import AttentionCall, Listener, listen
-from capture.store.records import Array, AttentionRows, LayerAttention
+from capture.store.records import Array, LayerAttention, PromptAttention
 from kernels.ops.attention import AttentionOutput, attention, bin_width, n_bins, used_queries
 
 # arguments of attention functions that weigh keys by more than queries, keys and positions
@@ -336,7 +336,7 @@ def unpack_attention(
     sites: Sequence[AttentionSite],
     options: AttentionOptions,
     first_token: npt.NDArray[np.int64],
-) -> list[AttentionRows]:
+) -> list[PromptAttention]:
     """Return the attention of every prompt of a forward pass.
 
     Parameters
@@ -367,7 +367,7 @@ def unpack_attention(
         for place, row in enumerate(rows):
             layers[place].append(_layer(site, row, options, floats, ids))
     return [
-        AttentionRows(
+        PromptAttention(
             prompt_id=row.prompt,
             first_token=int(first_token[row.prompt]),
             tokens=row.length,
