@@ -1,7 +1,7 @@
 """Packing of routing rows into integers with numpy, and the SQL that unpacks them.
 
 Each pair (``pack_*`` in numpy, ``sql_*`` as an expression) is one definition written twice; the
-tests compare ``sql_*`` with the ``unpack_*`` twin on every code there is.
+tests compare both on every code there is.
 """
 
 from typing import Any, NamedTuple
@@ -146,12 +146,6 @@ def pack_weights(part: Codes, layout: Layout) -> Words:
     return _as_words(part.astype(np.dtype("<u2"), copy=False), layout.weight_words, 0)
 
 
-def unpack_weights(words: Words, layout: Layout) -> npt.NDArray[np.float32]:
-    """Unpack words [R, weight_words] into weights [R, slots]."""
-    codes = np.ascontiguousarray(words, np.dtype("<u8")).view(np.dtype("<u2"))
-    return decode_weights(codes[:, : layout.slots].astype(np.uint16))
-
-
 def encode_half(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     """Round a statistic to float16; an infinite one stays infinite and has no value in the file.
 
@@ -175,11 +169,6 @@ def encode_half(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
             "Check the model's precision (dtype)."
         )
     return plain.astype(np.float16)
-
-
-def decode_half(codes: Codes) -> npt.NDArray[np.float32]:
-    """Return the numbers whose float16 bits these are."""
-    return np.asarray(codes, np.uint16).view(np.float16).astype(np.float32)
 
 
 def sql_slots(layout: Layout) -> str:

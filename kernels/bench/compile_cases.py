@@ -90,14 +90,11 @@ def _gate_run(
     n_experts: int,
     k: int,
     *,
-    importance: bool,
     select: bool = False,
     rows: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    score_function: str = "softmax",
     bias: bool = False,
-    n_groups: int = 1,
-    top_groups: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    **rule: Any,
 ) -> Run:
     def run(target: str) -> object:
         return gate_triton(
@@ -105,18 +102,15 @@ def _gate_run(
                 n_tokens=TOKENS,
                 n_experts=n_experts,
                 top_k=k,
-                score_function=score_function,  # type: ignore[arg-type]
                 logits=(torch.zeros((TOKENS, n_experts), dtype=dtype),),
                 expert_ids=None if select else (torch.zeros((TOKENS, k), dtype=torch.int64),),
                 weights=None if select else (torch.zeros((TOKENS, k), dtype=dtype),),
                 selection_bias=(torch.zeros(n_experts),) if bias else None,
-                n_groups=n_groups,
-                top_groups=top_groups,
                 rows=torch.arange(TOKENS) if rows else None,
                 segments=torch.zeros(TOKENS, dtype=torch.int32) if rows else None,
                 n_segments=8 if rows else 1,
-                importance=importance,
                 packed=True,
+                **{"score_function": "softmax", **rule},
             )
         )
 
@@ -158,11 +152,9 @@ def _attention_run(
     dtype: torch.dtype,
     *,
     lse: bool = True,
-    every: int = 1,
-    softcap: float | None = None,
-    window: int | None = None,
     sinks: bool = False,
     packed: bool = False,
+    **rule: Any,
 ) -> Run:
     n_tokens, heads = 8192, 4
 
@@ -174,14 +166,9 @@ def _attention_run(
                     key=torch.zeros((1, 1, n_tokens, size), dtype=dtype),
                     scaling=size**-0.5,
                     lse=torch.zeros((1, heads, n_tokens)) if lse else None,
-                    causal=True,
-                    window=window,
-                    softcap=softcap,
                     sinks=torch.zeros(heads) if sinks else None,
                     valid=torch.ones((1, n_tokens), dtype=torch.int32) if packed else None,
-                    bins=64,
-                    every=every,
-                    top_keys=0,
+                    **rule,
                 )
             )
 

@@ -65,15 +65,15 @@ class AttentionInputs:
     query: torch.Tensor
     key: torch.Tensor
     scaling: float
-    lse: torch.Tensor | None
-    causal: bool
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    valid: torch.Tensor | None
-    bins: int
-    every: int
-    top_keys: int
+    lse: torch.Tensor | None = None
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    bins: int = 64
+    every: int = 1
+    top_keys: int = 0
 
 
 def row_shares(pooled: torch.Tensor) -> torch.Tensor:
