@@ -9,7 +9,6 @@ import torch
 import kernels
 from kernels.bench import cases, results
 from kernels.bench.cases import BenchError
-from kernels.bench.timing import measure
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +71,7 @@ def _time(options: argparse.Namespace) -> int:
         for size in cases.sizes(device, more=options.all):
             for problem in cases.problems(op, size, device):
                 try:
-                    rows = measure(problem, device, repeats)
+                    rows = results.measure(problem, device, repeats)
                 except BenchError as error:
                     refused += 1
                     print(error, file=sys.stderr, flush=True)

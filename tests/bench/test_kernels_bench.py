@@ -10,7 +10,7 @@ import kernels
 from kernels.bench import cases, results
 from kernels.bench.__main__ import main
 from kernels.bench.cases import BenchError, Problem, Tolerance, disagreement
-from kernels.bench.timing import measure, quantiles, time_in_turns
+from kernels.bench.results import measure, quantiles, time_in_turns
 from kernels.ops.coactivation import CoactivationOutput
 from kernels.ops.gate import gate
 
