@@ -371,8 +371,15 @@ def evaluate(model_folder: Path, work: Path, earlier: Path | None) -> dict[str, 
     return figures
 
 
+def write_figures(figures: dict[str, Any], folder: Path) -> None:
+    """Write ``figures.json`` and the card into a folder."""
+    text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+    (folder / FIGURES.name).write_text(text, encoding="utf-8")
+    write_card(figures, folder / "MODEL_CARD.md")
+
+
 def main(arguments: list[str]) -> None:
-    """Write ``figures.json`` and the card."""
+    """Measure a model and write its figures and its card."""
     parser = argparse.ArgumentParser(prog="python -m capture.demo.evaluate", description=__doc__)
     parser.add_argument("--work", type=Path, default=work_folder())
     parser.add_argument("--model", type=Path, default=WEIGHTS)
@@ -385,9 +392,7 @@ def main(arguments: list[str]) -> None:
         figures = evaluate(options.model, options.work, options.earlier)
     except CaptureError as error:
         sys.exit(f"error: {error}")
-    path = options.out / FIGURES.name
-    path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_card(figures, options.out / "MODEL_CARD.md")
+    write_figures(figures, options.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ PATTERN = (
 )
 WINDOW = 256  # tokens
 LONG_WINDOW = CONTEXT
-LONG_EVERY = 4  # one step in so many draws long windows
+LONG_EVERY = 4  # every fourth step draws long windows
 
 
 def _training_texts(corpus: Path) -> Iterator[str]:
@@ -108,7 +108,7 @@ def load_streams(encoded: Path, split: str) -> list[np.ndarray]:
 def domain_order(weights: list[float], seed: int) -> Iterator[int]:
     """Yield domain numbers for ever, each domain once a round before any repeats.
 
-    A domain of weight ``w < 1`` sits out so many rounds that it takes part in a share ``w``.
+    A domain of weight ``w < 1`` takes part in a share ``w`` of the rounds.
     """
     generator = np.random.default_rng(seed)
     for round_number in itertools.count():

@@ -22,9 +22,8 @@ from tqdm import tqdm
 from transformers import OlmoeForCausalLM
 
 from capture.demo import FIGURES, TRENDS, WEIGHTS, work_folder
-from capture.demo.card import write_card
 from capture.demo.corpus import prepare, ship
-from capture.demo.evaluate import evaluate
+from capture.demo.evaluate import evaluate, write_figures
 from capture.demo.model import (
     STAGES,
     WARM_UP_STEPS,
@@ -485,10 +484,7 @@ def write_results(options: argparse.Namespace) -> None:
     result.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     last = list_snapshots(work)[-1]
-    figures = evaluate(last, work, options.earlier)
-    text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
-    (result / FIGURES.name).write_text(text, encoding="utf-8")
-    write_card(figures, result / "MODEL_CARD.md")
+    write_figures(evaluate(last, work, options.earlier), result)
     install(last, result / WEIGHTS.name)
     ship(work / "corpus", result)
     record_snapshots(work, result / TRENDS.name)

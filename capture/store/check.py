@@ -379,7 +379,7 @@ def _vectors(table: str, salt: int) -> str:
 
 
 def _repeated(table: str) -> str:
-    """Write the query for how many tokens of one site are there twice in a table."""
+    """Write the query for how many tokens of one site a table holds twice."""
     return (
         f"SELECT count(*) - count(DISTINCT token_id) FROM packed.{table}"
         " WHERE layer = ? AND site = ?"
@@ -483,7 +483,7 @@ def _check(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     level = _check_documents(path, connection)
     for table, wrong in connection.sql(TWICE).fetchall():
         if wrong:
-            raise not_a_run(path, f"it has rows of packed.{table} that are there twice")
+            raise not_a_run(path, f"it holds rows of packed.{table} twice")
     for question in QUESTIONS:
         _ask(path, connection, question)
     _check_routes(path, connection, level)
@@ -538,7 +538,7 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
             raise not_a_run(
                 path, f"layer {layer} does not have one row for each of the {n_tokens:,} tokens"
             )
-    # totals alone are level stats; routes that are there all the same are held against them
+    # level stats has totals alone; routes that it holds nevertheless are compared with them
     if routed or rows_of:
         if len(rows_of) != len(sites):
             raise not_a_run(path, f"its level is {level}, and {len(rows_of)} routers have routes")
@@ -548,7 +548,7 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
             if (rows, found) == (n_tokens, tokens):
                 continue
             if connection.execute(_repeated(table), [layer, site]).fetchall() != [(0,)]:
-                raise not_a_run(path, f"it has rows of packed.{table} that are there twice")
+                raise not_a_run(path, f"it holds rows of packed.{table} twice")
 
 
 def _check_experts(

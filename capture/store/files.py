@@ -77,7 +77,7 @@ def check_new(out: Path) -> None:
     """Refuse an OUT that exists, has an unfinished capture, or has no folder to lie in.
 
     One missing folder is made, so that ``runs/first.duckdb`` works in a new checkout; more than
-    one is more likely a slip of the pen.
+    one is more likely a slip.
     """
     check_free(out)
     if out.name.endswith(SUFFIX):

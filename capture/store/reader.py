@@ -3,8 +3,8 @@
 A file may come from a stranger. Its views, macros and generated columns are programs of theirs, and
 a view named ``tokens`` that reads for ever looks like any other. So the file is attached to an
 empty database in memory, its tables are held against ours column by column, and our own views are
-made over them there; what else the file holds has no name in that database. What runs on it may
-take so much memory and time and no more, and what is wrong with a file is one kind of error.
+made over them there; what else the file holds has no name in that database. Memory and time of what
+runs on it are limited, and what is wrong with a file is one kind of error.
 """
 
 import functools

@@ -317,7 +317,7 @@ def _check_rollups(block: Block, sites: Sequence[SiteInfo], n_domains: int) -> N
                 f"{name} of {describe(sites[0])} must have shape {list(shape)} (domains, "
                 f"experts), got {list(values.shape[1:])}. Pass one row per domain."
             )
-        # nan is neither; an infinite sum is as large as none other
+        # nan is neither, and infinity is not a sum
         bad = ~((values >= 0) & (values < np.inf))
         if bad.any():
             index = int(np.argwhere(bad)[0][0])

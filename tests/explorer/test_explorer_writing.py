@@ -183,7 +183,7 @@ def test_an_upload_cannot_choose_its_place(tmp_path, name):
         ("DELETE FROM packed.prompt WHERE prompt_id = 2", "tokens of no prompt"),
         ("UPDATE packed.run SET config = 'x'", "config is not a JSON"),
         ("UPDATE packed.run SET level = '<b>'", "its level"),
-        ("UPDATE packed.token SET token_id = 0", "there twice"),
+        ("UPDATE packed.token SET token_id = 0", "twice"),
         ("UPDATE packed.token SET phase = 'dreamt'", "phases"),
         ("UPDATE packed.batch SET tokens = 1000000000", "batches"),
         ("UPDATE packed.site SET n_experts = 60000 WHERE layer = 1", "sums of a router"),
