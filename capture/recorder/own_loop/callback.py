@@ -12,7 +12,7 @@ from transformers import TrainerCallback as Base
 
 from capture.errors import CaptureError, ConfigError, quoted
 from capture.paths import given_path
-from capture.prompts.reading import PromptSource, read_prompts
+from capture.prompts import PromptSource, read_prompts
 from capture.recorder.config import CaptureConfig
 from capture.recorder.observe import SiteGroup, group_sites
 from capture.recorder.own_loop.listening import Failure, Listener, Seen, innermost
