@@ -3,6 +3,7 @@
 Row ``b * S + s`` of a site has to be token ``s`` of prompt ``b``, padded or not.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import nn
 
 from capture.errors import SiteError
 from capture.model import attributes as probe
-from capture.model.forward import takes_positions
+from capture.model.forward import keeps, takes_positions
 from capture.model.hooks import SiteObservation, tap
 from capture.model.inputs import input_device, plain_forward, vocabulary
 from capture.model.scoring import best_by, explains_choice, score_function_of
@@ -28,6 +29,9 @@ NO_GROUPS = (None, None)
 NEAR = 0.5
 ENOUGH = 0.75  # of a prompt's rows
 NOTHING = 1e-4  # relative to the largest value
+STEPS = 2  # decoded
+# of a router's input, relative: what rounding makes of it, in 32 bits and fewer
+DRIFT, HALF_DRIFT = 1e-3, 5e-2
 
 
 def attach(model: nn.Module) -> list[Site]:
@@ -81,11 +85,16 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
 def heeds_padding(model: nn.Module, sites: Sequence[Site]) -> bool:
     """Whether prompts of unequal length can be decoded together, padded on their left.
 
-    Models of one's own may look at no attention mask, or count positions from the padding.
+    Models of one's own may look at no attention mask, or count positions from the padding. Others
+    heed it in the prompt, but keep a state that depends on it (MiniMax).
     """
-    ids = probe_tokens(model)[:2]
+    ids = probe_tokens(model)
+    following, ids = ids[2:, :STEPS], ids[:2]
     with torch.inference_mode(), plain_forward(model):
-        return heeds_left_padding(model, sites, ids, position_ids=takes_positions(model))
+        takes = takes_positions(model)
+        return heeds_left_padding(model, sites, ids, position_ids=takes) and decodes_padded(
+            model, sites, ids, following, position_ids=takes
+        )
 
 
 def probe_tokens(model: nn.Module) -> torch.Tensor:
@@ -198,11 +207,14 @@ class Seen(NamedTuple):
         Copies of the routers' inputs, by the number of the site.
     output : Tensor [B * S, ...] or None
         Of the model, whose rows are surely in order.
+    cache : object or None
+        Keys and values, when they were asked for.
     """
 
     sites: list[SiteObservation]
     inputs: dict[int, torch.Tensor]
     output: torch.Tensor | None
+    cache: Any = None
 
 
 def padding_mask(ids: torch.Tensor) -> torch.Tensor:
@@ -227,8 +239,9 @@ def run_sites(
         for number, site in enumerate(sites):
             stack.callback(_keep_input(site.router, inputs, number))
         given = torch.ones_like(ids) if mask is None else mask
-        output = model(input_ids=ids, attention_mask=given, use_cache=False, **arguments)
-        return Seen(taps.take(), inputs, _output(output, ids))
+        output = model(input_ids=ids, attention_mask=given, **{"use_cache": False, **arguments})
+        cache = getattr(output, "past_key_values", None)
+        return Seen(taps.take(), inputs, _output(output, ids), cache)
 
 
 def check_rows(
@@ -303,6 +316,137 @@ def heeds_left_padding(
     together = _vectors(sites, batch, ids.numel())
     single = _vectors(sites, alone, length - length // 2)
     return _first_difference(sites, together, single, here) is None
+
+
+def decodes_padded(
+    model: nn.Module,
+    sites: Sequence[Site],
+    ids: torch.Tensor,
+    following: torch.Tensor,
+    **positions: bool,
+) -> bool:
+    """Whether tokens after a prompt that is padded on its left are routed as after it alone.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    sites : sequence of Site
+    ids : Tensor [B, S]
+        Plain tokens.
+    following : Tensor [B, n]
+        Plain tokens to go on with.
+    **positions : bool
+        ``position_ids=True`` where the model takes them.
+    """
+    length = ids.shape[1]
+    mask = torch.ones_like(ids)
+    mask[-1, : length // 2] = 0
+    batch = decode_sites(model, sites, ids, mask, following, **positions)
+    last = slice(len(ids) - 1, len(ids))
+    alone = decode_sites(
+        model, sites, ids[last, length // 2 :], mask[last, length // 2 :], following[last],
+        **positions,
+    )  # fmt: skip
+    pairs = [
+        (one.inputs[number][last], two.inputs[number])
+        for one, two in zip(batch, alone, strict=True)
+        for number in one.inputs
+    ]
+    return _is_near(model, pairs)
+
+
+def writes_as_it_reads(model: nn.Module, sites: Sequence[Site]) -> bool:
+    """Whether tokens that are decoded with a cache are routed as when the text is read at once.
+
+    Where they are not, as in MiniMax's linear attention, what this decoding computes has to be
+    what the model's own ``generate`` computes.
+
+    Raises
+    ------
+    SiteError
+        If it is neither.
+    """
+    ids, following = probe_tokens(model)[:1], probe_tokens(model)[2:3, :STEPS]
+    positions = {"position_ids": takes_positions(model)}
+    with torch.inference_mode(), plain_forward(model):
+        mask, length = torch.ones_like(ids), ids.shape[1]
+        steps = decode_sites(model, sites, ids, mask, following, **positions)
+        whole = run_sites(model, sites, torch.cat([ids, following], dim=1))
+        pairs = [
+            (step.inputs[number], whole.inputs[number][length + i : length + i + 1])
+            for i, step in enumerate(steps)
+            for number in step.inputs
+        ]
+        if _is_near(model, pairs):
+            return True
+        written, logits = _generated(model, ids)
+        steps = decode_sites(model, sites, ids, mask, written, **positions)
+        given = [step.output for step in steps]
+        same = _is_near(
+            model, [(a, b) for a, b in zip(given, logits, strict=True) if a is not None]
+        )
+    if given and same and None not in given:
+        return False
+    raise SiteError(
+        f"Decoding {type(model).__name__} token by token should give what reading the text gives, "
+        f"or what its own generate() gives, but after {STEPS} tokens it gives neither: its routers "
+        "see other states. Record it without generate, on texts that it has written."
+    )
+
+
+def _generated(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return what a model's own decoding writes first [B, n], and its logits [B, V] behind it."""
+    if not callable(getattr(model, "generate", None)):
+        return ids[:, :0], []  # of a class of one's own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of settings that a generation configuration holds
+        done = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=STEPS + 1,
+            min_new_tokens=STEPS + 1,
+            do_sample=False,
+            num_beams=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    written = done.sequences[:, ids.shape[1] : ids.shape[1] + STEPS]
+    return written, [values.float().cpu() for values in done.logits[1 : STEPS + 1]]
+
+
+def _is_near(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether most vectors are the same but for rounding; nothing is near nothing."""
+    half = torch.finfo(model.dtype).bits < torch.finfo(torch.float32).bits
+    limit = HALF_DRIFT if half else DRIFT
+    near = [float((one - two).norm()) <= limit * float(two.norm()) for one, two in pairs]
+    return sum(near) >= ENOUGH * len(near)
+
+
+def decode_sites(
+    model: nn.Module,
+    sites: Sequence[Site],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    following: torch.Tensor,
+    **positions: bool,
+) -> list[Seen]:
+    """Read ids [B, S] and return what each of the following tokens [B, n] showed, with a cache.
+
+    Nothing, where the model keeps no cache.
+    """
+    seen: list[Seen] = []
+    cache = None
+    for step in range(following.shape[1] + 1):
+        new = ids if step == 0 else following[:, step - 1 : step]
+        mask = mask if step == 0 else torch.cat([mask, torch.ones_like(new)], dim=1)
+        places = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+        given = {name: places for name, is_taken in positions.items() if is_taken}
+        one = run_sites(model, sites, new, mask, use_cache=True, past_key_values=cache, **given)
+        cache = one.cache
+        if not keeps(cache):
+            return []
+        seen += [one] if step else []
+    return seen
 
 
 def _first_difference(

@@ -71,6 +71,8 @@ class Plan:
         Prompts whose attention is recorded; None without attention.
     same_length : bool
         Batches hold prompts of one length, for a model that does not heed padding.
+    cache_differs : bool
+        With a cache, the model computes otherwise than when it reads the text at once.
     """
 
     prompts: Sequence[TokenizedPrompt]
@@ -82,6 +84,7 @@ class Plan:
     end_ids: tuple[int, ...]
     attended: npt.NDArray[np.bool_] | None = None
     same_length: bool = False
+    cache_differs: bool = False
 
     def batches(self, limit: int | None = None) -> list[Ints]:
         """Return the numbers of the prompts of each forward pass.

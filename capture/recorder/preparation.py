@@ -11,7 +11,7 @@ import torch
 from capture.errors import ConfigError
 from capture.model.inputs import input_device, vocabulary, width
 from capture.model.load import LoadedModel
-from capture.model.selftest import heeds_padding
+from capture.model.selftest import heeds_padding, writes_as_it_reads
 from capture.model.sites import Site, text_config
 from capture.model.tokens import TokenizedPrompt
 from capture.recorder.attention.layers import FoundAttention, attach_attention
@@ -167,6 +167,7 @@ def plan_recording(
         end_ids=_end_ids(loaded),
         attended=attention.attended.is_attended if attention is not None else None,
         same_length=padded and not heeds_padding(loaded.model, sites or []),
+        cache_differs=config.generate > 0 and not writes_as_it_reads(loaded.model, sites or []),
     )
 
 

@@ -50,6 +50,10 @@ SPELLED = (
 SAME_LENGTH = (
     "The model does not heed padding, so only prompts of one length were decoded together."
 )
+CACHE_DIFFERS = (
+    "With its cache the model computes otherwise than when it reads the text at once: generated "
+    "tokens and their routing are those of its own generate()."
+)
 
 
 class _Cancelled(Exception):
@@ -287,6 +291,8 @@ class _Session:
         notes |= self._text_notes()
         if self.plan.same_length:
             notes["padding"] = SAME_LENGTH
+        if self.plan.cache_differs:
+            notes["cache"] = CACHE_DIFFERS
         if any(site.selection_bias is not None for site in self.sites):
             notes["selection_bias"] = "Margins include the bias that routers add for the choice."
         choices = [choice for site in self.sites if (choice := site.choice()) is not None]

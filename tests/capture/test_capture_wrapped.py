@@ -372,6 +372,63 @@ def test_a_model_that_heeds_no_padding_decodes_prompts_of_one_length_together(tm
     assert "does not heed padding" in notes
 
 
+class Forgetful(transformers.MixtralForCausalLM):
+    """Heeds the mask while it reads, and not while it writes."""
+
+    def forward(self, input_ids=None, attention_mask=None, **arguments):
+        mask = attention_mask if input_ids.shape[1] > 1 else None
+        return super().forward(input_ids=input_ids, attention_mask=mask, **arguments)
+
+
+def test_a_cache_that_depends_on_padding_decodes_prompts_of_one_length_together(tmp_path):
+    model = tiny_models.build("mixtral", eos_token_id=None)
+    model.__class__ = Forgetful
+    prompts = [[5, 6, 7, 9, 12], [8, 9]]
+    runs = {}
+    for name, given in (("both", prompts), ("one", prompts[1:])):
+        out = tmp_path / f"{name}.duckdb"
+        capture.record(model, given, out, generate=3, progress=False)
+        with duckdb.connect(str(out), read_only=True) as run:
+            runs[name] = run.execute(
+                "select position, layer, slot, expert_id from assignments join tokens using "
+                "(token_id) where prompt_id = (select max(prompt_id) from prompts) order by all"
+            ).fetchall()
+            notes = run.execute("select notes from run").fetchone()[0]
+        assert ("does not heed padding" in notes) == (name == "both")
+    assert runs["both"] == runs["one"]
+
+
+@pytest.mark.parametrize(("name", "differs"), [("minimax", True), ("mixtral", False)])
+def test_a_cache_that_computes_otherwise_is_noted(name, differs, tmp_path):
+    model = tiny_models.build(name)
+    out = tmp_path / "run.duckdb"
+    capture.record(model, [[5, 6, 7, 9, 12]], out, generate=2, progress=False)
+    with duckdb.connect(str(out), read_only=True) as run:
+        notes = run.execute("select notes from run").fetchone()[0]
+    assert ("computes otherwise than when it reads" in notes) == differs
+
+
+class Restless(transformers.MixtralForCausalLM):
+    """Decodes rightly in `generate` only, where it is told the token's place by its own means."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"place": True}
+
+    def forward(self, input_ids=None, attention_mask=None, place=False, **arguments):
+        if not place and input_ids.shape[1] == 1:
+            input_ids = input_ids * 0 + 1
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **arguments)
+
+
+def test_decoding_that_is_not_the_models_own_is_refused(tmp_path):
+    model = tiny_models.build("mixtral")
+    model.__class__ = Restless
+    capture.record(model, [[5, 6, 7]], tmp_path / "read.duckdb", progress=False)
+    with pytest.raises(SiteError, match=r"Restless token by token .* it gives neither"):
+        capture.record(model, [[5, 6, 7]], tmp_path / "run.duckdb", generate=2, progress=False)
+    assert not (tmp_path / "run.duckdb").exists()
+
+
 def test_one_expert_is_recorded_without_an_invented_number(tmp_path):
     model = tiny_models.build("mixtral", num_local_experts=1, num_experts_per_tok=1)
     sites, found = recorded(model, tmp_path / "run.duckdb")
