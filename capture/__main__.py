@@ -1,6 +1,7 @@
-"""Command line: record a run, close a killed one, bring an old one up to date."""
+"""Command line: record a run, close a killed one, migrate an old one, test architectures."""
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from capture.recorder.record import record
 from capture.store import migrate, recover
 
 ERROR = 2
+DIFFERS = 1  # an architecture is recorded otherwise than its experts ran
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT or SIGTERM, as shells expect
 
 EXAMPLES = """\
@@ -31,6 +33,8 @@ examples:
       close the file of a capture that was killed; everything committed is kept
   python -m capture migrate runs/old.duckdb runs/new.duckdb
       write a run of an older version as a new file
+  python -m capture matrix mixtral gpt_oss
+      what capture says of tiny models of these architectures, against what the experts did
 
 prompts: .txt (one a line, or blocks between blank lines), .csv, .jsonl, .parquet,
 a folder of them, or one of the names demo, demo-fit, demo-heldout
@@ -40,7 +44,7 @@ a folder of them, or one of the names demo, demo-fit, demo-heldout
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"recover": _recover, "migrate": _migrate}
+    commands = {"recover": _recover, "migrate": _migrate, "matrix": _matrix}
     run = commands.get(given[0], _capture) if given else _capture
     try:
         return run(given)
@@ -131,6 +135,27 @@ def _migrate(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments[1:])
     print(migrate(options.old, options.new))
     return 0
+
+
+def _matrix(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m capture matrix",
+        description="Build a tiny random model of every architecture with routed experts that the "
+        "installed transformers has, record it, and compare the run with what its experts did.",
+        epilog="exit code: 0, or 1 where one is recorded wrongly",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="model types (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the paper")
+    options = parser.parse_args(arguments[1:])
+    table = importlib.import_module("capture.matrix.table")  # torch takes seconds
+    started, verdicts = time.monotonic(), []
+    for verdict in table.check_all(options.names):
+        verdicts.append(verdict)
+        print(table.line(verdict), file=sys.stderr if options.markdown else sys.stdout, flush=True)
+    if options.markdown:
+        print(table.markdown(verdicts), end="")
+    _complain(table.summary(verdicts, time.monotonic() - started))
+    return DIFFERS if any(verdict.is_wrong for verdict in verdicts) else 0
 
 
 def _default_out(model: str) -> Path:

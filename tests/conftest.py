@@ -81,7 +81,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip the browser's tests where there is none; start with what takes longest."""
+    """Skip the browser's tests where there is none, leave the matrix to those who ask for it, and
+    start with what takes longest."""
     from browser import chromium_path
 
     if chromium_path() is None and os.environ.get("CI") != "true":  # in CI they must run
@@ -89,6 +90,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("browser"):
                 item.add_marker(pytest.mark.skip(reason=missing))
+    if "matrix" not in (config.option.markexpr or ""):
+        items[:] = [item for item in items if not item.get_closest_marker("matrix")]
     if hasattr(config, "workerinput"):  # a long file at the end would leave the others idle
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: -slow[item.path])

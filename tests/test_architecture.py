@@ -19,7 +19,7 @@ MAX_LINES = 600
 ORDER = {
     "capture": (
         *("errors", "interrupts", "paths", "progress", "prompts", "store", "model", "recorder"),
-        *("swap", "demo", "bench", "__main__"),
+        *("swap", "demo", "matrix", "bench", "__main__"),
     ),
     "explorer": (
         *(

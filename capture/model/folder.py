@@ -25,7 +25,8 @@ _DOCUMENTS = (
 _SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), (1, 10_000)),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), (1, 10**8)),
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "head_dim"), (1, 10**8)),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), (1, 10**8)),
+    "head_dim": (0, 10**8),  # 0 where nothing of a head is rotated
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), (1, 10**5)),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), (0, 10**6)),
     **dict.fromkeys(("num_experts_per_tok", "max_position_embeddings"), (0, 10**9)),

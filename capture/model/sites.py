@@ -4,6 +4,7 @@ A block that seems to route by its parameters, whatever they are called, and is 
 a run would lack it.
 """
 
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Set
@@ -37,6 +38,11 @@ LIST = (
     ": its experts are a list of modules, each called with tokens of its own, as in code for "
     "transformers 4. Load the model with the class that transformers has for it "
     "(trust_remote_code=False), whose experts are told ids and weights"
+)
+
+PRODUCT_KEYS = (
+    ": it finds experts by product keys, and splits the keys' scores across all tokens of a "
+    "forward pass, so that a token's experts depend on what else is in the batch"
 )
 
 
@@ -245,11 +251,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """
     name = type(model).__name__
     config = text_config(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise SiteError(
-            f"A decoder-only language model was expected, but {name} is an encoder-decoder, which "
-            "capture cannot run on prompts alone. Choose a causal language model."
-        )
+    _check_kind(model)
     found = []
     for module, parent, adapter, parts in _blocks(model, config):
         found.append((layer_of(module), module, parent, adapter, parts))
@@ -265,6 +267,23 @@ def find_sites(model: nn.Module) -> list[Site]:
         count[layer] = index + 1
         sites.append(_site(model, config, (layer, index, module), parent, adapter, parts))
     return sorted(sites, key=lambda s: (s.info.layer, s.info.site))
+
+
+def _check_kind(model: nn.Module) -> None:
+    """Refuse a model that does not write one token after another behind its prompt."""
+    name, problem = type(model).__name__, None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        problem = "is an encoder-decoder, which capture cannot run on prompts alone"
+    elif "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
+        problem = (
+            "writes a block of tokens at once into a canvas (decoder_input_ids), as diffusion "
+            "does: its routers run once for every step of denoising, and no token is the next one"
+        )
+    if problem:
+        raise SiteError(
+            f"A decoder-only language model was expected, but {name} {problem}. Choose a causal "
+            "language model."
+        )
 
 
 def text_config(model: nn.Module) -> object:
@@ -310,10 +329,10 @@ def _blocks(model: nn.Module, config: object) -> Iterator[tuple[str, nn.Module, 
     for module, parent in unknown:
         if parent not in known and (known | blocks).isdisjoint(parent.children()):
             is_list = isinstance(getattr(parent, "experts", None), nn.ModuleList | nn.ModuleDict)
+            why = LIST if is_list else PRODUCT_KEYS if hasattr(parent, "num_keys") else ""
             raise SiteError(
                 f"{module} ({type(parent).__name__}) routes to experts, but no place was found "
-                f"where ids and weights can be read{LIST if is_list else ''}. This architecture "
-                "is not supported."
+                f"where ids and weights can be read{why}. This architecture is not supported."
             )
     for suspect in suspects(model, known, blocks):
         beside = f" beside {suspect.gate}" if suspect.gate else ""

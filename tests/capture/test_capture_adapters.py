@@ -1,8 +1,5 @@
 """Recorded ids and weights, put into an independent reimplementation, rebuild what experts did."""
 
-import re
-from pathlib import Path
-
 import pytest
 import tiny_models
 import torch
@@ -350,7 +347,8 @@ def test_jetmoe_has_an_mlp_and_an_attention_site_in_every_layer():
 
 
 def test_doge_is_refused_by_name():
-    with pytest.raises(SiteError, match=r"model\.layers\.0\.mlp \(DogeCDMoE\) routes to experts"):
+    named = r"model\.layers\.0\.mlp \(DogeCDMoE\) routes to experts.*by product keys"
+    with pytest.raises(SiteError, match=named):
         attach(tiny_models.build("doge"))
 
 
@@ -372,18 +370,3 @@ def test_the_same_rule_is_measured_in_bfloat16(name):
     function, *_, margin = EXPECTED[name]
     for site in attach(tiny_models.build(name, dtype=torch.bfloat16)):
         assert (site.info.score_function, site.margin_known) == (function, margin)
-
-
-def test_the_paper_lists_what_is_tested():
-    text = (Path(__file__).parents[2] / "capture" / "README.md").read_text(encoding="utf-8")
-    table = text.split("\n## Architectures\n")[1].split("\n## ")[0]
-    _, table = table.split("|---|---|\n")
-    listed = {
-        function: set(re.findall(r"`(\w+)`", names))
-        for function, names in re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
-    }
-    tested = {"softmax": {"jetmoe"}, "sigmoid_topk": {"llama4_text"}}
-    for name, (function, *_) in (EXPECTED | OTHERS).items():
-        tested.setdefault(function, set()).add(name)
-    assert listed == tested
-    assert f"these {sum(map(len, tested.values()))} types" in text
