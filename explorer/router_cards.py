@@ -135,7 +135,7 @@ SELECTORS = ("TopK", "Threshold", "TopP")
 _HOW = "Write a name, or a name with arguments, such as top_k(k=1) or kmeans(n_clusters=128)."
 
 
-class Call(NamedTuple):
+class SelectorCall(NamedTuple):
     """A selector among the arguments of a router, such as ``TopP(p=0.5)``."""
 
     name: str
@@ -153,7 +153,7 @@ class RouterSpec(NamedTuple):
     name : str
         In ``ROUTERS``.
     options : dict
-        Arguments of its constructor: numbers, strings, booleans, None, or a :class:`Call`.
+        Arguments of its constructor: numbers, strings, booleans, None, or a :class:`SelectorCall`.
     """
 
     name: str
@@ -166,7 +166,9 @@ class RouterSpec(NamedTuple):
 
 
 def _written(name: str, options: dict[str, Any]) -> str:
-    values = (f"{k}={v if isinstance(v, Call) else repr(v)}" for k, v in sorted(options.items()))
+    values = (
+        f"{k}={v if isinstance(v, SelectorCall) else repr(v)}" for k, v in sorted(options.items())
+    )
     return f"{name}({', '.join(values)})"
 
 
@@ -203,7 +205,7 @@ def _value(tree: ast.expr, text: str) -> Any:
                 f"Expected one of the selectors {', '.join(SELECTORS)} in "
                 f"{quoted(text)}, got {name}."
             )
-        return Call(name, options)
+        return SelectorCall(name, options)
     try:
         value = ast.literal_eval(tree)
     except ValueError:

@@ -8,7 +8,7 @@ fit           fit routers on what the model does on the fit split
 live          run the model with a router in place, and watch what it chooses
 live_results  what that came to, as rows of the tables
 cost          operations, bytes and energy
-controls      random controls at the same compute
+matched_controls  random controls at the same compute
 causality     whether a router looks ahead or at other sequences
 oracle        the last layer's experts chosen by the loss: a bound
 verdicts      two routers paired text by text, and what that can show; imports no torch

@@ -19,7 +19,7 @@ from explorer.comparison.fit import Fitted
 from explorer.comparison.live import Spy
 from explorer.routers import Router, route_layers
 from explorer.routers.contract import dense
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 
 MAX_LAYERS = 4
 PROBED = 512  # recorded tokens

@@ -24,12 +24,12 @@ from explorer.errors import RouterError
 from explorer.router_cards import RouterSpec
 from explorer.routers import PartRouter, Router, TrainedRouter, TrainingSession, fit_layers
 from explorer.routers.by_name import make_router
-from explorer.routers.live import Convention, joined
+from explorer.routers.live_rule import Convention, joined
 
 LivePart = Literal["expert", "head", "layer", "block"]
 ATTENTION = ("attention", "received")
 Measured = dict[int, list[torch.Tensor]]
-Rows = Callable[[torch.Tensor], torch.Tensor]
+AsRows = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Open:
@@ -106,7 +106,7 @@ def _weighed(
 
 
 def _weigh_heads(
-    mixer: nn.Module, n_heads: int, found: list[torch.Tensor], rows: Rows, stack: ExitStack
+    mixer: nn.Module, n_heads: int, found: list[torch.Tensor], rows: AsRows, stack: ExitStack
 ) -> None:
     """Add each head's share of the token's heaviest one, [T, H], to ``found``."""
 
@@ -121,7 +121,7 @@ def _weigh_stream(
     layer: nn.Module,
     block: nn.Module | None,
     found: list[torch.Tensor],
-    rows: Rows,
+    rows: AsRows,
     stack: ExitStack,
 ) -> None:
     """Add the share of the stream that a block, or else the layer, adds, [T, 1], to ``found``."""

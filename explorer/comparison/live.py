@@ -28,7 +28,7 @@ from explorer.comparison.text_split import FitAndReport, Texts, shared_texts
 from explorer.errors import ComparisonCancelled
 from explorer.metrics import agreement as agree
 from explorer.routers import Router, TrainingSession
-from explorer.routers.live import Convention, LiveRule
+from explorer.routers.live_rule import Convention, LiveRule
 from explorer.routers.native import NativeRouter
 
 Floats = npt.NDArray[np.float64]

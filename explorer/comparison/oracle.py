@@ -22,7 +22,7 @@ from capture.swap.measure import summed
 from explorer.comparison.live import LiveModel
 from explorer.errors import ComparisonError
 from explorer.routers import RouterInfo, RouterInputs, Routing, RoutingRouter
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 from explorer.routers.scores import host_scores, slots, weigh
 
 MOST_SETS = 500  # of experts that are tried; beyond, so many random ones

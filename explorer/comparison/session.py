@@ -20,7 +20,6 @@ from capture.paths import model_name
 from capture.progress import Reporter
 from capture.store.records import Place
 from explorer.comparison.causality import Badges, badges
-from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import LiveModel, Outcome
 from explorer.comparison.live_results import (
@@ -32,6 +31,7 @@ from explorer.comparison.live_results import (
     text_rows,
     token_losses,
 )
+from explorer.comparison.matched_controls import controls_of
 from explorer.comparison.oracle import last_layer_oracle
 from explorer.comparison.replay import RecordedSplit, choice_rows, recorded_split, replay_router
 from explorer.comparison.results_file import (

@@ -15,10 +15,10 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from explorer.maps.clustering import cluster, trustworthiness
 from explorer.maps.make import project
 from explorer.maps.map_cache import MapOptions
 from explorer.maps.pca import pca
+from explorer.maps.point_clusters import cluster, trustworthiness
 from explorer.maps.point_table import PointTable, Region
 
 T = TypeVar("T")

@@ -12,10 +12,10 @@ from sklearn.neighbors import NearestNeighbors
 
 from explorer.errors import RunError
 from explorer.maps import map_cache
-from explorer.maps.clustering import Method, cluster, cluster_domain, trustworthiness
 from explorer.maps.data import Points, Source, read_points
 from explorer.maps.map_cache import MapOptions
 from explorer.maps.pca import CHUNK, Floats, Ids, distinct, draw, has_umap, pca
+from explorer.maps.point_clusters import Method, cluster, cluster_domain, trustworthiness
 from explorer.run import Run, open_run
 
 # what is being done, and how much of it, 0..1; an exception raised here ends the work

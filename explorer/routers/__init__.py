@@ -4,7 +4,7 @@ contract    what a router is, the registry ``ROUTERS``, fitting every layer
 scores      what the host model makes of logits
 selectors   top-k, threshold, top-p
 sequences   what a token may know of its sequence
-live        a router as ``capture.swap.routers`` takes it (imported on its own)
+live_rule   a router as ``capture.swap.routers`` takes it (imported on its own)
 recorded    what routers need, from a run file (imported on its own)
 by_name     routers made by name, with arguments; a user's own file (imported on its own)
 subsets     the best subset to drop, by trying

@@ -1,7 +1,7 @@
 """Rules that look at a batch: expert choice, balanced assignment, Sinkhorn, capacity."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import log
 from typing import ClassVar, Literal
 
@@ -13,8 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
 from explorer.metrics.load import expert_capacity
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS
+from explorer.routers.contract import registered
 from explorer.routers.native import GateRouter, TopKRouter, host_choice
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import top_ids
@@ -37,8 +36,7 @@ def best_tokens(scores: torch.Tensor, places: int) -> torch.Tensor:
     return torch.zeros_like(by_expert, dtype=torch.bool).scatter(-1, rows, True).T
 
 
-@ROUTERS.add("expert_choice")
-@dataclass(kw_only=True, eq=False)
+@registered("expert_choice")
 class ExpertChoiceRouter(GateRouter):
     """Let every expert take the tokens that score highest with it.
 
@@ -57,8 +55,6 @@ class ExpertChoiceRouter(GateRouter):
     Not usable for generating text: whether a token is taken depends on later tokens, and a model
     trained so learns to read the future from it (up to 50 bits a token in the source).
     """
-
-    info = CARDS["expert_choice"]
 
     experts_per_token: float | None = None
     window: int | None = None
@@ -84,8 +80,7 @@ class ExpertChoiceRouter(GateRouter):
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
-@ROUTERS.add("base")
-@dataclass(kw_only=True, eq=False)
+@registered("base")
 class BaseRouter(GateRouter):
     """Assign tokens to experts so that loads are equal and the sum of log scores is largest.
 
@@ -102,8 +97,6 @@ class BaseRouter(GateRouter):
     here is that of training. Its gate ``sigmoid(h w)`` gives way to the model's own weights. On a
     model with a selection bias or groups, what it sorts its experts by stands for the logits.
     """
-
-    info = CARDS["base"]
 
     window: int = 512
 
@@ -170,8 +163,7 @@ def balanced_assignment(profit: npt.NDArray[np.float64], k: int) -> npt.NDArray[
     return chosen
 
 
-@ROUTERS.add("sinkhorn")
-@dataclass(kw_only=True, eq=False)
+@registered("sinkhorn")
 class SinkhornRouter(GateRouter):
     """Balance the logits by Sinkhorn's iteration, then take each token's best experts.
 
@@ -192,8 +184,6 @@ class SinkhornRouter(GateRouter):
     overflows, and with a cap on the iterations, since that loop need not end. As there, the plan
     decides about the choice only, and only in training.
     """
-
-    info = CARDS["sinkhorn"]
 
     temperature: float = 1.0
     max_iterations: int = 200
@@ -254,8 +244,7 @@ def log_sinkhorn(
     return plan
 
 
-@ROUTERS.add("capacity_probs")
-@dataclass(kw_only=True, eq=False)
+@registered("capacity_probs")
 class CapacityRouter(GateRouter):
     """Take the model's own choice, and drop what exceeds each expert's capacity.
 
@@ -272,8 +261,6 @@ class CapacityRouter(GateRouter):
     """
 
     policy: ClassVar[Literal["probs", "position"]] = "probs"
-    info = CARDS["capacity_probs"]
-
     capacity_factor: float = 1.25
     window: int | None = None
 
@@ -298,9 +285,8 @@ class CapacityRouter(GateRouter):
         return taken & best_tokens(weights, places)
 
 
-@ROUTERS.add("capacity_position")
+@registered("capacity_position")
 class CapacityByPositionRouter(CapacityRouter):
     """Take the model's own choice; each expert takes the first assignments of the batch only."""
 
     policy = "position"
-    info = CARDS["capacity_position"]

@@ -1,21 +1,19 @@
 """Attention-based routers to experts: a token's query meets the keys of the experts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from capture.swap.rules import RouterInputs, Routing
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, RoutingRouter
+from explorer.routers.contract import RoutingRouter, registered
 from explorer.routers.learning.imitation import Student
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, chosen_formula
 
 
-@ROUTERS.add("gate_row_attention")
-@dataclass(kw_only=True, eq=False)
+@registered("gate_row_attention")
 class GateRowRouter(RoutingRouter):
     """Take the token as the query and the rows of the model's gate as the experts' keys.
 
@@ -29,8 +27,6 @@ class GateRowRouter(RoutingRouter):
     A linear gate followed by a softmax *is* attention of one query over expert keys: this router
     reproduces the model's decisions exactly, which the tests hold it to.
     """
-
-    info = CARDS["gate_row_attention"]
 
     selector: Selector | None = None
 
@@ -79,8 +75,7 @@ class KeyAttention(nn.Module):
         return logits
 
 
-@ROUTERS.add("expert_key_attention")
-@dataclass(kw_only=True, eq=False)
+@registered("expert_key_attention")
 class ExpertKeyRouter(Student):
     """Learn a low-rank query of the token and a key of each expert.
 
@@ -91,8 +86,6 @@ class ExpertKeyRouter(Student):
     **options
         Of :class:`explorer.routers.learning.imitation.Student`.
     """
-
-    info = CARDS["expert_key_attention"]
 
     rank: int = 16
 
@@ -127,7 +120,7 @@ class YuanAttention(nn.Module):
         return logits
 
 
-@ROUTERS.add("yuan_attention")
+@registered("yuan_attention")
 class YuanRouter(Student):
     """Let the experts attend to each other before one is chosen.
 
@@ -136,8 +129,6 @@ class YuanRouter(Student):
     As in the source, without scaling by the width. Distilled, where the source trains it with the
     model.
     """
-
-    info = CARDS["yuan_attention"]
 
     rows = 2048  # each holds a square of experts
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from capture.errors import cut, first_line, quoted
 from explorer.errors import RouterError
-from explorer.router_cards import Call, RouterSpec
+from explorer.router_cards import RouterSpec, SelectorCall
 from explorer.routers import ROUTERS, Router, Threshold, TopK, TopP
 
 
@@ -46,7 +46,9 @@ def make_router(spec: RouterSpec, *, seed: int | None = None) -> Router:
             )
     try:
         made = {
-            name: selectors[value.name](**value.options) if isinstance(value, Call) else value
+            name: selectors[value.name](**value.options)
+            if isinstance(value, SelectorCall)
+            else value
             for name, value in options.items()
         }
         return factory(**made)

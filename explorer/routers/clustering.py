@@ -1,14 +1,13 @@
 """Clustering-based routers: what region of the hidden space a token lies in decides."""
 
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Literal
 
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
 from explorer.routers.clusters import (
     SPANNING,
     GaussianClusters,
@@ -16,7 +15,7 @@ from explorer.routers.clusters import (
     Level,
     points_of,
 )
-from explorer.routers.contract import ROUTERS, RoutingRouter
+from explorer.routers.contract import RoutingRouter, registered
 from explorer.routers.native import choice_scores, choose, host_choice
 from explorer.routers.scores import (
     slots,
@@ -87,8 +86,7 @@ class ClusterTableRouter(RoutingRouter):
         """Return how much each cluster has of points, [N, C], rows sum to 1."""
 
 
-@ROUTERS.add("kmeans")
-@dataclass(kw_only=True, eq=False)
+@registered("kmeans")
 class KMeansRouter(ClusterTableRouter):
     """Send a token to the experts that its K-means cluster scored highest on average.
 
@@ -111,8 +109,6 @@ class KMeansRouter(ClusterTableRouter):
     Differs from the source (a language model per cluster of documents): clusters of one layer's
     hidden states choose among experts that exist, and K-means is not balanced.
     """
-
-    info = CARDS["kmeans"]
 
     n_clusters: int = 128
     soft: bool = False
@@ -149,29 +145,22 @@ class KMeansRouter(ClusterTableRouter):
         return 2.0 * n_clusters * (d + (n_experts if self.soft else 0))
 
 
-@ROUTERS.add("kmeans_soft")
-@dataclass(kw_only=True, eq=False)
+@registered("kmeans_soft")
 class SoftKMeansRouter(KMeansRouter):
     """Mix the experts of several clusters, by the token's shares in them."""
-
-    info = CARDS["kmeans_soft"]
 
     soft: bool = field(default=True, init=False)
 
 
-@ROUTERS.add("kmeans_prompt")
-@dataclass(kw_only=True, eq=False)
+@registered("kmeans_prompt")
 class PromptKMeansRouter(SoftKMeansRouter):
     """Cluster prompts: all tokens that continue the same kind of text share experts."""
-
-    info = CARDS["kmeans_prompt"]
 
     n_clusters: int = 32
     level: Level = field(default="prompt", init=False)
 
 
-@ROUTERS.add("gmm")
-@dataclass(kw_only=True, eq=False)
+@registered("gmm")
 class MixtureRouter(ClusterTableRouter):
     """Mix the experts of a Gaussian mixture's components, by their posterior.
 
@@ -191,8 +180,6 @@ class MixtureRouter(ClusterTableRouter):
     Differs from the source, which trains the mixture with the model and gives each expert
     components of its own: here they share a table of scores.
     """
-
-    info = CARDS["gmm"]
 
     n_components: int = 128
     covariance: Literal["diag", "full"] = "diag"
@@ -220,8 +207,7 @@ class MixtureRouter(ClusterTableRouter):
         return n_components * (density + 2.0 * n_experts)
 
 
-@ROUTERS.add("cluster_shortlist")
-@dataclass(kw_only=True, eq=False)
+@registered("cluster_shortlist")
 class ShortlistRouter(ClusterTableRouter):
     """Let the model's own gate choose, but only among the experts of the token's cluster.
 
@@ -232,8 +218,6 @@ class ShortlistRouter(ClusterTableRouter):
         Experts per cluster, at most all; None = twice as many as a token takes.
     seed : int
     """
-
-    info = CARDS["cluster_shortlist"]
 
     n_clusters: int = 128
     shortlist: int | None = None
@@ -279,8 +263,7 @@ class ShortlistRouter(ClusterTableRouter):
         return 2.0 * d * (n_clusters + n_experts)
 
 
-@ROUTERS.add("cluster_linear")
-@dataclass(kw_only=True, eq=False)
+@registered("cluster_linear")
 class ClusterLinearRouter(RoutingRouter):
     """Give every cluster of hidden states a linear router of its own, fitted to the model's logits.
 
@@ -301,8 +284,6 @@ class ClusterLinearRouter(RoutingRouter):
     recovered exactly by one full router, so the family's point shows at low rank only: there the
     clusters' routers together say what one of the same rank cannot.
     """
-
-    info = CARDS["cluster_linear"]
 
     n_clusters: int = 8
     rank: int | None = None
@@ -396,11 +377,8 @@ def regress(
     return factors, level - centre @ weight
 
 
-@ROUTERS.add("cluster_low_rank")
-@dataclass(kw_only=True, eq=False)
+@registered("cluster_low_rank")
 class ClusterLowRankRouter(ClusterLinearRouter):
     """Give every cluster a linear router of low rank."""
-
-    info = CARDS["cluster_low_rank"]
 
     rank: int = 4

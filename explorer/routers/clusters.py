@@ -1,7 +1,6 @@
 """Regions of the hidden space: K-means, Gaussian mixtures, and the nearest recorded tokens."""
 
 import warnings
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,8 +10,7 @@ from sklearn.mixture import GaussianMixture
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, RoutingRouter
+from explorer.routers.contract import RoutingRouter, registered
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, target_scores, weigh
 from explorer.routers.sequences import prefix_mean
@@ -172,8 +170,7 @@ class GaussianClusters:
         return (self.log_weights + log_det - square / 2).softmax(dim=-1).float()
 
 
-@ROUTERS.add("nearest_neighbours")
-@dataclass(kw_only=True, eq=False)
+@registered("nearest_neighbours")
 class NeighbourRouter(RoutingRouter):
     """Average the expert scores of the most similar recorded tokens.
 
@@ -185,7 +182,6 @@ class NeighbourRouter(RoutingRouter):
     seed : int
     """
 
-    info = CARDS["nearest_neighbours"]
     _rows = 2048  # tokens compared at a time, which bounds memory
 
     neighbours: int = 8

@@ -6,8 +6,8 @@ Fitting one in every layer, each its own or one for all, is part of the contract
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import replace
-from typing import Self, cast
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar, cast, dataclass_transform
 
 import torch
 
@@ -15,7 +15,7 @@ from capture.store.records import Place
 from capture.swap.rules import Decision, Part, PartMask, RouterInputs, Routing, how_to_get
 from explorer.errors import RouterError
 from explorer.registry import Registry
-from explorer.router_cards import RouterInfo
+from explorer.router_cards import CARDS, RouterInfo
 
 
 class Router(ABC):
@@ -137,6 +137,24 @@ class PartRouter(Router):
 
 
 ROUTERS: Registry[Callable[..., Router]] = Registry("router")
+Ours = TypeVar("Ours", bound=type[Router])
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False)
+def registered(name: str) -> Callable[[Ours], Ours]:
+    """Return a decorator for a router of ours: its card is in ``router_cards.toml``.
+
+    The class becomes a dataclass, whose fields are the router's arguments, and an entry of
+    ``ROUTERS``.
+    """
+
+    def register(owner: Ours) -> Ours:
+        owner.info = CARDS[name]
+        dataclass(kw_only=True, eq=False)(owner)  # changes the class, and returns it too
+        ROUTERS.add(name)(owner)
+        return owner
+
+    return register
 
 
 class AcrossLayers(Router):

@@ -10,8 +10,7 @@ from capture.swap.measure import summed, token_losses
 from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.rules import Decision, Part, PartMask, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, PartRouter, RoutingRouter
+from explorer.routers.contract import PartRouter, RoutingRouter, registered
 from explorer.routers.heads_and_layers import check_keep
 from explorer.routers.learning.exploration import TextPasses
 from explorer.routers.learning.training import CURVE_POINTS, TrainedRouter, TrainingSession
@@ -25,8 +24,7 @@ Choose = Literal["random", "best"]
 _SETS, _COUNTS = 1, 2  # streams of random numbers
 
 
-@ROUTERS.add("random")
-@dataclass(kw_only=True, eq=False)
+@registered("random")
 class RandomRouter(GateRouter):
     """Choose experts by chance, as many on average as told, the same in every layer.
 
@@ -39,8 +37,6 @@ class RandomRouter(GateRouter):
         latter is the control of rules that skip experts.
     seed : int
     """
-
-    info = CARDS["random"]
 
     experts_per_token: float | None = None
     choose: Choose = "random"
@@ -77,8 +73,7 @@ class RandomRouter(GateRouter):
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
-@ROUTERS.add("random_matched")
-@dataclass(kw_only=True, eq=False)
+@registered("random_matched")
 class MatchedRandomRouter(RandomRouter):
     """Choose by chance with the numbers of experts that another rule uses in this layer.
 
@@ -95,8 +90,6 @@ class MatchedRandomRouter(RandomRouter):
     experts are kept layer by layer. Most of what a skipping rule gains over uniform chance comes
     from such allocation to layers; this control leaves only what depends on the token.
     """
-
-    info = CARDS["random_matched"]
 
     choose: Choose = "best"
     experts_per_token: float | None = field(default=None, init=False)
@@ -120,8 +113,7 @@ class MatchedRandomRouter(RandomRouter):
         return self.shares_
 
 
-@ROUTERS.add("frozen_random")
-@dataclass(kw_only=True, eq=False)
+@registered("frozen_random")
 class FrozenRandomRouter(RoutingRouter):
     """Route by a linear gate with random weights that nobody trained.
 
@@ -137,8 +129,6 @@ class FrozenRandomRouter(RoutingRouter):
     The source trains the experts with such a gate and loses little; experts that were trained
     with another gate do not forgive it.
     """
-
-    info = CARDS["frozen_random"]
 
     k: int | None = None
     seed: int = 0
@@ -159,8 +149,7 @@ class FrozenRandomRouter(RoutingRouter):
         return 2.0 * d * n_experts
 
 
-@ROUTERS.add("static_best")
-@dataclass(kw_only=True, eq=False)
+@registered("static_best")
 class StaticRouter(RoutingRouter):
     """Send every token to the experts that score highest on average.
 
@@ -169,8 +158,6 @@ class StaticRouter(RoutingRouter):
     k : int, optional
         Experts per token; None = as many as the model takes.
     """
-
-    info = CARDS["static_best"]
 
     k: int | None = None
 
@@ -231,28 +218,23 @@ class _PartControl(PartRouter):
         return 0.0
 
 
-@ROUTERS.add("random_parts")
+@registered("random_parts")
 class RandomPartRouter(_PartControl):
     """Choose heads, or whether a layer runs, by chance, as often as told in each layer."""
-
-    info = CARDS["random_parts"]
 
     def _route(self, inputs: RouterInputs) -> PartMask:
         return self._gate(inputs, uniform(token_keys(inputs, self.seed, 1), len(self.mean_)))
 
 
-@ROUTERS.add("static_parts")
+@registered("static_parts")
 class StaticPartRouter(_PartControl):
     """Give every token the parts that matter most on average."""
-
-    info = CARDS["static_parts"]
 
     def _route(self, inputs: RouterInputs) -> PartMask:
         return self._gate(inputs, self.mean_.expand(inputs.n_tokens, -1))
 
 
-@ROUTERS.add("constant_gate")
-@dataclass(kw_only=True, eq=False)
+@registered("constant_gate")
 class ConstantGateRouter(PartRouter):
     """Multiply every part by the same number.
 
@@ -264,8 +246,6 @@ class ConstantGateRouter(PartRouter):
     n_parts : int, optional
         Needed for heads; a layer is one part, and experts are known.
     """
-
-    info = CARDS["constant_gate"]
 
     value: float = 1.0
     part: Part = "layer"
@@ -294,8 +274,7 @@ MOST_SUBSETS = 256
 _WHOLE = 0.01  # blocks: keep=0.667 of 6 layers means 4
 
 
-@ROUTERS.add("static_layers")
-@dataclass(kw_only=True, eq=False)
+@registered("static_layers")
 class StaticLayersRouter(PartRouter, TrainedRouter):
     """Run the same MoE blocks for all tokens: those without which the loss rises least.
 
@@ -313,8 +292,6 @@ class StaticLayersRouter(PartRouter, TrainedRouter):
     """
 
     part = "layer"
-    info = CARDS["static_layers"]
-
     keep: float = 0.75
     seed: int = 0
 

@@ -1,13 +1,10 @@
 """DeepSeek's rules: a bias that evens out the load, and groups of experts."""
 
-from dataclasses import dataclass
-
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS
+from explorer.routers.contract import registered
 from explorer.routers.native import (
     GateRouter,
     choice_scores,
@@ -18,8 +15,7 @@ from explorer.routers.scores import host_logits, host_scores, slots, weigh
 from explorer.routers.selectors import TopK
 
 
-@ROUTERS.add("loss_free_bias")
-@dataclass(kw_only=True, eq=False)
+@registered("loss_free_bias")
 class LossFreeBiasRouter(GateRouter):
     """Choose by sigmoid scores plus a bias per expert that was fitted to even out the load.
 
@@ -42,8 +38,6 @@ class LossFreeBiasRouter(GateRouter):
     that has such a bias keeps it, with its own scores: the fitted one is added to what it sorts
     its experts by.
     """
-
-    info = CARDS["loss_free_bias"]
 
     update_rate: float = 0.001
     steps: int = 1000
@@ -78,8 +72,7 @@ class LossFreeBiasRouter(GateRouter):
         return choice_scores(host_logits(inputs).double().sigmoid(), inputs)
 
 
-@ROUTERS.add("group_limited_v2")
-@dataclass(kw_only=True, eq=False)
+@registered("group_limited_v2")
 class GroupLimitedRouter(GateRouter):
     """Choose within the best groups of experts only, as a group is one device.
 
@@ -103,7 +96,6 @@ class GroupLimitedRouter(GateRouter):
     group is therefore the mildest rule with an effect on a top-2 model.
     """
 
-    info = CARDS["group_limited_v2"]
     counted = 1
 
     n_groups: int | None = None
@@ -131,9 +123,8 @@ class GroupLimitedRouter(GateRouter):
         return 1
 
 
-@ROUTERS.add("group_limited_v3")
+@registered("group_limited_v3")
 class SummedGroupRouter(GroupLimitedRouter):
     """Choose within the best groups, a group counting by the sum of its two best experts."""
 
-    info = CARDS["group_limited_v3"]
     counted = 2

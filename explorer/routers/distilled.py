@@ -1,7 +1,6 @@
 """Students of the model's gate: linear, cosine, and those that look one layer ahead."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import log
 
 import torch
@@ -10,8 +9,7 @@ from torch import nn
 from capture.store.records import Place
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, AcrossLayers, RoutingRouter
+from explorer.routers.contract import AcrossLayers, RoutingRouter, registered
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     LEARNING_RATE,
@@ -25,11 +23,9 @@ from explorer.routers.native import choose
 from explorer.routers.scores import slots, student_scores, target_scores, weigh
 
 
-@ROUTERS.add("distilled_linear")
+@registered("distilled_linear")
 class LinearStudent(Student):
     """Learn a linear gate from the model's own linear gate: the sanity check of distillation."""
-
-    info = CARDS["distilled_linear"]
 
     def make(self, d: int, n_experts: int) -> nn.Module:
         """Make one linear map."""
@@ -64,8 +60,7 @@ class CosineGate(nn.Module):
         return logits
 
 
-@ROUTERS.add("cosine")
-@dataclass(kw_only=True, eq=False)
+@registered("cosine")
 class CosineRouter(Student):
     """Route by the cosine between a projection of the token and a vector of each expert.
 
@@ -83,8 +78,6 @@ class CosineRouter(Student):
     the model.
     """
 
-    info = CARDS["cosine"]
-
     width: int = 32
 
     def make(self, d: int, n_experts: int) -> nn.Module:
@@ -96,8 +89,7 @@ class CosineRouter(Student):
         return 2.0 * self.width * (d + n_experts)
 
 
-@ROUTERS.add("look_ahead")
-@dataclass(kw_only=True, eq=False)
+@registered("look_ahead")
 class LookAheadRouter(AcrossLayers, RoutingRouter):
     """Choose a layer's experts from the router input of the layer before it.
 
@@ -112,8 +104,6 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
     state. Where none was handed on, as in the first layer, a second linear gate that was fitted
     for that reads the layer's own input.
     """
-
-    info = CARDS["look_ahead"]
 
     steps: int = STEPS
     seed: int = 0
@@ -170,7 +160,7 @@ class LookAheadRouter(AcrossLayers, RoutingRouter):
         return 2.0 * d * n_experts
 
 
-@ROUTERS.add("next_gate")
+@registered("next_gate")
 class NextGateRouter(AcrossLayers, RoutingRouter):
     """Choose a layer's experts by its own gate, applied to what the layer before saw.
 
@@ -179,8 +169,6 @@ class NextGateRouter(AcrossLayers, RoutingRouter):
     What the layer before saw is handed on as its state; where none was, as in the first layer,
     the gate reads the layer's own input, as the model does.
     """
-
-    info = CARDS["next_gate"]
 
     def fit_across(
         self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]

@@ -8,8 +8,7 @@ from torch import nn
 
 from capture.swap.rules import Decision, PartMask, RouterInputs
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, PartRouter
+from explorer.routers.contract import PartRouter, registered
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import BATCH_TOKENS, LEARNING_RATE, STEPS, distill, seeded
 from explorer.routers.scores import target_importance
@@ -150,16 +149,14 @@ class _PartGate(PartRouter):
         return 2.0 * d * (self.network_.out_features if self.fitted else parts)
 
 
-@ROUTERS.add("layer_gate")
+@registered("layer_gate")
 class LayerGateRouter(_PartGate):
     """Decide for each token whether the layer runs."""
 
     part = "layer"
-    info = CARDS["layer_gate"]
 
 
-@ROUTERS.add("head_gate")
-@dataclass(kw_only=True, eq=False)
+@registered("head_gate")
 class HeadGateRouter(_PartGate):
     """Decide for each token which heads run, with gates that can close entirely.
 
@@ -169,18 +166,13 @@ class HeadGateRouter(_PartGate):
     """
 
     part = "head"
-    info = CARDS["head_gate"]
-
     kind: Kind = "hard_concrete"
 
 
-@ROUTERS.add("expert_gate")
-@dataclass(kw_only=True, eq=False)
+@registered("expert_gate")
 class ExpertGateRouter(_PartGate):
     """Multiply each expert's weight by a gate of its own."""
 
     part = "expert"
-    info = CARDS["expert_gate"]
-
     mode: Mode = "modulate"
     keep: float | None = None

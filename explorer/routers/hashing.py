@@ -1,20 +1,16 @@
 """Hash layers: the token id alone decides."""
 
-from dataclasses import dataclass
-
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, RoutingRouter
+from explorer.routers.contract import RoutingRouter, registered
 from explorer.routers.native import choose
 from explorer.routers.scores import slots, target_scores, weigh
 from explorer.routers.selectors import top_ids
 from explorer.routers.sequences import mix, uniform
 
 
-@ROUTERS.add("hash_random")
-@dataclass(kw_only=True, eq=False)
+@registered("hash_random")
 class HashRouter(RoutingRouter):
     """Send each token id to experts drawn once, with equal weights.
 
@@ -30,8 +26,6 @@ class HashRouter(RoutingRouter):
     Differs from the source where the model takes several experts: they are drawn without
     replacement and weighted equally, with the sum that the model's weights would have.
     """
-
-    info = CARDS["hash_random"]
 
     k: int | None = None
     seed: int = 0
@@ -50,8 +44,7 @@ class HashRouter(RoutingRouter):
         return 0.0
 
 
-@ROUTERS.add("hash_fitted")
-@dataclass(kw_only=True, eq=False)
+@registered("hash_fitted")
 class FittedHashRouter(RoutingRouter):
     """Send each token id to the experts that its occurrences scored highest on average.
 
@@ -65,8 +58,6 @@ class FittedHashRouter(RoutingRouter):
     Token ids that the fit split does not hold get the mean of all tokens. What this rule
     reproduces is the part of routing that context has no say in.
     """
-
-    info = CARDS["hash_fitted"]
 
     k: int | None = None
 

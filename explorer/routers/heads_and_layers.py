@@ -1,7 +1,7 @@
 """Heads and layers chosen by attention: keys of parts, and attention that tokens receive."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -10,9 +10,8 @@ from torch import nn
 from capture.store.records import Place
 from capture.swap.rules import Decision, PartMask, RouterInputs
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
 from explorer.routers.attention import KeyAttention
-from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter
+from explorer.routers.contract import AcrossLayers, PartRouter, registered
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
     LEARNING_RATE,
@@ -44,8 +43,7 @@ def quantile_threshold(scores: torch.Tensor, keep: float) -> float:
     return float(ordered[kept - 1] + ordered[kept]) / 2
 
 
-@ROUTERS.add("head_attention")
-@dataclass(kw_only=True, eq=False)
+@registered("head_attention")
 class HeadAttentionRouter(PartRouter):
     """Choose attention heads by the token's query against a learned key of each head.
 
@@ -62,8 +60,6 @@ class HeadAttentionRouter(PartRouter):
     """
 
     part = "head"
-    info = CARDS["head_attention"]
-
     keep: float = 0.75
     selector: Selector | None = None
     rank: int = 16
@@ -123,8 +119,7 @@ class LayerKeys(nn.Module):
         return logit + self.bias[layer]
 
 
-@ROUTERS.add("layer_attention")
-@dataclass(kw_only=True, eq=False)
+@registered("layer_attention")
 class LayerAttentionRouter(PartRouter, AcrossLayers):
     """Run a layer for the tokens whose query meets the layer's key.
 
@@ -147,8 +142,6 @@ class LayerAttentionRouter(PartRouter, AcrossLayers):
     """
 
     part = "layer"
-    info = CARDS["layer_attention"]
-
     keep: float = 0.75
     selector: Selector | None = None
     rank: int = 16
@@ -205,8 +198,7 @@ class LayerAttentionRouter(PartRouter, AcrossLayers):
         return 2.0 * (d + 1) * self.rank
 
 
-@ROUTERS.add("attention_received")
-@dataclass(kw_only=True, eq=False)
+@registered("attention_received")
 class AttentionReceivedRouter(PartRouter):
     """Run a layer for the tokens of a sequence that receive most attention.
 
@@ -226,8 +218,6 @@ class AttentionReceivedRouter(PartRouter):
     """
 
     part = "layer"
-    info = CARDS["attention_received"]
-
     keep: float = 0.75
     selector: Selector | None = None
 
@@ -251,8 +241,7 @@ class AttentionReceivedRouter(PartRouter):
         return 2048.0
 
 
-@ROUTERS.add("attention_given")
-@dataclass(kw_only=True, eq=False)
+@registered("attention_given")
 class AttentionGivenRouter(PartRouter):
     """Run a layer for the tokens whose own attention row looks as if it mattered.
 
@@ -271,8 +260,6 @@ class AttentionGivenRouter(PartRouter):
     """
 
     part = "layer"
-    info = CARDS["attention_given"]
-
     keep: float = 0.75
     selector: Selector | None = None
     statistic: str = "entropy"
@@ -306,8 +293,7 @@ class AttentionGivenRouter(PartRouter):
         return 3.0 * 2048
 
 
-@ROUTERS.add("moh_heads")
-@dataclass(kw_only=True, eq=False)
+@registered("moh_heads")
 class MoHRouter(PartRouter):
     """Keep the first heads of every layer on, and choose among the others by a linear gate.
 
@@ -323,8 +309,6 @@ class MoHRouter(PartRouter):
     """
 
     part = "head"
-    info = CARDS["moh_heads"]
-
     keep: float = 0.75
     shared: float = 0.5
     steps: int = STEPS
@@ -360,7 +344,7 @@ class MoHRouter(PartRouter):
         return 2.0 * d * (self.gate_.out_features if self.fitted else 2)
 
 
-@ROUTERS.add("a_mod")
+@registered("a_mod")
 class AModRouter(AttentionReceivedRouter):
     """Run a layer for the tokens that receive most attention in the layer before it.
 
@@ -379,4 +363,3 @@ class AModRouter(AttentionReceivedRouter):
     """
 
     preceding = True
-    info = CARDS["a_mod"]

@@ -1,14 +1,13 @@
 """The model's own decision, and the rules that stay closest to it: other k, noise, one expert."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import log
 
 import torch
 
 from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, RoutingRouter
+from explorer.routers.contract import RoutingRouter, registered
 from explorer.routers.scores import host_scores, slots, weigh
 from explorer.routers.selectors import SELECTOR_DECIDES, Selector, TopK
 from explorer.routers.sequences import normal, token_keys
@@ -22,11 +21,9 @@ class GateRouter(RoutingRouter):
         return 2.0 * d * n_experts
 
 
-@ROUTERS.add("native")
+@registered("native")
 class NativeRouter(GateRouter):
     """Return the model's own decision, as it was recorded."""
-
-    info = CARDS["native"]
 
     def _route(self, inputs: RouterInputs) -> Routing:
         recorded = inputs.decision()
@@ -147,8 +144,7 @@ def choose(
     return wanted.ids(scores, choice_scores(scores, inputs))
 
 
-@ROUTERS.add("top_k")
-@dataclass(kw_only=True, eq=False)
+@registered("top_k")
 class TopKRouter(GateRouter):
     """Take the best experts by the model's own logits, any number of them.
 
@@ -159,8 +155,6 @@ class TopKRouter(GateRouter):
     selector : Selector, optional
         Another way to choose, on the model's scores; replaces ``k``.
     """
-
-    info = CARDS["top_k"]
 
     k: int | None = None
     selector: Selector | None = None
@@ -181,8 +175,7 @@ class TopKRouter(GateRouter):
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
-@ROUTERS.add("noisy_top_k")
-@dataclass(kw_only=True, eq=False)
+@registered("noisy_top_k")
 class NoisyTopKRouter(GateRouter):
     """Add normal noise to the logits and take the best.
 
@@ -202,8 +195,6 @@ class NoisyTopKRouter(GateRouter):
     as a probe of how much noise its routing bears.
     """
 
-    info = CARDS["noisy_top_k"]
-
     noise: float = log(2)
     k: int | None = None
     seed: int = 0
@@ -221,8 +212,7 @@ class NoisyTopKRouter(GateRouter):
         return slots(scores, ids, weigh(scores, ids, inputs))
 
 
-@ROUTERS.add("switch")
-@dataclass(kw_only=True, eq=False)
+@registered("switch")
 class SwitchRouter(GateRouter):
     """Send every token to its single best expert, weighted with that expert's raw score.
 
@@ -232,8 +222,6 @@ class SwitchRouter(GateRouter):
         Whether the one weight becomes 1, as a model that renormalises would have it; the source
         keeps the probability.
     """
-
-    info = CARDS["switch"]
 
     renormalize: bool = False
 

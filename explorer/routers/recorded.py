@@ -11,7 +11,7 @@ import torch
 
 from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.routers.live import Convention, convention_of, with_groups_as_counted
+from explorer.routers.live_rule import Convention, convention_of, with_groups_as_counted
 from explorer.routers.scores import host_scores
 from explorer.run import UNLABELLED, Run
 

@@ -10,8 +10,7 @@ from torch import nn
 from capture.store.records import Place
 from capture.swap.rules import Decision, PartMask, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, AcrossLayers, PartRouter, RoutingRouter
+from explorer.routers.contract import AcrossLayers, PartRouter, RoutingRouter, registered
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.imitation import (
     BATCH_TOKENS,
@@ -171,7 +170,7 @@ class _RecurrentRouter(AcrossLayers):
         return logits, state
 
 
-@ROUTERS.add("gru_recurrent")
+@registered("gru_recurrent")
 class GRURouter(_RecurrentRouter, RoutingRouter):
     """Route by a state that a GRU carries from layer to layer, for each token by itself.
 
@@ -187,8 +186,6 @@ class GRURouter(_RecurrentRouter, RoutingRouter):
     As in the source: a projection and a gate of each layer, one GRU cell for all. Distilled
     from the model's own gates, where the source trains it with the model.
     """
-
-    info = CARDS["gru_recurrent"]
 
     def _cell(self) -> nn.GRUCell:
         return nn.GRUCell(self.width, self.width)
@@ -212,8 +209,7 @@ class GRURouter(_RecurrentRouter, RoutingRouter):
         return 2.0 * self.width * (d + 6 * self.width + n_experts)
 
 
-@ROUTERS.add("gtrxl_layer_gate")
-@dataclass(kw_only=True, eq=False)
+@registered("gtrxl_layer_gate")
 class GTrXLLayerRouter(PartRouter, _RecurrentRouter):
     """Decide whether a layer runs, from a stream that GTrXL's gate updates layer by layer.
 
@@ -233,8 +229,6 @@ class GTrXLLayerRouter(PartRouter, _RecurrentRouter):
     """
 
     part = "layer"
-    info = CARDS["gtrxl_layer_gate"]
-
     keep: float = 0.75
 
     def __post_init__(self) -> None:

@@ -10,8 +10,7 @@ from torch import nn
 from capture.store.records import Place
 from capture.swap.rules import RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, RoutingRouter
+from explorer.routers.contract import RoutingRouter, registered
 from explorer.routers.learning.actions import (
     STATISTICS,
     ActionKind,
@@ -233,7 +232,7 @@ class _OfflineRouter(ActionRouter):
         """Do what is left when all layers have learned."""
 
 
-@ROUTERS.add("policy_gradient")
+@registered("policy_gradient")
 class PolicyGradientRouter(_OfflineRouter):
     """Policy gradient from logged exploration, against the model's own loss on the same token.
 
@@ -245,8 +244,6 @@ class PolicyGradientRouter(_OfflineRouter):
     penalty on activation; this one is the change against the model itself (the paired baseline),
     which takes away most of the variance. Advantages are clipped at 3 nats.
     """
-
-    info = CARDS["policy_gradient"]
 
     def _log_policy(self, preference: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         return log_policy(preference, allowed)
@@ -268,8 +265,7 @@ class PolicyGradientRouter(_OfflineRouter):
         )
 
 
-@ROUTERS.add("q_learning")
-@dataclass(kw_only=True, eq=False)
+@registered("q_learning")
 class QLearningRouter(_OfflineRouter):
     """One-step Q-learning fitted to logged exploration; actions are taken greedily.
 
@@ -285,8 +281,6 @@ class QLearningRouter(_OfflineRouter):
     value of an action is minus its change in loss; its price is taken off afterwards, so that one
     training serves every price.
     """
-
-    info = CARDS["q_learning"]
 
     experts_per_token: float | None = None
 

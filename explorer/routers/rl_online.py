@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 
 from capture.store.records import Place
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS
+from explorer.routers.contract import registered
 from explorer.routers.learning.exploration import Acting, TextPasses
 from explorer.routers.learning.objectives import (
     EpisodeStep,
@@ -33,7 +32,7 @@ KEPT_BATCHES = 24  # of the replay memory
 UPDATES, SAMPLE, SYNC = 4, 1024, 10
 FIRST_EPSILON, LAST_EPSILON = 1.0, 0.1
 
-Seen = Mapping[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+ActedSites = Mapping[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -104,14 +103,14 @@ class _OnlineRouter(ActionRouter):
         }
         self._begin()
 
-    def _costs(self, seen: Seen) -> dict[Place, torch.Tensor]:
+    def _costs(self, seen: ActedSites) -> dict[Place, torch.Tensor]:
         """Return what each token's action costs in each layer, [T] nats."""
         return {
             place: self.price * self.costs_[place].to(taken.device)[taken]
             for place, (_, _, taken) in seen.items()
         }
 
-    def _note(self, step: int, seen: Seen, change: torch.Tensor) -> None:
+    def _note(self, step: int, seen: ActedSites, change: torch.Tensor) -> None:
         """Keep a point of the curves: one of all layers, and the layers' policies."""
         if not is_point(step, self.steps):
             return
@@ -142,7 +141,7 @@ class _OnlineRouter(ActionRouter):
         """Do what comes before a step."""
 
     @abstractmethod
-    def _learn(self, step: int, seen: Seen, change: torch.Tensor) -> None:
+    def _learn(self, step: int, seen: ActedSites, change: torch.Tensor) -> None:
         """Learn from what one pass did."""
 
     @abstractmethod
@@ -150,7 +149,7 @@ class _OnlineRouter(ActionRouter):
         """Drop what only learning needs."""
 
 
-@ROUTERS.add("reinforce")
+@registered("reinforce")
 class ReinforceRouter(_OnlineRouter):
     """Plain on-policy REINFORCE in all layers at once.
 
@@ -162,8 +161,6 @@ class ReinforceRouter(_OnlineRouter):
     their gradient.
     """
 
-    info = CARDS["reinforce"]
-
     def _begin(self) -> None:
         parameters = [p for network in self.networks_.values() for p in network.parameters()]
         self._optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
@@ -174,7 +171,7 @@ class ReinforceRouter(_OnlineRouter):
     ) -> torch.Tensor:
         return log_policy(self.networks_[place](states), allowed)
 
-    def _learn(self, step: int, seen: Seen, change: torch.Tensor) -> None:
+    def _learn(self, step: int, seen: ActedSites, change: torch.Tensor) -> None:
         total = torch.stack(list(self._costs(seen).values())).sum(dim=0)
         reward = -change - total.to(change.device)
         if self._baseline is None:
@@ -194,7 +191,7 @@ class ReinforceRouter(_OnlineRouter):
         del self._optimizer, self._baseline
 
 
-@ROUTERS.add("q_multistep")
+@registered("q_multistep")
 class MultiStepQRouter(_OnlineRouter):
     """Q-learning over the layers as steps of one episode, with a target network.
 
@@ -205,8 +202,6 @@ class MultiStepQRouter(_OnlineRouter):
     falls from 1 to 0.1 over the first half of the training, else the best; afterwards always the
     best. Differs from the source's code, whose rewards of single actions are subtracted.
     """
-
-    info = CARDS["q_multistep"]
 
     def _begin(self) -> None:
         ordered = [self.networks_[place] for place in sorted(self.networks_)]
@@ -228,7 +223,7 @@ class MultiStepQRouter(_OnlineRouter):
         best = torch.nn.functional.one_hot(values.argmax(dim=-1), values.shape[-1]).float()
         return (self._epsilon * even + (1 - self._epsilon) * best).log()
 
-    def _learn(self, step: int, seen: Seen, change: torch.Tensor) -> None:
+    def _learn(self, step: int, seen: ActedSites, change: torch.Tensor) -> None:
         costs, places = self._costs(seen), sorted(seen)
         episode = []
         for place in places:

@@ -5,8 +5,6 @@ from itertools import combinations
 from math import comb
 from typing import NamedTuple
 
-from explorer.errors import ConditionError
-
 MOST_SUBSETS = 5000
 
 Error = Callable[[tuple[int, ...]], float]
@@ -72,16 +70,3 @@ def _one_more(chosen: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
     for member in range(n):
         if member not in chosen:
             yield tuple(sorted((*chosen, member)))
-
-
-def check_share(keep: float, name: str) -> float:
-    """Return a share of parts to keep, if it is one.
-
-    Raises
-    ------
-    ConditionError
-        If it is not above 0 and at most 1.
-    """
-    if not 0 < keep <= 1:
-        raise ConditionError(f"0 < keep <= 1 was expected for {name}, got {keep}.")
-    return keep

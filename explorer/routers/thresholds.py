@@ -1,21 +1,19 @@
 """Published rules with as many experts as a token needs: top-p, skipping, ReLU."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Literal
 
 import torch
 
 from capture.swap.rules import Decision, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS
+from explorer.routers.contract import registered
 from explorer.routers.native import GateRouter, TopKRouter
 from explorer.routers.scores import host_logits, host_scores, masked_ids, slots, weigh
 from explorer.routers.selectors import Selector, TopP
 
 
-@ROUTERS.add("top_p")
-@dataclass(kw_only=True, eq=False)
+@registered("top_p")
 class TopPRouter(TopKRouter):
     """Take the fewest best experts whose probabilities reach ``p``.
 
@@ -29,8 +27,6 @@ class TopPRouter(TopKRouter):
     convention of the model it is put into.
     """
 
-    info = CARDS["top_p"]
-
     p: float = 0.4
     k: int | None = field(default=None, init=False)
     selector: Selector | None = field(default=None, init=False)
@@ -42,8 +38,7 @@ class TopPRouter(TopKRouter):
         self.info = replace(self.info, identity=type(self).info.identity)
 
 
-@ROUTERS.add("expert_skipping")
-@dataclass(kw_only=True, eq=False)
+@registered("expert_skipping")
 class ExpertSkippingRouter(GateRouter):
     """Leave out chosen experts whose weight is small beside the first one's.
 
@@ -58,8 +53,6 @@ class ExpertSkippingRouter(GateRouter):
     Differs from the source, which has two experts per token: with more, every slot has a
     threshold of its own, and a slot is used only if the one before it is.
     """
-
-    info = CARDS["expert_skipping"]
 
     quantile: float = 0.5
 
@@ -90,8 +83,7 @@ class ExpertSkippingRouter(GateRouter):
         return slots(native.scores, ids, weigh(native.scores, ids, inputs))
 
 
-@ROUTERS.add("relu_threshold")
-@dataclass(kw_only=True, eq=False)
+@registered("relu_threshold")
 class ReluRouter(GateRouter):
     """Use every expert whose logit exceeds a threshold fitted to a mean number of experts.
 
@@ -111,8 +103,6 @@ class ReluRouter(GateRouter):
     logits alone are held against the threshold: a model's selection bias and groups, which even
     out what its own rule does, have no part in it.
     """
-
-    info = CARDS["relu_threshold"]
 
     experts_per_token: float | None = None
     per_expert: bool = False

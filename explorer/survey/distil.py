@@ -34,9 +34,9 @@ from capture.swap.measure import BATCH_TOKENS, Kept, sequence_losses
 from capture.swap.routers import site_key
 from explorer.comparison.compare import demo_run
 from explorer.comparison.conditions.calibration import collect
-from explorer.comparison.conditions.contract import Sequence_, Subject
+from explorer.comparison.conditions.condition import Sequence_, Subject
 from explorer.comparison.conditions.expert_pruning import CALIBRATION_TOKENS, load_of
-from explorer.comparison.conditions.routing_changes import Floats, Ids, Trace, traced
+from explorer.comparison.conditions.routing_changes import Floats, Ids, RoutingTrace, traced
 from explorer.comparison.text_split import split_texts
 from explorer.errors import ConditionError, ExplorerError
 from explorer.run import open_run
@@ -322,12 +322,12 @@ class RoutedTexts(NamedTuple):
     Attributes
     ----------
     losses : SequenceLosses
-    trace : Trace
+    trace : RoutingTrace
         Rows are tokens in the order of :func:`text_of_tokens`.
     """
 
     losses: SequenceLosses
-    trace: Trace
+    trace: RoutingTrace
 
 
 def routed(subject: Subject, texts: Sequence[npt.ArrayLike]) -> RoutedTexts:
@@ -439,7 +439,7 @@ def correlation(first: Floats, second: Floats) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def relative_entropy(subject: Subject, trace: Trace, key: Place) -> float:
+def relative_entropy(subject: Subject, trace: RoutingTrace, key: Place) -> float:
     """Return the mean gate entropy of a router as a share of ``ln E``, NaN where not known."""
     entropies = trace.entropies(key)
     if entropies is None:

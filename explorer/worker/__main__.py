@@ -19,7 +19,7 @@ from explorer.errors import ComparisonCancelled, ExplorerError, JobCancelled
 from explorer.worker.requests import (
     CaptureRequest,
     CompareRequest,
-    Outcome,
+    JobOutcome,
     RecoverRequest,
     Request,
 )
@@ -104,7 +104,7 @@ class Worker:
             pass  # the app is gone
         self.stop()
 
-    def _outcome(self, number: int, request: Request) -> Outcome:
+    def _outcome(self, number: int, request: Request) -> JobOutcome:
         def progress(report: Progress) -> None:
             self._report_progress(number, report)
 
@@ -112,16 +112,16 @@ class Worker:
             return self._app_is_gone.is_set() or number in self._cancelled
 
         try:
-            return Outcome("done", run_job(request, progress, cancelled))
+            return JobOutcome("done", run_job(request, progress, cancelled))
         except (CaptureCancelled, ComparisonCancelled, JobCancelled) as stop:
-            return Outcome("cancelled", None if stop.path is None else str(stop.path), str(stop))
+            return JobOutcome("cancelled", None if stop.path is None else str(stop.path), str(stop))
         except (CaptureError, ExplorerError) as error:
-            return Outcome("failed", error=str(error))
+            return JobOutcome("failed", error=str(error))
         except Exception as error:
             # our bug, or one of a library: the console gets the traceback, the page one line
             traceback.print_exc()
             said = f"{type(error).__name__}: {first_line(error)}"
-            return Outcome("failed", error=f"{said} (the app's console has the whole story)")
+            return JobOutcome("failed", error=f"{said} (the app's console has the whole story)")
 
     def _report_progress(self, number: int, report: Progress) -> None:
         now = time.monotonic()
@@ -130,7 +130,7 @@ class Worker:
         self._last_report, self._last_stage = now, report.stage
         self._send(number, report)
 
-    def _send(self, number: int, message: Progress | Outcome) -> None:
+    def _send(self, number: int, message: Progress | JobOutcome) -> None:
         try:
             self._connection.send((number, message))
         except OSError:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from capture.progress import Progress
 from explorer.errors import WorkerError
-from explorer.worker.requests import Outcome, Request
+from explorer.worker.requests import JobOutcome, Request
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # threads that spin while they wait made captures seven times slower beside another busy program
@@ -179,7 +179,7 @@ class WorkerClient:
             self._ensure_process()
         except OSError as error:
             text = f"The capture worker could not be started: {error}"
-            self._end(job, Outcome("failed", error=text))
+            self._end(job, JobOutcome("failed", error=text))
             return
         self._send((job.job_id, job.request))
 
@@ -224,18 +224,18 @@ class WorkerClient:
             if self._running is not None and not self._closed:
                 self._end_of_dead(self._jobs[self._running], status)
 
-    def _handle(self, job_id: int, message: Progress | Outcome) -> None:
+    def _handle(self, job_id: int, message: Progress | JobOutcome) -> None:
         with self._lock:
             job = self._jobs.get(job_id)
             if job is None or job.state != "running":
                 return
-            if isinstance(message, Outcome):
+            if isinstance(message, JobOutcome):
                 self._end(job, message)
             else:
                 # between two messages, what the last one said still holds
                 job.progress = message._replace(message=message.message or job.progress.message)
 
-    def _end(self, job: Job, outcome: Outcome) -> None:
+    def _end(self, job: Job, outcome: JobOutcome) -> None:
         job.state, job.path, job.error = outcome
         job.cancelling = False
         self._running = None
@@ -250,7 +250,7 @@ class WorkerClient:
         )
         if job.cancelling:
             text = f"The worker was stopped because it did not end by itself.{kept}"
-            self._end(job, Outcome("cancelled", error=text))
+            self._end(job, JobOutcome("cancelled", error=text))
             return
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         hint = " Signal 9 usually means that memory ran out: try a smaller model or fewer prompts."
@@ -258,7 +258,7 @@ class WorkerClient:
             f"The capture worker {how} while it recorded {job.request.title!r}."
             f"{hint if status == -9 else ''}{kept} The next capture starts a new worker."
         )
-        self._end(job, Outcome("failed", error=text))
+        self._end(job, JobOutcome("failed", error=text))
 
     def _kill_if_running(self, job_id: int) -> None:
         with self._lock:

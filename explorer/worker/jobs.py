@@ -9,9 +9,9 @@ from capture.progress import Progress
 from explorer.comparison.compare import compare
 from explorer.comparison.conditions.effects import measure_conditions
 from explorer.errors import ComparisonError, JobCancelled
-from explorer.maps.clustering import Method
 from explorer.maps.make import make_clusters, make_map
 from explorer.maps.map_cache import MapOptions
+from explorer.maps.point_clusters import Method
 from explorer.maps.rerouted import make_rerouted
 from explorer.run import open_run
 from explorer.worker.expert_weights import measure_cosines

@@ -1,7 +1,7 @@
 """What the app asks of the worker process, and what it is told in the end.
 
 Through a connection the app sends ``(number, request)``, ``(number, None)`` to cancel that job, and
-``None`` to end the process; the worker sends ``(number, Progress)`` and ``(number, Outcome)``.
+``None`` to end the process; the worker sends ``(number, Progress)`` and ``(number, JobOutcome)``.
 """
 
 from dataclasses import dataclass, field
@@ -179,7 +179,7 @@ class CosinesRequest:
 Request = CaptureRequest | RecoverRequest | ProjectRequest | CompareRequest | CosinesRequest
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """How a job ended.
 
     Attributes

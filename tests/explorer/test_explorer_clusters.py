@@ -15,11 +15,11 @@ from explorer import open_run
 from explorer.errors import ExplorerError, RunError
 from explorer.maps import data as queries
 from explorer.maps import map_cache, point_table
-from explorer.maps.clustering import cluster, cluster_domain, trustworthiness
 from explorer.maps.data import NOISE, Source, point_facts, prepare, read_points
 from explorer.maps.make import make_clusters, make_map, project
 from explorer.maps.map_cache import MapOptions
 from explorer.maps.pca import FEWEST, pca
+from explorer.maps.point_clusters import cluster, cluster_domain, trustworthiness
 from explorer.maps.point_table import PointTable, Region, inside
 from explorer.metrics.specialization import MIN_WHOLE, lift
 

@@ -15,10 +15,10 @@ from explorer import compare, open_comparison, open_run
 from explorer.comparison import live as lab_module
 from explorer.comparison.causality import Badges, badges
 from explorer.comparison.compare import pick
-from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import FitData, Fitted
 from explorer.comparison.live import LiveModel
 from explorer.comparison.live_results import RowSubject, live_rows
+from explorer.comparison.matched_controls import controls_of
 from explorer.comparison.results_file import empty_rows
 from explorer.comparison.text_split import FitAndReport, Texts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, RouterError
@@ -26,7 +26,7 @@ from explorer.metrics.load import max_violation
 from explorer.router_cards import parse_router
 from explorer.routers import PartMask, RouterInfo
 from explorer.routers.contract import PartRouter
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 from explorer.routers.native import TopKRouter
 
 NAMES = ["native", "top_k(k=1)", "top_p(p=0.4)", "expert_choice", "cluster_linear"]

@@ -10,9 +10,9 @@ import torch
 from capture.model.load import load_model
 from capture.model.selftest import attach
 from capture.swap.rules import Choice, RouterInputs, Routing
-from explorer.comparison.controls import controls_of
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import LiveModel, WatchedChoice, Watcher
+from explorer.comparison.matched_controls import controls_of
 from explorer.comparison.replay import over_layers, site_row
 from explorer.comparison.text_split import FitAndReport, Texts
 from explorer.routers.native import TopKRouter

@@ -20,7 +20,7 @@ from explorer.comparison.conditions.catalogue import (
     make_condition,
     make_conditions,
 )
-from explorer.comparison.conditions.contract import Subject
+from explorer.comparison.conditions.condition import Subject
 from explorer.comparison.conditions.effects import measure, run_texts
 from explorer.comparison.conditions.expert_pruning import (
     FrequencyPruning,

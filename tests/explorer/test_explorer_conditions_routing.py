@@ -11,11 +11,11 @@ from capture.model.hooks import SiteObservation
 from capture.model.sites import Site
 from capture.store import SiteInfo
 from capture.swap.rules import Routing
-from explorer.comparison.conditions.contract import Subject
+from explorer.comparison.conditions.condition import Subject
 from explorer.comparison.conditions.distilled_routers import likeness, measure_students
 from explorer.comparison.conditions.effects import measure, run_texts
 from explorer.comparison.conditions.routing_changes import (
-    Trace,
+    RoutingTrace,
     first_divergence,
     gate_entropy,
     margin,
@@ -123,7 +123,7 @@ def test_bfloat16_flips_where_margins_are_small():
 def test_the_heaviest_is_by_weight_with_the_lower_id_in_a_tie():
     """Rows 1 and 3 are real; the third token of the batch is padding."""
     info = SiteInfo(0, 0, "m", 8, 2, 0, "softmax")
-    site, trace = Site(info, torch.nn.Identity(), None, None), Trace()
+    site, trace = Site(info, torch.nn.Identity(), None, None), RoutingTrace()
     ids = torch.tensor([[4, 1], [5, 2], [0, 3], [7, -1]])
     weights = torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1], [1.0, 0.0]])
     seen = SiteObservation(None, ids, weights, None)

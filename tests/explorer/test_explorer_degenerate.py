@@ -6,11 +6,11 @@ Each shape stands just below and just above the threshold that decides what is d
 import numpy as np
 import pytest
 
-from explorer.maps.clustering import cluster, trustworthiness
 from explorer.maps.data import FEWEST_MEASURED, NOISE
 from explorer.maps.make import project
 from explorer.maps.map_cache import MapOptions
 from explorer.maps.pca import FEWEST, distinct, has_umap, pca
+from explorer.maps.point_clusters import cluster, trustworthiness
 from explorer.metrics.alignment import co_routing_agreement
 from explorer.survey.distil import correlation
 

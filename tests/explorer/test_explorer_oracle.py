@@ -19,7 +19,7 @@ from explorer.comparison.oracle import OneSet, last_layer_oracle, least_of
 from explorer.comparison.text_split import FitAndReport, Texts
 from explorer.errors import ComparisonError
 from explorer.pages.compare.figures import oracle_bound
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 from explorer.routers.scores import host_scores, slots, weigh
 
 

@@ -23,7 +23,7 @@ from explorer.routers import (
     fit_layers,
 )
 from explorer.routers.contract import dense
-from explorer.routers.live import LiveRule, completed
+from explorer.routers.live_rule import LiveRule, completed
 from explorer.routers.native import host_best
 
 # softmax of all or of the chosen, sigmoid; renormalised or not, scaled; bias; groups by the best

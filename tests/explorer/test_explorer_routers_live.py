@@ -11,7 +11,7 @@ from checks import assert_close
 from capture.swap.routers import swap
 from explorer.errors import RouterError
 from explorer.routers import ROUTERS, fit_layers
-from explorer.routers.live import Convention, LiveRule, completed, convention_of
+from explorer.routers.live_rule import Convention, LiveRule, completed, convention_of
 
 TOKENS = tiny_models.tokens(rows=3, length=12)
 

@@ -13,7 +13,7 @@ from explorer import routers
 from explorer.__main__ import main
 from explorer.comparison.live_results import source_of
 from explorer.routers import ROUTERS, PartMask, route_layers
-from explorer.routers.live import Convention, LiveRule
+from explorer.routers.live_rule import Convention, LiveRule
 from tests import tiny_models
 
 SURVEY = Path(routers.__file__).with_name("SURVEY.md")

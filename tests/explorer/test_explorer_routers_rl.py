@@ -34,7 +34,7 @@ from explorer.routers.learning.objectives import (
     q_target,
     score_function_loss,
 )
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 
 RL = ("policy_gradient", "q_learning", "reinforce", "q_multistep")
 OFFLINE = RL[:2]

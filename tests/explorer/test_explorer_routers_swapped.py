@@ -10,7 +10,7 @@ from capture.model.selftest import attach
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from explorer.routers import ROUTERS
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 
 # fp32 through three layers, weights computed in another order
 ATOL = 5e-5

@@ -14,7 +14,7 @@ from capture.swap.routers import swap
 from explorer.routers import ROUTERS, PartMask
 from explorer.routers.controls import ClosedBlocks
 from explorer.routers.learning.gates import open_probability, weighed
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 
 GATES = ("layer_gate_trained", "head_gate_trained", "expert_gate_trained", "gtrxl_gate_trained")
 WHERE = {"layer": "block", "head": "head"}

@@ -1,6 +1,6 @@
 """Conditions of the survey: precision, quantisation, pruning, factorisation, merging, distillation.
 
-contract     what a condition is, and the registry ``CONDITIONS``
+condition    what a condition is, and the registry ``CONDITIONS``
 catalogue    all of them, registered, and made from text
 calibration  what conditions learn from
 weights      weights of a part of the model: precision, fewer bits, lower rank

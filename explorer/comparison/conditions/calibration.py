@@ -12,9 +12,9 @@ from capture.store.records import Place
 from capture.swap.measure import sequence_losses
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import Choice, NativeRule, RouterInputs
-from explorer.comparison.conditions.contract import Sequence_, Subject
+from explorer.comparison.conditions.condition import Sequence_, Subject
 from explorer.errors import ConditionError
-from explorer.routers.live import joined
+from explorer.routers.live_rule import joined
 
 ROWS = 16_384  # (token, expert) pairs that are computed at a time
 

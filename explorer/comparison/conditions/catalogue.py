@@ -10,7 +10,7 @@ from explorer.comparison.conditions import (  # noqa: F401  importing them regis
     merging,
     weights,
 )
-from explorer.comparison.conditions.contract import CONDITIONS, Condition
+from explorer.comparison.conditions.condition import CONDITIONS, Condition
 from explorer.errors import ConditionError, RouterError
 from explorer.router_cards import parse_router
 

@@ -15,10 +15,10 @@ from capture.swap.measure import sequence_losses
 from capture.swap.routers import swap
 from capture.swap.rules import RouterInputs, Routing
 from explorer.comparison.conditions.calibration import SeenSite, collect
-from explorer.comparison.conditions.contract import Sequence_, Subject
+from explorer.comparison.conditions.condition import Sequence_, Subject
 from explorer.routers.contract import ROUTERS, Router, fit_layers, route_layers
 from explorer.routers.learning.imitation import imitation_loss
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 
 STUDENTS = (
     *("distilled_linear", "cosine", "expert_key_attention", "yuan_attention", "gru_recurrent"),

@@ -20,14 +20,19 @@ from capture.swap.routers import swap
 from explorer.comparison.compare import compare, demo_run
 from explorer.comparison.conditions import USUAL
 from explorer.comparison.conditions.catalogue import make_conditions
-from explorer.comparison.conditions.contract import (
+from explorer.comparison.conditions.condition import (
     Applied,
     Condition,
     Subject,
     model_bytes,
 )
 from explorer.comparison.conditions.distilled_routers import STUDENTS, measure_students
-from explorer.comparison.conditions.routing_changes import Trace, flip_rows, margin_rows, traced
+from explorer.comparison.conditions.routing_changes import (
+    RoutingTrace,
+    flip_rows,
+    margin_rows,
+    traced,
+)
 from explorer.comparison.results_file import CONDITION_TABLES, open_comparison, write_comparison
 from explorer.comparison.session import fingerprint
 from explorer.comparison.text_split import split_texts
@@ -90,20 +95,20 @@ class ConditionCell(NamedTuple):
     Attributes
     ----------
     losses : SequenceLosses
-    trace : Trace
+    trace : RoutingTrace
     """
 
     losses: SequenceLosses
-    trace: Trace
+    trace: RoutingTrace
 
 
 def run_texts(
-    subject: Subject, texts: Sequence[npt.ArrayLike], forced: Trace | None = None
+    subject: Subject, texts: Sequence[npt.ArrayLike], forced: RoutingTrace | None = None
 ) -> ConditionCell:
     """Run texts through the model as it is now, by its own routing or by that of a trace."""
 
     @contextmanager
-    def around() -> Iterator[Trace]:
+    def around() -> Iterator[RoutingTrace]:
         swapped: AbstractContextManager[Any] = nullcontext()
         if forced is not None:
             swapped = swap(subject.model, subject.sites, forced.tape, checked=False)

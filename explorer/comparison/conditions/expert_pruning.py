@@ -14,19 +14,20 @@ from capture.store.records import Place
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import RouterInputs, Routing
 from explorer.comparison.conditions.calibration import SeenSite, collect, expert_outputs
-from explorer.comparison.conditions.contract import (
+from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
     Condition,
     ConditionInfo,
     Subject,
+    check_share,
 )
 from explorer.errors import ConditionError
 from explorer.router_cards import RouterInfo
-from explorer.routers.live import LiveRule
+from explorer.routers.live_rule import LiveRule
 from explorer.routers.native import GateRouter, host_best
 from explorer.routers.scores import slots, weigh
-from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop, check_share
+from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop
 
 CALIBRATION_TOKENS = 16_384
 CHUNK_TOKENS = 1024  # whose outputs of all experts are computed at a time

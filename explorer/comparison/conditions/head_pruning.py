@@ -13,17 +13,18 @@ from torch import nn
 from capture.model.flops import attention_modules, decoder_layers, head_count
 from capture.swap.measure import sequence_losses
 from capture.swap.part_gates import OUTPUT_NAMES
-from explorer.comparison.conditions.contract import (
+from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
     Condition,
     ConditionInfo,
     Subject,
+    check_share,
 )
 from explorer.comparison.conditions.expert_pruning import RANDOM_SEEDS
 from explorer.comparison.conditions.weights import replaced
 from explorer.errors import ConditionError
-from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop, check_share
+from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop
 
 CALIBRATION_TOKENS = 4096
 

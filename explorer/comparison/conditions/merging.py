@@ -13,18 +13,18 @@ from capture.model.flops import expert_parameters
 from capture.store.records import Place
 from capture.swap.routers import site_key
 from explorer.comparison.conditions.calibration import SeenSite, collect
-from explorer.comparison.conditions.contract import (
+from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
     Condition,
     ConditionInfo,
     Subject,
+    check_share,
 )
 from explorer.comparison.conditions.expert_pruning import CALIBRATION_TOKENS, load_of
 from explorer.comparison.conditions.weights import STACK, replaced
 from explorer.errors import ConditionError
 from explorer.routers.scores import host_logits
-from explorer.routers.subsets import check_share
 
 PAIR = ("gate_up_proj", "down_proj")
 

@@ -18,7 +18,7 @@ from capture.store.records import Place
 from capture.swap.playback import RoutingTape
 from capture.swap.routers import site_key
 from capture.swap.rules import Choice, as_rows
-from explorer.comparison.conditions.contract import Subject
+from explorer.comparison.conditions.condition import Subject
 from kernels.ops.gate import gate
 
 Ids = npt.NDArray[np.int64]
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass
-class Trace:
+class RoutingTrace:
     """Routing of all passes over the same texts; rows are the ``T`` real tokens in their order.
 
     Attributes
@@ -128,12 +128,12 @@ def margin(site: Site, scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.
 
 
 @contextmanager
-def traced(subject: Subject) -> Iterator[Trace]:
+def traced(subject: Subject) -> Iterator[RoutingTrace]:
     """Record the routing of every forward pass until the block is left.
 
     Inside a swap or a condition, what the experts are really told is recorded.
     """
-    trace = Trace()
+    trace = RoutingTrace()
     with ExitStack() as stack:
         taps = stack.enter_context(tap(subject.sites))
         passes = Passes()
@@ -190,7 +190,9 @@ def first_divergence(changed: Sequence[Bools]) -> npt.NDArray[np.int64]:
     return np.where(stacked.any(axis=0), stacked.argmax(axis=0), -1)
 
 
-def flip_rows(label: str, base: Trace, traces: Sequence[Trace]) -> list[dict[str, Any]]:
+def flip_rows(
+    label: str, base: RoutingTrace, traces: Sequence[RoutingTrace]
+) -> list[dict[str, Any]]:
     """Return the flips of each router, and of all, averaged over draws."""
     draws = [_flips(base, trace) for trace in traces]
     rows = []
@@ -201,7 +203,7 @@ def flip_rows(label: str, base: Trace, traces: Sequence[Trace]) -> list[dict[str
     return rows
 
 
-def _flips(base: Trace, trace: Trace) -> list[dict[str, float]]:
+def _flips(base: RoutingTrace, trace: RoutingTrace) -> list[dict[str, float]]:
     changed = [set_changed(base.sets(key), trace.sets(key)) for key in base.keys]
     first = first_divergence(changed)
     rows = []
@@ -231,7 +233,9 @@ def _flips(base: Trace, trace: Trace) -> list[dict[str, float]]:
     return rows
 
 
-def margin_rows(label: str, base: Trace, traces: Sequence[Trace]) -> list[dict[str, Any]]:
+def margin_rows(
+    label: str, base: RoutingTrace, traces: Sequence[RoutingTrace]
+) -> list[dict[str, Any]]:
     """Return flips by margin for each router whose margins are known, averaged over draws."""
     rows = []
     for key in base.keys:

@@ -13,7 +13,7 @@ from capture.errors import quoted
 from capture.model import attributes, inputs
 from capture.model.flops import ATTENTION_NAMES, decoder_layers, expert_parameters
 from capture.model.sites import Site
-from explorer.comparison.conditions.contract import (
+from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
     Condition,

@@ -28,7 +28,7 @@ from capture.swap.rules import Choice, RouterInputs, Rule
 from explorer.errors import RouterError
 from explorer.routers.learning.actions import Actions, state_and_best
 from explorer.routers.learning.training import TrainingSession
-from explorer.routers.live import Convention, LiveRule, completed
+from explorer.routers.live_rule import Convention, LiveRule, completed
 from explorer.routers.native import TopKRouter
 
 BATCH_TOKENS = 2048

@@ -22,8 +22,7 @@ from capture.swap.part_gates import gate_parts, part_modules
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, Part, PartMask, RouterInputs, Routing
 from explorer.errors import RouterError
-from explorer.router_cards import CARDS
-from explorer.routers.contract import ROUTERS, PartRouter
+from explorer.routers.contract import PartRouter, registered
 from explorer.routers.gating import HIGH, LOW, TEMPERATURE, Kind, hard_concrete, straight_through
 from explorer.routers.heads_and_layers import check_keep, quantile_threshold
 from explorer.routers.learning.exploration import TextPasses
@@ -313,7 +312,7 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@ROUTERS.add("layer_gate_trained")
+@registered("layer_gate_trained")
 class TrainedLayerGate(TrainedGate):
     """Decide for each token whether the MoE block of a layer runs, by a gate trained on the loss.
 
@@ -326,21 +325,17 @@ class TrainedLayerGate(TrainedGate):
     """
 
     part = "layer"
-    info = CARDS["layer_gate_trained"]
 
 
-@ROUTERS.add("head_gate_trained")
-@dataclass(kw_only=True, eq=False)
+@registered("head_gate_trained")
 class TrainedHeadGate(TrainedGate):
     """Decide for each token which heads count, by hard-concrete gates trained on the loss."""
 
     part = "head"
-    info = CARDS["head_gate_trained"]
-
     kind: Kind = "hard_concrete"
 
 
-@ROUTERS.add("expert_gate_trained")
+@registered("expert_gate_trained")
 class TrainedExpertGate(TrainedGate):
     """Decide for each chosen expert whether it runs for the token, by a gate trained on the loss.
 
@@ -351,11 +346,9 @@ class TrainedExpertGate(TrainedGate):
     """
 
     part = "expert"
-    info = CARDS["expert_gate_trained"]
 
 
-@ROUTERS.add("gtrxl_gate_trained")
-@dataclass(kw_only=True, eq=False)
+@registered("gtrxl_gate_trained")
 class TrainedGTrXLGate(TrainedGate):
     """The layer gate with a stream from layer to layer, updated by GTrXL's gate.
 
@@ -366,8 +359,6 @@ class TrainedGTrXLGate(TrainedGate):
     """
 
     part = "layer"
-    info = CARDS["gtrxl_gate_trained"]
-
     width: int = 32
 
     def make(self, d: int, outputs: Sequence[int]) -> nn.Module:

@@ -152,3 +152,16 @@ CONDITIONS: Registry[Callable[..., Condition]] = Registry("condition")
 def model_bytes(model: nn.Module) -> int:
     """Return the bytes of all weights; tied ones count once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def check_share(keep: float, name: str) -> float:
+    """Return a share of parts to keep, if it is one.
+
+    Raises
+    ------
+    ConditionError
+        If it is not above 0 and at most 1.
+    """
+    if not 0 < keep <= 1:
+        raise ConditionError(f"0 < keep <= 1 was expected for {name}, got {keep}.")
+    return keep
