@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -146,22 +146,65 @@ class Condition(ABC):
         """Work out the change, describe it in ``applied``, and return the context that makes it."""
 
 
+@dataclass(eq=False)
+class PartsKept(Condition):
+    """A condition that keeps a share of the experts, or heads, of the layers.
+
+    Parameters
+    ----------
+    keep : float
+        Above 0, at most 1.
+    seed : int
+        Draws what is drawn, such as the calibration texts.
+    """
+
+    keep: float = 0.75
+    _: KW_ONLY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        if not 0 < self.keep <= 1:
+            raise ConditionError(
+                f"0 < keep <= 1 was expected for {self.info.name}, got {self.keep}."
+            )
+
+    @property
+    def label(self) -> str:
+        """Name and share, such as ``prune_reap 75%``."""
+        return f"{self.info.name} {self.keep:.0%}"
+
+
+@dataclass(eq=False)
+class PartsDrawn(PartsKept):
+    """A condition that draws what it keeps; reported as the mean over several seeds.
+
+    Parameters
+    ----------
+    keep : float
+    seed : int
+        The first one.
+    seeds : int
+        How many draws are averaged.
+    """
+
+    _: KW_ONLY
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        super().__post_init__()
+        if self.seeds < 1:
+            raise ConditionError(f"At least one seed was expected, got {self.seeds}.")
+
+    def members(self) -> tuple[Condition, ...]:
+        """Return one condition for each seed."""
+        return tuple(replace(self, seed=self.seed + i, seeds=1) for i in range(self.seeds))
+
+
 CONDITIONS: Registry[Callable[..., Condition]] = Registry("condition")
 
 
 def model_bytes(model: nn.Module) -> int:
     """Return the bytes of all weights; tied ones count once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def check_share(keep: float, name: str) -> float:
-    """Return a share of parts to keep, if it is one.
-
-    Raises
-    ------
-    ConditionError
-        If it is not above 0 and at most 1.
-    """
-    if not 0 < keep <= 1:
-        raise ConditionError(f"0 < keep <= 1 was expected for {name}, got {keep}.")
-    return keep

@@ -17,10 +17,10 @@ from explorer.comparison.conditions.calibration import SeenSite, collect, expert
 from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
-    Condition,
     ConditionInfo,
+    PartsDrawn,
+    PartsKept,
     Subject,
-    check_share,
 )
 from explorer.errors import ConditionError
 from explorer.router_cards import RouterInfo
@@ -32,7 +32,6 @@ from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop
 CALIBRATION_TOKENS = 16_384
 CHUNK_TOKENS = 1024  # whose outputs of all experts are computed at a time
 MOST_OUTPUTS = 2**28  # numbers of all experts' outputs that are kept at a time
-RANDOM_SEEDS = 5
 
 
 @dataclass(eq=False)
@@ -90,7 +89,7 @@ def logits_without(logits: torch.Tensor, gone: torch.Tensor, inputs: RouterInput
 
 
 @dataclass(eq=False)
-class ExpertPruning(Condition):
+class ExpertPruning(PartsKept):
     """Drop the same number of experts in every layer.
 
     Parameters
@@ -99,19 +98,6 @@ class ExpertPruning(Condition):
         Share of each layer's experts that stays, rounded to whole experts; never fewer than the
         model's router takes.
     """
-
-    keep: float = 0.75
-    _: KW_ONLY
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        self.keep = check_share(self.keep, self.info.name)
-
-    @property
-    def label(self) -> str:
-        """Name and share, such as ``prune_reap 75%``."""
-        return f"{self.info.name} {self.keep:.0%}"
 
     def _open(self, subject: Subject, applied: Applied) -> AbstractContextManager[Any]:
         pruned = self.choose(subject, applied)
@@ -323,17 +309,8 @@ def combined(outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 @CONDITIONS.add("prune_random")
 @dataclass(eq=False)
-class RandomPruning(ExpertPruning):
-    """Prune experts by chance; reported as the mean over several seeds.
-
-    Parameters
-    ----------
-    keep : float
-    seed : int
-        The first one.
-    seeds : int
-        How many draws are averaged.
-    """
+class RandomPruning(PartsDrawn, ExpertPruning):
+    """Prune experts by chance."""
 
     info = ConditionInfo(
         name="prune_random",
@@ -344,21 +321,6 @@ class RandomPruning(ExpertPruning):
         simulated=False,
         keeps_experts=False,
     )
-
-    _: KW_ONLY
-    seeds: int = RANDOM_SEEDS
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        super().__post_init__()
-        if self.seeds < 1:
-            raise ConditionError(f"At least one seed was expected, got {self.seeds}.")
-
-    def members(self) -> tuple[Condition, ...]:
-        """Return one condition for each seed."""
-        return tuple(
-            RandomPruning(self.keep, seed=self.seed + i, seeds=1) for i in range(self.seeds)
-        )
 
     def choose(self, subject: Subject, applied: Applied) -> dict[Place, tuple[int, ...]]:
         """Draw a subset for every layer."""

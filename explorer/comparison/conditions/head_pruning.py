@@ -16,12 +16,11 @@ from capture.swap.part_gates import OUTPUT_NAMES
 from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
-    Condition,
     ConditionInfo,
+    PartsDrawn,
+    PartsKept,
     Subject,
-    check_share,
 )
-from explorer.comparison.conditions.expert_pruning import RANDOM_SEEDS
 from explorer.comparison.conditions.weights import replaced
 from explorer.errors import ConditionError
 from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop
@@ -116,7 +115,7 @@ def head_products(subject: Subject, heads: list[Heads], *, tokens: int) -> list[
 
 
 @dataclass(eq=False)
-class HeadPruning(Condition):
+class HeadPruning(PartsKept):
     """Drop the same share of heads in every layer, by zeros in the matrix that mixes them.
 
     Parameters
@@ -124,19 +123,6 @@ class HeadPruning(Condition):
     keep : float
         Share of each layer's heads that stays, rounded to whole heads, at least one.
     """
-
-    keep: float = 0.75
-    _: KW_ONLY
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        self.keep = check_share(self.keep, self.info.name)
-
-    @property
-    def label(self) -> str:
-        """Name and share, such as ``prune_heads 75%``."""
-        return f"{self.info.name} {self.keep:.0%}"
 
     def n_pruned(self, n_heads: int) -> int:
         """Return how many heads of a layer go."""
@@ -221,17 +207,8 @@ def error_without(product: torch.Tensor) -> Callable[[tuple[int, ...]], float]:
 
 @CONDITIONS.add("prune_heads_random")
 @dataclass(eq=False)
-class RandomHeadPruning(HeadPruning):
-    """Drop heads by chance; reported as the mean over several seeds.
-
-    Parameters
-    ----------
-    keep : float
-    seed : int
-        The first one.
-    seeds : int
-        How many draws are averaged.
-    """
+class RandomHeadPruning(PartsDrawn, HeadPruning):
+    """Drop heads by chance."""
 
     info = ConditionInfo(
         name="prune_heads_random",
@@ -240,21 +217,6 @@ class RandomHeadPruning(HeadPruning):
         summary="Drops attention heads by chance, the same number in every layer. Mean of five.",
         formula="C uniform over subsets",
     )
-
-    _: KW_ONLY
-    seeds: int = RANDOM_SEEDS
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        super().__post_init__()
-        if self.seeds < 1:
-            raise ConditionError(f"At least one seed was expected, got {self.seeds}.")
-
-    def members(self) -> tuple[Condition, ...]:
-        """Return one condition for each seed."""
-        return tuple(
-            RandomHeadPruning(self.keep, seed=self.seed + i, seeds=1) for i in range(self.seeds)
-        )
 
     def choose(
         self, subject: Subject, heads: list[Heads], applied: Applied

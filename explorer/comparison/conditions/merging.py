@@ -16,10 +16,9 @@ from explorer.comparison.conditions.calibration import SeenSite, collect
 from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
-    Condition,
     ConditionInfo,
+    PartsKept,
     Subject,
-    check_share,
 )
 from explorer.comparison.conditions.expert_pruning import CALIBRATION_TOKENS, load_of
 from explorer.comparison.conditions.weights import STACK, replaced
@@ -31,7 +30,7 @@ PAIR = ("gate_up_proj", "down_proj")
 
 @CONDITIONS.add("merge")
 @dataclass(eq=False)
-class MergedExperts(Condition):
+class MergedExperts(PartsKept):
     """Merge experts into the most used ones, which the router goes on to call by all their names.
 
     Parameters
@@ -64,19 +63,13 @@ class MergedExperts(Condition):
         calibrated=True,
     )
 
-    keep: float = 0.75
     _: KW_ONLY
     align: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        self.keep = check_share(self.keep, self.info.name)
 
     @property
     def label(self) -> str:
         """Name and share, such as ``merge 75%``."""
-        return f"{self.info.name} {self.keep:.0%}" + ("" if self.align else " unaligned")
+        return super().label + ("" if self.align else " unaligned")
 
     def _open(self, subject: Subject, applied: Applied) -> AbstractContextManager[Any]:
         texts = subject.calibration_tokens()
