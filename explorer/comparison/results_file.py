@@ -44,249 +44,140 @@ TABLES_SINCE = {"oracle": 2, "spanning": 3, "gate_values": 3}
 # of one router, seed and mode; a result is computed again when its fingerprint changes
 UNIT = {"router": "VARCHAR", "seed": "INTEGER", "mode": "VARCHAR"}
 
-_AGREEMENT = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap")
-_BALANCE = (
-    *("max_violation", "max_violation_floor", "cv", "gini", "dead_experts", "load_entropy"),
-)
-
-_LIKENESS = dict.fromkeys(("kl", "agreement", "exact_set"), "DOUBLE")
 # what conditions do (explorer.comparison.conditions); rows are named by condition or student, not
 # by UNIT
 CONDITION_TABLES = ("conditions", "flips", "flip_margins", "students", "student_layers")
 
+
+def _typed(text: str) -> dict[str, str]:
+    """Read the columns of a table in their order: a type, and after it the names that have it."""
+    found, kind = {}, ""
+    for word in text.split():
+        if word.endswith(":"):
+            kind = word[:-1]
+        else:
+            found[word] = kind
+    return found
+
+
 TABLES: dict[str, dict[str, str]] = {
-    "comparison": {
-        "format_version": "INTEGER",
-        "created_at": "VARCHAR",
-        "run_name": "VARCHAR",
-        "run_fingerprint": "VARCHAR",
-        "model": "VARCHAR",
-        "model_fingerprint": "VARCHAR",
-        "architecture": "VARCHAR",
-        "dtype": "VARCHAR",
-        "device": "VARCHAR",
-        "n_layers": "INTEGER",
-        "n_experts": "INTEGER",
-        "top_k": "INTEGER",
-        "fit_source": "VARCHAR",
-        "fit_sequences": "BIGINT",
-        "fit_tokens": "BIGINT",
-        "report_source": "VARCHAR",
-        "report_sequences": "BIGINT",
-        "report_tokens": "BIGINT",
-        "native_loss": "DOUBLE",
-        "seed": "INTEGER",
-        "settings": "VARCHAR",
-        "packages": "VARCHAR",
-        "complete": "BOOLEAN",
-        "head_flops_share": "DOUBLE",
-        "expert_flops_share": "DOUBLE",
-    },
-    "routers": {
-        "router": "VARCHAR",
-        "name": "VARCHAR",
-        "family": "VARCHAR",
-        "title": "VARCHAR",
-        "summary": "VARCHAR",
-        "formula": "VARCHAR",
-        "paper": "VARCHAR",
-        "fits": "VARCHAR",
-        "part": "VARCHAR",
-        "causal_declared": "BOOLEAN",
-        "batch_dependent_declared": "BOOLEAN",
-        "variable_k": "BOOLEAN",
-        "control": "VARCHAR",
-        "control_of": "VARCHAR",
-    },
-    "results": {
-        **UNIT,
-        "family": "VARCHAR",
-        "layer": "INTEGER",
-        "site": "INTEGER",
-        "condition": "VARCHAR",
-        "control": "VARCHAR",
-        "control_of": "VARCHAR",
-        "part": "VARCHAR",
-        "loss": "DOUBLE",
-        "loss_change": "DOUBLE",
-        "loss_se": "DOUBLE",
-        "perplexity_ratio": "DOUBLE",
-        "experts_per_token": "DOUBLE",
-        "parts_per_token": "DOUBLE",
-        "parts_share": "DOUBLE",
-        "distinct_experts": "DOUBLE",
-        "flops_per_token": "DOUBLE",
-        "flops_ratio": "DOUBLE",
-        "expert_flops_ratio": "DOUBLE",
-        "router_flops": "DOUBLE",
-        "counted_flops_ratio": "DOUBLE",
-        "latency_ms": "DOUBLE",
-        "latency_ratio": "DOUBLE",
-        "latency_low": "DOUBLE",
-        "latency_high": "DOUBLE",
-        "bytes_ratio": "DOUBLE",
-        "energy_ratio": "DOUBLE",
-        **dict.fromkeys(_AGREEMENT, "DOUBLE"),
-        "js": "DOUBLE",
-        "entropy": "DOUBLE",
-        **dict.fromkeys(_BALANCE, "DOUBLE"),
-        "causal": "BOOLEAN",
-        "batch_dependent": "BOOLEAN",
-        "simulated": "BOOLEAN",
-        "fit_tokens": "BIGINT",
-        "tokens": "BIGINT",
-        "sequences": "BIGINT",
-        "fit_seconds": "DOUBLE",
-        "seconds": "DOUBLE",
-        "spanning_rate": "DOUBLE",
-        "loss_margin": "DOUBLE",
-        "loss_se_domain": "DOUBLE",
-    },
-    "domains": {
-        **UNIT,
-        "domain": "VARCHAR",
-        "loss_change": "DOUBLE",
-        "loss_se": "DOUBLE",
-        "experts_per_token": "DOUBLE",
-        "agreement": "DOUBLE",
-        "tokens": "BIGINT",
-        "sequences": "BIGINT",
-    },
-    "sequences": {
-        **UNIT,
-        "layer": "INTEGER",
-        "sequence": "INTEGER",
-        "domain": "VARCHAR",
-        "tokens": "INTEGER",
-        "loss": "DOUBLE",
-        "loss_change": "DOUBLE",
-    },
-    "texts": {
-        "text_id": "INTEGER",
-        "domain": "VARCHAR",
-        "position": "INTEGER",
-        "token": "INTEGER",
-        "text": "VARCHAR",
-        "mode": "VARCHAR",
-    },
-    "choices": {
-        **UNIT,
-        "text_id": "INTEGER",
-        "position": "INTEGER",
-        "layer": "INTEGER",
-        "site": "INTEGER",
-        "expert_ids": "SMALLINT[]",
-        "weights": "FLOAT[]",
-    },
-    "token_losses": {
-        **UNIT,
-        "text_id": "INTEGER",
-        "position": "INTEGER",
-        "loss": "FLOAT",
-    },
-    "curves": {
-        "router": "VARCHAR",
-        "seed": "INTEGER",
-        "lambda": "DOUBLE",
-        "step": "INTEGER",
-        "layer": "INTEGER",
-        "reward": "DOUBLE",
-        "policy_entropy": "DOUBLE",
-        "gate_rate": "DOUBLE",
-    },
-    "conditions": {
-        "condition": "VARCHAR",
-        "name": "VARCHAR",
-        "kind": "VARCHAR",
-        "weights": "VARCHAR",
-        "routing": "VARCHAR",
-        "loss": "DOUBLE",
-        "loss_change": "DOUBLE",
-        "loss_se": "DOUBLE",
-        "perplexity_ratio": "DOUBLE",
-        "tokens": "BIGINT",
-        "sequences": "BIGINT",
-        "draws": "INTEGER",
-        "draw_spread": "DOUBLE",
-        "weight_bytes_ratio": "DOUBLE",
-        "method": "VARCHAR",
-        "calibrated": "BOOLEAN",
-        "simulated": "BOOLEAN",
-        "fingerprint": "VARCHAR",
-    },
-    "flips": {
-        "condition": "VARCHAR",
-        "layer": "INTEGER",
-        "site": "INTEGER",
-        "tokens": "BIGINT",
-        "set_flips": "DOUBLE",
-        "top1_flips": "DOUBLE",
-        "slot_flips": "DOUBLE",
-        "margin_auc": "DOUBLE",
-        "first_divergence": "DOUBLE",
-    },
-    "flip_margins": {
-        "condition": "VARCHAR",
-        "layer": "INTEGER",
-        "site": "INTEGER",
-        "bin": "INTEGER",
-        "margin_low": "DOUBLE",
-        "margin_high": "DOUBLE",
-        "tokens": "BIGINT",
-        "set_flips": "DOUBLE",
-    },
-    "students": {
-        "student": "VARCHAR",
-        "title": "VARCHAR",
-        **_LIKENESS,
-        "chance": "DOUBLE",
-        "loss_change": "DOUBLE",
-        "loss_se": "DOUBLE",
-        "perplexity_ratio": "DOUBLE",
-        "fit_tokens": "BIGINT",
-        "tokens": "BIGINT",
-        "fingerprint": "VARCHAR",
-    },
-    "student_layers": {
-        "student": "VARCHAR",
-        "layer": "INTEGER",
-        "site": "INTEGER",
-        **_LIKENESS,
-    },
-    "oracle": {
-        "kind": "VARCHAR",
-        "n": "INTEGER",
-        "layer": "INTEGER",
-        "site": "INTEGER",
-        "sets": "INTEGER",
-        "enumerated": "BOOLEAN",
-        "tokens": "BIGINT",
-        "sequences": "BIGINT",
-        "native_best": "DOUBLE",
-        "native_rank": "DOUBLE",
-        "loss": "DOUBLE",
-        "loss_change": "DOUBLE",
-        "loss_se": "DOUBLE",
-    },
-    "spanning": {
-        **UNIT,
-        "layer": "INTEGER",
-        "site": "INTEGER",
-        "spanning": "BOOLEAN",
-        "loss_change": "DOUBLE",
-        "loss_se": "DOUBLE",
-        "tokens": "BIGINT",
-        "sequences": "BIGINT",
-    },
-    "gate_values": {
-        **UNIT,
-        "layer": "INTEGER",
-        "low": "DOUBLE",
-        "high": "DOUBLE",
-        "gates": "BIGINT",
-    },
-    "units": {**UNIT, "fingerprint": "VARCHAR", "error": "VARCHAR"},
-}
+    "comparison": _typed("""
+        INTEGER: format_version
+        VARCHAR: created_at run_name run_fingerprint model model_fingerprint architecture dtype
+            device
+        INTEGER: n_layers n_experts top_k
+        VARCHAR: fit_source
+        BIGINT: fit_sequences fit_tokens
+        VARCHAR: report_source
+        BIGINT: report_sequences report_tokens
+        DOUBLE: native_loss
+        INTEGER: seed
+        VARCHAR: settings packages
+        BOOLEAN: complete
+        DOUBLE: head_flops_share expert_flops_share
+    """),
+    "routers": _typed("""
+        VARCHAR: router name family title summary formula paper fits part
+        BOOLEAN: causal_declared batch_dependent_declared variable_k
+        VARCHAR: control control_of
+    """),
+    "results": UNIT | _typed("""
+        VARCHAR: family
+        INTEGER: layer site
+        VARCHAR: condition control control_of part
+        DOUBLE: loss loss_change loss_se perplexity_ratio experts_per_token parts_per_token
+            parts_share distinct_experts flops_per_token flops_ratio expert_flops_ratio router_flops
+            counted_flops_ratio latency_ms latency_ratio latency_low latency_high bytes_ratio
+            energy_ratio agreement jaccard exact_set top_1 weighted_overlap js entropy max_violation
+            max_violation_floor cv gini dead_experts load_entropy
+        BOOLEAN: causal batch_dependent simulated
+        BIGINT: fit_tokens tokens sequences
+        DOUBLE: fit_seconds seconds spanning_rate loss_margin loss_se_domain
+    """),
+    "domains": UNIT | _typed("""
+        VARCHAR: domain
+        DOUBLE: loss_change loss_se experts_per_token agreement
+        BIGINT: tokens sequences
+    """),
+    "sequences": UNIT | _typed("""
+        INTEGER: layer sequence
+        VARCHAR: domain
+        INTEGER: tokens
+        DOUBLE: loss loss_change
+    """),
+    "texts": _typed("""
+        INTEGER: text_id
+        VARCHAR: domain
+        INTEGER: position token
+        VARCHAR: text mode
+    """),
+    "choices": UNIT | _typed("""
+        INTEGER: text_id position layer site
+        SMALLINT[]: expert_ids
+        FLOAT[]: weights
+    """),
+    "token_losses": UNIT | _typed("INTEGER: text_id position FLOAT: loss"),
+    "curves": _typed("""
+        VARCHAR: router
+        INTEGER: seed
+        DOUBLE: lambda
+        INTEGER: step layer
+        DOUBLE: reward policy_entropy gate_rate
+    """),
+    "conditions": _typed("""
+        VARCHAR: condition name kind weights routing
+        DOUBLE: loss loss_change loss_se perplexity_ratio
+        BIGINT: tokens sequences
+        INTEGER: draws
+        DOUBLE: draw_spread weight_bytes_ratio
+        VARCHAR: method
+        BOOLEAN: calibrated simulated
+        VARCHAR: fingerprint
+    """),
+    "flips": _typed("""
+        VARCHAR: condition
+        INTEGER: layer site
+        BIGINT: tokens
+        DOUBLE: set_flips top1_flips slot_flips margin_auc first_divergence
+    """),
+    "flip_margins": _typed("""
+        VARCHAR: condition
+        INTEGER: layer site bin
+        DOUBLE: margin_low margin_high
+        BIGINT: tokens
+        DOUBLE: set_flips
+    """),
+    "students": _typed("""
+        VARCHAR: student title
+        DOUBLE: kl agreement exact_set chance loss_change loss_se perplexity_ratio
+        BIGINT: fit_tokens tokens
+        VARCHAR: fingerprint
+    """),
+    "student_layers": _typed("""
+        VARCHAR: student
+        INTEGER: layer site
+        DOUBLE: kl agreement exact_set
+    """),
+    "oracle": _typed("""
+        VARCHAR: kind
+        INTEGER: n layer site sets
+        BOOLEAN: enumerated
+        BIGINT: tokens sequences
+        DOUBLE: native_best native_rank loss loss_change loss_se
+    """),
+    "spanning": UNIT | _typed("""
+        INTEGER: layer site
+        BOOLEAN: spanning
+        DOUBLE: loss_change loss_se
+        BIGINT: tokens sequences
+    """),
+    "gate_values": UNIT | _typed("""
+        INTEGER: layer
+        DOUBLE: low high
+        BIGINT: gates
+    """),
+    "units": UNIT | _typed("VARCHAR: fingerprint error"),
+}  # fmt: skip
 
 
 def empty_rows() -> Rows:
