@@ -26,13 +26,12 @@ from explorer.comparison.cost import TokenCost, Usage, cost_of
 from explorer.comparison.fit import FitData, Fitted, LivePart
 from explorer.comparison.text_split import FitAndReport, Texts, shared_texts
 from explorer.errors import ComparisonCancelled
-from explorer.metrics import agreement as agree
+from explorer.metrics.agreement import MEASURES, agreement
 from explorer.routers import Router, TrainingSession
 from explorer.routers.live_rule import Convention, LiveRule
 from explorer.routers.native import NativeRouter
 
 Floats = npt.NDArray[np.float64]
-MEASURES = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy")
 
 
 @dataclass
@@ -64,7 +63,7 @@ class SiteSums:
     experts : array [N]
         Assignments.
     measures : dict of str to array [N]
-        By the names in ``MEASURES``, of the tokens for which they are defined.
+        By the names in ``MEASURES``, and ``entropy``, of the tokens that have it.
     defined : dict of str to array [N]
         How many tokens those are: a token without an expert has no
         weights to overlap, one without scores no entropy.
@@ -177,18 +176,9 @@ class Watcher:
         )
         if native is None:
             return
-        expected, ids = native.expert_ids, found.expert_ids
-        values = {
-            "agreement": agree.overlap_at_k(expected, ids),
-            "jaccard": agree.jaccard(expected, ids),
-            "exact_set": agree.exact_set(expected, ids),
-            "top_1": agree.top_1(expected, ids),
-            "weighted_overlap": agree.weighted_overlap(
-                expected, native.weights, ids, found.weights
-            ),
-        }
-        for name, one in values.items():
-            self._sum(sums, name, found.sequences, one)
+        values = agreement(native.expert_ids, native.weights, found.expert_ids, found.weights)
+        for name in MEASURES:
+            self._sum(sums, name, found.sequences, values[name])
 
     def _kept(self, found: WatchedChoice) -> WatchedChoice:
         if self.keep is None:

@@ -14,14 +14,7 @@ from explorer.comparison.fit import Fitted
 from explorer.comparison.live import LiveModel, Outcome, WatchedChoice, mean_of_known
 from explorer.comparison.results_file import Rows
 from explorer.comparison.text_split import SHARED_TOKENS
-from explorer.metrics.load import (
-    coefficient_of_variation,
-    dead_experts,
-    gini,
-    max_violation,
-    normalized_entropy,
-    sampling_floor,
-)
+from explorer.metrics.load import balance
 from explorer.routers import Router, RouterInfo
 
 GATE_BINS = 20
@@ -202,26 +195,13 @@ def _layer_row(whole: dict[str, Any], key: Place, outcome: Outcome) -> dict[str,
 
 def _site(outcome: Outcome, key: Place) -> dict[str, Any]:
     """Return balance at one site, and agreement where its choices were another rule's."""
-    load, tokens = outcome.load[key], outcome.reached[key]
-    floor = sampling_floor(
-        "max_violation",
-        n_tokens=tokens,
-        n_experts=len(load),
-        top_k=float(load.sum()) / max(tokens, 1),
-        n_draws=50,
-    )
     sums = outcome.sums.get(key)
     found = {} if sums is None else {name: sums.mean(name) for name in sums.measures}
     return {
         **found,
         "experts_per_token": outcome.experts[key],
         "distinct_experts": outcome.distinct[key],
-        "max_violation": max_violation(load),
-        "max_violation_floor": floor.mean,
-        "cv": coefficient_of_variation(load),
-        "gini": gini(load),
-        "dead_experts": float(dead_experts(load)),
-        "load_entropy": normalized_entropy(load),
+        **balance(outcome.load[key], outcome.reached[key], n_draws=50),
     }
 
 

@@ -19,15 +19,8 @@ from explorer.comparison.causality import recorded_badges
 from explorer.comparison.live import entropy_of_shares, mean_of_known, shares_of
 from explorer.comparison.text_split import SHARED_TOKENS
 from explorer.errors import RouterError
-from explorer.metrics import agreement as agree
-from explorer.metrics.load import (
-    coefficient_of_variation,
-    dead_experts,
-    gini,
-    max_violation,
-    normalized_entropy,
-    sampling_floor,
-)
+from explorer.metrics.agreement import agreement, mean_known
+from explorer.metrics.load import balance
 from explorer.routers import (
     ROUTERS,
     Decision,
@@ -213,8 +206,6 @@ def _check_experts(label: str, router: Router) -> None:
 
 CHUNK = 8192  # tokens at a time, so that their scores stay in the caches
 
-MEASURES = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap")
-
 # means over layers where the row is of all layers
 _MEANS = (
     *("experts_per_token", "agreement", "jaccard", "exact_set", "top_1", "weighted_overlap"),
@@ -231,15 +222,9 @@ def site_row(
     if not isinstance(decision, Routing):
         raise RouterError(f"{quoted(label)} should choose experts, it returned a mask of parts.")
     info = router.info
-    expected, found = native.expert_ids.numpy(), decision.expert_ids.numpy()
-    means = agree.agreement(expected, native.weights.numpy(), found, decision.weights.numpy())
+    found = decision.expert_ids.numpy()
+    means = {name: mean_known(values) for name, values in _agreed(inputs, decision).items()}
     load = np.bincount(found[found >= 0], minlength=inputs.n_experts)
-    floor = sampling_floor(
-        "max_violation",
-        n_tokens=len(found),
-        n_experts=inputs.n_experts,
-        top_k=means.experts_per_token,
-    )
     js, entropy = divergence(native.scores, decision.scores)
     return {
         "router": label,
@@ -248,20 +233,10 @@ def site_row(
         "layer": inputs.layer,
         "site": inputs.site,
         "tokens": len(found),
-        "experts_per_token": means.experts_per_token,
-        "agreement": means.overlap,
-        "jaccard": means.jaccard,
-        "exact_set": means.exact_set,
-        "top_1": means.top_1,
-        "weighted_overlap": means.weighted_overlap,
+        **means,
         "js": js,
         "entropy": entropy,
-        "max_violation": max_violation(load),
-        "max_violation_floor": floor.mean,
-        "cv": coefficient_of_variation(load),
-        "gini": gini(load),
-        "dead_experts": dead_experts(load),
-        "load_entropy": normalized_entropy(load),
+        **balance(load, len(found)),
         "simulated": False,
     }
 
@@ -294,28 +269,21 @@ def over_layers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def token_rows(
-    label: str,
-    split: "RecordedSplit",
-    decisions: Mapping[Place, Decision],
-    measures: Sequence[str] = MEASURES,
+    label: str, split: "RecordedSplit", decisions: Mapping[Place, Decision]
 ) -> pd.DataFrame:
     """Return how a router's choice of every held-out token agrees with the model's own.
-
-    Parameters
-    ----------
-    measures : sequence of {"agreement", "jaccard", "exact_set", "top_1", "weighted_overlap"}
 
     Returns
     -------
     DataFrame
         One row per (layer, site) and token: ``router, mode, layer, site, token_id, prompt_id,
-        position, domain, experts_per_token`` and the measures.
+        position, domain`` and what :func:`explorer.metrics.agreement.agreement` gives.
     """
     return pd.concat(
         [
             split.tokens[at].assign(
                 **{"router": label, "mode": "replay", "layer": at[0], "site": at[1]},
-                **_agreed(inputs, decisions[at], measures),
+                **_agreed(inputs, decisions[at]),
             )
             for at, inputs in split.held_out.items()
         ],
@@ -323,25 +291,11 @@ def token_rows(
     )
 
 
-def _agreed(
-    inputs: RouterInputs, decision: Decision, measures: Sequence[str]
-) -> dict[str, npt.NDArray[np.generic]]:
+def _agreed(inputs: RouterInputs, decision: Decision) -> dict[str, npt.NDArray[np.float64]]:
     assert isinstance(decision, Routing)  # checked when the rows were made
-    native = inputs.decision()
-    expected, found = native.expert_ids.numpy(), decision.expert_ids.numpy()
-    weights, own = native.weights.numpy(), decision.weights.numpy()
-    of = {
-        "agreement": lambda s: agree.overlap_at_k(expected[s], found[s]),
-        "jaccard": lambda s: agree.jaccard(expected[s], found[s]),
-        "exact_set": lambda s: agree.exact_set(expected[s], found[s]),
-        "top_1": lambda s: agree.top_1(expected[s], found[s]),
-        "weighted_overlap": lambda s: agree.weighted_overlap(
-            expected[s], weights[s], found[s], own[s]
-        ),
-    }
-    few = [slice(start, start + CHUNK) for start in range(0, len(found), CHUNK)]
-    values = {name: np.concatenate([of[name](part) for part in few]) for name in measures}
-    return {**values, "experts_per_token": np.count_nonzero(found >= 0, axis=1)}
+    own, found = ((one.expert_ids.numpy(), one.weights.numpy())
+                  for one in (inputs.decision(), decision))  # fmt: skip
+    return agreement(*own, *found)
 
 
 def domain_rows(
@@ -350,7 +304,8 @@ def domain_rows(
     """Return agreement and experts a token in each domain, means over sites."""
     parts = []
     for at, inputs in split.held_out.items():
-        columns = _agreed(inputs, decisions[at], ["agreement"])
+        found = _agreed(inputs, decisions[at])
+        columns = {name: found[name] for name in ("agreement", "experts_per_token")}
         frame = pd.DataFrame({"domain": split.tokens[at]["domain"], **columns})
         of_domain = frame.groupby("domain", observed=True)
         parts.append(of_domain.mean().assign(tokens=of_domain.size()))

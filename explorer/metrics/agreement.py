@@ -1,13 +1,12 @@
 """How far two routers agree about the same tokens.
 
 Every metric compares token by token and returns an array [T], ``nan`` where it is not defined;
-:func:`agreement` gives the means. ``expected`` is the router compared with, usually the model's
+:func:`agreement` gives all of them. ``expected`` is the router compared with, usually the model's
 own. High agreement need not mean low loss: a router that misses rarely but where it matters costs
 more than one that misses often where it does not.
 """
 
 from math import comb
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,29 +15,8 @@ from explorer.errors import MetricError
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer]
+MEASURES = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap")
 _ROWS = 16_384  # tokens at a time, so that what is compared stays in the caches
-
-
-class Agreement(NamedTuple):
-    """Means over tokens of what is defined for them; nan if that is none.
-
-    Attributes
-    ----------
-    overlap : float, 0..1
-    jaccard : float, 0..1
-    exact_set : float, 0..1
-    top_1 : float, 0..1
-    weighted_overlap : float, 0..1
-    experts_per_token : float
-        Of the found routing.
-    """
-
-    overlap: float
-    jaccard: float
-    exact_set: float
-    top_1: float
-    weighted_overlap: float
-    experts_per_token: float
 
 
 def overlap_at_k(expected: Ids, found: Ids) -> Floats:
@@ -150,35 +128,49 @@ def weight_divergence(
 
 def agreement(
     expected: Ids, expected_weights: npt.ArrayLike, found: Ids, found_weights: npt.ArrayLike
-) -> Agreement:
-    """Return the means over tokens of all metrics on sets and weights.
+) -> dict[str, Floats]:
+    """Return all metrics on sets and weights, and how many experts were found, token by token.
 
     Parameters
     ----------
     expected, found : array [T, K], [T, K2]
         Distinct expert ids, heaviest first, -1 in empty slots.
     expected_weights, found_weights : array, of the same shapes
+
+    Returns
+    -------
+    dict of str to array [T]
+        ``experts_per_token``, ``agreement`` (:func:`overlap_at_k`), ``jaccard``, ``exact_set``,
+        ``top_1`` and ``weighted_overlap``.
     """
     _check(expected, found)
-    sums: list[tuple[float, int]] = [(0.0, 0)] * len(Agreement._fields)
     weights = np.asarray(expected_weights), np.asarray(found_weights)
-    for start in range(0, len(expected), _ROWS):
+    parts: list[tuple[Floats, ...]] = []
+    # at least one part, which may be empty
+    for start in range(0, max(1, len(expected)), _ROWS):
         rows = slice(start, start + _ROWS)
         a, b = expected[rows], found[rows]
         same = _same(a, b)
         both, size, other = _sizes(same, a, b)
-        values = (
-            _ratio(both, size),
-            _jaccard(both, size, other),
-            ((both == size) & (both == other)).astype(np.float64),
-            top_1(a, b),
-            _common_weight(same, _shares(a, weights[0][rows]), _shares(b, weights[1][rows])),
-            other,
+        parts.append(
+            (
+                other,
+                _ratio(both, size),
+                _jaccard(both, size, other),
+                ((both == size) & (both == other)).astype(np.float64),
+                top_1(a, b),
+                _common_weight(same, _shares(a, weights[0][rows]), _shares(b, weights[1][rows])),
+            )
         )
-        for at, one in enumerate(values):
-            known = one[~np.isnan(one)]
-            sums[at] = (sums[at][0] + float(known.sum()), sums[at][1] + len(known))
-    return Agreement(*(total / n if n else float("nan") for total, n in sums))
+    names = ("experts_per_token", *MEASURES)
+    columns = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return dict(zip(names, columns, strict=True))
+
+
+def mean_known(values: Floats) -> float:
+    """Return the mean of what is defined, nan if that is nothing."""
+    known = values[~np.isnan(values)]
+    return float(known.sum()) / len(known) if len(known) else float("nan")
 
 
 def chance_jaccard(n_experts: int, top_k: int) -> float:
@@ -229,7 +221,7 @@ def _counts(expected: Ids, found: Ids) -> tuple[Floats, Floats, Floats]:
 
 
 def _sizes(same: npt.NDArray[np.bool_], expected: Ids, found: Ids) -> tuple[Floats, Floats, Floats]:
-    both = np.count_nonzero(same.reshape(len(same), -1), axis=1)
+    both = np.count_nonzero(same, axis=(1, 2))
     sizes = np.count_nonzero(expected >= 0, axis=1), np.count_nonzero(found >= 0, axis=1)
     return both.astype(np.float64), sizes[0].astype(np.float64), sizes[1].astype(np.float64)
 

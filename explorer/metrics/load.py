@@ -304,6 +304,38 @@ def sampling_floor(
     return _floor(metric, n_tokens, n_experts, top_k, n_draws, seed)
 
 
+def balance(load: npt.ArrayLike, n_tokens: int, *, n_draws: int = 200) -> dict[str, float]:
+    """Return how evenly the experts of one layer are used, by the names of a comparison's columns.
+
+    Parameters
+    ----------
+    load : array [E], assignments
+    n_tokens : int
+        That came to the layer.
+    n_draws : int
+        Of the floor.
+
+    Returns
+    -------
+    dict of str to float
+        ``max_violation``, what uniform routing would have (``max_violation_floor``), ``cv``,
+        ``gini``, ``dead_experts`` and ``load_entropy``.
+    """
+    counts = _counts(load)
+    top_k = float(counts.sum()) / max(n_tokens, 1)
+    floor = sampling_floor(
+        "max_violation", n_tokens=n_tokens, n_experts=len(counts), top_k=top_k, n_draws=n_draws
+    )
+    return {
+        "max_violation": max_violation(counts),
+        "max_violation_floor": floor.mean,
+        "cv": coefficient_of_variation(counts),
+        "gini": gini(counts),
+        "dead_experts": float(dead_experts(counts)),
+        "load_entropy": normalized_entropy(counts),
+    }
+
+
 @lru_cache(maxsize=256)
 def _floor(
     metric: str | LoadMetric, n_tokens: int, n_experts: int, top_k: float, n_draws: int, seed: int
