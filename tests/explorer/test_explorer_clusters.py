@@ -143,10 +143,10 @@ def test_clusters_are_found_in_all_dimensions_not_on_the_picture():
 
 
 def test_points_beyond_the_fitted_ones_join_their_cluster(blobs, monkeypatch):
-    from explorer.maps import clustering
+    from explorer.maps import point_clusters
 
     few = {"kmeans": 200, "gmm": 200, "hdbscan": 200}
-    monkeypatch.setattr(clustering, "FITTED", few)
+    monkeypatch.setattr(point_clusters, "FITTED", few)
     for method in few:
         found = cluster(blobs[0], method, n_clusters=5)
         assert found.n_fitted == 200 and len(found.labels) == 600
