@@ -198,3 +198,18 @@ def cell(value: object) -> object:
     if _FORMULA.match(text) and not _NUMBER.fullmatch(text):
         return f"'{text}"
     return text
+
+
+def counted(amount: float, what: str, many: str = "") -> str:
+    """Return a number of things, such as 1 prompt or 1,200 prompts.
+
+    Parameters
+    ----------
+    amount : int
+        Of whatever numeric type.
+    what : str
+        One of them.
+    many : str, optional
+        Several of them, where that is more than an s at the end.
+    """
+    return f"{int(amount):,} {what if amount == 1 else many or what + 's'}"

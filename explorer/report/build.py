@@ -15,6 +15,7 @@ from explorer.errors import ExplorerError, RunError
 from explorer.report.document import document, section
 from explorer.run import Run, open_run
 from explorer.saved_views import SavedView, changed, fingerprint, runs_named
+from explorer.text import counted
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # what a report of a whole run shows: pages as they are called in addresses, with their choices,
@@ -199,8 +200,8 @@ def _facts(run: Run, view: SavedView | None) -> dict[str, str]:
         f"{info['revision'] or '–'}",
         "Recorded": f"{info['started_at']:%Y-%m-%d %H:%M} UTC on {info['device']} in "
         f"{info['dtype']}, level {info['level']}",
-        "Tokens": f"{info['n_tokens']:,} of {info['n_prompts']:,} prompts, {info['n_generated']:,} "
-        "generated; padding excluded",
+        "Tokens": f"{info['n_tokens']:,} of {counted(info['n_prompts'], 'prompt')}, "
+        f"{info['n_generated']:,} generated; padding excluded",
         "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
         "Packages": _listed(info["packages"]),
         "Report made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by RouteScope, schema "

@@ -119,9 +119,14 @@ def pick(name: str, choices: Sequence[str], *, default: str, what: str) -> str:
     value = read(name)
     if not value or value in choices:
         return value or default
-    note(f"The link names the {what} “{value[:60]}”, which is not here; showing the default.")
-    write(name, "")
+    _not_here(name, value, what)
     return default
+
+
+def _not_here(name: str, value: str, what: str) -> None:
+    """Say that a value of the address means nothing here, and take it out."""
+    note(f"The link asks at “{what}” for “{value[:60]}”, which is not here; showing the default.")
+    write(name, "")
 
 
 def number(name: str, allowed: range, *, default: int | None, what: str) -> int | None:
@@ -131,8 +136,7 @@ def number(name: str, allowed: range, *, default: int | None, what: str) -> int 
         return default
     if value.isascii() and value.isdecimal() and len(value) < 12 and int(value) in allowed:
         return int(value)
-    note(f"The link names the {what} “{value[:60]}”, which is not here; showing the default.")
-    write(name, "")
+    _not_here(name, value, what)
     return default
 
 
@@ -169,7 +173,7 @@ def choose(
     first = names[0] if default is None else default
     if show is None:
         show = choices.__getitem__ if isinstance(choices, Mapping) else str
-    value = pick(name, names, default=first, what=label.lower())
+    value = pick(name, names, default=first, what=label)
     key = f"address:{name}"
     st.session_state[key] = value
     # a widget finds a choice by what it shows: no two may look alike
@@ -198,7 +202,7 @@ def choose(
 
 
 def several(name: str, choices: Sequence[str], *, default: Sequence[str], what: str) -> list[str]:
-    """Return names of the address that are among the choices, with a note about the others."""
+    """Return values of the address that are among the choices, with a note about the others."""
     value = read(name)
     if not value:
         return list(default)
@@ -206,7 +210,7 @@ def several(name: str, choices: Sequence[str], *, default: Sequence[str], what: 
     found = [one for one in asked if one in choices]
     for one in asked:
         if one not in choices:
-            note(f"The link names the {what} “{one[:60]}”, which is not here; it was left out.")
+            note(f"The link asks at “{what}” for “{one[:60]}”, which is not here; it is left out.")
     if asked and not found:
         found = list(default)
     if found != asked:
@@ -221,7 +225,6 @@ def choose_several(
     choices: Sequence[str],
     *,
     default: Sequence[str],
-    what: str,
     **options: Any,
 ) -> list[str]:
     """Draw a widget of several choices that reads from the address and writes to it.
@@ -230,10 +233,8 @@ def choose_several(
     ----------
     widget : callable
         ``st.multiselect``, ``st.pills`` or the like.
-    what : str
-        One choice, as notes call it.
     """
-    value = several(name, choices, default=default, what=what)
+    value = several(name, choices, default=default, what=label)
     key = f"address:{name}"
     st.session_state[key] = value
 
@@ -243,6 +244,27 @@ def choose_several(
 
     widget(label, choices, key=key, on_change=changed, **options)
     return value
+
+
+def typed(name: str, label: str, longest: int, **options: Any) -> str:
+    """Draw a field for text that reads from the address and writes to it."""
+    key = f"address:{name}"
+    st.session_state[key] = read(name)[:longest]
+    st.text_input(
+        label,
+        key=key,
+        max_chars=longest,
+        on_change=lambda: write(name, st.session_state[key]),
+        **options,
+    )
+    return str(st.session_state[key])
+
+
+def closing(title: str, name: str, *, label: str = "Close") -> None:
+    """Draw the heading of a box and a button that takes ``name`` out of the address, and so it."""
+    left, right = st.columns([6, 1], vertical_alignment="center")
+    left.subheader(title, anchor=False)
+    right.button(label, key=f"close {name}", on_click=lambda: write(name, ""), width="stretch")
 
 
 def note(text: str) -> None:

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from explorer.text import ABSENT, ABSENT_NOTE, cell
+from explorer.text import ABSENT, ABSENT_NOTE, cell, counted
 from explorer.ui import address, printing
 from explorer.ui.glossary import help_text, term_of
 
@@ -193,7 +193,7 @@ def _downloads(table: pd.DataFrame, key: str, source: _Source) -> None:
         "CSV": (lambda: csv(table), "text/csv"),
         "Parquet": (lambda: parquet(table), "application/vnd.apache.parquet"),
     }
-    st.markdown(f"**Data** · {len(table):,} rows")
+    st.markdown(f"**Data** · {counted(len(table), 'row')}")
     with st.container(horizontal=True):
         for kind, (data, mime) in kinds.items():
             st.download_button(

@@ -14,9 +14,9 @@ from explorer.queries.experts import (
     expert_vocabulary,
 )
 from explorer.queries.load import expert_load
-from explorer.text import visible
+from explorer.text import counted, visible
 from explorer.ui import address, token_strip
-from explorer.ui.problems import section
+from explorer.ui.problems import section, without_ids
 from explorer.ui.saved import save_slice
 from explorer.ui.state import View, ask
 from explorer.ui.wording import expert_label
@@ -108,26 +108,14 @@ SHOWN = 60
 def expert_tokens_section(view: View) -> None:
     """Draw the section, or nothing where no expert is chosen."""
     info = view.run.site_info(view.layer, view.site)
-    expert = address.number("expert", range(info.n_experts), default=None, what="expert")
+    expert = address.number("expert", range(info.n_experts), default=None, what="Expert")
     if expert is None:
         return
     name = expert_label(view.site_name, expert)
     with st.container(border=True, key="expert tokens"):
-        title, close = st.columns([6, 1], vertical_alignment="center")
-        title.subheader(f"Tokens of {name}", anchor=False)
-        close.button(
-            "Close",
-            key="close expert",
-            on_click=lambda: address.write("expert", ""),
-            width="stretch",
-        )
+        address.closing(f"Tokens of {name}", "expert")
         st.markdown(_sentence(view, expert, name))
-        if not view.run.records_ids:
-            st.info(
-                "Which tokens they were is not recorded at level `stats`; capture with "
-                "`--level ids`.",
-                icon=":material/info:",
-            )
+        if without_ids(view.run, "Their list"):
             return
 
         def go_to(prompt_id: int, token_id: int) -> None:
@@ -143,8 +131,7 @@ def _sentence(view: View, expert: int, name: str) -> str:
     load = ask(
         view,
         expert_load,
-        layer=view.layer,
-        site=view.site,
+        **view.place,
         **view.filters,
     )
     row = load[load["expert_id"] == expert].iloc[0]
@@ -158,7 +145,7 @@ def _sentence(view: View, expert: int, name: str) -> str:
 
 
 def _typical_tokens(view: View, expert: int) -> None:
-    where = {"layer": view.layer, "site": view.site, **view.filters}
+    where = view.place | view.filters
     words = ask(view, expert_vocabulary, expert_id=expert, limit=12, **where)
     if len(words):
         typical = [
@@ -179,7 +166,7 @@ def expert_lines(
     on_pick : callable
         Called before the rerun with the prompt and the token of a line that was picked.
     """
-    where = {"layer": view.layer, "site": view.site, **view.filters}
+    where = view.place | view.filters
     found = ask(view, expert_tokens, expert_id=expert, limit=shown, context=14, **where)
     total = ask(view, expert_token_count, expert_id=expert, **where)
     if found.empty:
@@ -193,8 +180,8 @@ def expert_lines(
         ),
     )
     st.caption(
-        f"The {len(found):,} of {total:,} tokens with the largest combine weight; padding "
-        "excluded. Click a line to go to it in its prompt."
+        f"{len(found):,} of {counted(total, 'token')}, those with the largest combine weight; "
+        "padding excluded. Click a line to go to it in its prompt."
     )
     save_slice(
         view,

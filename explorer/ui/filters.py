@@ -7,7 +7,7 @@ from explorer import slices, writing
 from explorer.errors import ExplorerError
 from explorer.queries.where import Part
 from explorer.run import Run
-from explorer.text import plain, visible
+from explorer.text import counted, plain, visible
 from explorer.ui import address, problems, state
 from explorer.ui.glossary import help_text
 from explorer.ui.state import PHASES, RunProblem, View, several_sites
@@ -55,15 +55,14 @@ def _list_refused(names: list[str]) -> None:
     """List the files that were found to be no sound runs, each with the reason."""
     refused = state.refused(names)
     if refused:
-        one = len(refused) == 1
-        with st.expander(f"{len(refused)} file{'' if one else 's'} cannot be shown"):
+        with st.expander(f"{counted(len(refused), 'file')} cannot be shown"):
             for name, reason in refused.items():
                 st.caption(f"**{plain(name)}** · {plain(reason)}")
 
 
 def _select_phase(run: Run) -> str | None:
     if run.phases == ["prompt"] or not run.phases:
-        return address.pick("phase", ["prompt"], default="", what="phase") or None
+        return address.pick("phase", ["prompt"], default="", what="Phase") or None
     phase = address.choose(
         st.segmented_control,
         "phase",
@@ -98,7 +97,13 @@ def _select_part(run: Run) -> Part | None:
             address.write("search", "")
             address.write("slice", "")
         return None
-    search = _search()
+    search = address.typed(
+        "search",
+        "Prompts that contain",
+        MAX_SEARCH,
+        placeholder="any text",
+        help="Upper or lower case; press Enter. All pages show the tokens of these prompts only.",
+    )
     chosen = _select_slice(run)
     if not search and chosen is None:
         return None
@@ -110,20 +115,6 @@ def _select_part(run: Run) -> Part | None:
         chosen.info.created,
         token_ids=chosen.token_ids,
     )
-
-
-def _search() -> str:
-    key = "address:search"
-    st.session_state[key] = address.read("search")[:MAX_SEARCH]
-    st.text_input(
-        "Prompts that contain",
-        key=key,
-        max_chars=MAX_SEARCH,
-        placeholder="any text",
-        help="Upper or lower case; press Enter. All pages show the tokens of these prompts only.",
-        on_change=lambda: address.write("search", st.session_state[key]),
-    )
-    return str(st.session_state[key])
 
 
 def _select_slice(run: Run) -> slices.Slice | None:
@@ -161,7 +152,7 @@ def _listed(run: Run, version: int) -> list[slices.SliceInfo]:
 def _about(run: Run, info: slices.SliceInfo) -> None:
     with st.popover("About this slice", icon=":material/info:", width="stretch"):
         by = f" by {plain(info.author)}" if info.author else ""
-        st.markdown(f"{info.n_tokens:,} tokens, saved{by} on {plain(info.created[:10])}.")
+        st.markdown(f"{counted(info.n_tokens, 'token')}, saved{by} on {plain(info.created[:10])}.")
         if info.note:
             st.markdown(plain(info.note, lines=True))
         if writing.may_write():

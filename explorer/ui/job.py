@@ -6,8 +6,9 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 from capture.progress import Progress
 from capture.prompts import Prompt
 from explorer import writing
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import problems
+from explorer.ui.problems import instead
 from explorer.worker import Job, shared_worker
 from explorer.worker.uploads import read_upload
 
@@ -31,7 +32,7 @@ def follow(job_id: int, *, key: str) -> Job | None:
     """
     job = shared_worker().job(job_id)
     if job is None:
-        st.info("This capture is not known any more; the app was restarted.")
+        instead("This capture is not known any more; the app was restarted.")
         return None
     if job.active:
         _watch(job_id, key)
@@ -89,7 +90,7 @@ def _headline(job: Job) -> str:
 def _figures(progress: Progress) -> str:
     if progress.stage != "recording" or not progress.tokens_total:
         return " "
-    text = f"{progress.tokens_done:,} of {progress.tokens_total:,} tokens"
+    text = f"{progress.tokens_done:,} of {counted(progress.tokens_total, 'token')}"
     if progress.tokens_per_second:
         text += f" · {progress.tokens_per_second:,.0f} tokens/s"
     if progress.seconds_left is not None:
@@ -101,8 +102,8 @@ def _show_end(job: Job) -> None:
     name = plain(job.request.title)
     if job.state == "done":
         tokens = job.progress.tokens_done
-        counted = f": {tokens:,} tokens recorded" if tokens else ""
-        st.success(f"**{name}** is ready{counted}.", icon=":material/check_circle:")
+        recorded = f": {counted(tokens, 'token')} recorded" if tokens else ""
+        st.success(f"**{name}** is ready{recorded}.", icon=":material/check_circle:")
     elif job.state == "cancelled":
         kept = " What was recorded until then is kept." if job.path else ""
         st.warning(f"**{name}** was stopped.{kept} {plain(job.error)}", icon=":material/stop:")

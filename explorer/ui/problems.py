@@ -14,6 +14,7 @@ import streamlit as st
 
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
+from explorer.run import Run
 from explorer.text import plain
 from explorer.ui import printing
 
@@ -26,6 +27,21 @@ _log = logging.getLogger(__name__)
 def show(error: Exception) -> None:
     """Draw an error as a message."""
     _draw(str(error))
+
+
+def instead(text: str) -> None:
+    """Say in the place of a figure why there is none, and what can be done; Markdown."""
+    st.info(text, icon=":material/info:")
+
+
+def without_ids(run: Run, what: str) -> bool:
+    """Return whether a run keeps no experts of single tokens, after saying what needs them."""
+    if not run.records_ids:
+        instead(
+            f"{what} needs the experts of every token, which level `stats` does not keep. Capture "
+            "with `--level ids`."
+        )
+    return not run.records_ids
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from streamlit.navigation.page import StreamlitPage
 from capture.paths import RUN_SUFFIX
 from capture.store import MIN_PROMPTS, MIN_TOKENS
 from explorer import writing
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import address, filters, saved, state
 from explorer.ui.job import follow
+from explorer.ui.problems import instead
 from explorer.worker import CaptureRequest, Job, shared_worker
 
 _VIEW = "current view"
@@ -72,7 +73,7 @@ def frame(title: str) -> None:
     active = [job for job in shared_worker().jobs() if job.active]
     if active:
         with st.sidebar:
-            jobs = "1 job" if len(active) == 1 else f"{len(active)} jobs"
+            jobs = counted(len(active), "job")
             st.caption(f":material/progress_activity: {jobs} in progress")
 
 
@@ -120,10 +121,9 @@ def _take_filters_off() -> None:
 def first_run() -> None:
     """Record the demo prompts with the demo model, show how far it is, then show the run."""
     if not writing.may_write():
-        st.info(
+        instead(
             "There is no run in this folder yet, and none can be recorded here. Record one with "
-            "`python -m capture`, or ask whoever runs this server.",
-            icon=":material/info:",
+            "`python -m capture`, or ask whoever runs this server."
         )
         return
     st.markdown(

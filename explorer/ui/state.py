@@ -60,6 +60,11 @@ class View:
     layers: tuple[int, int] | None = None
 
     @property
+    def place(self) -> dict[str, Any]:
+        """The router that the view looks at, as the questions take it."""
+        return {"layer": self.layer, "site": self.site}
+
+    @property
     def filters(self) -> dict[str, Any]:
         """What chooses tokens, as the questions take it."""
         return {"domain": self.domain, "phase": self.phase, "part": self.part}

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from explorer.text import ABSENT, NOT_RECORDED, one_line, visible
+from explorer.text import ABSENT, NOT_RECORDED, counted, one_line, visible
 
 NO_DOMAIN = "(no domain)"
 _ALL_DOMAINS = "All domains"  # of the filter at the side
@@ -131,6 +131,11 @@ def number(value: float | None, form: str = ".3g") -> str:
     return format(value, form)
 
 
+def by_chance(value: float | None, form: str, unit: str = "") -> str:
+    """Return what is expected by chance, "" where that is not defined."""
+    return f"by chance {value:{form}}{unit}" if value is not None and math.isfinite(value) else ""
+
+
 def span(values: npt.ArrayLike, form: str = ".3g") -> str:
     """Return ``from SMALLEST to LARGEST`` of what is defined, for sentences.
 
@@ -192,8 +197,7 @@ class Scope(NamedTuple):
 
     def caption(self, *notes: str) -> Caption:
         """Return the line, with ``notes`` (escaped) at its end."""
-        tokens = "token" if self.n_tokens == 1 else "tokens"
-        line = f"n = {self.n_tokens:,} {tokens}"
+        line = f"n = {counted(self.n_tokens, 'token')}"
         filters = self.filters()
         if filters:
             line += f" of {', '.join(filters)}"
@@ -303,7 +307,7 @@ def prompt_name(row: pd.Series) -> str:
     """Return a prompt on one line, for a list to choose from."""
     text = "(token ids, no text)" if row["text"] is None else one_line(row["text"], 90)
     domain = f"{visible(row['domain'])} · " if row["domain"] else ""
-    return f"{row['prompt_id']} · {domain}{row['tokens']:,} tokens · {text}"
+    return f"{row['prompt_id']} · {domain}{counted(row['tokens'], 'token')} · {text}"
 
 
 def listed(parts: Sequence[str]) -> str:

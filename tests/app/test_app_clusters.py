@@ -107,7 +107,7 @@ def test_a_change_of_what_is_mapped_puts_the_colour_back(known):
     app = opened("clusters", map="experts", hue="ratio")
     app.button_group(key="address:map").set_value("tokens").run()
     assert not app.exception and "hue" not in app.query_params
-    assert "The link names" not in notes(app)
+    assert "The link asks" not in notes(app)
 
 
 def check_colour(unit, hue):

@@ -391,7 +391,7 @@ def test_the_runs_of_trends_are_in_the_address(runs):
     assert query(app, "runs") == "step_10,step_200"
     app = opened("trends", source="folder", runs="known,step_10,gone")
     assert app.multiselect(key="address:runs").value == ["known", "step_10"]
-    assert "run “gone”, which is not here" in notes(app)
+    assert "“Runs” for “gone”, which is not here" in notes(app)
     assert query(app, "runs") == "known,step_10"
     app.multiselect(key="address:runs").set_value([]).run()
     assert app.multiselect(key="address:runs").value == []
@@ -420,7 +420,7 @@ def test_the_families_chosen_are_in_the_address(runs):
     assert query(app, "families") == "control"
     app = opened("compare", run="known", families="control,<b>")
     assert app.dataframe[0].value["family"].tolist() == ["control"]
-    assert "family “<b>”, which is not here" in notes(app)
+    assert "“Families” for “<b>”, which is not here" in notes(app)
     assert query(app, "families") == "control"
     app.button_group(key="address:families").set_value(["control", "literature"]).run()
     assert "families" not in app.query_params

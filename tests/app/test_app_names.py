@@ -48,7 +48,7 @@ def test_every_domain_can_be_chosen_and_shows_its_own_tokens(named):
     assert len(set(options)) == len(options) == 1 + len(DOMAINS)
     for domain, tokens in expected.items():
         app = opened(domain=domain_key(domain or ""))
-        assert "The link names" not in notes(app)
+        assert "The link asks" not in notes(app)
         (tile,) = (tile for tile in app.metric if tile.label == "Tokens")
         assert tile.value == str(tokens)
 

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from explorer.metrics.attention import RECENT, HeadBaseline
 from explorer.pages.attention.data import HAS_MAP, HeadMap
 from explorer.registry import Registry
+from explorer.text import counted
 from explorer.ui import theme
 from explorer.ui.heatmap import MAX_CELLS, Scale, clickable_heatmap, ground, ticks
 from explorer.ui.wording import Scope, label, number
@@ -151,7 +152,7 @@ def head_overview(
         figure,
         title=f"Every head: {kind.label}",
         caption=scope.caption(
-            f"mean over {n_prompts:,} prompts",
+            f"mean over {counted(n_prompts, 'prompt')}",
             f"uniform attention: {number(uniform)}",
             *(["grey: not recorded, or no attention map"] if np.isnan(z).any() else []),
             "click a head for its map",
@@ -343,7 +344,7 @@ def together_figure(
         figure,
         title=f"Pairs that share an expert of layer {routed} (share, weighted by attention)",
         caption=scope.caption(
-            f"{n_prompts:,} prompts",
+            counted(n_prompts, "prompt"),
             "bars: 9 of 10 draws of prompts with replacement",
             "baselines: keys of the same prompt at the same distance, and any earlier key",
             "the query itself and the prompt's first token left out",

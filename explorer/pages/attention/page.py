@@ -31,13 +31,13 @@ from explorer.pages.attention.token_window import (
     window_text,
 )
 from explorer.pages.tokens.data import tokens
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
-from explorer.ui.wording import Scope, number, prompt_name, span
+from explorer.ui.wording import Scope, prompt_name, span
 
 _MEASURES = {
     "entropy": "Entropy",
@@ -66,7 +66,7 @@ def render() -> None:
             "to this page."
         )
     if prompts.empty:
-        st.info("No prompt of these filters has attention recorded. Change them at the side.")
+        instead("No prompt of these filters has attention recorded. Change them at the side.")
         return
     head = _chosen_head(view)
     left, right = st.columns(2, gap="large")
@@ -88,11 +88,10 @@ def render() -> None:
 
 
 def _not_recorded() -> None:
-    st.info(
+    instead(
         "This run holds no attention maps: record them with "
         "`python -m capture MODEL --prompts FILE --out RUN --level attention`, or on the Capture "
-        "page with the level *attention*.",
-        icon=":material/info:",
+        "page with the level *attention*."
     )
     if writing.may_write():
         st.page_link(
@@ -111,7 +110,7 @@ def _chosen_head(view: View) -> tuple[int, int]:
     }
     here = [name for name, (layer, _) in names.items() if layer == view.layer]
     default = (here or list(names))[0]
-    return names[address.pick("head", list(names), default=default, what="head")]
+    return names[address.pick("head", list(names), default=default, what="Head")]
 
 
 @section("All heads")
@@ -139,8 +138,8 @@ def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
     chart(
         figure,
         key="heads",
-        alt=f"Heatmap of {len(layers)} layers by attention heads: {MEASURES[measure].label}, "
-        f"{span(stats[measure])}. Click: the head's map.",
+        alt=f"Heatmap of {counted(len(layers), 'layer')} by attention heads: "
+        f"{MEASURES[measure].label}, {span(stats[measure])}. Click: the head's map.",
         table=stats,
         on_click=lambda data: _go_to_head(view, int(data[0]), int(data[1])),
     )
@@ -148,8 +147,8 @@ def _overview(view: View, prompts: pd.DataFrame, head: tuple[int, int]) -> None:
     if len(without):
         kinds = ", ".join(sorted({plain(kind) for kind in without["kind"]}))
         st.caption(
-            f"{len(without)} of {len(layers)} layers mix tokens by {kinds}: they have no attention "
-            "map."
+            f"Without an attention map, as tokens are mixed by {kinds}: {len(without)} of "
+            f"{counted(len(layers), 'layer')}."
         )
 
 
@@ -209,7 +208,7 @@ def _pick_token(listed: pd.DataFrame) -> int:
     """Return the token of the address, by default one that has a few tokens before it."""
     default = str(listed["token_id"].iloc[min(len(listed) - 1, 12)])
     known = set(listed["token_id"].astype(str))
-    return int(address.pick("token", sorted(known), default=default, what="token of this prompt"))
+    return int(address.pick("token", sorted(known), default=default, what="Token of this prompt"))
 
 
 @section("Map of the head")
@@ -271,23 +270,18 @@ _SHOWN = 0.005
 def routing_together_section(view: View, head: tuple[int, int]) -> None:
     """Draw the section for the heads of the chosen head's layer."""
     st.subheader("Do tokens that attend to each other route together?", anchor=False)
-    if not view.run.records_ids:
-        st.info("Expert ids per token were not recorded.", icon=":material/info:")
+    if without_ids(view.run, "This comparison"):
         return
     found = ask(
         view,
         routing_together,
         attention_layer=head[0],
-        layer=view.layer,
-        site=view.site,
+        **view.place,
         **view.prompt_filters,
     )
     here = found.heads[found.heads["head"] == head[1]]
     if here.empty:
-        st.info(
-            "This run keeps no keys of this head. Capture with `--attention-top-keys 4`.",
-            icon=":material/info:",
-        )
+        instead("This run keeps no keys of this head. Capture with `--attention-top-keys 4`.")
         return
     st.markdown(_sentence(view, here.iloc[0], found, head))
     scope = view.scope(found.n_tokens)
@@ -318,11 +312,16 @@ def _sentence(view: View, row: pd.Series, found: HeadsTogether, head: tuple[int,
             f"**{head_name(*head)}** attends to nothing but the token itself and the prompt's "
             "first token here, so there is no pair to ask about."
         )
+    of = f"{counted(row['pairs'], 'pair')} of {counted(row['prompts'], 'prompt')}"
     text = (
         f"Of what **{head_name(*head)}** attends to, **{row['share']:.1%}** (weighted by "
-        f"attention, {int(row['pairs']):,} pairs of {int(row['prompts']):,} prompts) shares an "
-        f"expert with the query in layer {view.site_name}. By chance, tokens of the same prompt at "
-        f"the same distance do so in {number(row['chance_distance'], '.1%')}"
+        f"attention, {of}) shares an expert with the query in layer {view.site_name}."
+    )
+    if math.isnan(row["chance_distance"]):
+        return text
+    text += (
+        " By chance, tokens of the same prompt at the same distance do so in "
+        f"{row['chance_distance']:.1%}"
     )
     if math.isnan(row["lift"]):
         return text + "."

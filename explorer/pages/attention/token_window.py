@@ -18,6 +18,7 @@ from explorer.pages.attention.figures import MAX_WINDOW, head_name, token_window
 from explorer.text import one_line, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart
+from explorer.ui.problems import instead
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.token_strip import Legend, Token, token_strip
 from explorer.ui.wording import Scope, token_name
@@ -31,7 +32,7 @@ _MIN_BLOCKS = 4
 
 def window_of(position: int, prompt: pd.Series) -> range:
     """Return the page of tokens around a position, from the beginning of a block on."""
-    size = int(address.pick("window", SIZES, default=SIZES[0], what="window"))
+    size = int(address.pick("window", SIZES, default=SIZES[0], what="Tokens shown"))
     start = position // size * size
     start -= start % max(1, min(size, int(prompt["bin_width"])))
     return range(start, min(int(prompt["tokens"]), start + size))
@@ -70,8 +71,7 @@ def window_map(
             prompt_routing,
             prompt_id=prompt_id,
             n_tokens=n_tokens,
-            layer=view.layer,
-            site=view.site,
+            **view.place,
         )
         change = routing_change(routing.expert_ids)[window.start : window.stop]
     keys = None
@@ -219,11 +219,10 @@ def attended_keys_panel(
         head=head[1],
     )
     if keys.empty:
-        st.info(
+        instead(
             "The heaviest keys of this token were not recorded: they are kept for the first "
             "queries of a prompt, of the blocks that `--attention-every` uses, and with "
-            "`--attention-top-keys` above 0.",
-            icon=":material/info:",
+            "`--attention-top-keys` above 0."
         )
         return
     routing = None
@@ -233,8 +232,7 @@ def attended_keys_panel(
             prompt_routing,
             prompt_id=int(prompt["prompt_id"]),
             n_tokens=int(prompt["tokens"]),
-            layer=view.layer,
-            site=view.site,
+            **view.place,
         )
     st.markdown(_attends(keys, head, position))
     if routing is not None:

@@ -11,9 +11,10 @@ from capture.prompts import Prompt, read_prompts, read_prompts_bytes
 from capture.recorder.estimate import human_bytes
 from explorer import writing
 from explorer.pages.capture.form import ask, ask_level
-from explorer.text import one_line, plain
+from explorer.text import counted, one_line, plain
 from explorer.ui import address, problems
 from explorer.ui.job import TYPES, follow, prompts_of
+from explorer.ui.problems import instead
 from explorer.ui.state import exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
 from explorer.worker.capture_cost import cost
@@ -112,7 +113,8 @@ def _preview(prompts: list[Prompt]) -> None:
         column_config={"domain": st.column_config.TextColumn("Domain", width=90), "text": "Text"},
     )
     more = f"The first {PREVIEWED} of " if len(prompts) > PREVIEWED else ""
-    st.caption(f"{more}{len(prompts):,} prompts in {max(1, len(domains)):,} domains.")
+    of = f" of {counted(len(domains), 'domain')}" if domains else ", without a domain"
+    st.caption(f"{more}{counted(len(prompts), 'prompt')}{of}.")
 
 
 def _model() -> str:
@@ -205,23 +207,21 @@ def _cost_text(plan: Plan) -> str:
             "The size of the run is not known before the model is loaded; it is then shown under "
             "the progress bar, and nothing is recorded if the disk is too small."
         )
-    estimate, counted = found
+    estimate, exact = found
     per_token = ", ".join(f"{name} {v:,.0f} B" for name, v in estimate.bytes_per_token.items())
     sample = ""
     if estimate.sample_tokens:
-        sample = (
-            f", of which {human_bytes(estimate.sample_bytes)} for the sample of "
-            f"{estimate.sample_tokens:,} tokens"
-        )
+        size = human_bytes(estimate.sample_bytes)
+        sample = f", of which {size} for the sample of {counted(estimate.sample_tokens, 'token')}"
     attention = ""
     if estimate.attended_prompts:
         attention = (
             f"{' and' if sample else ', of which'} {human_bytes(estimate.attention_bytes)} for "
-            f"the attention of {estimate.attended_prompts:,} prompts"
+            f"the attention of {counted(estimate.attended_prompts, 'prompt')}"
         )
-    about = "" if counted else "about "
+    read = f"{'' if exact else 'about '}{counted(estimate.tokens, 'token')}"
     return (
-        f"**{len(plan.prompts):,} prompts, {about}{estimate.tokens:,} tokens: about "
+        f"**{counted(len(plan.prompts), 'prompt')}, {read}: about "
         f"{human_bytes(estimate.total_bytes)}**{sample}{attention}.  \n"
         f"Per token by level: {per_token}."
     )
@@ -241,7 +241,7 @@ def _jobs() -> None:
     }
     chosen = address.read("job")
     if chosen and chosen not in jobs:
-        st.info("The capture of this link is not known any more: the app was restarted since.")
+        instead("The capture of this link is not known any more: the app was restarted since.")
         address.write("job", "")
     first = jobs.get(chosen) or next((job for job in jobs.values() if job.active), None)
     if first is None and not jobs:

@@ -34,7 +34,7 @@ from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.address import domain_key
 from explorer.ui.chart import chart
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import Caption, number
@@ -89,19 +89,18 @@ def render() -> None:
     try:
         prepared = ask(view, prepare, source=asked.source)
     except RunError as error:
-        st.info(plain(str(error)), icon=":material/info:")
+        instead(plain(str(error)))
         return
     if len(prepared.ids) < 2:
-        st.info("There are fewer than two points, so there is nothing to map.")
+        instead("There are fewer than two points, so there is nothing to map.")
         return
     if prepared.is_point:
-        st.info(
+        instead(
             f"All {len(prepared.ids):,} vectors are equal, so that the map is one point and the "
-            f"{asked.source.unit} are one cluster.",
-            icon=":material/info:",
+            f"{asked.source.unit} are one cluster."
         )
     elif asked.layout == "umap" and not prepared.has_umap:
-        st.info(_NO_UMAP, icon=":material/info:")
+        instead(_NO_UMAP)
     _picture(view, asked, prepared, made(view, asked.wanted, prepared))
 
 
@@ -110,7 +109,7 @@ def _controls(view: View) -> Asked | None:
         unit = address.choose(st.segmented_control, "map", "Map of", _UNITS, resets=("hue",))
         feature = "hidden"
         if unit == "tokens":
-            counts = ask(view, vector_counts, layer=view.layer, site=view.site)
+            counts = ask(view, vector_counts, **view.place)
             there = {name: text for name, text in _FEATURES.items() if counts[name]}
             if there:
                 feature = address.choose(st.segmented_control, "vectors", "By", there)
@@ -159,10 +158,9 @@ def _router() -> str:
 
 def _not_recorded(view: View) -> None:
     """Say what is missing and how to record it."""
-    st.info(
+    instead(
         f"This run holds no router inputs and no scores of layer {view.site_name}, so its tokens "
-        "cannot be mapped. They are kept for a sample of tokens, unless a capture is told not to.",
-        icon=":material/info:",
+        "cannot be mapped. They are kept for a sample of tokens, unless a capture is told not to."
     )
     st.code(
         "python -m capture MODEL --prompts FILE --out RUN.duckdb --sample-tokens 50000",
@@ -198,7 +196,7 @@ def _picture(view: View, asked: Asked, prepared: Prepared, there: Made) -> None:
     with left:
         region = _region(prepared, layout)
         if region is None and address.read("region"):
-            st.info(_OTHER_REGION, icon=":material/info:")
+            instead(_OTHER_REGION)
         _figure(view, asked, prepared, table, hue_of(view, hue, title), layout, region)
     with right:
         quality_panel(asked.source, wanted.method, prepared, there.layout, there.clusters, layout)

@@ -26,9 +26,10 @@ from explorer.maps.point_table import PointTable
 from explorer.pages.clusters.figures import COLORED, Amount, Group
 from explorer.queries.where import Part
 from explorer.run import Run
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import printing
 from explorer.ui.job import follow
+from explorer.ui.problems import instead
 from explorer.ui.state import Key, View
 from explorer.ui.wording import domain_label, domain_labels, expert_label, label, number
 from explorer.worker import ProjectRequest, shared_worker
@@ -206,7 +207,7 @@ def hover_texts(rows: pd.DataFrame, unit: str) -> list[str]:
         ]
     if unit == "prompts":
         return [
-            f"prompt {r.prompt_id}, {r.tokens:,} tokens: {label(r.text, limit=60)}"
+            f"prompt {r.prompt_id}, {counted(r.tokens, 'token')}: {label(r.text, limit=60)}"
             for r in rows.itertuples()
         ]
     return [
@@ -231,7 +232,7 @@ def _color(rows: pd.DataFrame, table: PointTable, hue: Hue) -> Sequence[Group] |
     ]
     others = column.isin(listed[len(top) :]).to_numpy(dtype=bool)
     if others.any():
-        rest = f"{len(listed) - len(top)} others"
+        rest = counted(len(listed) - len(top), "other")
         # this group is not a domain, even if a domain is called so
         groups.append(
             Group(f"{rest} (not one domain)" if rest in names else rest, others, rest=True)
@@ -317,17 +318,16 @@ def made(view: View, wanted: Wanted, prepared: Prepared) -> Made:
             waiting = _have_made(request, what, show=not waiting) or waiting
     if missing:
         shown = " The picture is the PCA." if "UMAP" in missing else ""
-        st.info(f"Not worked out when this was printed: {' and '.join(missing)}.{shown}")
+        instead(f"Not worked out when this was printed: {' and '.join(missing)}.{shown}")
     return Made(found["UMAP"], found["clusters"], found["choices"])
 
 
 def _have_made(request: ProjectRequest, what: str, *, show: bool) -> bool:
     """Start what is missing, or say why it is not there; return whether it is being made."""
     if not writing.may_write():
-        st.info(
+        instead(
             f"The {what} of these points: not worked out yet, and this server writes nothing for "
-            "you. Ask somebody who may record to open this page once.",
-            icon=":material/info:",
+            "you. Ask somebody who may record to open this page once."
         )
         return False
     jobs = [job for job in shared_worker().jobs() if job.request.out == request.out]

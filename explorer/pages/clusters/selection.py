@@ -14,7 +14,7 @@ from explorer.queries.prompts import prompt_tokens
 from explorer.text import ABSENT, visible
 from explorer.ui import address, printing
 from explorer.ui.chart import chart, explain_dash
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.saved import save_slice
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import domain_labels, domain_name, expert_label
@@ -40,16 +40,10 @@ def selection_section(view: View, source: Source, table: PointTable, region: Reg
         return
     rows = table.select(region)
     with st.container(border=True, key="selection"):
-        title, clear = st.columns([6, 1], vertical_alignment="center")
-        title.subheader(f"Selected: {len(rows):,} of {table.n_shown:,} {source.unit}", anchor=False)
-        clear.button(
-            "Clear",
-            key="clear region",
-            on_click=lambda: address.write("region", ""),
-            width="stretch",
-        )
+        title = f"Selected: {len(rows):,} of {table.n_shown:,} {source.unit}"
+        address.closing(title, "region", label="Clear")
         if not len(rows):
-            st.info("No point of this selection is inside. Draw a larger box.")
+            instead("No point of this selection is inside. Draw a larger box.")
             return
         left, right = st.columns([3, 2], gap="large")
         with left:
@@ -147,15 +141,14 @@ def _over_represented(
         what, title = "domains", "Domains of these experts (share here / share in all experts)"
         each = "experts"
     else:
-        if not view.run.records_ids:
-            st.info("This run has no expert ids per token; capture with `--level ids`.")
+        if without_ids(view.run, "This comparison"):
             return
         found, names, ids = _experts(view, source, table, rows)
         what = f"experts of layer {view.site_name}"
         title = f"Experts of layer {view.site_name}, over-represented first"
         each = "prompts"
     if np.isnan(found.lift).all():
-        st.info(f"None of the {what} has {MIN_WHOLE} assignments: too few to compare.")
+        instead(f"None of the {what} has {MIN_WHOLE} assignments: too few to compare.")
         return
     chart(
         lift_bars(
@@ -190,7 +183,7 @@ def _experts(
 ) -> tuple[Lift, list[str], npt.NDArray[np.int64]]:
     n_experts = view.run.site_info(view.layer, view.site).n_experts
     filters = view.filters if source.unit == "tokens" else view.prompt_filters
-    where = {"layer": view.layer, "site": view.site}
+    where = view.place
     feature = source.feature if source.unit == "tokens" else None
     whole = ask(view, expert_counts, **where, **filters, feature=feature)
     ids = table.rows(id_names(source), rows).to_numpy(dtype=np.int64)[:, 0]

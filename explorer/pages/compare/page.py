@@ -28,10 +28,10 @@ from explorer.pages.compare.figures import (
 from explorer.pages.compare.new_comparison import start_comparison
 from explorer.pages.compare.router_card import router_card
 from explorer.pages.compare.two_routers import two_routers
-from explorer.text import ABSENT, plain
+from explorer.text import ABSENT, counted, plain
 from explorer.ui import address, problems
 from explorer.ui.chart import chart
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
 
@@ -86,11 +86,11 @@ def render() -> None:
     files = {path.name: path for path in comparisons_of(view.run.path)}
     start_comparison(view, first=not files)
     if not files:
-        address.pick("comparison", [], default="", what="comparison")
+        address.pick("comparison", [], default="", what="Comparison")
         if not writing.may_write():
-            st.info("No comparison was made on this run yet.", icon=":material/info:")
+            instead("No comparison was made on this run yet.")
         return
-    name = address.pick("comparison", list(files), default=next(iter(files)), what="comparison")
+    name = address.pick("comparison", list(files), default=next(iter(files)), what="Comparison")
     if len(files) > 1:
         name = address.choose(
             st.selectbox,
@@ -123,9 +123,8 @@ def _show(view: View, comparison: Comparison) -> None:
     st.caption(_provenance(info))
     _failed(comparison)
     if live.empty:
-        st.info(
-            "This comparison was made without the model, by replay. Compare live to see losses.",
-            icon=":material/info:",
+        instead(
+            "This comparison was made without the model, by replay. Compare live to see losses."
         )
     else:
         _live(comparison, live)
@@ -154,7 +153,8 @@ def _provenance(info: dict[str, Any]) -> str:
         plain(f"{model} in {info['dtype']} on {info['device']}"),
         f"fitted on {plain(str(info['fit_source']))}",
         f"reported on {plain(str(info['report_source']))}: "
-        f"{info['report_tokens'] or 0:,} tokens of {info['report_sequences'] or 0:,} sequences",
+        f"{counted(info['report_tokens'] or 0, 'token')} of "
+        + counted(info["report_sequences"] or 0, "text"),
         "the two share no text",
         "" if loss is None else f"the model's own loss is {loss:.4f} nats a token",
         plain(str(info["created_at"])[:16].replace("T", " ")),
@@ -183,7 +183,6 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
             "Families",
             families,
             default=families,
-            what="family",
             selection_mode="multi",
             format_func=lambda name: plain(family_name(name)),
         )
@@ -204,7 +203,7 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
 def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     measured = [name for name in _AXIS_LABELS if shown[name].notna().any()]
     if shown.empty or not measured:
-        st.info("Nothing to draw. Choose more families.")
+        instead("Nothing to draw. Choose more families.")
         return
     axis = address.choose(
         st.segmented_control, "axis", "Loss against", measured, show=_AXIS_LABELS.__getitem__
@@ -223,7 +222,7 @@ def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
             dark=is_dark(),
         ),
         key="front",
-        alt=f"Change in loss of {shown['router'].nunique()} routers against "
+        alt=f"Change in loss of {counted(shown['router'].nunique(), 'router')} against "
         f"{AXES[axis].title}; loss changes from {shown['loss_change'].min():+.3f} to "
         f"{shown['loss_change'].max():+.3f} nats a token. Click: the router's card.",
         table=shown,
@@ -310,7 +309,7 @@ def _learning(comparison: Comparison) -> None:
     chart(
         curves(rows, quantity, dark=is_dark()),
         key="curves",
-        alt=f"{CURVES[quantity]} over training steps of {rows['router'].nunique()} routers.",
+        alt=f"{CURVES[quantity]} of {counted(rows['router'].nunique(), 'router')} over training.",
         table=rows,
     )
 

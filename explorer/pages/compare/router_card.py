@@ -7,7 +7,7 @@ from explorer.comparison.results_file import Comparison
 from explorer.comparison.verdicts import CONTROLS, Paired, against_controls, paired
 from explorer.pages.compare.figures import badges, family_name, gate_histogram
 from explorer.pages.compare.two_routers import NATIVE
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.problems import section
@@ -109,7 +109,7 @@ def _against_controls(comparison: Comparison, name: str) -> None:
 def _said(found: Paired) -> str:
     """Return a difference with its interval, and with what else is known of its chance."""
     seeds = f"{found.seeds} seeds" if found.seeds > 1 else "one draw"
-    unit = f"{found.texts:,} texts" + ("" if pd.isna(found.seed_error) else f" and {seeds}")
+    unit = counted(found.texts, "text") + ("" if pd.isna(found.seed_error) else f" and {seeds}")
     parts = [f"{found.difference:+.4f} ± {found.standard_error:.4f} nats a token (by text"]
     if not pd.isna(found.domain_error):
         parts.append(f", by domain ± {found.domain_error:.4f}")

@@ -7,8 +7,9 @@ import streamlit as st
 
 from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.figures import marked
+from explorer.text import counted
 from explorer.ui import address
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
 
 NATIVE = "native"
@@ -41,7 +42,7 @@ def two_routers(comparison: Comparison) -> None:
     names = _routers_of(choices, mode).tolist()
     first, second, text_id, layer = _controls(comparison, names, choices, texts)
     if first == second:
-        st.info("Choose two different routers.")
+        instead("Choose two different routers.")
         return
     here = choices[choices["text_id"] == text_id]
     pairs = jaccard_of(here, first, second)
@@ -160,14 +161,14 @@ def _say(per_token: "pd.Series[float]", pairs: pd.DataFrame) -> None:
     differing = per_token[per_token < 1]
     if differing.empty:
         st.markdown(
-            "The two routers choose the same experts for all "
-            f"{len(per_token):,} tokens of this text that were routed by both."
+            "The two routers choose the same experts wherever both routed this text: for "
+            f"{counted(len(per_token), 'token')}."
         )
         return
     first = int(differing.index[0])
     layers = pairs[(pairs["position"] == first) & (pairs["jaccard"] < 1)]["layer"]
     st.markdown(
-        f"Mean Jaccard **{per_token.mean():.3f}** over {len(per_token):,} tokens; "
+        f"Mean Jaccard **{per_token.mean():.3f}** over {counted(len(per_token), 'token')}; "
         f"{(per_token < 1).mean():.1%} of them differ somewhere. **First divergence** at token "
         f"{first}, in layer {int(layers.min())}."
     )

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from explorer.text import counted
 from explorer.ui import theme
 from explorer.ui.heatmap import Scale, clickable_heatmap
 from explorer.ui.wording import Scope, label, site_name
@@ -184,8 +185,8 @@ def against(
     figure.update_yaxes(title=f"{title} in B")
     notes = [
         f"n is of A, and {int(tokens['tokens_b']):,} in B",
-        f"{len(known):,} stretches of {prompts}",
-        *([f"{len(shown):,} of them are drawn"] if len(shown) < len(known) else []),
+        f"{counted(len(known), 'stretch', 'stretches')} of {prompts}",
+        *([f"drawn: {len(shown):,} of them"] if len(shown) < len(known) else []),
         *(
             [f"{len(stretches) - len(known):,} without a value"]
             if len(known) < len(stretches)

@@ -36,10 +36,10 @@ from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
 from explorer.queries.where import Part
 from explorer.run import Run
-from explorer.text import one_line
+from explorer.text import counted, one_line
 from explorer.ui import address, problems, state
 from explorer.ui.chart import chart
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
@@ -69,10 +69,9 @@ def render() -> None:
 def _other(view: View) -> View | None:
     names = [name for name in state.run_names() if name != view.name]
     if not names:
-        st.info(
+        instead(
             "There is one run only. Record the same model on other prompts, or another model on "
-            "the same prompts, on the page Capture.",
-            icon=":material/info:",
+            "the same prompts, on the page Capture."
         )
         return None
     if address.read("against") == view.name:
@@ -122,10 +121,9 @@ def _differences(view: View, other: View) -> None:
 def _same_experts(same_shape: bool, same_model: bool) -> bool:
     """Return whether experts are compared by their ids, and say why not."""
     if not same_shape:
-        st.info(
+        instead(
             "These are different models: expert 3 of one has nothing to do with expert 3 of the "
-            "other, so that no figure here compares experts by their ids.",
-            icon=":material/info:",
+            "other, so that no figure here compares experts by their ids."
         )
         return False
     wanted = address.choose(
@@ -160,7 +158,7 @@ def _expert_by_expert(view: View, other: View) -> None:
     both = loads_and_gates(sides)
     loads = both.loads
     if not all(load["assignments"].sum() for load in loads.values()):
-        st.info("No token of this selection is in both runs. Change the filters at the side.")
+        instead("No token of this selection is in both runs. Change the filters at the side.")
         return
     change = load_change(loads["a"], loads["b"])
     chart(
@@ -198,10 +196,9 @@ def _same_tokens(view: View, other: View) -> None:
     if _none_matches(view, len(prompts)):
         return
     if prompts.empty or not (view.run.records_ids and other.run.records_ids):
-        st.info(
+        instead(
             "The runs have no prompt in common whose tokens were recorded, so that their tokens "
-            "cannot be compared. Record the same prompts, at level `ids` or above.",
-            icon=":material/info:",
+            "cannot be compared. Record the same prompts, at level `ids` or above."
         )
         return
     read = address.choose(
@@ -214,7 +211,7 @@ def _same_tokens(view: View, other: View) -> None:
     reading = {"weights": read == "weights", **view.prompt_filters}
     table = _of_two(view, other, "divergence", prompts, **reading)
     if table.empty:
-        st.info(
+        instead(
             "The common prompts were split into other tokens: these are not the same model."
             if view.part is None or view.part.slice is None
             else "No prompt token of the slice is in both runs."
@@ -225,7 +222,7 @@ def _same_tokens(view: View, other: View) -> None:
     chart(
         divergence_over_layers(table, scope=scope, dark=is_dark()),
         key="divergence",
-        alt=f"Agreement of the experts of {int(table['tokens'].max()):,} common tokens over "
+        alt=f"Agreement of the experts of {counted(table['tokens'].max(), 'common token')} over "
         f"layers: mean Jaccard {number(table['jaccard'].mean(), '.3f')}.",
         table=table,
     )
@@ -254,7 +251,7 @@ def _none_matches(view: View, n_prompts: int) -> bool:
     """Say that no prompt of both runs is of the view, if there are some that are not."""
     if n_prompts or (view.domain is None and view.part is None):
         return False
-    st.info("No prompt that both runs hold matches the filters at the side.")
+    instead("No prompt that both runs hold matches the filters at the side.")
     return True
 
 
@@ -264,7 +261,7 @@ def _strip(view: View, other: View, prompt: dict[Hashable, Any]) -> None:
     tokens = _divergence_of(view.key, other.key, view.run, other.run, *prompts, view.layers)
     of_range = "" if view.layers is None else f" from {view.layers[0]} to {view.layers[1]}"
     if tokens.empty:
-        st.info("No token of this prompt is in both runs.")
+        instead("No token of this prompt is in both runs.")
         return
     differing = tokens[tokens["jaccard"] < 1]
     wanted = address.read("spot")
@@ -314,10 +311,9 @@ def _two_models(view: View, other: View) -> None:
     if found.stretches.empty and _none_matches(view, found.common):
         return
     if found.stretches.empty:
-        st.info(
+        instead(
             "The runs have no prompt in common whose text was recorded, so that the models cannot "
-            "be compared on the same text. Record the same prompts with both.",
-            icon=":material/info:",
+            "be compared on the same text. Record the same prompts with both."
         )
         return
     stretches_section(view, found)
@@ -419,7 +415,7 @@ def lines_section(both: Both, caption: str) -> None:
     ):
         with column:
             if all(table[quantity].isna().all() for table in tables.values()):
-                st.info(
+                instead(
                     f"{title}: not recorded in these runs, or not defined: one expert, "
                     "or no assignment."
                 )
@@ -449,7 +445,7 @@ def stretches_section(view: View, found: TwoModels) -> None:
     """Draw how two models route the same stretches of text; there must be some."""
     routed, longest = found.co_routing, found.stretches.groupby("prompt").size().max()
     first = f" (the first {MAX_SEGMENTS} of each prompt)" if longest > MAX_SEGMENTS else ""
-    prompts = f"{found.prompts:,} prompts"
+    prompts = counted(found.prompts, "prompt")
     if found.prompts < found.common:
         prompts = f"{found.prompts:,} of {found.common:,} prompts in common"
     if np.isfinite(routed.correlation):
@@ -460,9 +456,9 @@ def stretches_section(view: View, found: TwoModels) -> None:
             f"{routed.low:.3f} to {routed.high:.3f}."
         )
     st.caption(
-        f"{len(found.stretches):,} stretches of {prompts}: the shortest pieces of text that end "
-        "at a token of both models."
-        + (f" {found.cut:,} more were cut short in one of the runs." if found.cut else "")
+        f"{counted(len(found.stretches), 'stretch', 'stretches')} of {prompts}: the shortest "
+        "pieces of text that end at a token of both models."
+        + (f" Cut short in one of the runs: {found.cut:,} more." if found.cut else "")
     )
     quantity = address.choose(
         st.segmented_control,
@@ -479,7 +475,7 @@ def stretches_section(view: View, found: TwoModels) -> None:
 def _figure(view: View, found: TwoModels, quantity: str, prompts: str) -> None:
     title = _QUANTITIES[quantity]
     if found.stretches[[f"{quantity}_a", f"{quantity}_b"]].isna().any(axis=1).all():
-        st.info(
+        instead(
             f"{title.capitalize()}: for no stretch in both runs, as it was not recorded, or is not "
             "defined: one expert, or no expert that is left out."
         )

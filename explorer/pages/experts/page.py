@@ -20,12 +20,12 @@ from explorer.pages.experts.figures import DotsAxis, divergence_heatmap, interva
 from explorer.pages.experts.weights import weights_section
 from explorer.pages.flow.data import coactivation
 from explorer.queries.load import expert_load
-from explorer.text import ABSENT, plain, visible
+from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, tile
 from explorer.ui.concordance import expert_lines
 from explorer.ui.glossary import help_text
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.saved import save_slice
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
@@ -58,13 +58,13 @@ def render() -> None:
 
 
 def _one_expert(view: View) -> None:
-    load = ask(view, expert_load, layer=view.layer, site=view.site, **view.filters)
+    load = ask(view, expert_load, **view.place, **view.filters)
     expert = _choose_expert(view, load)
     row = load[load["expert_id"] == expert].iloc[0]
     name = expert_label(view.site_name, expert)
     _tiles(view, load, row)
     if not row["assignments"]:
-        st.info(f"None of these tokens went to {name}. Change the filters, or choose another one.")
+        instead(f"None of these tokens went to {name}. Change the filters, or choose another one.")
         weights_section(view, expert)
         return
     left, right = st.columns(2, gap="large")
@@ -75,17 +75,9 @@ def _one_expert(view: View) -> None:
         _vocabulary(view, expert, name)
         _partners(view, expert)
     st.subheader(f"Tokens of {name} in their contexts", anchor=False)
-    if view.run.records_ids:
+    if not without_ids(view.run, "This list"):
         expert_lines(view, expert, name, address.jump_to_token, shown=30)
-    else:
-        st.info(_NO_IDS, icon=":material/info:")
     weights_section(view, expert)
-
-
-_NO_IDS = (
-    "Which tokens they were is not recorded at level `stats`; capture with `--level ids` to see "
-    "them and their vocabulary."
-)
 
 
 def _choose_expert(view: View, load: pd.DataFrame) -> int:
@@ -155,8 +147,7 @@ def _shares(view: View, expert: int, by: str) -> None:
     }[by]
     if len(kinds) < 2 or chosen is not None:
         return
-    place = {"layer": view.layer, "site": view.site}
-    table = ask(view, shares_of, expert_id=expert, by=by, **place, **view.filters)
+    table = ask(view, shares_of, expert_id=expert, by=by, **view.place, **view.filters)
     rows, every = table.iloc[:-1].head(_LISTED), table.iloc[-1]
     if rows.empty:
         return
@@ -200,13 +191,11 @@ def _shares(view: View, expert: int, by: str) -> None:
 
 @section("Vocabulary")
 def _vocabulary(view: View, expert: int, name: str) -> None:
-    if not view.run.records_ids:
-        st.info(_NO_IDS, icon=":material/info:")
+    if without_ids(view.run, "The vocabulary of an expert"):
         return
-    place = {"layer": view.layer, "site": view.site}
-    table, floor = ask(view, vocabulary_of, expert_id=expert, **place, **view.filters)
+    table, floor = ask(view, vocabulary_of, expert_id=expert, **view.place, **view.filters)
     if table.empty:
-        st.info(
+        instead(
             f"No vocabulary entry of its tokens occurs {MIN_COUNT} times here: too few to say "
             "anything of."
         )
@@ -255,9 +244,9 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
     )
     above = int((table["share"] > floor.high).sum())
     st.caption(
-        f"{above if above < len(table) else f'At least {above}'} entries are above what the "
-        "luckiest one has when the expert's tokens are drawn at random "
-        f"({number(floor.low, '.0%')} to {number(floor.high, '.0%')} in 9 of 10 draws)."
+        "Above what the luckiest entry has when the expert's tokens are drawn at random "
+        f"({number(floor.low, '.0%')} to {number(floor.high, '.0%')} in 9 of 10 draws): "
+        f"{'' if above < len(table) else 'at least '}{counted(above, 'entry', 'entries')}."
     )
 
 
@@ -266,11 +255,10 @@ def _partners(view: View, expert: int) -> None:
     """Draw the experts that are chosen together with this one."""
     if view.run.site_info(view.layer, view.site).top_k < 2:
         return
-    place = {"layer": view.layer, "site": view.site}
     try:
-        counts = ask(view, coactivation, **place, **view.filters)
+        counts = ask(view, coactivation, **view.place, **view.filters)
     except RunError as error:
-        st.info(plain(str(error)), icon=":material/info:")
+        instead(plain(str(error)))
         return
     uplift = pair_uplift(counts.tokens)
     mine = int(counts.tokens[expert, expert])
@@ -320,23 +308,17 @@ def _partners(view: View, expert: int) -> None:
 def all_experts_section(view: View) -> None:
     """Draw the section."""
     if len(view.run.domains) < 2 or view.domain is not None:
-        st.info(
+        instead(
             "Domain specialisation compares domains: "
             + (
                 "take the domain filter off to see it."
                 if view.domain is not None
                 else "the prompts of this run are labelled with fewer than two."
-            ),
-            icon=":material/info:",
+            )
         )
     else:
         _divergence_map(view)
-    if not view.run.records_ids:
-        st.info(
-            "Vocabulary specialisation and the floors need expert ids per token; capture with "
-            "`--level ids`.",
-            icon=":material/info:",
-        )
+    if without_ids(view.run, "Vocabulary specialisation"):
         return
     with st.spinner("Reading the routes of all layers"):
         table, step = ask(view, layers_of, **view.filters)
@@ -353,13 +335,13 @@ def _divergence_map(view: View) -> None:
     sampled = view.sampled()
     found = view.of_layers(ask(sampled, divergences, **sampled.filters))
     if found.empty:
-        st.info("These tokens are of one domain. Change the filters at the side.")
+        instead("These tokens are of one domain. Change the filters at the side.")
         return
     chart(
         divergence_heatmap(found, scope=sampled.scope(over_layers=True), dark=is_dark()),
         key="divergence map",
-        alt=f"Heatmap of {found['layer'].nunique()} layers by experts: how far the domains of "
-        f"each expert's tokens are from those of all, "
+        alt=f"Heatmap of {counted(found['layer'].nunique(), 'layer')} by experts: how far the "
+        "domains of each expert's tokens are from those of all, "
         f"{span(found['divergence'], '.3f')} nats. Click: the expert.",
         table=found,
         on_click=lambda data: address.jump_to_expert(view, data),
@@ -369,7 +351,7 @@ def _divergence_map(view: View) -> None:
 @section("Vocabulary specialisation")
 def _vocabulary_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
     if table["vocabulary"].isna().all():
-        st.info(f"No vocabulary entry occurs {MIN_COUNT} times among these tokens: too few.")
+        instead(f"No vocabulary entry occurs {MIN_COUNT} times among these tokens: too few.")
         return
     scope = view.scope(over_layers=True)._replace(step=step)
     uniform = table["top_k"] / table["n_experts"]
@@ -426,14 +408,15 @@ _SHOWN = 20
 
 def text_section(view: View) -> None:
     """Draw the search and the experts that take what it finds."""
-    if not view.run.records_ids:
-        st.info(
-            "Which experts a token went to is not recorded at level `stats`; capture with "
-            "`--level ids`.",
-            icon=":material/info:",
-        )
+    if without_ids(view.run, "Finding a text"):
         return
-    text = _text()
+    text = address.typed(
+        "find",
+        "Which experts fire on this word or phrase?",
+        _MAX_TEXT,
+        placeholder="such as: return, der, therefore",
+        help="Upper or lower case; spaces count. Press Enter.",
+    )
     if not text:
         st.info(
             "Type a word, a part of one, or a phrase. It is looked for in the prompts and in what "
@@ -445,22 +428,23 @@ def text_section(view: View) -> None:
     with st.spinner("Looking through the prompts"):
         table, found = ask(view, experts_of_text, text=text, **view.filters)
     if not found.occurrences:
-        st.info("This text does not occur among the tokens of the filters.")
+        instead("This text does not occur among the tokens of the filters.")
         return
     pieces = " · ".join(
         f"**{plain(visible(row.text, spaces=True))}** {row.tokens:,}"
         for row in found.pieces.head(8).itertuples()
     )
     st.markdown(
-        f"**{found.occurrences:,}** occurrences, made of **{len(found.token_ids):,}** tokens: "
-        f"{pieces}" + (" · and others" if len(found.pieces) > 8 else "")
+        f"**{counted(found.occurrences, 'occurrence')}**, made of "
+        f"**{counted(len(found.token_ids), 'token')}**: {pieces}"
+        + (" · and others" if len(found.pieces) > 8 else "")
     )
     if found.n_prompts < found.n_all:
         st.caption(f"Looked for in the first {found.n_prompts:,} of {found.n_all:,} prompts.")
     save_slice(view, lambda: found.token_ids, key="of a text", fold=True)
     shown = view.of_layers(table).head(_SHOWN)
     if shown.empty:
-        st.info(f"No expert of these layers took {MIN_HITS} of these tokens: too few to compare.")
+        instead(f"No expert of these layers took {MIN_HITS} of these tokens: too few to compare.")
         return
     names = [
         expert_label(view.named(row.layer, row.site), row.expert_id) for row in shown.itertuples()
@@ -495,20 +479,6 @@ def text_section(view: View) -> None:
             view, shown[["layer", "site", "expert_id"]].iloc[int(data[0])].tolist()
         ),
     )
-
-
-def _text() -> str:
-    key = "address:find"
-    st.session_state[key] = address.read("find")[:_MAX_TEXT]
-    st.text_input(
-        "Which experts fire on this word or phrase?",
-        key=key,
-        max_chars=_MAX_TEXT,
-        placeholder="such as: return, der, therefore",
-        help="Upper or lower case; spaces count. Press Enter.",
-        on_change=lambda: address.write("find", st.session_state[key]),
-    )
-    return str(st.session_state[key])
 
 
 render()

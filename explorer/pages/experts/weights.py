@@ -15,7 +15,7 @@ from explorer.text import plain
 from explorer.ui import address, problems
 from explorer.ui.chart import chart
 from explorer.ui.job import follow
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.state import Key, View, is_dark
 from explorer.ui.wording import Scope, expert_label, number, span
 from explorer.worker import CosinesRequest, shared_worker
@@ -71,16 +71,14 @@ def _offer(view: View, path: Path) -> None:
             return
     model = plain(model_name(str(view.run.info["model"])))
     if not writing.may_write():
-        st.info(
+        instead(
             f"Not available: a run holds no weights, and nobody has compared those of {model} "
-            "here yet. That loads the model, which this server does not do for viewers.",
-            icon=":material/info:",
+            "here yet. That loads the model, which this server does not do for viewers."
         )
         return
-    st.info(
+    instead(
         f"A run holds no weights. Comparing them loads the model {model} once, in the background; "
-        "the result is kept.",
-        icon=":material/info:",
+        "the result is kept."
     )
     st.button("Compare the weights", on_click=_start, args=(view, path))
 
@@ -95,11 +93,11 @@ def _start(view: View, path: Path) -> None:
 
 def _neighbours(view: View, expert: int, table: pd.DataFrame, kind: str) -> None:
     if table.empty:
-        st.info(_MISSING[kind], icon=":material/info:")
+        instead(_MISSING[kind])
         return
     others = table[table["a"] != table["b"]]["cosine"].to_numpy(dtype=np.float64)
     if np.isnan(others).all():
-        st.info("This layer has no two experts whose weights can be compared.")
+        instead("This layer has no two experts whose weights can be compared.")
         return
     mine = table[(table["a"] == expert) & (table["b"] != expert)]
     rows = mine.sort_values(["cosine", "b"], ascending=[False, True]).head(_SHOWN)

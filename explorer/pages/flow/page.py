@@ -21,11 +21,11 @@ from explorer.pages.flow.data import (
     transitions,
 )
 from explorer.pages.flow.figures import Pairs, pair_heatmap, sankey
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.concordance import concordance, lines_of
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import expert_label
@@ -60,10 +60,10 @@ def render() -> None:
             _sankey(view, hops)
             _transitions(view, hops)
         else:
-            st.info("This run has one MoE layer, so there is no flow from layer to layer.")
+            instead("This run has one MoE layer, so there is no flow from layer to layer.")
         _coactivation(view)
     except RunError as error:
-        st.info(plain(str(error)), icon=":material/info:")
+        instead(plain(str(error)))
 
 
 def _hops(view: View) -> list[Hop]:
@@ -109,11 +109,11 @@ def _sankey(view: View, hops: list[Hop]) -> None:
         )
     shown = hops[start : start + int(steps)]
     if len(shown) < int(steps):
-        st.caption(f"There are {len(shown)} steps from this layer to the last one.")
+        st.caption(f"From this layer to the last one: {counted(len(shown), 'step')}.")
     found = [_pairs(view, hop) for hop in shown]
     counts = found[0][1]
     if not any(pairs.tokens.any() for pairs, _ in found):
-        st.info("No token of this selection was recorded. Change the filters at the side.")
+        instead("No token of this selection was recorded. Change the filters at the side.")
         return
     chart(
         sankey(
@@ -154,13 +154,12 @@ def _transitions(view: View, hops: list[Hop]) -> None:
 def _coactivation(view: View) -> None:
     st.subheader(f"Together in layer {view.site_name}", anchor=False)
     if view.run.site_info(view.layer, view.site).top_k < 2:
-        st.info("This router chooses one expert per token, so no two experts serve the same one.")
+        instead("This router chooses one expert per token, so no two experts serve the same one.")
         return
     counts = ask(
         view,
         coactivation,
-        layer=view.layer,
-        site=view.site,
+        **view.place,
         **view.filters,
     )
     pairs = Pairs(counts.tokens, pair_uplift(counts.tokens), view.site_name, view.site_name)
@@ -267,7 +266,7 @@ def _list(pairs: Pairs, prefix: str, chosen: tuple[int, int] | None, kind: str) 
     """Draw the strongest pairs, to read and to choose from without a mouse."""
     strongest = _strongest(pairs, "ratio", _LISTED)
     if strongest.empty:
-        st.info(
+        instead(
             f"Chance gives fewer than {MIN_EXPECTED:g} tokens for every pair: too few to compare."
         )
         return
@@ -324,24 +323,11 @@ def pair_tokens_section(view: View, pair: Pair, counted: int, ratio: float) -> N
         Measured over chance; nan where chance gives too few.
     """
     with st.container(border=True, key=f"tokens of {pair.first} {pair.second}"):
-        title, close = st.columns([6, 1], vertical_alignment="center")
-        title.subheader(f"Tokens of {pair.name}", anchor=False)
-        close.button(
-            "Close",
-            key=f"close pair {pair.first} {pair.second}",
-            on_click=lambda: address.write("pair", ""),
-            width="stretch",
-        )
+        address.closing(f"Tokens of {pair.name}", "pair")
         said = "" if math.isnan(ratio) else f", {ratio:.2f} times as many as by chance"
         st.markdown(f"**{counted:,}** of the counted tokens went to both experts{said}.")
-        if not view.run.records_ids:
-            st.info(
-                "Which tokens they were is not recorded at level `stats`; capture with "
-                "`--level ids`.",
-                icon=":material/info:",
-            )
-            return
-        _lines(view, pair)
+        if not without_ids(view.run, "Their list"):
+            _lines(view, pair)
 
 
 def _lines(view: View, pair: Pair) -> None:
@@ -369,8 +355,9 @@ def _lines(view: View, pair: Pair) -> None:
         on_pick=go_to,
     )
     st.caption(
-        f"The {len(found):,} of {total:,} tokens with the largest combine weights (of both "
-        "experts, in this order); padding excluded. Click a line to go to it on the Tokens page."
+        f"{len(found):,} of {counted(total, 'token')}, those with the largest combine weights (of "
+        "both experts, in this order); padding excluded. Click a line to go to it on the Tokens "
+        "page."
     )
 
 

@@ -17,7 +17,7 @@ from explorer.text import plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart
 from explorer.ui.glossary import TERMS
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
 from explorer.ui.wording import (
@@ -130,7 +130,7 @@ def _router(view: View) -> None:
     )
     token = _example(view)
     if token is None:
-        st.info("This run keeps no single tokens, so the choice cannot be shown for one.")
+        instead("This run keeps no single tokens, so the choice cannot be shown for one.")
         return
     token_id = int(token["token_id"])
     text = token["text"]
@@ -153,7 +153,7 @@ def _router(view: View) -> None:
             top_k=info.top_k,
         )
     )
-    scores = ask(view, token_scores, token_id=token_id, layer=view.layer, site=view.site)
+    scores = ask(view, token_scores, token_id=token_id, **view.place)
     if not scores["recorded"].any():
         return
     values, unit, baseline = probabilities(
@@ -186,7 +186,7 @@ def _load(view: View) -> None:
     balance = balance_of(sampled, sampled.of_layers(load))
     row = view.here(balance).iloc[0]
     if not here["assignments"].sum():
-        st.info("These tokens have no assignment in this layer. Change the filters at the side.")
+        instead("These tokens have no assignment in this layer. Change the filters at the side.")
         return
     busiest = here.loc[here["assignments"].idxmax()]
     st.markdown(
@@ -219,18 +219,17 @@ def _specialisation(view: View) -> None:
     found = ask(sampled, divergences, **filters)
     here = view.here(found)
     if here["divergence"].isna().all():
-        st.info("Domains are compared here, and the prompts of this run have fewer than two.")
+        instead("Domains are compared here, and the prompts of this run have fewer than two.")
         return
     special = here.loc[here["divergence"].idxmax()]
     expert = int(special["expert_id"])
     name = expert_label(view.site_name, expert)
-    place = {"layer": view.layer, "site": view.site}
     whole = view.filters | {"domain": None}
-    table = ask(view, shares_of, expert_id=expert, by="domain", **place, **whole)
+    table = ask(view, shares_of, expert_id=expert, by="domain", **view.place, **whole)
     rows, every = table.iloc[:-1].head(_SHOWN), table.iloc[-1]
     names = domain_labels(list(rows["domain"]))
     st.markdown(
-        f"In layer {view.site_name} the most special one is **{name}**: "
+        f"In layer {view.site_name} the most specialised one is **{name}**: "
         f"{number(rows['share'].iloc[0], '.0%')} of the tokens of "
         f"{plain(names[0])} choose it, and {number(every['share'], '.0%')} of "
         "all. The line through each dot is its **interval**: where the true share may well lie."
@@ -271,7 +270,7 @@ def _path(view: View) -> None:
     )
     token = _example(view)
     if token is None:
-        st.info("This run keeps no single tokens, so a path cannot be shown.")
+        instead("This run keeps no single tokens, so a path cannot be shown.")
         return
     experts = view.of_layers(ask(view, token_experts, token_id=int(token["token_id"])))
     chart(

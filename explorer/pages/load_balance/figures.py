@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from explorer.metrics.load import Floor, lorenz_curve
 from explorer.registry import Registry
+from explorer.text import counted
 from explorer.ui import theme
 from explorer.ui.heatmap import Scale, clickable_heatmap, ground, outline
 from explorer.ui.wording import Scope, domain_labels, number, site_hover, site_name
@@ -467,12 +468,11 @@ def capacity_curve(
     figure.update_layout(
         legend={"orientation": "v", "x": 1, "xanchor": "right", "y": 1, "yanchor": "top"}
     )
-    batches = "batch" if n_batches == 1 else "batches"
     return theme.finish(
         figure,
         title=f"What a capacity limit drops in layer {layer} (share of the total)",
         caption=scope.caption(
-            f"limit per batch, {n_batches:,} {batches} (forward passes)",
+            f"limit per batch (forward pass), of {counted(n_batches, 'batch', 'batches')}",
             f"nothing is dropped from factor {number(zero_from, '.2f')} on; "
             "at factor 1 uniform load drops nothing",
         ),

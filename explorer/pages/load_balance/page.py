@@ -25,13 +25,14 @@ from explorer.queries.load import (
     expert_load_by_domain,
     expert_load_by_phase,
 )
+from explorer.text import counted
 from explorer.ui import address, problems
 from explorer.ui.address import domain_key
 from explorer.ui.chart import chart, tile
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
-from explorer.ui.wording import domain_name, number, span, undefined_load
+from explorer.ui.wording import by_chance, domain_name, number, span, undefined_load
 
 _PLACEMENT = ("gpus", "nodes", "expert_groups", "replicas")
 _TILES = {
@@ -63,7 +64,7 @@ def render() -> None:
         default="serving" if serves else "layers",
     )
     if topic == "serving" and not load["assignments"].sum():
-        st.info("These tokens have no assignment in any layer. Change the filters at the side.")
+        instead("These tokens have no assignment in any layer. Change the filters at the side.")
     elif topic == "serving":
         serving_section(view, load)
     else:
@@ -76,7 +77,7 @@ def _layers(view: View, load: pd.DataFrame) -> None:
     st.subheader(f"Layer {view.site_name}", anchor=False)
     _tiles(view, balance)
     if not here["assignments"].sum():
-        st.info("These tokens have no assignment in this layer. Change the filters at the side.")
+        instead("These tokens have no assignment in this layer. Change the filters at the side.")
         return
     left, right = st.columns(2, gap="medium")
     with left:
@@ -101,7 +102,7 @@ def _tiles(view: View, balance: pd.DataFrame) -> None:
             column,
             label,
             shown + (f" of {int(row['n_experts'])}" if whole else ""),
-            f"by chance {number(floor, '.1f' if whole else '.3f')}"
+            by_chance(floor, ".1f" if whole else ".3f")
             if math.isfinite(value)
             else undefined_load(int(row["n_experts"])),
             about=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
@@ -145,12 +146,11 @@ def _half_share(ordered: "pd.Series[int]") -> float:
 @section("Load by domain and phase")
 def _by_part(view: View) -> None:
     """Draw the load of the layer in each domain and phase, where there are several."""
-    place = {"layer": view.layer, "site": view.site}
     if len(view.run.domains) > 1 and view.domain is None:
-        load = ask(view, expert_load_by_domain, phase=view.phase, part=view.part, **place)
+        load = ask(view, expert_load_by_domain, phase=view.phase, part=view.part, **view.place)
         _part(view, load, "domain")
     if len(view.run.phases) > 1 and view.phase is None:
-        load = ask(view, expert_load_by_phase, **view.prompt_filters, **place)
+        load = ask(view, expert_load_by_phase, **view.prompt_filters, **view.place)
         _part(view, load, "phase")
 
 
@@ -179,12 +179,12 @@ def _over_layers(view: View, balance: pd.DataFrame) -> None:
     metric = address.choose(st.segmented_control, "metric", "Measure", _TILES)
     columns = [metric, f"{metric}_floor", f"{metric}_floor_low", f"{metric}_floor_high"]
     if balance[metric].isna().all():
-        st.info(f"{_TILES[metric]}: {undefined_load(int(balance['n_experts'].max()))}.")
+        instead(f"{_TILES[metric]}: {undefined_load(int(balance['n_experts'].max()))}.")
         return
     chart(
         balance_over_layers(balance, metric, scope=view.scope(over_layers=True), dark=is_dark()),
         key="over layers",
-        alt=f"{METRIC_TEXTS[metric].label} of {len(balance)} layers, "
+        alt=f"{METRIC_TEXTS[metric].label} of {counted(len(balance), 'layer')}, "
         f"{span(balance[metric])}, with the values that uniform routing would give.",
         table=balance[["layer", "site", "n_experts", "top_k", "assignments", *columns]],
     )
@@ -199,29 +199,23 @@ def _capacity(view: View) -> None:
 
 
 def _draw_capacity(view: View) -> None:
-    if not view.run.records_ids:
-        st.info(
-            "What a limit drops depends on the order of the tokens, which is not recorded at "
-            "level `stats`. Capture with `--level ids`.",
-            icon=":material/info:",
-        )
+    if without_ids(view.run, "What a limit drops"):
         return
     curve, zero_from, n_batches, n_tokens, n_all = ask(
         view,
         capacity_of,
-        layer=view.layer,
-        site=view.site,
+        **view.place,
         phase=view.phase,
     )
     if curve.empty or curve["assignments"].isna().all():
-        st.info("No token of this phase was recorded.")
+        instead("No token of this phase was recorded.")
         return
-    batches = "batch" if n_batches == 1 else "batches"
     st.markdown(
         "A **capacity factor** of 1.25 means that every expert has room for 1.25 times its fair "
         "share of a batch; assignments beyond that are dropped, as many training and serving "
         "systems do. A batch is one forward pass, as it was recorded and whatever its domain: "
-        f"here {n_batches:,} {batches} of {n_tokens / n_batches:,.0f} tokens on average."
+        f"here {counted(n_batches, 'batch', 'batches')}, on average of "
+        f"{counted(round(n_tokens / n_batches), 'token')}."
     )
     factor = _factor()
     row = curve.iloc[(curve["capacity_factor"] - factor).abs().argmin()]

@@ -12,9 +12,10 @@ from explorer.pages.load_balance.serving_figures import (
     gpu_bars,
 )
 from explorer.queries.load import BatchRouting, routing
+from explorer.text import counted
 from explorer.ui import address
 from explorer.ui.chart import chart
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import span
 
@@ -82,10 +83,13 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
     said = said or "not defined without an assignment"
     st.markdown(
         f"Balancedness over all layers, mean over largest GPU load: {said}. With {replicas} "
-        f"physical experts on {gpus} GPUs, {more:.0%} more expert weights are held in memory."
+        f"physical experts on {counted(gpus, 'GPU')}, {more:.0%} more expert weights are held in "
+        "memory."
     )
     if "in order" not in set(table["policy"]):
-        st.caption(f"{experts} experts do not divide by {gpus} GPUs in the order of their ids.")
+        st.caption(
+            f"{experts} experts do not divide by {counted(gpus, 'GPU')} in the order of their ids."
+        )
     if len(same) < len(load):
         st.caption(f"Only layers with {experts} experts.")
     here = view.here(table)
@@ -94,16 +98,18 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
         chart(
             gpu_bars(here, layer=view.site_name, scope=view.scope(), dark=is_dark()),
             key="gpu bars",
-            alt=f"Bars: load of {gpus} GPUs in layer {view.site_name} under "
-            f"{here['policy'].nunique()} placements, {span(here['ratio'], '.2f')} times the mean.",
+            alt=f"Bars: load of {counted(gpus, 'GPU')} in layer {view.site_name} under "
+            f"{counted(here['policy'].nunique(), 'placement')}, {span(here['ratio'], '.2f')} times "
+            "the mean.",
             table=here,
         )
     with right:
         chart(
             balancedness_lines(balance, scope=view.scope(over_layers=True), dark=is_dark()),
             key="gpu balance",
-            alt=f"Balancedness of {gpus} GPUs over {balance['layer'].nunique()} layers under "
-            f"{balance['policy'].nunique()} placements.",
+            alt=f"Balancedness of {counted(gpus, 'GPU')} over "
+            f"{counted(balance['layer'].nunique(), 'layer')} under "
+            f"{counted(balance['policy'].nunique(), 'placement')}.",
             table=balance,
         )
     st.caption(
@@ -144,23 +150,18 @@ def _controls(experts: int) -> tuple[int, int, int, int]:
             "Physical experts a layer",
             [str(n) for n in steps],
             default=str(steps[min(1, len(steps) - 1)]),
-            show=lambda n: f"{n} ({int(n) - experts} copies)",
+            show=lambda n: f"{n} ({counted(int(n) - experts, 'copy', 'copies')})",
         )
     return gpus, nodes, groups, int(replicas)
 
 
 @section("Batches")
 def _batches(view: View) -> None:
-    if not view.run.records_ids:
-        st.info(
-            "What a decode batch reads needs the experts of every token, which level `stats` does "
-            "not keep. Capture with `--level ids`.",
-            icon=":material/info:",
-        )
+    if without_ids(view.run, "What a decode batch reads"):
         return
     phase, chosen = _tokens(view)
     if not len(chosen.token_id):
-        st.info("None of these tokens is in a batch. Change the filters at the side.")
+        instead("None of these tokens is in a batch. Change the filters at the side.")
         return
     n_experts = view.run.site_info(view.layer, view.site).n_experts
     ids, note = _together(chosen, phase, decoded="generated" in view.run.phases)
@@ -211,8 +212,7 @@ def _tokens(view: View) -> tuple[str, BatchRouting]:
         chosen = ask(
             view,
             routing,
-            layer=view.layer,
-            site=view.site,
+            **view.place,
             domain=view.domain,
             phase=phase,
             part=part,

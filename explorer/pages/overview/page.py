@@ -9,14 +9,14 @@ from explorer.pages.load_balance.figures import load_heatmap
 from explorer.queries.load import expert_load
 from explorer.queries.overview import domain_counts, gate_means
 from explorer.queries.prompts import prompt_count
-from explorer.text import ABSENT, plain, visible
+from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, tile
 from explorer.ui.glossary import help_text
 from explorer.ui.problems import section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
-from explorer.ui.wording import domain_name, number, span, undefined_load
+from explorer.ui.wording import by_chance, domain_name, number, span, undefined_load
 
 _ORDERS = {"expert": "by id", "load": "by load"}
 
@@ -96,29 +96,29 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         tiles[0],
         "Tokens",
         f"{scope.n_tokens:,}",
-        f"of {ask(view, prompt_count, **view.prompt_filters):,} prompts",
+        f"of {counted(ask(view, prompt_count, **view.prompt_filters), 'prompt')}",
         about="Real tokens behind the figures; padding is never recorded.",
     )
     worst = balance.dropna(subset=["max_violation"])
     why = undefined_load(int(balance["n_experts"].max()) if len(worst) else 0)
     if len(worst):
         row = worst.loc[worst["max_violation"].idxmax()]
+        chance = by_chance(1 + row["max_violation_floor"], ".2f", "×")
         tile(
             tiles[1],
             "Busiest expert",
             f"{1 + row['max_violation']:.2f}× fair share",
-            f"layer {int(row['layer'])}; by chance "
-            f"{number(1 + row['max_violation_floor'], '.2f')}×",
+            "; ".join(filter(None, (f"layer {int(row['layer'])}", chance))),
             about=help_text("load", "by_chance"),
         )
     else:
         tile(tiles[1], "Busiest expert", ABSENT, why, about=help_text("load", "by_chance"))
-    even, chance = (worst[f"normalized_entropy{part}"].mean() for part in ("", "_floor"))
+    even, uniform = (worst[f"normalized_entropy{part}"].mean() for part in ("", "_floor"))
     tile(
         tiles[2],
         "Load entropy",
         number(even, ".1%"),
-        why if pd.isna(even) else f"by chance {number(chance, '.1%')}",
+        why if pd.isna(even) else by_chance(uniform, ".1%"),
         about=help_text("load_entropy")
         + "  \nHere the mean over layers of the entropy of the shares, over its largest value.",
     )
@@ -127,7 +127,7 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         tiles[3],
         "Dead experts",
         f"{int(routed['dead_experts'].sum())} of {int(routed['n_experts'].sum())}",
-        f"by chance {routed['dead_experts_floor'].sum():.1f}",
+        by_chance(routed["dead_experts_floor"].sum(), ".1f"),
         about=help_text("dead_expert") + "  \nHere of all layers together.",
     )
     entropy = gates["normalized_entropy"].mean()
@@ -155,8 +155,8 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
     chart(
         figure,
         key="load map",
-        alt=f"Heatmap of {load['layer'].nunique()} layers by experts: share of the layer's "
-        f"assignments over the uniform share, {span(load['ratio'], '.2f')} times.",
+        alt=f"Heatmap of {counted(load['layer'].nunique(), 'layer')} by experts: share of the "
+        f"layer's assignments over the uniform share, {span(load['ratio'], '.2f')} times.",
         table=load.drop(columns=["n_experts", "top_k"]),
         on_click=lambda data: address.jump_to_expert(view, data),
     )
@@ -166,16 +166,17 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
 def _about(view: View) -> None:
     info, sites = view.run.info, view.run.sites
     experts = sorted({s.n_experts for s in sites})
+    cut = info["n_truncated_prompts"]
     rows = {
         "Model": f"{model_name(info['model'])} ({info['architecture']})",
-        "Routers": f"{len(sites)} in {len(view.run.layers)} layers, each choosing "
+        "Routers": f"{len(sites)} in {counted(len(view.run.layers), 'layer')}, each choosing "
         f"{_range([s.top_k for s in sites])} of {_range(experts)} experts"
         + (f", {_range([s.n_shared_experts for s in sites])} shared" if _shared(view) else ""),
         "Score function": ", ".join(sorted({s.score_function for s in sites})),
-        "Recorded": f"{info['n_tokens']:,} tokens of {info['n_prompts']:,} prompts"
-        f" ({info['n_generated']:,} generated)",
+        "Recorded": f"{counted(info['n_tokens'], 'token')} of "
+        f"{counted(info['n_prompts'], 'prompt')} ({info['n_generated']:,} generated)",
         "Level": f"{info['level']} ({_LEVELS.get(info['level'], '')})",
-        "Cut prompts": f"{info['n_truncated_prompts']:,} longer than the model's context",
+        "Cut prompts": f"{cut:,}, longer than the model's context" if cut else "none",
         "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
         "Ran on": f"{info['device']}, {info['dtype']}, {_duration(info['seconds'])}, "
         f"{info['started_at']:%Y-%m-%d %H:%M} UTC",

@@ -26,11 +26,11 @@ from explorer.pages.tokens.figures import (
     tokens_shown,
 )
 from explorer.queries.prompts import prompt, prompt_count, prompts
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import address, theme
 from explorer.ui.chart import chart
 from explorer.ui.concordance import expert_tokens_section
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.theme import PinKey
@@ -78,14 +78,9 @@ def render() -> None:
     listed = ask(view, tokens, prompt_id=prompt_id)
     listed.attrs["prompt_id"] = prompt_id
     if listed.empty:
-        st.info("No token of this prompt was recorded: the capture stopped before it.")
+        instead("No token of this prompt was recorded: the capture stopped before it.")
         return
-    if not view.run.records_ids:
-        st.info(
-            "This run was recorded at level `stats`: it has totals per expert, and nothing per "
-            "token. Capture the prompts again with `--level ids` to see their tokens here.",
-            icon=":material/info:",
-        )
+    if without_ids(view.run, "This page"):
         return
     token_id = _selected(listed, view)
     quantity, pins, values = _colouring(view, chosen)
@@ -127,7 +122,7 @@ def _pick_prompt(view: View) -> "pd.Series | None":
         if len(linked) and view.domain in (None, linked["domain"].iloc[0]):
             found = pd.concat([linked, found])
     if found.empty:
-        st.info("No prompt matches. Change the filters at the side.")
+        instead("No prompt matches. Change the filters at the side.")
         return None
     if total > MAX_LISTED:
         st.caption(
@@ -167,7 +162,7 @@ def _selected(listed: pd.DataFrame, view: View) -> int:
     if (of_slice := _of_slice(view)) is not None:
         middle = int(listed["token_id"][listed["token_id"].isin(of_slice)].iloc[0])
     known = set(listed["token_id"].astype(str))
-    return int(address.pick("token", sorted(known), default=str(middle), what="token"))
+    return int(address.pick("token", sorted(known), default=str(middle), what="Token"))
 
 
 def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFrame]:
@@ -324,7 +319,7 @@ def _hints(
 ) -> dict[int, str]:
     """Say of each token where it went at the layer of the view."""
     prompt_id = int(listed.attrs["prompt_id"])
-    found = ask(view, prompt_experts, prompt_id=prompt_id, layer=view.layer, site=view.site)
+    found = ask(view, prompt_experts, prompt_id=prompt_id, **view.place)
     routes: dict[int, list[str]] = {}
     for row in found.itertuples():
         share = "" if pd.isna(row.weight_share) else f" {row.weight_share:.0%}"
@@ -366,7 +361,8 @@ def _heatmap(
     chart(
         figure,
         key="token map",
-        alt=f"Heatmap of {len(listed)} tokens by {values['layer'].nunique()} layers: "
+        alt=f"Heatmap of {counted(len(listed), 'token')} by "
+        f"{counted(values['layer'].nunique(), 'layer')}: "
         f"{QUANTITIES[quantity].label}.",
         table=values.drop(columns="token_id"),
         on_click=lambda data: _go_to_cell(view, data),
@@ -438,7 +434,7 @@ def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
     shared = int(experts["n_shared_experts"].max()) if len(experts) else 0
     parts = " The model wrote this token itself." if token["phase"] == "generated" else ""
     if shared:
-        parts += f" Beside them {shared} shared expert{'s' * (shared > 1)} saw it, as every token."
+        parts += f" Beside them {counted(shared, 'shared expert')} saw it, as every token."
     if not pd.isna(token["loss"]):
         parts += f" Predicting the next token from here cost {token['loss']:.2f} nats of loss."
     return parts
@@ -446,12 +442,11 @@ def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
 
 @section("Scores of the experts")
 def _scores(view: View, token_id: int, text: str | None, score_function: str) -> None:
-    scores = ask(view, token_scores, token_id=token_id, layer=view.layer, site=view.site)
+    scores = ask(view, token_scores, token_id=token_id, **view.place)
     if not scores["recorded"].any():
-        st.info(
+        instead(
             "Every expert's score: not recorded for this token. Capture with `--level scores`, "
-            "or with a larger `--sample-tokens`, to see it.",
-            icon=":material/info:",
+            "or with a larger `--sample-tokens`, to see it."
         )
         return
     raw = scores["score"].to_numpy(dtype=np.float64)

@@ -13,10 +13,10 @@ from explorer.pages.trends.data import MAX_TOKENS, in_order, trend_table
 from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
 from explorer.run import Run, open_run
 from explorer.saved_views import join
-from explorer.text import plain
+from explorer.text import counted, plain
 from explorer.ui import address, problems, state
 from explorer.ui.chart import chart
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, is_dark
 from explorer.ui.wording import Caption, label, labels, number
@@ -39,10 +39,9 @@ def render() -> None:
         address.write("runs", "")  # of the folder, which is not shown
     named = _demo_runs() if source == _DEMO else _folder_runs()
     if len(named) < 2:
-        st.info(
+        instead(
             "Trends need at least two runs. Record each checkpoint on the same prompts: "
-            "`python -m capture CHECKPOINT --prompts FILE --out runs/step_1000.duckdb`.",
-            icon=":material/info:",
+            "`python -m capture CHECKPOINT --prompts FILE --out runs/step_1000.duckdb`."
         )
         return
     try:
@@ -55,7 +54,7 @@ def render() -> None:
         return
     without = _named(table[table["tokens"] == 0])
     if table.empty or without:
-        st.info(f"No token of this selection: {without}. Change the filters at the side.")
+        instead(f"No token of this selection: {without}. Change the filters at the side.")
         return
     if view.part is not None:
         st.caption("The search and the slice at the side do not act on checkpoints.")
@@ -77,18 +76,17 @@ def _figure(view: View, table: pd.DataFrame, names: list[str]) -> None:
         _not_shared(table, names[-1])
         only_last = table[table["name"] != names[-1]][quantity].isna().all()
     if table[quantity].isna().all() or (quantity == "saturation" and only_last):
-        st.info(
+        instead(
             "There is nothing to draw: saturation needs the same prompts in several runs, at level "
             "`ids` or above; information needs prompts of several domains; load entropy needs "
-            "more than one expert.",
-            icon=":material/info:",
+            "more than one expert."
         )
         return
     chart(
         trend_lines(table, quantity, caption=_caption(view, table, quantity), dark=is_dark()),
         key=f"trend {quantity}",
         alt=f"{TRENDS[quantity].title} over {len(names)} checkpoints, one line for each of "
-        f"{table['layer'].nunique()} layers; at the last one "
+        f"{counted(table['layer'].nunique(), 'layer')}; at the last one "
         f"{number(table[table['name'] == names[-1]][quantity].mean(), '.3f')} on average.",
         table=table,
     )
@@ -102,7 +100,7 @@ def _not_shared(table: pd.DataFrame, last: str) -> None:
         (others[others["shared"].isna()], "Experts of tokens were not recorded here or there: "),
     ):
         if len(rows):
-            st.info(f"{said}{_named(rows)}. Saturation is not defined for them.")
+            instead(f"{said}{_named(rows)}. Saturation is not defined for them.")
 
 
 def _caption(view: View, table: pd.DataFrame, quantity: str) -> Caption:
@@ -149,9 +147,7 @@ def _demo_runs() -> list[tuple[str, Run]]:
 def _folder_runs() -> list[tuple[str, Run]]:
     names = state.run_names()
     stepped = sorted(name for name in names if "step" in name)
-    chosen = address.choose_several(
-        st.multiselect, "runs", "Runs", names, default=stepped, what="run"
-    )
+    chosen = address.choose_several(st.multiselect, "runs", "Runs", names, default=stepped)
     # written even if it is the default, which changes with the runs of the folder
     address.write("runs", join(chosen))
     found = []
