@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.errors import ExplorerError
 from explorer.ui import theme
+from explorer.ui.wording import site_hover, site_name
 
 # a browser takes seconds to draw more, and every cell is also a point of the click layer
 MAX_CELLS = 60_000
@@ -115,6 +117,69 @@ def clickable_heatmap(
     return figure
 
 
+def expert_heatmap(
+    rows: pd.DataFrame,
+    value: str,
+    columns: Sequence[str],
+    *,
+    hover: str,
+    missing_hover: str,
+    hover_text: Sequence[str] | None = None,
+    scale: Scale,
+    dark: bool,
+    by_rank: "pd.Series[float] | None" = None,
+) -> go.Figure:
+    """Draw a value of every expert of every router: a row a router, a column an expert.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``layer``, ``site``, ``expert_id``, the value and the columns; one row an expert.
+    columns : sequence of str
+        Numbers that a click and the hover know besides.
+    hover, missing_hover : str
+        What stands behind the names of the layer and the expert.
+    hover_text : sequence [len(rows)] of str, optional
+        Escaped.
+    by_rank : Series, optional
+        From 1 on: a router's experts in this order, not in that of their ids.
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert, *columns].
+    """
+    sites = list(dict.fromkeys(zip(rows["layer"], rows["site"], strict=True)))
+    several = len({layer for layer, _ in sites}) < len(sites)
+    width = int(rows["expert_id"].max()) + 1 if len(rows) else 0
+    column = rows["expert_id"] if by_rank is None else by_rank - 1
+    cells = (
+        rows.groupby(["layer", "site"], sort=False).ngroup().to_numpy(),
+        column.to_numpy(dtype=np.int64),
+    )
+    known = ["layer", "site", "expert_id", *columns]
+    z = np.full((len(sites), width), np.nan)
+    ids = np.full((*z.shape, len(known)), np.nan)
+    texts = np.full(z.shape, "", dtype=object)
+    z[cells] = rows[value].to_numpy(dtype=np.float64)
+    ids[cells] = rows[known].to_numpy(dtype=np.float64)
+    texts[cells] = "" if hover_text is None else hover_text
+    here = site_hover(several=several) + ", expert %{customdata[2]}"
+    return clickable_heatmap(
+        z,
+        ids=ids,
+        hover=f"{here}<br>{hover}",
+        missing_hover=f"{here}: {missing_hover}",
+        hover_text=None if hover_text is None else texts.ravel().tolist(),
+        x_labels=[str(place) for place in range(width)],
+        y_labels=[site_name(layer, site, several=several) for layer, site in sites],
+        x_title="expert" if by_rank is None else "experts of each layer by falling load (rank)",
+        y_title="decoder layer.router" if several else "decoder layer",
+        scale=scale,
+        dark=dark,
+    )
+
+
 def _centres(cells: int, cell: int) -> npt.NDArray[Any]:
     """Return the middles of cells that are so many positions wide, in as few bytes as will do."""
     if cell % 2:
@@ -168,23 +233,6 @@ def ground(figure: go.Figure, dark: bool, *, diverging: bool = False) -> go.Figu
     figure.update_layout(plot_bgcolor=theme.missing(dark, sequential=not diverging))
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    return figure
-
-
-def outline(
-    figure: go.Figure, cells: Sequence[tuple[float, float]], color: str, name: str
-) -> go.Figure:
-    """Mark cells (x, y) with an outline of one colour and a legend entry ``name`` (escaped)."""
-    figure.add_trace(
-        go.Scatter(
-            x=[x for x, _ in cells],
-            y=[y for _, y in cells],
-            mode="markers",
-            marker={"symbol": "square-open", "size": 13, "color": color, "line": {"width": 3}},
-            name=name,
-            hoverinfo="skip",
-        )
-    )
     return figure
 
 

@@ -79,7 +79,7 @@ def test_the_experts_of_a_text(known, monkeypatch):
     assert "Type a word" in notes(app)
     app.text_input(key="address:find").set_value("a a").run()
     assert query(app, "find") == "a a"
-    assert any("occurrences, made of" in block.value for block in app.markdown)
+    assert any("**, made of **" in block.value for block in app.markdown)
     assert titles(app) == ["Experts of the text (share of its tokens / share of all tokens)"]
     app.text_input(key="address:find").set_value("<script>").run()
     assert all("<script" not in chart.spec for chart in charts(app))

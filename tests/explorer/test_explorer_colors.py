@@ -11,12 +11,10 @@ from plotly.colors import unlabel_rgb
 from synthetic import NASTY
 
 from explorer.pages.clusters.figures import Group, map_points
-from explorer.pages.load_balance import figures as load_figures
 from explorer.pages.tokens import figures as token_figures
 from explorer.report.document import section
 from explorer.ui import shell, theme
 from explorer.ui.state import ROOT
-from explorer.ui.wording import Scope
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
 VISION = {
@@ -179,9 +177,6 @@ def some_load():
 def test_a_pin_is_seen_even_in_the_colour_of_all_bars(dark):
     place = theme.hues(dark).index(theme.accent(dark))
     pins = [(9, 0, n) for n in range(place)] + [(1, 0, 2)]
-    (bars,) = load_figures.load_bars(some_load(), scope=Scope(10), pins=pins, dark=dark).data
-    assert len(set(bars.marker.color)) == 1
-    assert bars.marker.line.width == (0, 0, 2, 0)
     experts = some_load().assign(slot=range(4), weight=0.25, weight_share=0.25)
     drawn = token_figures.token_routes(experts, token_text="a", pins=pins, dark=dark).data
     assert [bar.marker.line.width[0] for bar in drawn] == [1, 1, 3, 1]

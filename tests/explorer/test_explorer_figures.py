@@ -83,7 +83,7 @@ def figures(run, routed):
     scope = Scope(33, domain="<i>law</i>", phase="prompt")
     entropy = tokens.QUANTITIES["entropy"]
     return {
-        "load_heatmap": load_figures.load_heatmap(every, scope=scope, pins=[(1, 0, 2)]),
+        "load_heatmap": load_figures.load_heatmap(every, scope=scope),
         "load_bars": load_figures.load_bars(one, scope=scope),
         "lorenz": load_figures.lorenz(one, scope=scope),
         "domain_heatmap": load_figures.domain_heatmap(by_domain, scope=scope),
@@ -247,18 +247,6 @@ def test_load_heatmap_by_falling_load_keeps_the_experts(run):
     assert [points[x, 0][6] for x in range(6)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_pins_are_outlined_at_their_cell_in_their_colour(run):
-    pins = [(9, 0, 0), (3, 1, 2), (1, 0, 4)]
-    figure = load_figures.load_heatmap(load.expert_load(run), scope=SCOPE, pins=pins)
-    marks = [part for part in figure.data if (part.name or "").startswith("layer ")]
-    # a pin of another run keeps its colour, so the others keep theirs
-    assert [(m.x[0], m.y[0], m.marker.color) for m in marks] == [
-        (2, 2, theme.hues(False)[1]),
-        (4, 0, theme.hues(False)[2]),
-    ]
-    assert marks[0].name == "layer 3.1, expert 2"
-
-
 def test_at_most_eight_pins_have_a_colour():
     pins = [(0, 0, expert) for expert in range(10)]
     colors = theme.pin_colors([*pins, pins[0]], False)
@@ -383,14 +371,13 @@ def test_domain_heatmap_holds_the_load(run):
 
 def test_load_bars_fall_and_hold_the_load(run):
     frame = load.expert_load(run, layer=1).sort_values("assignments", ascending=False)
-    figure = load_figures.load_bars(frame, scope=SCOPE, pins=[(1, 0, 0)])
+    figure = load_figures.load_bars(frame, scope=SCOPE)
     bars = figure.data[0]
     assert list(bars.y) == pytest.approx(sorted(frame["share"], reverse=True))
     experts = [int(ids[2]) for ids in bars.customdata]
     shares = dict(zip(frame["expert_id"], frame["share"], strict=True))
     assert list(bars.y) == pytest.approx([shares[expert] for expert in experts])
     assert [int(text) for text in figure.layout.xaxis.ticktext] == experts
-    assert bars.marker.color[experts.index(0)] == theme.hues(False)[0]
     assert figure.layout.shapes[0].y0 == pytest.approx(1 / 6)
 
 
@@ -537,11 +524,10 @@ def test_scales_take_known_ends_and_else_those_of_the_data():
     assert nothing.low < nothing.high
 
 
-@pytest.mark.parametrize("order", ["score", "expert"])
-def test_score_bars_hold_the_scores(run, order):
+def test_score_bars_hold_the_scores(run):
     frame = tokens.token_scores(run, 3, 1)
     figure = token_figures.score_bars(
-        frame, layer="1", token_text=" not", unit="logit", order=order, baseline=0.5
+        frame, layer="1", token_text=" not", unit="logit", baseline=0.5
     )
     got = {
         int(ids[0]): (x, y, part.name)
@@ -554,10 +540,7 @@ def test_score_bars_hold_the_scores(run, order):
         assert name == ("not chosen" if pd.isna(row["slot"]) else "chosen")
     in_order = sorted(got, key=lambda expert: got[expert][0])
     scores = [got[expert][1] for expert in in_order]
-    if order == "score":
-        assert scores == sorted(scores, reverse=True)
-    else:
-        assert in_order == list(range(6))
+    assert scores == sorted(scores, reverse=True)
     assert [int(text) for text in figure.layout.xaxis.ticktext] == in_order
     assert "(logit)" in title(figure) and "·not" in caption(figure)
     assert figure.layout.shapes[0].y0 == 0.5

@@ -60,19 +60,8 @@ def attention_layers(run: Run) -> pd.DataFrame:
     return run.query("SELECT layer, module, heads, kind FROM attention_layers ORDER BY layer")
 
 
-def head_stats(
-    run: Run,
-    *,
-    domain: str | None = None,
-    part: Part | None = None,
-    prompt_id: int | None = None,
-) -> pd.DataFrame:
+def head_stats(run: Run, *, domain: str | None = None, part: Part | None = None) -> pd.DataFrame:
     """Return the statistics of every recorded head, as means over queries.
-
-    Parameters
-    ----------
-    prompt_id : int, optional
-        Of this prompt alone.
 
     Returns
     -------
@@ -81,8 +70,6 @@ def head_stats(
         ``mean_distance`` (tokens), ``window_mass``; a prompt counts by its queries.
     """
     where, params = prompt_conditions(domain=domain, part=part)
-    if prompt_id is not None:
-        where, params = f"{where} AND prompt_id = $prompt_id", params | {"prompt_id": prompt_id}
     means = ", ".join(
         f"sum({name} * queries) / nullif(sum(queries) FILTER ({name} IS NOT NULL), 0) AS {name}"
         for name in ("entropy", "sink_mass", "mean_distance", "window_mass")

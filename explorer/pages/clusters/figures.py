@@ -17,6 +17,7 @@ HEIGHT = 620
 COLORED = 7  # categories with a colour of their own; the last of the eight is for all others
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 _LEVELS = 255  # steps of a colour scale: one byte per bin
+_BARS = 12  # of what is over-represented
 _AXES = {"showgrid": False, "showticklabels": False, "ticks": ""}
 
 
@@ -284,7 +285,6 @@ def lift_bars(
     *,
     title: str,
     caption: str,
-    most: int = 12,
     dark: bool = False,
 ) -> go.Figure:
     """Draw what is over-represented, most first, with intervals.
@@ -298,7 +298,7 @@ def lift_bars(
     title, caption : str
         Escaped.
     """
-    order = [i for i in np.argsort(-np.nan_to_num(found.lift)) if found.lift[i] > 0][:most]
+    order = [i for i in np.argsort(-np.nan_to_num(found.lift)) if found.lift[i] > 0][:_BARS]
     y = np.arange(len(order))[::-1]
     ratio = found.lift[order]
     figure = go.Figure(

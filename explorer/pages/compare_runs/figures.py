@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from explorer.text import counted
 from explorer.ui import theme
-from explorer.ui.heatmap import Scale, clickable_heatmap
+from explorer.ui.heatmap import Scale, expert_heatmap
 from explorer.ui.wording import Scope, label, site_name
 
 _OCTAVES = 3
@@ -33,34 +33,22 @@ def change_heatmap(change: pd.DataFrame, *, caption: str, dark: bool = False) ->
     Figure
         A click returns ``customdata`` [layer, site, expert, share A, share B].
     """
-    places = list(dict.fromkeys(zip(change["layer"], change["site"], strict=True)))
-    several = any(site > 0 for _, site in places)
-    width = int(change["n_experts"].max())
-    row = change.groupby(["layer", "site"], sort=False).ngroup().to_numpy()
-    cells = row, change["expert_id"].to_numpy(dtype=np.int64)
-    z = np.full((len(places), width), np.nan)
-    z[cells] = change["change"]
-    ids = np.full((len(places), width, 5), np.nan)
-    ids[cells] = change[["layer", "site", "expert_id", "share_a", "share_b"]].to_numpy(np.float64)
-    figure = clickable_heatmap(
-        z,
-        ids=ids,
-        hover="layer %{customdata[0]}, expert %{customdata[2]}<br>share A %{customdata[3]:.2%}, "
-        "share B %{customdata[4]:.2%}",
-        missing_hover="no such expert",
-        x_labels=[str(expert) for expert in range(width)],
-        y_labels=[site_name(*place, several=several) for place in places],
-        x_title="expert",
-        y_title="decoder layer",
+    figure = expert_heatmap(
+        change,
+        "change",
+        ["share_a", "share_b"],
+        hover="share A %{customdata[3]:.2%}, share B %{customdata[4]:.2%}",
+        missing_hover="not in both runs",
         scale=_CHANGE,
         dark=dark,
     )
+    n_sites = len(change[["layer", "site"]].drop_duplicates())
     return theme.finish(
         figure,
         title="Where the load went: share in B over share in A (log2)",
         caption=caption,
         dark=dark,
-        height=150 + 22 * max(8, len(places)),
+        height=150 + 22 * max(8, n_sites),
     )
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from explorer.ui import theme
-from explorer.ui.heatmap import Scale, clickable_heatmap, ground
-from explorer.ui.wording import Scope, domain_label, site_hover, site_name
+from explorer.ui.heatmap import Scale, expert_heatmap, ground
+from explorer.ui.wording import Scope, domain_label
 
 _ROW = 24  # pixels of a row of dots
 _CAPTION_WIDTH = 75  # characters on half a page
@@ -135,41 +135,25 @@ def divergence_heatmap(found: pd.DataFrame, *, scope: Scope, dark: bool = False)
     Figure
         A click returns ``customdata`` [layer, site, expert, divergence, assignments, lift].
     """
-    sites = list(dict.fromkeys(zip(found["layer"], found["site"], strict=True)))
-    several = len({layer for layer, _ in sites}) < len(sites)
-    width = int(found["expert_id"].max()) + 1
-    z = np.full((len(sites), width), np.nan)
-    ids = np.full((len(sites), width, 6), np.nan)
-    texts = [["" for _ in range(width)] for _ in sites]
-    columns = ["layer", "site", "expert_id", "divergence", "assignments", "lift"]
-    for row, (_, part) in enumerate(found.groupby(["layer", "site"], sort=False)):
-        experts = part["expert_id"].to_numpy(dtype=np.int64)
-        z[row, experts] = part["divergence"].to_numpy(dtype=np.float64)
-        ids[row, experts] = part[columns].to_numpy(dtype=np.float64)
-        for expert, domain in zip(experts.tolist(), part["domain"], strict=True):
-            texts[row][expert] = domain_label(domain)
-    here = site_hover(several=several)
-    figure = clickable_heatmap(
-        z,
-        ids=ids,
-        hover=here + ", expert %{customdata[2]}<br>%{customdata[3]:.3f} nats from the mix of all "
-        "tokens<br>most above it: %{text}, %{customdata[5]:.1f}×<br>%{customdata[4]:,d} "
-        "assignments",
-        missing_hover=here + ", expert %{customdata[2]}: no assignment of these tokens",
-        hover_text=[text for row in texts for text in row],
-        x_labels=[str(expert) for expert in range(width)],
-        y_labels=[site_name(layer, site, several=several) for layer, site in sites],
-        x_title="expert",
-        y_title="decoder layer.router" if several else "decoder layer",
-        scale=Scale("nats", 0.0, max(0.1, float(np.nanmax(z, initial=0)))),
+    highest = found["divergence"].max()
+    figure = expert_heatmap(
+        found,
+        "divergence",
+        ["divergence", "assignments", "lift"],
+        hover="%{customdata[3]:.3f} nats from the mix of all tokens<br>most above it: %{text}, "
+        "%{customdata[5]:.1f}×<br>%{customdata[4]:,d} assignments",
+        missing_hover="no assignment of these tokens",
+        hover_text=[domain_label(domain) for domain in found["domain"]],
+        scale=Scale("nats", 0.0, 0.1 if pd.isna(highest) else max(0.1, float(highest))),
         dark=dark,
     )
+    n_sites = len(found[["layer", "site"]].drop_duplicates())
     theme.finish(
         figure,
         title="Domain specialisation of every expert (KL divergence from the mix of all, nats)",
         caption=scope.caption("0 = serves the domains as they come", "click a cell for the expert"),
         dark=dark,
-        height=int(np.clip(150 + 26 * len(sites), 300, 900)),
+        height=int(np.clip(150 + 26 * n_sites, 300, 900)),
     )
     return ground(figure, dark)
 

@@ -1,6 +1,5 @@
 """Figures of load: who gets how much work."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from explorer.metrics.load import Floor, lorenz_curve
 from explorer.registry import Registry
 from explorer.text import counted
 from explorer.ui import theme
-from explorer.ui.heatmap import Scale, clickable_heatmap, ground, outline
+from explorer.ui.heatmap import Scale, clickable_heatmap, expert_heatmap, ground
 from explorer.ui.wording import Scope, domain_labels, number, site_hover, site_name
 
 # log2 of share / uniform; a fixed range, so that figures compare
@@ -34,7 +33,6 @@ def load_heatmap(
     *,
     scope: Scope,
     order: str = "expert",
-    pins: Sequence[theme.PinKey] = (),
     caption_width: int = theme.CAPTION_WIDTH,
     dark: bool = False,
 ) -> go.Figure:
@@ -46,7 +44,6 @@ def load_heatmap(
         From ``queries.load.expert_load``.
     order : {"expert", "load"}
         Experts by id, or each layer's experts by falling load.
-    pins : sequence of (layer, site, expert)
     caption_width : int, characters
         Of a line; less on half a page.
 
@@ -55,42 +52,22 @@ def load_heatmap(
     Figure
         A click returns ``customdata`` [layer, site, expert, share, assignments, ratio, rank].
     """
-    sites = list(dict.fromkeys(zip(load["layer"], load["site"], strict=True)))
-    several = len({layer for layer, _ in sites}) < len(sites)
-    width = int(load["n_experts"].max()) if len(load) else 0
-    of_site = load.groupby(["layer", "site"], sort=False)
-    rank = of_site["assignments"].rank(method="first", ascending=False)
-    row = of_site.ngroup().to_numpy()
-    column = rank.to_numpy(dtype=np.int64) - 1 if order == "load" else of_site.cumcount().to_numpy()
-    listed = load[["layer", "site", "expert_id", "share", "assignments", "ratio"]].assign(rank=rank)
-    ids = np.full((len(sites), width, 7), np.nan)
-    ids[row, column] = listed.to_numpy(dtype=np.float64)
-    z = log_ratio(ids[:, :, 5])
-    here = site_hover(several=several)
-    figure = clickable_heatmap(
-        z,
-        ids=ids,
-        hover=here
-        + ", expert %{customdata[2]}<br>"
-        + _CELL_HOVER
-        + "<br>rank %{customdata[6]} in its layer",
-        missing_hover=here + ": no assignment of these tokens",
-        x_labels=[str(column) for column in range(width)],
-        y_labels=[site_name(layer, site, several=several) for layer, site in sites],
-        x_title="expert" if order == "expert" else "experts of each layer by falling load (rank)",
-        y_title="decoder layer.router" if several else "decoder layer",
+    rank = load.groupby(["layer", "site"], sort=False)["assignments"].rank(
+        method="first", ascending=False
+    )
+    figure = expert_heatmap(
+        load.assign(rank=rank, log_ratio=log_ratio(load["ratio"].to_numpy(dtype=np.float64))),
+        "log_ratio",
+        ["share", "assignments", "ratio", "rank"],
+        hover=_CELL_HOVER + "<br>rank %{customdata[6]} in its layer",
+        missing_hover="no assignment of these tokens",
         scale=RATIO_SCALE,
         dark=dark,
+        by_rank=rank if order == "load" else None,
     )
-    drawn = 0
-    for pin, color in theme.pin_colors(pins, dark).items():
-        # axes are in cells: x = column, y = row
-        places = [(x, y) for y, x in np.argwhere((ids[:, :, :3] == pin).all(axis=2)).tolist()]
-        if places:
-            outline(figure, places, color, pin_name(pin))
-            drawn += 1
+    widths = load.groupby(["layer", "site"])["expert_id"].size()
     uniform = _uniform_text(load)
-    absent = ["grey: no such expert"] if np.isnan(ids[:, :, 0]).any() else []
+    absent = ["grey: no such expert"] if widths.nunique() > 1 else []
     theme.finish(
         figure,
         title="Load of every expert (share of its layer's assignments / uniform share)",
@@ -98,8 +75,7 @@ def load_heatmap(
             f"1× = uniform share {uniform}", *absent, "click a cell for the expert"
         ),
         dark=dark,
-        height=int(np.clip(150 + 26 * len(sites), 300, 900)),
-        legend=drawn > 0,
+        height=int(np.clip(150 + 26 * len(widths), 300, 900)),
         caption_width=caption_width,
     )
     return ground(figure, dark, diverging=True)
@@ -111,19 +87,8 @@ def log_ratio(ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.asarray(np.clip(np.log2(ratio), -_OCTAVES, _OCTAVES))
 
 
-def pin_name(pin: theme.PinKey) -> str:
-    """Return how a pinned expert is called in legends."""
-    layer, site, expert = pin
-    return f"layer {site_name(layer, site, several=site > 0)}, expert {expert}"
-
-
 def load_bars(
-    load: pd.DataFrame,
-    *,
-    scope: Scope,
-    pins: Sequence[theme.PinKey] = (),
-    layer: str = "",
-    dark: bool = False,
+    load: pd.DataFrame, *, scope: Scope, layer: str = "", dark: bool = False
 ) -> go.Figure:
     """Draw the shares of one site's experts, most loaded first, with the uniform share as a line.
 
@@ -141,8 +106,6 @@ def load_bars(
     """
     rows = load.sort_values(["assignments", "expert_id"], ascending=[False, True])
     columns = ["layer", "site", "expert_id", "share", "assignments", "ratio"]
-    colors = theme.pin_colors(pins, dark)
-    keys = list(zip(rows["layer"], rows["site"], rows["expert_id"], strict=True))
     fair = 1 / len(rows) if len(rows) else float("nan")
     position = np.arange(len(rows))
     figure = go.Figure(
@@ -150,14 +113,7 @@ def load_bars(
             x=position,
             y=rows["share"].to_numpy(dtype=np.float64),
             customdata=rows[columns].to_numpy(dtype=np.float64),
-            marker={
-                "color": [colors.get(key, theme.accent(dark)) for key in keys],
-                # one of the colours of pins is the colour of all bars
-                "line": {
-                    "color": theme.foreground(dark),
-                    "width": [2 if key in colors else 0 for key in keys],
-                },
-            },
+            marker={"color": theme.accent(dark)},
             hovertemplate="expert %{customdata[2]}<br>" + _CELL_HOVER + "<extra></extra>",
             name="share of assignments",
         )

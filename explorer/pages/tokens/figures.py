@@ -112,7 +112,6 @@ def score_bars(
     token_text: str | None,
     unit: str,
     baseline: float | None = None,
-    order: str = "score",
     column: str = "score",
     dark: bool = False,
 ) -> go.Figure:
@@ -129,7 +128,6 @@ def score_bars(
         What the scores are, such as "logit" or "probability".
     baseline : float, optional
         Value at which all experts would be equal, drawn as a line.
-    order : {"score", "expert"}
     column : str
         The column to draw; a page may add one with probabilities.
 
@@ -143,8 +141,7 @@ def score_bars(
             "The scores of this token were not recorded, so there is nothing to draw. "
             "Record with --level scores, or with a larger --sample-tokens."
         )
-    by = [column, "expert_id"] if order == "score" else ["expert_id"]
-    rows = scores.sort_values(by, ascending=[False, True] if order == "score" else True)
+    rows = scores.sort_values([column, "expert_id"], ascending=[False, True])
     position = np.arange(len(rows))
     figure = go.Figure()
     chosen = rows["slot"].notna().to_numpy()
@@ -176,7 +173,7 @@ def score_bars(
     step = 1 if len(rows) <= _LABELLED_BARS else -(-len(rows) // 16)
     experts = rows["expert_id"].tolist()
     figure.update_xaxes(
-        title="expert, highest score first" if order == "score" else "expert",
+        title="expert, highest score first",
         range=[-0.6, len(rows) - 0.4],
         tickmode="array",
         tickvals=position[::step],
