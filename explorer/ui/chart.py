@@ -4,7 +4,7 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -122,6 +122,33 @@ def explain_dash(table: pd.DataFrame, place: DeltaGenerator | None = None) -> No
     """Say what a dash means below a table that has one."""
     if table.isna().any(axis=None):
         (place or st).caption(ABSENT_NOTE)
+
+
+def listing(
+    table: pd.DataFrame, columns: Mapping[str, Sequence[str]], *, alt: str, **options: Any
+) -> None:
+    """Draw some columns of a table under their titles; what is missing is a dash.
+
+    Parameters
+    ----------
+    columns : mapping
+        Name -> title, or (title, format of the numbers).
+    alt : str
+        What the table holds; plain text.
+    """
+    st.dataframe(
+        table[list(columns)],
+        hide_index=True,
+        alt=alt,
+        placeholder=ABSENT,
+        column_config={
+            name: title
+            if isinstance(title, str)
+            else st.column_config.NumberColumn(title[0], format=title[1])
+            for name, title in columns.items()
+        },
+        **options,
+    )
 
 
 def tile(

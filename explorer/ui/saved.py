@@ -120,16 +120,15 @@ def by_line(view: SavedView) -> str:
 def _digest(path: Path) -> str:
     """Return what a file is, which is read again only when it changed."""
     try:
-        status = path.stat()
+        return _known_digest(state.key_of(path))
     except OSError as error:
         raise ExplorerError(f"{path.name} cannot be read: {error.strerror}.") from None
-    return _known_digest(str(path), status.st_mtime_ns, status.st_size)
 
 
 # as many as the runs that one view may name
 @st.cache_data(max_entries=1_000, show_spinner=False)
-def _known_digest(path: str, changed_at: int, size: int) -> str:
-    return saved_views.digest(Path(path))
+def _known_digest(key: state.Key) -> str:
+    return saved_views.digest(Path(key[0]))
 
 
 def save_form(page: str) -> None:

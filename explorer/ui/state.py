@@ -161,6 +161,12 @@ def is_dark() -> bool:
     return (printing.theme() or st.context.theme.type) == "dark"
 
 
+def key_of(path: Path) -> Key:
+    """Return what names a file as it is now; OSError where there is none."""
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
 def opened(name: str) -> tuple[Run, Key]:
     """Return the run of a name and the key of its file.
 
@@ -171,10 +177,9 @@ def opened(name: str) -> tuple[Run, Key]:
     """
     path = writing.in_folder(runs_folder(), f"{name}{RUN_SUFFIX}")
     try:
-        status = path.stat()
+        key = key_of(path)
     except OSError:
         raise ExplorerError(f"The run {quoted(name)} was removed; choose another one.") from None
-    key = (str(path), status.st_mtime_ns, status.st_size)
     try:
         return _open(key), key
     except (CaptureError, ExplorerError) as error:
@@ -192,12 +197,10 @@ def default_run(names: list[str]) -> str:
 
 def problem_of(name: str) -> str:
     """Return why the run of a name cannot be opened, "" where it can."""
-    path = runs_folder() / f"{name}{RUN_SUFFIX}"
     try:
-        status = path.stat()
+        return _problem(name, key_of(runs_folder() / f"{name}{RUN_SUFFIX}"))
     except OSError:
         return "it was removed"
-    return _problem(name, (str(path), status.st_mtime_ns, status.st_size))
 
 
 def refused(names: list[str]) -> dict[str, str]:

@@ -6,7 +6,10 @@ with the common colour vision deficiencies, and hues are seen on their ground (3
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -50,6 +53,9 @@ _TOP, _LINE, _LEGEND = 64, 16, 26
 _LAYERS_NAMED = 30
 # characters that fit beside each other on half a page
 CAPTION_WIDTH = 95
+
+# beside the plot, where a legend has many names
+LEGEND_RIGHT = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
 
 PinKey = tuple[int, int, int]  # layer, site, expert
 
@@ -214,6 +220,54 @@ def finish(
         uirevision="keep",
     )
     return figure
+
+
+def dotted(dark: bool, width: float = 1) -> dict[str, Any]:
+    """Return the form of a reference line."""
+    return {"color": foreground(dark), "width": width, "dash": "dot"}
+
+
+def line(
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    name: str,
+    *,
+    form: dict[str, Any],
+    hover: str = "%{y:.3g}",
+    symbol: str | int | None = None,
+    **options: Any,
+) -> go.Scatter:
+    """Return a series of a figure; under the mouse it says its value and, beside it, its name.
+
+    Parameters
+    ----------
+    name : str
+        Escaped.
+    form : dict
+        Colour, width and dash of the line, as plotly has them.
+    symbol : str or int, optional
+        Form of a mark at each value; None = no marks.
+    """
+    return go.Scatter(
+        x=np.asarray(x),
+        y=np.asarray(y, dtype=np.float64),
+        mode="lines" if symbol is None else "lines+markers",
+        line={"width": 2} | form,
+        marker={"symbol": symbol, "size": 8},
+        name=name,
+        hovertemplate=hover + "<extra>%{fullData.name}</extra>",
+        **options,
+    )
+
+
+def band(x: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> list[go.Scatter]:
+    """Return the grey ground between two series."""
+    ends = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+    grey = {"fill": "tonexty", "fillcolor": "rgba(128, 128, 128, 0.35)"}
+    return [
+        go.Scatter(x=np.asarray(x), y=np.asarray(y, dtype=np.float64), name=name, **ends, **fill)
+        for name, y, fill in (("low", low, {}), ("high", high, grey))
+    ]
 
 
 def layer_axis(figure: go.Figure, sites: pd.DataFrame, *, title: str = "") -> None:

@@ -414,7 +414,7 @@ def test_balance_over_layers_holds_the_table(run, metric):
     measured = trace(figure, "measured")
     assert list(measured.y) == pytest.approx(table[metric].tolist())
     assert [list(ids) for ids in measured.customdata] == [[1, 0], [3, 0], [3, 1]]
-    assert list(trace(figure, "floor, low").y) == pytest.approx(table[f"{metric}_floor_low"])
+    assert list(trace(figure, "low").y) == pytest.approx(table[f"{metric}_floor_low"])
     assert load_figures.METRIC_TEXTS[metric].label in title(figure)
 
 

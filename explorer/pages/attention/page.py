@@ -171,7 +171,8 @@ def _pick_prompt(prompts: pd.DataFrame) -> pd.Series:
         address.note(
             f"Attention was not recorded for the prompt “{wanted[:20]}”; showing another one."
         )
-        _change_prompt("")
+        address.write("prompt", "")
+        address.write("token", "")
     first = _default_prompt(prompts)
     key = address.choose(
         st.selectbox,
@@ -180,7 +181,7 @@ def _pick_prompt(prompts: pd.DataFrame) -> pd.Series:
         list(rows),
         default=str(first),
         show=lambda key: prompt_name(rows[key]),
-        on_write=_change_prompt,
+        resets=("token",),
     )
     return rows[key]
 
@@ -192,11 +193,6 @@ def _default_prompt(prompts: pd.DataFrame) -> int:
     if len(exact):
         return int(exact.loc[exact["tokens"].idxmax(), "prompt_id"])
     return int((worth if len(worth) else prompts)["prompt_id"].iloc[0])
-
-
-def _change_prompt(key: str) -> None:
-    address.write("prompt", key)
-    address.write("token", "")
 
 
 def _prompt_tokens(view: View, prompt: pd.Series) -> pd.DataFrame:

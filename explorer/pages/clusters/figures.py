@@ -262,7 +262,7 @@ def _finish(
         figure.add_shape(
             type="path",
             path=f"M{corners}Z",
-            line={"color": theme.foreground(dark), "width": 2, "dash": "dot"},
+            line=theme.dotted(dark, 2),
         )
     left, right, low, high = extent
     figure.update_xaxes(range=[left, right], **_AXES)
@@ -321,7 +321,7 @@ def lift_bars(
             name="lift",
         )
     )
-    figure.add_vline(1, line={"dash": "dot", "color": theme.foreground(dark)})
+    figure.add_vline(1, line=theme.dotted(dark, 2))
     figure.update_xaxes(title="share here / share in all (×)", rangemode="tozero")
     figure.update_yaxes(
         tickmode="array",

@@ -44,7 +44,7 @@ def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> 
                 hovertemplate="%{x:+.4f} nats<extra>%{fullData.name}</extra>",
             )
         )
-    figure.add_vline(0.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})
+    figure.add_vline(0.0, line=theme.dotted(dark))
     figure.update_xaxes(title="change in loss (nats a token; 0 = the base model)")
     figure.update_yaxes(
         tickvals=list(range(len(names))),
@@ -146,20 +146,14 @@ def _lines(rows: pd.DataFrame, x: str, y: str, dark: bool, hover: str) -> go.Fig
     for place, condition in enumerate(order.index):
         line = rows[rows["condition"] == condition]
         colored = place < _LINES - 1
+        form = {
+            "color": theme.hues(dark)[place if colored else -1],
+            "dash": _DASHES[place % len(_DASHES)],
+        }
+        name = label(str(condition), limit=30)
         figure.add_trace(
-            go.Scatter(
-                x=line[x].to_numpy(dtype=np.float64),
-                y=line[y].to_numpy(dtype=np.float64),
-                mode="lines+markers",
-                marker={"size": 5},
-                line={
-                    "color": theme.hues(dark)[place if colored else -1],
-                    "dash": _DASHES[place % len(_DASHES)],
-                    "width": 1.8,
-                },
-                name=label(str(condition), limit=30),
-                showlegend=colored,
-                hovertemplate=hover + "<extra>%{fullData.name}</extra>",
+            theme.line(
+                line[x], line[y], name, form=form, symbol="circle", showlegend=colored, hover=hover
             )
         )
     return figure

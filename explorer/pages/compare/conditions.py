@@ -9,19 +9,19 @@ from explorer.pages.compare.condition_figures import (
     flips_over_layers,
     loss_two_by_two,
 )
-from explorer.text import ABSENT, plain
-from explorer.ui.chart import chart
+from explorer.text import plain
+from explorer.ui.chart import chart, listing
 from explorer.ui.problems import section
 from explorer.ui.state import is_dark
 
 _BASE = "base"
 _STUDENTS = {
     "student": "Student",
-    "agreement": "Agreement",
-    "exact_set": "Exact set",
-    "kl": "KL to the gate (nats)",
-    "loss_change": "Δ loss (nats)",
-    "loss_se": "± SE",
+    "agreement": ("Agreement", "%.4f"),
+    "exact_set": ("Exact set", "%.4f"),
+    "kl": ("KL to the gate (nats)", "%.4f"),
+    "loss_change": ("Δ loss (nats)", "%.4f"),
+    "loss_se": ("± SE", "%.4f"),
 }
 
 
@@ -90,15 +90,5 @@ def _students(students: pd.DataFrame) -> None:
     if students.empty:
         return
     st.markdown("**Distilled routers**: learned from the model's own gate by KL divergence.")
-    numbers = {
-        name: st.column_config.NumberColumn(title, format="%.4f")
-        for name, title in _STUDENTS.items()
-        if name != "student"
-    }
-    st.dataframe(
-        students[list(_STUDENTS)],
-        hide_index=True,
-        column_config={"student": "Student", **numbers},
-        alt="Routers distilled from the model's gate: agreement and change in loss",
-        placeholder=ABSENT,
-    )
+    alt = "Routers distilled from the model's gate: agreement and change in loss"
+    listing(students, _STUDENTS, alt=alt)

@@ -151,11 +151,9 @@ def front(
                 name=label(family_name(family)),
             )
         )
-    figure.add_hline(0.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})
+    figure.add_hline(0.0, line=theme.dotted(dark))
     if not np.isnan(axis.native):
-        figure.add_vline(
-            axis.native, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"}
-        )
+        figure.add_vline(axis.native, line=theme.dotted(dark))
     best = pareto(results, cost)
     figure.add_trace(
         go.Scatter(
@@ -291,9 +289,7 @@ def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figur
             )
     figure.update_xaxes(title="training step")
     figure.update_yaxes(title=CURVES[quantity])
-    figure.update_layout(
-        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
-    )
+    figure.update_layout(legend=theme.LEGEND_RIGHT)
     return theme.finish(
         figure,
         title=f"While learning: {CURVES[quantity]}",
@@ -487,7 +483,7 @@ def oracle_bound(rows: pd.DataFrame, *, dark: bool = False) -> go.Figure:
     own = float(by_kind.loc["model", "loss"])
     figure.add_hline(
         own,
-        line={"color": theme.foreground(dark), "dash": "dot", "width": 1},
+        line=theme.dotted(dark),
         annotation={"text": f"the model's own router {own:.4f}", "yanchor": "bottom"},
     )
     figure.update_xaxes(title="random sets of experts to choose the best of", type="log", dtick=1)

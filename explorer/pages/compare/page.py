@@ -30,35 +30,48 @@ from explorer.pages.compare.router_card import router_card
 from explorer.pages.compare.two_routers import two_routers
 from explorer.text import ABSENT, counted, plain
 from explorer.ui import address, problems
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, listing
 from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
-from explorer.ui.state import View, is_dark
+from explorer.ui.state import Key, View, is_dark, key_of
 
 _COLUMNS = {
     "router": "Router",
     "family": "Family",
-    "loss_change": "Δ loss (nats)",
-    "loss_se": "± SE",
-    "loss_se_domain": "± SE by domain",
-    "equal_compute": "Chance, on average",
-    "matched_per_layer": "Chance, layer by layer",
+    "loss_change": ("Δ loss (nats)", "%+.4f"),
+    "loss_se": ("± SE", "%.4f"),
+    "loss_se_domain": ("± SE by domain", "%.4f"),
+    "equal_compute": ("Chance, on average", "%+.3f"),
+    "matched_per_layer": ("Chance, layer by layer", "%+.3f"),
     "harder": "Harder control",
-    "experts_per_token": "Experts a token",
-    "parts_share": "Heads or blocks ×",
-    "flops_ratio": "FLOPs ×",
-    "expert_flops_ratio": "Expert FLOPs ×",
-    "latency_ratio": "Time ×",
-    "bytes_ratio": "Bytes ×",
-    "energy_ratio": "Energy proxy ×",
-    "agreement": "Agreement",
-    "jaccard": "Jaccard",
-    "max_violation": "MaxVio",
-    "max_violation_floor": "MaxVio by chance",
+    "experts_per_token": ("Experts a token", "%.3f"),
+    "parts_share": ("Heads or blocks ×", "%.3f"),
+    "flops_ratio": ("FLOPs ×", "%.3f"),
+    "expert_flops_ratio": ("Expert FLOPs ×", "%.3f"),
+    "latency_ratio": ("Time ×", "%.3f"),
+    "bytes_ratio": ("Bytes ×", "%.3f"),
+    "energy_ratio": ("Energy proxy ×", "%.3f"),
+    "agreement": ("Agreement", "%.3f"),
+    "jaccard": ("Jaccard", "%.3f"),
+    "max_violation": ("MaxVio", "%.3f"),
+    "max_violation_floor": ("MaxVio by chance", "%.3f"),
     "badges": "Badges",
     "seed": "Seed",
 }
-_WORDS = ("router", "family", "harder", "badges", "seed")
+_REPLAYED = {
+    "router": "Router",
+    "agreement": ("Agreement", "%.3f"),
+    "jaccard": ("Jaccard", "%.3f"),
+    "exact_set": ("Exact set", "%.3f"),
+    "weighted_overlap": ("Weighted overlap", "%.3f"),
+    "js": ("JS (nats)", "%.3f"),
+    "experts_per_token": ("Experts a token", "%.3f"),
+    "max_violation": ("MaxVio", "%.3f"),
+    "max_violation_floor": ("MaxVio by chance", "%.3f"),
+    "gini": ("Gini", "%.3f"),
+    "dead_experts": ("Dead", "%.3f"),
+    "badges": "Badges",
+}
 _AXIS_LABELS = {
     "flops_ratio": "FLOPs",
     "expert_flops_ratio": "Expert FLOPs",
@@ -102,7 +115,7 @@ def render() -> None:
     # written even if it is the default, which changes when another comparison is made
     address.write("comparison", name)
     try:
-        comparison = _opened(str(files[name]), files[name].stat().st_mtime_ns)
+        comparison = _opened(key_of(files[name]))
     except (ComparisonError, OSError) as error:
         problems.show(error)
         return
@@ -110,8 +123,8 @@ def render() -> None:
 
 
 @st.cache_resource(max_entries=4, show_spinner=False, on_release=lambda found: found.close())
-def _opened(path: str, changed: int) -> Comparison:
-    return open_comparison(Path(path))
+def _opened(key: Key) -> Comparison:
+    return open_comparison(Path(key[0]))
 
 
 def _show(view: View, comparison: Comparison) -> None:
@@ -237,25 +250,17 @@ def _table(shown: pd.DataFrame) -> None:
         family=[family_name(family) for family in shown["family"]],
         harder=shown["harder"].map(CONTROLS),
     )[list(_COLUMNS)]
-    columns: dict[str, Any] = {
-        name: st.column_config.NumberColumn(title, format=_format(name))
-        for name, title in _COLUMNS.items()
-        if name not in _WORDS
-    }
-    columns |= {name: _COLUMNS[name] for name in _WORDS}
 
     def go_to() -> None:
         rows = st.session_state["routers"]["selection"]["rows"]
         if rows:
             address.write("router", str(frame["router"].iloc[rows[0]]))
 
-    st.dataframe(
+    listing(
         frame,
-        hide_index=True,
-        column_config=columns,
+        _COLUMNS,
         alt="Routers with their change in loss, compute, agreement and balance; click a title to "
         "sort, and the box of a row for its card",
-        placeholder=ABSENT,
         key="routers",
         on_select=go_to,
         selection_mode="single-row",
@@ -273,12 +278,6 @@ def _table(shown: pd.DataFrame) -> None:
         "more. Bytes and energy are estimates from published costs per operation, to be read "
         "relative to the model's own router only."
     )
-
-
-def _format(name: str) -> str:
-    if name == "loss_change":
-        return "%+.4f"
-    return "%.4f" if name.startswith("loss_se") else "%+.3f" if name in CONTROLS else "%.3f"
 
 
 @section("How the routers learned")
@@ -416,42 +415,16 @@ def replay_section(comparison: Comparison) -> None:
         "overlap is the mean of the tokens that have experts, JS that of those with scores."
     )
     rows = rows.assign(badges=[", ".join(badges(row)) for _, row in rows.iterrows()])
-    names = {
-        "router": "Router",
-        "agreement": "Agreement",
-        "jaccard": "Jaccard",
-        "exact_set": "Exact set",
-        "weighted_overlap": "Weighted overlap",
-        "js": "JS (nats)",
-        "experts_per_token": "Experts a token",
-        "max_violation": "MaxVio",
-        "max_violation_floor": "MaxVio by chance",
-        "gini": "Gini",
-        "dead_experts": "Dead",
-        "badges": "Badges",
-    }
-    st.dataframe(
-        rows[list(names)],
-        hide_index=True,
-        column_config={
-            name: title
-            if name in ("router", "badges")
-            else st.column_config.NumberColumn(title, format="%.3f")
-            for name, title in names.items()
-        },
-        alt="Routers by replay: agreement with the model's own choice, balance and compute",
-        placeholder=ABSENT,
-    )
-    if rows[list(names)].isna().any(axis=None):
+    alt = "Routers by replay: agreement with the model's own choice, balance and compute"
+    listing(rows, _REPLAYED, alt=alt)
+    if rows[list(_REPLAYED)].isna().any(axis=None):
         st.caption(f"{ABSENT} = not measured, or not defined for this rule.")
     domains = comparison.domains.query("mode == 'replay'")
     if domains["domain"].nunique() > 1:
         means = domains.pivot_table("agreement", "router", "domain", sort=False)
-        share = st.column_config.NumberColumn(format="%.3f")
-        st.dataframe(
+        listing(
             means.reset_index(),
-            hide_index=True,
-            column_config={"router": "Agreement by domain", **dict.fromkeys(means.columns, share)},
+            {"router": "Agreement by domain", **{name: (name, "%.3f") for name in means.columns}},
             alt="Agreement of routers with the model's own choice in each domain, by replay",
         )
 

@@ -9,6 +9,7 @@ from explorer.comparison.results_file import Comparison
 from explorer.pages.compare.figures import marked
 from explorer.text import counted
 from explorer.ui import address
+from explorer.ui.chart import listing
 from explorer.ui.problems import instead, section
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
 
@@ -198,21 +199,16 @@ def _token(
     elif position == 0:
         said = "the first token has no loss."
     st.markdown(f"Token {position}: {said}")
-    st.dataframe(
-        pd.DataFrame(
-            {
-                "layer": here["layer"],
-                "A": [_listed(*row) for row in _pairs_of(here, "a")],
-                "B": [_listed(*row) for row in _pairs_of(here, "b")],
-                "jaccard": here["jaccard"],
-            }
+    listing(
+        here.assign(
+            A=[_listed(*row) for row in _pairs_of(here, "a")],
+            B=[_listed(*row) for row in _pairs_of(here, "b")],
         ),
-        hide_index=True,
-        column_config={
+        {
             "layer": "Layer",
             "A": f"A: {first} (expert × weight)",
             "B": f"B: {second} (expert × weight)",
-            "jaccard": st.column_config.NumberColumn("Jaccard", format="%.2f"),
+            "jaccard": ("Jaccard", "%.2f"),
         },
         alt=f"Experts of token {position} in each layer under the two routers",
     )

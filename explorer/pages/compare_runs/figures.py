@@ -67,16 +67,16 @@ def over_layers(
     for side, table in tables.items():
         name, color, symbol = SIDES[side]
         names = [site_name(row.layer, row.site, several=several) for row in table.itertuples()]
+        form = {"color": theme.hue(color, dark), "dash": "solid" if side == "a" else "dash"}
         figure.add_trace(
-            go.Scatter(
-                x=np.arange(len(table)),
-                y=table[column].to_numpy(dtype=np.float64),
+            theme.line(
+                np.arange(len(table)),
+                table[column],
+                name,
+                form=form,
+                symbol=symbol,
                 customdata=names,
-                mode="lines+markers",
-                marker={"symbol": symbol, "size": 8},
-                line={"color": theme.hue(color, dark), "dash": "solid" if side == "a" else "dash"},
-                name=name,
-                hovertemplate="layer %{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>",
+                hover="layer %{customdata}: %{y:.4g}",
             )
         )
     longest = max(tables.values(), key=len)
@@ -111,16 +111,9 @@ def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = Fa
         name = "divergence of the weights (Jensen-Shannon, nats)"
         lines["js"] = (name, theme.hue("purple", dark), "dashdot", "triangle-up")
     for column, (name, color, dash, symbol) in lines.items():
+        form = {"color": color, "dash": dash}
         figure.add_trace(
-            go.Scatter(
-                x=np.arange(len(table)),
-                y=table[column].to_numpy(dtype=np.float64),
-                mode="lines+markers",
-                marker={"symbol": symbol, "size": 8},
-                line={"color": color, "dash": dash},
-                name=name,
-                hovertemplate="%{y:.3f}<extra>%{fullData.name}</extra>",
-            )
+            theme.line(np.arange(len(table)), table[column], name, form=form, symbol=symbol)
         )
     theme.layer_axis(figure, table)
     figure.update_yaxes(title="share of tokens, or mean", range=[0, 1.04])

@@ -94,7 +94,7 @@ def interval_dots(
         )
     )
     if known:
-        figure.add_vline(axis.reference, line={"dash": "dot", "color": theme.foreground(dark)})
+        figure.add_vline(axis.reference, line=theme.dotted(dark, 2))
     figure.update_xaxes(
         title=axis.title, rangemode="tozero", tickformat=".0%" if axis.percent else None
     )
@@ -182,29 +182,29 @@ def layer_lines(
     floor = {
         part: found[f"{measure}_floor{part}"].to_numpy(float) for part in ("", "_low", "_high")
     }
-    form = ".1%" if percent else ".3f"
+    hover = "%{y:.1%}" if percent else "%{y:.3f}"
     figure = go.Figure(
         [
-            go.Scatter(
-                x=x,
-                y=floor[""],
-                mode="lines+markers",
-                line={"dash": "dot", "color": theme.foreground(dark)},
+            theme.line(
+                x,
+                floor[""],
+                "shuffled labels",
+                form=theme.dotted(dark, 2),
+                symbol="circle",
                 error_y={
                     "type": "data",
                     "array": floor["_high"] - floor[""],
                     "arrayminus": floor[""] - floor["_low"],
                 },
-                hovertemplate="shuffled labels: %{y:" + form + "}<extra></extra>",
-                name="shuffled labels",
+                hover=hover,
             ),
-            go.Scatter(
-                x=x,
-                y=found[measure].to_numpy(dtype=np.float64),
-                mode="lines+markers",
-                line={"color": theme.accent(dark), "width": 3},
-                hovertemplate="measured: %{y:" + form + "}<extra></extra>",
-                name="measured",
+            theme.line(
+                x,
+                found[measure],
+                "measured",
+                form={"color": theme.accent(dark), "width": 3},
+                symbol="circle",
+                hover=hover,
             ),
         ]
     )

@@ -16,7 +16,7 @@ from explorer.ui import address, problems
 from explorer.ui.chart import chart
 from explorer.ui.job import follow
 from explorer.ui.problems import instead, section
-from explorer.ui.state import Key, View, is_dark
+from explorer.ui.state import Key, View, is_dark, key_of
 from explorer.ui.wording import Scope, expert_label, number, span
 from explorer.worker import CosinesRequest, shared_worker
 
@@ -39,10 +39,8 @@ def weights_section(view: View, expert: int) -> None:
     if not path.is_file():
         _offer(view, path)
         return
-    status = path.stat()
-    key = (str(path), status.st_mtime_ns, status.st_size)
     try:
-        table = _cosines(key, view.layer, view.site)
+        table = _cosines(key_of(path), view.layer, view.site)
     except ExplorerError as error:
         problems.show(error)
         return

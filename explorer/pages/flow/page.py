@@ -23,7 +23,7 @@ from explorer.pages.flow.data import (
 from explorer.pages.flow.figures import Pairs, pair_heatmap, sankey
 from explorer.text import counted, plain
 from explorer.ui import address
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, listing
 from explorer.ui.concordance import concordance, lines_of
 from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
@@ -271,16 +271,13 @@ def _list(pairs: Pairs, prefix: str, chosen: tuple[int, int] | None, kind: str) 
         )
         return
     st.markdown("**Most above chance**")
-    st.dataframe(
-        strongest.drop(columns=["a", "b"]).head(10),
-        hide_index=True,
-        alt="The pairs of experts that are furthest above chance",
-        column_config={
-            "tokens": st.column_config.NumberColumn("Tokens", format="localized"),
-            "by chance": st.column_config.NumberColumn("By chance", format="%.0f"),
-            "ratio": st.column_config.NumberColumn("Ratio", format="%.2f ×"),
-        },
-    )
+    columns = {name: name.capitalize() for name in strongest.columns[:2]} | {
+        "tokens": ("Tokens", "localized"),
+        "by chance": ("By chance", "%.0f"),
+        "ratio": ("Ratio", "%.2f ×"),
+    }
+    alt = "The pairs of experts that are furthest above chance"
+    listing(strongest.head(10), columns, alt=alt)
     names = {
         f"{a}.{b}": f"{_pair_name(pairs, a, b)}: {ratio:.2f}×"
         for a, b, ratio in zip(strongest["a"], strongest["b"], strongest["ratio"], strict=True)

@@ -120,7 +120,7 @@ def load_bars(
     )
     figure.add_hline(
         fair,
-        line={"dash": "dot", "color": theme.foreground(dark)},
+        line=theme.dotted(dark, 2),
         annotation_text=f"uniform share {fair:.2%}",
         annotation_position="top right",
     )
@@ -153,7 +153,7 @@ def lorenz(load: pd.DataFrame, *, scope: Scope, layer: str = "", dark: bool = Fa
                 x=[0, 1],
                 y=[0, 1],
                 mode="lines",
-                line={"dash": "dot", "color": theme.foreground(dark)},
+                line=theme.dotted(dark, 2),
                 name="uniform",
                 hoverinfo="skip",
             ),
@@ -323,43 +323,22 @@ def balance_over_layers(
     text = METRIC_TEXTS[metric]
     several = bool((table["site"] > 0).any())
     x = np.arange(len(table))
-    grey = theme.foreground(dark)
-    figure = go.Figure()
-    for end, fill in (("low", None), ("high", "tonexty")):
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=table[f"{metric}_floor_{end}"].to_numpy(dtype=np.float64),
-                mode="lines",
-                line={"width": 0, "color": grey},
-                fill=fill,
-                fillcolor="rgba(128, 128, 128, 0.35)",
-                name=f"floor, {end}",
-                showlegend=False,
-                hoverinfo="skip",
-            )
-        )
-    figure.add_trace(
-        go.Scatter(
-            x=x,
-            y=table[f"{metric}_floor"].to_numpy(dtype=np.float64),
-            mode="lines",
-            line={"dash": "dot", "color": grey},
-            name="uniform routing of as many tokens (mean, 5–95 %)",
-            hovertemplate="uniform: %{y:.3g}<extra></extra>",
-        )
-    )
-    figure.add_trace(
-        go.Scatter(
-            x=x,
-            y=table[metric].to_numpy(dtype=np.float64),
-            customdata=table[["layer", "site"]].to_numpy(),
-            mode="lines+markers",
-            marker={"size": 9},
-            line={"color": theme.accent(dark), "width": 2.5},
-            name="measured",
-            hovertemplate=site_hover(several=several) + ": %{y:.4g}<extra></extra>",
-        )
+    uniform = "uniform routing of as many tokens (mean, 5–95 %)"
+    floor = table[f"{metric}_floor"]
+    figure = go.Figure(
+        [
+            *theme.band(x, table[f"{metric}_floor_low"], table[f"{metric}_floor_high"]),
+            theme.line(x, floor, uniform, form=theme.dotted(dark, 2)),
+            theme.line(
+                x,
+                table[metric],
+                "measured",
+                form={"color": theme.accent(dark), "width": 2.5},
+                symbol="circle",
+                customdata=table[["layer", "site"]].to_numpy(),
+                hover=site_hover(several=several) + ": %{y:.4g}",
+            ),
+        ]
     )
     theme.layer_axis(figure, table)
     figure.update_yaxes(title=text.label, rangemode="tozero")
@@ -405,20 +384,13 @@ def capacity_curve(
         ("tokens_position", "tokens without any expert, policy position", position, "dot"),
         ("tokens_probs", "tokens without any expert, policy probs", probs, "dot"),
     )
+    hover = "%{y:.2%} at factor %{x:.2f}"
     for column, name, paint, dash in lines:
+        form = {"color": paint, "dash": dash, "width": 2.5}
         figure.add_trace(
-            go.Scatter(
-                x=curve["capacity_factor"].to_numpy(dtype=np.float64),
-                y=curve[column].to_numpy(dtype=np.float64),
-                mode="lines",
-                line={"color": paint, "dash": dash, "width": 2.5},
-                name=name,
-                hovertemplate=f"{name}<br>%{{y:.2%}} at factor %{{x:.2f}}<extra></extra>",
-            )
+            theme.line(curve["capacity_factor"], curve[column], name, form=form, hover=hover)
         )
-    figure.add_vline(
-        capacity_factor, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"}
-    )
+    figure.add_vline(capacity_factor, line=theme.dotted(dark))
     figure.update_xaxes(title="capacity factor (× uniform load of a batch)")
     figure.update_yaxes(title="share dropped", tickformat=".1%", rangemode="tozero")
     figure.update_layout(

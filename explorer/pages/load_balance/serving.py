@@ -14,7 +14,7 @@ from explorer.pages.load_balance.serving_figures import (
 from explorer.queries.load import BatchRouting, routing
 from explorer.text import counted
 from explorer.ui import address
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, listing
 from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import span
@@ -41,6 +41,14 @@ def serving_section(view: View, load: pd.DataFrame) -> None:
 @section("Hottest and coldest experts")
 def _hot_and_cold(load: pd.DataFrame) -> None:
     ordered = load.dropna(subset=["ratio"]).sort_values("ratio", ascending=False)
+    columns = {
+        "layer": "Layer",
+        **({"site": "Router"} if (load["site"] > 0).any() else {}),
+        "expert_id": "Expert",
+        "assignments": ("Assignments", "localized"),
+        "share": ("Share", "percent"),
+        "ratio": ("× fair share", "%.2f"),
+    }
     for column, title, rows in zip(
         st.columns(2, gap="medium"),
         ("Hottest experts", "Coldest experts"),
@@ -49,21 +57,7 @@ def _hot_and_cold(load: pd.DataFrame) -> None:
     ):
         with column:
             st.markdown(f"**{title}**")
-            st.dataframe(
-                rows[["layer", "site", "expert_id", "assignments", "share", "ratio"]].assign(
-                    share=100 * rows["share"]
-                ),
-                hide_index=True,
-                column_config={
-                    "layer": "Layer",
-                    "site": None if not (load["site"] > 0).any() else "Router",
-                    "expert_id": "Expert",
-                    "assignments": st.column_config.NumberColumn("Assignments", format="localized"),
-                    "share": st.column_config.NumberColumn("Share", format="%.2f%%"),
-                    "ratio": st.column_config.NumberColumn("× fair share", format="%.2f"),
-                },
-                alt=f"{title} of the layers that are shown",
-            )
+            listing(rows, columns, alt=f"{title} of the layers that are shown")
 
 
 @section("Load of GPUs")

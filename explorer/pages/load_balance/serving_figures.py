@@ -38,7 +38,7 @@ def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
                 "<extra>%{fullData.name}</extra>",
             )
         )
-    figure.add_hline(1.0, line={"color": theme.foreground(dark), "width": 1, "dash": "dot"})
+    figure.add_hline(1.0, line=theme.dotted(dark))
     figure.update_xaxes(title="GPU", dtick=1 if table["gpu"].max() < 33 else None)
     figure.update_yaxes(title="load (× mean of the GPUs)", rangemode="tozero")
     return theme.finish(
@@ -66,20 +66,16 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
     """
     figure = go.Figure()
     for policy, rows in table.groupby("policy", sort=False):
+        name = str(policy)
         figure.add_trace(
-            go.Scatter(
-                x=np.arange(len(rows)),
-                y=rows["balancedness"].to_numpy(dtype=np.float64),
+            theme.line(
+                np.arange(len(rows)),
+                rows["balancedness"],
+                name,
+                form={"color": theme.hue(_HUES[name], dark), "dash": _DASHES[name]},
+                symbol="circle",
                 customdata=np.column_stack([rows[["layer", "site"]], rows["straggler"]]),
-                mode="lines+markers",
-                line={
-                    "color": theme.hue(_HUES[str(policy)], dark),
-                    "dash": _DASHES[str(policy)],
-                    "width": 2,
-                },
-                name=str(policy),
-                hovertemplate="layer %{customdata[0]}: %{y:.3f}, straggler × %{customdata[2]:.2f}"
-                "<extra>%{fullData.name}</extra>",
+                hover="layer %{customdata[0]}: %{y:.3f}, straggler × %{customdata[2]:.2f}",
             )
         )
     theme.layer_axis(figure, table[["layer", "site"]].drop_duplicates())
@@ -114,41 +110,21 @@ def decode_reads(
         What else the caption says of the tokens: how the batches were put together.
     """
     x = table["batch"].to_numpy()
-    figure = go.Figure()
-    for name, fill in (("low", None), ("high", "tonexty")):
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=table[name].to_numpy(),
-                mode="lines",
-                line={"width": 0},
-                fill=fill,
-                fillcolor="rgba(128, 128, 128, 0.3)",
-                showlegend=False,
-                hoverinfo="skip",
-            )
-        )
-    figure.add_trace(
-        go.Scatter(
-            x=x,
-            y=table["uniform"].to_numpy(),
-            mode="lines",
-            line={"color": theme.foreground(dark), "dash": "dot"},
-            name="uniform routing",
-            hovertemplate="uniform: %{y:.1f}<extra></extra>",
-        )
-    )
-    figure.add_trace(
-        go.Scatter(
-            x=x,
-            y=table["measured"].to_numpy(),
-            customdata=table["batches"].to_numpy(),
-            mode="lines+markers",
-            line={"color": theme.accent(dark), "width": 2.5},
-            name="measured (grey: 5th to 95th percentile)",
-            hovertemplate="%{x} tokens: %{y:.1f} experts, mean of %{customdata:,} batches"
-            "<extra></extra>",
-        )
+    uniform = theme.dotted(dark, 2)
+    figure = go.Figure(
+        [
+            *theme.band(x, table["low"], table["high"]),
+            theme.line(x, table["uniform"], "uniform routing", form=uniform, hover="%{y:.1f}"),
+            theme.line(
+                x,
+                table["measured"],
+                "measured (grey: 5th to 95th percentile)",
+                form={"color": theme.accent(dark), "width": 2.5},
+                symbol="circle",
+                customdata=table["batches"].to_numpy(),
+                hover="%{x} tokens: %{y:.1f} experts, mean of %{customdata:,} batches",
+            ),
+        ]
     )
     figure.update_xaxes(title="tokens decoded together", type="log", tickvals=x, ticktext=x)
     figure.update_yaxes(title=f"different experts (of {n_experts})", rangemode="tozero")
@@ -184,16 +160,9 @@ def coverage(
         ("uniform routing", "uniform", "dot", theme.foreground(dark)),
         ("measured", "share", "solid", theme.accent(dark)),
     ):
-        figure.add_trace(
-            go.Scatter(
-                x=table["tokens"].to_numpy(),
-                y=table[column].to_numpy(dtype=np.float64),
-                mode="lines",
-                line={"color": color, "dash": dash, "width": 2, "shape": "hv"},
-                name=name,
-                hovertemplate="%{x:,} tokens: %{y:.1%}<extra>%{fullData.name}</extra>",
-            )
-        )
+        form = {"color": color, "dash": dash, "shape": "hv"}
+        hover = "%{x:,} tokens: %{y:.1%}"
+        figure.add_trace(theme.line(table["tokens"], table[column], name, form=form, hover=hover))
     figure.update_xaxes(title="tokens, in the order of the forward passes", type="log", dtick=1)
     figure.update_yaxes(title="experts touched (share)", tickformat=".0%", range=[0, 1.04])
     return theme.finish(

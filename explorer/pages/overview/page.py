@@ -11,7 +11,7 @@ from explorer.queries.overview import domain_counts, gate_means
 from explorer.queries.prompts import prompt_count
 from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
-from explorer.ui.chart import chart, tile
+from explorer.ui.chart import chart, listing, tile
 from explorer.ui.glossary import help_text
 from explorer.ui.problems import section
 from explorer.ui.shell import current_view
@@ -221,18 +221,13 @@ def _domains(view: View) -> None:
     counts = ask(view, domain_counts)
     st.subheader("Prompts by domain, without filters", anchor=False)
     shown = counts.assign(domain=[domain_name(d) for d in counts["domain"]])
-    st.dataframe(
-        shown[["domain", "prompts", "tokens", "mean_loss"]],
-        hide_index=True,
-        alt="Prompts, tokens and loss of each domain",
-        placeholder=ABSENT,
-        column_config={
-            "domain": "Domain",
-            "prompts": "Prompts",
-            "tokens": "Tokens",
-            "mean_loss": st.column_config.NumberColumn("Loss (nats/token)", format="%.2f"),
-        },
-    )
+    columns = {
+        "domain": "Domain",
+        "prompts": "Prompts",
+        "tokens": ("Tokens", "localized"),
+        "mean_loss": ("Loss (nats/token)", "%.2f"),
+    }
+    listing(shown, columns, alt="Prompts, tokens and loss of each domain")
     if shown["mean_loss"].isna().any():
         st.caption(f"{ABSENT} = not recorded, or every prompt of the domain is one token.")
 

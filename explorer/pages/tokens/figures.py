@@ -167,7 +167,7 @@ def score_bars(
     if baseline is not None:
         figure.add_hline(
             baseline,
-            line={"dash": "dot", "color": theme.foreground(dark)},
+            line=theme.dotted(dark, 2),
             annotation_text=f"all equal: {number(baseline)}",
         )
     step = 1 if len(rows) <= _LABELLED_BARS else -(-len(rows) // 16)

@@ -139,7 +139,7 @@ def _pick_prompt(view: View) -> "pd.Series | None":
         list(rows),
         default=first,
         show=lambda key: names.get(key, key),
-        on_write=_change_prompt,
+        resets=("token",),
         help="Type to search in the list.",
     )
     return rows[key]
@@ -149,11 +149,6 @@ def _default_prompt(found: pd.DataFrame) -> str:
     """Return the first prompt that has text to look at, rather than a single word."""
     fitting = found[found["tokens"] >= 12]
     return str((fitting if len(fitting) else found)["prompt_id"].iloc[0])
-
-
-def _change_prompt(key: str) -> None:
-    address.write("prompt", key)
-    address.write("token", "")
 
 
 def _selected(listed: pd.DataFrame, view: View) -> int:

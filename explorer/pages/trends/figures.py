@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -79,21 +78,20 @@ def trend_lines(
         rows = table[(table["layer"] == place[0]) & (table["site"] == place[1])]
         name = site_name(*place, several=several)
         figure.add_trace(
-            go.Scatter(
-                x=[order.index(one) for one in rows["name"]],
-                y=rows[quantity].to_numpy(dtype=np.float64),
-                mode="lines+markers",
-                line={"color": color, "width": 2},
-                marker={"symbol": (places.index(place)) % 8, "size": 7},
-                name=f"layer {name}",
+            theme.line(
+                [order.index(one) for one in rows["name"]],
+                rows[quantity],
+                f"layer {name}",
+                form={"color": color},
+                symbol=places.index(place) % 8,
                 customdata=[f"n = {counts[one]:,}" if counts else "" for one in rows["name"]],
-                hovertemplate=f"layer {name}: %{{y:.3f}}<br>%{{customdata}}<extra>%{{x}}</extra>",
+                hover="%{x}: %{y:.3f}<br>%{customdata}",
             )
         )
     if quantity == "saturation":
         figure.add_hline(
             float(table["chance"].mean()),
-            line={"color": theme.foreground(dark), "width": 1, "dash": "dot"},
+            line=theme.dotted(dark),
             annotation_text="by chance",
         )
     known = table.drop_duplicates("name").set_index("name")
@@ -114,8 +112,6 @@ def trend_lines(
     # the figure's title has the name; both are too long for the height
     unit = trend.title.partition(" (")[2].rstrip(")")
     figure.update_yaxes(title=unit, rangemode="tozero")
-    figure.update_layout(
-        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
-    )
+    figure.update_layout(legend=theme.LEGEND_RIGHT)
     title = f"{trend.title[:1].upper()}{trend.title[1:]}"
     return theme.finish(figure, title=title, caption=caption, dark=dark, height=440)
