@@ -128,12 +128,7 @@ def expert_tokens_section(view: View) -> None:
 
 
 def _sentence(view: View, expert: int, name: str) -> str:
-    load = ask(
-        view,
-        expert_load,
-        **view.place,
-        **view.filters,
-    )
+    load = ask(view, expert_load, **view.place, **view.filters)
     row = load[load["expert_id"] == expert].iloc[0]
     if not row["assignments"]:
         return f"None of these tokens went to **{name}**."

@@ -109,12 +109,7 @@ def _select_part(run: Run) -> Part | None:
         return None
     if chosen is None:
         return Part(search)
-    return Part(
-        search or None,
-        chosen.info.name,
-        chosen.info.created,
-        token_ids=chosen.token_ids,
-    )
+    return Part(search or None, chosen.info.name, chosen.info.created, token_ids=chosen.token_ids)
 
 
 def _select_slice(run: Run) -> slices.Slice | None:

@@ -52,9 +52,7 @@ TERMS: Registry[Term] = Registry(
         "have experts and a router of their own.",
     ),
     top_k=Term(
-        "Top-k",
-        "How many experts a token visits in a layer, such as 2 of 16.",
-        ("combine_weight",),
+        "Top-k", "How many experts a token visits in a layer, such as 2 of 16.", ("combine_weight",)
     ),
     combine_weight=Term(
         "Combine weight",
@@ -134,9 +132,7 @@ TERMS: Registry[Term] = Registry(
         ("specialisation",),
     ),
     coactivation=Term(
-        "Co-activation",
-        "Two experts of a layer that serve the same token.",
-        ("by_chance",),
+        "Co-activation", "Two experts of a layer that serve the same token.", ("by_chance",)
     ),
     transition=Term(
         "Transition",
@@ -153,10 +149,7 @@ TERMS: Registry[Term] = Registry(
         "Phase",
         "**Prompt**: tokens that the model read. **Generated**: tokens that it wrote, one by one.",
     ),
-    domain=Term(
-        "Domain",
-        "What a prompt is about, as it was labelled when it was recorded.",
-    ),
+    domain=Term("Domain", "What a prompt is about, as it was labelled when it was recorded."),
     slice=Term(
         "Slice",
         "A set of tokens that somebody saved under a name, such as a region of a map. All pages "
@@ -214,10 +207,7 @@ TERMS: Registry[Term] = Registry(
         "token whose set of experts it changes, mostly one with a small margin.",
         ("margin", "loss"),
     ),
-    loss=Term(
-        "Loss",
-        "How surprised the model was by the next token, in nats: 0 = it knew.",
-    ),
+    loss=Term("Loss", "How surprised the model was by the next token, in nats: 0 = it knew."),
 )
 
 # figure (its key on a page, or the beginning of it) -> term; the longest beginning counts

@@ -17,11 +17,7 @@ from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamlit import cli_util
 from streamlit.auth_util import get_cookie_with_chunks
-from streamlit.web.server.server_util import (
-    get_cookie_secret,
-    get_display_address,
-    get_url,
-)
+from streamlit.web.server.server_util import get_cookie_secret, get_display_address, get_url
 from streamlit.web.server.starlette.starlette_app_utils import decode_signed_value
 from streamlit.web.server.starlette.starlette_server_config import USER_COOKIE_NAME
 

@@ -43,6 +43,23 @@ class Scale(NamedTuple):
     ticks: dict[float, str] | None = None
 
 
+# log2 of a ratio; a fixed range, so that figures compare
+OCTAVES = 3
+
+
+def ratio_scale(title: str) -> Scale:
+    """Return the colours of log2 of a ratio, neutral where it is 1."""
+    names = ("≤ 1/8×", "1/4×", "1/2×", "1×", "2×", "4×", "≥ 8×")
+    ticks = {place - float(OCTAVES): name for place, name in enumerate(names)}
+    return Scale(title, -OCTAVES, OCTAVES, neutral=0.0, ticks=ticks)
+
+
+def log_ratio(ratio: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return log2 of a ratio within that scale; 0, an idle expert's, is at its lower end."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.clip(np.log2(ratio), -OCTAVES, OCTAVES))
+
+
 def clickable_heatmap(
     z: npt.NDArray[np.float64],
     *,
@@ -109,10 +126,7 @@ def clickable_heatmap(
     figure.update_xaxes(title=x_title, range=[-0.5, columns * cell - 0.5], **ticks(x_labels))
     figure.update_yaxes(title=y_title, range=[rows * cell - 0.5, -0.5], **ticks(y_labels))
     figure.update_layout(
-        clickmode="event+select",
-        dragmode="zoom",
-        hovermode="closest",
-        hoverdistance=_CLICK_REACH,
+        clickmode="event+select", dragmode="zoom", hovermode="closest", hoverdistance=_CLICK_REACH
     )
     return figure
 

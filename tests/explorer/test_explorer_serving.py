@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from explorer.pages.load_balance import data
-from explorer.pages.load_balance import serving_figures as figures
+from explorer.pages.load_balance import data, figures
 from explorer.ui.wording import Scope
 
 

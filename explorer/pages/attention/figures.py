@@ -67,9 +67,7 @@ MEASURES: Registry[Measure] = Registry(
         1.0,
     ),
     mean_distance=Measure(
-        "mean distance (tokens)",
-        "How far back a head looks, on average over its attention.",
-        None,
+        "mean distance (tokens)", "How far back a head looks, on average over its attention.", None
     ),
     window_mass=Measure(
         f"attention on the last {RECENT} tokens (share)",
@@ -165,12 +163,7 @@ def head_overview(
 
 
 def head_heatmap(
-    found: HeadMap,
-    *,
-    name: str,
-    scope: Scope,
-    window: range | None = None,
-    dark: bool = False,
+    found: HeadMap, *, name: str, scope: Scope, window: range | None = None, dark: bool = False
 ) -> go.Figure:
     """Draw the whole pooled map of one head on one prompt.
 
@@ -540,12 +533,7 @@ def _key_window(keys: pd.DataFrame, window: range, names: Sequence[str], dark: b
 
 
 def _change_strip(
-    figure: go.Figure,
-    window: range,
-    names: Sequence[str],
-    change: Floats,
-    routed: str,
-    dark: bool,
+    figure: go.Figure, window: range, names: Sequence[str], change: Floats, routed: str, dark: bool
 ) -> None:
     """Draw a bar for each token of the window, under the map and on its axis."""
     known = ~np.isnan(change)

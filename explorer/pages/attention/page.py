@@ -209,11 +209,7 @@ def _pick_token(listed: pd.DataFrame) -> int:
 
 @section("Map of the head")
 def _whole_map(
-    view: View,
-    prompt: pd.Series,
-    head: tuple[int, int],
-    listed: pd.DataFrame,
-    window: range,
+    view: View, prompt: pd.Series, head: tuple[int, int], listed: pd.DataFrame, window: range
 ) -> None:
     found = ask(view, head_map, prompt_id=int(prompt["prompt_id"]), layer=head[0], head=head[1])
     ids = listed["token_id"].tolist()
@@ -269,11 +265,7 @@ def routing_together_section(view: View, head: tuple[int, int]) -> None:
     if without_ids(view.run, "This comparison"):
         return
     found = ask(
-        view,
-        routing_together,
-        attention_layer=head[0],
-        **view.place,
-        **view.prompt_filters,
+        view, routing_together, attention_layer=head[0], **view.place, **view.prompt_filters
     )
     here = found.heads[found.heads["head"] == head[1]]
     if here.empty:

@@ -66,13 +66,7 @@ def window_map(
     shown = listed.iloc[window.start : window.stop]
     change = np.full(len(window), np.nan)
     if view.run.records_ids:
-        routing = ask(
-            view,
-            prompt_routing,
-            prompt_id=prompt_id,
-            n_tokens=n_tokens,
-            **view.place,
-        )
+        routing = ask(view, prompt_routing, prompt_id=prompt_id, n_tokens=n_tokens, **view.place)
         change = routing_change(routing.expert_ids)[window.start : window.stop]
     keys = None
     if show == "keys":
@@ -211,13 +205,7 @@ def attended_keys_panel(
     """Draw the panel of the token at a position; ``listed`` has the prompt's tokens."""
     token = listed.iloc[position]
     st.subheader(f"Token {position:,}: “{plain(token_name(token['text']))}”", anchor=False)
-    keys = ask(
-        view,
-        attended_keys,
-        token_id=int(token["token_id"]),
-        layer=head[0],
-        head=head[1],
-    )
+    keys = ask(view, attended_keys, token_id=int(token["token_id"]), layer=head[0], head=head[1])
     if keys.empty:
         instead(
             "The heaviest keys of this token were not recorded: they are kept for the first "

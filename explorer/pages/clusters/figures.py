@@ -259,11 +259,7 @@ def _finish(
     if region is not None:
         xs, ys = region.outline()
         corners = "L".join(f"{x},{y}" for x, y in zip(xs, ys, strict=True))
-        figure.add_shape(
-            type="path",
-            path=f"M{corners}Z",
-            line=theme.dotted(dark, 2),
-        )
+        figure.add_shape(type="path", path=f"M{corners}Z", line=theme.dotted(dark, 2))
     left, right, low, high = extent
     figure.update_xaxes(range=[left, right], **_AXES)
     figure.update_yaxes(range=[low, high], scaleanchor="x", constrain="domain", **_AXES)
@@ -272,8 +268,7 @@ def _finish(
     if legend:
         # below the plot: a dozen names need several lines
         figure.update_layout(
-            legend={"y": -0.02, "yanchor": "top", "itemsizing": "constant"},
-            margin={"b": 110},
+            legend={"y": -0.02, "yanchor": "top", "itemsizing": "constant"}, margin={"b": 110}
         )
     return figure
 

@@ -361,8 +361,7 @@ def prompt_divergence(
     places = np.array([site.layer for site in first.sites if _within(layers, site.layer)])
     other = np.where(table < 1, places[:, None], np.inf).min(axis=0)
     return both.assign(
-        jaccard=np.nanmean(table, axis=0),
-        first_layer=np.where(np.isfinite(other), other, np.nan),
+        jaccard=np.nanmean(table, axis=0), first_layer=np.where(np.isfinite(other), other, np.nan)
     )
 
 

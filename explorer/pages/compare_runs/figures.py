@@ -6,17 +6,9 @@ import plotly.graph_objects as go
 
 from explorer.text import counted
 from explorer.ui import theme
-from explorer.ui.heatmap import Scale, expert_heatmap
+from explorer.ui.heatmap import expert_heatmap, ratio_scale
 from explorer.ui.wording import Scope, label, site_name
 
-_OCTAVES = 3
-_CHANGE = Scale(
-    title="share in B / share in A",
-    low=-_OCTAVES,
-    high=_OCTAVES,
-    neutral=0.0,
-    ticks={-3: "≤ 1/8×", -2: "1/4×", -1: "1/2×", 0: "1×", 1: "2×", 2: "4×", 3: "≥ 8×"},
-)
 SIDES = {"a": ("A", "blue", "circle"), "b": ("B", "vermillion", "square")}
 
 
@@ -39,7 +31,7 @@ def change_heatmap(change: pd.DataFrame, *, caption: str, dark: bool = False) ->
         ["share_a", "share_b"],
         hover="share A %{customdata[3]:.2%}, share B %{customdata[4]:.2%}",
         missing_hover="not in both runs",
-        scale=_CHANGE,
+        scale=ratio_scale("share in B / share in A"),
         dark=dark,
     )
     n_sites = len(change[["layer", "site"]].drop_duplicates())

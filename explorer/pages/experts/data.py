@@ -223,11 +223,7 @@ class RouteSample(NamedTuple):
 
 
 def route_sample(
-    run: Run,
-    *,
-    domain: str | None = None,
-    phase: str | None = None,
-    part: Part | None = None,
+    run: Run, *, domain: str | None = None, phase: str | None = None, part: Part | None = None
 ) -> RouteSample:
     """Return the assignments of evenly spread tokens, about ``MAX_ASSIGNMENTS`` at most.
 

@@ -107,9 +107,7 @@ def interval_dots(
         showgrid=False,
     )
     figure.update_layout(
-        clickmode="event+select",
-        hovermode="closest",
-        showlegend="expected" in rows,
+        clickmode="event+select", hovermode="closest", showlegend="expected" in rows
     )
     return theme.finish(
         figure,

@@ -229,10 +229,7 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
             ),
             title="Vocabulary specialisation (share of an entry's occurrences)",
             scope=view.scope(),
-            notes=[
-                f"entries that occur at least {MIN_COUNT} times",
-                "90 % intervals from tokens",
-            ],
+            notes=[f"entries that occur at least {MIN_COUNT} times", "90 % intervals from tokens"],
             y_title="vocabulary entry",
             dark=is_dark(),
         ),

@@ -21,10 +21,7 @@ from explorer.ui.wording import Scope, expert_label, number, span
 from explorer.worker import CosinesRequest, shared_worker
 
 _SHOWN = 8
-_TITLES = {
-    "router": "Router rows alike (cosine)",
-    "experts": "Expert weights alike (cosine)",
-}
+_TITLES = {"router": "Router rows alike (cosine)", "experts": "Expert weights alike (cosine)"}
 _MISSING = {
     "router": "This router has no matrix with one row per expert.",
     "experts": "These experts are stored in a way that cannot be compared.",

@@ -123,11 +123,7 @@ def coactivation(
 
 
 def _counts(
-    run: Run,
-    first: SiteInfo,
-    second: SiteInfo,
-    totals: tuple[str, Params],
-    filters: Filters,
+    run: Run, first: SiteInfo, second: SiteInfo, totals: tuple[str, Params], filters: Filters
 ) -> PairCounts:
     shape = (first.n_experts, second.n_experts)
     n_all = _count_tokens(run, filters, step=1)

@@ -8,9 +8,8 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from explorer.metrics.coactivation import MIN_EXPECTED, Uplift
-from explorer.pages.load_balance.figures import RATIO_SCALE, log_ratio
 from explorer.ui import theme
-from explorer.ui.heatmap import MAX_CELLS, clickable_heatmap, ground
+from explorer.ui.heatmap import MAX_CELLS, clickable_heatmap, ground, log_ratio, ratio_scale
 from explorer.ui.wording import Scope
 
 Floats = npt.NDArray[np.float64]
@@ -19,7 +18,7 @@ Floats = npt.NDArray[np.float64]
 MAX_SIDE = int(MAX_CELLS**0.5)
 # flows that are not drawn one by one are drawn as one only where they do not bury the others
 _REST_DRAWN_BELOW = 0.85
-_UPLIFT_SCALE = RATIO_SCALE._replace(title="measured / expected by chance")
+_UPLIFT = ratio_scale("measured / expected by chance")
 # pixels between the nodes of a column
 _NODE_PAD = 12
 # pixels of margin above and below them
@@ -60,11 +59,7 @@ class Flow(NamedTuple):
 
 
 def pair_heatmap(
-    pairs: Pairs,
-    *,
-    scope: Scope,
-    chosen: tuple[int, int] | None = None,
-    dark: bool = False,
+    pairs: Pairs, *, scope: Scope, chosen: tuple[int, int] | None = None, dark: bool = False
 ) -> go.Figure:
     """Draw how often two experts serve the same token, against chance.
 
@@ -94,7 +89,7 @@ def pair_heatmap(
         y_labels=[str(expert) for expert in rows],
         x_title=x_title,
         y_title=y_title,
-        scale=_UPLIFT_SCALE,
+        scale=_UPLIFT,
         dark=dark,
     )
     if chosen is not None and chosen[0] in rows and chosen[1] in columns:
@@ -308,7 +303,7 @@ def _band_color(flow: Flow, dark: bool) -> str:
         return "rgba(128, 128, 128, 0.18)"
     if np.isnan(flow.ratio):
         return "rgba(128, 128, 128, 0.45)"
-    low, high = RATIO_SCALE.low, RATIO_SCALE.high
+    low, high = _UPLIFT.low, _UPLIFT.high
     part = (float(log_ratio(np.array([flow.ratio]))[0]) - low) / (high - low)
     # the neutral middle of the scale is the ground, on which a band would vanish
     part = min(part, 0.4) if part < 0.5 else max(part, 0.6)

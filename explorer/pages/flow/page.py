@@ -156,12 +156,7 @@ def _coactivation(view: View) -> None:
     if view.run.site_info(view.layer, view.site).top_k < 2:
         instead("This router chooses one expert per token, so no two experts serve the same one.")
         return
-    counts = ask(
-        view,
-        coactivation,
-        **view.place,
-        **view.filters,
-    )
+    counts = ask(view, coactivation, **view.place, **view.filters)
     pairs = Pairs(counts.tokens, pair_uplift(counts.tokens), view.site_name, view.site_name)
     place = view.layer, view.site
     _map_with_list(view, pairs, counts, place, place, "together")

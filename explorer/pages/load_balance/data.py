@@ -10,10 +10,7 @@ import pandas as pd
 from explorer.metrics import placement
 from explorer.metrics.capacity import POLICIES, curve
 from explorer.metrics.load import max_violation
-from explorer.queries.load import (
-    BatchRouting,
-    routing,
-)
+from explorer.queries.load import BatchRouting, routing
 from explorer.run import Run
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -175,8 +172,7 @@ def smallest_safe_factor(chosen: BatchRouting, n_experts: int) -> float:
         return float("nan")
     n_batches = int(numbers.max()) + 1
     loads = np.bincount(
-        numbers[token] * n_experts + chosen.expert_ids[token, slot],
-        minlength=n_batches * n_experts,
+        numbers[token] * n_experts + chosen.expert_ids[token, slot], minlength=n_batches * n_experts
     ).reshape(n_batches, n_experts)
     return 1 + max(max_violation(load) for load in loads if load.any())
 

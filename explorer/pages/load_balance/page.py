@@ -6,10 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.metrics.load import Floor
-from explorer.pages.load_balance.data import (
-    FACTORS,
-    capacity_of,
-)
+from explorer.pages.load_balance.data import FACTORS, capacity_of
 from explorer.pages.load_balance.figures import (
     METRIC_TEXTS,
     balance_over_layers,
@@ -20,11 +17,7 @@ from explorer.pages.load_balance.figures import (
     lorenz,
 )
 from explorer.pages.load_balance.serving import serving_section
-from explorer.queries.load import (
-    expert_load,
-    expert_load_by_domain,
-    expert_load_by_phase,
-)
+from explorer.queries.load import expert_load, expert_load_by_domain, expert_load_by_phase
 from explorer.text import counted
 from explorer.ui import address, problems
 from explorer.ui.address import domain_key
@@ -202,10 +195,7 @@ def _draw_capacity(view: View) -> None:
     if without_ids(view.run, "What a limit drops"):
         return
     curve, zero_from, n_batches, n_tokens, n_all = ask(
-        view,
-        capacity_of,
-        **view.place,
-        phase=view.phase,
+        view, capacity_of, **view.place, phase=view.phase
     )
     if curve.empty or curve["assignments"].isna().all():
         instead("No token of this phase was recorded.")

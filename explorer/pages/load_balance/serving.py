@@ -5,12 +5,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.pages.load_balance import data
-from explorer.pages.load_balance.serving_figures import (
-    balancedness_lines,
-    coverage,
-    decode_reads,
-    gpu_bars,
-)
+from explorer.pages.load_balance.figures import balancedness_lines, coverage, decode_reads, gpu_bars
 from explorer.queries.load import BatchRouting, routing
 from explorer.text import counted
 from explorer.ui import address
@@ -183,13 +178,7 @@ def _batches(view: View) -> None:
     curve = data.coverage_curve(chosen.expert_ids, n_experts)
     with right:
         chart(
-            coverage(
-                curve,
-                layer=view.site_name,
-                scope=scope,
-                notes=cut,
-                dark=is_dark(),
-            ),
+            coverage(curve, layer=view.site_name, scope=scope, notes=cut, dark=is_dark()),
             key="coverage",
             alt=f"Share of experts touched after so many tokens: {curve['share'].iloc[-1]:.0%} "
             f"after {int(curve['tokens'].iloc[-1]):,}.",

@@ -126,8 +126,7 @@ def _report_button(label: str, run: str, view: SavedView | None = None) -> None:
         return
     if problem:
         st.warning(
-            f"These sections could not be made whole: {plain(problem)}",
-            icon=":material/warning:",
+            f"These sections could not be made whole: {plain(problem)}", icon=":material/warning:"
         )
     wish = f"{run} {view.name if view else ''}"
     st.download_button(

@@ -166,9 +166,7 @@ def score_bars(
         )
     if baseline is not None:
         figure.add_hline(
-            baseline,
-            line=theme.dotted(dark, 2),
-            annotation_text=f"all equal: {number(baseline)}",
+            baseline, line=theme.dotted(dark, 2), annotation_text=f"all equal: {number(baseline)}"
         )
     step = 1 if len(rows) <= _LABELLED_BARS else -(-len(rows) // 16)
     experts = rows["expert_id"].tolist()

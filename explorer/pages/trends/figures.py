@@ -90,9 +90,7 @@ def trend_lines(
         )
     if quantity == "saturation":
         figure.add_hline(
-            float(table["chance"].mean()),
-            line=theme.dotted(dark),
-            annotation_text="by chance",
+            float(table["chance"].mean()), line=theme.dotted(dark), annotation_text="by chance"
         )
     known = table.drop_duplicates("name").set_index("name")
     stages = known["stage"].nunique() > 1
