@@ -494,6 +494,6 @@ def test_a_link_to_a_comparison_or_region_that_is_not_here_says_so(monkeypatch, 
         "compare": {"comparison": "gone.comparison"},
         "clusters": {"region": "00000000u:0_0~1_1", "map": "prompts"},
     }
-    named = {"compare": "the comparison “gone.comparison”", "clusters": "a region that is not of"}
+    named = {"compare": "“Comparison” for “gone.comparison”", "clusters": "a region that is not of"}
     app = opened(monkeypatch, tmp_path, page=page, run="known", **links[page])
     assert named[page] in said(app.info)
