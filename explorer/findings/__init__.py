@@ -15,6 +15,7 @@ from scipy import stats
 from explorer.findings.halves import MIN_PROMPTS, Half, read_halves
 from explorer.findings.kinds import KINDS, Tested
 from explorer.run import Run
+from explorer.text import counted
 
 MOST = 7
 RATE = 0.01  # false discovery rate
@@ -69,7 +70,7 @@ class Findings(NamedTuple):
     @property
     def summary(self) -> str:
         """How the sentences came about, in one."""
-        read = f"{self.n_tokens:,} tokens of {self.n_prompts:,} prompts"
+        read = f"{counted(self.n_tokens, 'token')} of {counted(self.n_prompts, 'prompt')}"
         if not self.tested:
             return (
                 f"Nothing can be tested in {read}: half of the prompts suggest and the others "

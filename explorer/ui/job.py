@@ -15,7 +15,7 @@ from explorer.worker.uploads import read_upload
 POLL_SECONDS = 0.5
 _STAGES = {
     "starting": "Starting the worker process",
-    "loading": "Loading the model",
+    "loading": "Loading",
     "self-test": "Checking that every router can be recorded",
     "recording": "Recording",
     "writing": "Closing the run file",

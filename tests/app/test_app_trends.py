@@ -55,7 +55,7 @@ def test_each_checkpoint_has_its_own_n(folder):
     assert hovers == [f"n = {n}" for n in tokens]
     hovers, caption = shown(opened("trends", source="folder"))
     said = f"n = 0 (step_10), {same} (step_20), {every} (step_30)"
-    assert f"{said} prompt tokens shared with the last checkpoint" in caption
+    assert f"{said} tokens, shared with the last one" in caption
     assert hovers == ["n = 0", f"n = {same}", f"n = {every}"]
 
 

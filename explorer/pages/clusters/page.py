@@ -371,13 +371,15 @@ def quality_panel(
         st.caption("An expert has no domain of its own.")
     if domains and domains.get("nmi") is None:
         st.caption("Not defined: the mapped points are of fewer than two domains.")
+    elif grouped is None:
+        st.caption("Measured on the clusters, which are not there yet.")
     if grouped is not None:
         st.metric("Clusters", found["n_clusters"], border=True)
         st.caption(_about_clusters(method, prepared, found))
     missing = prepared.n_all - len(prepared.ids)
     st.caption(
-        f"{len(prepared.ids):,} of {prepared.n_all:,} {source.unit} have a vector"
-        + (f"; {missing:,} have none and are not on the map." if missing else ".")
+        f"Mapped: {len(prepared.ids):,} of {prepared.n_all:,} {source.unit}"
+        + (f"; without a vector: {missing:,}." if missing else ".")
         + f" Seed {SEED}."
     )
 

@@ -107,30 +107,30 @@ def _caption(view: View, table: pd.DataFrame, quantity: str) -> Caption:
     """Say how many tokens each checkpoint's values are of, and which filters act."""
     counts = tokens_of(table, quantity)
     most = max(counts.values())
-    what = "tokens"
+    what = ""
     scope = view.scope(most, over_layers=True)._replace(search=None, slice=None, step=1)
     if quantity == "saturation":
-        what = "prompt tokens shared with the last checkpoint"
+        what = ", shared with the last one"
         if most >= MAX_TOKENS:
             what += f" (at most {MAX_TOKENS:,}, evenly spread)"
         scope = scope._replace(phase="prompt")
     of = "".join(f"; {name}: {label(value)}" for name, value in scope.filter_values().items())
     return Caption(
-        f"n = {_numbers(counts)} {what}{of}; padding excluded; one line a layer",
+        f"n = {_numbers(counts)}{what}{of}; padding excluded; one line a layer",
         scope.filter_values(),
     )
 
 
 def _numbers(counts: dict[str, int]) -> str:
     """Write the number of each checkpoint's tokens: one for all where they are the same."""
-    if len(set(counts.values())) == 1:
-        return f"{max(counts.values()):,} of each checkpoint,"
+    low, high = min(counts.values()), max(counts.values())
+    if low == high:
+        return f"{counted(low, 'token')} of each checkpoint"
     if len(counts) > _LISTED:
-        low, high = min(counts.values()), max(counts.values())
-        return f"{low:,} to {high:,} (each checkpoint's own: in the table, and under the mouse)"
+        return f"{low:,} to {high:,} tokens of each checkpoint (in the table and under the mouse)"
     names = labels(list(counts), limit=18)
     each = [f"{n:,} ({name})" for name, n in zip(names, counts.values(), strict=True)]
-    return ", ".join(each)
+    return ", ".join(each) + " tokens"
 
 
 def _short(quantity: str) -> str:
