@@ -362,17 +362,17 @@ def quality_panel(
         "prompts, mean of 50.",
         border=True,
     )
-    if domains and domains.get("nmi") is not None:
+    if domains.get("nmi") is not None:
         st.caption(
             f"By chance {_number(domains.get('floor'))} "
             f"(95 % below {_number(domains.get('floor_high'))})"
         )
     elif source.unit == "experts":
         st.caption("An expert has no domain of its own.")
-    if domains and domains.get("nmi") is None:
-        st.caption("Not defined: the mapped points are of fewer than two domains.")
     elif grouped is None:
         st.caption("Measured on the clusters, which are not there yet.")
+    else:
+        st.caption("Not defined: the mapped points are of fewer than two domains.")
     if grouped is not None:
         st.metric("Clusters", found["n_clusters"], border=True)
         st.caption(_about_clusters(method, prepared, found))

@@ -36,12 +36,13 @@ def serving_section(view: View, load: pd.DataFrame) -> None:
 @section("Hottest and coldest experts")
 def _hot_and_cold(load: pd.DataFrame) -> None:
     ordered = load.dropna(subset=["ratio"]).sort_values("ratio", ascending=False)
+    ordered = ordered.assign(share=100 * ordered["share"])
     columns = {
         "layer": "Layer",
         **({"site": "Router"} if (load["site"] > 0).any() else {}),
         "expert_id": "Expert",
         "assignments": ("Assignments", "localized"),
-        "share": ("Share", "percent"),
+        "share": ("Share", "%.2f%%"),
         "ratio": ("× fair share", "%.2f"),
     }
     for column, title, rows in zip(
