@@ -32,7 +32,7 @@ def follow(job_id: int, *, key: str) -> Job | None:
     """
     job = shared_worker().job(job_id)
     if job is None:
-        instead("This capture is not known any more; the app was restarted.")
+        instead("This job is not known any more: the app was restarted since.")
         return None
     if job.active:
         _watch(job_id, key)

@@ -252,8 +252,9 @@ def _jobs() -> None:
             _open_button(ended, primary=True)
     others = [job for job in jobs.values() if first is None or job.job_id != first.job_id]
     if others:
-        more = "" if first is None else " more"
-        with st.expander(f"{len(others)}{more} since the app was started", expanded=first is None):
+        more = "capture" if first is None else "more capture"
+        title = f"{counted(len(others), more)} since the app was started"
+        with st.expander(title, expanded=first is None):
             for job in others:
                 _one_line(job)
 

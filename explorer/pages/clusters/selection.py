@@ -17,7 +17,7 @@ from explorer.ui.chart import chart, explain_dash
 from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.saved import save_slice
 from explorer.ui.state import View, ask, is_dark
-from explorer.ui.wording import domain_labels, domain_name, expert_label
+from explorer.ui.wording import domain_labels, domain_name, expert_label, ordinal
 
 LISTED = 1_000  # rows of the table; the browser gets no more
 _COLUMNS = {
@@ -83,7 +83,7 @@ def _list(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.in
         },
     )
     explain_dash(shown)
-    said = f"All {len(rows):,}" if step == 1 else f"Every {step:,}th of {len(rows):,}"
+    said = f"All {len(rows):,}" if step == 1 else f"Every {ordinal(step)} of {len(rows):,}"
     st.caption(f"{said}, in the order of the run. Choose a row to go to it.")
 
 

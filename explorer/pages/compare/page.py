@@ -292,8 +292,8 @@ def _learning(comparison: Comparison) -> None:
     rules = list(dict.fromkeys([*rewarded, *rule]))
     st.subheader("How the routers learned", anchor=False)
     st.markdown(
-        "Exploration and stability are the difficulty of reinforcement learning. A policy whose "
-        "entropy falls at once stopped exploring; seeds that end apart were luck."
+        "To explore, and to stay stable, is what is hard in reinforcement learning. A policy whose "
+        "entropy falls at once stopped exploring; where seeds end far apart, the best was luck."
     )
     quantity = address.choose(
         st.segmented_control,

@@ -42,9 +42,9 @@ def weights_section(view: View, expert: int) -> None:
         problems.show(error)
         return
     st.markdown(
-        "Experts with router rows alike are chosen for alike tokens. Experts that were trained "
-        "from different starts have weights of cosine near 0 even where they do alike work, since "
-        "the neurons of an expert can stand in any order."
+        "Experts whose router rows are alike are chosen for similar tokens. Experts that were "
+        "trained from different starts have weights of cosine near 0 even where they do similar "
+        "work, since the neurons of an expert can stand in any order."
     )
     places = st.columns(2, gap="large")
     for place, kind in zip(places, map_cache.WEIGHT_KINDS, strict=True):

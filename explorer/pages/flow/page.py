@@ -28,7 +28,7 @@ from explorer.ui.concordance import concordance, lines_of
 from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
-from explorer.ui.wording import expert_label
+from explorer.ui.wording import expert_label, ordinal
 
 MAX_STEPS = 6
 _FLOWS = ("6", "12", "24", "48")
@@ -134,8 +134,8 @@ def _sankey(view: View, hops: list[Hop]) -> None:
 def _say_sampled(counts: PairCounts) -> None:
     if counts.n_tokens < counts.n_all:
         st.caption(
-            f"The run's totals do not know this filter, so pairs were counted from every "
-            f"{-(-counts.n_all // counts.n_tokens)}th token: {counts.n_tokens:,} of "
+            "The run's totals do not know this filter, so pairs were counted from every "
+            f"{ordinal(-(-counts.n_all // counts.n_tokens))} token: {counts.n_tokens:,} of "
             f"{counts.n_all:,}."
         )
 
