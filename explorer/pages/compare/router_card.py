@@ -44,7 +44,11 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
         known = isinstance(paper, str) and paper
         st.caption(
             (f"Source: {plain(paper.rstrip('.'))}. " if known else "")
-            + (f"It is fitted: {plain(fits)}." if isinstance(fits, str) else "Nothing is fitted.")
+            + (
+                f"How it is fitted: {plain(fits)}."
+                if isinstance(fits, str)
+                else "Nothing is fitted."
+            )
         )
         _spanning(comparison, name)
         _gates(comparison, name)
