@@ -172,10 +172,9 @@ CREATE TABLE packed.attention_layer (
 );
 """
 
-_FIXED_VIEWS = f"""
+_FIXED_VIEWS = """
 CREATE VIEW tokens AS
-    SELECT token_id, prompt_id, position, phase, nullif(token, {NO_TOKEN}) AS token, text, loss
-    FROM packed.token;
+    SELECT token_id, prompt_id, position, phase, token, text, loss FROM packed.token;
 CREATE VIEW prompts AS SELECT prompt_id, text, domain, source FROM packed.prompt;
 CREATE VIEW prompt_sizes AS SELECT prompt_id, n_tokens, truncated FROM packed.prompt;
 CREATE VIEW scores AS SELECT token_id, layer, site, scores FROM packed.score;
@@ -341,17 +340,16 @@ INSERT_RUN = (
 )
 INSERT_SITES = "INSERT INTO packed.site VALUES (?, ?, ?, ?, ?, ?, ?)"
 INSERT_ATTENTION_LAYERS = "INSERT INTO packed.attention_layer VALUES (?, ?, ?, ?, ?, ?)"
-INSERT_PROMPTS = "INSERT INTO packed.prompt SELECT * FROM rows"
 CLOSE_RUN = "UPDATE packed.run SET seconds = ?, complete = ?"
 SET_BACKENDS = "UPDATE packed.run SET backends = ?"
 SET_NOTES = "UPDATE packed.run SET notes = ?"
 SET_VERSION = "UPDATE packed.run SET schema_version = ?"
 
 
-# of a file whose token ids were left out
+# of a file with token ids that are not known or were left out
 TOKENS_WITHOUT_IDS = (
     "CREATE OR REPLACE VIEW tokens AS SELECT token_id, prompt_id, position, phase,"
-    " NULL::INTEGER AS token, text, loss FROM packed.token"
+    f" nullif(token, {NO_TOKEN}) AS token, text, loss FROM packed.token"
 )
 PROMPT_COLUMNS = ("prompt_id", "text", "domain", "source", "n_tokens", "truncated")
 

@@ -121,6 +121,7 @@ class RunWriter:
         self._pending: list[dict[str, pa.Table]] = []
         self._pending_rows = self._pending_bytes = 0
         self._n_tokens = self._n_batches = 0
+        self._has_unknown_tokens = False
         self.stored_tokens = 0
         self._vectors = {"score": [0] * len(sites), "hidden": [0] * len(sites)}
         self._started = self._committed = time.monotonic()
@@ -193,9 +194,8 @@ class RunWriter:
         connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
         if layers:
             connection.executemany(schema.INSERT_ATTENTION_LAYERS, layer_rows(layers))
-        self.append_prompts(prompts)
-        self._store_prompts()
-        self._prompts_are_stored()
+        if prompts:
+            self._insert(schema.insert("prompt"), self._numbered(prompts))
         connection.execute("COMMIT")
 
     def _open(self) -> duckdb.DuckDBPyConnection:
@@ -224,10 +224,14 @@ class RunWriter:
         self._rollup.add(forward, blocks)
         self._n_batches += 1
         self._n_tokens += len(forward.tokens.token_id)
+        self._has_unknown_tokens |= bool((forward.tokens.token == schema.NO_TOKEN).any())
         for block in blocks:
             for table, given in (("score", block.scores), ("hidden", block.hidden)):
                 for index in block.site_indices:
                     self._vectors[table][index] += 0 if given is None else len(given[0])
+        if self._new_prompts:
+            tables["prompt"] = self._numbered(self._new_prompts)
+            self._new_prompts = []
         self._hold(tables)
         full = self._pending_rows >= COMMIT_ROWS or self._pending_bytes >= COMMIT_BYTES
         if full or self.is_due:
@@ -240,13 +244,17 @@ class RunWriter:
         """
         self._new_prompts += prompts
 
-    def _store_prompts(self) -> None:
-        if self._new_prompts:
-            self._insert(schema.INSERT_PROMPTS, _prompt_table(self._new_prompts, self._n_prompts))
-
-    def _prompts_are_stored(self) -> None:
-        self._n_prompts += len(self._new_prompts)
-        self._new_prompts = []
+    def _numbered(self, prompts: Sequence[PromptInfo]) -> pa.Table:
+        """Return rows of the table ``prompt``, numbered on from those before."""
+        first = self._n_prompts
+        self._n_prompts += len(prompts)
+        text, domain, source, n_tokens, truncated = zip(*prompts, strict=True)
+        arrays = [
+            pa.array(range(first, self._n_prompts), pa.int32()),
+            *(strings(values) for values in (text, domain, source)),
+            *(pa.array(values, pa.int32()) for values in (n_tokens, truncated)),
+        ]
+        return pa.Table.from_arrays(arrays, names=list(schema.PROMPT_COLUMNS))
 
     @property
     def is_due(self) -> bool:
@@ -293,8 +301,7 @@ class RunWriter:
         self._open()
         if self._pending or self._new_pairs:
             with self._transaction():
-                self._store_prompts()
-                for name in self._tables:
+                for name in ("prompt", *self._tables):
                     parts = [tables[name] for tables in self._pending if name in tables]
                     if parts:
                         self._insert(schema.insert(name), pa.concat_tables(parts).combine_chunks())
@@ -305,7 +312,6 @@ class RunWriter:
                     store_pairs(self._open(), self._pairs, self._tables)
                     self._new_pairs = False
             self._pending.clear()
-            self._prompts_are_stored()
             self._pending_rows = self._pending_bytes = 0
             self.stored_tokens = self._n_tokens
         self._committed = time.monotonic()
@@ -386,6 +392,8 @@ class RunWriter:
             check_diagonal(connection, self._sites)
         with self._transaction():
             connection.execute(schema.STORE_GATE_SUMS)
+            if self._has_unknown_tokens:
+                connection.execute(schema.TOKENS_WITHOUT_IDS)
             connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
             if backends is not None:
                 connection.execute(schema.SET_BACKENDS, [as_json(dict(backends))])
@@ -431,15 +439,3 @@ def _check_facts(info: RunInfo, sites: Sequence[SiteInfo]) -> None:
                 f"{site.module} must have 1 <= top_k <= n_experts <= 65535, got top_k="
                 f"{site.top_k} and n_experts={site.n_experts}. Check how the site was found."
             )
-
-
-def _prompt_table(prompts: Sequence[PromptInfo], first: int) -> pa.Table:
-    arrays = [
-        pa.array(range(first, first + len(prompts)), pa.int32()),
-        strings([prompt.text for prompt in prompts]),
-        strings([prompt.domain for prompt in prompts]),
-        strings([prompt.source for prompt in prompts]),
-        pa.array([prompt.n_tokens for prompt in prompts], pa.int32()),
-        pa.array([prompt.truncated for prompt in prompts], pa.int32()),
-    ]
-    return pa.Table.from_arrays(arrays, names=list(schema.PROMPT_COLUMNS))

@@ -279,6 +279,15 @@ def test_an_unknown_statistic_and_an_infinite_one_are_null(out, random):
     assert ask(out, "SELECT count(loss) FROM tokens") == [(0,)]
 
 
+def test_a_token_id_that_is_not_known_is_null(out, random):
+    forward = with_tokens(make_forward(0, 2, SITES, random), token=np.int32([schema.NO_TOKEN, 7]))
+    write(out, SITES, [forward])
+    assert ask(out, "SELECT token FROM tokens ORDER BY token_id") == [(None,), (7,)]
+    with RunReader.open(out) as run:
+        found = run.query("SELECT token FROM tokens ORDER BY token_id")
+    assert found["token"].to_pylist() == [None, 7]
+
+
 def test_scores_and_hidden_of_a_sample(out, random):
     forward = make_forward(7, 4, SITES[:2], random)
     scores = np.float32([[0.1, -np.inf, 2, 3, 4], [5, 6, 7, 8, 9]])

@@ -18,12 +18,12 @@ _READ = """
 import json, resource, sys
 import pyarrow.parquet, capture.prompts
 from malformed_prompts import malformed
-from explorer.worker import prompts
-prompts.limit_memory()
+from explorer.worker import uploads
+uploads.limit_memory()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 for name, data in malformed(int(sys.argv[1])):
-    print(name, prompts.answer(name, data), flush=True)
+    print(name, uploads.answer(name, data), flush=True)
 print("grew", (peak() - before) * (1 if sys.platform == "darwin" else 1024))
 """
 
