@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from capture.recorder.own_loop.callback import TrainerCallback
     from capture.recorder.own_loop.recording import recording
     from capture.recorder.record import record
+    from capture.traces.importing import import_routing
 
-__all__ = ["CaptureConfig", "TrainerCallback", "record", "recording"]
+__all__ = ["CaptureConfig", "TrainerCallback", "import_routing", "record", "recording"]
 _WHERE = {
     "CaptureConfig": "capture.recorder.config",
     "TrainerCallback": "capture.recorder.own_loop.callback",
+    "import_routing": "capture.traces.importing",
     "record": "capture.recorder.record",
     "recording": "capture.recorder.own_loop.recording",
 }

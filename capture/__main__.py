@@ -1,4 +1,4 @@
-"""Command line: record a run, close a killed one, migrate an old one, test architectures."""
+"""Command line: record or import a run, close a killed one, migrate, test architectures."""
 
 import argparse
 import importlib
@@ -10,10 +10,12 @@ from typing import Any
 
 from capture.errors import CaptureCancelled, CaptureError
 from capture.interrupts import Terminated
-from capture.paths import RUN_SUFFIX, suggested_name
+from capture.paths import RUN_SUFFIX, path_argument, suggested_name
 from capture.recorder.config import CaptureConfig, described
 from capture.recorder.record import record
 from capture.store import migrate, recover
+from capture.traces import import_routing
+from capture.traces.formats import FORMATS
 
 ERROR = 2
 DIFFERS = 1  # an architecture is recorded otherwise than its experts ran
@@ -29,6 +31,8 @@ examples:
       a model of the Hugging Face hub; the file has a column text and perhaps domain
   python -m capture demo --level attention --attention-prompts 20
       also pooled attention maps, head statistics and heaviest keys of 20 prompts
+  python -m capture import responses.jsonl --out runs/served.duckdb
+      routing that vLLM, SGLang, Megatron or another program recorded
   python -m capture recover runs/olmoe.duckdb.partial
       close the file of a capture that was killed; everything committed is kept
   python -m capture migrate runs/old.duckdb runs/new.duckdb
@@ -44,7 +48,7 @@ a folder of them, or one of the names demo, demo-fit, demo-heldout
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"recover": _recover, "migrate": _migrate, "matrix": _matrix}
+    commands = {"import": _import, "recover": _recover, "migrate": _migrate, "matrix": _matrix}
     run = commands.get(given[0], _capture) if given else _capture
     try:
         return run(given)
@@ -112,6 +116,31 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             how |= {"nargs": "+"} if kind == Sequence[int] | None else {}
         place = group if name.startswith("attention_") else parser
         place.add_argument(f"--{name.replace('_', '-')}", **how)
+
+
+def _import(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m capture import",
+        description="Write routing that another program recorded as a run file.",
+    )
+    add = parser.add_argument
+    add("source", nargs="+", type=path_argument, metavar="SOURCE", help="files, or a folder")
+    add("--out", required=True, metavar="RUN", help="the run file, never overwritten")
+    add("--format", metavar="NAME", help="by default found out; one of " + ", ".join(FORMATS))
+    add("--experts", type=int, metavar="N", help="routed experts of a layer, where it is not said")
+    add("--top-k", type=int, metavar="K", help="experts of a token, where it is not said")
+    add("--keep-warm-up", action="store_true", help="keep equal rows at the head")
+    options = parser.parse_args(arguments[1:])
+    made = import_routing(
+        options.source,
+        options.out,
+        format=options.format,
+        n_experts=options.experts,
+        top_k=options.top_k,
+        keep_warm_up=options.keep_warm_up,
+    )
+    print(made)
+    return 0
 
 
 def _recover(arguments: Sequence[str]) -> int:

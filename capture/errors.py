@@ -5,6 +5,7 @@ CaptureError
 ├── PromptError           a prompt file or record cannot be read
 ├── ModelError            a model cannot be loaded, or loads only with a flag
 │   └── SiteError         a model has no MoE site, or a site cannot be tapped
+├── TraceError            routing of another program cannot be read
 ├── SwapError             a rule cannot take a router's place, lacks what it asks for, or its
 │                         answer cannot be executed
 ├── StoreError            a run file cannot be created, written or opened
@@ -40,6 +41,10 @@ class ModelError(CaptureError):
 
 class SiteError(ModelError):
     """A model has no MoE site, or a site cannot be tapped."""
+
+
+class TraceError(CaptureError):
+    """Routing that another program recorded cannot be read."""
 
 
 class SwapError(CaptureError):

@@ -19,7 +19,7 @@ HEAVY = {"torch", "triton", "numba", "numpy"}
     ("package", "names"),
     [
         ("kernels", ["attention", "coactivation", "gate", "project_topk"]),
-        ("capture", ["CaptureConfig", "TrainerCallback", "record", "recording"]),
+        ("capture", ["CaptureConfig", "TrainerCallback", "import_routing", "record", "recording"]),
         ("explorer", ["ROUTERS", "compare", "open_comparison", "open_run"]),
     ],
 )

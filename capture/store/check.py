@@ -229,7 +229,7 @@ QUESTIONS = (
             "negative counts": "list_min(assignments) < 0",
             "counts that cannot be": counts("assignments", "n_all")
             + " OR list_sum(assignments) > n_all * top_k::HUGEINT",
-            "sums that are not numbers": f"{numbers('weight_sum', '0', _MOST_WEIGHT)}"
+            "sums that are not numbers": f"{beyond('weight_sum', '0', _MOST_WEIGHT)}"
             f" OR (prob_sum IS NOT NULL AND {numbers('prob_sum', '-1', _MOST_WEIGHT)})",
         },
     ),

@@ -22,7 +22,8 @@ _LAST_STEP = 1.5 * 2.0 ** (8 - WEIGHT_MANTISSA)
 _WEIGHT_SHIFT = _FLOAT32_MANTISSA - WEIGHT_MANTISSA
 _WEIGHT_OFFSET = (_FLOAT32_BIAS - WEIGHT_BIAS) << WEIGHT_MANTISSA
 
-# the largest code; also what the gate makes of a weight that has none (nan, negative, too large)
+# the largest code: a weight that is not known, NULL for readers; also what the gate makes of one
+# that has no code (nan, negative, too large)
 NO_WEIGHT = 2**16 - 1
 HALF_LIMIT = float(np.finfo(np.float16).max)
 WORD_BITS = 64
@@ -133,12 +134,13 @@ def _checked_weights(weights: npt.NDArray[np.float32], limit: int) -> npt.NDArra
 
 
 def decode_weights(codes: Codes) -> npt.NDArray[np.float32]:
-    """Return the weights that the codes stand for, exactly."""
+    """Return the weights that the codes stand for, exactly; nan where one is not known."""
     code = codes.astype(np.int64)
     mantissa = (code & ((1 << WEIGHT_MANTISSA) - 1)) + (1 << WEIGHT_MANTISSA)
     exponent = (code >> WEIGHT_MANTISSA) - WEIGHT_BIAS - WEIGHT_MANTISSA
     values = np.ldexp(mantissa.astype(np.float64), exponent.astype(np.int32))
-    return np.where(code == 0, 0.0, values).astype(np.float32)
+    known = np.where(code == 0, 0.0, values)
+    return np.where(code == NO_WEIGHT, np.nan, known).astype(np.float32)
 
 
 def pack_weights(part: Codes, layout: Layout) -> Words:
@@ -223,7 +225,8 @@ def sql_weight(code: str) -> str:
     one = 1 << WEIGHT_MANTISSA
     scale = 2.0 ** -(WEIGHT_BIAS + WEIGHT_MANTISSA)
     return (
-        f"(CASE WHEN {code} = 0 THEN 0 ELSE ({one} + ({code} & {one - 1}))::DOUBLE"
+        f"(CASE WHEN {code} = 0 THEN 0 WHEN {code} = {NO_WEIGHT} THEN NULL"
+        f" ELSE ({one} + ({code} & {one - 1}))::DOUBLE"
         f" * (1::UBIGINT << ({code} >> {WEIGHT_MANTISSA}))::DOUBLE * {scale!r}::DOUBLE END)::FLOAT"
     )
 

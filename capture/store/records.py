@@ -109,7 +109,8 @@ Block = SiteBlock[npt.NDArray[Any]]
 class SiteRows:
     """What one site did in one forward pass, in plain numbers; the store packs a copy of it.
 
-    As :class:`SiteBlock` without its first axis: -1 is an empty slot, with weight 0.
+    As :class:`SiteBlock` without its first axis: -1 is an empty slot, with weight 0. Weights that
+    are not known are all nan, and so is their sum; readers see NULL.
     """
 
     site_index: int
@@ -247,7 +248,7 @@ def as_block(rows: Block | SiteRows, site: SiteInfo) -> Block:
         weight_sum=np.array(rows.weight_sum)[None],
         prob_sum=None if rows.prob_sum is None else np.array(rows.prob_sum)[None],
         expert_ids=None if ids is None else _id_codes(ids, site)[None],
-        weights=None if weights is None else encode_weights(weights)[None],
+        weights=None if weights is None else _weight_codes(rows)[None],
         **{name: _half(name, getattr(rows, name)) for name in STATISTICS},
         scores=_copied(rows.scores),
         hidden=_copied(rows.hidden),
@@ -264,6 +265,14 @@ def _id_codes(ids: npt.NDArray[np.int32], site: SiteInfo) -> npt.NDArray[Any]:
         _check_range(int(ids.min()), int(ids.max()), site)
     # -1 wraps to all ones, which is the code of an empty slot
     return ids.astype(id_dtype(site.n_experts))
+
+
+def _weight_codes(rows: SiteRows) -> npt.NDArray[np.uint16]:
+    weights, ids = rows.weights, rows.expert_ids
+    assert weights is not None
+    if ids is not None and np.isnan(rows.weight_sum).all() and np.isnan(weights).all():
+        return np.where(ids >= 0, NO_WEIGHT, 0).astype(np.uint16)
+    return encode_weights(weights)
 
 
 def _half(name: str, values: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float16] | None:
@@ -311,6 +320,8 @@ def _check_rollups(block: Block, sites: Sequence[SiteInfo], n_domains: int) -> N
     }  # fmt: skip
     if block.prob_sum is not None:
         sums["prob_sum"] = block.prob_sum
+    if _unweighted(block):
+        del sums["weight_sum"]
     for name, values in sums.items():
         if values.shape != (len(sites), *shape):
             raise StoreError(
@@ -359,7 +370,13 @@ def _check_routes(block: Block, sites: Sequence[SiteInfo], level: Level, n_token
     if n_tokens:
         for index, site in enumerate(sites):
             _check_ids(ids[index], block.assignments[index], site)
-        _check_weights(weights, sites)
+        if not _unweighted(block):
+            _check_weights(weights, sites)
+
+
+def _unweighted(block: Block) -> bool:
+    """Whether weights are not known at any of the sites."""
+    return bool(np.isnan(block.weight_sum).all())
 
 
 def _check_range(low: int, high: int, site: SiteInfo) -> None:

@@ -197,7 +197,8 @@ CREATE VIEW expert_load_by AS
 CREATE VIEW expert_load AS
     SELECT layer, site, expert_id,
         coalesce(sum(assignments), 0)::BIGINT AS assignments,
-        coalesce(sum(weight_sum), 0)::DOUBLE AS weight_sum,
+        CASE WHEN count(weight_sum) > 0 OR count(assignments) = 0
+            THEN coalesce(sum(weight_sum), 0)::DOUBLE END AS weight_sum,
         CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum
     FROM (SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id FROM packed.site)
     LEFT JOIN expert_load_by USING (layer, site, expert_id)

@@ -61,7 +61,7 @@ def as_table(columns: Sequence[Column], arrays: Sequence[Any]) -> pa.Table:
 
 
 def rows_table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> pa.Table:
-    """Make a table of rows; an array in a row is a list."""
+    """Make a table of rows; an array in a row is a list, nan in it is NULL."""
     values = zip(*rows, strict=True) if rows else ([] for _ in columns)
     return as_table(columns, [_column(v, c) for v, c in zip(values, columns, strict=True)])
 
@@ -71,7 +71,7 @@ def _column(values: Sequence[Any], column: Column) -> pa.Array:
         return pa.array(values, column.arrow)
     # large matrices: put together by numpy, not number by number
     ends = np.cumsum([0, *(len(value) for value in values)])
-    flat = pa.array(np.concatenate(values))
+    flat = pa.array(np.concatenate(values), from_pandas=True)
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat).cast(column.arrow)
 
 
