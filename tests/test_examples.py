@@ -21,6 +21,7 @@ SCRIPTS = {
     "compare.py": "example.duckdb",
     "own_router.py": "example.duckdb",
     "own_adapter.py": "own-adapter.duckdb",
+    "own_loop.py": "own-loop.duckdb",
 }
 CHOICES = "SELECT token_id, layer, slot, expert_id FROM assignments ORDER BY ALL"
 
@@ -95,6 +96,19 @@ def test_an_adapter_of_ones_own_records_what_the_model_does(printed, tmp_path):
     prompt = "The quick brown fox jumps over the lazy dog."
     usual = capture.record("demo", [prompt], tmp_path / "usual.duckdb", progress=False)
     assert choices(recorded.removeprefix("with: ")) == choices(usual)
+
+
+@pytest.mark.slow
+def test_ones_own_loop_is_recorded(printed):
+    (path,) = printed["own_loop.py"]
+    with duckdb.connect(path, read_only=True) as run:
+        texts = run.sql(
+            "SELECT text, count(*) FILTER (phase = 'generated') FROM prompts JOIN tokens"
+            " USING (prompt_id) GROUP BY prompt_id, prompts.text ORDER BY prompt_id"
+        ).fetchall()
+    fox, add = "The quick brown fox jumps over the lazy dog.", "def add(a, b):"
+    # one token by hand; of three that are generated the last is not read; a step of training
+    assert texts == [(fox, 1), (fox, 2), (add, 2), (fox, 0), (add, 0)]
 
 
 @pytest.mark.slow

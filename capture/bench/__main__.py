@@ -2,13 +2,14 @@
 
 ``python -m capture.bench store`` prints how fast routing rows reach a run file and what one row
 takes on disk. ``overhead`` prints how much longer a model takes while it is recorded, ``levels``
-the same for every level, ``attention-memory`` how much memory recorded attention takes. A further
-measurement is one more entry of ``COMMANDS``.
+the same for every level, ``own-loop`` that of somebody's own loop, ``attention-memory`` how much
+memory recorded attention takes. A further measurement is one more entry of ``COMMANDS``.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 
+from capture.bench.own_loop import own_loop, own_loop_options
 from capture.bench.recording import (
     attention_memory,
     attention_memory_options,
@@ -41,6 +42,7 @@ COMMANDS: dict[
     "store": (store_options, store),
     "overhead": (overhead_options, overhead),
     "levels": (levels_options, levels),
+    "own-loop": (own_loop_options, own_loop),
     "attention-memory": (attention_memory_options, attention_memory),
 }
 

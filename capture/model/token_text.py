@@ -256,11 +256,11 @@ def decode_pieces(
     anchor, done = 0, first
     pieces: list[str] = []
     while done < len(tokens):
-        before = _decode(tokenizer, tokens[anchor:done])
+        before = decode(tokenizer, tokens[anchor:done])
         stop, settled, waited = done, len(before), 0
         while True:
             stop += 1
-            now = _decode(tokenizer, tokens[anchor:stop])
+            now = decode(tokenizer, tokens[anchor:stop])
             stable = len(now.rstrip(REPLACEMENT))
             waited = 0 if stable > settled else waited + 1
             settled = max(settled, stable)
@@ -268,7 +268,7 @@ def decode_pieces(
             if stop == len(tokens) or not is_open or stop - done == MAX_CHAIN:
                 break
         added = now[len(before) :]
-        starts = [_decode(tokenizer, tokens[anchor:i])[len(before) :] for i in range(done, stop)]
+        starts = [decode(tokenizer, tokens[anchor:i])[len(before) :] for i in range(done, stop)]
         ends = [*(_settled(part, added) for part in starts[1:]), len(added)]
         cursor = 0
         for end in ends:
@@ -304,9 +304,9 @@ def _on_first_bytes(
         own, run = min(run, MAX_OPEN_TOKENS), 0
         here = first + place
         context = tokens[max(0, here - own - CONTEXT_TOKENS) : here - own]
-        known = len(_decode(tokenizer, context))
+        known = len(decode(tokenizer, context))
         for fewer in range(own):
-            alone = _decode(tokenizer, [*context, *tokens[here - fewer : here + 1]])[known:]
+            alone = decode(tokenizer, [*context, *tokens[here - fewer : here + 1]])[known:]
             if alone == piece:
                 break
         else:
@@ -326,7 +326,8 @@ def _settled(part: str, whole: str) -> int:
     return min(stable + kept + (kept < open_marks), len(whole))
 
 
-def _decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """Return the text of token ids as it is, without special tokens."""
     if not tokenizer.is_fast:  # those in Python fail on rows of an embedding that have no token
         ids = [i for i in ids if i < len(tokenizer)]
     text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

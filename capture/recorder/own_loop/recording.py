@@ -23,7 +23,7 @@ from capture.recorder.assemble import pair_sums
 from capture.recorder.config import CaptureConfig
 from capture.recorder.observe import PairCounter, group_sites
 from capture.recorder.own_loop.listening import Failure, Listener, Sender, innermost
-from capture.recorder.own_loop.rows import describe, forward_rows
+from capture.recorder.own_loop.rows import Pieces, describe, forward_rows
 from capture.recorder.own_loop.steps import Declared, DeclareStep, OwnStep
 from capture.recorder.own_loop.texts import Text, Texts
 from capture.recorder.preparation import describe_run
@@ -227,7 +227,8 @@ class _Book:
         self.tokens = self.texts = self.forwards = 0
         self._sites = sites
         self._level = level
-        self._tokenizer = loaded.tokenizer if can_decode(loaded.tokenizer) else None
+        known = loaded.tokenizer
+        self._pieces = Pieces(known) if known is not None and can_decode(known) else None
         self._follower = Texts(self._write)
         # at deeper levels pairs are counted from the rows
         self._pairs = PairCounter(sites, self.groups) if level == "stats" else None
@@ -244,7 +245,7 @@ class _Book:
     def _write(self, texts: list[Text]) -> None:
         if not texts:
             return
-        prompts, pieces = describe(texts, self._tokenizer)
+        prompts, pieces = describe(texts, self._pieces)
         self.writer.append_prompts(prompts)
         for kept in forward_rows(texts, prompts, pieces, self.texts, self.tokens, self._level):
             self.writer.append(kept.forward)

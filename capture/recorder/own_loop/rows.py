@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from capture.model.forward import Ints
-from capture.model.token_text import decode_pieces
+from capture.model.token_text import REPLACEMENT, decode, decode_pieces
 from capture.recorder.own_loop.texts import Pass, Text
 from capture.store.codec import decode_weights
 from capture.store.records import Block, ForwardRows, Level, Phase, PromptInfo, TokenRows
@@ -39,8 +39,31 @@ class Kept(NamedTuple):
         return [torch.from_numpy(ids[:, self.rows]) for ids in self.of.expert_ids]
 
 
+class Pieces:
+    """The text of each token, quickly where tokens read the same alone and together.
+
+    Parameters
+    ----------
+    tokenizer : tokenizer
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._alone: dict[int, str] = {}
+
+    def of(self, ids: list[int]) -> list[str]:
+        """Return what :func:`capture.model.token_text.decode_pieces` does."""
+        for token in set(ids) - self._alone.keys():
+            (self._alone[token],) = decode_pieces(self._tokenizer, [token])
+        alone = [self._alone[token] for token in ids]
+        joined = "".join(alone)
+        if REPLACEMENT not in joined and joined == decode(self._tokenizer, ids):
+            return alone
+        return decode_pieces(self._tokenizer, ids)
+
+
 def describe(
-    texts: Sequence[Text], tokenizer: "PreTrainedTokenizerBase | None"
+    texts: Sequence[Text], tokenizer: Pieces | None
 ) -> tuple[list[PromptInfo], list[list[str] | None]]:
     """Return what the run file says of texts, and the text of each token."""
     prompts, pieces_of = [], []
@@ -48,7 +71,7 @@ def describe(
         given, ids = text.given(), text.tokens()
         pieces = None
         if tokenizer is not None and (ids != NO_TOKEN).all():
-            pieces = decode_pieces(tokenizer, ids.tolist())
+            pieces = tokenizer.of(ids.tolist())
         said = text.declared
         known = said.text if said is not None else None
         if known is None and pieces is not None:
