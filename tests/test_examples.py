@@ -103,7 +103,7 @@ def test_ones_own_loop_is_recorded(printed):
     (path,) = printed["own_loop.py"]
     with duckdb.connect(path, read_only=True) as run:
         texts = run.sql(
-            "SELECT text, count(*) FILTER (phase = 'generated') FROM prompts JOIN tokens"
+            "SELECT prompts.text, count(*) FILTER (phase = 'generated') FROM prompts JOIN tokens"
             " USING (prompt_id) GROUP BY prompt_id, prompts.text ORDER BY prompt_id"
         ).fetchall()
     fox, add = "The quick brown fox jumps over the lazy dog.", "def add(a, b):"
