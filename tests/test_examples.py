@@ -107,8 +107,8 @@ def test_ones_own_loop_is_recorded(printed):
             " USING (prompt_id) GROUP BY prompt_id, prompts.text ORDER BY prompt_id"
         ).fetchall()
     fox, add = "The quick brown fox jumps over the lazy dog.", "def add(a, b):"
-    # one token by hand; of three that are generated the last is not read; a step of training
-    assert texts == [(fox, 1), (fox, 2), (add, 2), (fox, 0), (add, 0)]
+    # of three generated tokens the last is not read; one by hand; a step of training
+    assert texts == [(fox, 2), (add, 2), (fox, 1), (fox, 0), (add, 0)]
 
 
 @pytest.mark.slow
