@@ -135,7 +135,8 @@ def _observe(site: Site, channel: Channel, training: bool) -> SiteObservation:
     if not training:
         _check_mode(site)
     _check_fired(site, channel)
-    ids, weights, scores = channel.expert_ids, channel.weights, channel.scores
+    ids, weights = channel.expert_ids, channel.weights
+    scores = channel.scores if site.scores_known else None
     if ids is None or weights is None:
         raise SiteError(
             f"{module} ran, but its ids and weights were not seen. It cannot be tapped."

@@ -19,6 +19,8 @@ HALF_SMALLEST = 1e-3
 SUM_TOLERANCE = 1e-2
 # scores this close, relative to the best, are ordered by rounding and not by the rule
 TIE, HALF_TIE = 1e-6, 2e-2
+# of the pairs of numbers that are seen, how many have to be seen again
+MOSTLY = 0.5
 # how many tokens may be decided by rounding
 DECIDED_BY_ROUNDING = 0.05
 
@@ -93,6 +95,29 @@ def explains_choice(
     close = out.margin >= -(HALF_TIE if half else TIE) * best.float().cpu()
     rounded = (out.margin < -TIE).float().mean()
     return bool(close.all()) and float(rounded) <= (DECIDED_BY_ROUNDING if half else 0.0)
+
+
+def are_weights(scores: torch.Tensor, expert_ids: torch.Tensor) -> bool:
+    """Whether scores [T, E] are what was applied: 0 wherever an expert was not chosen [T, K]."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(-1, expert_ids.clamp_min(0), True)
+    return not bool(chosen.all()) and not bool(scores[~chosen].any())
+
+
+def n_renumbered(scores: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> int:
+    """Return how many experts have another number where they are told than in the scores, or 0.
+
+    A server that places experts tells them physical ids. Then the best by score [T, E] and the
+    heaviest of those told [T, K] go together one to one, in every token, under other numbers.
+    """
+    best = scores.topk(expert_ids.shape[-1]).indices
+    told = expert_ids.gather(-1, weights.argsort(dim=-1, descending=True, stable=True))
+    pairs = torch.stack([best.flatten(), told.flatten().long()])
+    kinds, counts = pairs.unique(dim=-1, return_counts=True)
+    one_to_one = all(len(row.unique()) == len(row) for row in kinds)
+    # seen once, a pair says nothing
+    is_known = bool((counts > 1).float().mean() > MOSTLY)
+    return int((kinds[0] != kinds[1]).sum()) if one_to_one and is_known else 0
 
 
 def best_by(ranked: torch.Tensor, expert_ids: torch.Tensor) -> bool:

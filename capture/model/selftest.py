@@ -17,7 +17,13 @@ from capture.model import attributes as probe
 from capture.model.forward import keeps, takes_positions
 from capture.model.hooks import SiteObservation, tap
 from capture.model.inputs import input_device, plain_forward, vocabulary
-from capture.model.scoring import best_by, explains_choice, score_function_of
+from capture.model.scoring import (
+    are_weights,
+    best_by,
+    explains_choice,
+    n_renumbered,
+    score_function_of,
+)
 from capture.model.sites import Site, find_sites, text_config
 
 # enough tokens that a rule which does not explain the choice is caught, few enough to be quick
@@ -136,6 +142,8 @@ def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
             f"{site.info.module}: finite router scores were expected, got nan or an empty row. "
             "Check the model's weights and dtype."
         )
+    if are_weights(scores, ids):
+        return replace(site, scores_known=False)
     label = site.parts.score_function or score_function_of(
         scores, ids, weights, half=seen.weights.dtype != torch.float32
     )
@@ -154,6 +162,13 @@ def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
             break
     else:
         known = False
+        moved = n_renumbered(scores, ids, weights)
+        if moved:
+            raise SiteError(
+                f"{site.info.module}: experts are told other numbers than the router scores them "
+                f"under, always the same ones ({moved} of {site.info.n_experts} moved): physical "
+                "ids of a placement. Undo the placement (EPLB) before recording."
+            )
         if label == "sigmoid" and bias is not None and best_by(scores + bias.float().cpu(), ids):
             label, groups = "sigmoid_topk", NO_GROUPS
     return replace(

@@ -163,6 +163,9 @@ class Site:
     margin_known : bool
         Whether the self-test could explain every choice by scores, bias and groups. Where it is
         False, margins are not known (hash routing, families with a rule of their own).
+    scores_known : bool
+        False where the self-test found that what looks like scores are the weights, spread over
+        all experts.
     """
 
     info: SiteInfo
@@ -173,6 +176,7 @@ class Site:
     n_groups: int | None = None
     top_groups: int | None = None
     margin_known: bool = False
+    scores_known: bool = True
 
     def choice(self) -> dict[str, Any] | None:
         """Return what besides the scores decides about the choice, for ``run.notes``.

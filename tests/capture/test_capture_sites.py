@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from capture.errors import SiteError
+from capture.model.hooks import tap
 from capture.model.scoring import explains_choice, score_function_of
 from capture.model.selftest import attach, probe_tokens, self_test
 from capture.model.sites import find_sites, layer_of
@@ -192,6 +193,26 @@ def test_the_self_test_refuses_by_name(model, change, message):
         assert (site.info.score_function, site.margin_known) == ("other", False)
         return
     with pytest.raises(SiteError, match=rf"layers\.1: .*{message}"):
+        attach(model)
+
+
+def test_weights_spread_over_all_experts_are_no_scores(model):
+    """They sum to 1 like probabilities; entropy and margin of them would be invented."""
+    replace_choice(model, lambda z, w, i: (torch.zeros_like(z).scatter(1, i, w / w.sum()), w, i))
+    (site,) = attach(model)
+    assert (site.info.score_function, site.margin_known) == ("other", False)
+    with tap([site]) as taps, torch.no_grad():
+        model(probe_tokens(model))
+        (seen,) = taps.take()
+    assert seen.scores is None
+    assert seen.expert_ids.shape == (64, TOP_K)
+
+
+def test_physical_ids_are_refused(model):
+    """As a server tells experts that it has placed: the router scores them under other numbers."""
+    physical = torch.tensor([2, 0, 1, 3, 5, 4])
+    replace_choice(model, lambda z, w, i: (z, w, physical[i]))
+    with pytest.raises(SiteError, match=r"layers\.1: .*\(5 of 6 moved\): physical ids"):
         attach(model)
 
 
