@@ -119,6 +119,8 @@ class Place:
             args, kwargs = told
             return rows_of(self.module.forward(*args, **kwargs))
         owner: Any = self.bank.owner
+        if isinstance(owner, nn.ModuleList | nn.ModuleDict):
+            return list(owner.children())[expert](hidden) * weights[:, None]  # type: ignore[no-any-return]
         is_scaled = getattr(module, "experts", None) is owner
         if is_scaled:  # weights scale what goes in
             blocks = hidden.new_zeros(self.bank.n_experts, *hidden.shape)

@@ -113,8 +113,8 @@ def n_renumbered(scores: torch.Tensor, expert_ids: torch.Tensor, weights: torch.
     best = scores.topk(expert_ids.shape[-1]).indices
     told = expert_ids.gather(-1, weights.argsort(dim=-1, descending=True, stable=True))
     pairs = torch.stack([best.flatten(), told.flatten().long()])
-    kinds, counts = pairs.unique(dim=-1, return_counts=True)
-    one_to_one = all(len(row.unique()) == len(row) for row in kinds)
+    kinds, counts = torch.unique(pairs, dim=-1, return_counts=True)
+    one_to_one = all(len(torch.unique(row)) == len(row) for row in kinds)
     # seen once, a pair says nothing
     is_known = bool((counts > 1).float().mean() > MOSTLY)
     return int((kinds[0] != kinds[1]).sum()) if one_to_one and is_known else 0

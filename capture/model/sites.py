@@ -36,8 +36,8 @@ SHARED_COUNTS = (
 )  # fmt: skip
 LIST = (
     ": its experts are a list of modules, each called with tokens of its own, as in code for "
-    "transformers 4. Load the model with the class that transformers has for it "
-    "(trust_remote_code=False), whose experts are told ids and weights"
+    "transformers 4, and no known rule makes its gate's output the weights of their sum. Load the "
+    "model with the class that transformers has for it (trust_remote_code=False)"
 )
 
 PRODUCT_KEYS = (

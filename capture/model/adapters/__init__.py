@@ -15,6 +15,7 @@ from capture.model.adapters.base import (
     Rows,
     Seat,
 )
+from capture.model.adapters.expert_list import ExpertListAdapter
 from capture.model.adapters.jetmoe import SortedTokensAdapter
 from capture.model.adapters.llama4 import ScaledInputAdapter
 from capture.model.adapters.standard import StandardAdapter
@@ -37,4 +38,5 @@ ADAPTERS: list[Adapter] = [
     ScaledInputAdapter(),
     SortedTokensAdapter(),
     StandardAdapter(),
+    ExpertListAdapter(),
 ]
