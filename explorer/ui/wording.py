@@ -317,6 +317,11 @@ def listed(parts: Sequence[str]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
+def unnamed(token: object, position: int) -> str:
+    """Return what stands for a token without text: its vocabulary id, else its position."""
+    return f"⟨#{position}⟩" if pd.isna(token) else f"⟨{token}⟩"
+
+
 def routing_sentence(experts: pd.DataFrame, *, site_name: str, n_experts: int) -> str:
     """Say which experts a token went to; ``experts`` has one row per slot, best first."""
     if experts.empty:

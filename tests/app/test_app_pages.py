@@ -95,15 +95,10 @@ def test_a_failed_first_capture_shows_why_and_can_be_tried_again(runs, worker):
 def test_the_progress_says_what_the_capture_says(runs, worker):
     opened()
     worker._jobs[1].state = "running"
-    worker._handle(_report(message="about <b>44 MB</b>"))
-    worker._handle(_report(done=5, total=10))
+    worker._handle(1, Progress("recording", message="about <b>44 MB</b>"))
+    worker._handle(1, Progress("recording", done=5, total=10))
     app = opened()
     assert "about <b>44 MB</b>" in " ".join(c.value.replace("\\", "") for c in app.caption)
-
-
-def _report(**values):
-    report = Progress("recording", **values)
-    return {"event": "progress", "job": 1, "progress": report._asdict()}
 
 
 def test_a_broken_run_is_a_message_and_another_can_be_chosen(written, runs):

@@ -21,7 +21,7 @@ from explorer.ui.chart import chart
 from explorer.ui.problems import instead
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.token_strip import Legend, Token, token_strip
-from explorer.ui.wording import Scope, token_name
+from explorer.ui.wording import Scope, token_name, unnamed
 from explorer.ui.wording import listed as joined
 
 SIZES = ("64", "128", str(MAX_WINDOW))
@@ -138,7 +138,7 @@ def window_text(
     for at in window:
         row = listed.iloc[at]
         weight = float(weights[at])
-        text = f"⟨{row['token']}⟩" if row["text"] is None else row["text"]
+        text = row["text"] if row["text"] is not None else unnamed(row["token"], at)
         said = "after the chosen token" if at > position else f"{weight:.1%} of its attention"
         if np.isnan(weight):
             said = "less than its recorded keys"

@@ -176,6 +176,7 @@ def _about(view: View) -> None:
         "Recorded": f"{counted(info['n_tokens'], 'token')} of "
         f"{counted(info['n_prompts'], 'prompt')} ({info['n_generated']:,} generated)",
         "Level": f"{info['level']} ({_LEVELS.get(info['level'], '')})",
+        **_imported(view),
         "Cut prompts": f"{cut:,}, longer than the model's context" if cut else "none",
         "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
         "Ran on": f"{info['device']}, {info['dtype']}, {_duration(info['seconds'])}, "
@@ -193,6 +194,24 @@ def _about(view: View) -> None:
             "value": st.column_config.TextColumn("Value", width="large"),
         },
     )
+
+
+def _imported(view: View) -> dict[str, str]:
+    """Return what is known of how another program's trace became this run."""
+    note = view.run.notes.get("import")
+    if not isinstance(note, dict):
+        return {}
+    missing = [
+        "no scores, text or loss",
+        *([] if note.get("slots_by_weight") else ["no weights, so that slots are in no order"]),
+    ]
+    # notes of a stranger's file may hold anything
+    warm_up, gaps = (
+        note[name] if isinstance(note.get(name), int) else 0 for name in ("warm_up", "missing")
+    )
+    missing += [f"{gaps:,} (token, layer) not recorded"] if gaps else []
+    left_out = f"; {warm_up:,} rows of warm-up left out" if warm_up else ""
+    return {"Imported": f"from {note.get('format')}: {', '.join(missing)}{left_out}"}
 
 
 _LEVELS = {

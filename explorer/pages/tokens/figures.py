@@ -210,6 +210,10 @@ def token_routes(
     Figure
         A click returns ``customdata`` [layer, site, expert, weight].
     """
+    known = bool(experts["weight"].notna().any()) or experts.empty
+    if not known:  # a trace of ids alone: equal bars, in no order
+        each = experts.groupby(["layer", "site"])["slot"].transform("size")
+        experts = experts.assign(weight_share=1 / each)
     sites = list(dict.fromkeys(zip(experts["layer"], experts["site"], strict=True)))
     several = any(site > 0 for _, site in sites)
     row_of = {place: row for row, place in enumerate(sites)}
@@ -219,7 +223,7 @@ def token_routes(
         places = list(zip(part["layer"], part["site"], strict=True))
         keys = list(zip(part["layer"], part["site"], part["expert_id"], strict=True))
         paint = [colors.get(key, theme.accent(dark)) for key in keys]
-        opacity = max(0.35, 0.95 - 0.12 * int(slot))
+        opacity = max(0.35, 0.95 - 0.12 * int(slot)) if known else 0.65
         figure.add_trace(
             go.Bar(
                 y=[row_of[place] for place in places],
@@ -240,12 +244,22 @@ def token_routes(
                     },
                 },
                 name=f"choice {int(slot) + 1}",
-                hovertemplate=site_hover(several=several) + ", expert %{customdata[2]}<br>"
-                "combine weight %{customdata[3]:.4f} (%{x:.1%} of the token's)<extra></extra>",
+                hovertemplate=site_hover(several=several)
+                + ", expert %{customdata[2]}<br>"
+                + (
+                    "combine weight %{customdata[3]:.4f} (%{x:.1%} of the token's)"
+                    if known
+                    else "combine weight not recorded"
+                )
+                + "<extra></extra>",
                 showlegend=False,
             )
         )
-    figure.update_xaxes(title="share of the token's combine weight", tickformat=".0%")
+    figure.update_xaxes(
+        title="share of the token's combine weight" if known else "chosen experts, weights unknown",
+        tickformat=".0%",
+        showticklabels=known,
+    )
     figure.update_yaxes(
         title="decoder layer.router" if several else "decoder layer",
         tickmode="array",
@@ -258,7 +272,7 @@ def token_routes(
         figure,
         title="Experts of one token, layer by layer (share of its combine weight)",
         caption=f"n = 1 token: {label(token_text, spaces=True)}; numbers are expert ids; "
-        "equal bars = all chosen experts alike",
+        + ("equal bars = all chosen experts alike" if known else "weights were not recorded"),
         dark=dark,
         caption_width=_NARROW,
         height=int(

@@ -44,6 +44,7 @@ from explorer.ui.wording import (
     prompt_name,
     routing_sentence,
     token_name,
+    unnamed,
 )
 
 # a picker with more entries gets slow in the browser; the search narrows the list down
@@ -246,7 +247,7 @@ def _strip(
         value = float(level.get(row.token_id, float("nan")))
         known = value == value
         part = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low))) if known else None
-        text = f"⟨{row.token}⟩" if row.text is None else row.text
+        text = row.text if row.text is not None else unnamed(row.token, row.position)
         hue = hues.get(row.token_id)
         written = row.phase == "generated"
         strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written))
@@ -415,7 +416,8 @@ def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> No
     _scores(view, token_id, text, str(gate["score_function"]))
     route = token_routes(experts, token_text=text, pins=pins, dark=is_dark())
     # the panel is narrow
-    route.update_layout(title={"text": "Experts by layer (share of combine weight)"})
+    known = experts["weight"].notna().any()
+    route.update_layout(title={"text": f"Experts by layer{' (share of weight)' if known else ''}"})
     chart(
         route,
         key="token routes",
