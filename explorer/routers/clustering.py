@@ -1,7 +1,7 @@
 """Clustering-based routers: what region of the hidden space a token lies in decides."""
 
 from abc import abstractmethod
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -86,8 +86,32 @@ class ClusterTableRouter(RoutingRouter):
         """Return how much each cluster has of points, [N, C], rows sum to 1."""
 
 
+@dataclass(kw_only=True, eq=False)
+class _LevelTable(ClusterTableRouter):
+    """A table whose clusters are of tokens or prompts, and whose experts a selector may choose.
+
+    Parameters
+    ----------
+    level : {"token", "prompt"}
+        Whether a token is clustered by its own hidden state or by the mean of its prompt so far.
+    selector : Selector, optional
+        How experts are chosen; None = as many of the best as the model takes.
+    seed : int
+    """
+
+    level: Level = "token"
+    selector: Selector | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Fit the card to what was given."""
+        needs = {"hidden", "starts"} if self.level == "prompt" else {"hidden"}
+        variable = self.selector is not None and self.selector.variable
+        self.info = replace(self.info, needs=frozenset(needs), variable_k=variable)
+
+
 @registered("kmeans")
-class KMeansRouter(ClusterTableRouter):
+class KMeansRouter(_LevelTable):
     """Send a token to the experts that its K-means cluster scored highest on average.
 
     Parameters
@@ -98,11 +122,8 @@ class KMeansRouter(ClusterTableRouter):
     temperature : float
         Of the shares, times the mean squared distance to the centroid; towards 0 the choice is
         hard.
-    level : {"token", "prompt"}
-        Whether a token is clustered by its own hidden state or by the mean of its prompt so far.
-    selector : Selector, optional
-        How experts are chosen; None = as many of the best as the model takes.
-    seed : int
+    **options
+        Level, selector and seed.
 
     Notes
     -----
@@ -113,15 +134,6 @@ class KMeansRouter(ClusterTableRouter):
     n_clusters: int = 128
     soft: bool = False
     temperature: float = 0.1
-    level: Level = "token"
-    selector: Selector | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Fit the card to what was given."""
-        needs = {"hidden", "starts"} if self.level == "prompt" else {"hidden"}
-        variable = self.selector is not None and self.selector.variable
-        self.info = replace(self.info, needs=frozenset(needs), variable_k=variable)
 
     def _fit_clusters(self, points: torch.Tensor) -> None:
         self.clusters_ = KMeansClusters(self.n_clusters, self.seed, MAX_POINTS)
@@ -161,7 +173,7 @@ class PromptKMeansRouter(SoftKMeansRouter):
 
 
 @registered("gmm")
-class MixtureRouter(ClusterTableRouter):
+class MixtureRouter(_LevelTable):
     """Mix the experts of a Gaussian mixture's components, by their posterior.
 
     Parameters
@@ -169,11 +181,8 @@ class MixtureRouter(ClusterTableRouter):
     n_components : int
         Few make a poor router; 128 or more are needed for a drop-in.
     covariance : {"diag", "full"}
-    level : {"token", "prompt"}
-        Whether a token is clustered by its own hidden state or by the mean of its prompt so far.
-    selector : Selector, optional
-        How experts are chosen; None = as many of the best as the model takes.
-    seed : int
+    **options
+        Level, selector and seed.
 
     Notes
     -----
@@ -183,15 +192,6 @@ class MixtureRouter(ClusterTableRouter):
 
     n_components: int = 128
     covariance: Literal["diag", "full"] = "diag"
-    level: Level = "token"
-    selector: Selector | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Fit the card to what was given."""
-        needs = {"hidden", "starts"} if self.level == "prompt" else {"hidden"}
-        variable = self.selector is not None and self.selector.variable
-        self.info = replace(self.info, needs=frozenset(needs), variable_k=variable)
 
     def _fit_clusters(self, points: torch.Tensor) -> None:
         self.mixture_ = GaussianClusters(self.n_components, self.covariance, self.seed, MAX_POINTS)

@@ -1,7 +1,7 @@
 """Heads and layers chosen by attention: keys of parts, and attention that tokens receive."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -119,8 +119,30 @@ class LayerKeys(nn.Module):
         return logit + self.bias[layer]
 
 
+@dataclass(kw_only=True, eq=False)
+class _KeptTokens(PartRouter):
+    """A rule that runs a layer for a share of the tokens, or for those that a selector takes.
+
+    Parameters
+    ----------
+    keep : float
+    selector : Selector, optional
+        Another way to choose; replaces ``keep``. See
+        :func:`explorer.routers.sequences.choose_tokens`.
+    """
+
+    part = "layer"
+    keep: float = 0.75
+    selector: Selector | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        self.keep = check_keep(self.keep)
+        self.info = with_selector(self.info, self.selector)
+
+
 @registered("layer_attention")
-class LayerAttentionRouter(PartRouter, AcrossLayers):
+class LayerAttentionRouter(_KeptTokens, AcrossLayers):
     """Run a layer for the tokens whose query meets the layer's key.
 
     Parameters
@@ -141,17 +163,9 @@ class LayerAttentionRouter(PartRouter, AcrossLayers):
     sequence's best tokens instead, as mixture-of-depths does in training, looks at later ones.
     """
 
-    part = "layer"
-    keep: float = 0.75
-    selector: Selector | None = None
     rank: int = 16
     steps: int = STEPS
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        self.keep = check_keep(self.keep)
-        self.info = with_selector(self.info, self.selector)
 
     def fit_across(
         self, inputs: Mapping[Place, RouterInputs], targets: Mapping[Place, Decision]
@@ -199,7 +213,7 @@ class LayerAttentionRouter(PartRouter, AcrossLayers):
 
 
 @registered("attention_received")
-class AttentionReceivedRouter(PartRouter):
+class AttentionReceivedRouter(_KeptTokens):
     """Run a layer for the tokens of a sequence that receive most attention.
 
     Parameters
@@ -217,15 +231,6 @@ class AttentionReceivedRouter(PartRouter):
     attention a token receives, so the rule cannot be used while generating.
     """
 
-    part = "layer"
-    keep: float = 0.75
-    selector: Selector | None = None
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        self.keep = check_keep(self.keep)
-        self.info = with_selector(self.info, self.selector)
-
     def _route(self, inputs: RouterInputs) -> PartMask:
         received = inputs.tensor("received").float()
         if self.selector is not None:
@@ -242,7 +247,7 @@ class AttentionReceivedRouter(PartRouter):
 
 
 @registered("attention_given")
-class AttentionGivenRouter(PartRouter):
+class AttentionGivenRouter(_KeptTokens):
     """Run a layer for the tokens whose own attention row looks as if it mattered.
 
     Parameters
@@ -259,16 +264,8 @@ class AttentionGivenRouter(PartRouter):
         Whether the tokens with the highest or the lowest values run the layer.
     """
 
-    part = "layer"
-    keep: float = 0.75
-    selector: Selector | None = None
     statistic: str = "entropy"
     highest: bool = True
-
-    def __post_init__(self) -> None:
-        """Check what was given."""
-        self.keep = check_keep(self.keep)
-        self.info = with_selector(self.info, self.selector)
 
     def _scores(self, inputs: RouterInputs) -> torch.Tensor:
         values = inputs.statistic(self.statistic).float()

@@ -14,6 +14,7 @@ from explorer.routers.contract import RoutingRouter, registered
 from explorer.routers.learning.actions import (
     STATISTICS,
     ActionKind,
+    Actions,
     StateKind,
     make_actions,
     state_and_best,
@@ -91,15 +92,19 @@ class ActionRouter(TrainedRouter, RoutingRouter):
 
     def _prepare(self, session: TrainingSession) -> None:
         """Make the actions of all sites and find out what they cost."""
-        self.actions_ = {
+        self.actions_ = self._actions(session)
+        self.costs_ = action_costs(session, self.actions_, self.cost)
+        self.networks_: dict[Place, nn.Module] = {}
+        self.curves_ = []
+
+    def _actions(self, session: TrainingSession) -> dict[Place, Actions]:
+        """Make the actions of all sites."""
+        return {
             (site.info.layer, site.info.site): make_actions(
                 self.actions, site.info.top_k, most=self.most, least=self.least
             )
             for site in session.sites
         }
-        self.costs_ = action_costs(session, self.actions_, self.cost)
-        self.networks_: dict[Place, nn.Module] = {}
-        self.curves_ = []
 
     def _network(self, place: Place, states: torch.Tensor) -> StateNet:
         """Make a layer's network, from the router's seed."""
@@ -188,12 +193,7 @@ class _OfflineRouter(ActionRouter):
 
     def explored(self, session: TrainingSession) -> Mapping[Place, Log]:
         """Return the session's log of these actions, explored once a session and seed."""
-        actions = {
-            (site.info.layer, site.info.site): make_actions(
-                self.actions, site.info.top_k, most=self.most, least=self.least
-            )
-            for site in session.sites
-        }
+        actions = self._actions(session)
         amount = {"n_tokens": self.tokens, "passes": self.passes, "seed": self.seed}
         key = ("explore", self.actions, self.most, self.least, *amount.values())
         return session.once(key, lambda: explore(session, actions, **amount))

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from sklearn.metrics import mutual_info_score
 from torch.nn import functional
 
 from capture.errors import CaptureError, quoted
@@ -458,17 +459,7 @@ def information(sets: Ids, labels: Ids) -> float:
     rows = np.repeat(labels, sets.shape[1])
     experts = sets.flatten()
     filled = experts >= 0
-    counts = np.zeros((int(labels.max()) + 1, int(experts.max()) + 1))
-    np.add.at(counts, (rows[filled], experts[filled]), 1)
-    joint = counts / counts.sum()
-    apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    seen = joint > 0
-    return float((joint[seen] * np.log(joint[seen] / apart[seen])).sum())
-
-
-def parameters(model: torch.nn.Module) -> int:
-    """Return how many weights a model has; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
+    return float(mutual_info_score(rows[filled], experts[filled]))
 
 
 LOSS_COLUMNS = ("model", "parameters", "loss", "loss_change", "loss_se", "perplexity", "tokens")
@@ -530,7 +521,7 @@ def distilled(
     for name, model in models.items():
         losses = native if name == "teacher" else sequence_losses(model, report.sequences)
         change = loss_change(native, losses)
-        facts = (name, parameters(model), losses.mean, change.change, change.standard_error)
+        facts = (name, model.num_parameters(), losses.mean, change.change, change.standard_error)
         rows.append((*facts, math.exp(losses.mean), int(losses.tokens.sum())))
     routing = compare_routing(teacher, student, report.sequences, report.domains, smaller.origins)
     return Distilled(pd.DataFrame(rows, columns=list(LOSS_COLUMNS)), routing)
