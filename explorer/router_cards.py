@@ -101,23 +101,6 @@ class RouterInfo:
     shelved: str = ""
     differs: str | None = None
 
-    def identity_for(self, top_k: int) -> dict[str, Any] | None:
-        """Return the arguments that make the rule repeat a model with ``top_k``, None = none do.
-
-        Raises
-        ------
-        RouterError
-            If the card declares neither arguments nor why there are none.
-        """
-        if self.identity is None:
-            raise RouterError(
-                f"Router {self.name!r} does not say with which arguments it repeats the model's "
-                "own decision. Declare RouterInfo.identity: a mapping, or why there is none."
-            )
-        if isinstance(self.identity, str):
-            return None
-        return {k: top_k if v == MODEL_K else v for k, v in self.identity.items()}
-
 
 def _read(path: Path) -> dict[str, RouterInfo]:
     """Return the cards of a file by name; what a card leaves out has its default."""

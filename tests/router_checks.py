@@ -36,6 +36,7 @@ from causality_probe import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from explorer.errors import RouterError
+from explorer.router_cards import MODEL_K
 from explorer.routers import (
     FAMILIES,
     AcrossLayers,
@@ -434,6 +435,17 @@ def check_its_own_cost_is_counted(make):
         assert cost > 0
 
 
+def identity_for(info, top_k):
+    """Return the arguments that make a rule repeat a model with ``top_k``, None = none do."""
+    assert info.identity is not None, (
+        f"Router {info.name!r} does not say with which arguments it repeats the model's own "
+        "decision. Declare RouterInfo.identity: a mapping, or why there is none."
+    )
+    if isinstance(info.identity, str):
+        return None
+    return {name: top_k if value == MODEL_K else value for name, value in info.identity.items()}
+
+
 def check_its_identity_setting_repeats_the_model(make):
     """With the arguments that it declares, it does what the model does, on models of all kinds.
 
@@ -441,13 +453,13 @@ def check_its_identity_setting_repeats_the_model(make):
     arguments make so says why, and one that says nothing has forgotten to.
     """
     info = make().info
-    if info.identity_for(TOP_K) is None:
+    if identity_for(info, TOP_K) is None:
         assert len(info.identity.split()) > 2 and info.identity.endswith("."), info.identity
         return
     once = None
     for kind in KINDS:
         layers = layers_of(kind, FIT_SEED)
-        options = info.identity_for(layers[PLACE].top_k)
+        options = identity_for(info, layers[PLACE].top_k)
         router = make(**options)
         if not isinstance(router, TrainedRouter):
             router = fit_here(router, layers)

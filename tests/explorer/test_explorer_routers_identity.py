@@ -9,10 +9,10 @@ import tiny_models
 import torch
 from causality_probe import toy_layers, toy_tokens
 from checks import assert_close
+from router_checks import identity_for
 
 from capture.swap.routers import swap
 from explorer.comparison.conditions.expert_pruning import KeptExperts
-from explorer.errors import RouterError
 from explorer.routers import (
     ROUTERS,
     RouterInfo,
@@ -51,7 +51,7 @@ def settings(top_k):
     """Yield routers of experts with their identity settings, those trained on a loss aside."""
     for name in ROUTERS:
         info = ROUTERS[name]().info
-        options = info.identity_for(top_k)
+        options = identity_for(info, top_k)
         if options is not None and info.fits != "trained":
             router = ROUTERS[name](**options)
             if getattr(router, "part", None) is None:
@@ -140,12 +140,12 @@ def test_experts_that_saturate_are_still_told_apart_by_their_logits():
 
 def test_what_a_rule_forgets_to_say_about_its_identity_is_an_error():
     info = ROUTERS["random"]().info
-    assert info.identity_for(2) == {"choose": "best"}
-    assert ROUTERS["policy_gradient"]().info.identity_for(3) == {"least": 3}
-    assert ROUTERS["kmeans"]().info.identity_for(2) is None
+    assert identity_for(info, 2) == {"choose": "best"}
+    assert identity_for(ROUTERS["policy_gradient"]().info, 3) == {"least": 3}
+    assert identity_for(ROUTERS["kmeans"]().info, 2) is None
     silent = RouterInfo("mine", "gating", "", "", "", "", frozenset())
-    with pytest.raises(RouterError, match=r"Declare RouterInfo\.identity"):
-        silent.identity_for(2)
+    with pytest.raises(AssertionError, match=r"Declare RouterInfo\.identity"):
+        identity_for(silent, 2)
 
 
 def test_the_example_of_a_router_repeats_every_host():
@@ -153,7 +153,7 @@ def test_the_example_of_a_router_repeats_every_host():
     try:
         router = runpy.run_path(str(example))["SecondIfUnsure"]
         inputs = biased()
-        repeated = router(**router.info.identity_for(inputs.top_k)).route(inputs)
+        repeated = router(**identity_for(router.info, inputs.top_k)).route(inputs)
         assert torch.equal(repeated.expert_ids, inputs.native.expert_ids)
         assert torch.equal(repeated.weights, inputs.native.weights)
         alone = router(p=0.0).route(inputs)
