@@ -35,7 +35,7 @@ ORDER = {
             "comparison",
         ),
         *("maps", "survey", "worker", "writing", "slices", "saved_views", "report", "ui", "pages"),
-        *("locality", "commands", "__main__"),
+        *("commands", "__main__"),
     ),
 }
 SOURCES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))

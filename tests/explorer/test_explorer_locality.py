@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from synthetic import write_run
 
-from explorer.locality import locality, main
 from explorer.metrics.agreement import chance_any_repeat
 from explorer.metrics.coactivation import repetition
 from explorer.run import open_run
+from explorer.survey.locality import locality, main
 
 
 def test_by_hand():

@@ -1,6 +1,6 @@
 """Do tokens go where the one before went? The table of Mixtral's paper (2401.04088), of any run.
 
-python -m explorer.locality RUN
+python -m explorer.survey.locality RUN
 """
 
 import argparse
@@ -68,7 +68,7 @@ def locality(run: Run, *, seed: int = 0) -> pd.DataFrame:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table of a run and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m explorer.locality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m explorer.survey.locality", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run file")
     options = parser.parse_args(arguments)
     try:
