@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from capture.paths import given_path
 from capture.store import RunReader, SiteInfo
-from capture.store.counts_only import NOTE
+from capture.store.rewrite import NOTE
 from explorer.errors import RunError
 
 # how a prompt without a domain is named in filters and results; NULL in the run file

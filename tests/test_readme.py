@@ -191,7 +191,7 @@ def versions(title):
 
 
 def test_the_changelog_knows_every_version_of_run_files():
-    from capture.store.maintenance import STEPS
+    from capture.store.rewrite import STEPS
     from capture.store.schema import SCHEMA_VERSION
 
     known = versions("Run files")

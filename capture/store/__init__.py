@@ -1,7 +1,5 @@
 """The run file: one DuckDB database per capture, written once, read by many."""
 
-from capture.store.counts_only import MIN_PROMPTS, MIN_TOKENS, counts_only
-from capture.store.maintenance import migrate, recover
 from capture.store.reader import RunReader, check_run
 from capture.store.records import (
     LEVELS,
@@ -20,6 +18,7 @@ from capture.store.records import (
     TokenRows,
     next_sites,
 )
+from capture.store.rewrite import MIN_PROMPTS, MIN_TOKENS, counts_only, migrate, recover
 from capture.store.schema import SCHEMA_VERSION
 from capture.store.writer import RunWriter
 

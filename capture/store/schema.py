@@ -420,7 +420,7 @@ def _create(columns_of: dict[str, list[Column]]) -> list[str]:
 def statements_of_version_2() -> Sequence[str]:
     """Write the statements that add to a version 1 file what version 2 has more.
 
-    When one of these tables or views changes, the old text moves to ``maintenance.py``.
+    When one of these tables or views changes, the old text moves to ``rewrite.py``.
     """
     growing = _create({**_PAIR_TABLES, **ATTENTION_TABLES})
     return [_ATTENTION_LAYERS, *growing, _PAIR_VIEWS, _ATTENTION_VIEWS]

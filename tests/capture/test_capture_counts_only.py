@@ -186,7 +186,7 @@ def test_an_export_says_nothing_of_a_home_folder(model, tmp_path):
 def test_a_domain_may_be_named_in_one_phase_and_not_in_another(tmp_path, monkeypatch):
     from synthetic import write_run
 
-    own = sys.modules["capture.store.counts_only"]
+    own = sys.modules["capture.store.rewrite"]
     monkeypatch.setattr(own, "MIN_TOKENS", 3)
     monkeypatch.setattr(own, "MIN_PROMPTS", 1)
     sums, sizes, pairs, notes, _ = exported(write_run(tmp_path / "run.duckdb").path)

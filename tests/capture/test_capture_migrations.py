@@ -8,7 +8,7 @@ from store_runs import make_forward, make_site, write
 
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import RunReader, migrate, schema
-from capture.store.maintenance import STEPS, Step
+from capture.store.rewrite import STEPS, Step
 
 SITES = [make_site(1, 5, 2)]
 # one file of every version that was released; the first has the sites of FIRST

@@ -246,7 +246,7 @@ def test_an_upload_has_a_limit(tmp_path, monkeypatch):
 def test_a_counts_only_export_holds_no_text_and_the_same_counts(tmp_path, monkeypatch):
     # what is left out of small runs has tests of its own: tests/capture/test_capture_counts_only.py
     for least in ("MIN_TOKENS", "MIN_PROMPTS"):
-        monkeypatch.setattr(sys.modules["capture.store.counts_only"], least, 1)
+        monkeypatch.setattr(sys.modules["capture.store.rewrite"], least, 1)
     deep = write_run(tmp_path / "deep.duckdb", level="attention")
     out = writing.export_counts(deep.path, tmp_path / "counts.duckdb")
     with open_run(deep.path) as run, open_run(out) as counts:
