@@ -9,8 +9,7 @@ memory recorded attention takes. A further measurement is one more entry of ``CO
 import argparse
 from collections.abc import Callable, Sequence
 
-from capture.bench.own_loop import own_loop, own_loop_options
-from capture.bench.recording import (
+from capture.bench.overhead import (
     attention_memory,
     attention_memory_options,
     levels,
@@ -18,6 +17,7 @@ from capture.bench.recording import (
     overhead,
     overhead_options,
 )
+from capture.bench.own_loop import own_loop, own_loop_options
 from capture.bench.store import store, store_options
 
 

@@ -11,6 +11,7 @@ import random
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +176,7 @@ def _poem(poem: dict[str, Any]) -> str:
 
 
 def _poems(root: Path, start: int, stop: int) -> Documents:
+    """Yield poems, forty a document."""
     data = "chinese-poetry-2.0.1/package/dist"
     paths = _find(root, f"{data}/quantangshi/poet.tang.*.json")
     paths += _find(root, f"{data}/songci/ci.song.*.json")
@@ -184,16 +186,6 @@ def _poems(root: Path, start: int, stop: int) -> Documents:
         # a rest of fewer poems is dropped, as the prototype did
         for first in range(0, len(poems) - POEMS_PER_DOCUMENT + 1, POEMS_PER_DOCUMENT):
             yield _key(root, path), "\n\n".join(poems[first : first + POEMS_PER_DOCUMENT])
-
-
-def zh_classical(root: Path) -> Documents:
-    """Yield poems, forty a document."""
-    return _poems(root, 0, POETRY_FILES)
-
-
-def more_zh_classical(root: Path) -> Documents:
-    """Yield the poems of the files that the prototype left out."""
-    return _poems(root, POETRY_FILES, 2 * POETRY_FILES)
 
 
 def _help_pages(root: Path, package: str, folder: str) -> Iterator[tuple[str, str]]:
@@ -234,10 +226,6 @@ def _help(root: Path, language: str) -> Documents:
         text = "\n".join(lines)
         if len(text) > 120:
             yield key, text
-
-
-def _help_extractor(language: str) -> Callable[[Path], Documents]:
-    return lambda root: _help(root, language)
 
 
 def python(root: Path) -> Documents:
@@ -315,8 +303,8 @@ EXTRACTORS: dict[str, Callable[[Path], Documents]] = {
     "en_geography": en_geography,
     "en_legal": en_legal,
     "en_techdoc": en_techdoc,
-    "zh_classical": zh_classical,
-    **{f"{language}_help": _help_extractor(language) for language in HELP_LANGUAGES},
+    "zh_classical": partial(_poems, start=0, stop=POETRY_FILES),
+    **{f"{language}_help": partial(_help, language=language) for language in HELP_LANGUAGES},
     "python": python,
     "c": c,
     "javascript": javascript,
@@ -326,7 +314,9 @@ EXTRACTORS: dict[str, Callable[[Path], Documents]] = {
     "math_formal": math_formal,
 }
 
-MORE_TRAINING: dict[str, Callable[[Path], Documents]] = {"zh_classical": more_zh_classical}
+MORE_TRAINING: dict[str, Callable[[Path], Documents]] = {
+    "zh_classical": partial(_poems, start=POETRY_FILES, stop=2 * POETRY_FILES)
+}
 
 
 class Document(NamedTuple):

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from capture.bench import __main__ as command
-from capture.bench import recording, store
+from capture.bench import overhead, store
 from capture.store import RunReader, writer
 
 
@@ -77,21 +77,21 @@ def test_memory_of_attention_is_measured_beside_a_capture_without(capsys):
     assert more == pytest.approx(attention - plain, abs=0.11)
 
 
-CELL = recording.Cell("ids", "tiny", "cpu", 24, 48, None, 1, 0, 64, 1)
+CELL = overhead.Cell("ids", "tiny", "cpu", 24, 48, None, 1, 0, 64, 1)
 
 
-@pytest.mark.parametrize("row", recording.ROWS)
+@pytest.mark.parametrize("row", overhead.ROWS)
 def test_every_level_is_measured_against_plain_passes(row):
-    found = recording.measure(CELL._replace(row=row))
+    found = overhead.measure(CELL._replace(row=row))
     assert len(found["wall"]) == len(found["cores"]) == 1
     assert found["wall"][0] > 0 and found["cores"][0] > 0 and found["plain"] > 0
     assert isinstance(found["peak"], int)
 
 
 def test_eager_attention_is_put_back():
-    bench, _ = recording._benches(CELL)
+    bench, _ = overhead._benches(CELL)
     before = bench.loaded.model.config._attn_implementation
-    recording._with_outputs(bench)
+    overhead._with_outputs(bench)
     assert bench.loaded.model.config._attn_implementation == before != "eager"
 
 

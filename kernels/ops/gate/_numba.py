@@ -213,14 +213,6 @@ def _score_row(x, score, p):
     return total, weighted
 
 
-@_compiled(fastmath={"reassoc", "contract", "nsz"})
-def _sum_exp(x, top):
-    total = F(0.0)
-    for e in range(len(x)):
-        total += _exp(max(x[e] - top, F(-200.0)))
-    return total
-
-
 @_compiled()
 def _bar_groups(rank, n_groups, top_groups, best_two, barred):
     """Set ``rank`` to -inf outside the best groups, and say which groups those are."""

@@ -311,7 +311,7 @@ def levels(options: argparse.Namespace) -> None:
 
 
 def _in_own_process(cell: Cell) -> dict[str, Any]:
-    command = [sys.executable, "-m", "capture.bench.recording", json.dumps(cell._asdict())]
+    command = [sys.executable, "-m", "capture.bench.overhead", json.dumps(cell._asdict())]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
