@@ -8,8 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed (tests/requirement
 
 from kernels.bench import compile as matrix
 from kernels.bench import results
-from kernels.bench.compile import TARGETS
-from kernels.bench.compile_cases import cases
+from kernels.bench.compile import TARGETS, cases
 
 pytestmark = pytest.mark.slow  # the first test compiles for all
 
