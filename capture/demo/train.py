@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -462,11 +462,9 @@ def prepare_corpus(work: Path, init: Path | None) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    names = (
-        "work", "init", "minutes", "steps", "rate", "batch", "seed", "cluster_router", "device"
-    )  # fmt: skip
-    tokenizer = options.init or options.work / "tokenizer"
-    return Recipe(tokenizer=tokenizer, **{name: getattr(options, name) for name in names})
+    known = {each.name for each in fields(Recipe)}
+    given = {name: value for name, value in vars(options).items() if name in known}
+    return Recipe(tokenizer=options.init or options.work / "tokenizer", **given)
 
 
 def run_training(options: argparse.Namespace, arguments: list[str]) -> None:

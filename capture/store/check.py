@@ -33,8 +33,7 @@ from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, NO_TOKEN, STAT
 SECONDS = 60.0  # what a check may take; a run of 100 M rows takes a fifth of it
 _DOCUMENTS = ("backends", "packages", "config", "sample", "notes")
 _TEXTS = {"prompt": ("text", "domain", "source"), "token": ("text",)}
-# what reading a damaged file raises: for bytes that are not text, or numbers and moments that
-# Python does not have
+# of reading a damaged file: bytes that are not text, numbers and moments that Python does not have
 UNREADABLE = (duckdb.Error, pa.ArrowException, ValueError, OverflowError, MemoryError)
 _SALT_BITS = 62
 _ROWS = 2**17  # routes that are unpacked at a time
