@@ -121,6 +121,17 @@ def tap(
         taps.discard()
 
 
+def heard(module: nn.Module, hear: Callable[[], None]) -> Callable[[], None]:
+    """Call ``hear`` before every run of a module that is not compiled; returns what ends it."""
+
+    def before(*_: object) -> None:
+        # compilers follow hooks, and need not follow this one
+        if not torch.compiler.is_compiling():
+            hear()
+
+    return module.register_forward_pre_hook(before).remove
+
+
 def _check_mode(site: Site) -> None:
     if site.parent.training:
         raise SiteError(

@@ -16,8 +16,10 @@ def model(name="olmoe", **changes):
     return tiny_models.build(name, **changes)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("mixtral", "right"), ("deepseek_v3", "left"), ("qwen3_moe", "right"), ("gpt_oss", "left")],
+)
 def test_a_padded_batch_is_the_texts_in_it(tmp_path, name, side):
     own = model(name)
     ids, mask = padded(TEXTS, side=side)
@@ -95,8 +97,7 @@ def test_packed_texts_are_apart(tmp_path, how):
     assert [row[2] for row in tokens] == pytest.approx([5, 2, 4], rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(("chunk", "cache"), [(2, None), (None, "static"), (2, "static")])
 def test_chunked_prefill_and_static_caches(tmp_path, chunk, cache):
     own = model("mixtral")
     own.generation_config.eos_token_id = None

@@ -1,5 +1,6 @@
 """Recording in loops of every kind: hand-written decoding, training, wrappers, several models."""
 
+import copy
 import gc
 import threading
 import warnings
@@ -124,8 +125,7 @@ def test_sums_are_of_what_is_kept(tmp_path, level):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["olmoe", "phimoe"])
+@pytest.mark.parametrize(("name", "reentrant"), [("olmoe", True), ("phimoe", False)])
 def test_training_counts_every_token_once(tmp_path, name, reentrant):
     ids, mask = padded(TEXTS)
     results = []
@@ -287,6 +287,39 @@ def test_a_call_that_fails_is_no_text(tmp_path):
         own(torch.tensor([TEXTS[0]]))
     assert run.error is None
     assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5)])
+
+
+def test_what_goes_past_the_calls_is_told(tmp_path):
+    own = model()
+    ids = torch.tensor([TEXTS[0]])
+    past = capture.recording(own, tmp_path / "a.duckdb")
+    with torch.no_grad(), pytest.raises(CaptureError, match="router ran without"), past:
+        own(ids)
+        own.forward(ids)  # calls the decoder
+        own.model.forward(ids)
+        own(ids)
+    assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5)] * 2)
+
+
+@pytest.mark.parametrize("how", ["copy", "layers"])
+def test_what_is_refused_computes_what_it_computes_without(tmp_path, how):
+    own = model("mixtral")
+    own.generation_config.eos_token_id = None
+    ids = torch.tensor([TEXTS[0]])
+
+    def loop():
+        if how == "layers":
+            return own.generate(ids, max_new_tokens=6, do_sample=False, assistant_early_exit=2)
+        cache = own(ids).past_key_values
+        return own(torch.tensor([[30]]), past_key_values=copy.deepcopy(cache)).logits
+
+    refused = capture.recording(own, tmp_path / "a.duckdb")
+    with torch.no_grad():
+        expected = loop()
+        with pytest.raises(CaptureError), refused as run:
+            found = loop()
+            assert run.error is not None
+    assert torch.equal(found, expected)
 
 
 def test_strict_raises_where_it_happens(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from capture.model.hooks import SiteObservation, Taps, tap
+from capture.model.hooks import SiteObservation, Taps, heard, tap
 from capture.model.sites import Site
 from capture.recorder.observe import Rows, SiteGroup, observe
 from capture.recorder.own_loop.call import Call, CannotFollow, read_call
@@ -145,6 +145,7 @@ class Listener:
             self._begin_apart = torch._dynamo.disable(self._begin)  # type: ignore[no-untyped-call]
             self._finish_apart = torch._dynamo.disable(self._finish)  # type: ignore[no-untyped-call]
             self._taps = stack.enter_context(tap(self._sites, training=True))
+            stack.callback(heard(self._sites[0].router, self._alone))
             for module in modules_called(self._model):
                 self._signatures[module] = inspect.signature(type(module).forward)
                 stack.enter_context(calls_of(module, self._call))
@@ -177,6 +178,16 @@ class Listener:
             with self._failure.kept():
                 self._finish_apart(begun, output)
         return output
+
+    def _alone(self) -> None:
+        """Notice routers that run without a call, but for those that checkpointing runs again."""
+        is_again = torch._C._current_graph_task_id() != -1  # in a backward pass
+        if self._running is None and self._listens and not is_again:
+            with self._failure.kept():
+                raise CannotFollow(
+                    "A call of the model or its decoder was expected, but a router ran without "
+                    "one. Call model(...), not single layers or the decoder's forward."
+                )
 
     def _discard(self) -> None:
         if self._taps is not None:
@@ -351,11 +362,6 @@ class Listener:
             or len(args) > 3
             or (setting("num_beams") or 1) > 1,
         )
-
-    def close(self) -> None:
-        """Tell that no text goes on."""
-        if self._tell is not None:
-            self._tell(EndStep(None))
 
 
 class Sender:

@@ -175,7 +175,7 @@ def recording(
         theirs = error
         raise
     finally:
-        problem = _close(book, thread, listener, failure, started, complete=theirs is None)
+        problem = _close(book, thread, failure, started, complete=theirs is None)
         if problem is not None and theirs is not None:
             theirs.add_note(str(problem))
     if problem is not None:
@@ -185,16 +185,12 @@ def recording(
 def _close(
     book: "_Book",
     thread: WriterThread[OwnStep],
-    listener: Listener,
     failure: Failure,
     started: float,
     *,
     complete: bool,
 ) -> CaptureError | None:
     """Finish the file; return what there is to complain of."""
-    with failure.kept() if not failure.strict else contextlib.suppress(Exception):
-        if failure.error is None:
-            listener.close()
     with failure.kept() if not failure.strict else contextlib.suppress(Exception):
         thread.close()
     error, writer = failure.error, book.writer
@@ -256,7 +252,8 @@ class _Book:
         self.tokens += sum(len(text.tokens()) for text in texts)
 
     def settle(self) -> None:
-        """Write what is complete."""
+        """Write what is still open."""
+        self._follower.finish()
         if self._pairs is not None:
             self.writer.append_pairs(pair_sums(self._pairs.take()))
 

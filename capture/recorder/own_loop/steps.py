@@ -81,9 +81,9 @@ class ChangeStep:
 
 @dataclass(frozen=True, slots=True)
 class EndStep:
-    """Texts that nobody goes on with: of these caches, or of all."""
+    """Texts that nobody goes on with: of these caches."""
 
-    keys: Sequence[int] | None
+    keys: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,7 @@ class Texts:
         elif isinstance(step, ChangeStep):
             self._change(step)
         elif isinstance(step, EndStep):
-            for key in list(self._rows) if step.keys is None else step.keys:
+            for key in step.keys:
                 self._end(key)
         elif isinstance(step, DeclareStep):
             self._declared.extend(step.prompts)
@@ -207,6 +207,13 @@ class Texts:
             self._scopes[step.scope] = _Scope(step, tokens)
         elif isinstance(step, GeneratedStep):
             self._generated(step)
+
+    def finish(self) -> None:
+        """Hand over what is open; of a ``generate`` that did not come back nobody knows the end."""
+        unknown = {scope.key for scope in self._scopes.values()}
+        for key in list(self._rows):
+            if key not in unknown:
+                self._end(key)
 
     def _read(self, step: PassStep) -> None:
         """Put what a call read to the texts that it goes on."""
@@ -335,29 +342,32 @@ class Texts:
 
     def _change(self, step: ChangeStep) -> None:
         """Follow a change of a cache's rows or columns."""
+        # opened whatever comes of it, so that its block of memory is free again
+        value = step.value if step.value is None or isinstance(step.value, int) else None
+        chosen = None if value is step.value else step.value.open()  # type: ignore[union-attr]
         rows = self._rows.get(step.key)
         if rows is None:
             return
         if step.what == "reset":
             self._end(step.key)
         elif step.what == "crop":
-            count = step.value if isinstance(step.value, int) else 0
+            count = value or 0
             rows.tips = [_cropped(tip, count) for tip in rows.tips]
             rows.columns -= count
-        elif step.what == "batch_repeat_interleave" and isinstance(step.value, int):
-            rows.tips = [tip for tip in rows.tips for _ in range(step.value)]
-        elif step.value is not None and not isinstance(step.value, int):
-            chosen = step.value.open()
+        elif value is not None:
+            rows.tips = [tip for tip in rows.tips for _ in range(value)]
+        elif chosen is not None:
             rows.tips = [rows.tips[int(row)] for row in np.atleast_1d(chosen)]
 
     def _generated(self, step: GeneratedStep) -> None:
         """Keep of a ``generate`` what it returned."""
         scope = self._scopes.pop(step.scope)
+        sequences = None if step.sequences is None else step.sequences.open()
         rows = scope.rows if scope.key is None else self._rows.get(scope.key)
         if rows is None:
             return
-        if step.sequences is not None and scope.pieces:
-            rows.tips = self._kept(step, scope, rows, step.sequences.open())
+        if sequences is not None and scope.pieces:
+            rows.tips = self._kept(step, scope, rows, sequences)
         if scope.rows is not None:
             self._ended([text_of(tip) for tip in rows.tips if tip is not None and tip.length])
 
