@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from capture.errors import CaptureError, first_line
+from capture.errors import CaptureError
 from capture.matrix import tiny
 from capture.matrix.found import Architecture
 from capture.matrix.truth import NoTruth, Pass, Place, decoding, greedy, measure
@@ -88,8 +88,13 @@ def check(found: Architecture, changes: dict[str, Any] | None = None) -> Verdict
             return Verdict(*names, UNTESTED, f"its smallest model has {size:,} parameters")
         model = tiny.build(found.model_class, config)
     except Exception as error:  # a new family may want anything of its configuration
-        return Verdict(*names, UNTESTED, f"no tiny model could be built: {first_line(error)}")
+        return Verdict(*names, UNTESTED, f"no tiny model could be built: {_told(error)}")
     return check_model(model, names)
+
+
+def _told(error: Exception) -> str:
+    """Return what an error says in one line."""
+    return " ".join(str(error).split())
 
 
 def check_model(model: nn.Module, names: tuple[str, str], *, saved: bool = True) -> Verdict:
@@ -114,9 +119,21 @@ def check_model(model: nn.Module, names: tuple[str, str], *, saved: bool = True)
         except NoTruth as error:
             return Verdict(*names, UNTESTED, str(error))
         except Exception as error:
-            return Verdict(*names, WRONG, f"ends with {type(error).__name__}: {first_line(error)}")
+            said = f"{type(error).__name__}: {_told(error)}"
+            if _runs(model):
+                return Verdict(*names, WRONG, f"ends with {said}")
+            return Verdict(*names, UNTESTED, f"the model itself does not run: {said}")
     rules = tuple(sorted({site["score_function"] for site in sites}))
     return Verdict(*names, EXACT, "", rules, len(sites))
+
+
+def _runs(model: Any) -> bool:
+    """Whether a model reads text at all; some versions of transformers have one that does not."""
+    try:
+        getattr(model, "thinker", model)(input_ids=torch.tensor([prompts()[0]]), use_cache=False)
+    except Exception:
+        return False
+    return True
 
 
 def prompts() -> list[list[int]]:

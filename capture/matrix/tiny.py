@@ -16,6 +16,7 @@ N_EXPERTS, TOP_K = 8, 3
 VOCABULARY = 64
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
@@ -130,7 +131,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
     "axk2": _MLA,
     "bailing_hybrid": {**_MLA, "layer_group_size": 2},
-    "beam": _SPARSE,
+    "beam": {**_SPARSE, "routed_scaling_factor": 1.7},
     "cohere2_moe": {"expert_selection_fn": "sigmoid", "norm_topk_prob": True},
     "dbrx": {
         "d_model": 32,
@@ -195,10 +196,13 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "glm_moe_dsa": _MLA,
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "hy_v4_vl_text": {"rope_parameters": _MROPE},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**_MLA, **_MIXED},
+    "laguna": {"moe_routed_scaling_factor": 1.7},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": {**_MLA, "zero_expert_num": 2, "num_layers": 2},
+    "minimax_m3_vl_text": {"routed_scaling_factor": 1.7},
     "mistral4": _MLA,
     "mistral_large4_text": _MLA,
     "muse_spark": {"projector_hidden_size": 16},
@@ -225,7 +229,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
-    "step3p5": _SPARSE,
+    "step3p5": {**_SPARSE, "moe_router_scaling_factor": 1.7},
     "unlimited_ocr_text": _MLA,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }

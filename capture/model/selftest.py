@@ -14,6 +14,7 @@ from torch import nn
 
 from capture.errors import SiteError
 from capture.model import attributes as probe
+from capture.model.after_sum import calls_kept, with_factor
 from capture.model.forward import keeps, takes_positions
 from capture.model.hooks import SiteObservation, tap
 from capture.model.inputs import input_device, plain_forward, vocabulary
@@ -79,10 +80,11 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     ids = probe_tokens(model)
     with torch.inference_mode(), plain_forward(model):
         mask = padding_mask(ids)
-        batch = run_sites(model, sites, ids, mask)
+        with calls_kept(sites) as calls:
+            batch = run_sites(model, sites, ids, mask)
         measured = [
-            _measured(site, observation, mask.flatten().bool())
-            for site, observation in zip(sites, batch.sites, strict=True)
+            with_factor(_measured(site, observation, mask.flatten().bool()), calls.get(number))
+            for number, (site, observation) in enumerate(zip(sites, batch.sites, strict=True))
         ]
         check_rows(model, measured, ids, mask, batch)
     return measured

@@ -166,6 +166,9 @@ class Site:
     scores_known : bool
         False where the self-test found that what looks like scores are the weights, spread over
         all experts.
+    factor : float or None
+        What the block multiplies the sum of its experts by, measured by the self-test; None = not
+        known. It is not part of the weights.
     """
 
     info: SiteInfo
@@ -177,6 +180,7 @@ class Site:
     top_groups: int | None = None
     margin_known: bool = False
     scores_known: bool = True
+    factor: float | None = 1.0
 
     def choice(self) -> dict[str, Any] | None:
         """Return what besides the scores decides about the choice, for ``run.notes``.
@@ -197,6 +201,10 @@ class Site:
         if self.n_groups is not None:
             found |= {"n_groups": self.n_groups, "top_groups": self.top_groups}
         return found
+
+    def after_sum(self) -> dict[str, Any]:
+        """Return the factor between the sum of the experts and what their block adds."""
+        return {"layer": self.info.layer, "site": self.info.site, "factor": self.factor}
 
     @property
     def can_be_replaced(self) -> bool:

@@ -298,6 +298,9 @@ class _Session:
         choices = [choice for site in self.sites if (choice := site.choice()) is not None]
         if choices:
             notes["choice"] = choices
+        factors = [site.after_sum() for site in self.sites if site.factor != 1]
+        if factors:
+            notes["factor_after_sum"] = factors
         if self.attention is not None and self.attention.without:
             notes["attention"] = self.attention.without
         return self.writer.finish(

@@ -1,14 +1,18 @@
 """Recorded ids and weights, put into an independent reimplementation, rebuild what experts did."""
 
+import json
+
 import pytest
 import tiny_models
 import torch
 from checks import assert_close
 from torch.nn.functional import linear, sigmoid, silu
 
+import capture
 from capture.errors import SiteError
 from capture.model.hooks import tap
 from capture.model.selftest import attach
+from capture.store import RunReader
 
 # fp32 sums of at most 48 products in another order
 ATOL, RTOL = 2e-5, 1e-5
@@ -370,3 +374,35 @@ def test_the_same_rule_is_measured_in_bfloat16(name):
     function, *_, margin = EXPECTED[name]
     for site in attach(tiny_models.build(name, dtype=torch.bfloat16)):
         assert (site.info.score_function, site.margin_known) == (function, margin)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("laguna", 1.7),
+        ("beam", 1.7),
+        ("minimax_m3_vl_text", 1.7),
+        ("step3p7", 1.7),
+        # the mean of shared and routed experts
+        ("cohere2_moe", 0.5),
+        # a part of the weights already
+        ("deepseek_v3", 1.0),
+        ("mixtral", 1.0),
+        # a norm lies between, or nothing is summed
+        ("gemma4_text", None),
+        ("llama4_text", None),
+    ],
+)
+def test_a_factor_after_the_sum_is_measured(name, factor):
+    assert [site.factor for site in attach(tiny_models.build(name))].count(factor) >= 2
+
+
+def test_a_factor_after_the_sum_is_stored(tmp_path):
+    for name, factor in (("laguna", 1.7), ("deepseek_v3", None)):
+        out = tmp_path / f"{name}.duckdb"
+        capture.record(tiny_models.build(name), [[5, 6, 7]], out, progress=False)
+        with RunReader.open(out) as run:
+            told = run.info["notes"]
+            told = json.loads(told) if isinstance(told, str) else told
+        expected = [{"layer": layer, "site": 0, "factor": factor} for layer in (1, 2)]
+        assert told.get("factor_after_sum") == (expected if factor else None)

@@ -134,6 +134,14 @@ def test_a_crash_is_no_refusal(monkeypatch):
     assert (verdict.outcome, verdict.reason) == (WRONG, "ends with RuntimeError: a bug")
 
 
+def test_a_model_that_does_not_run_is_untested():
+    model = tiny.tiny(architecture("mixtral"))
+    model.model.layers[1].mlp.forward = lambda hidden: hidden.image_outputs
+    verdict = check_model(model, ("mine", "Mine"))
+    assert verdict.outcome == UNTESTED
+    assert verdict.reason.startswith("the model itself does not run: AttributeError")
+
+
 def test_what_cannot_be_built_is_untested():
     class Config:
         model_type = "own"

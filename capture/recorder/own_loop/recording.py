@@ -264,6 +264,9 @@ class _Book:
         if choices:
             notes["choice"] = choices
             notes["selection_bias"] = "Margins include the bias that routers add for the choice."
+        factors = [site.after_sum() for site in self._sites if site.factor != 1]
+        if factors:
+            notes["factor_after_sum"] = factors
         return self.writer.finish(seconds=seconds, complete=complete, notes=notes)
 
 
