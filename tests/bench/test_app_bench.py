@@ -2,9 +2,8 @@
 
 import sys
 
+import time_pages as bench
 from synthetic import write_run
-
-from explorer.pages import bench
 
 
 def test_every_page_is_timed_with_and_without_filters(tmp_path, monkeypatch):

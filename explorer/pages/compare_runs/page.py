@@ -31,7 +31,7 @@ from explorer.pages.compare_runs.figures import (
     divergence_over_layers,
     over_layers,
 )
-from explorer.pages.load_balance.figures import load_heatmap
+from explorer.pages.load_balance.figures import METRIC_TEXTS, load_heatmap
 from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
 from explorer.queries.where import Part
@@ -410,7 +410,7 @@ def lines_section(both: Both, caption: str) -> None:
     }
     left, right = st.columns(2, gap="medium")
     for column, tables, quantity, title in (
-        (left, balance, "max_violation", "MaxVio (busiest expert's excess, fair shares)"),
+        (left, balance, "max_violation", METRIC_TEXTS["max_violation"].label),
         (right, both.gates, "normalized_entropy", "Gate entropy (share of ln E)"),
     ):
         with column:

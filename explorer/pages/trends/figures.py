@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
+from explorer.pages.load_balance.figures import METRIC_TEXTS
 from explorer.registry import Registry
 from explorer.ui import theme
 from explorer.ui.wording import labels, site_name
@@ -24,13 +25,8 @@ TRENDS: Registry[Trend] = Registry(
         "Of the experts that the last checkpoint chooses for a token, how many this one chose; "
         "1 = the routing is settled.",
     ),
-    max_violation=Trend(
-        "MaxVio (busiest expert's excess, fair shares)",
-        "How far the busiest expert is above a fair share; 0 = even.",
-    ),
-    normalized_entropy=Trend(
-        "load entropy (share of ln E)", "How evenly the load is spread; 1 = even."
-    ),
+    max_violation=Trend(*METRIC_TEXTS["max_violation"]),
+    normalized_entropy=Trend(*METRIC_TEXTS["normalized_entropy"]),
     domain_information=Trend(
         "information between domain and expert (nats)",
         "How much the expert of a token says about its domain; a random router has some too, "

@@ -1,4 +1,4 @@
-"""How long pages of a run take to make: ``python -m explorer.pages.bench RUN``.
+"""How long pages of a run take to make: ``python tests/time_pages.py RUN``.
 
 Each page is run as the server runs it (queries, metrics, figures and what is sent to the
 browser): of a run that was opened just now, with empty caches; again; with a domain chosen and
@@ -10,33 +10,23 @@ same texts in another model of its shape.
 """
 
 import argparse
-import contextlib
 import logging
-import os
-import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import streamlit as st
+from browser import ROOT, browser, serve, settle
 from streamlit.testing.v1 import AppTest
 
 from capture.paths import path_argument
-from explorer.errors import ExplorerError
 from explorer.metrics import load
 from explorer.run import open_run
 from explorer.ui import state
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Page
-
-_APP = Path(__file__).resolve().parent.parent.parent / "app.py"
+_APP = ROOT / "app.py"
 # pages, with the choice in their address where a page has several topics
 PAGES: tuple[tuple[str, dict[str, str]], ...] = (
     *((page, {}) for page in ("overview", "tokens", "experts", "load_balance")),
@@ -113,9 +103,7 @@ def _show(app: AppTest, run: str, page: str, **filters: str) -> Seconds:
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m explorer.pages.bench", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=path_argument, help="a run file")
     parser.add_argument("--browser", action="store_true", help="time what a browser shows instead")
     parser.add_argument("--search", default="", metavar="TEXT", help="that prompts must contain")
@@ -140,94 +128,35 @@ def _cell(seconds: Seconds | None) -> str:
     return f"{text:>14}"
 
 
-_SECONDS = 120.0
 _TITLES = ("Tokens", "Experts", "Load balance", "Attention", "Flow", "Overview")
-_FIGURE = ".js-plotly-plot .main-svg"
-# the script of the page has ended, and nothing that it drew is still to come
-_DRAWN = """title => {
-    const app = document.querySelector('[data-testid=stApp]');
-    const heading = document.querySelector('[data-testid=stHeading]');
-    return app && app.dataset.testScriptState === 'notRunning' && heading
-        && heading.innerText.trim() === title
-        && !document.querySelector('[data-testid=stSkeleton]');
-}"""
 
 
 def measure_browser(run: Path) -> list[tuple[str, float]]:
     """Return what somebody waits for in a browser, and how many seconds: a start, then pages.
 
-    The browser is open before the app is started; a page is drawn when its script has ended and no
-    placeholder is left.
-
-    Raises
-    ------
-    ExplorerError
-        If there is no Playwright or no Chromium.
+    The browser is open before the app is started; a page is drawn when nothing changes any more.
     """
-    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        chromium = None
-    if chromium is None:
-        raise ExplorerError("--browser needs Chromium and `pip install playwright`. Install them.")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 900})
+    with browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1400, "height": 900})
         started = time.perf_counter()
-        with _served(run.parent) as address:
+        with serve(run.parent, options=("--read-only",)) as address:
             page.goto(f"{address}/?run={run.stem}")
-            page.wait_for_selector(_FIGURE, timeout=_SECONDS * 1e3)
+            page.wait_for_selector(".js-plotly-plot .main-svg", timeout=120_000)
             found = [("start to the first figure", time.perf_counter() - started)]
-            page.wait_for_function(_DRAWN, arg="Overview", timeout=_SECONDS * 1e3)
+            settle(page)
             # what a page imports once is waited for once: the second round is of a warm server
             for turn in ("first", "again"):
                 found += [(f"{title}, {turn}", _switch(page, title)) for title in _TITLES]
-        browser.close()
     return found
 
 
-def _switch(page: "Page", title: str) -> float:
+def _switch(page, title: str) -> float:
     link = page.locator("[data-testid=stSidebarNavLink]").filter(has_text=title).first
     started = time.perf_counter()
     link.click()
-    page.wait_for_function(_DRAWN, arg=title, timeout=_SECONDS * 1e3)
+    page.locator("[data-testid=stHeading]").filter(has_text=title).first.wait_for()
+    settle(page)
     return time.perf_counter() - started
-
-
-@contextlib.contextmanager
-def _served(runs: Path) -> Iterator[str]:
-    """Start the app on a free port; yield its address as soon as it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "streamlit", "run", str(_APP)),
-        *("--server.port", str(port), "--server.headless", "true"),
-        *("--", "--read-only", "--runs", str(runs)),
-    ]
-    with open(os.devnull, "w") as output:
-        process = subprocess.Popen(command, cwd=_APP.parent, stdout=output, stderr=output)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait(f"{address}/_stcore/health", process)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def _wait(address: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + _SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with (
-            contextlib.suppress(OSError, urllib.error.URLError),
-            urllib.request.urlopen(address, timeout=2) as answer,
-        ):
-            if answer.status == 200:
-                return
-        time.sleep(0.05)
-    raise ExplorerError("The app did not start. Start it by hand: streamlit run app.py")
 
 
 if __name__ == "__main__":
