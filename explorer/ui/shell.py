@@ -24,6 +24,9 @@ _STYLE = """<style>
 [data-testid="stMetric"] * { white-space: normal !important; }
 [data-testid="stSidebarNavLink"] { min-height: 1.7rem; padding-block: 0; }
 [data-testid="stSidebarNavItems"] { row-gap: 0; }
+/* as high as the lists to choose from that stand beside them */
+[data-testid="stHorizontalBlock"]:has(> * > [data-testid="stSelectbox"])
+  > * > [data-testid="stButtonGroup"] button { min-height: 2.5rem; }
 /* a browser writes this file itself, formulas and all; the data of figures is below them */
 [data-testid="stElementToolbarButton"]:has([aria-label^="Download as CSV"]) { display: none; }
 /* a figure with its title needs this much; on a narrow screen it is moved aside by hand */
