@@ -80,7 +80,7 @@ def save_slice(
     name : str
         New in this run.
     token_ids : sequence of int
-        Of tokens of the run; for whole prompts see ``queries.prompts.prompt_tokens``.
+        Of tokens of the run; for whole prompts see ``queries.overview.prompt_tokens``.
 
     Raises
     ------

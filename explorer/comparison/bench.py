@@ -27,7 +27,7 @@ from capture.prompts import read_prompts
 from capture.swap.measure import Latency, latency
 from explorer.comparison.live import LiveModel
 from explorer.comparison.replay import RecordedSplit, replay_router
-from explorer.comparison.text_split import FitAndReport, Texts
+from explorer.comparison.text_split import FitAndReport, TokenTexts
 from explorer.errors import RouterError
 from explorer.router_cards import RouterSpec, parse_router, split_routers
 from explorer.routers import ROUTERS, Router, RouterInputs
@@ -137,7 +137,7 @@ def laboratory(name: str) -> LiveModel:
         ids = [np.asarray(one.ids, dtype=np.int32) for one in tokens if len(one.ids) > 1]
         kept = int(np.searchsorted(np.cumsum([len(one) for one in ids]), FIT_TOKENS)) + 1
         ids = ids[:kept]
-        halves.append(Texts(ids, [""] * len(ids), [None] * len(ids), source))
+        halves.append(TokenTexts(ids, [""] * len(ids), [None] * len(ids), source))
     return LiveModel(loaded, attach(loaded.model), FitAndReport(*halves))
 
 

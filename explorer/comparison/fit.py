@@ -19,7 +19,7 @@ from capture.swap.measure import token_losses
 from capture.swap.part_gates import gate_parts, output_layers, part_modules
 from capture.swap.routers import swap
 from capture.swap.rules import Choice, Decision, NativeRule, PartMask, RouterInputs, as_rows
-from explorer.comparison.text_split import Texts
+from explorer.comparison.text_split import TokenTexts
 from explorer.errors import RouterError
 from explorer.router_cards import RouterSpec
 from explorer.routers import PartRouter, Router, TrainedRouter, TrainingSession, fit_layers
@@ -47,7 +47,7 @@ class _Open:
 
 
 def measured_parts(
-    model: nn.Module, sites: Sequence[Site], texts: Texts, part: LivePart, *, attention: bool
+    model: nn.Module, sites: Sequence[Site], texts: TokenTexts, part: LivePart, *, attention: bool
 ) -> tuple[dict[Place, RouterInputs], dict[Place, Decision]]:
     """Run texts with all gates open; see what gates see and how much each part adds.
 
@@ -198,7 +198,7 @@ class FitData:
     ----------
     model : PreTrainedModel
     sites : sequence of Site
-    texts : Texts
+    texts : TokenTexts
         The fit split, maybe empty.
     skip : {"block", "layer"}
         What a rule about layers skips: the MoE block, or the whole layer.
@@ -210,7 +210,7 @@ class FitData:
         self,
         model: nn.Module,
         sites: Sequence[Site],
-        texts: Texts,
+        texts: TokenTexts,
         *,
         skip: Literal["block", "layer"] = "block",
         session: TrainingSession | None = None,

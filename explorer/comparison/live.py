@@ -24,7 +24,7 @@ from capture.swap.routers import SiteCount, swap
 from capture.swap.rules import Choice, NativeRule, RouterInputs, Rule, reads_of
 from explorer.comparison.cost import TokenCost, Usage, cost_of
 from explorer.comparison.fit import FitData, Fitted, LivePart
-from explorer.comparison.text_split import FitAndReport, Texts, shared_texts
+from explorer.comparison.text_split import FitAndReport, TokenTexts, shared_texts
 from explorer.errors import ComparisonCancelled
 from explorer.metrics.agreement import MEASURES, agreement
 from explorer.routers import Router, TrainingSession
@@ -344,7 +344,7 @@ class LiveModel:
         self.cancelled = cancelled
         self.model = loaded.model
         self.sites = list(sites)
-        self.report: Texts = split.report
+        self.report: TokenTexts = split.report
         session = None
         if split.fit.sequences:
             session = TrainingSession(

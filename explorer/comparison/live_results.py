@@ -12,7 +12,7 @@ from capture.swap.measure import Latency
 from explorer.comparison.causality import Badges
 from explorer.comparison.fit import Fitted
 from explorer.comparison.live import LiveModel, Outcome, WatchedChoice, mean_of_known
-from explorer.comparison.results_file import Rows
+from explorer.comparison.results_file import TableRows
 from explorer.comparison.text_split import SHARED_TOKENS
 from explorer.metrics.load import balance
 from explorer.routers import Router, RouterInfo
@@ -79,7 +79,7 @@ def card(label: str, router: Router, *, control: str | None = None, of: str | No
 
 
 def live_rows(
-    rows: Rows,
+    rows: TableRows,
     lab: LiveModel,
     subject: RowSubject,
     outcome: Outcome,
@@ -102,7 +102,7 @@ def live_rows(
 
 
 def layer_rows(
-    rows: Rows,
+    rows: TableRows,
     lab: LiveModel,
     subject: RowSubject,
     outcome: Outcome,

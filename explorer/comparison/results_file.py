@@ -26,7 +26,7 @@ from explorer.comparison.values import wrong_values
 from explorer.errors import ComparisonError
 from explorer.run import frame
 
-Rows = dict[str, list[dict[str, Any]]]
+TableRows = dict[str, list[dict[str, Any]]]
 
 FORMAT_VERSION = 5
 # what older files lack, by the first format that has it: columns, which read as NULL, and tables,
@@ -180,7 +180,7 @@ TABLES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def empty_rows() -> Rows:
+def empty_rows() -> TableRows:
     """Return every table without a row."""
     return {name: [] for name in TABLES}
 
@@ -268,7 +268,7 @@ class Comparison:
                     self._database.unregister("incoming")
             return self._database
 
-    def records(self) -> Rows:
+    def records(self) -> TableRows:
         """Return all tables as records, to add rows and write them again."""
         return {name: table.to_pylist() for name, table in self._tables.items()}
 
@@ -417,7 +417,7 @@ def comparisons_of(run: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name))
 
 
-def write_comparison(path: Path, rows: Rows) -> None:
+def write_comparison(path: Path, rows: TableRows) -> None:
     """Write a comparison file in one step, so that a reader sees the old one or the new one.
 
     Parameters

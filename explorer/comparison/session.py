@@ -38,7 +38,7 @@ from explorer.comparison.results_file import (
     CONDITION_TABLES,
     FORMAT_VERSION,
     SUFFIX,
-    Rows,
+    TableRows,
     empty_rows,
     open_comparison,
     write_comparison,
@@ -247,7 +247,7 @@ class Session:
             **settings.as_dict(),
         }
         self.path = folder / f"{run.path.stem}.{key_of(facts)}{SUFFIX}"
-        self.rows: Rows = empty_rows()
+        self.rows: TableRows = empty_rows()
         if self.path.is_file():
             with open_comparison(self.path) as known:
                 self.rows = known.records()
@@ -326,7 +326,7 @@ class Session:
         live = () if unit.mode == "replay" else (self.controls, self.timed)
         return fingerprint((unit.spec.label, code, *live))
 
-    def _compute(self, unit: Unit, found: Rows) -> None:
+    def _compute(self, unit: Unit, found: TableRows) -> None:
         if unit.mode == "replay":
             self._replay(unit, found)
             return
@@ -341,7 +341,7 @@ class Session:
             for key in sorted(fitted.routers):
                 self._live_layer(subject, lab, found, key)
 
-    def _replay(self, unit: Unit, found: Rows) -> None:
+    def _replay(self, unit: Unit, found: TableRows) -> None:
         router = make_router(unit.spec, seed=unit.seed)
         found["routers"].append(card(unit.spec.label, router))
         split, text_ids = self._recorded
@@ -363,7 +363,7 @@ class Session:
             self.rows["choices"] += choice_rows({**NATIVE, "mode": "replay"}, split, own, text_ids)
         return split, text_ids
 
-    def _live(self, subject: RowSubject, lab: LiveModel, found: Rows) -> None:
+    def _live(self, subject: RowSubject, lab: LiveModel, found: TableRows) -> None:
         fitted = subject.fitted
         outcome = lab.run(fitted)
         timed = lab.time(fitted) if self.timed else None
@@ -372,7 +372,9 @@ class Session:
         for beside in self._controls(subject, lab, outcome, found):
             live_rows(found, lab, beside, lab.run(beside.fitted))
 
-    def _live_layer(self, subject: RowSubject, lab: LiveModel, found: Rows, key: Place) -> None:
+    def _live_layer(
+        self, subject: RowSubject, lab: LiveModel, found: TableRows, key: Place
+    ) -> None:
         fitted, only = subject.fitted, [key]
         outcome = lab.run(fitted, only=only)
         timed = lab.time(fitted, only) if self.timed else None
@@ -386,7 +388,7 @@ class Session:
         subject: RowSubject,
         lab: LiveModel,
         outcome: Outcome,
-        found: Rows,
+        found: TableRows,
         *,
         only: Place | None = None,
     ) -> list[RowSubject]:
@@ -478,7 +480,7 @@ class Session:
             self.rows["choices"] += choices(lab, NATIVE, lab.native)
             self.rows["token_losses"] += token_losses(lab, NATIVE, lab.native)
 
-    def _store(self, unit: Unit, found: Rows, error: str | None) -> None:
+    def _store(self, unit: Unit, found: TableRows, error: str | None) -> None:
         """Put a unit's rows in the place of its old ones."""
         label, seed, mode = unit.name
         own = {label, *(row["router"] for row in found["routers"])}

@@ -22,7 +22,7 @@ SHARED_TEXTS = 4  # texts whose choices and losses are kept token by token
 SHARED_TOKENS = 160  # at most of each
 
 
-class Texts(NamedTuple):
+class TokenTexts(NamedTuple):
     """Token sequences with what is known of them.
 
     Attributes
@@ -47,9 +47,9 @@ class Texts(NamedTuple):
         """Tokens of all sequences."""
         return sum(len(one) for one in self.sequences)
 
-    def take(self, numbers: Sequence[int], source: str = "") -> "Texts":
+    def take(self, numbers: Sequence[int], source: str = "") -> "TokenTexts":
         """Return some of the texts, in this order."""
-        return Texts(
+        return TokenTexts(
             [self.sequences[n] for n in numbers],
             [self.domains[n] for n in numbers],
             [self.pieces[n] for n in numbers],
@@ -60,8 +60,8 @@ class Texts(NamedTuple):
 class FitAndReport(NamedTuple):
     """Texts to fit on and texts to report on."""
 
-    fit: Texts
-    report: Texts
+    fit: TokenTexts
+    report: TokenTexts
 
 
 def check_text(run: Run) -> None:
@@ -177,7 +177,7 @@ def _texts_of(name: str) -> set[str | None]:
     return {prompt.text for prompt in read_prompts(name)}
 
 
-def _of_set(name: str, loaded: LoadedModel) -> Texts:
+def _of_set(name: str, loaded: LoadedModel) -> TokenTexts:
     tokenized = tokenize(
         read_prompts(name),
         loaded.tokenizer,
@@ -185,7 +185,7 @@ def _of_set(name: str, loaded: LoadedModel) -> Texts:
         max_length=LONGEST,
     )
     kept = [one for one in tokenized if len(one.ids) > 1]
-    return Texts(
+    return TokenTexts(
         [one.ids for one in kept],
         [one.domain or UNLABELLED for one in kept],
         [one.pieces() for one in kept],
@@ -193,7 +193,7 @@ def _of_set(name: str, loaded: LoadedModel) -> Texts:
     )
 
 
-def _of_run(run: Run) -> Texts:
+def _of_run(run: Run) -> TokenTexts:
     """Return the prompts of a run as they were fed to the model."""
     tokens = run.query(
         "SELECT prompt_id, token, text, coalesce(domain, $none) AS domain FROM tokens "
@@ -201,7 +201,7 @@ def _of_run(run: Run) -> Texts:
         f"WHERE phase = 'prompt' AND position < {LONGEST} ORDER BY prompt_id, position",
         {"none": UNLABELLED},
     )
-    texts = Texts([], [], [], f"prompts of {run.path.name}")
+    texts = TokenTexts([], [], [], f"prompts of {run.path.name}")
     for _, one in tokens.groupby("prompt_id", sort=True):
         if len(one) > 1:
             pieces = one["text"].tolist()
@@ -217,7 +217,7 @@ def _of_run(run: Run) -> Texts:
 
 
 def _divided(
-    texts: Texts, seed: int, *, share: float = 0.5, parts: tuple[str, str] = ("half", "half")
+    texts: TokenTexts, seed: int, *, share: float = 0.5, parts: tuple[str, str] = ("half", "half")
 ) -> FitAndReport:
     """Divide texts in two, ``share`` of them for fitting; copies of one text stay together."""
     same: dict[bytes, int] = {}
@@ -234,7 +234,7 @@ def _divided(
     )
 
 
-def _sampled(texts: Texts, budget: int, seed: int) -> Texts:
+def _sampled(texts: TokenTexts, budget: int, seed: int) -> TokenTexts:
     """Return texts of at most ``budget`` tokens together, domain after domain in turn."""
     random = np.random.default_rng(seed)
     waiting: dict[str, list[int]] = {}

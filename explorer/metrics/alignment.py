@@ -12,7 +12,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-class Segments(NamedTuple):
+class AlignedSegments(NamedTuple):
     """Shortest stretches of a text that end at a token of both models.
 
     Attributes
@@ -29,7 +29,7 @@ class Segments(NamedTuple):
     second: Ints
 
 
-def align(first: Sequence[str], second: Sequence[str]) -> Segments:
+def align(first: Sequence[str], second: Sequence[str]) -> AlignedSegments:
     """Align two tokenizations by the characters of the text.
 
     Parameters
@@ -51,7 +51,9 @@ def align(first: Sequence[str], second: Sequence[str]) -> Segments:
     common = np.intersect1d(ends_a, ends_b)
     end = common[common > 0]
     start = np.concatenate([[0], end[:-1]]).astype(np.int64) if len(end) else end
-    return Segments(start, end, _segment_of(first, ends_a, end), _segment_of(second, ends_b, end))
+    return AlignedSegments(
+        start, end, _segment_of(first, ends_a, end), _segment_of(second, ends_b, end)
+    )
 
 
 def _ends(texts: Sequence[str]) -> Ints:

@@ -20,7 +20,7 @@ from explorer.comparison.live import LiveModel
 from explorer.comparison.live_results import RowSubject, live_rows
 from explorer.comparison.matched_controls import controls_of
 from explorer.comparison.results_file import empty_rows
-from explorer.comparison.text_split import FitAndReport, Texts, split_texts
+from explorer.comparison.text_split import FitAndReport, TokenTexts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, RouterError
 from explorer.metrics.load import max_violation
 from explorer.router_cards import parse_router
@@ -68,7 +68,7 @@ def whole(comparison, mode="live"):
 def lab(model):
     """Two texts of one length, so that what is timed is what is reported."""
     ids = np.random.default_rng(1).integers(3, 60, (4, 16)).astype(np.int32)
-    texts = [Texts([*part], ["", ""], [None, None], "given") for part in (ids[:2], ids[2:4])]
+    texts = [TokenTexts([*part], ["", ""], [None, None], "given") for part in (ids[:2], ids[2:4])]
     return LiveModel(load_model(model), attach(model), FitAndReport(*texts))
 
 
@@ -452,7 +452,7 @@ def test_what_one_router_cannot_do_does_not_stop_the_others(run_path, model, tmp
 
 
 def test_without_texts_to_fit_on_a_router_says_so(model):
-    texts = Texts([np.arange(3, 20, dtype=np.int32)], [""], [None], "one prompt")
+    texts = TokenTexts([np.arange(3, 20, dtype=np.int32)], [""], [None], "one prompt")
     lab = LiveModel(load_model(model), attach(model), FitAndReport(texts.take([]), texts))
     assert lab.run(lab.data.fit(parse_router("top_k(k=1)"), None)).experts == dict.fromkeys(
         lab.data.places, 1.0

@@ -14,7 +14,7 @@ from explorer.comparison.fit import Fitted
 from explorer.comparison.live import LiveModel, WatchedChoice, Watcher
 from explorer.comparison.matched_controls import controls_of
 from explorer.comparison.replay import over_layers, site_row
-from explorer.comparison.text_split import FitAndReport, Texts
+from explorer.comparison.text_split import FitAndReport, TokenTexts
 from explorer.routers.native import TopKRouter
 
 BOTH = ("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy")
@@ -108,7 +108,7 @@ class OneOrThree(TopKRouter):
 def test_a_rule_with_the_models_mean_number_of_experts_has_controls():
     model = tiny_models.build("mixtral", num_experts_per_tok=2)
     ids = np.random.default_rng(1).integers(3, 60, (2, 16)).astype(np.int32)
-    texts = Texts([*ids], ["", ""], [None, None], "given")
+    texts = TokenTexts([*ids], ["", ""], [None, None], "given")
     lab = LiveModel(load_model(model), attach(model), FitAndReport(texts.take([]), texts))
     made = {}
     for router in (OneOrThree(), TopKRouter(k=2), TopKRouter(k=1)):

@@ -16,7 +16,7 @@ from explorer.__main__ import main
 from explorer.comparison import oracle
 from explorer.comparison.live import LiveModel
 from explorer.comparison.oracle import OneSet, last_layer_oracle, least_of
-from explorer.comparison.text_split import FitAndReport, Texts
+from explorer.comparison.text_split import FitAndReport, TokenTexts
 from explorer.errors import ComparisonError
 from explorer.pages.compare.figures import oracle_bound
 from explorer.routers.live_rule import LiveRule
@@ -27,8 +27,8 @@ from explorer.routers.scores import host_scores, slots, weigh
 def lab():
     model = tiny_models.build("mixtral")
     ids = np.random.default_rng(1).integers(3, 60, (2, 24)).astype(np.int32)
-    text = Texts([ids[0]], [""], [None], "given")
-    fit = Texts([ids[1]], [""], [None], "given")
+    text = TokenTexts([ids[0]], [""], [None], "given")
+    fit = TokenTexts([ids[1]], [""], [None], "given")
     return LiveModel(load_model(model), attach(model), FitAndReport(fit, text))
 
 

@@ -10,7 +10,7 @@ from explorer.errors import RunError
 from explorer.pages.attention import data as attention
 from explorer.pages.attention.data import routing_together
 from explorer.pages.flow import data as pairs
-from explorer.queries import experts, load, overview, prompts
+from explorer.queries import experts, load, overview
 from explorer.queries.where import Part
 from explorer.run import open_run
 
@@ -146,10 +146,10 @@ def test_prompts_of_a_part_have_a_token_of_it(run, known, part):
     expected = sorted({
         token["prompt_id"] for token in known.tokens if in_part(token, part.whole())
     })  # fmt: skip
-    assert prompts.prompts(run, part=part)["prompt_id"].tolist() == expected
-    assert prompts.prompt_count(run, part=part) == len(expected)
+    assert overview.prompts(run, part=part)["prompt_id"].tolist() == expected
+    assert overview.prompt_count(run, part=part) == len(expected)
     law = [number for number in expected if PROMPTS[number][0] == "law"]
-    assert prompts.prompts(run, domain="law", part=part)["prompt_id"].tolist() == law
+    assert overview.prompts(run, domain="law", part=part)["prompt_id"].tolist() == law
     attended = [number for number in expected if number != WITHOUT_ATTENTION]
     assert attention.attention_prompts(run, part=part)["prompt_id"].tolist() == attended
     stats = attention.head_stats(run, part=part)
@@ -184,8 +184,8 @@ def test_attention_and_routing_of_the_prompts_of_a_part(run):
 
 def test_tokens_of_prompts(run, known):
     expected = [t["token_id"] for t in known.tokens if t["prompt_id"] in (0, 4)]
-    assert prompts.prompt_tokens(run, [4, 0]).tolist() == sorted(expected)
-    assert prompts.prompt_tokens(run, []).tolist() == []
+    assert overview.prompt_tokens(run, [4, 0]).tolist() == sorted(expected)
+    assert overview.prompt_tokens(run, []).tolist() == []
 
 
 def test_a_run_without_ids_has_no_load_of_a_part(tmp_path):

@@ -10,7 +10,7 @@ from synthetic import BATCHES, IDLE, PROMPTS, SITES, write_run
 
 from explorer.errors import RunError, UnknownNameError
 from explorer.pages.tokens import data as tokens
-from explorer.queries import experts, load, overview, prompts
+from explorer.queries import experts, load, overview
 from explorer.queries.where import Part
 from explorer.run import open_run
 
@@ -242,7 +242,7 @@ def test_routing_needs_ids_and_a_router(run, counted):
 
 
 def test_prompts(run, known):
-    frame = prompts.prompts(run)
+    frame = overview.prompts(run)
     assert frame["prompt_id"].tolist() == list(range(len(PROMPTS)))
     assert frame["text"].tolist() == ["".join(pieces) for _, pieces in PROMPTS]
     assert frame["domain"].tolist() == [domain or "" for domain, _ in PROMPTS]
@@ -257,18 +257,18 @@ def test_prompts(run, known):
 
 
 def test_prompts_by_page_domain_and_text(run):
-    assert prompts.prompts(run, limit=2, offset=1)["prompt_id"].tolist() == [1, 2]
-    assert prompts.prompts(run, domain="law")["prompt_id"].tolist() == [0, 3]
-    assert prompts.prompts(run, domain="")["prompt_id"].tolist() == [2]
-    assert prompts.prompts(run, search="COURT")["prompt_id"].tolist() == [0]
+    assert overview.prompts(run, limit=2, offset=1)["prompt_id"].tolist() == [1, 2]
+    assert overview.prompts(run, domain="law")["prompt_id"].tolist() == [0, 3]
+    assert overview.prompts(run, domain="")["prompt_id"].tolist() == [2]
+    assert overview.prompts(run, search="COURT")["prompt_id"].tolist() == [0]
     # no wildcards, no way out of the statement
-    assert prompts.prompts(run, search="100%_")["prompt_id"].tolist() == [5]
-    assert prompts.prompts(run, search="%")["prompt_id"].tolist() == [1, 5]
-    assert prompts.prompts(run, search="' OR true --").empty
-    assert prompts.prompt_count(run) == len(PROMPTS)
-    assert prompts.prompt_count(run, domain="code", search="<") == 2
-    assert prompts.prompt(run, 3)["text"].tolist() == ["No"]
-    assert prompts.prompt(run, 99).empty
+    assert overview.prompts(run, search="100%_")["prompt_id"].tolist() == [5]
+    assert overview.prompts(run, search="%")["prompt_id"].tolist() == [1, 5]
+    assert overview.prompts(run, search="' OR true --").empty
+    assert overview.prompt_count(run) == len(PROMPTS)
+    assert overview.prompt_count(run, domain="code", search="<") == 2
+    assert overview.prompt(run, 3)["text"].tolist() == ["No"]
+    assert overview.prompt(run, 99).empty
 
 
 # ---- tokens
@@ -282,7 +282,7 @@ def test_tokens_rejoin_to_the_prompt(run, known, prompt_id):
         assert frame[column].tolist() == [row[column] for row in rows]
     assert missing_is_none(frame, "loss") == [row["loss"] for row in rows]
     text = "".join(frame["text"][frame["phase"] == "prompt"])
-    assert text == prompts.prompt(run, prompt_id)["text"].iloc[0]
+    assert text == overview.prompt(run, prompt_id)["text"].iloc[0]
 
 
 def expected_value(route, n_experts, quantity, pinned_here):

@@ -10,7 +10,7 @@ import pandas as pd
 from explorer.errors import RunError
 from explorer.metrics.attention import AttendedPairs, chance_levels, pair_totals, together
 from explorer.pages.tokens.data import prompt_experts, tokens
-from explorer.queries.prompts import SHOWN
+from explorer.queries.overview import SHOWN
 from explorer.queries.where import PLACES, Part, prompt_conditions
 from explorer.run import Run
 

@@ -10,7 +10,7 @@ from explorer.maps.point_table import PointTable, Region
 from explorer.metrics.specialization import MIN_WHOLE, Lift, lift
 from explorer.pages.clusters.figures import lift_bars
 from explorer.pages.clusters.points import id_names
-from explorer.queries.prompts import prompt_tokens
+from explorer.queries.overview import prompt_tokens
 from explorer.text import ABSENT, visible
 from explorer.ui import address, printing
 from explorer.ui.chart import chart, explain_dash

@@ -455,7 +455,7 @@ def two_models(
 
 
 def _stretches(
-    found: alignment.Segments, sides: list[pd.DataFrame], text: str, prompt: int
+    found: alignment.AlignedSegments, sides: list[pd.DataFrame], text: str, prompt: int
 ) -> pd.DataFrame:
     n = len(found.end)
     columns: dict[str, Any] = {

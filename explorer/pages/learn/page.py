@@ -12,7 +12,7 @@ from explorer.pages.load_balance.figures import load_bars
 from explorer.pages.tokens.data import token_experts, token_gates, token_scores, tokens
 from explorer.pages.tokens.figures import score_bars, token_routes
 from explorer.queries.load import expert_load
-from explorer.queries.prompts import prompts
+from explorer.queries.overview import prompts
 from explorer.text import plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart

@@ -7,8 +7,7 @@ from capture.paths import model_name
 from explorer.findings import findings
 from explorer.pages.load_balance.figures import load_heatmap
 from explorer.queries.load import expert_load
-from explorer.queries.overview import domain_counts, gate_means
-from explorer.queries.prompts import prompt_count
+from explorer.queries.overview import domain_counts, gate_means, prompt_count
 from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, listing, tile

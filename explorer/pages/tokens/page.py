@@ -25,7 +25,7 @@ from explorer.pages.tokens.figures import (
     token_routes,
     tokens_shown,
 )
-from explorer.queries.prompts import prompt, prompt_count, prompts
+from explorer.queries.overview import prompt, prompt_count, prompts
 from explorer.text import counted, plain
 from explorer.ui import address, theme
 from explorer.ui.chart import chart
