@@ -124,7 +124,7 @@ def own_top_k(sites: Sequence[Site], k: int) -> Iterator[None]:
             router.top_k = site.info.top_k
 
 
-def laboratory(name: str) -> LiveModel:
+def loaded_live(name: str) -> LiveModel:
     """Load a model with texts to fit on and to run."""
     with loading_bars(shown=False):
         loaded = load_model(name)
@@ -142,7 +142,7 @@ def laboratory(name: str) -> LiveModel:
 
 
 def timed(
-    lab: LiveModel, routers: Sequence[RouterSpec], n_tokens: int, repeats: int
+    live: LiveModel, routers: Sequence[RouterSpec], n_tokens: int, repeats: int
 ) -> dict[str, Latency]:
     """Time every router, and the model itself with fewer experts.
 
@@ -151,19 +151,19 @@ def timed(
     dict of label to Latency
         CPU time of all threads.
     """
-    flat = np.concatenate(lab.report.sequences)[:n_tokens].astype(np.int64)
+    flat = np.concatenate(live.report.sequences)[:n_tokens].astype(np.int64)
     if len(flat) < n_tokens:
         raise RouterError(f"At most {len(flat)} tokens can be timed, got {n_tokens}.")
-    ids = torch.from_numpy(flat.reshape(ROWS, -1)).to(next(lab.model.parameters()).device)
+    ids = torch.from_numpy(flat.reshape(ROWS, -1)).to(next(live.model.parameters()).device)
     found = {}
     for spec in routers:
-        fitted = lab.data.fit(spec, 0)
-        found[spec.label] = lab.time(fitted, ids=ids, repeats=repeats, clock=time.process_time)
-    for k in range(1, lab.sites[0].info.top_k):
+        fitted = live.data.fit(spec, 0)
+        found[spec.label] = live.time(fitted, ids=ids, repeats=repeats, clock=time.process_time)
+    for k in range(1, live.sites[0].info.top_k):
         found[f"the model itself, k={k}"] = latency(
-            lab.model,
+            live.model,
             ids,
-            lambda k=k: own_top_k(lab.sites, k),  # type: ignore[misc]
+            lambda k=k: own_top_k(live.sites, k),  # type: ignore[misc]
             repeats=repeats,
             clock=time.process_time,
         )
@@ -173,9 +173,9 @@ def timed(
 def time_rules(options: argparse.Namespace) -> None:
     """Print a line for each router and length."""
     routers = [parse_router(text) for text in split_routers(options.routers)]
-    lab = laboratory(options.model)
+    live = loaded_live(options.model)
     for n_tokens in (int(text) for text in options.tokens.split(",")):
-        for label, one in timed(lab, routers, n_tokens, options.repeats).items():
+        for label, one in timed(live, routers, n_tokens, options.repeats).items():
             _say(
                 f"{n_tokens:5d} tokens  {one.ratio:.3f} ({one.low:.3f} to {one.high:.3f})  "
                 f"{one.native_ms:6.1f} -> {one.swapped_ms:6.1f} CPU ms  {label}"

@@ -28,7 +28,7 @@ TIES = 2  # rows that products over another number of rows may decide otherwise
 
 
 class Badges(NamedTuple):
-    """What a router wears wherever it appears.
+    """What is said of a router wherever it appears.
 
     Attributes
     ----------

@@ -80,7 +80,7 @@ def card(label: str, router: Router, *, control: str | None = None, of: str | No
 
 def live_rows(
     rows: TableRows,
-    lab: LiveModel,
+    live: LiveModel,
     subject: RowSubject,
     outcome: Outcome,
     *,
@@ -88,22 +88,22 @@ def live_rows(
     counted: float | None = None,
 ) -> None:
     """Add what was measured with all layers swapped."""
-    whole = _row(lab, subject, outcome, "live", None)
+    whole = _row(live, subject, outcome, "live", None)
     layers = [_layer_row(whole, key, outcome) for key in sorted(outcome.sums or outcome.load)]
     for name in _MEANS:
         whole[name] = mean_of_known([row.get(name) for row in layers])
     whole |= _measured(timed, counted)
     rows["results"] += [whole, *layers]
-    rows["domains"] += _domains(lab, subject, outcome)
-    rows["sequences"] += _sequences(lab, subject, outcome, "live", None)
+    rows["domains"] += _domains(live, subject, outcome)
+    rows["sequences"] += _sequences(live, subject, outcome, "live", None)
     rows["gate_values"] += _gate_values(subject, outcome)
-    rows["choices"] += choices(lab, subject.unit | {"mode": "live"}, outcome)
-    rows["token_losses"] += token_losses(lab, subject.unit | {"mode": "live"}, outcome)
+    rows["choices"] += choices(live, subject.unit | {"mode": "live"}, outcome)
+    rows["token_losses"] += token_losses(live, subject.unit | {"mode": "live"}, outcome)
 
 
 def layer_rows(
     rows: TableRows,
-    lab: LiveModel,
+    live: LiveModel,
     subject: RowSubject,
     outcome: Outcome,
     key: Place,
@@ -112,12 +112,12 @@ def layer_rows(
     counted: float | None = None,
 ) -> None:
     """Add what was measured with one layer swapped."""
-    row = _row(lab, subject, outcome, "live-layer", key)
+    row = _row(live, subject, outcome, "live-layer", key)
     row |= _site(outcome, key) | _measured(timed, counted)
     rows["results"].append(row)
     if key in outcome.between:
-        rows["spanning"] += _spanning(lab, subject, outcome, key)
-    rows["sequences"] += _sequences(lab, subject, outcome, "live-layer", key[0])
+        rows["spanning"] += _spanning(live, subject, outcome, key)
+    rows["sequences"] += _sequences(live, subject, outcome, "live-layer", key[0])
 
 
 def _measured(timed: Latency | None, counted: float | None) -> dict[str, Any]:
@@ -134,15 +134,15 @@ def _measured(timed: Latency | None, counted: float | None) -> dict[str, Any]:
 
 
 def _row(
-    lab: LiveModel, subject: RowSubject, outcome: Outcome, mode: str, key: Place | None
+    live: LiveModel, subject: RowSubject, outcome: Outcome, mode: str, key: Place | None
 ) -> dict[str, Any]:
     fitted = subject.fitted
-    pair = lab.native.per_sequence, outcome.per_sequence
+    pair = live.native.per_sequence, outcome.per_sequence
     change = loss_change(*pair)
     # texts of a domain may be alike; a rule judged on one kind of text is judged on few
-    by_domain = loss_change(*(losses.by(lab.report.domains) for losses in pair))
+    by_domain = loss_change(*(losses.by(live.report.domains) for losses in pair))
     only = None if key is None else [key]
-    cost, native = lab.cost(outcome, fitted, only), lab.cost(lab.native, None)
+    cost, native = live.cost(outcome, fitted, only), live.cost(live.native, None)
     shares = list(outcome.shares.values())
     parts: dict[str, Any] = {}
     if shares:
@@ -177,8 +177,8 @@ def _row(
         "batch_dependent": subject.badges.batch_dependent,
         "simulated": fitted.part == "head",
         "fit_tokens": fitted.fit_tokens,
-        "tokens": lab.report.n_tokens,
-        "sequences": len(lab.report.sequences),
+        "tokens": live.report.n_tokens,
+        "sequences": len(live.report.sequences),
         "fit_seconds": fitted.seconds,
         "seconds": outcome.seconds,
     }
@@ -205,17 +205,17 @@ def _site(outcome: Outcome, key: Place) -> dict[str, Any]:
     }
 
 
-def _domains(lab: LiveModel, subject: RowSubject, outcome: Outcome) -> list[dict[str, Any]]:
-    domains = np.array(lab.report.domains)
-    native, found = lab.native.per_sequence, outcome.per_sequence
+def _domains(live: LiveModel, subject: RowSubject, outcome: Outcome) -> list[dict[str, Any]]:
+    domains = np.array(live.report.domains)
+    native, found = live.native.per_sequence, outcome.per_sequence
     rows = []
-    for domain in sorted(set(lab.report.domains)):
+    for domain in sorted(set(live.report.domains)):
         here = domains == domain
         change = loss_change(
             SequenceLosses(native.sums[here], native.tokens[here]),
             SequenceLosses(found.sums[here], found.tokens[here]),
         )
-        tokens = sum(len(s) for s, is_in in zip(lab.report.sequences, here, strict=True) if is_in)
+        tokens = sum(len(s) for s, is_in in zip(live.report.sequences, here, strict=True) if is_in)
         sums = list(outcome.sums.values())
         experts = [s.experts[here].sum() for s in sums]
         rows.append(
@@ -235,9 +235,9 @@ def _domains(lab: LiveModel, subject: RowSubject, outcome: Outcome) -> list[dict
 
 
 def _sequences(
-    lab: LiveModel, subject: RowSubject, outcome: Outcome, mode: str, layer: int | None
+    live: LiveModel, subject: RowSubject, outcome: Outcome, mode: str, layer: int | None
 ) -> list[dict[str, Any]]:
-    native, found = lab.native.per_sequence, outcome.per_sequence
+    native, found = live.native.per_sequence, outcome.per_sequence
     return [
         {
             **subject.unit,
@@ -249,7 +249,7 @@ def _sequences(
             "loss": float(found.per_token[number]),
             "loss_change": float(found.per_token[number] - native.per_token[number]),
         }
-        for number, domain in enumerate(lab.report.domains)
+        for number, domain in enumerate(live.report.domains)
     ]
 
 
@@ -268,14 +268,14 @@ def _gate_values(subject: RowSubject, outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def _spanning(
-    lab: LiveModel, subject: RowSubject, outcome: Outcome, key: Place
+    live: LiveModel, subject: RowSubject, outcome: Outcome, key: Place
 ) -> list[dict[str, Any]]:
     """Return the loss of the tokens that lie between clusters, and of the others."""
     rows = []
     for between in (True, False):
         # a token's route shows in the loss of the next one
         chosen = [flags[:-1] == between for flags in outcome.between[key]]
-        native, found = (_some(losses, chosen) for losses in (lab.native.losses, outcome.losses))
+        native, found = (_some(losses, chosen) for losses in (live.native.losses, outcome.losses))
         if not len(native.tokens):
             continue
         change = loss_change(native, found)
@@ -306,17 +306,17 @@ def _some(
     )
 
 
-def text_rows(lab: LiveModel) -> list[dict[str, Any]]:
+def text_rows(live: LiveModel) -> list[dict[str, Any]]:
     """Return the tokens of the shared texts."""
     rows = []
-    for text_id, number in enumerate(lab.shared):
-        ids, pieces = lab.report.sequences[number], lab.report.pieces[number]
+    for text_id, number in enumerate(live.shared):
+        ids, pieces = live.report.sequences[number], live.report.pieces[number]
         for position, token in enumerate(ids[:SHARED_TOKENS].tolist()):
             rows.append(
                 {
                     "text_id": text_id,
                     "mode": "live",
-                    "domain": lab.report.domains[number],
+                    "domain": live.report.domains[number],
                     "position": position,
                     "token": token,
                     "text": None if pieces is None else pieces[position],
@@ -325,9 +325,9 @@ def text_rows(lab: LiveModel) -> list[dict[str, Any]]:
     return rows
 
 
-def choices(lab: LiveModel, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+def choices(live: LiveModel, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
     """Return what every site chose for the tokens of the shared texts."""
-    text_of = {number: text_id for text_id, number in enumerate(lab.shared)}
+    text_of = {number: text_id for text_id, number in enumerate(live.shared)}
     rows = []
     for (layer, site), passes in sorted(outcome.chosen.items()):
         for found in passes:
@@ -353,10 +353,10 @@ def _tokens(found: WatchedChoice, text_of: dict[int, int]) -> list[dict[str, Any
     return rows
 
 
-def token_losses(lab: LiveModel, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
+def token_losses(live: LiveModel, unit: dict[str, Any], outcome: Outcome) -> list[dict[str, Any]]:
     """Return the loss of every token of the shared texts from the second on."""
     return [
         {**unit, "text_id": text_id, "position": position, "loss": loss}
-        for text_id, number in enumerate(lab.shared)
+        for text_id, number in enumerate(live.shared)
         for position, loss in enumerate(outcome.losses[number][: SHARED_TOKENS - 1].tolist(), 1)
     ]

@@ -39,7 +39,7 @@ def controls_of(
     label: str,
     fitted: Fitted,
     outcome: Outcome,
-    lab: LiveModel,
+    live: LiveModel,
     seed: int,
     *,
     only: Place | None = None,
@@ -56,7 +56,7 @@ def controls_of(
     fitted : Fitted
     outcome : Outcome
         Its run: controls copy the compute that was measured there.
-    lab : LiveModel
+    live : LiveModel
     seed : int
     only : (layer, site), optional
         The one that was swapped. Both kinds are the same there, so that one of them is enough.
@@ -64,7 +64,7 @@ def controls_of(
     if fitted.router.info.family == "control" or fitted.router.info.name == NATIVE:
         return []
     if fitted.part == "expert":
-        native = lab.native.experts
+        native = live.native.experts
         made = _of_experts(outcome, native if only is None else {only: native[only]}, seed)
     else:
         made = _of_parts(outcome, seed)

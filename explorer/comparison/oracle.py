@@ -65,13 +65,13 @@ class OneSet(RoutingRouter):
 
 
 def last_layer_oracle(
-    lab: LiveModel, *, seed: int = 0, told: Told = lambda done, total: None
+    live: LiveModel, *, seed: int = 0, told: Told = lambda done, total: None
 ) -> list[dict[str, Any]]:
     """Try sets of experts in the last layer, all other layers as they are.
 
     Parameters
     ----------
-    lab : LiveModel
+    live : LiveModel
     seed : int
         Draws sets where there are more than ``MOST_SETS``.
     told : callable
@@ -88,13 +88,13 @@ def last_layer_oracle(
     ComparisonError
         If the last decoder layer has no router: what comes after would mix tokens.
     """
-    place, n_experts, top_k = _last(lab)
+    place, n_experts, top_k = _last(live)
     sets, whole = _sets(n_experts, top_k, seed)
-    native = np.concatenate(lab.native.losses)
+    native = np.concatenate(live.native.losses)
     losses = np.empty((len(sets), len(native)), np.float32)
     for number, experts in enumerate(sets):
-        rule = LiveRule(OneSet(experts), lab.conventions[place])
-        losses[number] = np.concatenate(lab.losses({place: rule}, only=[place]))
+        rule = LiveRule(OneSet(experts), live.conventions[place])
+        losses[number] = np.concatenate(live.losses({place: rule}, only=[place]))
         told(number + 1, len(sets))
     found = dict(_statistics(losses))
     better = (losses < native - SAME).sum(axis=0)
@@ -103,23 +103,23 @@ def last_layer_oracle(
         "site": place[1],
         "sets": len(sets),
         "enumerated": whole,
-        "tokens": lab.report.n_tokens,
-        "sequences": len(lab.report.sequences),
+        "tokens": live.report.n_tokens,
+        "sequences": len(live.report.sequences),
         "native_best": float((better == 0).mean()),
         "native_rank": float(better.mean()) + 1,
     }
     rows: dict[tuple[str, int | None], npt.NDArray[Any]] = {("model", None): native, **found}
-    own = _by_sequence(lab, native)
+    own = _by_sequence(live, native)
     return [
-        {"kind": kind, "n": n, **about, **_change(own, _by_sequence(lab, values))}
+        {"kind": kind, "n": n, **about, **_change(own, _by_sequence(live, values))}
         for (kind, n), values in rows.items()
     ]
 
 
-def _last(lab: LiveModel) -> tuple[tuple[int, int], int, int]:
+def _last(live: LiveModel) -> tuple[tuple[int, int], int, int]:
     """Return the last router's place, experts and top k."""
-    info = max((site.info for site in lab.sites), key=lambda each: (each.layer, each.site))
-    config: Any = text_config(lab.model)
+    info = max((site.info for site in live.sites), key=lambda each: (each.layer, each.site))
+    config: Any = text_config(live.model)
     last = int(config.num_hidden_layers) - 1
     if info.layer != last:
         raise ComparisonError(
@@ -162,8 +162,8 @@ def least_of(n: int, total: int) -> npt.NDArray[np.float64]:
     return np.array([comb(total - 1 - i, n - 1) / comb(total, n) for i in range(total)])
 
 
-def _by_sequence(lab: LiveModel, losses: npt.NDArray[Any]) -> SequenceLosses:
-    ends = np.cumsum([len(each) for each in lab.native.losses])[:-1]
+def _by_sequence(live: LiveModel, losses: npt.NDArray[Any]) -> SequenceLosses:
+    ends = np.cumsum([len(each) for each in live.native.losses])[:-1]
     return summed(np.split(losses, ends))
 
 

@@ -172,10 +172,10 @@ def replay_router(label: str, router: Router, split: RecordedSplit) -> Replayed:
             )
         fitted = fit_layers(router, split.fit)
     decisions = route_layers(fitted, split.held_out)
-    worn = recorded_badges(fitted, split.held_out)
+    found_badges = recorded_badges(fitted, split.held_out)
     own = []
     for at, inputs in split.held_out.items():
-        row = site_row(label, router, inputs, decisions[at]) | worn._asdict()
+        row = site_row(label, router, inputs, decisions[at]) | found_badges._asdict()
         found = fitted[at]
         if isinstance(found, ClusterTableRouter):
             row["spanning_rate"] = found.spanning_rate(inputs)

@@ -251,9 +251,9 @@ class Session:
         if self.path.is_file():
             with open_comparison(self.path) as known:
                 self.rows = known.records()
-        self._lab: LiveModel | None = None
+        self._live_model: LiveModel | None = None
         self._fitted: tuple[RouterSpec, int | None, Fitted] | None = None
-        self._worn: tuple[RouterSpec, int | None, Badges] | None = None
+        self._last_badges: tuple[RouterSpec, int | None, Badges] | None = None
 
     def missing(self, units: Sequence[Unit]) -> list[Unit]:
         """Return the units whose rows are not in the file yet."""
@@ -268,7 +268,7 @@ class Session:
         """Compute units one by one; what one of them cannot do is noted, and the others go on."""
         if any(unit.mode != "replay" for unit in units):
             try:
-                _ = self.lab  # a model that cannot be loaded fails once, not for every router
+                _ = self.live  # a model that cannot be loaded fails once, not for every router
             except ComparisonCancelled:
                 raise self._stopped() from None
         self.reporter.enter("comparing", total=len(units))
@@ -290,7 +290,7 @@ class Session:
             self.reporter.at(f"oracle of the last layer: set {done} of {total}")
 
         try:
-            self.rows["oracle"] = last_layer_oracle(self.lab, seed=self.settings.seed, told=told)
+            self.rows["oracle"] = last_layer_oracle(self.live, seed=self.settings.seed, told=told)
         except (ComparisonCancelled, TrainingCancelled):
             raise self._stopped() from None
         self._write(complete=True)
@@ -330,16 +330,16 @@ class Session:
         if unit.mode == "replay":
             self._replay(unit, found)
             return
-        lab = self.lab
+        live = self.live
         fitted = self._fit(unit.spec, unit.seed)
         found["routers"].append(card(unit.spec.label, fitted.router))
-        worn = self._badges(fitted, unit)
-        subject = RowSubject(unit.spec.label, unit.seed, fitted, worn)
+        found_badges = self._badges(fitted, unit)
+        subject = RowSubject(unit.spec.label, unit.seed, fitted, found_badges)
         if unit.mode == "live":
-            self._live(subject, lab, found)
+            self._live(subject, live, found)
         else:
             for key in sorted(fitted.routers):
-                self._live_layer(subject, lab, found, key)
+                self._live_layer(subject, live, found, key)
 
     def _replay(self, unit: Unit, found: TableRows) -> None:
         router = make_router(unit.spec, seed=unit.seed)
@@ -363,30 +363,30 @@ class Session:
             self.rows["choices"] += choice_rows({**NATIVE, "mode": "replay"}, split, own, text_ids)
         return split, text_ids
 
-    def _live(self, subject: RowSubject, lab: LiveModel, found: TableRows) -> None:
+    def _live(self, subject: RowSubject, live: LiveModel, found: TableRows) -> None:
         fitted = subject.fitted
-        outcome = lab.run(fitted)
-        timed = lab.time(fitted) if self.timed else None
-        live_rows(found, lab, subject, outcome, timed=timed, counted=lab.count(fitted))
+        outcome = live.run(fitted)
+        timed = live.time(fitted) if self.timed else None
+        live_rows(found, live, subject, outcome, timed=timed, counted=live.count(fitted))
         found["curves"] += [{**row, **subject.unit} for row in fitted.curves]
-        for beside in self._controls(subject, lab, outcome, found):
-            live_rows(found, lab, beside, lab.run(beside.fitted))
+        for beside in self._controls(subject, live, outcome, found):
+            live_rows(found, live, beside, live.run(beside.fitted))
 
     def _live_layer(
-        self, subject: RowSubject, lab: LiveModel, found: TableRows, key: Place
+        self, subject: RowSubject, live: LiveModel, found: TableRows, key: Place
     ) -> None:
         fitted, only = subject.fitted, [key]
-        outcome = lab.run(fitted, only=only)
-        timed = lab.time(fitted, only) if self.timed else None
-        counted = lab.count(fitted, only)
-        layer_rows(found, lab, subject, outcome, key, timed=timed, counted=counted)
-        for beside in self._controls(subject, lab, outcome, found, only=key):
-            layer_rows(found, lab, beside, lab.run(beside.fitted, only=only), key)
+        outcome = live.run(fitted, only=only)
+        timed = live.time(fitted, only) if self.timed else None
+        counted = live.count(fitted, only)
+        layer_rows(found, live, subject, outcome, key, timed=timed, counted=counted)
+        for beside in self._controls(subject, live, outcome, found, only=key):
+            layer_rows(found, live, beside, live.run(beside.fitted, only=only), key)
 
     def _controls(
         self,
         subject: RowSubject,
-        lab: LiveModel,
+        live: LiveModel,
         outcome: Outcome,
         found: TableRows,
         *,
@@ -396,7 +396,7 @@ class Session:
         if not self.controls:
             return []
         label, seed = subject.label, subject.seed
-        beside = controls_of(label, subject.fitted, outcome, lab, seed or 0, only=only)
+        beside = controls_of(label, subject.fitted, outcome, live, seed or 0, only=only)
         cards = {row["router"]: row for row in found["routers"]}
         for one in beside:
             cards[one.label] = card(one.label, one.fitted.router, control=one.kind, of=label)
@@ -409,21 +409,21 @@ class Session:
     def _badges(self, fitted: Fitted, unit: Unit) -> Badges:
         """Find out what a router looks at, once where the unit before was the same one."""
         known = (unit.spec, unit.seed)
-        if self._worn is None or self._worn[:2] != known:
-            found = badges(self.lab.model, self.lab.sites, fitted, self.lab.rules(fitted))
-            self._worn = (*known, found)
-        return self._worn[2]
+        if self._last_badges is None or self._last_badges[:2] != known:
+            found = badges(self.live.model, self.live.sites, fitted, self.live.rules(fitted))
+            self._last_badges = (*known, found)
+        return self._last_badges[2]
 
     def _fit(self, spec: RouterSpec, seed: int | None) -> Fitted:
         """Fit a router, or take it again where the unit before was the same in another mode."""
         if self._fitted is None or self._fitted[:2] != (spec, seed):
-            self._fitted = (spec, seed, self.lab.data.fit(spec, seed))
+            self._fitted = (spec, seed, self.live.data.fit(spec, seed))
         return self._fitted[2]
 
     @property
-    def lab(self) -> LiveModel:
+    def live(self) -> LiveModel:
         """The loaded model, with the unchanged model's own run."""
-        if self._lab is None:
+        if self._live_model is None:
             self.reporter.enter("loading", "loading the model")
             with loading_bars(shown=False):
                 loaded: LoadedModel = load_model(self.model, revision=self._revision)
@@ -437,7 +437,7 @@ class Session:
                 validation=self.settings.validation,
             )
             self.reporter.enter("loading", "measuring the unchanged model")
-            self._lab = LiveModel(
+            self._live_model = LiveModel(
                 loaded,
                 sites,
                 split,
@@ -445,40 +445,40 @@ class Session:
                 seed=self.settings.seed,
                 cancelled=self.cancelled,
             )
-            self._describe(self._lab)
-        return self._lab
+            self._describe(self._live_model)
+        return self._live_model
 
     @property
     def _revision(self) -> str | None:
         local = not isinstance(self.model, str) or self.model == "demo"
         return None if local else self.run.info["revision"]
 
-    def _describe(self, lab: LiveModel) -> None:
+    def _describe(self, live: LiveModel) -> None:
         """Keep what the comparison says of model and texts, and the unchanged model's choices."""
-        info, fit = lab.sites[0].info, lab.data.texts
-        whole = lab.cost(lab.native, None)
-        parameter = next(iter(lab.model.parameters()))
+        info, fit = live.sites[0].info, live.data.texts
+        whole = live.cost(live.native, None)
+        parameter = next(iter(live.model.parameters()))
         self._facts = {
-            "architecture": type(lab.model).__name__,
+            "architecture": type(live.model).__name__,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
-            "n_layers": len({site.info.layer for site in lab.sites}),
+            "n_layers": len({site.info.layer for site in live.sites}),
             "n_experts": info.n_experts,
             "top_k": info.top_k,
             "fit_source": fit.source,
             "fit_sequences": len(fit.sequences),
             "fit_tokens": fit.n_tokens,
-            "report_source": lab.report.source,
-            "report_sequences": len(lab.report.sequences),
-            "report_tokens": lab.report.n_tokens,
-            "native_loss": lab.native.per_sequence.mean,
-            "head_flops_share": lab.flops.head / whole.flops,
+            "report_source": live.report.source,
+            "report_sequences": len(live.report.sequences),
+            "report_tokens": live.report.n_tokens,
+            "native_loss": live.native.per_sequence.mean,
+            "head_flops_share": live.flops.head / whole.flops,
             "expert_flops_share": whole.expert_flops / whole.flops,
         }
         if not any(row["mode"] == "live" for row in self.rows["texts"]):
-            self.rows["texts"] += text_rows(lab)
-            self.rows["choices"] += choices(lab, NATIVE, lab.native)
-            self.rows["token_losses"] += token_losses(lab, NATIVE, lab.native)
+            self.rows["texts"] += text_rows(live)
+            self.rows["choices"] += choices(live, NATIVE, live.native)
+            self.rows["token_losses"] += token_losses(live, NATIVE, live.native)
 
     def _store(self, unit: Unit, found: TableRows, error: str | None) -> None:
         """Put a unit's rows in the place of its old ones."""
