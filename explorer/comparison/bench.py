@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from capture.model.inputs import vocabulary
 from capture.model.load import load_model, loading_bars
 from capture.model.selftest import attach
 from capture.model.sites import Site
@@ -128,11 +129,13 @@ def loaded_live(name: str) -> LiveModel:
     """Load a model with texts to fit on and to run."""
     with loading_bars(shown=False):
         loaded = load_model(name)
-    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     halves = []
     for source in ("demo-fit", "demo"):
         tokens = tokenize(
-            read_prompts(source), loaded.tokenizer, vocab_size=vocabulary, max_length=256
+            read_prompts(source),
+            loaded.tokenizer,
+            vocab_size=vocabulary(loaded.model),
+            max_length=256,
         )
         ids = [np.asarray(one.ids, dtype=np.int32) for one in tokens if len(one.ids) > 1]
         kept = int(np.searchsorted(np.cumsum([len(one) for one in ids]), FIT_TOKENS)) + 1
