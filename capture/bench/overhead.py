@@ -102,11 +102,26 @@ RANDOM = {"tiny": TINY, "olmoe": OLMOE, "attention": ATTENTION}
 SHAPES = ("demo", "tiny", "olmoe", "qwen3-30b-8layers")
 
 
-class Timing(NamedTuple):
-    """One timed pass over all prompts: seconds on the clock and seconds of all cores."""
+class Seconds(NamedTuple):
+    """Seconds on the clock, and of all cores, which other busy processes disturb less."""
 
     wall: float
     cores: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        """Return the time, when the device is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, before: "Seconds") -> "Seconds":
+        """Return what passed."""
+        return Seconds(self.wall - before.wall, self.cores - before.cores)
+
+    def over(self, other: "Seconds") -> "Seconds":
+        """Return the ratios."""
+        return Seconds(self.wall / other.wall, self.cores / other.cores)
 
 
 class Bench(NamedTuple):
@@ -160,13 +175,11 @@ def recorded(bench: Bench, folder: Path) -> None:
     out.unlink()
 
 
-def timed(bench: Bench, run: Callable[[], None]) -> Timing:
+def timed(run: Callable[[], None]) -> Seconds:
     """Time one run, until the device is done."""
-    wall, cores = time.perf_counter(), time.process_time()
+    started = Seconds.now()
     run()
-    if bench.loaded.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return Timing(time.perf_counter() - wall, time.process_time() - cores)
+    return Seconds.now().since(started)
 
 
 def start_peak(device: torch.device) -> int:
@@ -234,18 +247,18 @@ def overhead(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = {"plain": partial(plain, bench), "capture": partial(recorded, bench, Path(folder))}
         for run in runs.values():
-            timed(bench, run)
+            timed(run)
         pairs = []
         for number in range(options.repeats):
-            pairs.append((timed(bench, runs["plain"]), timed(bench, runs["capture"])))
+            pairs.append((timed(runs["plain"]), timed(runs["capture"])))
             before, after = pairs[-1]
+            ratio = after.over(before)
             say(
                 f"pair {number + 1}: plain {before.wall:.2f} s, capture {after.wall:.2f} s, "
-                f"ratio {after.wall / before.wall:.3f} "
-                f"(core seconds {after.cores / before.cores:.3f})"
+                f"ratio {ratio.wall:.3f} (core seconds {ratio.cores:.3f})"
             )
-    _report("wall", [after.wall / before.wall for before, after in pairs])
-    _report("core seconds", [after.cores / before.cores for before, after in pairs])
+    _report("wall", [after.over(before).wall for before, after in pairs])
+    _report("core seconds", [after.over(before).cores for before, after in pairs])
 
 
 def _report(name: str, ratios: list[float]) -> None:
@@ -342,10 +355,10 @@ def measure(cell: Cell) -> dict[str, Any]:
         before = start_peak(device)
         run()
         peak = stop_peak(device) - before
-        pairs = [(timed(bench, baseline), timed(bench, run)) for _ in range(cell.repeats)]
+        pairs = [(timed(baseline), timed(run)) for _ in range(cell.repeats)]
     return {
-        "wall": [after.wall / first.wall for first, after in pairs],
-        "cores": [after.cores / first.cores for first, after in pairs],
+        "wall": [after.over(first).wall for first, after in pairs],
+        "cores": [after.over(first).cores for first, after in pairs],
         "plain": statistics.median(first.wall for first, _ in pairs) if pairs else None,
         "peak": peak,
     }

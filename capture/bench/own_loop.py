@@ -2,17 +2,17 @@
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from capture.bench import say
+from capture.bench.overhead import Seconds
 from capture.model.inputs import vocabulary
 from capture.model.load import load_model
 from capture.model.tokens import tokenize
@@ -22,28 +22,6 @@ from capture.recorder.own_loop.recording import recording
 from capture.store import LEVELS
 
 Step = Callable[[], None]
-
-
-class Seconds(NamedTuple):
-    """Seconds on the clock, and of all cores, which other busy processes disturb less."""
-
-    wall: float
-    cores: float
-
-    @classmethod
-    def now(cls) -> "Seconds":
-        """Return the time, when the device is done."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return cls(time.perf_counter(), time.process_time())
-
-    def since(self, before: "Seconds") -> "Seconds":
-        """Return what passed."""
-        return Seconds(self.wall - before.wall, self.cores - before.cores)
-
-    def over(self, other: "Seconds") -> "Seconds":
-        """Return the ratios."""
-        return Seconds(self.wall / other.wall, self.cores / other.cores)
 
 
 def own_loop_options(parser: argparse.ArgumentParser) -> None:
