@@ -257,15 +257,17 @@ def overhead(options: argparse.Namespace) -> None:
                 f"pair {number + 1}: plain {before.wall:.2f} s, capture {after.wall:.2f} s, "
                 f"ratio {ratio.wall:.3f} (core seconds {ratio.cores:.3f})"
             )
-    _report("wall", [after.over(before).wall for before, after in pairs])
-    _report("core seconds", [after.over(before).cores for before, after in pairs])
+    report("overhead", [after.over(before) for before, after in pairs])
 
 
-def _report(name: str, ratios: list[float]) -> None:
-    say(
-        f"overhead, {name}: median {statistics.median(ratios):.3f}, min {min(ratios):.3f}, "
-        f"max {max(ratios):.3f} of {len(ratios)}"
-    )
+def report(name: str, ratios: list[Seconds]) -> None:
+    """Print the median and the range of ratios."""
+    for kind in Seconds._fields:
+        values = [getattr(ratio, kind) for ratio in ratios]
+        say(
+            f"{name}, {kind}: median {statistics.median(values):.3f}, min {min(values):.3f}, max "
+            f"{max(values):.3f} of {len(values)}"
+        )
 
 
 class Cell(NamedTuple):

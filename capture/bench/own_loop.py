@@ -4,7 +4,6 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from capture.bench import say
-from capture.bench.overhead import Seconds
+from capture.bench.overhead import Seconds, report
 from capture.model.inputs import vocabulary
 from capture.model.load import load_model
 from capture.model.tokens import tokenize
@@ -78,11 +77,11 @@ def own_loop(options: argparse.Namespace) -> None:
             plain = _timed(forward, options.steps)
             run = out / f"{number}.duckdb"
             ratios.append(_recorded(model, run, forward, options).over(plain))
-        _report(f"recording, level {options.level}, over forward passes", ratios)
+        report(f"recording, level {options.level}, over forward passes", ratios)
         model.train()
         _timed(train, 1)
         ratios = [_watched(model, out / f"{n}", train, options) for n in range(options.repeats)]
-        _report("statistics of every step over training steps", ratios)
+        report("statistics of every step over training steps", ratios)
 
 
 def _recorded(model: Any, out: Path, step: Step, options: argparse.Namespace) -> Seconds:
@@ -122,12 +121,3 @@ def _timed(step: Step, count: int) -> Seconds:
     for _ in range(count):
         step()
     return Seconds.now().since(started)
-
-
-def _report(name: str, ratios: list[Seconds]) -> None:
-    for kind in Seconds._fields:
-        values = [getattr(ratio, kind) for ratio in ratios]
-        say(
-            f"{name}, {kind}: median {median(values):.3f}, min {min(values):.3f}, max "
-            f"{max(values):.3f} of {len(values)}"
-        )
