@@ -102,26 +102,26 @@ RANDOM = {"tiny": TINY, "olmoe": OLMOE, "attention": ATTENTION}
 SHAPES = ("demo", "tiny", "olmoe", "qwen3-30b-8layers")
 
 
-class Seconds(NamedTuple):
+class Elapsed(NamedTuple):
     """Seconds on the clock, and of all cores, which other busy processes disturb less."""
 
     wall: float
     cores: float
 
     @classmethod
-    def now(cls) -> "Seconds":
+    def now(cls) -> "Elapsed":
         """Return the time, when the device is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return cls(time.perf_counter(), time.process_time())
 
-    def since(self, before: "Seconds") -> "Seconds":
+    def since(self, before: "Elapsed") -> "Elapsed":
         """Return what passed."""
-        return Seconds(self.wall - before.wall, self.cores - before.cores)
+        return Elapsed(self.wall - before.wall, self.cores - before.cores)
 
-    def over(self, other: "Seconds") -> "Seconds":
+    def over(self, other: "Elapsed") -> "Elapsed":
         """Return the ratios."""
-        return Seconds(self.wall / other.wall, self.cores / other.cores)
+        return Elapsed(self.wall / other.wall, self.cores / other.cores)
 
 
 class Bench(NamedTuple):
@@ -175,11 +175,11 @@ def recorded(bench: Bench, folder: Path) -> None:
     out.unlink()
 
 
-def timed(run: Callable[[], None]) -> Seconds:
+def timed(run: Callable[[], None]) -> Elapsed:
     """Time one run, until the device is done."""
-    started = Seconds.now()
+    started = Elapsed.now()
     run()
-    return Seconds.now().since(started)
+    return Elapsed.now().since(started)
 
 
 def start_peak(device: torch.device) -> int:
@@ -260,9 +260,9 @@ def overhead(options: argparse.Namespace) -> None:
     report("overhead", [after.over(before) for before, after in pairs])
 
 
-def report(name: str, ratios: list[Seconds]) -> None:
+def report(name: str, ratios: list[Elapsed]) -> None:
     """Print the median and the range of ratios."""
-    for kind in Seconds._fields:
+    for kind in Elapsed._fields:
         values = [getattr(ratio, kind) for ratio in ratios]
         say(
             f"{name}, {kind}: median {statistics.median(values):.3f}, min {min(values):.3f}, max "

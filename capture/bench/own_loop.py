@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from capture.bench import say
-from capture.bench.overhead import Seconds, report
+from capture.bench.overhead import Elapsed, report
 from capture.model.inputs import vocabulary
 from capture.model.load import load_model
 from capture.model.tokens import tokenize
@@ -70,7 +70,7 @@ def own_loop(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        ratios: list[Seconds] = []
+        ratios: list[Elapsed] = []
         # the first one imports what writing needs
         _recorded(model, out / "first.duckdb", forward, options)
         for number in range(options.repeats):
@@ -84,21 +84,21 @@ def own_loop(options: argparse.Namespace) -> None:
         report("statistics of every step over training steps", ratios)
 
 
-def _recorded(model: Any, out: Path, step: Step, options: argparse.Namespace) -> Seconds:
+def _recorded(model: Any, out: Path, step: Step, options: argparse.Namespace) -> Elapsed:
     """Time recorded steps until the file is closed; its creation and the test come before."""
     with recording(model, out, level=options.level) as run:
         # before the first call numba loads what it compiled
         step()
-        started = Seconds.now()
+        started = Elapsed.now()
         for _ in range(options.steps):
             step()
-    seconds = Seconds.now().since(started)
+    seconds = Elapsed.now().since(started)
     if run.error is not None:
         raise run.error
     return seconds
 
 
-def _watched(model: Any, out: Path, step: Step, options: argparse.Namespace) -> Seconds:
+def _watched(model: Any, out: Path, step: Step, options: argparse.Namespace) -> Elapsed:
     """Return the time of watched steps over that of plain ones, which follow."""
     callback = TrainerCallback(out, strict=True)
     about: Any = SimpleNamespace(n_gpu=1)
@@ -116,8 +116,8 @@ def _watched(model: Any, out: Path, step: Step, options: argparse.Namespace) -> 
     return seconds.over(_timed(step, options.steps))
 
 
-def _timed(step: Step, count: int) -> Seconds:
-    started = Seconds.now()
+def _timed(step: Step, count: int) -> Elapsed:
+    started = Elapsed.now()
     for _ in range(count):
         step()
-    return Seconds.now().since(started)
+    return Elapsed.now().since(started)

@@ -242,7 +242,7 @@ def _check_sites(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
         )
 
 
-class Table(NamedTuple):
+class PackedTable(NamedTuple):
     """One of our tables: how DuckDB writes it down, and its columns."""
 
     sql: str
@@ -250,13 +250,13 @@ class Table(NamedTuple):
 
 
 @functools.cache
-def expected_tables(layout: Layout) -> dict[str, Table]:
+def expected_tables(layout: Layout) -> dict[str, PackedTable]:
     """Return the tables that a run file of this layout has."""
     with duckdb.connect(":memory:") as connection:
         for statement in schema.create_statements(layout):
             connection.execute(statement)
         return {
-            name: Table(sql, connection.table(f"{_SCHEMA}.{name}").columns)
+            name: PackedTable(sql, connection.table(f"{_SCHEMA}.{name}").columns)
             for name, sql in tables_in(connection, "memory", _SCHEMA).items()
         }
 

@@ -288,7 +288,7 @@ class _Size(NamedTuple):
         return bool(self.tokens) and (self.tokens < MIN_TOKENS or self.prompts < MIN_PROMPTS)
 
 
-class _Rule(NamedTuple):
+class _Given(NamedTuple):
     """What is given of a run: the sums of each phase, and the domains that are named in them."""
 
     named: Mapping[str, frozenset[str | None]]  # phase -> domains that keep their names there
@@ -307,7 +307,7 @@ class _Rule(NamedTuple):
 _Sizes = Mapping[str | None, Mapping[str, _Size]]
 
 
-def _decide(sizes: _Sizes) -> _Rule:
+def _decide(sizes: _Sizes) -> _Given:
     """Decide which groups are large enough."""
     every = {phase for by_phase in sizes.values() for phase in by_phase}
     small = {phase for phase in every if _size(sizes, set(sizes), phase).is_small}
@@ -318,7 +318,7 @@ def _decide(sizes: _Sizes) -> _Rule:
         if _all_phases(by_phase).is_small or not any(domain in known for known in named.values())
     }
     # without a name there is nothing to hide in one
-    return _Rule(named, frozenset(small), frozenset(lost if lost - {None} else ()))
+    return _Given(named, frozenset(small), frozenset(lost if lost - {None} else ()))
 
 
 def _named(sizes: _Sizes, phase: str) -> frozenset[str | None]:
@@ -399,20 +399,20 @@ def _model(run: RunReader) -> str:
     return model_name(str(run.query("SELECT model FROM packed.run")["model"][0].as_py()))
 
 
-def _notes(rule: _Rule) -> str:
+def _notes(rule: _Given) -> str:
     """Say in the file what it leaves out, for ``run.notes``."""
     least = {"tokens": MIN_TOKENS, "prompts": MIN_PROMPTS}
     said = {"least": least, "together": len(rule.lost), "left_out": sorted(rule.left_out)}
     return json.dumps({NOTE: True, **said})
 
 
-def _renamed(prompts: pa.Table, rule: _Rule) -> pa.Table:
+def _renamed(prompts: pa.Table, rule: _Given) -> pa.Table:
     place = prompts.schema.get_field_index("domain")
     names = [rule.name(domain) for domain in prompts["domain"].to_pylist()]
     return prompts.set_column(place, "domain", pa.array(names, pa.string()))
 
 
-def _sums(rollup: pa.Table, rule: _Rule) -> pa.Table:
+def _sums(rollup: pa.Table, rule: _Given) -> pa.Table:
     """Return the sums of the groups that are given, in the columns of ``rollup``."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rollup.to_pylist():
