@@ -214,6 +214,7 @@ class Comparison:
         self._tables = tables
         self._lock = threading.Lock()
         self._database: duckdb.DuckDBPyConnection | None = None
+        self._frames: dict[str, pd.DataFrame] = {}
         self.info: dict[str, Any] = tables["comparison"].to_pylist()[0]
         for name in ("settings", "packages"):
             self.info[name] = json.loads(self.info[name])
@@ -239,8 +240,11 @@ class Comparison:
         """Return one table of the file, see :data:`explorer.comparison.results_file.TABLES`."""
         if table not in TABLES:
             raise ComparisonError(f"Expected one of {', '.join(TABLES)}, got {quoted(table)}.")
-        whole = [n for n, kind in TABLES[table].items() if kind in ("INTEGER", "BIGINT")]
-        return frame(self._tables[table]).astype(dict.fromkeys(whole, "Int64"))
+        if table not in self._frames:  # a page asks for some twenty times
+            whole = [n for n, kind in TABLES[table].items() if kind in ("INTEGER", "BIGINT")]
+            made = frame(self._tables[table]).astype(dict.fromkeys(whole, "Int64"))
+            self._frames[table] = made
+        return self._frames[table].copy(deep=False)
 
     def query(self, sql: str, params: Sequence[object] | None = None) -> pd.DataFrame:
         """Return the result of a SELECT on the tables; values go into ``params``, not ``sql``."""
