@@ -56,6 +56,9 @@ TOGETHER = {
     )
 }
 
+# other files with tests in a browser
+BROWSED = {"tests/app/test_app_share.py", "tests/app/test_app_text.py"}
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
@@ -67,7 +70,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give files to workers as they ask for more, and the files of `TOGETHER` to one of them."""
+    """Give files to workers as they ask for more, those that belong together to one of them."""
     if config.option.dist != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -75,7 +78,9 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "together" if file in TOGETHER else file
+            # one Chromium and one app are started, and they have compiled what the next page needs
+            browsed = file.endswith("_browser.py") or file in BROWSED
+            return "together" if file in TOGETHER else "browsed" if browsed else file
 
     return ByFile(config, log)
 
@@ -93,7 +98,10 @@ def pytest_collection_modifyitems(config, items):
     if "matrix" not in (config.option.markexpr or ""):
         items[:] = [item for item in items if not item.get_closest_marker("matrix")]
     if hasattr(config, "workerinput"):  # a long file at the end would leave the others idle
-        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        slow = Counter()
+        for item in items:
+            if mark := item.get_closest_marker("slow"):
+                slow[item.path] += mark.kwargs.get("seconds", 5)
         items.sort(key=lambda item: -slow[item.path])
 
 
