@@ -20,6 +20,23 @@ def components_found_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def scripts_waited_for():
+    """Wait for the thread of a script: to ask it every millisecond takes a tenth of its time."""
+    from streamlit.testing.v1 import local_script_runner
+
+    asked = local_script_runner.require_widgets_deltas
+
+    def waited(runner, timeout=3):
+        runner._script_thread.join(timeout)
+        if not runner.script_stopped():
+            asked(runner, 0)  # ends it and says so
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_script_runner, "require_widgets_deltas", waited)
+        yield
+
+
 @pytest.fixture(scope="session")
 def _folders(tmp_path_factory):
     """Keep the folders of `show`."""

@@ -423,7 +423,6 @@ def test_a_read_only_server_takes_no_file(folder):
         assert sent < 10**8
 
 
-@pytest.mark.slow
 def test_a_login_counts_until_it_ends(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     secrets = tmp_path / "secrets.toml"

@@ -20,12 +20,12 @@ def test_every_page_draws_in_both_themes_and_asks_no_other_server(address, new_p
     page = new_page(theme)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    for path in PAGES:
-        # by links in one theme, and within a visit in the other
-        if theme == "light" or not path:
-            visit(page, f"{address}/{path}?run=known&layer=1.0")
-        else:
+    first = "learn" if theme == "light" else ""  # the others are opened by links below
+    visit(page, f"{address}/{first}?run=known&layer=1.0")
+    for path in (first, *(path for path in PAGES if path != first)):
+        if path != first:
             page.locator(f"[data-testid=stSidebarNav] a[href$='/{path}']").click()
+            page.wait_for_url(re.compile(rf"^[^?]*/{path}\?.*run=known"))
             settle(page)
         assert urlsplit(page.url).path == f"/{path}" and "run=known" in page.url
         assert not page.locator("[data-testid=stException]").count(), path
@@ -73,7 +73,7 @@ def test_a_placement_on_more_gpus_is_drawn_and_linked(address, page):
     page.wait_for_function(f"{bars} === 16")
 
 
-def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert(address, page):
+def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert_and_on_to_a_prompt(address, page):
     visit(page, f"{address}/?run=known")
     click_cell(page, 3, 1)
     page.wait_for_url(re.compile("/experts.*id=3"))
@@ -84,6 +84,13 @@ def test_a_click_on_a_cell_of_the_overview_leads_to_that_expert(address, page):
     page.get_by_role("heading", name="Overview").wait_for()
     settle(page)
     assert "/experts" not in page.url
+    click_cell(page, 3, 1)
+    page.get_by_role("heading", name="Tokens of L3.0.E3").wait_for()
+    settle(page)
+    page.locator(".rows .row").first.click()
+    page.wait_for_url(re.compile("/tokens.*token="))
+    settle(page)
+    page.locator(".token[aria-pressed=true]:focus").wait_for()
 
 
 def test_a_click_on_a_cell_of_many_leads_to_that_expert(address, page):
@@ -94,14 +101,6 @@ def test_a_click_on_a_cell_of_many_leads_to_that_expert(address, page):
     page.wait_for_url(re.compile("/experts.*id=41"))
     settle(page)
     page.get_by_role("heading", name="Tokens of L17.E41").wait_for()
-
-
-def test_a_line_on_the_page_of_an_expert_leads_to_its_prompt(address, page):
-    visit(page, f"{address}/experts?run=known&layer=3.0&id=3")
-    page.locator(".rows .row").first.click()
-    page.wait_for_url(re.compile("/tokens.*token="))
-    settle(page)
-    page.locator(".token[aria-pressed=true]:focus").wait_for()
 
 
 def test_a_line_of_an_experts_tokens_leads_to_its_prompt(address, page):
@@ -126,7 +125,9 @@ def test_a_click_on_a_cell_by_domain_leads_to_that_expert_in_that_domain(address
     assert "id=2" in page.url
 
 
-def test_a_click_on_a_token_shows_it_and_a_link_reopens_the_view(address, page, new_page):
+def test_a_token_is_chosen_by_click_key_and_map_and_a_link_reopens_the_view(
+    address, page, new_page
+):
     visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=0")
     token(page, " not").click()
     page.get_by_role("heading", name="Token 3: “ not”").wait_for()
@@ -137,10 +138,7 @@ def test_a_click_on_a_token_shows_it_and_a_link_reopens_the_view(address, page, 
     visit(other, page.url)
     assert other.get_by_text(re.compile("^In layer 1.0 the router")).inner_text() == sentence
     assert token(other, " not").get_attribute("aria-pressed") == "true"
-
-
-def test_tokens_are_reached_and_stepped_with_the_keyboard(address, page):
-    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=0&token=1")
+    # with the keyboard
     assert page.locator(".strip .token[tabindex='0']").count() == 1
     token(page, " court").focus()
     page.keyboard.press("ArrowRight")
@@ -149,17 +147,20 @@ def test_tokens_are_reached_and_stepped_with_the_keyboard(address, page):
     page.keyboard.press("Enter")
     page.get_by_role("heading", name="Token 0: “The”").wait_for()
     assert page.evaluate("document.activeElement !== document.body")
-
-
-def test_a_click_on_a_cell_of_the_token_map_chooses_token_and_layer(address, page):
-    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=0&token=1")
+    # on the map
     click_cell(page, 4, 1)
     page.get_by_role("heading", name="Token 4:").wait_for()
     assert "layer=3.0" in page.url
 
 
-def test_a_change_of_page_keeps_the_filters_and_brings_back_the_prompt(address, page):
-    visit(page, f"{address}/tokens?run=known&layer=3.0&prompt=4&domain=code")
+def test_a_change_of_page_keeps_filters_and_token_and_brings_back_the_prompt(address, page):
+    visit(page, f"{address}/tokens?run=known&layer=3.0&prompt=4&token=20&domain=code")
+    page.get_by_role("link", name="Attention").click()
+    page.get_by_role("heading", name="Token 4: “ a”").wait_for()
+    page.wait_for_url(re.compile("prompt=4"))
+    page.get_by_role("link", name="This token on the Tokens page").click()
+    page.wait_for_url(re.compile("/tokens.*token=20"))
+    settle(page)
     page.get_by_role("link", name="Load balance").click()
     page.get_by_role("heading", name="Layer 3.0", exact=True).wait_for()
     assert "domain=code" in page.url
@@ -176,32 +177,40 @@ def hover(page, x, y, which):
     return said.text_content()
 
 
-def test_a_click_on_a_head_shows_its_map(address, page):
+def test_heads_maps_and_heaviest_keys_are_shown_and_clicked_with_hostile_prompts(address, page):
     visit(page, f"{address}/attention?run=known&layer=1.0&prompt=4")
     page.get_by_role("heading", name="L1.H0, token by token").wait_for()
+    for which in (1, 2):
+        said = hover(page, 0.5, 0.5, which)
+        assert "token 0" in said
+        assert which == 1 or NASTY[:6] in said
+        assert not page.locator(".hoverlayer script").count()
+    assert token(page, NASTY).is_visible()
     click_cell(page, 1, 3)
     page.get_by_role("heading", name="L3.H1, token by token").wait_for()
     page.wait_for_url(re.compile("head=3.1"))
     settle(page)
     assert "layer=3.0" in page.url
     assert page.get_by_text("L3.H1 on the whole prompt").count()
+    page.get_by_text("Heaviest keys", exact=True).click()
+    page.wait_for_url(re.compile("show=keys"))
+    settle(page)
+    said = hover(page, 0, 0, 2)
+    assert NASTY[:6] in said and "of its attention" in said
+    assert not page.locator(".hoverlayer script, .hoverlayer b").count()
+    assert not page.troubles
 
 
-def test_a_click_on_a_map_chooses_the_token_of_its_row(address, page):
+def test_a_click_on_a_map_or_on_a_bar_of_the_routing_strip_chooses_the_token(address, page):
     visit(page, f"{address}/attention?run=known&layer=1.0&head=1.2&prompt=0&token=1")
     # blocks of two tokens: the third row begins with token 4
     click_cell(page, 2.5, 4.5, which=1)
     page.get_by_role("heading", name="Token 4: “ rule”").wait_for()
     page.wait_for_url(re.compile("token=4"))
-    click_cell(page, 0.5, 2.5, which=2)
-    page.get_by_role("heading", name="Token 2: “ shall”").wait_for()
     token(page, " not").click()
     page.get_by_role("heading", name="Token 3: “ not”").wait_for()
-
-
-def test_a_bar_of_the_routing_strip_chooses_its_token(address, page):
-    visit(page, f"{address}/attention?run=known&layer=1.0&head=1.2&prompt=0&token=2")
-    page.wait_for_selector(".js-plotly-plot .plot-container")
+    click_cell(page, 0.5, 2.5, which=2)
+    page.get_by_role("heading", name="Token 2: “ shall”").wait_for()
     bar = page.locator(".js-plotly-plot").nth(2).locator(".barlayer .point path").nth(2)
     settle(page)
     bar.scroll_into_view_if_needed()
@@ -214,30 +223,13 @@ def test_a_bar_of_the_routing_strip_chooses_its_token(address, page):
     page.get_by_role("heading", name="Token 3: “ not”").wait_for()
 
 
-def test_the_heaviest_keys_can_be_shown_and_clicked(address, page):
-    visit(page, f"{address}/attention?run=known&layer=1.0&head=1.2&prompt=4")
-    page.get_by_text("Heaviest keys", exact=True).click()
-    page.wait_for_url(re.compile("show=keys"))
-    settle(page)
-    said = hover(page, 0, 0, 2)
-    assert NASTY[:6] in said and "of its attention" in said
-    assert not page.locator(".hoverlayer script, .hoverlayer b").count()
-    assert not page.troubles
-
-
-def test_hostile_prompts_are_text_in_the_hovers_of_attention(address, page):
-    visit(page, f"{address}/attention?run=known&layer=1.0&head=1.0&prompt=4")
-    for which in (1, 2):
-        said = hover(page, 0.5, 0.5, which)
-        assert "token 0" in said
-        assert which == 1 or NASTY[:6] in said
-        assert not page.locator(".hoverlayer script").count()
-    assert token(page, NASTY).is_visible()
-    assert not page.troubles
-
-
-def test_a_click_on_a_cell_of_the_flow_shows_its_tokens_and_leads_to_one(address, page):
+def test_a_click_on_a_cell_of_pairs_or_of_the_flow_shows_its_tokens_and_leads_to_one(address, page):
     visit(page, f"{address}/flow?run=known&layer=1.0")
+    click_cell(page, 0, 1, which=2)
+    page.get_by_role("heading", name="Tokens of L1.0.E1 with L1.0.E0").wait_for()
+    settle(page)
+    page.get_by_role("button", name="Close").click()
+    page.wait_for_function("() => !location.search.includes('pair=')")
     click_cell(page, 1, 2, which=1)
     page.get_by_role("heading", name="Tokens of L1.0.E2 → L3.1.E1").wait_for()
     page.wait_for_url(re.compile("pair=flow.1.0.2.1"))
@@ -248,24 +240,6 @@ def test_a_click_on_a_cell_of_the_flow_shows_its_tokens_and_leads_to_one(address
     page.wait_for_url(re.compile("/tokens.*token="))
     settle(page)
     assert page.locator(".token[aria-pressed=true]").inner_text().strip() == text.strip()
-
-
-def test_a_click_on_a_cell_of_pairs_shows_the_tokens_of_both(address, page):
-    visit(page, f"{address}/flow?run=known&layer=1.0")
-    click_cell(page, 0, 1, which=2)
-    page.get_by_role("heading", name="Tokens of L1.0.E1 with L1.0.E0").wait_for()
-    settle(page)
-    page.get_by_role("button", name="Close").click()
-    page.wait_for_function("() => !location.search.includes('pair=')")
-
-
-def test_a_prompt_chosen_among_tokens_is_kept_for_attention(address, page):
-    visit(page, f"{address}/tokens?run=known&layer=1.0&prompt=4&token=20")
-    page.get_by_role("link", name="Attention").click()
-    page.get_by_role("heading", name="Token 4: “ a”").wait_for()
-    page.wait_for_url(re.compile("prompt=4"))
-    page.get_by_role("link", name="This token on the Tokens page").click()
-    page.wait_for_url(re.compile("/tokens.*token=20"))
 
 
 def test_hostile_prompts_are_text(address, page):
@@ -298,14 +272,14 @@ def test_typed_prompts_become_a_run_that_can_be_read(address, page, served_runs)
         shown = page.locator(".strip").inner_text().replace("·", "")
         shown = shown.replace("⟦U+200D⟧", "\u200d")  # a token by itself, which would have no width
         assert shown == line
-    assert page.locator(".strip").get_attribute("dir") == "auto"
-    visit(page, f"{address}/tokens?run=mine&prompt=1&layer=0")
-    assert page.locator(".strip").evaluate("strip => getComputedStyle(strip).direction") == "rtl"
+        assert page.locator(".strip").get_attribute("dir") == "auto"
+        direction = page.locator(".strip").evaluate("strip => getComputedStyle(strip).direction")
+        assert direction == ("rtl" if number == 1 else "ltr")
     assert not page.troubles
     assert (served_runs / "mine.duckdb").is_file()
 
 
-def test_uploads_are_read_or_refused_with_a_reason(address, page):
+def test_uploads_are_read_or_refused_and_a_capture_can_be_stopped(address, page):
     table = io.BytesIO()
     parquet.write_table(pa.table({"text": ["a", "b"], "domain": ["x", "x"]}), table)
     visit(page, f"{address}/capture")
@@ -325,10 +299,6 @@ def test_uploads_are_read_or_refused_with_a_reason(address, page):
         message = "stAlert" if said == name else "stCaptionContainer"
         page.locator(f"[data-testid={message}]", has_text=said).first.wait_for()
         assert not page.locator("[data-testid=stException]").count()
-
-
-def test_a_capture_can_be_stopped(address, page):
-    visit(page, f"{address}/capture")
     page.get_by_text("Demo prompts").click()
     page.wait_for_function("() => !document.querySelector('.st-key-start button').disabled")
     page.get_by_role("button", name="Start capture").click()

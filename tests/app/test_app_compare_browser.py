@@ -101,19 +101,6 @@ def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):
     has_run_nothing(page)
 
 
-def test_a_click_on_a_cell_of_the_layers_shows_the_card_of_its_row(address, page):
-    visit(page, f"{address}/compare?run=known")
-    page.get_by_text(f"Title of {OURS}").wait_for()
-    # what wears a badge is marked where there is no room for badges
-    rows = page.evaluate(
-        "document.querySelectorAll('.js-plotly-plot')[1]._fullLayout.yaxis.ticktext"
-    )
-    assert rows[2].endswith("†") and not rows[0].endswith("†")
-    page.get_by_text("† not causal").wait_for()
-    click_cell(page, 0, 2, which=1)
-    page.get_by_text("Title of peeks<script>").wait_for()
-
-
 def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, page):
     visit(page, f"{address}/compare?run=known&controls=hidden")
     page.get_by_text(f"Title of {OURS}").wait_for()
@@ -126,19 +113,7 @@ def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, pag
     assert not page.get_by_text(f"Title of {OURS}").count()
 
 
-def test_the_axis_of_the_front_can_be_switched(address, page):
-    visit(page, f"{address}/compare?run=known")
-    page.wait_for_selector(".js-plotly-plot .plot-container")
-    axis, _, first, _ = shown(page)
-    assert axis.startswith("FLOPs a token") and 0.6 in first
-    choose(page, "Agreement")
-    page.wait_for_url(re.compile("axis=agreement"))
-    settle(page)
-    axis, _, second, _ = shown(page)
-    assert axis.startswith("agreement") and 0.7 in [round(x, 6) for x in second]
-
-
-def test_a_text_under_two_routers_is_picked_token_by_token(address, page):
+def test_texts_layers_and_the_axis_of_the_front_are_chosen_on_one_page(address, page):
     visit(page, f"{address}/compare?run=known")
     page.get_by_text("Token 1: loss").wait_for()
     assert token(page, NASTY).is_visible()
@@ -150,6 +125,22 @@ def test_a_text_under_two_routers_is_picked_token_by_token(address, page):
     page.get_by_role("button", name="Go to the first divergence").click()
     page.get_by_text("Token 1: loss").wait_for()
     page.locator(".token[aria-pressed=true]:focus").wait_for()
+    page.get_by_text(f"Title of {OURS}").wait_for()
+    # what wears a badge is marked where there is no room for badges
+    rows = page.evaluate(
+        "document.querySelectorAll('.js-plotly-plot')[1]._fullLayout.yaxis.ticktext"
+    )
+    assert rows[2].endswith("†") and not rows[0].endswith("†")
+    page.get_by_text("† not causal").wait_for()
+    click_cell(page, 0, 2, which=1)
+    page.get_by_text("Title of peeks<script>").wait_for()
+    axis, _, first, _ = shown(page)
+    assert axis.startswith("FLOPs a token") and 0.6 in first
+    choose(page, "Agreement")
+    page.wait_for_url(re.compile("axis=agreement"))
+    settle(page)
+    axis, _, second, _ = shown(page)
+    assert axis.startswith("agreement") and 0.7 in [round(x, 6) for x in second]
     has_run_nothing(page)
 
 
@@ -189,19 +180,19 @@ def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page
 # --- two runs -----------------------------------------------------------------------------------
 
 
-def test_a_click_on_a_cell_of_two_runs_leads_to_that_expert(address, page):
+def test_a_click_on_a_cell_of_two_runs_leads_to_the_expert_of_its_run(address, page):
     visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
     click_cell(page, 2, 1)
     page.wait_for_url(re.compile("/experts.*id=2"))
     assert "layer=3.0" in page.url and "run=known" in page.url
     page.get_by_role("heading", name="Tokens of L3.0.E2").wait_for()
-
-
-def test_a_click_on_the_load_of_b_leads_to_the_expert_in_b(address, page):
-    visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
+    page.go_back()
+    page.wait_for_url(re.compile("/compare-runs"))
+    settle(page)
     click_cell(page, 1, 0, which=2)
     page.wait_for_url(re.compile("/experts.*run=other"))
     page.get_by_role("heading", name="Tokens of L1.0.E1").wait_for()
+    has_run_nothing(page)
 
 
 def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):

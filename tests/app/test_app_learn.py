@@ -15,9 +15,13 @@ STEPS = ("router", "load", "specialisation", "path")
 FIGURED = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
 
 
+def with_attention(folder):
+    return write_run(folder / "known.duckdb", level="attention")
+
+
 @pytest.fixture
-def known(runs):
-    return write_run(runs / "known.duckdb", level="attention")
+def known(show):
+    return show(with_attention)
 
 
 def links(app):

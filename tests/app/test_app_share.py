@@ -116,7 +116,6 @@ def test_a_view_warns_when_its_slice_holds_other_tokens_or_is_gone(monkeypatch, 
         assert (f"since this view was saved: {said_of}" in warned) if said_of else not warned
 
 
-@pytest.mark.slow
 def test_a_view_of_a_comparison_warns_when_its_file_changed(monkeypatch, tmp_path):
     write_run(tmp_path / "known.duckdb")
     path = write_results(tmp_path)

@@ -146,7 +146,6 @@ def shown_of_strangers(app, page):
     return seen
 
 
-@pytest.mark.slow
 def test_no_page_hands_a_text_of_a_stranger_to_markdown(runs):
     view = write_evil(runs)
     app = opened("overview", view=view.view_id)

@@ -168,7 +168,6 @@ def test_attention_equals_the_eager_weights(tmp_path, name, implementation):
     check_run(path, model, prompts, bins=8)
 
 
-@pytest.mark.slow
 def test_attention_of_the_demo_model(tmp_path):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(5, 6000, length).tolist() for length in (150, 40, 3)]

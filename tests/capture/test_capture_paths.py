@@ -100,7 +100,6 @@ def test_several_processes_need_several_run_files(tmp_path, monkeypatch):
     check_rank(tmp_path / "run.duckdb")
 
 
-@pytest.mark.slow
 def test_torchrun_with_one_out_is_refused_in_every_process(tmp_path):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "capture", "demo"]
     done = subprocess.run(

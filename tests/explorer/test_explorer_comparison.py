@@ -117,7 +117,6 @@ def router_file(tmp_path):
     ROUTERS.discard("mine_for_tests")
 
 
-@pytest.mark.slow
 def test_a_router_of_ones_own_file_joins_and_passes_the_conformance_suite(router_file):
     assert load_router_file(router_file) == ["mine_for_tests"]
     for check in router_checks.CHECKS:
