@@ -111,3 +111,14 @@ def test_overhead_is_measured_in_pairs(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"pair 1: plain [\d.]+ s, capture [\d.]+ s, ratio [\d.]+", "\n".join(lines))
     assert lines[-2].startswith("overhead, wall: median")
+
+
+def test_ones_own_loop_is_timed_recorded_and_watched(capsys):
+    small = "--rows 1 --width 8 --steps 1 --repeats 1"
+    assert command.main(["own-loop", *small.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    found = [re.fullmatch(r"(\w+).*, (wall|cores): median ([\d.]+), .* of 1", one) for one in lines]
+    assert [(one[1], one[2]) for one in found] == [
+        (what, kind) for what in ("recording", "statistics") for kind in ("wall", "cores")
+    ]
+    assert all(float(one[3]) > 0 for one in found)

@@ -223,6 +223,7 @@ def test_embeddings_have_no_token_ids(tmp_path):
     assert [text.tokens for text in found] == [[None] * 5, [None] * 5 + out[0, :-1].tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["wrapper", "inside, in place"])
 def test_compiled_models(tmp_path, when):
     plain, own = (model("mixtral", num_hidden_layers=2) for _ in range(2))
