@@ -3,6 +3,7 @@
 Looks through the wrappers that adapters (PEFT) put around modules.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "total_
 TOP_KS = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_k", "moe_topk")
 BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 GROUP_COUNTS = ("num_group", "n_group", "n_groups")
+SCORED = re.compile(r"scor|select|router|gate|expert")
 KEPT_GROUPS = ("topk_group", "top_group")
 # names of a wrapper's children: the module inside, and trained copies that run in its place
 INNER = "base_layer"
@@ -46,6 +48,16 @@ def selection_bias(block: nn.Module, router: nn.Module, n_experts: int) -> torch
             if value.numel() == n_experts:
                 return value.detach().reshape(-1)
     return None
+
+
+def said_of_scores(owners: Iterable[nn.Module]) -> str:
+    """Return what modules and their configurations say of how they score, as one text."""
+    texts = []
+    for owner in owners:
+        for holder in (inner(owner), getattr(inner(owner), "config", None)):
+            values = vars(holder).items() if hasattr(holder, "__dict__") else ()
+            texts += [str(v) for name, v in values if SCORED.search(name) and isinstance(v, str)]
+    return " ".join(texts).lower()
 
 
 def groups(router: nn.Module, n_experts: int) -> tuple[int, int] | None:

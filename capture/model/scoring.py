@@ -104,6 +104,11 @@ def are_weights(scores: torch.Tensor, expert_ids: torch.Tensor) -> bool:
     return not bool(chosen.all()) and not bool(scores[~chosen].any())
 
 
+def are_all_one(weights: torch.Tensor) -> bool:
+    """Whether weights [T, 1] are the same number, as shares of the only expert are."""
+    return weights.shape[-1] == 1 and _spread(weights.flatten(), dim=0) < TOLERANCE
+
+
 def n_renumbered(scores: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> int:
     """Return how many experts have another number where they are told than in the scores, or 0.
 

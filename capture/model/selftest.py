@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from capture.model.forward import keeps, takes_positions
 from capture.model.hooks import SiteObservation, tap
 from capture.model.inputs import input_device, plain_forward, vocabulary
 from capture.model.scoring import (
+    are_all_one,
     are_weights,
     best_by,
     explains_choice,
@@ -146,12 +148,17 @@ def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
         )
     if are_weights(scores, ids):
         return replace(site, scores_known=False)
-    label = site.parts.score_function or score_function_of(
-        scores, ids, weights, half=seen.weights.dtype != torch.float32
-    )
+    half = seen.weights.dtype != torch.float32
+    labels = [site.parts.score_function or score_function_of(scores, ids, weights, half=half)]
+    if labels == ["other"] and are_all_one(weights):
+        # a share of one: the weights say nothing, the choice may, and else the code does
+        said = probe.said_of_scores((site.router, site.parent))
+        labels = ["sigmoid", "softmax"] if "sigmoid" in said else ["softmax", "sigmoid"]
     bias, groups = site.selection_bias, (site.n_groups, site.top_groups)
     # a router may carry a bias or groups that its configuration switches off
-    for use_bias, use_groups in ((bias, groups), (bias, NO_GROUPS), (None, NO_GROUPS)):
+    for (use_bias, use_groups), label in product(
+        ((bias, groups), (bias, NO_GROUPS), (None, NO_GROUPS)), labels
+    ):
         if explains_choice(
             scores,
             ids,
@@ -163,7 +170,7 @@ def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
             bias, groups, known = use_bias, use_groups, True
             break
     else:
-        known = False
+        known, label = False, labels[0] if len(labels) == 1 else "other"
         moved = n_renumbered(scores, ids, weights)
         if moved:
             raise SiteError(

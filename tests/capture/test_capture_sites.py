@@ -319,3 +319,18 @@ def test_rounding_excuses_a_few_tokens_only():
         ids = torch.zeros(64, 1, dtype=torch.long)
         ids[:swapped] = 1
         assert explains_choice(scores, ids, "sigmoid", **options, half=half) == explained
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("mixtral", "softmax"),
+        ("cohere2_moe", "sigmoid"),
+        ("deepseek_v3", "sigmoid"),
+        ("minimax_m2", "sigmoid"),
+    ],
+)
+def test_the_share_of_one_expert_is_told_by_its_choice_or_its_code(name, function):
+    """Renormalised top-1 weights are all one, whatever the function; a bias tells by the choice."""
+    sites = attach(tiny_models.build(name, num_experts_per_tok=1))
+    assert {(s.info.score_function, s.margin_known) for s in sites} == {(function, True)}
