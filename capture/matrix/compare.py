@@ -15,6 +15,7 @@ from capture.errors import CaptureError
 from capture.matrix import tiny
 from capture.matrix.found import Architecture
 from capture.matrix.truth import NoTruth, Pass, Place, decoding, greedy, measure
+from capture.model.forward import cache_of, with_cache
 from capture.recorder.record import record
 
 EXACT, REFUSED, UNTESTED, WRONG = "exact", "refused", "untested", "wrong"
@@ -305,11 +306,11 @@ def _passes(
 @torch.no_grad()
 def _reads_as_it_writes(model: Any, text: list[int], recorded: list[int]) -> bool:
     """Whether the last token has the same logits with a cache and without."""
-    cache = model(input_ids=torch.tensor([text]), use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=torch.tensor([text]), use_cache=True))
     one = None
     for token in recorded[len(text) :]:
-        one = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        cache = one.past_key_values
+        one = model(input_ids=torch.tensor([[token]]), **with_cache(model, cache))
+        cache = cache_of(one)
     whole = model(input_ids=torch.tensor([recorded]), use_cache=False).logits[0, -1]
     return one is None or bool((one.logits[0, -1] - whole).norm() < SAME * whole.norm())
 

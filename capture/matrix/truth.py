@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from capture.model.forward import cache_of, with_cache
+
 STACK, MATRIX = 3, 2  # axes
 # below this share of the largest change, a row did not change
 NOTHING = 1e-7
@@ -262,7 +264,7 @@ def decoding(
     one = measure(model, torch.tensor([prompt]), n_experts, use_cache=True)
     yield one
     for token in written:
-        cache = {"past_key_values": one.output.past_key_values, "use_cache": True}
+        cache = with_cache(model, cache_of(one.output))
         one = measure(model, torch.tensor([[token]]), n_experts, **cache)
         yield one
 

@@ -157,6 +157,6 @@ def _positions(
     given = arguments.get("position_ids")
     if isinstance(given, torch.Tensor) and given.ndim == MASK_DIMS:
         return given.long().expand(batch, length).flatten()
-    cache = arguments.get("past_key_values")
+    cache = arguments.get("past_key_values") or arguments.get("cache")
     seen = int(cache.get_seq_length()) if cache is not None else 0
     return (torch.arange(length, device=device) + seen).expand(batch, length).flatten()

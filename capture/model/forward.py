@@ -1,7 +1,7 @@
 """Run a model over prompts in padded batches, and take the loss of every token."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -349,7 +349,7 @@ class Runner:
         if taken.device != self.device:  # a model spread over several devices
             rows, targets = rows.to(taken.device), targets.to(taken.device)
         loss = self.head.losses(taken, rows, targets)
-        return PromptPass(loss, taken, getattr(output, "past_key_values", None))
+        return PromptPass(loss, taken, cache_of(output))
 
     def again(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, V] after texts [B, S] that are read from their start.
@@ -366,11 +366,27 @@ class Runner:
         return {"position_ids": position_ids} if self._takes_positions else {}
 
 
+def cache_of(output: Any) -> Any:
+    """Return the cache that a model's output carries, if any; transformers 5.24 renamed it."""
+    found = (getattr(output, name, None) for name in ("cache", "past_key_values"))
+    return next((cache for cache in found if cache is not None), None)
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments that hand a model its cache, under the name that it takes."""
+    name = "cache" if "cache" in _parameters(model) else "past_key_values"
+    return {name: cache, "use_cache": True}
+
+
 def takes_positions(model: Any) -> bool:
     """Whether a model takes positions; an adapter's wrapper takes anything and hands it on."""
+    return "position_ids" in _parameters(model)
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     base = getattr(model, "get_base_model", None)
     called = base() if callable(base) else model
-    return "position_ids" in inspect.signature(called.forward).parameters
+    return inspect.signature(called.forward).parameters
 
 
 def next_in_prompt(batch: PaddedBatch) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from torch import nn
 from capture.errors import SiteError
 from capture.model import attributes as probe
 from capture.model.after_sum import calls_kept, with_factor
-from capture.model.forward import keeps, takes_positions
+from capture.model.forward import cache_of, keeps, takes_positions, with_cache
 from capture.model.hooks import SiteObservation, tap
 from capture.model.inputs import input_device, plain_forward, vocabulary
 from capture.model.scoring import (
@@ -264,7 +264,7 @@ def run_sites(
             stack.callback(_keep_input(site.router, inputs, number))
         given = torch.ones_like(ids) if mask is None else mask
         output = model(input_ids=ids, attention_mask=given, **{"use_cache": False, **arguments})
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         return Seen(taps.take(), inputs, _output(output, ids), cache)
 
 
@@ -465,7 +465,7 @@ def decode_sites(
         mask = mask if step == 0 else torch.cat([mask, torch.ones_like(new)], dim=1)
         places = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
         given = {name: places for name, is_taken in positions.items() if is_taken}
-        one = run_sites(model, sites, new, mask, use_cache=True, past_key_values=cache, **given)
+        one = run_sites(model, sites, new, mask, **with_cache(model, cache), **given)
         cache = one.cache
         if not keeps(cache):
             return []

@@ -17,10 +17,12 @@ from capture.model.forward import (
     PaddedBatch,
     PromptPass,
     Runner,
+    cache_of,
     keeps,
     pad_batch,
     plan_batches,
     to_device,
+    with_cache,
 )
 from capture.model.hooks import Taps
 from capture.model.inputs import vocabulary
@@ -254,11 +256,10 @@ class Recording:
             output = self.runner.model(
                 input_ids=token.to(mask.device)[:, None],
                 attention_mask=state["mask"],
-                past_key_values=state["cache"],
-                use_cache=True,
+                **with_cache(self.runner.model, state["cache"]),
                 **self.runner.positions(state["position"][:, None]),
             )
-        state["cache"] = output.past_key_values
+        state["cache"] = cache_of(output)
         state["position"] = state["position"] + 1
         return self.runner.head.logits(self.runner.head.take(output))
 

@@ -33,7 +33,7 @@ from capture.swap.rules import (
     with_attention,
 )
 
-CACHES = ("past_key_values", "past_key_value")
+CACHES = ("past_key_values", "past_key_value", "cache")
 MASK_DIMS = 4
 Part = Literal["head", "layer", "block"]
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")

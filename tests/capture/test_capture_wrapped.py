@@ -3,6 +3,7 @@
 Where a model is recorded, its ids and weights are what its experts were told.
 """
 
+import types
 import warnings
 
 import accelerate
@@ -406,6 +407,34 @@ def test_a_cache_that_computes_otherwise_is_noted(name, differs, tmp_path):
     with duckdb.connect(str(out), read_only=True) as run:
         notes = run.execute("select notes from run").fetchone()[0]
     assert ("computes otherwise than when it reads" in notes) == differs
+
+
+class Renamed(transformers.MixtralForCausalLM):
+    """Names its cache as transformers 5.24 does."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **rest):
+        assert "past_key_values" not in rest
+        output = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=cache, **rest,
+        )  # fmt: skip
+        return types.SimpleNamespace(logits=output.logits, cache=output.past_key_values)
+
+
+def test_a_cache_under_its_new_name_is_used(tmp_path):
+    found = {}
+    for kind in (transformers.MixtralForCausalLM, Renamed):
+        model = tiny_models.build("mixtral", eos_token_id=None)
+        model.__class__ = kind
+        out = tmp_path / f"{kind.__name__}.duckdb"
+        capture.record(model, PROMPTS, out, generate=3, progress=False)
+        with duckdb.connect(str(out), read_only=True) as run:
+            found[kind] = run.execute("select token_id, token from tokens order by 1").fetchall()
+            (steps,) = run.execute(
+                "select sum(tokens) from batches where phase = 'generated'"
+            ).fetchone()
+        assert steps == 3 * len(PROMPTS)
+    assert found[Renamed] == found[transformers.MixtralForCausalLM]
 
 
 class Restless(transformers.MixtralForCausalLM):

@@ -39,7 +39,7 @@ from capture.recorder.own_loop.steps import (
 from capture.recorder.transfer import Staging
 from capture.store.records import LEVELS, Level
 
-CACHE_ARGUMENTS = ("past_key_values", "cache_params", "past_key_value")
+CACHE_ARGUMENTS = ("past_key_values", "cache", "cache_params", "past_key_value")
 # an assistant's tokens are dropped one by one, of a single row
 ASSISTED_TAIL = 32
 STOPS = ("stopping_criteria", "stop_strings", "max_time")
