@@ -1,10 +1,12 @@
-"""A job of the worker on a page: how far it is, a button to stop it, and how it ended."""
+"""A job of the worker on a page: prompts for it, how far it is, and how it ended."""
+
+from typing import Any
 
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from capture.progress import Progress
-from capture.prompts import Prompt
+from capture.prompts import Prompt, read_prompts_bytes
 from explorer import writing
 from explorer.text import counted, plain
 from explorer.ui import problems
@@ -111,18 +113,33 @@ def _show_end(job: Job) -> None:
         st.error(f"**{name}** failed. {plain(job.error)}", icon=":material/error:")
 
 
-TYPES = ["txt", "csv", "jsonl", "parquet"]
+def typed_prompts(label: str, key: str, *, height: int, example: str | None = None) -> list[Prompt]:
+    """Draw a field for prompts and return those in it; PromptError where they cannot be read."""
+    text = st.text_area(label, height=height, placeholder=example, key=key)
+    return read_prompts_bytes("typed.txt", text.encode()) if text.strip() else []
 
 
-def prompts_of(upload: UploadedFile | None) -> list[Prompt]:
-    """Return the prompts of an upload, none without one.
-
-    Raises
-    ------
-    PromptError
-        With what is wrong with the file.
-    """
+def uploaded_prompts(key: str) -> list[Prompt]:
+    """Draw a field for a file and return its prompts; PromptError where it cannot be read."""
+    upload = st.file_uploader(
+        "A file of prompts",
+        type=["txt", "csv", "jsonl", "parquet"],
+        help="txt: one prompt a line, or blocks between blank lines. csv, jsonl, parquet: a "
+        "column `text`, and `domain` if you like.",
+        key=key,
+    )
     return [] if upload is None else _read(upload.file_id, upload.name, upload)
+
+
+def as_record(prompt: Prompt) -> dict[str, Any]:
+    """Return a prompt as requests to the worker hold it."""
+    known = {
+        "text": prompt.text,
+        "ids": None if prompt.ids is None else list(prompt.ids),
+        "domain": prompt.domain,
+        "source": prompt.source,
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 # as it is: prompts are not changed, and copies of many take long

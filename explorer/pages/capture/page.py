@@ -7,13 +7,13 @@ import streamlit as st
 
 from capture.errors import PromptError
 from capture.paths import RUN_NAMES, RUN_SUFFIX, is_run_name, suggested_name
-from capture.prompts import Prompt, read_prompts, read_prompts_bytes
+from capture.prompts import Prompt, read_prompts
 from capture.recorder.estimate import human_bytes
 from explorer import writing
 from explorer.pages.capture.form import ask, ask_level
 from explorer.text import counted, one_line, plain
 from explorer.ui import address, problems
-from explorer.ui.job import TYPES, follow, prompts_of
+from explorer.ui.job import as_record, follow, typed_prompts, uploaded_prompts
 from explorer.ui.problems import instead
 from explorer.ui.state import exists, new_name, run_names, runs_folder
 from explorer.worker import CaptureRequest, Job, RecoverRequest, shared_worker
@@ -81,21 +81,9 @@ def _read(source: str) -> list[Prompt]:
     if source == "demo":
         return _demo_prompts()
     if source == "upload":
-        upload = st.file_uploader(
-            "A file of prompts",
-            type=TYPES,
-            help="txt: one prompt a line, or blocks between blank lines. csv, jsonl, parquet: a "
-            "column `text`, and `domain` if you like.",
-            key="upload",
-        )
-        return prompts_of(upload)
-    text = st.text_area(
-        "Prompts, one a line (or blocks between blank lines)",
-        height=150,
-        placeholder=_EXAMPLE,
-        key="typed",
-    )
-    return read_prompts_bytes("typed.txt", text.encode()) if text.strip() else []
+        return uploaded_prompts("upload")
+    label = "Prompts, one a line (or blocks between blank lines)"
+    return typed_prompts(label, "typed", height=150, example=_EXAMPLE)
 
 
 @st.cache_data(max_entries=1, show_spinner=False)
@@ -169,7 +157,7 @@ def _start(plan: Plan) -> None:
         st.caption(problem)
     if st.button("Start capture", type="primary", disabled=bool(problem), key="start"):
         out = runs_folder() / f"{plan.name}{RUN_SUFFIX}"
-        records: list[dict[str, Any]] = [_record(prompt) for prompt in plan.prompts]
+        records: list[dict[str, Any]] = [as_record(prompt) for prompt in plan.prompts]
         request = CaptureRequest(str(out), plan.model, records, **plan.options)
         job = writing.submit(request)
         address.write("job", str(job.job_id))
@@ -188,16 +176,6 @@ def _problem(plan: Plan) -> str:
     if plan.name != new_name(runs_folder(), plan.name):
         return f"There is a run named {plan.name} already; runs are never overwritten."
     return ""
-
-
-def _record(prompt: Prompt) -> dict[str, Any]:
-    known = {
-        "text": prompt.text,
-        "ids": None if prompt.ids is None else list(prompt.ids),
-        "domain": prompt.domain,
-        "source": prompt.source,
-    }
-    return {name: value for name, value in known.items() if value is not None}
 
 
 def _cost_text(plan: Plan) -> str:

@@ -8,7 +8,6 @@ import streamlit as st
 
 from capture.errors import PromptError, cut, quoted
 from capture.paths import RUN_SUFFIX
-from capture.prompts import read_prompts_bytes
 from explorer import writing
 from explorer.comparison.conditions import USUAL
 from explorer.errors import RouterError, UnknownNameError
@@ -17,7 +16,7 @@ from explorer.router_cards import CARDS, parse_router, split_routers
 from explorer.run import Run
 from explorer.text import plain
 from explorer.ui import address
-from explorer.ui.job import TYPES, follow, prompts_of
+from explorer.ui.job import as_record, follow, typed_prompts, uploaded_prompts
 from explorer.ui.state import View, new_name, runs_folder
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
 from explorer.worker.requests import DEMO_MODEL
@@ -168,18 +167,12 @@ def _prompts(source: str) -> tuple[list[dict[str, Any]], str]:
         return [], ""
     try:
         if source == _FILE:
-            upload = st.file_uploader("A file of prompts", type=TYPES, key="compare file")
-            found = prompts_of(upload)
+            found = uploaded_prompts("compare file")
         else:
-            text = st.text_area("Prompts, one a line", height=120, key="compare typed")
-            found = read_prompts_bytes("typed.txt", text.encode()) if text.strip() else []
+            found = typed_prompts("Prompts, one a line", "compare typed", height=120)
     except PromptError as error:
         return [], str(error)
-    records = [
-        {"text": prompt.text} | ({"domain": prompt.domain} if prompt.domain else {})
-        for prompt in found
-        if prompt.text
-    ]
+    records = [as_record(prompt) for prompt in found if prompt.text]
     few = "Give at least four prompts: rules are fitted on some and reported on the others."
     return records, "" if len(records) >= 4 else few
 
