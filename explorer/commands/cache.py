@@ -21,7 +21,7 @@ from explorer.metrics.cache import (
     pins,
     prefetched,
 )
-from explorer.queries.load import Trace, trace
+from explorer.queries.load import Lookups, trace
 from explorer.run import Run, open_run
 
 FORMATS = ("json", "llama-cpp", "llama-cpp-split")
@@ -130,7 +130,7 @@ def _layers(opened: Run, options: argparse.Namespace) -> list[Layer]:
     return layers
 
 
-def _halves(found: Trace) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _halves(found: Lookups) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Cut a trace into every other prompt, and the rest."""
     number = np.unique(found.prompt_id, return_inverse=True)[1]
     even = number % 2 == 0

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import yaml
 
 from capture.paths import path_argument
@@ -12,11 +14,12 @@ from explorer.commands import RUN_HELP, Output, run_file
 from explorer.errors import ExplorerError
 from explorer.metrics import placement
 from explorer.metrics.placement import HeldOut, Placement
-from explorer.queries.load import WindowLoads, window_loads
+from explorer.queries.load import WindowLoads, routing, window_loads
 from explorer.run import Run, open_run
 
 BY_DOMAIN = "domain"
 WINDOWS = 8
+MAX_TOKENS = 20_000  # whose experts are looked at, a layer
 FORMATS = ("sglang", "tensorrt-llm", "eplb-json")
 EXAMPLES = """\
 examples:
@@ -75,6 +78,7 @@ def run(options: argparse.Namespace) -> Output:
     with open_run(run_file(options.run)) as opened:
         traffic = window_loads(opened, windows, phase=options.phase)
         layers = _hidden_layers(opened, options.model_layers)
+        tokens = _tokens(opened, traffic, options.phase)
     n_experts = traffic.loads.shape[-1]
     sizes = {
         "gpus": options.gpus,
@@ -95,9 +99,12 @@ def run(options: argparse.Namespace) -> Output:
         )
     lines = [_header(traffic, sizes), *_table(judged, traffic.in_time), ""]
     lines.append(f"{chosen}: {placement.PLACEMENTS[chosen]}.")
+    made = placement.place(traffic.loads, chosen, **sizes)
+    lines += _visits(tokens, made, sizes)
+    if traffic.in_time:
+        lines += _ageing(traffic, chosen, sizes)
     if options.out is None:
         return Output("\n".join(lines))
-    made = placement.place(traffic.loads, chosen, **sizes)
     text = as_text(made, [layer for layer, _ in traffic.sites], options.format, layers)
     writing.write_new(options.out, text.encode(), what="Writing a placement")
     return Output("\n".join([*lines, str(options.out)]))
@@ -163,6 +170,52 @@ def _table(judged: dict[str, HeldOut], in_time: bool) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
+    ]
+
+
+def _tokens(opened: Run, traffic: WindowLoads, phase: str | None) -> list[npt.NDArray[np.int32]]:
+    """Return the experts of some tokens in each layer; none where the run keeps sums only."""
+    if not opened.records_ids:
+        return []
+    return [
+        routing(opened, layer, site=site, phase=phase, max_tokens=MAX_TOKENS).expert_ids
+        for layer, site in traffic.sites
+    ]
+
+
+def _visits(
+    tokens: list[npt.NDArray[np.int32]], made: Placement, sizes: dict[str, int]
+) -> list[str]:
+    """Say how many GPUs and nodes a token is sent to: what all-to-all costs."""
+    gpus, nodes = [], []
+    for layer, ids in enumerate(tokens):
+        if len(ids):
+            on_gpus, on_nodes = placement.visited(
+                ids, made, layer, gpus=sizes["gpus"], nodes=sizes["nodes"]
+            )
+            gpus.append(on_gpus.mean())
+            nodes.append(on_nodes.mean())
+    if not gpus:
+        return []
+    several = f" in {np.mean(nodes):.2f} of {sizes['nodes']} nodes" if sizes["nodes"] > 1 else ""
+    return [f"A token visits {np.mean(gpus):.2f} of {sizes['gpus']} GPUs a layer{several}."]
+
+
+def _ageing(traffic: WindowLoads, policy: str, sizes: dict[str, int]) -> list[str]:
+    """Say what is left of a placement some windows later, and what making it again moves."""
+    later = placement.rebalanced_later(traffic.loads, policy, **sizes)
+    ages = [float(np.nanmean(np.diagonal(later, age))) for age in range(len(later))]
+    one_by_one = [placement.place(window[None], policy, **sizes) for window in traffic.loads]
+    copies = [
+        placement.moved(before, after, sizes["gpus"]).sum()
+        for before, after in pairwise(one_by_one)
+    ]
+    total = sizes["replicas"] * len(traffic.sites)
+    return [
+        "Made from one window alone: predicted "
+        f"{ages[0]:.3f}, realised in the windows after it "
+        f"{', '.join(f'{value:.3f}' for value in ages[1:6])}.",
+        f"Making it again after a window loads {np.mean(copies):,.0f} of {total:,} copies.",
     ]
 
 

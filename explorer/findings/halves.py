@@ -18,7 +18,7 @@ MIN_PROMPTS = 8  # in each half; of fewer, a spread over prompts cannot be told
 MAX_ASSIGNMENTS = 2_000_000  # that are read; whole prompts, evenly over the run
 
 
-class Site(NamedTuple):
+class RouterChoices(NamedTuple):
     """What one router chose for T tokens of P prompts."""
 
     name: str
@@ -37,7 +37,7 @@ class Half(NamedTuple):
     tokens: Floats  # [P]
     domain: npt.NDArray[np.object_]  # [P]
     entropy: Floats  # [T], share of the largest, mean over sites; nan = not recorded
-    sites: list[Site]
+    sites: list[RouterChoices]
 
 
 def read_halves(run: Run) -> tuple[Half, Half]:
@@ -121,7 +121,7 @@ def _half(
         load = np.zeros((len(names), n_experts))
         at, slot = np.nonzero(ids >= 0)
         np.add.at(load, (prompt[at], ids[at, slot]), 1)
-        found.append(Site(name, n_experts, top_k, ids, load))
+        found.append(RouterChoices(name, n_experts, top_k, ids, load))
     sizes = np.bincount(prompt, minlength=len(names)).astype(np.float64)
     token = rows["token"].to_numpy(dtype=np.int64)
     return Half(token, words, prompt.astype(np.int64), sizes, domain, entropy[kept], found)

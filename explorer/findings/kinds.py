@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from explorer.findings.halves import MIN_PROMPTS, Floats, Half, Ids, Site
+from explorer.findings.halves import MIN_PROMPTS, Floats, Half, Ids, RouterChoices
 from explorer.metrics.coactivation import MIN_EXPECTED, pair_uplift, transition_uplift
 from explorer.metrics.specialization import MIN_COUNT
 from explorer.text import visible
@@ -351,7 +351,7 @@ def _together(half: Half) -> Iterator[Candidate]:
         yield Candidate(float(strength[a, b]), test)
 
 
-def _pairs(site: Site) -> Floats:
+def _pairs(site: RouterChoices) -> Floats:
     chosen = np.zeros((len(site.ids), site.n_experts))
     at, slot = np.nonzero(site.ids >= 0)
     chosen[at, site.ids[at, slot]] = 1
@@ -383,7 +383,7 @@ def _follows(half: Half) -> Iterator[Candidate]:
         yield Candidate(float(strength[a, b]), test)
 
 
-def _met(here: Site, there: Site) -> Floats:
+def _met(here: RouterChoices, there: RouterChoices) -> Floats:
     counts = np.zeros((here.n_experts, there.n_experts))
     for one in here.ids.T:
         for other in there.ids.T:
@@ -415,7 +415,7 @@ def _repeats(half: Half) -> Iterator[Candidate]:
         yield Candidate(float((kept - chance).sum() / pairs.sum()), test)
 
 
-def _repetition(half: Half, site: Site) -> tuple[Floats, Floats, Floats]:
+def _repetition(half: Half, site: RouterChoices) -> tuple[Floats, Floats, Floats]:
     """Count, a prompt, neighbours with an expert in common, such of shuffled tokens, and pairs."""
     n = len(half.tokens)
     same = half.prompt[1:] == half.prompt[:-1]

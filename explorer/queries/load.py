@@ -250,7 +250,7 @@ def window_loads(
     return WindowLoads(names, sites, loads, windows is not None)
 
 
-class Trace(NamedTuple):
+class Lookups(NamedTuple):
     """What one site chose, token after token.
 
     Attributes
@@ -272,7 +272,7 @@ def trace(
     phase: str | None = None,
     domain: str | None = None,
     interleaved: bool = False,
-) -> Trace:
+) -> Lookups:
     """Return a site's choices in the order in which a cache of experts would see them.
 
     Parameters
@@ -316,7 +316,7 @@ def trace(
     chosen = rows["slot"].is_valid().to_numpy()
     slot = rows["slot"].fill_null(0).to_numpy()
     ids[at[chosen], slot[chosen]] = rows["expert_id"].fill_null(-1).to_numpy()[chosen]
-    return Trace(ids, prompt_id)
+    return Lookups(ids, prompt_id)
 
 
 class BatchRouting(NamedTuple):

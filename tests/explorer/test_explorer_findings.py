@@ -9,7 +9,7 @@ from synthetic import write_run
 from explorer.__main__ import main
 from explorer.errors import RunError
 from explorer.findings import RATE, findings, judge
-from explorer.findings.halves import Half, Site, read_halves
+from explorer.findings.halves import Half, RouterChoices, read_halves
 from explorer.findings.kinds import KINDS
 from explorer.run import open_run
 
@@ -30,7 +30,7 @@ def half(random, choose=None, *, domains=None, entropy=None):
         ids = np.argsort(-scores, axis=1)[:, :TOP_K]
         load = np.zeros((PROMPTS, EXPERTS))
         np.add.at(load, (prompt[:, None], ids), 1)
-        sites.append(Site(str(layer), EXPERTS, TOP_K, ids, load))
+        sites.append(RouterChoices(str(layer), EXPERTS, TOP_K, ids, load))
     gate = random.random(len(prompt)) if entropy is None else entropy(domains[prompt])
     sizes = np.full(PROMPTS, float(LENGTH))
     return Half(token, {t: f"w{t}" for t in range(12)}, prompt, sizes, domains, gate, sites)

@@ -15,7 +15,7 @@ from synthetic import SITES, write_run
 from explorer.__main__ import main
 from explorer.errors import MetricError, RunError
 from explorer.metrics import placement
-from explorer.queries.load import window_loads
+from explorer.queries.load import routing, window_loads
 from explorer.run import open_run
 
 # README of github.com/deepseek-ai/EPLB
@@ -303,6 +303,26 @@ def test_files_follow_the_rules_of_the_engines_that_load_them(served, tmp_path, 
         loads = window_loads(run, None).loads
     expected = placement.rebalance(loads.sum(0), 8, 1, 1, 2)
     assert plain["phy2log"] == expected.phy2log.tolist()
+
+
+def test_the_command_says_what_ages_and_what_a_token_visits(served, capsys):
+    given = ["place", str(served), "--gpus", "2", "--windows", "2", "--policy", "EPLB, global"]
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    with open_run(served) as run:
+        loads = window_loads(run, 2).loads
+        ids = [routing(run, layer).expert_ids for layer in (1, 3)]
+    sizes = {"gpus": 2, "nodes": 1, "groups": 1, "replicas": 6}
+    made = placement.place(loads, "EPLB, global", **sizes)
+    visits = [placement.visited(one, made, at, gpus=2)[0].mean() for at, one in enumerate(ids)]
+    assert f"A token visits {np.mean(visits):.2f} of 2 GPUs a layer." in said
+    one, two = (placement.place(w[None], "EPLB, global", **sizes) for w in loads)
+    own = [placement.overall_balancedness(placement.gpu_load(w, p, 2))
+           for w, p in zip(loads, (one, two), strict=True)]  # fmt: skip
+    later = placement.overall_balancedness(placement.gpu_load(loads[1], one, 2))
+    assert f"predicted {np.mean(own):.3f}, realised in the windows after it {later:.3f}." in said
+    moves = placement.moved(one, two, 2).sum()
+    assert f"loads {moves} of 12 copies" in said
 
 
 @pytest.mark.parametrize(
