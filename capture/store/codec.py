@@ -218,15 +218,14 @@ def sql_count_filled(words: str, layout: Layout) -> str:
 
 
 def sql_weight(code: str) -> str:
-    """Write the expression for the weight of a 16-bit code.
+    """Write the expression for the weight of a 16-bit code; NULL stays NULL.
 
     The power of two is a shift, which is exact and several times faster than ``pow``.
     """
     one = 1 << WEIGHT_MANTISSA
     scale = 2.0 ** -(WEIGHT_BIAS + WEIGHT_MANTISSA)
     return (
-        f"(CASE WHEN {code} = 0 THEN 0 WHEN {code} = {NO_WEIGHT} THEN NULL"
-        f" ELSE ({one} + ({code} & {one - 1}))::DOUBLE"
+        f"(CASE WHEN {code} = 0 THEN 0 ELSE ({one} + ({code} & {one - 1}))::DOUBLE"
         f" * (1::UBIGINT << ({code} >> {WEIGHT_MANTISSA}))::DOUBLE * {scale!r}::DOUBLE END)::FLOAT"
     )
 

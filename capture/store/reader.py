@@ -271,7 +271,8 @@ def _views(layout: Layout, missing: frozenset[str]) -> list[str]:
         tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {FILE}.packed.{name}")
     for name in sorted(missing):
         tables.append(f"CREATE VIEW packed.{name} AS {schema.STAND_INS[name]}")
-    return ["CREATE SCHEMA packed", *tables, *schema.view_statements(layout)]
+    ours = (*schema.view_statements(layout), *schema.views_without_weights(layout))
+    return ["CREATE SCHEMA packed", *tables, *ours]
 
 
 class RunReader:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from capture.store.codec import (
+    NO_WEIGHT,
     Layout,
     sql_count_filled,
     sql_half,
@@ -172,7 +173,18 @@ CREATE TABLE packed.attention_layer (
 );
 """
 
-_FIXED_VIEWS = """
+_EXPERT_LOAD = """
+CREATE VIEW expert_load AS
+    SELECT layer, site, expert_id,
+        coalesce(sum(assignments), 0)::BIGINT AS assignments,
+        coalesce(sum(weight_sum), 0)::DOUBLE AS weight_sum,
+        CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum
+    FROM (SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id FROM packed.site)
+    LEFT JOIN expert_load_by USING (layer, site, expert_id)
+    GROUP BY layer, site, expert_id;
+"""
+
+_FIXED_VIEWS = f"""
 CREATE VIEW tokens AS
     SELECT token_id, prompt_id, position, phase, token, text, loss FROM packed.token;
 CREATE VIEW prompts AS SELECT prompt_id, text, domain, source FROM packed.prompt;
@@ -194,16 +206,7 @@ CREATE VIEW expert_load_by AS
         unnest(weight_sum) AS weight_sum,
         unnest(coalesce(prob_sum, list_resize([NULL::DOUBLE], len(assignments)))) AS prob_sum
     FROM packed.rollup;
-CREATE VIEW expert_load AS
-    SELECT layer, site, expert_id,
-        coalesce(sum(assignments), 0)::BIGINT AS assignments,
-        CASE WHEN count(weight_sum) > 0 OR count(assignments) = 0
-            THEN coalesce(sum(weight_sum), 0)::DOUBLE END AS weight_sum,
-        CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum
-    FROM (SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id FROM packed.site)
-    LEFT JOIN expert_load_by USING (layer, site, expert_id)
-    GROUP BY layer, site, expert_id;
-CREATE VIEW run AS
+{_EXPERT_LOAD}CREATE VIEW run AS
     SELECT model, revision, architecture, dtype, device, level, vocab_size, hidden_size,
         backends, packages, config, sample, notes,
         (SELECT count(*) FROM packed.prompt) AS n_prompts,
@@ -384,7 +387,7 @@ def insert(table: str) -> str:
     return f"INSERT INTO packed.{table} SELECT * FROM rows"
 
 
-def _assignments(layout: Layout) -> str:
+def _assignments(layout: Layout, code: str = "weight_code") -> str:
     """Write the view with one row per token, site and filled slot.
 
     A join with the list of slots reads the packed rows once, where a union over the slots reads
@@ -392,7 +395,7 @@ def _assignments(layout: Layout) -> str:
     """
     return (
         f"SELECT token_id, layer, site, slot, id_code::INTEGER AS expert_id,"
-        f" {sql_weight('weight_code')} AS weight"
+        f" {sql_weight(code)} AS weight"
         f" FROM (SELECT token_id, layer, site, slot,"
         f" {sql_id_code('ids', layout)} AS id_code,"
         f" {sql_weight_code('weights', layout)} AS weight_code"
@@ -400,6 +403,19 @@ def _assignments(layout: Layout) -> str:
         f" AS slots(slot, id_word, id_shift, weight_word, weight_shift))"
         f" WHERE id_code <> {layout.empty}"
     )
+
+
+def views_without_weights(layout: Layout) -> Sequence[str]:
+    """Write the views that show weights which are not known as NULL, in place of the others."""
+    # what is not known of the experts, and not what no token chose
+    known = "count(weight_sum) > 0 OR count(assignments) = 0"
+    total = "coalesce(sum(weight_sum), 0)::DOUBLE"
+    load = _EXPERT_LOAD.replace(total, f"CASE WHEN {known} THEN {total} END")
+    rows = _assignments(layout, f"nullif(weight_code, {NO_WEIGHT})")
+    return [
+        load.replace("CREATE VIEW", "CREATE OR REPLACE VIEW"),
+        f"CREATE OR REPLACE VIEW assignments AS {rows}",
+    ]
 
 
 def count_assignments(layout: Layout) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from capture.errors import StoreError, first_line, quoted
@@ -121,7 +122,7 @@ class RunWriter:
         self._pending: list[dict[str, pa.Table]] = []
         self._pending_rows = self._pending_bytes = 0
         self._n_tokens = self._n_batches = 0
-        self._has_unknown_tokens = False
+        self._has_unknown_tokens = self._has_unknown_weights = False
         self.stored_tokens = 0
         self._vectors = {"score": [0] * len(sites), "hidden": [0] * len(sites)}
         self._started = self._committed = time.monotonic()
@@ -226,6 +227,7 @@ class RunWriter:
         self._n_tokens += len(forward.tokens.token_id)
         self._has_unknown_tokens |= bool((forward.tokens.token == schema.NO_TOKEN).any())
         for block in blocks:
+            self._has_unknown_weights |= bool(np.isnan(block.weight_sum).all())
             for table, given in (("score", block.scores), ("hidden", block.hidden)):
                 for index in block.site_indices:
                     self._vectors[table][index] += 0 if given is None else len(given[0])
@@ -394,6 +396,9 @@ class RunWriter:
             connection.execute(schema.STORE_GATE_SUMS)
             if self._has_unknown_tokens:
                 connection.execute(schema.TOKENS_WITHOUT_IDS)
+            if self._has_unknown_weights:
+                for statement in schema.views_without_weights(self._layout):
+                    connection.execute(statement)
             connection.execute(schema.CLOSE_RUN, [float(seconds), complete])
             if backends is not None:
                 connection.execute(schema.SET_BACKENDS, [as_json(dict(backends))])
