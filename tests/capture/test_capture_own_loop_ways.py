@@ -13,6 +13,7 @@ from own_loop import assert_recorded, padded, texts
 
 import capture
 from capture.errors import CaptureError
+from capture.recorder.own_loop.call import CannotFollow, read_call
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
@@ -195,6 +196,43 @@ def test_adapters_around_a_model(tmp_path):
             wrapped(input_ids=torch.tensor([TEXTS[0]]))
         out = wrapped.generate(input_ids=torch.tensor([TEXTS[1]]), max_new_tokens=3)
     assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5), (out[0, :-1].tolist(), 2)])
+
+
+def test_routers_and_experts_that_are_adapted(tmp_path):
+    own = model("mixtral")
+    config = peft.LoraConfig(
+        r=2, init_lora_weights=False, task_type="CAUSAL_LM", target_modules=["q_proj"],
+        target_parameters=["gate.weight", "experts.gate_up_proj"],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(own, config).train()
+    ids, told = torch.tensor([TEXTS[0]]), []
+    for name, module in own.named_modules():
+        if name.endswith("mlp.experts"):
+            module.register_forward_pre_hook(lambda _, args: told.append(args[1].tolist()))
+    with capture.recording(wrapped, tmp_path / "a.duckdb"):
+        told.clear()
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+    (text,) = texts(tmp_path / "a.duckdb")
+    assert text.tokens == TEXTS[0]
+    for layer, rows in enumerate(told):
+        assert [set(experts) for experts in text.experts[layer]] == [set(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"read_index": [[0, 1]]}, "continuous batching"),  # as generate_batch() calls a model
+        ({"attention_mask": torch.ones(1, 2)}, "5 or 8 columns"),
+        ({"attention_mask": torch.ones(1, 1, 5, 6)}, r"\[B, 1, 5, 8\]"),
+        ({"attention_mask": "blocks"}, "got a str"),
+        ({"input_ids": None}, "input_ids"),
+    ],
+)
+def test_calls_that_do_not_tell_what_their_rows_are(given, message):
+    with pytest.raises(CannotFollow, match=message):
+        read_call({"input_ids": torch.tensor([TEXTS[0]]), **given}, 3)
 
 
 def test_offloaded_weights_and_embeddings(tmp_path):
