@@ -67,15 +67,15 @@ class OrderedRows(NamedTuple):
         held: list[pa.RecordBatch] = []
         for batch in reader:
             held.append(batch)
-            table = pa.OrderedRows.from_batches(held)
+            table = pa.Table.from_batches(held)
             ends = _ends(table)
             for start, stop in zip([0, *ends[:-1]], ends, strict=False):
                 yield self._sequence(table.slice(start, stop - start))
             held = table.slice(ends[-1] if ends else 0).to_batches()
         if held:
-            yield self._sequence(pa.OrderedRows.from_batches(held))
+            yield self._sequence(pa.Table.from_batches(held))
 
-    def _sequence(self, rows: pa.OrderedRows) -> Sequence:
+    def _sequence(self, rows: pa.Table) -> Sequence:
         token = rows["token"].to_numpy().astype(np.int64)
         first = int(token[0])
         shape = (int(token[-1]) - first + 1, len(self.layers), self.top_k)
@@ -91,7 +91,7 @@ class OrderedRows(NamedTuple):
         return Sequence(f"{name}" + (f", part {part + 1}" if part else ""), ids, weights, first)
 
 
-def _ends(table: pa.OrderedRows) -> list[int]:
+def _ends(table: pa.Table) -> list[int]:
     """Return where a sequence ends within the rows; the last one may go on."""
     if len(table) < 2:
         return []
