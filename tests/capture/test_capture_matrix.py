@@ -49,7 +49,7 @@ def test_architectures_are_found_and_not_listed():
     assert architecture("aria_text").class_name == "AriaTextForCausalLM"
 
 
-def test_the_paper_says_something_of_every_architecture(paper):
+def test_the_table_says_something_of_every_architecture(paper):
     assert set(paper) == FOUND
     assert {result for result, _ in paper.values()} == {EXACT, REFUSED}
 
