@@ -4,7 +4,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -196,11 +196,3 @@ def modules_called(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(found, nn.Module) and all(found is not one for one in seen):
             seen.append(found)
             yield found
-
-
-def stacked(contexts: Iterator[Any]) -> ExitStack:
-    """Enter contexts one after the other; they are left together."""
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        return stack.pop_all()
