@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from capture.errors import CaptureError
+from capture.errors import CaptureCancelled, CaptureError
 from capture.matrix import tiny
 from capture.matrix.found import Architecture
 from capture.matrix.truth import NoTruth, Pass, Place, decoding, greedy, measure
@@ -113,6 +113,8 @@ def check_model(model: nn.Module, names: tuple[str, str], *, saved: bool = True)
     with tempfile.TemporaryDirectory(prefix="routescope-") as folder, torch.no_grad():
         try:
             sites = _compared(model, Path(folder), tiny.N_EXPERTS, saved=saved)
+        except CaptureCancelled:
+            raise
         except CaptureError as error:
             return Verdict(*names, REFUSED, str(error))
         except Wrong as error:

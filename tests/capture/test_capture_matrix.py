@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from capture.__main__ import main
-from capture.errors import ConfigError
+from capture.errors import CaptureCancelled, ConfigError
 from capture.matrix import compare, tiny
 from capture.matrix.compare import EXACT, REFUSED, UNTESTED, WRONG, Verdict, check, check_model
 from capture.matrix.found import Architecture, architecture, architectures
@@ -132,6 +132,15 @@ def test_a_crash_is_no_refusal(monkeypatch):
     monkeypatch.setattr(StandardAdapter, "listen", broken)
     verdict = check(architecture("mixtral"))
     assert (verdict.outcome, verdict.reason) == (WRONG, "ends with RuntimeError: a bug")
+
+
+def test_an_interruption_is_no_refusal(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise CaptureCancelled("Interrupted.")
+
+    monkeypatch.setattr(compare, "record", interrupted)
+    assert main(["matrix", "mixtral", "doge"]) == 130
+    assert capsys.readouterr().out == ""
 
 
 def test_a_model_that_does_not_run_is_untested():
