@@ -164,6 +164,11 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
         assert table["layer"].isna().tolist() == [True, False] and table["layer"][1] == 3
         assert table["loss_change"][0] == 0.5 and table["seed"].isna().all()
         assert list(table.columns) == list(TABLES["results"])
+        # what somebody does with a table is his own
+        mine = comparison.table
+        mine["more"] = 1
+        mine.loc[0, "loss_change"] = 9.0
+        assert comparison.table["loss_change"][0] == 0.5 and "more" not in comparison.table
         chosen = comparison.query("SELECT expert_ids FROM choices WHERE router = ?", ["top_k(k=1)"])
         assert list(chosen["expert_ids"][0]) == [5, 2]
         with pytest.raises(ComparisonError, match="disabled"):
