@@ -167,6 +167,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def everybody_may_write():
+    """Forget the policy of an app that a test before opened, which may have been read-only."""
+    yield
+    if (writing := sys.modules.get("explorer.writing")) is not None:
+        writing.configure(writing.Policy())
+
+
 @pytest.fixture(autouse=INTERPRETING)
 def poisoned_memory(monkeypatch):
     """Fill fresh memory with nan, or 85 in integers, instead of leaving it as it happens to be."""

@@ -71,7 +71,9 @@ def record(
         given = read_prompts(prompts)
         name = model if isinstance(model, str | Path) else type(model).__name__
         started = time.monotonic()
-        reporter.enter("loading", f"Loading {name} and {len(given):,} prompts.")
+        reporter.enter(
+            "loading", f"Loading {name} and {len(given):,} prompt{'s' * (len(given) != 1)}."
+        )
         from capture.recorder.session import Stopper, capture  # torch takes seconds
 
         stop = Stopper(interrupts, cancel)

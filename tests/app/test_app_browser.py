@@ -289,7 +289,11 @@ def test_uploads_are_read_or_refused_and_a_capture_can_be_stopped(address, page)
         ("two.txt", b"one\ntwo", "2 prompts"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', "3 prompts"),
         ("bad.jsonl", b'{"txt": "a"}', "bad.jsonl"),
-        ("table.csv", "text,domain\n<b>x</b>,law\n\u05e9\u05dc,code\n".encode(), "2 prompts of 2 domains"),
+        (
+            "table.csv",
+            "text,domain\n<b>x</b>,law\n\u05e9\u05dc,code\n".encode(),
+            "2 prompts of 2 domains",
+        ),
         ("fake.parquet", b"not parquet", "fake.parquet"),
         ("rows.parquet", table.getvalue(), "2 prompts of 1 domain."),
     ):

@@ -392,7 +392,7 @@ def test_layers_and_heads_that_cannot_be_recorded_are_refused(tmp_path, options,
 
 
 def test_a_model_without_any_map_is_refused(tmp_path):
-    model = tiny_models.build("qwen3_5_moe_text")
+    model = tiny_models.build("qwen3_5_moe_text", layer_types=["linear_attention"] * 3)
     with pytest.raises(ConfigError, match=r"none of the 3 layers has it.*level 'scores'"):
         record(model, unequal(3), tmp_path / "a.duckdb", level="attention")
 

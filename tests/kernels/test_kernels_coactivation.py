@@ -148,7 +148,11 @@ def test_an_id_that_names_no_expert_is_refused(backend, wrong, dtype):
         (torch.zeros(3, 2, dtype=torch.int64), {"valid": torch.ones(2).bool()}, r"shape \[3\]"),
         (torch.zeros(3, 2, dtype=torch.int64), {"valid": torch.ones(3)}, r"got torch.float32"),
         (torch.zeros(3, 2, dtype=torch.int64), {"backend": "triton"}, r"needs CUDA tensors"),
-        (torch.zeros(3, 2, dtype=torch.int64), {"backend": "sdpa"}, r"none of this op's backends"),
+        (
+            torch.zeros(3, 2, dtype=torch.int64),
+            {"backend": "sdpa"},
+            r"is not one of this op's backends",
+        ),
     ],
 )
 def test_errors_say_what_came(ids, options, message):
