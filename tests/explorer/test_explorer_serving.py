@@ -3,8 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic import SITES, write_run
 
+from explorer.metrics import placement
 from explorer.pages.load_balance import data, figures
+from explorer.queries.load import window_loads
+from explorer.run import open_run
 from explorer.ui.wording import Scope
 
 
@@ -52,3 +56,18 @@ def test_decode_batches_and_coverage():
     assert data.coverage_curve(np.empty((0, 2), int), 4).empty
     figure = figures.coverage(curve, layer="0", scope=Scope(4))
     assert list(figure.data[1].y) == [0.25, 0.5, 0.75, 1, 1]
+
+
+def test_placements_are_judged_on_domains_that_were_held_out(tmp_path):
+    write_run(tmp_path / "served.duckdb", sites=SITES[:2])
+    sizes = {"gpus": 2, "nodes": 1, "groups": 1, "replicas": 8}
+    with open_run(tmp_path / "served.duckdb") as run:
+        table = data.held_out_table(run, n_experts=6, **sizes).set_index("policy")
+        loads = window_loads(run, None).loads
+    assert list(table.index) == ["in order", "EPLB, global", "across windows"]
+    for policy, row in table.iterrows():
+        found = placement.held_out(loads, policy, **sizes)
+        assert (row["own"], row["held_out"], row["worst"]) == pytest.approx(
+            (found.own.mean(), found.held_out.mean(), found.held_out.min())
+        )
+        assert row["low"] <= row["held_out"] <= row["high"]

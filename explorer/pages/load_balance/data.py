@@ -10,7 +10,7 @@ import pandas as pd
 from explorer.metrics import placement
 from explorer.metrics.capacity import POLICIES, curve
 from explorer.metrics.load import max_violation
-from explorer.queries.load import BatchRouting, routing
+from explorer.queries.load import BatchRouting, routing, window_loads
 from explorer.run import Run
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -53,6 +53,31 @@ def gpu_table(
         parts.append(part)
     columns = ["policy", "layer", "site", "gpu", "load", "ratio"]
     return pd.concat(parts, ignore_index=True)[columns]
+
+
+def held_out_table(
+    run: Run, *, n_experts: int, gpus: int, nodes: int, groups: int, replicas: int
+) -> pd.DataFrame:
+    """Judge placements on domains that they were not made from, one domain at a time.
+
+    Returns
+    -------
+    DataFrame
+        ``policy``, ``own`` (mean over domains of the overall balancedness under the placement made
+        from all of them), ``held_out`` (under that made from all others), ``low, high`` (its 95 %
+        interval), ``worst``. No rows with fewer than two domains.
+    """
+    loads = window_loads(run, None, n_experts=n_experts).loads
+    rows = []
+    if len(loads) > 1:
+        sizes = {"gpus": gpus, "nodes": nodes, "groups": groups}
+        for policy in placement.policies(n_experts, **sizes):
+            found = placement.held_out(loads, policy, replicas=replicas, **sizes)
+            low, high = placement.mean_interval(found.held_out, in_time=False)
+            held = found.held_out
+            rows.append((policy, found.own.mean(), held.mean(), low, high, held.min()))
+    names = ["policy", "own", "held_out", "low", "high", "worst"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def balance_of_gpus(table: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import span
 
 MAX_TOKENS = 30_000  # that batches are made of
+MAX_COMPARED = 5_000_000  # pairs of copies, for placements judged on held-out domains
 _LISTED = 8
 _SEED = 0
 
@@ -105,6 +106,42 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
     st.caption(
         "EPLB: DeepSeek's expert-parallel load balancer, which copies hot experts and packs them. "
         "Loads are those of this traffic; other traffic is balanced less well."
+    )
+    _held_out(view, experts, gpus, nodes, groups, replicas)
+
+
+@section("Placements on other traffic")
+def _held_out(view: View, experts: int, gpus: int, nodes: int, groups: int, replicas: int) -> None:
+    sizes = {"gpus": gpus, "nodes": nodes, "groups": groups, "replicas": replicas}
+    domains = len(view.run.domains)
+    layers = sum(site.n_experts == experts for site in view.run.sites)
+    # every domain is held out once, and two copies of each layer are compared at a time
+    if not domains > 1 or domains * layers * replicas**2 > MAX_COMPARED:
+        return
+    with st.spinner("Judging placements on domains that they were not made from."):
+        table = ask(view, data.held_out_table, n_experts=experts, **sizes)
+    if table.empty:
+        return
+    st.markdown("**On a domain that the placement was not made from**")
+    listing(
+        table,
+        {
+            "policy": "Placement",
+            "own": ("Made from all domains", "%.3f"),
+            "held_out": ("Domain held out", "%.3f"),
+            "low": ("95 % from", "%.3f"),
+            "high": ("to", "%.3f"),
+            "worst": ("Worst domain", "%.3f"),
+        },
+        alt="Balancedness of placements on domains that they were made from, and that they were "
+        "not",
+    )
+    st.caption(
+        f"Balancedness, mean over {domains} domains of the whole run, all layers of {experts} "
+        "experts, without filters. *Across windows* makes copies as EPLB does and keeps experts "
+        "that are hot in the same domains apart. As files for SGLang or TensorRT-LLM: "
+        f"`python -m explorer place RUN --gpus {gpus} --slots {replicas} --windows domain "
+        "--out FILE`."
     )
 
 
