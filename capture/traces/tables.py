@@ -175,6 +175,16 @@ def _ordered(
     ):
         if count:
             raise TraceError(f"{path.name} has {count:,} rows {what}. Each row is one choice.")
+    # a table has one row a slot: a choice that stands in it twice would read as a larger top k
+    twice = run("""
+        SELECT count(*) FILTER (len(list_distinct(ids)) < len(ids) AND list_max(ids) > 0)
+        FROM ordered
+    """)[0][0]
+    if twice and not in_order:
+        raise TraceError(
+            f"{path.name} names an expert twice for one token and layer, {twice:,} times. Leave "
+            "repeated rows out, or tell prompts apart by a column prompt."
+        )
     if not 1 <= top_k <= MAX_TOP_K:
         raise TraceError(f"{path.name}: a token has 1 to {MAX_TOP_K} experts, got {top_k}.")
     if weighted and unweighted:

@@ -319,6 +319,7 @@ def test_what_cannot_be_read_is_refused_and_leaves_nothing(random, out, tmp_path
         "lacks.jsonl": ('{"top_indices": [[0, 1]], "step": 0}', "a record lacks the key 'stage'"),
         "rows.csv": ("token,layer,expert\n0,0,\n", "without a token, a layer or experts"),
         "text.csv": ("token,layer,expert\n0,x,1\n", "could not be read"),
+        "twice.csv": ("token,layer,expert\n" + "0,0,1\n0,0,2\n" * 2, "names an expert twice"),
         "part.csv": ("token,layer,expert,weight\n0,0,1,-2\n", "from 0 to 512"),
     }
     for name, (text, said) in files.items():
