@@ -250,6 +250,14 @@ def window_loads(
     return WindowLoads(names, sites, loads, windows is not None)
 
 
+def _refuse_without_ids(run: Run) -> None:
+    if not run.records_ids:
+        raise RunError(
+            "This run was recorded at level stats, which keeps no expert ids per token. "
+            "Record it again with --level ids."
+        )
+
+
 class Lookups(NamedTuple):
     """What one site chose, token after token.
 
@@ -287,11 +295,7 @@ def trace(
         If the run does not hold expert ids.
     """
     info = run.site_info(layer, site)
-    if not run.records_ids:
-        raise RunError(
-            "This run was recorded at level stats, which keeps no expert ids per token. "
-            "Record it again with --level ids."
-        )
+    _refuse_without_ids(run)
     where, params = conditions(phase=phase, domain=domain)
     order = "batch_id, row_in_batch" if interleaved else "prompt_id, position"
     rows = run.table(
@@ -371,11 +375,7 @@ def routing(
         If the run does not hold expert ids.
     """
     info = run.site_info(layer, site)
-    if not run.records_ids:
-        raise RunError(
-            "This run was recorded at level stats, which keeps no expert ids per token. "
-            "Record it again with --level ids."
-        )
+    _refuse_without_ids(run)
     where, params = conditions(phase=phase)
     passes, sizes_of = "token_batches JOIN batches USING (batch_id)", "batches"
     if domain is not None or part is not None:
