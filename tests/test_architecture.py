@@ -28,6 +28,7 @@ ORDER = {
             "registry",
             "router_cards",
             "metrics",
+            "engine_files",
             "run",
             "queries",
             "findings",

@@ -1,7 +1,6 @@
 """``python -m explorer cache``: what a cache of experts would hit, and which experts to pin."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from capture.paths import path_argument
 from explorer import writing
 from explorer.commands import RUN_HELP, Output, run_file
+from explorer.engine_files import PIN_FORMATS, pins_file
 from explorer.errors import ExplorerError
 from explorer.metrics.cache import (
     POLICIES,
@@ -24,8 +24,6 @@ from explorer.metrics.cache import (
 from explorer.queries.load import Lookups, trace
 from explorer.run import Run, open_run
 
-FORMATS = ("json", "llama-cpp", "llama-cpp-split")
-EXPERT_TENSORS = r"ffn_(gate|up|down|gate_up)"
 EXAMPLES = """\
 examples:
   python -m explorer cache runs/demo.duckdb
@@ -78,7 +76,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--expert-mb", type=float, metavar="MB", help="weights of one expert, for MB a token")
     add("--budget", type=int, metavar="N", help="experts of all layers together, to write pins of")
     add("--out", type=path_argument, metavar="FILE", help="write the pins; never overwritten")
-    add("--format", choices=FORMATS, default=FORMATS[0], help=f"of FILE (default: {FORMATS[0]})")
+    kinds = tuple(PIN_FORMATS)
+    add("--format", choices=kinds, default=kinds[0], help=f"of FILE (default: {kinds[0]})")
 
 
 def run(options: argparse.Namespace) -> Output:
@@ -105,7 +104,7 @@ def run(options: argparse.Namespace) -> Output:
     if options.out is None:
         return Output("\n".join(lines))
     load = np.stack([layer.load for layer in layers])
-    text = pins_as_text(load, [layer.layer for layer in layers], options.budget, options.format)
+    text = pins_file(load, [layer.layer for layer in layers], options.budget, options.format)
     writing.write_new(options.out, text.encode(), what="Writing pins")
     return Output("\n".join([*lines, str(options.out)]))
 
@@ -215,55 +214,3 @@ def _table(
         ]
         lines.append(title.ljust(width) + "".join(cells))
     return lines
-
-
-def pins_as_text(
-    load: npt.NDArray[np.float64], layers: Sequence[int], budget: int, kind: str
-) -> str:
-    """Return which experts stay in fast memory, as a file.
-
-    Parameters
-    ----------
-    load : array [L, E]
-    layers : sequence of int
-        Numbers of the L layers in the model.
-    budget : int
-        Experts of all layers together.
-    kind : str
-        ``json``: ``{"pins": {layer: [experts]}}``. ``llama-cpp``: arguments ``-ot`` for GGUF files
-        that hold the experts of a layer in one tensor, as they do today, so that whole layers stay;
-        those that use most of their experts, because the others read fewer. ``llama-cpp-split``:
-        the same for files with a tensor for each expert.
-    """
-    n_experts = load.shape[1]
-    if kind == "llama-cpp":
-        n_layers = budget // n_experts
-        if not n_layers:
-            raise ExplorerError(
-                f"--format llama-cpp keeps whole layers of {n_experts} experts, and --budget is "
-                f"{budget}. Take a larger budget, or llama-cpp-split where the file has a tensor "
-                "for each expert."
-            )
-        shares = load / np.maximum(load.sum(1, keepdims=True), 1)
-        entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(1)
-        kept = sorted(np.argsort(-entropy, kind="stable")[:n_layers].tolist())
-        numbers = "|".join(str(layers[at]) for at in kept)
-        return _overrides([rf"blk\.({numbers})\.{EXPERT_TENSORS}_exps"], "_exps")
-    chosen = pins(load, budget)
-    of_layer = {
-        layer: np.flatnonzero(row).tolist() for layer, row in zip(layers, chosen, strict=True)
-    }
-    if kind == "json":
-        return json.dumps({"budget": budget, "n_experts": n_experts, "pins": of_layer}) + "\n"
-    patterns = [
-        rf"blk\.{layer}\.{EXPERT_TENSORS}\.({'|'.join(map(str, experts))})\."
-        for layer, experts in of_layer.items()
-        if experts
-    ]
-    return _overrides(patterns, r"\.[0-9]+\.")
-
-
-def _overrides(patterns: Sequence[str], rest: str) -> str:
-    """Return the arguments of llama.cpp: the first pattern that fits a tensor decides."""
-    kept = [f'-ot "{pattern}=CUDA0"' for pattern in patterns]
-    return "\n".join([*kept, f'-ot "{EXPERT_TENSORS}{rest}=CPU"']) + "\n"

@@ -1,11 +1,11 @@
-"""Where experts live: replicas, their placement on GPUs, and what a decode batch reads.
+"""Where experts live: replicas, their placement on GPUs, and what tokens send between GPUs.
 
-A placement is made from the loads of some traffic and serves other traffic: :func:`held_out` judges
-it on windows that it was not made from.
+A placement is made from the loads of some traffic and serves other traffic:
+``explorer.metrics.traffic`` judges it there.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -223,7 +223,7 @@ def place(
     MetricError
         For an unknown policy, loads of another shape, or sizes that do not divide.
     """
-    loads = _windows(windows)
+    loads = checked_windows(windows)
     if policy == IN_ORDER:
         return in_order(loads.shape[1], loads.shape[2], gpus)
     if policy == BY_NODE:
@@ -233,95 +233,6 @@ def place(
     if policy == ACROSS_WINDOWS:
         return across_windows(loads, replicas, gpus)
     raise MetricError(f"Expected one of {', '.join(PLACEMENTS)}; got {policy!r}.")
-
-
-class HeldOut(NamedTuple):
-    """How a policy balances the traffic that it was made from, and traffic that it was not.
-
-    Attributes
-    ----------
-    own : array [W]
-        Overall balancedness of each window under the placement of all windows.
-    held_out : array [W]
-        The same under the placement of all other windows.
-    """
-
-    own: Floats
-    held_out: Floats
-
-
-def held_out(
-    windows: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
-) -> HeldOut:
-    """Judge a policy on windows of traffic [W, L, E] that it was not made from, one at a time.
-
-    Raises
-    ------
-    MetricError
-        With fewer than two windows, or as :func:`place` does.
-    """
-    loads = _windows(windows)
-    if len(loads) < 2:
-        raise MetricError(
-            f"Expected two or more windows of traffic to hold one out, got {len(loads)}."
-        )
-    sizes = {"gpus": gpus, "nodes": nodes, "groups": groups, "replicas": replicas}
-    whole = place(loads, policy, **sizes)
-    others = [place(np.delete(loads, i, axis=0), policy, **sizes) for i in range(len(loads))]
-    return HeldOut(
-        np.array([overall_balancedness(gpu_load(window, whole, gpus)) for window in loads]),
-        np.array(
-            [
-                overall_balancedness(gpu_load(window, other, gpus))
-                for window, other in zip(loads, others, strict=True)
-            ]
-        ),
-    )
-
-
-def rebalanced_later(
-    windows: npt.ArrayLike, policy: str, *, gpus: int, nodes: int, groups: int, replicas: int
-) -> Floats:
-    """Return what a placement made at one window does to the windows after it.
-
-    Parameters
-    ----------
-    windows : array [W, L, E]
-        In order of time.
-
-    Returns
-    -------
-    array [W, W]
-        Overall balancedness of window ``j`` under the placement made from window ``i``; nan where
-        ``j < i``. The diagonal is what was predicted when it was made, the rest what came of it.
-    """
-    loads = _windows(windows)
-    sizes = {"gpus": gpus, "nodes": nodes, "groups": groups, "replicas": replicas}
-    found = np.full((len(loads), len(loads)), np.nan)
-    for made in range(len(loads)):
-        placement = place(loads[made : made + 1], policy, **sizes)
-        for later in range(made, len(loads)):
-            found[made, later] = overall_balancedness(gpu_load(loads[later], placement, gpus))
-    return found
-
-
-def moved(before: Placement, after: Placement, num_gpus: int) -> Ints:
-    """Return how many copies each layer has to load when placements change, [L].
-
-    A copy that its GPU holds already, in whatever slot, is not loaded again.
-    """
-    old, new = (
-        np.sort(one.phy2log.reshape(len(one.phy2log), num_gpus, -1), axis=-1)
-        for one in (before, after)
-    )
-    if old.shape != new.shape:
-        raise MetricError(
-            f"Expected two placements of equal size, got {list(old.shape)} and {list(new.shape)} "
-            "(layers, GPUs, slots)."
-        )
-    n_experts = int(max(old.max(), new.max())) + 1
-    counts = [np.apply_along_axis(np.bincount, -1, one, minlength=n_experts) for one in (old, new)]
-    return np.asarray(np.maximum(counts[1] - counts[0], 0).sum((1, 2)), dtype=np.int64)
 
 
 def visited(
@@ -339,39 +250,58 @@ def visited(
     layer : int
         Row of the placement.
     """
-    ids = np.asarray(expert_ids)
-    turn = np.arange(len(ids))[:, None] % placement.logcnt[layer][ids]
-    slot = placement.log2phy[layer][ids, turn]
-    gpu = slot // (placement.phy2log.shape[1] // gpus)
-    found = []
-    for rank in (gpu, gpu // (gpus // nodes)):
-        rows = np.sort(np.where(ids >= 0, rank, -1), axis=1)
-        fresh = np.ones(rows.shape, dtype=bool)
-        fresh[:, 1:] = rows[:, 1:] != rows[:, :-1]
-        found.append(np.asarray((fresh & (rows >= 0)).sum(1), dtype=np.float64))
+    gpu = _gpu_of(expert_ids, placement, layer, gpus)
+    on_nodes = np.where(gpu >= 0, gpu // (gpus // nodes), -1)
+    found = [_distinct(rank).sum(1).astype(np.float64) for rank in (gpu, on_nodes)]
     return found[0], found[1]
 
 
-def mean_interval(
-    values: npt.ArrayLike, *, in_time: bool, n_draws: int = 2_000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean of windows [W].
+def dispatch(
+    expert_ids: npt.ArrayLike,
+    source: npt.ArrayLike,
+    placement: Placement,
+    layer: int,
+    *,
+    gpus: int,
+    token_bytes: float,
+) -> Floats:
+    """Return the bytes that one layer's all-to-all sends from each GPU to each GPU, [G, G].
+
+    A token's hidden state goes once to every GPU that holds one of its experts, however many of
+    them, as DeepEP dispatches; the results come back the other way. The diagonal stays at home.
 
     Parameters
     ----------
-    in_time : bool
-        Windows follow each other, so that neighbours are alike: blocks of about ``W ** (1/3)``
-        neighbours are drawn, the last beside the first (Politis and Romano 1992). Otherwise
-        windows are drawn one by one.
+    expert_ids : array [T, K], int
+        -1 in empty slots; copies are taken in turn, see :func:`visited`.
+    source : array [T], int
+        The GPU that each token comes from.
+    layer : int
+        Row of the placement.
+    token_bytes : float
+        Of a hidden state as it is sent.
     """
-    given = np.asarray(values, dtype=np.float64)
-    n = len(given)
-    size = max(1, round(n ** (1 / 3))) if in_time else 1
-    random = np.random.default_rng(seed)
-    starts = random.integers(0, n, (n_draws, -(-n // size)))
-    rows = ((starts[..., None] + np.arange(size)) % n).reshape(n_draws, -1)[:, :n]
-    low, high = np.quantile(given[rows].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+    gpu = np.sort(_gpu_of(expert_ids, placement, layer, gpus), axis=1)
+    token, place = np.nonzero(_distinct(gpu))
+    cells = np.asarray(source, dtype=np.int64)[token] * gpus + gpu[token, place]
+    counts = np.bincount(cells, minlength=gpus * gpus).reshape(gpus, gpus)
+    return np.asarray(counts * float(token_bytes))
+
+
+def _gpu_of(expert_ids: npt.ArrayLike, placement: Placement, layer: int, gpus: int) -> Ints:
+    """Return the GPU of each choice [T, K], -1 in empty slots."""
+    ids = np.asarray(expert_ids)
+    turn = np.arange(len(ids))[:, None] % placement.logcnt[layer][ids]
+    slot = placement.log2phy[layer][ids, turn]
+    return np.where(ids >= 0, slot // (placement.phy2log.shape[1] // gpus), -1)
+
+
+def _distinct(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Mark in each sorted row [N, M] the first of equal values that are not negative."""
+    rows = np.sort(values, axis=1)
+    fresh = np.ones(rows.shape, dtype=bool)
+    fresh[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    return np.asarray(fresh & (rows >= 0))
 
 
 def gpu_load(weight: npt.ArrayLike, placement: Placement, num_gpus: int) -> Floats:
@@ -426,10 +356,29 @@ def distinct_experts(expert_ids: npt.ArrayLike, batch: int) -> Floats:
     """
     ids = np.asarray(expert_ids)
     n = len(ids) // batch
-    rows = np.sort(ids[: n * batch].reshape(n, batch * ids.shape[1]), axis=1)
-    fresh = np.ones(rows.shape, dtype=bool)
-    fresh[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    return np.asarray((fresh & (rows >= 0)).sum(1), dtype=np.float64)
+    rows = ids[: n * batch].reshape(n, batch * ids.shape[1])
+    return np.asarray(_distinct(rows).sum(1), dtype=np.float64)
+
+
+def draft_windows(expert_ids: npt.ArrayLike, prompt_id: npt.ArrayLike, window: int) -> Floats:
+    """Return the different experts of each whole window of one sequence's tokens, [windows].
+
+    Speculative decoding checks a draft of so many tokens of one request in one pass, which reads
+    the experts of all of them.
+
+    Parameters
+    ----------
+    expert_ids : array [T, K], int
+        Sequence after sequence, each in its order; -1 in empty slots.
+    prompt_id : array [T], int
+    window : int
+        Tokens of a draft and the one before it.
+    """
+    ids, of = np.asarray(expert_ids), np.asarray(prompt_id)
+    starts = np.flatnonzero(np.r_[True, of[1:] != of[:-1]]) if len(of) else np.empty(0, np.int64)
+    sizes = np.diff(np.r_[starts, len(of)])
+    at = np.arange(len(of)) - np.repeat(starts, sizes)
+    return distinct_experts(ids[at < np.repeat(sizes // window * window, sizes)], window)
 
 
 def coverage(expert_ids: npt.ArrayLike, n_experts: int) -> Ints:
@@ -444,7 +393,8 @@ def coverage(expert_ids: npt.ArrayLike, n_experts: int) -> Ints:
     return np.sort(first[first < len(ids)]) + 1
 
 
-def _windows(windows: npt.ArrayLike) -> Floats:
+def checked_windows(windows: npt.ArrayLike) -> Floats:
+    """Return loads of windows as an array [W, L, E], or refuse what is none."""
     loads = np.asarray(windows, dtype=np.float64)
     if loads.ndim != 3 or not loads.size:
         raise MetricError(
@@ -455,7 +405,7 @@ def _windows(windows: npt.ArrayLike) -> Floats:
 
 def _shares(windows: npt.ArrayLike) -> Floats:
     """Return each layer's shares in each window [W, L, E]; zeros in a window without load."""
-    loads = _windows(windows)
+    loads = checked_windows(windows)
     total = loads.sum(-1, keepdims=True)
     return np.asarray(np.divide(loads, total, out=np.zeros_like(loads), where=total > 0))
 

@@ -161,28 +161,41 @@ def _load_by(
     )
 
 
+WINDOWS = {
+    "prompts": "consecutive prompts",
+    "time": "consecutive forward passes",
+    "domains": "a domain each",
+}
+
+
 class WindowLoads(NamedTuple):
     """Loads of W windows of a run's traffic, at the L routers with E experts each.
 
     Attributes
     ----------
+    by : str
+        A name in ``WINDOWS``.
     names : list of str
         Domains, or the numbers of the windows from 1.
     sites : list of (layer, site)
     loads : array [W, L, E], assignments
-    in_time : bool
-        Whether windows follow each other; domains do not.
     """
 
+    by: str
     names: list[str]
     sites: list[tuple[int, int]]
     loads: npt.NDArray[np.float64]
-    in_time: bool
+
+    @property
+    def in_time(self) -> bool:
+        """Whether windows follow each other; domains do not."""
+        return self.by != "domains"
 
 
 def window_loads(
     run: Run,
-    windows: int | None,
+    by: str = "domains",
+    windows: int = 8,
     *,
     n_experts: int | None = None,
     domain: str | None = None,
@@ -192,9 +205,11 @@ def window_loads(
 
     Parameters
     ----------
-    windows : int or None
-        This many windows of consecutive prompts with about equally many tokens; None: one window
-        a domain. Windows without a token are left out.
+    by : str
+        A name in ``WINDOWS``: what a window is made of.
+    windows : int
+        How many, with about equally many tokens, unless they are domains. Windows without a token
+        are left out.
     n_experts : int, optional
         Of the routers that are wanted; needed where a run has routers of several sizes.
 
@@ -203,6 +218,8 @@ def window_loads(
     RunError
         For windows of a run that does not hold expert ids, and for routers of several sizes.
     """
+    if by not in WINDOWS:
+        raise RunError(f"Windows are of {', '.join(WINDOWS)}, got {by!r}.")
     sizes = sorted({site.n_experts for site in run.sites})
     if n_experts is None:
         if len(sizes) > 1:
@@ -213,7 +230,7 @@ def window_loads(
         n_experts = sizes[0]
     sites = [(one.layer, one.site) for one in run.sites if one.n_experts == n_experts]
     where, params = conditions(domain=domain, phase=phase)
-    if windows is None:
+    if by == "domains":
         source = "SELECT *, coalesce(domain, '') AS part FROM expert_load_by"
     else:
         if not run.records_ids:
@@ -221,15 +238,27 @@ def window_loads(
                 "This run was recorded at level stats: only its domains can be told apart. Take "
                 "windows by domain, or record it again with --level ids."
             )
-        source = """
-            SELECT layer, site, expert_id, domain, phase, part, 1 AS assignments
-            FROM assignments JOIN tokens USING (token_id) JOIN (
-                SELECT prompt_id, domain, floor($windows * (
-                    sum(n_tokens) OVER (ORDER BY prompt_id) - n_tokens / 2
-                ) / sum(n_tokens) OVER ())::INTEGER AS part
-                FROM prompts JOIN prompt_sizes USING (prompt_id)
-            ) USING (prompt_id)
+        of_prompts = """
+            SELECT prompt_id, domain, floor($windows * (
+                sum(n_tokens) OVER (ORDER BY prompt_id) - n_tokens / 2
+            ) / sum(n_tokens) OVER ())::INTEGER AS part
+            FROM prompts JOIN prompt_sizes USING (prompt_id)
         """
+        of_passes = """
+            SELECT batch_id, floor($windows * (
+                sum(tokens) OVER (ORDER BY batch_id) - tokens / 2
+            ) / sum(tokens) OVER ())::INTEGER AS part FROM batches
+        """
+        parts = (
+            f"JOIN ({of_prompts}) USING (prompt_id)"
+            if by == "prompts"
+            else "JOIN prompts USING (prompt_id) JOIN token_batches USING (token_id) "
+            f"JOIN ({of_passes}) USING (batch_id)"
+        )
+        source = (
+            "SELECT layer, site, expert_id, domain, phase, part, 1 AS assignments "
+            f"FROM assignments JOIN tokens USING (token_id) {parts}"
+        )
         params["windows"] = windows
     table = run.query(
         f"SELECT part, layer, site, expert_id, sum(assignments)::BIGINT AS assignments "
@@ -237,17 +266,41 @@ def window_loads(
         params,
     )
     table = table[table["assignments"] > 0]
-    parts = list(dict.fromkeys(table["part"].tolist()))
+    found = list(dict.fromkeys(table["part"].tolist()))
     index = {place: i for i, place in enumerate(sites)}
     at = [index.get(place, -1) for place in zip(table["layer"], table["site"], strict=True)]
     kept = np.array(at, dtype=np.int64) >= 0
-    number = table["part"].map({part: i for i, part in enumerate(parts)}).to_numpy(np.int64)
-    loads = np.zeros((len(parts), len(sites), n_experts))
+    number = table["part"].map({part: i for i, part in enumerate(found)}).to_numpy(np.int64)
+    loads = np.zeros((len(found), len(sites), n_experts))
     loads[number[kept], np.array(at, dtype=np.int64)[kept], table["expert_id"].to_numpy()[kept]] = (
         table["assignments"].to_numpy()[kept]
     )
-    names = [str(part) for part in parts] if windows is None else [str(p + 1) for p in parts]
-    return WindowLoads(names, sites, loads, windows is not None)
+    names = [str(p) if by == "domains" else str(p + 1) for p in found]
+    return WindowLoads(by, names, sites, loads)
+
+
+def hidden_layers(run: Run, given: int | None = None) -> int:
+    """Return how many decoder layers the model has, as far as is known.
+
+    Parameters
+    ----------
+    given : int, optional
+        What somebody says; without it the run knows of layers up to the last one with experts.
+
+    Raises
+    ------
+    RunError
+        For fewer than the run has, and for several routers in a layer.
+    """
+    if any(site.site for site in run.sites):
+        raise RunError(
+            "A placement file has one row a layer, and layers of this model have several routers. "
+            "No engine serves such a model with expert parallelism."
+        )
+    least = max(run.layers) + 1
+    if given is not None and given < least:
+        raise RunError(f"The model has at least {least} decoder layers, got {given}.")
+    return given or least
 
 
 def _refuse_without_ids(run: Run) -> None:
@@ -331,6 +384,7 @@ class BatchRouting(NamedTuple):
     token_id : array [T]
     batch : array [T]
         The forward pass of each token.
+    prompt_id : array [T]
     expert_ids : array [T, K], int32
         -1 = empty slot.
     weights : array [T, K], float32
@@ -341,6 +395,7 @@ class BatchRouting(NamedTuple):
 
     token_id: npt.NDArray[np.int64]
     batch: npt.NDArray[np.int64]
+    prompt_id: npt.NDArray[np.int64]
     expert_ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     n_tokens: int
@@ -393,8 +448,9 @@ def routing(
     kept = sizes["batch_id"] if max_tokens is None else sizes["batch_id"][before < max_tokens]
     last = -1 if kept.empty else int(kept.max())
     order = run.table(
-        f"SELECT token_id, batch_id FROM {passes} "
-        f"WHERE {where} AND batch_id <= $last ORDER BY batch_id, row_in_batch",
+        f"SELECT token_id, batch_id, prompt_id FROM (SELECT * FROM {passes} WHERE {where} AND "
+        "batch_id <= $last) JOIN (SELECT token_id, prompt_id FROM tokens) USING (token_id) "
+        "ORDER BY batch_id, row_in_batch",
         params | {"last": last},
     )
     token_id = order["token_id"].to_numpy().astype(np.int64)
@@ -413,8 +469,11 @@ def routing(
         row, slot = row_of[rows["token_id"].to_numpy()], rows["slot"].to_numpy()
         ids[row, slot] = rows["expert_id"].to_numpy()
         weights[row, slot] = rows["weight"].to_numpy()
-    batch = order["batch_id"].to_numpy().astype(np.int64)
-    return BatchRouting(token_id, batch, ids, weights, int(sizes["tokens"].sum()))
+    batch, prompt_id = (
+        order[name].to_numpy().astype(np.int64) for name in ("batch_id", "prompt_id")
+    )
+    n_tokens = int(sizes["tokens"].sum())
+    return BatchRouting(token_id, batch, prompt_id, ids, weights, n_tokens)
 
 
 def balance_table(load: pd.DataFrame, *, n_tokens: int) -> pd.DataFrame:

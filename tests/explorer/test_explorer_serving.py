@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from synthetic import SITES, write_run
 
-from explorer.metrics import placement
+from explorer.metrics import traffic
 from explorer.pages.load_balance import data, figures
 from explorer.queries.load import window_loads
 from explorer.run import open_run
@@ -63,10 +63,10 @@ def test_placements_are_judged_on_domains_that_were_held_out(tmp_path):
     sizes = {"gpus": 2, "nodes": 1, "groups": 1, "replicas": 8}
     with open_run(tmp_path / "served.duckdb") as run:
         table = data.held_out_table(run, n_experts=6, **sizes).set_index("policy")
-        loads = window_loads(run, None).loads
+        loads = window_loads(run).loads
     assert list(table.index) == ["in order", "EPLB, global", "across windows"]
     for policy, row in table.iterrows():
-        found = placement.held_out(loads, policy, **sizes)
+        found = traffic.held_out(loads, policy, **sizes)
         assert (row["own"], row["held_out"], row["worst"]) == pytest.approx(
             (found.own.mean(), found.held_out.mean(), found.held_out.min())
         )

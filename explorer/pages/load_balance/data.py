@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from explorer.metrics import placement
+from explorer.metrics import placement, traffic
 from explorer.metrics.capacity import POLICIES, curve
 from explorer.metrics.load import max_violation
 from explorer.queries.load import BatchRouting, routing, window_loads
@@ -67,13 +67,13 @@ def held_out_table(
         from all of them), ``held_out`` (under that made from all others), ``low, high`` (its 95 %
         interval), ``worst``. No rows with fewer than two domains.
     """
-    loads = window_loads(run, None, n_experts=n_experts).loads
+    loads = window_loads(run, n_experts=n_experts).loads
     rows = []
     if len(loads) > 1:
         sizes = {"gpus": gpus, "nodes": nodes, "groups": groups}
         for policy in placement.policies(n_experts, **sizes):
-            found = placement.held_out(loads, policy, replicas=replicas, **sizes)
-            low, high = placement.mean_interval(found.held_out, in_time=False)
+            found = traffic.held_out(loads, policy, replicas=replicas, **sizes)
+            low, high = traffic.mean_interval(found.held_out, in_time=False)
             held = found.held_out
             rows.append((policy, found.own.mean(), held.mean(), low, high, held.min()))
     names = ["policy", "own", "held_out", "low", "high", "worst"]
