@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from capture.errors import CaptureCancelled, CaptureError
+from capture.errors import CaptureCancelled, CaptureError, PromptError
 from capture.interrupts import Terminated
-from capture.paths import RUN_SUFFIX, path_argument, suggested_name
+from capture.paths import RUN_SUFFIX, given_path, path_argument, suggested_name
 from capture.recorder.config import CaptureConfig, described
 from capture.recorder.record import record
 from capture.store import migrate, recover
@@ -40,8 +40,10 @@ examples:
   python -m capture matrix mixtral gpt_oss
       what capture says of tiny models of these architectures, against what the experts did
 
-prompts: .txt (one a line, or blocks between blank lines), .csv, .jsonl, .parquet,
-a folder of them, or one of the names demo, demo-fit, demo-heldout
+prompts: .txt (one a line, or blocks between blank lines), .csv, .tsv, .jsonl, .ndjson, .json,
+.parquet, each maybe with .gz, .xz or .zst; a folder of them, a pattern such as 'data/*.jsonl',
+- for standard input, or one of the names demo, demo-fit, demo-heldout. Records hold text, ids,
+messages, conversations (ShareGPT), prompt and completion, or instruction (Alpaca)
 """
 
 
@@ -72,6 +74,10 @@ def _capture(arguments: Sequence[str]) -> int:
     options = vars(_capture_parser().parse_args(arguments))
     model, prompts, out = (options.pop(name) for name in ("model", "prompts", "out"))
     progress = not options.pop("quiet")
+    if len(prompts := prompts or ["demo"]) == 1:
+        (prompts,) = prompts
+    else:
+        prompts = [given_path(name, "the prompts", PromptError) for name in prompts]
     out = _default_out(model) if out is None else out
     print(record(model, prompts, out, progress=progress, **options))
     return 0
@@ -88,9 +94,10 @@ def _capture_parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="demo, a Hugging Face id, or a local folder")
     add(
         "--prompts",
-        default="demo",
+        action="append",
         metavar="FILE",
-        help="a file, a folder or a name (default: demo)",
+        help="a file, a folder, a pattern in quotes, - for standard input, or a name "
+        "(default: demo); again for several files",
     )
     add(
         "--out",

@@ -1,157 +1,448 @@
-"""Prompts from lists, records and files (txt, csv, jsonl, parquet), checked; imports no model."""
+"""Prompts from lists, records, conversations, tables and files, checked; imports no model."""
 
-import csv
 import functools
-import gzip
+import glob
 import importlib.resources
 import io
 import json
-import lzma
-import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from capture.errors import PromptError, cut, first_line, quoted
+from capture.errors import PromptError, cut, quoted
 from capture.paths import given_path
+from capture.prompt_rows import (
+    CONVERSATIONS,
+    FORMATS,
+    IDS,
+    MAX_BYTES,
+    TABLES,
+    Opened,
+    Row,
+    known_encoding,
+    names_of,
+    read_rows,
+    recognised,
+    rows_of_table,
+    suffixes,
+    unpack,
+)
 
 DEMO_SETS = {
     "demo": "prompts.jsonl",
     "demo-fit": "fit.jsonl.xz",
     "demo-heldout": "heldout.jsonl.xz",
 }
-FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
+STANDARD_INPUT = "-"
 MAX_TOKEN = 2**31 - 1  # what a run file holds; no vocabulary is nearly as large
-COMPRESSIONS = (".xz", ".gz")
-# what a file of prompts may come to, whatever it takes on disk
-MAX_BYTES = 2**30
 # bytes of UTF-8 that a run file holds
 MAX_PROMPT = 16_000_000  # a million tokens take a quarter
 MAX_DOMAIN = 1_000
 MAX_SOURCE = 10_000
 MAX_DOMAINS = 10_000
 
-PromptSource: TypeAlias = "str | Path | Iterable[str | list[int] | Mapping[str, Any] | Prompt]"
-DELIMITERS = (",", ";", "\t", "|")
-MAX_FIELD = 2**31 - 1  # csv refuses fields above 128 KiB unless told
-_SHOWN = 5  # names of columns in an error
-_ROWS, _FEW_ROWS = 1_024, 16  # read at a time
-_OBJECT = 100  # bytes that a row takes at least
-_CHUNK = 2**20
-_DICTIONARY = 2**28  # bytes that unpacking .xz may take for itself
+PromptSource: TypeAlias = (
+    "str | Path | Iterable[str | list[int] | Mapping[str, Any] | Prompt] | Any"
+)
+
+# what a record may hold its prompt in, the first of them first
+_ALPACA = ("input", "context", "output", "response")
+_SHAPES = ("text", *IDS, *CONVERSATIONS, "prompt", "instruction")
+_BESIDE = ("attention_mask", "completion", *_ALPACA)
+_PLACES = ("domain", "source")
+# names under which texts are found where no shape is
+_EVIDENT = (
+    *("content", "document", "body", "article", "passage", "sentence", "question", "query", "code"),
+)
+# ShareGPT's names for who speaks
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+# https://github.com/tatsu-lab/stanford_alpaca#data-release
+_ALPACA_HEAD = "Below is an instruction that describes a task"
+_ALPACA_INPUT = (
+    _ALPACA_HEAD + ", paired with an input that provides further context. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n"
+    "{input}\n\n### Response:\n{output}"
+)
+_ALPACA_NO_INPUT = (
+    _ALPACA_HEAD + ". Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n{output}"
+)
 
 
 class Prompt(NamedTuple):
-    """One prompt: text, or token ids, and where it comes from."""
+    """One prompt: text, token ids or a conversation, and where it comes from.
+
+    Attributes
+    ----------
+    text : str or None
+    ids : tuple of int or None
+    domain, source : str or None
+        The source is a file and line, what the record says, or "given".
+    messages : tuple of dict or None
+        A conversation, each message with ``role`` and ``content``; the model's chat template makes
+        a text of it.
+    """
 
     text: str | None
     ids: tuple[int, ...] | None
     domain: str | None
-    source: str | None  # file and line, what the record says, or "given"
+    source: str | None
+    messages: tuple[dict[str, Any], ...] | None = None
 
 
-def read_prompts(source: PromptSource) -> list[Prompt]:
-    """Read prompts from a known name, a file or a sequence.
+class PromptList(list[Prompt]):
+    """Prompts, with ``notes``: lines that say what was left out or chosen when they were read."""
+
+    def __init__(self, prompts: Iterable[Prompt] = (), notes: Iterable[str] = ()) -> None:
+        super().__init__(prompts)
+        self.notes = list(notes)
+
+    def add(self, others: "PromptList") -> None:
+        """Append other prompts with their notes."""
+        self += others
+        self.notes += others.notes
+
+
+class Columns(NamedTuple):
+    """How a file or table is read where it does not say so itself.
+
+    Attributes
+    ----------
+    text, domain : str or None
+        The columns, or fields of a record, that hold them.
+    encoding : str or None
+        Of text files; None is UTF-8.
+    """
+
+    text: str | None = None
+    domain: str | None = None
+    encoding: str | None = None
+
+
+def read_prompts(
+    source: PromptSource,
+    *,
+    text_column: str | None = None,
+    domain_column: str | None = None,
+    encoding: str | None = None,
+) -> PromptList:
+    """Read prompts from a known name, files, a table or a sequence.
 
     Parameters
     ----------
-    source : str, Path or iterable
-        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; or a .txt, .csv, .jsonl or .parquet file,
-        the first three possibly compressed (.xz, .gz), or a folder of them; or an iterable of
-        strings, token-id lists and records with ``text`` (or ``ids``) and optionally ``domain``
-        and ``source``.
+    source : str, Path, table or iterable
+        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; or a file of ``FORMATS``, possibly
+        compressed (.xz, .gz, .zst), a folder of them, a pattern such as ``"data/*.jsonl"``, or
+        ``"-"`` for standard input; or a DataFrame, a ``datasets.Dataset``, a pyarrow table, a
+        ``BatchEncoding`` or columns as a dict; or an iterable of strings, token-id lists, lists of
+        messages, files (``Path``) and records: with ``text``, ``ids`` or ``input_ids``,
+        ``messages`` or ``conversations`` (also ShareGPT's ``from`` and ``value``), ``prompt`` and
+        maybe ``completion``, or ``instruction``, ``input`` and ``output`` (Alpaca); and optionally
+        ``domain`` and ``source``.
+    text_column, domain_column : str, optional
+        The field of records, or column of tables, that holds them under another name.
+    encoding : str, optional
+        Of text files, by default UTF-8.
+
+    Returns
+    -------
+    PromptList
+        Empty rows of files and tables are left out, and counted in its ``notes``.
 
     Raises
     ------
     PromptError
         With the file, line and column, or the number of the prompt, and what was expected.
     """
+    columns = Columns(text_column, domain_column, known_encoding(encoding))
     if isinstance(source, (str, Path)):
-        return _read_named(source)
+        return _read_named(source, columns)
+    rows = rows_of_table(source, functools.partial(_choose, columns))
+    if rows is not None:
+        return _read("the table", rows, columns)
     if isinstance(source, (bytes, Mapping)) or not isinstance(source, Iterable):
         raise PromptError(
             f"prompts must be a list of strings, token-id lists or records, or a file name; "
             f"got {type(source).__name__}. Put a single prompt into a list."
         )
-    if hasattr(source, "columns"):  # iterating over a table gives the names of its columns
-        raise PromptError(
-            f"prompts must be a list, got a table ({type(source).__name__}). Pass its rows as "
-            "records: [{'text': ..., 'domain': ...}, ...]."
-        )
-    prompts = [
-        item if isinstance(item, Prompt) else to_prompt(item, where=f"prompt {number}")
-        for number, item in enumerate(source, start=1)
-    ]
-    return _not_empty(prompts, "the list")
+    found = PromptList()
+    given = _Reader(columns, "the list", skips=False)
+    for number, item in enumerate(source, start=1):
+        if isinstance(item, Prompt):
+            found.append(item)
+        elif isinstance(item, Path):
+            found.add(_read_named(item, columns))
+        elif (prompt := given.prompt(item, f"prompt {number}", "given")) is not None:
+            found.append(prompt)
+    found.notes += given.notes()
+    return _checked(found, "the list")
 
 
-def read_prompts_bytes(name: str, data: bytes, *, most: int = MAX_BYTES) -> list[Prompt]:
-    """Read an uploaded file: its name says the format, compressed files are refused.
+def read_prompts_bytes(
+    name: str,
+    data: bytes,
+    *,
+    most: int = MAX_BYTES,
+    text_column: str | None = None,
+    domain_column: str | None = None,
+    encoding: str | None = None,
+) -> PromptList:
+    """Read an uploaded file, whose name says the format and the compression.
 
     Raises
     ------
     PromptError
         As :func:`read_prompts`, or if the texts together come to more than ``most`` bytes.
     """
-    suffix = Path(name).suffix.lower()
-    if suffix in COMPRESSIONS:
-        raise PromptError(f"{name}: unpack the file first; expected {_listed(FORMATS)}.")
-    return _parse(Path(name).name, suffix, data, most)
+    columns = Columns(text_column, domain_column, known_encoding(encoding))
+    return _parse(unpack(Path(name).name, io.BytesIO(data), most), columns, most)
 
 
-def to_prompt(item: object, *, where: str, source: str = "given") -> Prompt:
-    """Turn a string, a token-id list or a record into a checked prompt."""
-    if isinstance(item, str):
-        return Prompt(_checked_text(item, where), None, None, source)
-    if isinstance(item, Mapping):
-        return _from_record(item, where, source)
-    if isinstance(item, Iterable) and not isinstance(item, bytes):
-        return Prompt(None, _checked_ids(item, where), None, source)
+class _Reader:
+    """Turns the rows of one source into prompts.
+
+    Parameters
+    ----------
+    columns : Columns
+    name : str
+        Of the source, for notes.
+    skips : bool
+        Whether empty rows are left out and counted, or refused.
+    """
+
+    def __init__(self, columns: Columns, name: str, *, skips: bool) -> None:
+        self._columns = columns
+        self._name = name
+        self._skips = skips
+        self._text = columns.text
+        self._skipped = 0
+
+    def notes(self) -> list[str]:
+        """Say what was left out and chosen."""
+        notes = []
+        if self._text != self._columns.text:
+            notes.append(f"{self._name}: the prompts are the column {quoted(self._text, 40)}.")
+        if self._skipped:
+            rows = "1 empty row was" if self._skipped == 1 else f"{self._skipped:,} empty rows were"
+            notes.append(f"{self._name}: {rows} left out.")
+        return notes
+
+    def prompt(self, item: object, where: str, source: str) -> Prompt | None:
+        """Return the prompt of a row, or None where it is empty and empty ones are left out."""
+        domain: str | None = None
+        value = item
+        if isinstance(item, Mapping):
+            domain, source = self._place(item, where, source)
+            field, value = self._value(item, where)
+            where = f"{where}, {field!r}"
+            if isinstance(value, bytes):  # as Parquet keeps strings that it is not told of
+                value = value.decode("utf-8", "surrogateescape")
+        if _is_blank(value):
+            if self._skips:
+                self._skipped += 1
+                return None
+            raise PromptError(f"{where} is empty. Remove it, or write at least one character.")
+        return _prompt_of(value, where, domain, source)
+
+    def _place(self, record: Mapping[str, Any], where: str, source: str) -> tuple[str | None, str]:
+        name = self._columns.domain or "domain"
+        if self._columns.domain is not None and name not in record:
+            raise _no_column(where, "domain", name, list(map(str, record)))
+        domain = record.get(name)
+        if isinstance(domain, int) and not isinstance(domain, bool):
+            domain = str(domain)
+        if _is_blank(domain):
+            domain = None
+        elif not isinstance(domain, str):
+            raise PromptError(f"{where}: {name!r} must be a string or null, got {quoted(domain)}.")
+        else:
+            domain = (
+                _valid_unicode(domain, f"{where}, {name!r}", MAX_DOMAIN) if domain.strip() else None
+            )
+        named = record.get("source")
+        return domain, source if _is_blank(named) else str(named)[:MAX_SOURCE]
+
+    def _value(self, record: Mapping[str, Any], where: str) -> tuple[str, Any]:
+        """Return the name of the field that holds the prompt, and the prompt."""
+        if self._text is not None:
+            if self._text not in record:
+                raise _no_column(where, "text", self._text, list(map(str, record)))
+            return self._text, record[self._text]
+        filled = [name for name in _SHAPES if name in record and not _is_blank(record[name])]
+        if "text" in filled and "ids" in filled:
+            raise PromptError(
+                f"{where}: expected a record with either 'text' (a string) or 'ids' (token ids), "
+                "found both. Leave one of them out."
+            )
+        if filled:
+            return filled[0], _shaped(filled[0], record, where)
+        shapes = [name for name in _SHAPES if name in record]
+        if shapes:
+            return shapes[0], None
+        if set(record) in ({"role", "content"}, {"from", "value"}):
+            raise PromptError(
+                f"{where}: this is one message of a conversation, and a conversation is a list of "
+                "messages. Put it into a list: [[{'role': ..., 'content': ...}, ...]]."
+            )
+        strings = [str(n) for n, value in record.items() if value is None or isinstance(value, str)]
+        self._text = _evident(where, list(map(str, record)), strings)
+        return self._text, record[self._text]
+
+
+def _shaped(name: str, record: Mapping[str, Any], where: str) -> Any:
+    """Return the prompt of a record whose field ``name`` says what it is."""
+    value = record[name]
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    if name == "text" and not isinstance(value, str | bytes):
+        raise PromptError(f"{where}: 'text' must be a string, got {type(value).__name__}.")
+    if name in IDS and not is_list:
+        raise PromptError(
+            f"{where}: {name!r} must be a list of whole numbers, got {quoted(value)}."
+        )
+    if name in CONVERSATIONS and not (is_list and isinstance(_plain(value)[0], Mapping)):
+        raise PromptError(
+            f"{where}: {name!r} must be a list of messages such as {{'role': 'user', 'content': "
+            f"'...'}}, got {quoted(value, 40)}."
+        )
+    if name == "input_ids" and record.get("attention_mask") is not None:
+        ids, mask = _plain(value), _plain(record["attention_mask"])
+        if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
+            raise PromptError(
+                f"{where}: 'input_ids' and 'attention_mask' must be lists of one length. Leave the "
+                "mask out where nothing is padding."
+            )
+        return [token for token, is_kept in zip(ids, mask, strict=True) if is_kept]
+    if name == "prompt" and not _is_blank(record.get("completion")):
+        completion = record["completion"]
+        if isinstance(value, str) and isinstance(completion, str):
+            return value + completion
+        if isinstance(value, str) or isinstance(completion, str):
+            raise PromptError(
+                f"{where}: 'prompt' and 'completion' must both be strings or both be lists of "
+                f"messages, got {type(value).__name__} and {type(completion).__name__}."
+            )
+        return [*_plain(value), *_plain(completion)]
+    if name == "instruction":
+        given, answer = (
+            next((record[n] for n in names if not _is_blank(record.get(n))), "")
+            for names in (_ALPACA[:2], _ALPACA[2:])
+        )
+        for field, text in (("instruction", value), ("input", given), ("output", answer)):
+            if not isinstance(text, str):
+                raise PromptError(
+                    f"{where}, field {field!r}: must be a string, got {type(text).__name__}."
+                )
+        template = _ALPACA_INPUT if given else _ALPACA_NO_INPUT
+        return template.format(instruction=value, input=given, output=answer)
+    return value
+
+
+def _evident(where: str, names: list[str], strings: list[str]) -> str:
+    """Return the column that must hold the texts, or ask which."""
+    candidates = [name for name in strings if name.lower() not in _PLACES]
+    named = [name for name in candidates if name.lower() in _EVIDENT]
+    if len(named) == 1 or (not named and len(candidates) == 1):
+        return (named or candidates)[0]
+    shown = f"the fields {names_of(names)}" if names else "no field"
+    example = (named or candidates or ["NAME"])[0]
     raise PromptError(
-        f"{where}: expected a string, a list of token ids or a record with 'text', "
-        f"got {type(item).__name__}."
+        f"{where}: expected a column 'text' (and perhaps 'domain'), or a record with 'text', "
+        f"'ids', 'messages', 'prompt' or 'instruction'; found {shown}. Say which holds the "
+        f"prompts: --text-column {cut(example, 40)} (in Python text_column=...), or add a header."
     )
 
 
-def _from_record(record: Mapping[str, Any], where: str, source: str) -> Prompt:
-    known = {"text", "ids", "domain", "source"}
-    text, ids = record.get("text"), record.get("ids")
-    if (text is None) == (ids is None):
-        found = "both" if text is not None else f"the fields {_fields(record)}"
+def _no_column(where: str, what: str, name: str, names: list[str]) -> PromptError:
+    return PromptError(
+        f"{where}: there is no column {quoted(name, 40)}, which was to hold the {what}; there are "
+        f"{names_of(names) or 'none'}. Give one of these as --{what}-column."
+    )
+
+
+def _prompt_of(value: Any, where: str, domain: str | None, source: str) -> Prompt:
+    """Check the text, token ids or messages of a prompt."""
+    if isinstance(value, str):
+        return Prompt(_valid_unicode(value, where, MAX_PROMPT), None, domain, source)
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
         raise PromptError(
-            f"{where}: expected a record with either 'text' (a string) or 'ids' (token ids), "
-            f"found {found}. Known fields are {_listed(sorted(known))}."
+            f"{where}: expected a string, a list of token ids, a list of messages or a record with "
+            f"'text', got {type(value).__name__}."
         )
-    domain = record.get("domain")
-    if domain is not None and not isinstance(domain, str):
-        raise PromptError(f"{where}: 'domain' must be a string or null, got {quoted(domain)}.")
-    named = record.get("source")
-    said = source if named is None else str(named)[:MAX_SOURCE]
-    if domain is not None:
-        domain = (
-            _valid_unicode(domain, f"{where}, 'domain'", MAX_DOMAIN) if domain.strip() else None
-        )
-    if ids is not None:
-        return Prompt(None, _checked_ids(ids, where), domain, said)
-    return Prompt(_checked_text(text, where), None, domain, said)
+    values = _plain(value)
+    if isinstance(values[0], Mapping):
+        return Prompt(None, None, domain, source, _messages(values, where))
+    return Prompt(None, _checked_ids(values, where), domain, source)
 
 
-def _checked_text(text: object, where: str) -> str:
-    if not isinstance(text, str):
-        raise PromptError(f"{where}: 'text' must be a string, got {type(text).__name__}.")
-    if not text:
-        raise PromptError(f"{where} is empty. Remove it, or write at least one character.")
-    return _valid_unicode(text, where, MAX_PROMPT)
+def _messages(given: Sequence[Any], where: str) -> tuple[dict[str, Any], ...]:
+    """Return a conversation with ``role`` and ``content`` as strings."""
+    messages = []
+    for number, message in enumerate(given, start=1):
+        here = f"{where}, message {number}"
+        if not isinstance(message, Mapping):
+            raise PromptError(
+                f"{here}: expected {{'role': 'user', 'content': '...'}}, got {quoted(message, 40)}."
+            )
+        known = {str(name): value for name, value in message.items() if value is not None}
+        if "role" not in known and "from" in known:
+            known["role"], known["content"] = known.pop("from"), known.pop("value", None)
+        role, content = known.get("role"), known.get("content")
+        if not isinstance(role, str) or not role:
+            raise PromptError(
+                f"{here}: expected a 'role' such as 'user' or 'assistant' (or ShareGPT's 'from'), "
+                f"found the fields {names_of(list(map(str, message))) or 'none'}."
+            )
+        if isinstance(content, list | tuple):
+            content = "".join(_part(part, here) for part in content)
+        if content is None and ("tool_calls" in known or "function_call" in known):
+            content = ""
+        if not isinstance(content, str):
+            raise PromptError(
+                f"{here}: 'content' must be a string (or ShareGPT's 'value'), got "
+                f"{type(content).__name__}. Leave the message out, or write its text."
+            )
+        _valid_unicode(content, here, MAX_PROMPT)
+        messages.append(known | {"role": _ROLES.get(role, role), "content": content})
+    try:
+        size = len(json.dumps(messages))
+    except (TypeError, ValueError):
+        raise PromptError(f"{where}: messages must be plain JSON values.") from None
+    if size > MAX_PROMPT:
+        raise PromptError(f"{where}: expected up to {MAX_PROMPT:,} bytes, got {size:,}. Divide it.")
+    return tuple(messages)
 
 
-def _fields(record: Mapping[str, Any]) -> str:
-    return _listed(cut(str(name), 20) for name in islice(record, 5)) or "none"
+def _part(part: Any, where: str) -> str:
+    """Return the text of one part of a message."""
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise PromptError(
+        f"{where}: a part of type {quoted(kind, 30)} is not text, and text is all that is read. "
+        "Leave the part out."
+    )
+
+
+def _plain(value: Any) -> list[Any]:
+    """Return what a list, an array or a tensor holds, inner arrays too, as a list."""
+    values = value.tolist() if hasattr(value, "tolist") else value
+    return [v.tolist() if hasattr(v, "tolist") else v for v in values]
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a cell is empty: null, nan and the like of a DataFrame, or of no length."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return type(value).__name__ == "NAType" or (hasattr(value, "__len__") and len(value) == 0)
 
 
 def _valid_unicode(text: str, where: str, most: int) -> str:
@@ -169,38 +460,36 @@ def _valid_unicode(text: str, where: str, most: int) -> str:
     return text
 
 
-def _checked_ids(ids: Any, where: str) -> tuple[int, ...]:
-    values = ids.tolist() if hasattr(ids, "tolist") else ids
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise PromptError(
-            f"{where}: token ids must be a list of whole numbers, got {quoted(values)}."
-        )
-    found = tuple(values)
-    if not found:
-        raise PromptError(f"{where} is empty. Remove it, or give at least one token id.")
-    for position, value in enumerate(found):
+def _checked_ids(values: Sequence[Any], where: str) -> tuple[int, ...]:
+    for position, value in enumerate(values):
         is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
         if not is_whole or not 0 <= value <= MAX_TOKEN:
             raise PromptError(
                 f"{where}, position {position}: a token id is a whole number from 0 to "
                 f"{MAX_TOKEN}, got {quoted(value, 40)}."
             )
-    return tuple(map(int, found))
+    return tuple(map(int, values))
 
 
-def _read_folder(folder: Path) -> list[Prompt]:
-    """Read all files of prompts in a folder, in the order of their names."""
-    try:
-        files = [p for p in sorted(folder.iterdir()) if p.is_file() and _suffixes(p)[0] in FORMATS]
-    except OSError as error:
-        raise PromptError(f"{folder} cannot be read: {error.strerror}.") from None
-    if not files:
-        raise PromptError(f"{folder} is a folder without a {_listed(FORMATS)} file.")
-    return [prompt for path in files for prompt in _read_named(path)]
+def _choose(
+    columns: Columns, where: str, names: Sequence[str], strings: Sequence[str]
+) -> Sequence[str]:
+    """Return the columns of a table that are read."""
+    beside = [name for name in names if name in (*_PLACES, columns.domain)]
+    for what, name in (("text", columns.text), ("domain", columns.domain)):
+        if name is not None and name not in names:
+            raise _no_column(where, what, name, list(names))
+    if columns.text is not None:
+        return list(dict.fromkeys([columns.text, *beside]))
+    if any(name in _SHAPES for name in names):
+        return [name for name in names if name in (*_SHAPES, *_BESIDE) or name in beside]
+    return list(dict.fromkeys([_evident(where, list(names), list(strings)), *beside]))
 
 
-def _read_named(source: str | Path) -> list[Prompt]:
+def _read_named(source: str | Path, columns: Columns) -> PromptList:
     path = given_path(source, "the prompts", PromptError)
+    if source == STANDARD_INPUT:
+        return _parse(recognised("standard input", sys.stdin.buffer, MAX_BYTES), columns, MAX_BYTES)
     if isinstance(source, str) and source in DEMO_SETS:
         folder = importlib.resources.files("capture.demo")
         path = Path(str(folder)) / DEMO_SETS[source]
@@ -209,64 +498,93 @@ def _read_named(source: str | Path) -> list[Prompt]:
                 f"The prompt set {source!r} is not in this copy of the project: {path.name} is "
                 "missing from capture/demo. Restore it from version control."
             )
+        columns = Columns()
     try:
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_folder, is_pipe, exists = path.is_dir(), path.is_fifo(), path.exists()
     except OSError:  # a whole text is too long for the name of a file
-        is_folder = is_file = False
+        is_folder = is_pipe = exists = False
     if is_folder:
-        return _read_folder(path)
-    if not is_file:
+        return _read_files(_files_of(path), columns)
+    if not exists and (found := _matches(path)):
+        return _read_files(found, columns)
+    if not exists:
         shown = quoted(str(source))
         raise PromptError(
-            f"There is no prompt file {shown}. Expected {_listed(DEMO_SETS)}, or a "
-            f"{_listed(FORMATS)} file, or a folder of them; put a prompt of your own into a list: "
-            f"[{shown}]."
+            f"There is no prompt file {shown}. Expected {', '.join(DEMO_SETS)}, or a "
+            f"{', '.join(FORMATS)} file, or a folder of them; put a prompt of your own into a "
+            f"list: [{shown}]."
         )
-    ending, compression = _suffixes(path)
     try:
-        data = _unpacked(path, compression, MAX_BYTES)
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise PromptError(f"{path} cannot be unpacked: {first_line(error)}.") from None
+        with path.open("rb") as file:
+            name = path.name
+            opened = recognised(name, file, MAX_BYTES) if is_pipe else unpack(name, file, MAX_BYTES)
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}.") from None
-    return _parse(path.name, ending, data, MAX_BYTES)
+    return _parse(opened, columns, MAX_BYTES)
 
 
-def _suffixes(path: Path) -> tuple[str, str]:
-    """Return the ending that says the format, and that of the compression around it."""
-    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
-    compression = suffixes.pop() if suffixes[-1] in COMPRESSIONS else ""
-    return suffixes[-1], compression
-
-
-def _parse(name: str, suffix: str, data: bytes, most: int) -> list[Prompt]:
-    readers: dict[str, Callable[[str, bytes], list[Prompt]]] = {
-        ".txt": read_txt,
-        ".csv": read_csv,
-        ".jsonl": read_jsonl,
-        ".parquet": functools.partial(read_parquet, most=most),
-    }
-    if suffix not in readers:
-        raise PromptError(
-            f"{name}: the ending {cut(suffix, 20) or '(none)'} is not a prompt format. "
-            f"Expected {_listed(FORMATS)}."
+def _matches(path: Path) -> list[Path]:
+    """Return the files that a pattern names, in the order of their names."""
+    if not glob.has_magic(str(path)):
+        return []
+    try:
+        return sorted(
+            file for name in glob.glob(str(path), recursive=True) if (file := Path(name)).is_file()
         )
-    if len(data) > most:
-        raise too_large(name, len(data), most)
-    return _not_empty(readers[suffix](name, data), name)
+    except OSError:
+        return []
 
 
-def too_large(name: str, size: int, most: int) -> PromptError:
-    """Make the error for a file whose prompts come to more than can be held."""
-    return PromptError(
-        f"{name} holds {size / 1e6:,.0f} MB of prompts or more, and up to {most / 1e6:,.0f} MB can "
-        "be read. Divide it into several files."
-    )
+def _files_of(folder: Path) -> list[Path]:
+    """Return the files of prompts in a folder; .json, which may be anything, if it has no other."""
+    try:
+        files = [p for p in sorted(folder.iterdir()) if suffixes(p.name)[0] in FORMATS]
+        files = [p for p in files if p.is_file()]
+    except OSError as error:
+        raise PromptError(f"{folder} cannot be read: {error.strerror}.") from None
+    files = [p for p in files if suffixes(p.name)[0] != ".json"] or files
+    if not files:
+        raise PromptError(f"{folder} is a folder without a {', '.join(FORMATS)} file.")
+    return files
 
 
-def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
+def _read_files(files: Iterable[Path], columns: Columns) -> PromptList:
+    found = PromptList()
+    for file in files:
+        found.add(_read_named(file, columns))
+    return _checked(found, "the files")
+
+
+def _parse(opened: Opened, columns: Columns, most: int) -> PromptList:
+    is_csv = opened.ending in TABLES
+    if is_csv:  # whose header is read in lower case
+        text, domain = (name and name.lower() for name in columns[:2])
+        columns = columns._replace(text=text, domain=domain)
+
+    def choose(where: str, names: Sequence[str], strings: Sequence[str]) -> Sequence[str]:
+        # no list stands in a cell
+        given = [name for name in names if not (is_csv and name in (*IDS, *CONVERSATIONS))]
+        return _choose(columns, where, given, strings)
+
+    rows = read_rows(opened, most=most, encoding=columns.encoding, choose=choose)
+    return _read(opened.name, rows, columns)
+
+
+def _read(name: str, rows: Iterable[Row], columns: Columns) -> PromptList:
+    reader = _Reader(columns, name, skips=True)
+    found = PromptList()
+    for row in rows:
+        prompt = reader.prompt(row.value, f"{name}, {row.place}", f"{name}:{row.number}")
+        if prompt is not None:
+            found.append(prompt)
+    found.notes += reader.notes()
+    return _checked(found, name)
+
+
+def _checked(prompts: PromptList, where: str) -> PromptList:
     if not prompts:
-        raise PromptError(f"{where} holds no prompt. Expected at least one.")
+        more = f" ({' '.join(prompts.notes)})" if prompts.notes else ""
+        raise PromptError(f"{where} holds no prompt{more}. Expected at least one.")
     domains = {prompt.domain for prompt in prompts}
     if len(domains) > MAX_DOMAINS:
         raise PromptError(
@@ -274,280 +592,3 @@ def _not_empty(prompts: list[Prompt], where: str) -> list[Prompt]:
             f"{MAX_DOMAINS:,}. Group them into fewer."
         )
     return prompts
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def read_txt(name: str, data: bytes) -> list[Prompt]:
-    """Read one prompt a line, or one a block when the file has blank lines between blocks."""
-    text = decode(name, data).replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    filled = [bool(line.strip()) for line in lines]
-    first = filled.index(True) if any(filled) else 0
-    if all(filled[first:]):
-        return [
-            to_prompt(line, where=f"{name}, line {number}", source=f"{name}:{number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
-    prompts: list[Prompt] = []
-    start: int | None = None
-    for number in range(len(lines) + 1):
-        inside = number < len(lines) and filled[number]
-        if inside and start is None:
-            start = number
-        elif not inside and start is not None:
-            where = f"{name}, line {start + 1}"
-            block = "\n".join(lines[start:number])
-            prompts.append(to_prompt(block, where=where, source=f"{name}:{start + 1}"))
-            start = None
-    return prompts
-
-
-def read_csv(name: str, data: bytes) -> list[Prompt]:
-    """Read a table with a header line, a column ``text`` and perhaps ``domain`` and ``source``."""
-    text = decode(name, data)
-    csv.field_size_limit(MAX_FIELD)
-    delimiter = _delimiter(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    prompts: list[Prompt] = []
-    header: list[str] | None = None
-    end = 0
-    try:
-        for row in reader:
-            line, end = end + 1, reader.line_num
-            if not row:
-                continue
-            if header is None:
-                header = _header(name, row)
-                continue
-            if len(row) != len(header):
-                raise PromptError(
-                    f"{name}, line {line}: expected {len(header)} columns "
-                    f"({_names(header)}), found {len(row)}. Put quotes around text that holds "
-                    f"{delimiter!r} or a line break."
-                )
-            record = dict(zip(header, row, strict=True))
-            prompts.append(_table_row(name, f"line {line}", line, record))
-    except csv.Error as error:
-        raise PromptError(
-            f"{name}, line {reader.line_num}: not valid csv ({first_line(error)})."
-        ) from None
-    return prompts
-
-
-def read_jsonl(name: str, data: bytes) -> list[Prompt]:
-    """Read one JSON value a line: a record, a string or a list of token ids."""
-    text = decode(name, data)
-    prompts: list[Prompt] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError also for a number too long
-            column = getattr(error, "colno", 1)
-            reason = getattr(error, "msg", str(error))
-            raise PromptError(
-                f"{name}, line {number}, column {column}: not valid JSON ({cut(reason)}). Expected "
-                'one value a line, such as {"text": "...", "domain": "..."}.'
-            ) from None
-        where = f"{name}, line {number}"
-        prompts.append(to_prompt(value, where=where, source=f"{name}:{number}"))
-    return prompts
-
-
-def read_parquet(name: str, data: bytes, *, most: int = MAX_BYTES) -> list[Prompt]:
-    """Read the columns ``text`` (or ``ids``), ``domain`` and ``source`` of a Parquet table.
-
-    A value that is there often is stored once, so that the table is read in pieces whose values
-    stay stored once until their size is known.
-    """
-    prompts: list[Prompt] = []
-    left = most
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        columns = _known_columns(name, file.schema_arrow.names)
-        _check_metadata(name, file.metadata, most)
-        rows = _FEW_ROWS
-        if not _may_repeat(file.metadata):
-            strings = [column for column in columns if _is_string(file.schema_arrow, column)]
-            file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=strings)
-            rows = _ROWS
-        for batch in file.iter_batches(rows, columns=columns):
-            left -= _expanded_bytes(batch)
-            if left < 0:
-                raise too_large(name, most - left, most)
-            values = [_column(name, batch, column) for column in columns]
-            for row in zip(*values, strict=True):
-                number = len(prompts) + 1
-                record = dict(zip(columns, row, strict=True))
-                prompts.append(_table_row(name, f"row {number}", number, record))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{name} is not a readable Parquet file: {first_line(error)}.") from None
-    return prompts
-
-
-def _is_string(schema: Any, column: str) -> bool:
-    kind = schema.field(column).type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _check_metadata(name: str, metadata: Any, most: int) -> None:
-    """Refuse a table that says itself that it is too large."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    chunks = [group.column(n) for group in groups for n in range(group.num_columns)]
-    size = max(
-        sum(chunk.total_uncompressed_size for chunk in chunks),
-        metadata.num_rows,
-        max((chunk.num_values for chunk in chunks), default=0),
-    )
-    if size > most:
-        raise too_large(name, size, most)
-
-
-def _may_repeat(metadata: Any) -> bool:
-    """Return whether a text may be stored as what it adds to the one before it.
-
-    Such a column cannot be read with its values stored once; where the file says that there is
-    none, and there is one, the reader refuses it.
-    """
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    return any(
-        "DELTA_BYTE_ARRAY" in group.column(n).encodings
-        for group in groups
-        for n in range(group.num_columns)
-    )
-
-
-def _expanded_bytes(batch: Any) -> int:
-    """Return what the values of a batch take when each stands for itself."""
-    size = 0
-    for column in batch.columns:
-        if pa.types.is_dictionary(column.type):
-            lengths = pc.binary_length(column.dictionary).cast(pa.int64())
-            size += pc.sum(lengths.take(column.indices)).as_py() or 0
-        else:
-            size += column.nbytes
-    return int(size + _OBJECT * batch.num_rows)
-
-
-def _column(name: str, batch: Any, column: str) -> list[Any]:
-    """Return the values of one column, or say of what type they should be."""
-    wanted = pa.list_(pa.int64()) if column == "ids" else pa.string()
-    values = batch.column(batch.schema.get_field_index(column))
-    try:
-        found: list[Any] = values.cast(wanted).to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise PromptError(
-            f"{name}, column {column!r}: expected {wanted}, found {cut(str(values.type))}."
-        ) from None
-    return found
-
-
-def decode(name: str, data: bytes) -> str:
-    """Decode UTF-8, with or without a byte-order mark, or say where the file stops being text."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - (data.rfind(b"\n", 0, error.start) + 1) + 1
-        raise PromptError(
-            f"{name}, line {line}, column {column}: byte 0x{data[error.start]:02x} is not UTF-8. "
-            "Save the file as UTF-8 text."
-        ) from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise PromptError(
-            f"{name}, line {line}: a zero byte; the file is not text. Expected UTF-8 text."
-        )
-    return text
-
-
-def _table_row(name: str, place: str, number: int, record: Mapping[str, object]) -> Prompt:
-    where = f"{name}, {place}"
-    given = {key: value for key, value in record.items() if value not in (None, "")}
-    if "text" in record and "text" not in given and "ids" not in given:
-        raise PromptError(f"{where}, column 'text': empty. Remove the row, or write a prompt.")
-    return to_prompt(given, where=where, source=f"{name}:{number}")
-
-
-def _delimiter(text: str) -> str:
-    """Return the delimiter under which the header has a column ``text``."""
-    header = next((line for line in re.split(r"[\r\n]", text) if line.strip()), "")
-    for delimiter in DELIMITERS:
-        row = next(csv.reader([header], delimiter=delimiter), [])
-        if "text" in [cell.strip().lower() for cell in row]:
-            return delimiter
-    return ","
-
-
-def _header(name: str, row: Sequence[str]) -> list[str]:
-    header = [cell.strip().lower() for cell in row]
-    twice = sorted({column for column in header if header.count(column) > 1})
-    if twice:
-        raise PromptError(f"{name}, line 1: the column {quoted(twice[0])} appears twice.")
-    if "text" not in header:
-        raise PromptError(
-            f"{name}, line 1: expected a header with a column 'text' (and perhaps 'domain'), "
-            f"found {_names(row)}. Rename the column or add a header line."
-        )
-    return ["" if column == "ids" else column for column in header]
-
-
-def _names(columns: Sequence[str]) -> str:
-    more = ", …" if len(columns) > _SHOWN else ""
-    return ", ".join(quoted(column, 20) for column in columns[:_SHOWN]) + more
-
-
-def _known_columns(name: str, columns: Iterable[str]) -> list[str]:
-    found = list(columns)
-    if "text" not in found and "ids" not in found:
-        raise PromptError(
-            f"{name}: expected a column 'text' (and perhaps 'domain'), found "
-            f"{_names(found) or 'no column'}. Rename the column."
-        )
-    return [column for column in ("text", "ids", "domain", "source") if column in found]
-
-
-def _unpacked(path: Path, compression: str, most: int) -> bytes:
-    """Return what a file holds, unpacked; a few kilobytes can stand for gigabytes.
-
-    Nothing is unpacked far beyond ``most`` bytes.
-    """
-    found = bytearray()
-    for part in _parts(path, compression):
-        found += part
-        if len(found) > most:
-            raise PromptError(
-                f"{path.name} holds more than {most / 1e6:,.0f} MB when it is unpacked, and no "
-                "more can be read. Divide it into several files."
-            )
-    return bytes(found)
-
-
-def _parts(path: Path, compression: str) -> Iterator[bytes]:
-    """Yield a file piece by piece, unpacked."""
-    if compression != ".xz":
-        with gzip.open(path) if compression else path.open("rb") as file:
-            yield from iter(lambda: file.read(_CHUNK), b"")
-        return
-    # lzma.open has no limit for the dictionary
-    with path.open("rb") as file:
-        rest = file.read(_CHUNK)
-        # one compressed stream may follow another
-        while rest:
-            stream = lzma.LZMADecompressor(memlimit=_DICTIONARY)
-            while not stream.eof:
-                yield stream.decompress(rest, _CHUNK)
-                rest = b""
-                if stream.needs_input and not stream.eof:
-                    rest = file.read(_CHUNK)
-                    if not rest:
-                        raise EOFError("Compressed file ended before the end-of-stream marker")
-            # zeros may fill it up
-            rest = (stream.unused_data or file.read(_CHUNK)).lstrip(b"\0") or file.read(_CHUNK)

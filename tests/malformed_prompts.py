@@ -1,4 +1,4 @@
-"""A list of malformed prompt files, the same each time: mutations of the four formats."""
+"""A list of malformed prompt files, the same each time: mutations of five formats."""
 
 import io
 import json
@@ -7,8 +7,9 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ENDINGS = (".txt", ".csv", ".jsonl", ".parquet")
+ENDINGS = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 _TEXTS = ["Größe 🙂 e\u0301", "one two", 'a "quoted", b', "line\nbreak", "x" * 300]
+_CHAT = [{"role": "user", "content": "Größe"}, {"from": "gpt", "value": [{"text": "x"}]}]
 _DOMAINS = ["law", None, "code", "law", "日本"]
 # what stands where it should not: of text, of tables and of JSON
 _PIECES = (
@@ -41,6 +42,7 @@ def sound():
         ".txt": "\n".join(_TEXTS).encode(),
         ".csv": table.encode(),
         ".jsonl": "\n".join(lines).encode(),
+        ".json": f"[{', '.join([*lines, json.dumps({'messages': _CHAT})])}]".encode(),
         ".parquet": _parquet(rows),
     }
 
@@ -52,7 +54,7 @@ def _parquet(rows):
 
 
 def malformed(count, seed=0):
-    """Yield ``count`` names and contents, a quarter of them of each format."""
+    """Yield ``count`` names and contents, as many of each format."""
     draw = random.Random(seed)
     files = sound()
     for number in range(count):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from capture.errors import PromptError
+from capture.errors import PromptError, first_line
 from capture.model.token_text import (
     PieceEnds,
     can_decode,
@@ -64,10 +64,13 @@ def tokenize(
     *,
     vocab_size: int,
     max_length: int | None,
+    chat_template: str | None = None,
+    answers: bool = False,
 ) -> list[TokenizedPrompt]:
     """Turn prompts into tokens; special tokens are added only as the tokenizer does by itself.
 
-    Those that a text spells out at its start or end are not added once more.
+    Those that a text spells out at its start or end are not added once more. A conversation gets
+    the tokens of ``apply_chat_template``.
 
     Parameters
     ----------
@@ -78,12 +81,24 @@ def tokenize(
         Rows of the model's embedding; larger ids are refused.
     max_length : int or None, tokens
         Longer prompts are cut at the end.
+    chat_template : str, optional
+        Jinja, for conversations; by default the tokenizer's own.
+    answers : bool
+        Whether the model goes on: a conversation that does not end with the assistant then ends
+        with the beginning of its answer.
 
     Raises
     ------
     PromptError
-        If a prompt needs a tokenizer, gives no token, or holds an id the model does not have.
+        If a prompt needs a tokenizer or a chat template, gives no token, or holds an id the model
+        does not have.
     """
+    prompts = [
+        prompt
+        if prompt.messages is None
+        else prompt._replace(text=_rendered(prompt, number, tokenizer, chat_template, answers))
+        for number, prompt in enumerate(prompts, start=1)
+    ]
     result: list[TokenizedPrompt] = []
     for start in range(0, len(prompts), ENCODE_CHUNK):
         chunk = prompts[start : start + ENCODE_CHUNK]
@@ -101,6 +116,36 @@ def tokenize(
                 text, ends = "".join(pieces), ends_of(pieces)
             result.append(_cut(ids, text, ends, prompt, max_length)._replace(spelled=spelled))
     return result
+
+
+def _rendered(
+    prompt: Prompt,
+    number: int,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    chat_template: str | None,
+    answers: bool,
+) -> str:
+    """Return the text of a conversation."""
+    where = f"Prompt {number} ({prompt.source})"
+    template = chat_template or getattr(tokenizer, "chat_template", None)
+    if tokenizer is None or template is None:
+        missing = "no tokenizer" if tokenizer is None else "a tokenizer without a chat template"
+        raise PromptError(
+            f"{where} is a conversation, but the model has {missing}. Give one with "
+            "--chat-template FILE (in Python chat_template=...), or give texts."
+        )
+    messages = [dict(message) for message in prompt.messages or ()]
+    goes_on = answers and messages[-1]["role"] != "assistant"
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=goes_on
+        )
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise PromptError(
+            f"{where}: the chat template cannot write this conversation: {first_line(error)}. "
+            "Change its messages, or give another template with --chat-template FILE."
+        ) from error
+    return str(text)
 
 
 class _Encoded(NamedTuple):
@@ -124,13 +169,18 @@ def _encode_texts(
             "Give token ids, or a model folder that holds a tokenizer."
         )
     texts = [prompts[i].text or "" for i in places]
-    tokens = _tokens_of(tokenizer, texts)
+    # a chat template writes every special token itself
+    written = [prompts[i].messages is not None for i in places]
+    tokens = [] if all(written) else _tokens_of(tokenizer, texts)
+    if any(written):
+        bare = _tokens_of(tokenizer, texts, add_special_tokens=False)
+        tokens = [bare[n] if is_chat else tokens[n] for n, is_chat in enumerate(written)]
     special = tuple(getattr(tokenizer, "all_special_tokens", ()))
     piece_ends = PieceEnds(tokenizer)
     result: dict[int, _Encoded] = {}
-    for place, text, found in zip(places, texts, tokens, strict=True):
+    for place, text, found, is_chat in zip(places, texts, tokens, written, strict=True):
         spelled = 0
-        if text.startswith(special) or text.endswith(special):
+        if not is_chat and (text.startswith(special) or text.endswith(special)):
             (plain,) = _tokens_of(tokenizer, [text], add_special_tokens=False)
             found, spelled = _without_repeated(found, plain, len(text))
         ends = None

@@ -212,6 +212,31 @@ class CaptureConfig(RecordingOptions):
         default=None,
         metadata=_option("cut prompts to N tokens", least=1, advice="leave it out not to cut"),
     )
+    text_column: str | None = field(
+        default=None,
+        metadata=_option(
+            "the column of tables, or field of records, that holds the prompts (default: text, or "
+            "the one that it must be)",
+            metavar="NAME",
+        ),
+    )
+    domain_column: str | None = field(
+        default=None,
+        metadata=_option("the column or field of the domains (default: domain)", metavar="NAME"),
+    )
+    encoding: str | None = field(
+        default=None,
+        metadata=_option(
+            "of text files, such as windows-1252 or utf-16 (default: utf-8)", metavar="NAME"
+        ),
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata=_option(
+            "a file with a Jinja template for conversations (default: the tokenizer's own)",
+            metavar="FILE",
+        ),
+    )
     dtype: str | None = field(
         default=None,
         metadata=_option(

@@ -4,9 +4,11 @@ import inspect
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capture.errors import PromptError, quoted
 from capture.interrupts import remembered_interrupts
 from capture.paths import check_rank, given_path
 from capture.progress import Progress, Reporter
@@ -35,8 +37,9 @@ def record(
     model : str, Path or PreTrainedModel
         ``"demo"``, a Hugging Face id, a local folder, or a loaded model in evaluation mode.
     prompts : str, Path or iterable
-        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; a .txt, .csv, .jsonl or .parquet file; or
-        strings, token-id lists and records with ``text`` (or ``ids``) and ``domain``.
+        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; a file, a folder, a pattern or ``"-"``; a
+        DataFrame, data set or table; or strings, token-id lists, conversations and records. See
+        ``capture.prompts.read_prompts``.
     out : str or Path
         The run file; it must not exist. While recording, its name ends in ``.partial``.
     tokenizer : tokenizer, optional
@@ -63,21 +66,49 @@ def record(
         first forward pass leaves ``OUT.partial`` for ``python -m capture recover``.
     """
     config = CaptureConfig(**options)
+    if config.chat_template is not None:
+        config = replace(config, chat_template=_template(config.chat_template))
     path = given_path(out, "the run file")
     reporter = Reporter(progress)
     with closing(reporter), remembered_interrupts() as interrupts:
         check_rank(path)
         check_new(path)
-        given = read_prompts(prompts)
+        given = read_prompts(
+            prompts,
+            text_column=config.text_column,
+            domain_column=config.domain_column,
+            encoding=config.encoding,
+        )
         name = model if isinstance(model, str | Path) else type(model).__name__
         started = time.monotonic()
         reporter.enter(
-            "loading", f"Loading {name} and {len(given):,} prompt{'s' * (len(given) != 1)}."
+            "loading",
+            " ".join(
+                [
+                    f"Loading {name} and {len(given):,} prompt{'s' * (len(given) != 1)}.",
+                    *given.notes,
+                ]
+            ),
         )
         from capture.recorder.session import Stopper, capture  # torch takes seconds
 
         stop = Stopper(interrupts, cancel)
         return capture(model, given, path, config, tokenizer, reporter, stop, started)
+
+
+def _template(given: str) -> str:
+    """Return a chat template, given as itself or as the file that holds it."""
+    if "{{" in given or "{%" in given:
+        return given
+    path = given_path(given, "the chat template", PromptError)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise PromptError(
+            f"A file with a chat template in Jinja was expected, but {quoted(given)} cannot be "
+            f"read: {reason}."
+        ) from None
 
 
 def _spelled_out(function: Callable[..., Path]) -> inspect.Signature:

@@ -21,7 +21,7 @@ from capture.model.sites import Site
 from capture.model.token_text import can_decode, has_offsets
 from capture.model.tokens import tokenize
 from capture.progress import Reporter
-from capture.prompts import Prompt
+from capture.prompts import PromptList
 from capture.recorder import preparation
 from capture.recorder.assemble import Assembler, Step
 from capture.recorder.config import CaptureConfig
@@ -80,7 +80,7 @@ class Stopper(NamedTuple):
 
 def capture(
     model: "str | Path | PreTrainedModel",
-    given: list[Prompt],
+    given: PromptList,
     out: Path,
     config: CaptureConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
@@ -98,7 +98,7 @@ def capture(
 
 def _capture(
     loaded: LoadedModel,
-    given: list[Prompt],
+    given: PromptList,
     out: Path,
     config: CaptureConfig,
     reporter: Reporter,
@@ -111,6 +111,8 @@ def _capture(
         loaded.tokenizer,
         vocab_size=vocabulary(loaded.model),
         max_length=preparation.max_length(loaded, config),
+        chat_template=config.chat_template,
+        answers=config.generate > 0,
     )
     reporter.enter("self-test", "Testing that every router can be tapped.")
     sites = attach(loaded.model)
@@ -133,6 +135,7 @@ def _capture(
     try:
         session = _Session(loaded, sites, plan, writer, reporter, attention)
         session.seconds_before = time.monotonic() - started
+        session.notes = {"prompts": given.notes} if given.notes else {}
         reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
     except BaseException:
         writer.discard()
@@ -176,6 +179,7 @@ class _Session:
         self.writer = writer
         self.reporter = reporter
         self.seconds_before = 0.0
+        self.notes: dict[str, Any] = {}
         self.groups = group_sites(sites)
         self.attention = attention
         self.assembler = Assembler(
@@ -283,7 +287,7 @@ class _Session:
             )
 
     def _finish(self, started: float, *, complete: bool) -> Path:
-        notes: dict[str, Any] = {
+        notes: dict[str, Any] = self.notes | {
             "seconds_before_recording": round(self.seconds_before, 3),
             "forward_passes": self.assembler.forwards,
             "sampled_tokens": self.assembler.sampled_tokens,

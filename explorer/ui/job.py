@@ -6,7 +6,8 @@ import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from capture.progress import Progress
-from capture.prompts import Prompt, read_prompts_bytes
+from capture.prompt_rows import COMPRESSIONS, FORMATS
+from capture.prompts import Prompt, PromptList, read_prompts_bytes
 from explorer import writing
 from explorer.text import counted, plain
 from explorer.ui import problems
@@ -15,6 +16,11 @@ from explorer.worker import Job, shared_worker
 from explorer.worker.uploads import read_upload
 
 POLL_SECONDS = 0.5
+# offered to choose from; what fits is named where a file is not UTF-8
+_ENCODINGS = (
+    *("utf-8", "windows-1252", "utf-16", "utf-16-le", "utf-16-be", "gb18030", "shift_jis"),
+    *("euc_kr", "windows-1251"),
+)
 _STAGES = {
     "starting": "Starting the worker process",
     "loading": "Loading",
@@ -123,12 +129,33 @@ def uploaded_prompts(key: str) -> list[Prompt]:
     """Draw a field for a file and return its prompts; PromptError where it cannot be read."""
     upload = st.file_uploader(
         "A file of prompts",
-        type=["txt", "csv", "jsonl", "parquet"],
-        help="txt: one prompt a line, or blocks between blank lines. csv, jsonl, parquet: a "
-        "column `text`, and `domain` if you like.",
+        type=[ending.removeprefix(".") for ending in (*FORMATS, *COMPRESSIONS)],
+        help="txt: one prompt a line, or blocks between blank lines. csv, tsv, jsonl, json, "
+        "parquet: a column `text`, and `domain` if you like; or conversations (`messages`, "
+        "ShareGPT), `prompt` and `completion`, Alpaca. Each may be compressed (gz, xz, zst).",
         key=key,
     )
-    return [] if upload is None else _read(upload.file_id, upload.name, upload)
+    if upload is None:
+        return []
+    columns = st.columns(3)
+    text_column = columns[0].text_input(
+        "Column of the prompts", placeholder="found by itself", key=f"{key} text column"
+    )
+    domain_column = columns[1].text_input(
+        "Column of the domains", placeholder="domain", key=f"{key} domain column"
+    )
+    encoding = columns[2].selectbox("Encoding of the file", _ENCODINGS, key=f"{key} encoding")
+    prompts = _read(
+        upload.file_id,
+        upload.name,
+        text_column.strip() or None,
+        domain_column.strip() or None,
+        encoding,
+        upload,
+    )
+    for note in prompts.notes:
+        st.caption(plain(note))
+    return prompts
 
 
 def as_record(prompt: Prompt) -> dict[str, Any]:
@@ -138,11 +165,25 @@ def as_record(prompt: Prompt) -> dict[str, Any]:
         "ids": None if prompt.ids is None else list(prompt.ids),
         "domain": prompt.domain,
         "source": prompt.source,
+        "messages": None if prompt.messages is None else list(prompt.messages),
     }
     return {name: value for name, value in known.items() if value is not None}
 
 
 # as it is: prompts are not changed, and copies of many take long
 @st.cache_resource(max_entries=4, show_spinner="Reading the prompts…")
-def _read(file_id: str, name: str, _upload: UploadedFile) -> list[Prompt]:
-    return read_upload(name, _upload.getvalue())
+def _read(
+    file_id: str,
+    name: str,
+    text_column: str | None,
+    domain_column: str | None,
+    encoding: str,
+    _upload: UploadedFile,
+) -> PromptList:
+    return read_upload(
+        name,
+        _upload.getvalue(),
+        text_column=text_column,
+        domain_column=domain_column,
+        encoding=encoding,
+    )

@@ -92,7 +92,11 @@ def _sites(config: dict[str, Any]) -> list[SiteInfo]:
 
 def _count(model: str, prompts: Sequence[Prompt]) -> tuple[list[int], bool]:
     """Return the tokens of every prompt, counted with the model's tokenizer when it is here."""
-    texts = [prompt.text or "" for prompt in prompts if prompt.ids is None]
+    texts = [
+        prompt.text or "\n".join(message["content"] for message in prompt.messages or ())
+        for prompt in prompts
+        if prompt.ids is None
+    ]
     path = _path(model, "tokenizer.json")
     if path is None:
         counts = iter([int(len(text) / CHARACTERS_PER_TOKEN) + 1 for text in texts])
@@ -100,7 +104,8 @@ def _count(model: str, prompts: Sequence[Prompt]) -> tuple[list[int], bool]:
         tokenizer = Tokenizer.from_file(str(path))
         counts = iter([len(found.ids) for found in tokenizer.encode_batch(texts)])
     lengths = [len(p.ids) if p.ids is not None else next(counts) for p in prompts]
-    return lengths, path is not None or not texts
+    is_exact = path is not None and not any(prompt.messages for prompt in prompts)
+    return lengths, is_exact or not texts
 
 
 def _read(model: str, name: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from capture.errors import PromptError
-from capture.prompts import Prompt, read_prompts_bytes
+from capture.prompts import Prompt, PromptList, read_prompts_bytes
 from explorer.worker.client import ROOT
 
 MOST = 256 * 10**6  # bytes of text; the app holds the prompts and hands them on
@@ -18,15 +18,22 @@ MEMORY = 4 * 2**30  # bytes of addresses; what the libraries map is a part of th
 SECONDS = 60.0
 
 
-def read_upload(name: str, data: bytes) -> list[Prompt]:
+def read_upload(name: str, data: bytes, **options: str | None) -> PromptList:
     """Read an uploaded file of prompts.
+
+    Parameters
+    ----------
+    name : str
+    data : bytes
+    **options
+        As in ``capture.prompts.read_prompts``: ``text_column``, ``domain_column``, ``encoding``.
 
     Raises
     ------
     PromptError
         As ``capture.prompts.read_prompts_bytes``, or if it takes too much memory or time.
     """
-    command = [sys.executable, "-m", "explorer.worker.uploads", name]
+    command = [sys.executable, "-m", "explorer.worker.uploads", name, json.dumps(options)]
     try:
         done = subprocess.run(
             command, input=data, capture_output=True, cwd=ROOT, timeout=SECONDS, check=False
@@ -44,18 +51,26 @@ def read_upload(name: str, data: bytes) -> list[Prompt]:
         ) from None
     if "error" in found:
         raise PromptError(found["error"])
-    return [
-        Prompt(text, None if ids is None else tuple(ids), domain, source)
-        for text, ids, domain, source in found["prompts"]
-    ]
+    prompts = (
+        Prompt(
+            text,
+            None if ids is None else tuple(ids),
+            domain,
+            source,
+            None if messages is None else tuple(messages),
+        )
+        for text, ids, domain, source, messages in found["prompts"]
+    )
+    return PromptList(prompts, found["notes"])
 
 
-def answer(name: str, data: bytes) -> str:
+def answer(name: str, data: bytes, **options: str | None) -> str:
     """Return the prompts of a file, or why there are none, as JSON."""
     try:
-        return json.dumps({"prompts": read_prompts_bytes(name, data, most=MOST)})
+        prompts = read_prompts_bytes(name, data, most=MOST, **options)
     except PromptError as error:
         return json.dumps({"error": str(error)})
+    return json.dumps({"prompts": prompts, "notes": prompts.notes})
 
 
 def limit_memory() -> None:
@@ -67,7 +82,8 @@ def limit_memory() -> None:
 def main() -> None:
     """Read the file that comes through standard input, and answer."""
     limit_memory()
-    sys.stdout.write(answer(sys.argv[1], sys.stdin.buffer.read()))
+    options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+    sys.stdout.write(answer(sys.argv[1], sys.stdin.buffer.read(), **options))
 
 
 if __name__ == "__main__":

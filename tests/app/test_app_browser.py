@@ -1,5 +1,6 @@
 """The app in a real headless Chromium, with real mouse and keyboard events."""
 
+import gzip
 import io
 import re
 from urllib.parse import urlsplit
@@ -288,7 +289,9 @@ def test_uploads_are_read_or_refused_and_a_capture_can_be_stopped(address, page)
     for name, data, said in (
         ("two.txt", b"one\ntwo", "2 prompts"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n', "3 prompts"),
-        ("bad.jsonl", b'{"txt": "a"}', "bad.jsonl"),
+        ("bad.jsonl", b'{"txt": 1}', "bad.jsonl"),
+        ("chat.json.gz", gzip.compress(b'[{"role": "user", "content": "a"}]'), "chat.json.gz"),
+        ("talk.json.gz", gzip.compress(b'{"messages": [{"role": "user", "content": "a"}]}'), "1 p"),
         (
             "table.csv",
             "text,domain\n<b>x</b>,law\n\u05e9\u05dc,code\n".encode(),

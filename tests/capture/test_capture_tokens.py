@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from capture.errors import PromptError
@@ -231,3 +232,32 @@ def test_no_sample_says_so():
     sample = plan_sample(["a"], [5], 0, seed=0)
     assert not sample.is_sampled.any()
     assert "sample_tokens=0" in sample.record["why"]
+
+
+def test_a_conversation_has_the_tokens_of_its_chat_template():
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    chat = [{"role": "user", "content": "hi there"}]
+    turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    turns += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    begins = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    assert tokenizer.convert_tokens_to_ids("<bos>") == 1
+    prompt = Prompt(None, None, None, "given", tuple(chat))
+    # what the tokenizer adds by itself, and what the template writes
+    for added, template in ((begins, "<bos>" + turns), (begins, turns), (None, "<bos>" + turns)):
+        if added is not None:
+            tokenizer._tokenizer.post_processor = added
+        for answers in (False, True):
+            right = tokenizer.apply_chat_template(
+                chat, chat_template=template, add_generation_prompt=answers
+            )["input_ids"]
+            found, plain = tokenized(
+                [prompt, "hi"], tokenizer, chat_template=template, answers=answers
+            )
+            assert found.ids.tolist() == right and right.count(1) == template.count("<bos>")
+            assert "".join(found.pieces()) == found.text and plain.text == "hi"
+    for template, message in (
+        (None, "a tokenizer without a chat template. Give one with --chat-template"),
+        ("{{ raise_exception('roles must take turns') }}", "roles must take turns. Change"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            tokenized([prompt], tokenizer, chat_template=template)

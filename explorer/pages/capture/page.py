@@ -93,7 +93,7 @@ def _demo_prompts() -> list[Prompt]:
 
 def _preview(prompts: list[Prompt]) -> None:
     domains = sorted({prompt.domain for prompt in prompts if prompt.domain})
-    texts = ["" if p.text is None else one_line(p.text, 120) for p in prompts[:PREVIEWED]]
+    texts = [one_line(_shown(prompt), 120) for prompt in prompts[:PREVIEWED]]
     st.dataframe(
         pd.DataFrame({"domain": [p.domain or "" for p in prompts[:PREVIEWED]], "text": texts}),
         hide_index=True,
@@ -103,6 +103,14 @@ def _preview(prompts: list[Prompt]) -> None:
     more = f"The first {PREVIEWED} of " if len(prompts) > PREVIEWED else ""
     of = f" of {counted(len(domains), 'domain')}" if domains else ", without a domain"
     st.caption(f"{more}{counted(len(prompts), 'prompt')}{of}.")
+
+
+def _shown(prompt: Prompt) -> str:
+    """Return the text of a prompt, or the beginning of its conversation."""
+    if prompt.messages is None:
+        return prompt.text or ""
+    said = (f"{message['role']}: {message['content'][:200]}" for message in prompt.messages[:5])
+    return " · ".join(said)
 
 
 def _model() -> str:
