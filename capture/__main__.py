@@ -15,7 +15,7 @@ from capture.recorder.config import CaptureConfig, described
 from capture.recorder.record import record
 from capture.store import migrate, recover
 from capture.traces import import_routing
-from capture.traces.formats import FORMATS
+from capture.traces.formats import NAMES
 
 ERROR = 2
 DIFFERS = 1  # an architecture is recorded otherwise than its experts ran
@@ -133,7 +133,7 @@ def _import(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("source", nargs="+", type=path_argument, metavar="SOURCE", help="files, or a folder")
     add("--out", required=True, metavar="RUN", help="the run file, never overwritten")
-    add("--format", metavar="NAME", help="by default found out; one of " + ", ".join(FORMATS))
+    add("--format", metavar="NAME", help="by default found out; one of " + ", ".join(NAMES))
     add("--experts", type=int, metavar="N", help="routed experts of a layer, where it is not said")
     add("--top-k", type=int, metavar="K", help="experts of a token, where it is not said")
     add("--keep-warm-up", action="store_true", help="keep equal rows at the head")

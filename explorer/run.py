@@ -26,7 +26,7 @@ class Run:
     ----------
     path : Path
     info : dict
-        The one row of the view ``run``.
+        The one row of the view ``run``; at level counts ``n_tokens`` is assignments / top_k.
     sites : list of SiteInfo
         Ordered by layer and site.
     layers : list of int
@@ -43,7 +43,12 @@ class Run:
         self.info: dict[str, Any] = dict(reader.info)
         self.sites: list[SiteInfo] = list(reader.sites)
         self.layers: list[int] = sorted({site.layer for site in self.sites})
-        named = self.query("SELECT DISTINCT domain FROM prompts")["domain"].tolist()
+        if self.sums_only:
+            self.info["n_tokens"] = self.tokens_of_sums()
+        source = "expert_load_by" if self.sums_only else "prompts"
+        named = self.query(f"SELECT DISTINCT domain FROM {source}")["domain"].tolist()
+        if named == [None] and self.sums_only:
+            named = []
         self.domains = sorted({name for name in named if name})
         if any(not name for name in named):
             self.domains.append(UNLABELLED)
@@ -95,8 +100,51 @@ class Run:
 
     @property
     def records_ids(self) -> bool:
-        """Whether expert ids per token were recorded; at level ``stats`` they were not."""
-        return bool(self.info["level"] != "stats")
+        """Whether expert ids per token were recorded; at levels counts and stats they were not."""
+        return self.info["level"] not in ("counts", "stats")
+
+    @property
+    def sums_only(self) -> bool:
+        """Whether this is level counts: sums of another program, and no token or prompt."""
+        return bool(self.info["level"] == "counts")
+
+    def refuse_without_ids(self, what: str) -> None:
+        """Refuse what needs the experts of every token where the run does not hold them.
+
+        Raises
+        ------
+        RunError
+        """
+        if not self.records_ids:
+            raise RunError(f"{what} {self.needs_ids}")
+
+    @property
+    def needs_ids(self) -> str:
+        """Why the experts of every token are missing, and where to get them, after "It"."""
+        if self.sums_only:
+            return (
+                "needs the experts of every token, and this run is imported from counts, which do "
+                "not have them. Import a trace that has."
+            )
+        return (
+            "needs the experts of every token, which level stats does not keep. Record the run "
+            "again with --level ids."
+        )
+
+    def tokens_of_sums(
+        self, where: str = "true", params: Mapping[str, object] | None = None
+    ) -> int:
+        """Return how many tokens counts are of: those of the layer that counted most.
+
+        ``where`` is a condition on the columns of ``expert_load_by``.
+        """
+        found = self.query(
+            "SELECT coalesce(max(n), 0) AS n FROM (SELECT sum(assignments) / any_value(top_k) AS n"
+            f" FROM expert_load_by JOIN sites USING (layer, site) WHERE {where} GROUP BY layer,"
+            " site)",
+            params or {},
+        )
+        return round(float(found["n"].iloc[0]))
 
     @property
     def notes(self) -> dict[str, Any]:

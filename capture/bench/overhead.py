@@ -46,7 +46,7 @@ from capture.recorder.preparation import (
 from capture.recorder.sampling import plan_sample
 from capture.recorder.session import Stopper, _Session
 from capture.recorder.transfer import WriterThread
-from capture.store import LEVELS, PromptInfo, RunWriter
+from capture.store import RECORDED_LEVELS, PromptInfo, RunWriter
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -216,7 +216,7 @@ def overhead_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", default="demo")
     parser.add_argument("--copies", type=int, default=2, help="how often the prompts are repeated")
-    parser.add_argument("--level", choices=LEVELS, default="ids")
+    parser.add_argument("--level", choices=RECORDED_LEVELS, default="ids")
     parser.add_argument("--sample-tokens", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=7, help="pairs; the median is reported")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, get_type_hints
 
 from capture.errors import ConfigError, quoted
-from capture.store.records import DTYPES, LEVELS, Level
+from capture.store.records import DTYPES, RECORDED_LEVELS, Level
 
 _LEVEL_TEXTS = (
     "Totals per expert only; the smallest file.",
@@ -90,7 +90,7 @@ class RecordingOptions:
             "scores: also every expert's score; attention: also where the heads look, for some "
             "prompts (default: %(default)s)",
             metavar="LEVEL",
-            choices=dict(zip(LEVELS, _LEVEL_TEXTS, strict=True)),
+            choices=dict(zip(RECORDED_LEVELS, _LEVEL_TEXTS, strict=True)),
             advice="'ids' is the usual choice",
         ),
     )

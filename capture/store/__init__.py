@@ -2,7 +2,7 @@
 
 from capture.store.reader import RunReader, check_run
 from capture.store.records import (
-    LEVELS,
+    RECORDED_LEVELS,
     AttentionLayer,
     ForwardRows,
     LayerAttention,
@@ -23,9 +23,9 @@ from capture.store.schema import SCHEMA_VERSION
 from capture.store.writer import RunWriter
 
 __all__ = [
-    "LEVELS",
     "MIN_PROMPTS",
     "MIN_TOKENS",
+    "RECORDED_LEVELS",
     "SCHEMA_VERSION",
     "AttentionLayer",
     "ForwardRows",

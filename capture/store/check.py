@@ -10,7 +10,6 @@ as the file stays the same.
 """
 
 import json
-import os
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,15 @@ from capture.errors import StoreError, quoted
 from capture.prompts import MAX_DOMAINS, MAX_PROMPT, MAX_SOURCE
 from capture.store import schema
 from capture.store.codec import Layout, unpack_ids
-from capture.store.files import not_a_run
+from capture.store.files import Identity, identity, not_a_run
 from capture.store.records import LEVELS, SiteInfo
-from capture.store.schema import ATTENTION_STATISTICS, MAP_PARTS, NO_TOKEN, STATISTICS
+from capture.store.schema import (
+    ANY_PHASE,
+    ATTENTION_STATISTICS,
+    MAP_PARTS,
+    NO_TOKEN,
+    STATISTICS,
+)
 
 SECONDS = 60.0  # what a check may take; a run of 100 M rows takes a fifth of it
 _DOCUMENTS = ("backends", "packages", "config", "sample", "notes")
@@ -39,7 +44,7 @@ _SALT_BITS = 62
 _ROWS = 2**17  # routes that are unpacked at a time
 _REMEMBERED = 1_000  # files
 _lock = threading.Lock()
-_verdicts: dict["Identity", StoreError | None] = {}
+_verdicts: dict[Identity, StoreError | None] = {}
 # characters
 MAX_NAME = 1_000  # of a model, a module, a domain, a token
 MAX_DOCUMENT = 1_000_000  # of JSON
@@ -53,6 +58,7 @@ MAX_LOSS = 1e6  # nats
 MAX_HALF = 131_072  # what 16 bits of a statistic can say
 MAX_WEIGHT = 512
 MAX_TOKENS = 10**9  # of a prompt
+MAX_LOAD = 2**53  # assignments of an expert that no token is known of; doubles count so far
 # DuckDB knows moments that Python does not
 _MOMENT = "isfinite(started_at) AND started_at BETWEEN '1970-01-01' AND '2200-01-01'"
 PHASE = "phase NOT IN ('prompt', 'generated')"
@@ -139,13 +145,14 @@ _ONCE = {
     "attention_head": "prompt_id, layer, head",
     "attention_key": "token_id, layer",
     "gate_sum": "layer, site, domain, phase, statistic",
+    "load_window": "step, layer, site",
 }
 _LAST_SITES = "(SELECT layer, max_by(n_experts, site) AS n_experts FROM packed.site GROUP BY layer)"
 _RECORDED = (
     "(SELECT layer, unnest(recorded) AS head FROM packed.attention_layer)"
     " AS known USING (layer, head)"
 )
-_FACTS = "(SELECT vocab_size, hidden_size, (SELECT count(*) FROM packed.token) AS n_all"
+_FACTS = "(SELECT level, vocab_size, hidden_size, (SELECT count(*) FROM packed.token) AS n_all"
 _FACTS += " FROM packed.run) AS facts"
 
 _MOST_WEIGHT = f"{MAX_WEIGHT}.0 * (n_all + 1)"
@@ -223,14 +230,43 @@ QUESTIONS = (
             "sums of a router that it does not have": "n_experts IS NULL"
             " OR len(assignments) <> n_experts OR len(weight_sum) <> n_experts"
             " OR coalesce(len(prob_sum), n_experts) <> n_experts",
-            "sums of a domain that no prompt has": "named.known IS NULL",
-            "sums of unknown phases": PHASE,
+            "sums of a domain that no prompt has": "named.known IS NULL AND level <> 'counts'",
+            "a domain of sums with a name that is too long": long("rollup.domain"),
+            "sums of unknown phases": f"CASE level WHEN 'counts' THEN phase <> '{ANY_PHASE}'"
+            f" ELSE {PHASE} END",
             "negative counts": "list_min(assignments) < 0",
-            "counts that cannot be": counts("assignments", "n_all")
-            + " OR list_sum(assignments) > n_all * top_k::HUGEINT",
+            "counts that cannot be": counts(
+                "assignments", f"CASE level WHEN 'counts' THEN {MAX_LOAD} ELSE n_all END"
+            )
+            + " OR (level <> 'counts' AND list_sum(assignments) > n_all * top_k::HUGEINT)",
             "sums that are not numbers": f"{beyond('weight_sum', '0', _MOST_WEIGHT)}"
             f" OR (prob_sum IS NOT NULL AND {numbers('prob_sum', '-1', _MOST_WEIGHT)})",
         },
+    ),
+    Question(
+        "packed.run, (SELECT (SELECT count(*) FROM packed.token) + (SELECT count(*) FROM"
+        " packed.prompt) + (SELECT count(*) FROM packed.batch) AS found),"
+        " (SELECT count(DISTINCT domain) AS domains FROM packed.rollup)",
+        {
+            "tokens or prompts at level counts": "level = 'counts' AND found > 0",
+            "too many domains of sums": f"domains > {MAX_DOMAINS + 1}",
+        },
+    ),
+    Question(
+        f"packed.load_window LEFT JOIN packed.site USING (layer, site), {_FACTS}",
+        {
+            "windows of a router that it does not have": "n_experts IS NULL OR level <> 'counts'"
+            " OR len(assignments) <> n_experts",
+            "windows of steps that cannot be": f"step NOT BETWEEN 0 AND {MAX_LOAD}",
+            "windows with counts that cannot be": counts("assignments", f"{MAX_LOAD}"),
+        },
+    ),
+    Question(
+        "(SELECT layer, site, sum(list_sum(assignments)::HUGEINT) AS found FROM packed.load_window"
+        " GROUP BY layer, site) AS windows LEFT JOIN (SELECT layer, site,"
+        " sum(list_sum(assignments)::HUGEINT) AS total FROM packed.rollup GROUP BY layer, site)"
+        " AS sums USING (layer, site)",
+        {"windows that do not add up to the sums": "total IS NULL OR found <> total"},
     ),
     Question(
         "packed.score LEFT JOIN packed.site USING (layer, site) LEFT JOIN packed.token"
@@ -388,30 +424,6 @@ def _repeated(table: str) -> str:
 def _hashed(column: str, salt: int) -> str:
     """Write the sum of the salted hashes of a column."""
     return f"coalesce(sum((hash({column}::BIGINT + {salt}) >> 8)::HUGEINT), 0)"
-
-
-class Identity(NamedTuple):
-    """What changes when a file does."""
-
-    path: str
-    size: int
-    changed: int
-    altered: int
-    inode: int
-    device: int
-
-
-def identity(path: Path) -> Identity:
-    """Return what tells a file from another one, and from itself after a change."""
-    status = os.stat(path)
-    return Identity(
-        str(path.absolute()),
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_ino,
-        status.st_dev,
-    )
 
 
 def check_values(

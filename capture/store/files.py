@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 
@@ -285,4 +286,28 @@ def not_a_run(path: Path, reason: Exception | str) -> StoreError:
     return StoreError(
         f"A run file was expected at {path}, but it is not one ({first_line(reason)}). "
         "Record one with: python -m capture MODEL --prompts FILE --out RUN"
+    )
+
+
+class Identity(NamedTuple):
+    """What changes when a file does."""
+
+    path: str
+    size: int
+    changed: int
+    altered: int
+    inode: int
+    device: int
+
+
+def identity(path: Path) -> Identity:
+    """Return what tells a file from another one, and from itself after a change."""
+    status = os.stat(path)
+    return Identity(
+        str(path.absolute()),
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_dev,
     )

@@ -206,7 +206,7 @@ def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection, oldest: int
     if found.get("run") != expected_tables(Layout(8, 1))["run"].sql:
         raise not_a_run(path, "it has no table packed.run as RouteScope makes it")
     version = check_version(path, connection, in_file(schema.RUN_TABLE), oldest=oldest)
-    missing = frozenset(schema.STAND_INS if version < schema.SCHEMA_VERSION else ())
+    missing = frozenset(name for name, (since, _) in schema.STAND_INS.items() if version < since)
     ours = expected_tables(_layout(path, connection))
     _refuse_strange(
         path, [name for name in ours if name not in missing and found.get(name) != ours[name].sql]
@@ -270,7 +270,7 @@ def _views(layout: Layout, missing: frozenset[str]) -> list[str]:
         columns = ", ".join(_READ.get((name, column), column) for column in table.columns)
         tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {FILE}.packed.{name}")
     for name in sorted(missing):
-        tables.append(f"CREATE VIEW packed.{name} AS {schema.STAND_INS[name]}")
+        tables.append(f"CREATE VIEW packed.{name} AS {schema.STAND_INS[name][1]}")
     ours = (*schema.view_statements(layout), *schema.views_without_weights(layout))
     return ["CREATE SCHEMA packed", *tables, *ours]
 

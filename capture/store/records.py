@@ -15,8 +15,10 @@ from capture.errors import StoreError
 from capture.store.codec import NO_WEIGHT, encode_half, encode_weights, id_dtype
 from capture.store.schema import STATISTICS
 
-Level = Literal["stats", "ids", "scores", "attention"]
-LEVELS: tuple[Level, ...] = ("stats", "ids", "scores", "attention")
+# counts: sums per expert that another program recorded, without its tokens
+Level = Literal["counts", "stats", "ids", "scores", "attention"]
+LEVELS: tuple[Level, ...] = ("counts", "stats", "ids", "scores", "attention")
+RECORDED_LEVELS = LEVELS[1:]  # those of a capture
 DTYPES = ("float32", "bfloat16", "float16")
 Phase = Literal["prompt", "generated"]
 Place = tuple[int, int]  # decoder layer, router within it

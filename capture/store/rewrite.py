@@ -197,10 +197,17 @@ def _add_gate_sums(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(statement)
 
 
+def _add_load_windows(connection: duckdb.DuckDBPyConnection) -> None:
+    """Add the table of version 4, which only runs of level counts fill."""
+    for statement in schema.statements_of_version_4():
+        connection.execute(statement)
+
+
 # one entry for every version that was ever released, oldest first
 STEPS: tuple[Step, ...] = (
     Step(1, "add pairs and attention", _add_pairs_and_attention),
     Step(2, "add sums of the gates", _add_gate_sums),
+    Step(3, "add loads of windows", _add_load_windows),
 )
 
 
@@ -363,6 +370,11 @@ def counts_only(path: str | Path, out: str | Path) -> Path:
     path, out = given_path(path, "the run", StoreError), given_path(out, "the new file", StoreError)
     check_new(out)
     with RunReader.open(path, checked=True) as run, made_whole(out) as fresh:
+        if run.info["level"] == "counts":
+            raise StoreError(
+                f"{path.name} holds sums only, as its trace did, and no text. Share the file as it "
+                "is."
+            )
         (layout,) = run.query(schema.SELECT_LAYOUT).to_pylist()
         try:
             _write_counts(fresh, run, Layout(**layout))

@@ -20,9 +20,11 @@ from capture.store.codec import (
     sql_weight_code,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 OLDEST_READ = 2  # files of older versions have to be migrated
 STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
+# the phase of sums that do not tell prompts from what was generated after them
+ANY_PHASE = "any"
 NO_TOKEN = -1  # a token id that is not known or was left out; the views show it as NULL
 
 
@@ -86,6 +88,20 @@ ATTENTION_TABLES = {
         Column("weights", "USMALLINT[] NOT NULL", pa.large_list(pa.uint16())),
     ],
 }
+# sums of a window of time, where a trace has nothing finer
+LOAD_WINDOW = "load_window"
+LOAD_WINDOW_COLUMNS = [
+    Column("step", "BIGINT NOT NULL", pa.int64()),
+    Column("layer", *_INTEGER),
+    Column("site", *_INTEGER),
+    Column("assignments", "BIGINT[] NOT NULL", pa.large_list(pa.int64())),
+]
+LOAD_WINDOW_VIEW = f"""
+CREATE VIEW load_windows AS
+    SELECT step, layer, site, unnest(range(len(assignments)))::INTEGER AS expert_id,
+        unnest(assignments) AS assignments
+    FROM packed.{LOAD_WINDOW};
+"""
 
 
 def tables(layout: Layout) -> dict[str, list[Column]]:
@@ -97,7 +113,8 @@ def tables(layout: Layout) -> dict[str, list[Column]]:
     ``coactivation`` one per site and ``transition`` one per site that leads to another, with a
     matrix row by row; ``attention_prompt`` one per prompt whose attention is recorded,
     ``attention_head`` one per such prompt, layer and head, ``attention_key`` one per token whose
-    heaviest keys are kept and layer, with lists over heads and, within a head, ranks.
+    heaviest keys are kept and layer, with lists over heads and, within a head, ranks;
+    ``load_window`` one per step of a recorder and site, at level counts, with a list over experts.
     """
     place = [Column("token_id", *_INTEGER), Column("layer", *_INTEGER), Column("site", *_INTEGER)]
     floats = ("FLOAT[] NOT NULL", pa.large_list(pa.float32()))
@@ -139,6 +156,7 @@ def tables(layout: Layout) -> dict[str, list[Column]]:
         ],
         **_PAIR_TABLES,
         **ATTENTION_TABLES,
+        LOAD_WINDOW: LOAD_WINDOW_COLUMNS,
     }
 
 
@@ -313,8 +331,15 @@ STORE_GATE_SUMS = (
     " JOIN packed.token USING (token_id) JOIN packed.prompt USING (prompt_id)"
     f" GROUP BY layer, site, domain, phase) {_APART}"
 )
-# tables that files of OLDEST_READ lack -> the SELECT that is read instead
-STAND_INS = {GATE_SUM: SELECT_GATE_SUMS}
+# tables that files from OLDEST_READ on lack -> their first version, the SELECT read instead before
+STAND_INS = {
+    GATE_SUM: (3, SELECT_GATE_SUMS),
+    LOAD_WINDOW: (
+        4,
+        "SELECT NULL::BIGINT AS step, NULL::INTEGER AS layer, NULL::INTEGER AS site,"
+        " NULL::BIGINT[] AS assignments WHERE false",
+    ),
+}
 
 # the accounting check compares these with what was handed in
 COUNT_TOKENS = "SELECT count(*), count(DISTINCT token_id) FROM packed.token"
@@ -442,6 +467,11 @@ def statements_of_version_2() -> Sequence[str]:
     return [_ATTENTION_LAYERS, *growing, _PAIR_VIEWS, _ATTENTION_VIEWS]
 
 
+def statements_of_version_4() -> Sequence[str]:
+    """Write the statements that add to a version 3 file what version 4 has more."""
+    return [*_create({LOAD_WINDOW: LOAD_WINDOW_COLUMNS}), LOAD_WINDOW_VIEW]
+
+
 def create_statements(layout: Layout) -> Sequence[str]:
     """Write the statements that make an empty run file."""
     growing = _create(tables(layout))
@@ -457,6 +487,7 @@ def view_statements(layout: Layout) -> Sequence[str]:
         _PAIR_VIEWS,
         _ATTENTION_VIEWS,
         GATE_SUM_VIEW,
+        LOAD_WINDOW_VIEW,
         f"CREATE VIEW assignments AS {_assignments(layout)}",
         f"CREATE VIEW gates AS SELECT token_id, layer, site, {statistics} FROM packed.route",
     ]

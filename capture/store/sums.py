@@ -65,6 +65,15 @@ class Rollup:
                 elif sums.prob_sum is not None:
                     sums.prob_sum += block.prob_sum[:, row]
 
+    def add_load(self, domain: str | None, assignments: Sequence[Counts]) -> None:
+        """Add sums that no token is known of, [E] a site: neither weights nor a phase."""
+        for index, counts in enumerate(assignments):
+            key = ((index,), domain, schema.ANY_PHASE)
+            sums = self._sums.setdefault(key, _Sums((1, len(counts))))
+            sums.assignments[0] += counts
+            sums.weight_sum[:] = np.nan
+            sums.prob_sum = None
+
     def assignments(self) -> list[int]:
         """Return the number of assignments of every site."""
         totals = [0] * len(self._sites)

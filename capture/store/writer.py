@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from capture.errors import StoreError, first_line, quoted
@@ -43,7 +44,14 @@ from capture.store.sums import (
     pairs_of_rows,
     store_pairs,
 )
-from capture.store.tables import AttentionBuilder, RowBuilder, clean, layer_rows, strings
+from capture.store.tables import (
+    AttentionBuilder,
+    RowBuilder,
+    clean,
+    layer_rows,
+    rows_table,
+    strings,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +124,7 @@ class RunWriter:
         # the file
         self._routed = LEVELS.index(info.level) >= LEVELS.index("ids")
         self._pairs, self._new_pairs = PairTotals(sites), False
+        self._new_load = False
         self._n_prompts, self._new_prompts = 0, list[PromptInfo]()
         self._attention = AttentionBuilder(attention_layers, self._tables)
         self._attention_counts = dict.fromkeys(schema.ATTENTION_TABLES, 0)
@@ -292,6 +301,48 @@ class RunWriter:
         self._pairs.add(pairs)
         self._new_pairs = not self._routed
 
+    def append_load(
+        self, assignments: Sequence[npt.NDArray[np.int64]], *, domain: str | None = None
+    ) -> None:
+        """Add how often every expert was chosen, [E] a site, in a run of level counts.
+
+        Raises
+        ------
+        StoreError
+            If a site is missing, or what is given are not counts.
+        """
+        self._check_load(assignments)
+        self._rollup.add_load(domain, assignments)
+        self._has_unknown_weights = self._new_load = True
+
+    def append_window(self, step: int, assignments: Sequence[npt.NDArray[np.int64]]) -> None:
+        """Add the part of the loads that belongs to one step of a recorder; each step once.
+
+        Raises
+        ------
+        StoreError
+            As :meth:`append_load`.
+        """
+        self._check_load(assignments)
+        rows = [
+            [step, site.layer, site.site, counts]
+            for site, counts in zip(self._sites, assignments, strict=True)
+        ]
+        name = schema.LOAD_WINDOW
+        self._hold({name: rows_table(self._tables[name], rows)})
+        if self._pending_rows >= COMMIT_ROWS or self._pending_bytes >= COMMIT_BYTES:
+            self.flush()
+
+    def _check_load(self, assignments: Sequence[npt.NDArray[np.int64]]) -> None:
+        self._open()
+        sizes = [counts.shape for counts in assignments]
+        if sizes != [(site.n_experts,) for site in self._sites]:
+            raise StoreError(
+                f"Loads are one array [E] for each of the {len(self._sites)} sites, got {sizes}."
+            )
+        if any(counts.min() < 0 for counts in assignments):
+            raise StoreError("A load is a count of 0 or more, got a negative one.")
+
     def _hold(self, tables: dict[str, pa.Table]) -> None:
         """Keep rows for the next transaction."""
         self._pending.append(tables)
@@ -301,7 +352,7 @@ class RunWriter:
     def flush(self) -> None:
         """Commit every forward pass handed in so far."""
         self._open()
-        if self._pending or self._new_pairs:
+        if self._pending or self._new_pairs or self._new_load:
             with self._transaction():
                 for name in ("prompt", *self._tables):
                     parts = [tables[name] for tables in self._pending if name in tables]
@@ -315,6 +366,7 @@ class RunWriter:
                     self._new_pairs = False
             self._pending.clear()
             self._pending_rows = self._pending_bytes = 0
+            self._new_load = False
             self.stored_tokens = self._n_tokens
         self._committed = time.monotonic()
 

@@ -6,44 +6,57 @@ holds. Nothing here loads a pickle.
 
 import base64
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import duckdb
 import numpy as np
 
 from capture.errors import TraceError, first_line, quoted
 from capture.paths import given_path
-from capture.traces.sequences import Ids, Sequence, Trace, is_choice, top_k_of
-from capture.traces.tables import read_table, select_columns
+from capture.traces.counts import COUNT_FORMATS, CountTrace, count_columns, recognised_counts
+from capture.traces.sequences import (
+    Ids,
+    Record,
+    Sequence,
+    Trace,
+    first_record,
+    is_choice,
+    records,
+    top_k_of,
+)
+from capture.traces.tables import columns_of, read_table, reader_of, select_columns
 
-Record = Mapping[str, Any]
 _ESFT_FILE = re.compile(r"expert_weights_(\d+)\.txt")
 _HEAD = 1 << 20  # bytes that are looked at
-_COUNTS = (
-    "holds counts of experts and not the choices of tokens. A run file needs one row a token; "
-    "counts cannot be imported yet"
+# files of a folder, by name; the first that there are
+_KNOWN: tuple[Callable[[str], object], ...] = (
+    _ESFT_FILE.fullmatch,
+    "meta_info.json".__eq__,
+    re.compile(r".*\.jsonl").fullmatch,
+    re.compile(r".*\.pt").fullmatch,
 )
+_ENTRY = 200  # bytes that hold the name of an archive's first file
+Item = TypeVar("Item")
 _JSON_ROWS = "read_json($path, format='newline_delimited', ignore_errors=false, {columns})"
 
 
-def open_trace(source: Any, format: str | None, top_k: int | None) -> Trace:
+def open_trace(
+    source: Any, format: str | None, top_k: int | None, n_experts: int | None
+) -> Trace | CountTrace:
     """Return a trace of whatever people have; see ``import_routing``."""
     if isinstance(source, (str, Path)):
-        return _of_files([given_path(source, "the trace", TraceError)], format, top_k)
+        source = [source]
     if isinstance(source, np.ndarray):
         source = [source]
     items = list(source)
     if not items:
         raise TraceError("The source is empty. Pass a file, outputs of an engine, or arrays.")
     if all(isinstance(item, (str, Path)) for item in items):
-        return _of_files(
-            [given_path(item, "the trace", TraceError) for item in items], format, top_k
-        )
+        paths = [given_path(item, "the trace", TraceError) for item in items]
+        return _of_files(paths, format, top_k, n_experts)
     if all(isinstance(item, np.ndarray) for item in items):
         return _of_arrays({f"array {n}": item for n, item in enumerate(items)})
     if all(hasattr(item, "outputs") for item in items):
@@ -56,14 +69,19 @@ def open_trace(source: Any, format: str | None, top_k: int | None) -> Trace:
     )
 
 
-def _of_files(paths: list[Path], name: str | None, top_k: int | None) -> Trace:
+def _of_files(
+    paths: list[Path], name: str | None, top_k: int | None, n_experts: int | None
+) -> Trace | CountTrace:
     files = _listed(paths)
     name = name or _recognised(files[0])
-    if name not in FORMATS:
-        raise TraceError(f"The format must be one of {', '.join(FORMATS)}, got {quoted(name)}.")
+    if name not in NAMES:
+        raise TraceError(f"The format must be one of {', '.join(NAMES)}, got {quoted(name)}.")
     if len(files) > 1 and name not in SEVERAL:
         raise TraceError(f"{name} is one file, got {len(files)}. Import each as a run of its own.")
     with _reading(files[0].name):
+        if name in COUNT_FORMATS:
+            counts = COUNT_FORMATS[name](files, n_experts)
+            return counts._replace(parts=lambda: _guarded(counts.parts, files[0].name))
         trace = FORMATS[name](files, top_k)
     return trace._replace(sequences=lambda: _guarded(trace.sequences, files[0].name))
 
@@ -79,9 +97,9 @@ def _reading(name: str) -> Iterator[None]:
         raise TraceError(f"{name} could not be read: {first_line(error)}.") from error
 
 
-def _guarded(sequences: Callable[[], Iterator[Sequence]], name: str) -> Iterator[Sequence]:
+def _guarded(read: Callable[[], Iterator[Item]], name: str) -> Iterator[Item]:
     with _reading(name):
-        yield from sequences()
+        yield from read()
 
 
 def _listed(paths: list[Path]) -> list[Path]:
@@ -90,13 +108,11 @@ def _listed(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             inside = [one for one in path.iterdir() if one.is_file()]
-            known = [one for one in inside if _ESFT_FILE.fullmatch(one.name)] or [
-                one for one in inside if one.suffix == ".jsonl"
-            ]
-            if not known:
+            known = next(filter(None, ([f for f in inside if p(f.name)] for p in _KNOWN)), None)
+            if known is None:
                 raise TraceError(
-                    f"The folder {path.name} holds no trace: expected expert_weights_LAYER.txt or "
-                    ".jsonl files. Name the file itself."
+                    f"The folder {path.name} holds no trace: expected expert_weights_LAYER.txt, "
+                    ".jsonl, .pt, or meta_info.json beside rank*.safetensors. Name the file itself."
                 )
             files += sorted(known, key=lambda one: [int(n) for n in re.findall(r"\d+", one.name)])
         elif path.is_file():
@@ -111,33 +127,31 @@ def _recognised(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if head.startswith(b"PAR1"):
-        return "table"
+        return _recognised_table(columns_of(path)) or "table"
     if head.startswith(b"PK"):
-        return "npz"
+        return "sglang-recorder" if b"/data.pkl" in head[:_ENTRY] else "npz"
     if head.startswith(b"\x93NUMPY"):
         return "npy"
     if head.startswith(b"GGUF"):
-        raise TraceError(f"{path.name} is an imatrix of llama.cpp, which {_COUNTS}.")
+        return "imatrix"
     if _ESFT_FILE.fullmatch(path.name):
         return "esft"
     text = head.decode("utf-8", "replace").lstrip("\ufeff \n")
     if text.startswith("{"):
-        return _recognised_json(path, _first_record(path))
-    if select_columns(_columns(path), "x") is not None:
-        return "table"
+        return _recognised_json(path, first_record(path))
+    if name := _recognised_table(columns_of(path)):
+        return name
     raise TraceError(
-        f"{path.name} is no trace that is known. Known are {', '.join(FORMATS)}; a table needs "
-        "columns token, layer and expert (and prompt, slot, weight). Say which one it is with "
-        "--format."
+        f"{path.name} is no trace that is known. Known are {', '.join(NAMES)}; a table needs "
+        "columns token, layer and expert (and prompt, slot, weight), or layer, expert and count. "
+        "Say which one it is with --format."
     )
 
 
 def _recognised_json(path: Path, record: Record) -> str:
     keys = set(record)
-    if "logical_count" in keys or "physical_to_logical_map" in keys:
-        raise TraceError(f"{path.name} is a placement or count of SGLang, which {_COUNTS}.")
-    if "tpe" in keys:
-        raise TraceError(f"{path.name} is Megatron's tokens_per_expert, which {_COUNTS}.")
+    if name := recognised_counts(path, record):
+        return name
     if "choices" in keys:
         return "vllm"
     if "meta_info" in keys:
@@ -148,44 +162,18 @@ def _recognised_json(path: Path, record: Record) -> str:
         return "token-log"
     if {"p", "t", "l", "e"} <= keys or "policy" in keys or "moe_policylang" in str(record):
         return "policylang"
-    if select_columns(list(keys), "x") is not None:
-        return "table"
+    if name := _recognised_table(list(keys)):
+        return name
     raise TraceError(
         f"{path.name} begins with the keys {', '.join(sorted(keys)[:8])}, of no trace that is "
-        f"known. Known are {', '.join(FORMATS)}."
+        f"known. Known are {', '.join(NAMES)}."
     )
 
 
-def _first_record(path: Path) -> Record:
-    for _, record in _records(path):
-        return record
-    raise TraceError(f"{path.name} holds no JSON object.")
-
-
-def _records(path: Path) -> Iterator[tuple[int, Record]]:
-    """Return the objects of a JSON file, or of its lines, with the number of the line."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                if number > 1:
-                    raise TraceError(f"{path.name}, line {number} is not JSON: {error}.") from None
-                break
-            if not isinstance(record, dict):
-                raise TraceError(
-                    f"{path.name}, line {number}: expected an object, got {quoted(record)}."
-                )
-            yield number, record
-        else:
-            return
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise TraceError(f"{path.name} is not JSON: {first_line(error)}.") from None
-    yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
+def _recognised_table(columns: list[str]) -> str | None:
+    if select_columns(columns, "x") is not None:
+        return "table"
+    return "counts" if count_columns(columns) else None
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -193,7 +181,7 @@ def _records(path: Path) -> Iterator[tuple[int, Record]]:
 
 def _vllm(files: list[Path], top_k: int | None) -> Trace:
     path = files[0]
-    return _of_responses(lambda: _records(path), _first_record(path), path.name, top_k)
+    return _of_responses(lambda: records(path), first_record(path), path.name, top_k)
 
 
 def _of_responses(
@@ -354,7 +342,7 @@ def _as_ids(values: "np.ndarray[Any, Any]", where: str) -> Ids:
 def _megatron(files: list[Path], top_k: int | None) -> Trace:
     """Read Megatron-core's router traces, one line a layer and micro-batch, a file a rank."""
     places = sorted(
-        {(one["stage"], one["block"], one["layer"]) for file in files for _, one in _records(file)}
+        {(one["stage"], one["block"], one["layer"]) for file in files for _, one in records(file)}
     )
     numbers = [layer for *_, layer in places]
     layers = tuple(numbers) if len(set(numbers)) == len(numbers) else None
@@ -366,7 +354,7 @@ def _megatron_steps(files: list[Path], places: list[Any]) -> Iterator[Sequence]:
     for file in files:
         held: dict[Any, Any] = {}
         step = None
-        for number, line in _records(file):
+        for number, line in records(file):
             place = (line["stage"], line["block"], line["layer"])
             if place in held or (step is not None and line["step"] != step):
                 yield from _megatron_step(held, places, seen, f"{file.name}, step {step}")
@@ -406,7 +394,7 @@ def _megatron_step(
 def _token_log(files: list[Path], top_k: int | None) -> Trace:
     """Read a per-token log: a line ``meta``, then lines ``route``."""
     path = files[0]
-    about = _first_record(path)
+    about = first_record(path)
     columns = (
         "columns={type: 'VARCHAR', req_id: 'VARCHAR', token_idx: 'BIGINT', layer: 'INTEGER',"
         " topk_ids: 'INTEGER[]', topk_weights: 'DOUBLE[]'}"
@@ -443,33 +431,14 @@ def _policylang(files: list[Path], top_k: int | None) -> Trace:
 def _table(files: list[Path], top_k: int | None) -> Trace:
     """Read rows of (prompt, token, layer, slot, expert, weight)."""
     path = files[0]
-    select = select_columns(_columns(path), _reader(path))
+    select = select_columns(columns_of(path), reader_of(path))
     if select is None:
         raise TraceError(
             f"{path.name} needs columns token, layer and expert (and may have prompt, slot and "
-            f"weight), got {', '.join(_columns(path))[:200]}."
+            f"weight), got {', '.join(columns_of(path))[:200]}."
         )
     table = read_table(path, select, in_order=False)
     return Trace("table of choices", table.sequences, layers=table.layers, close=table.close)
-
-
-def _reader(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head == b"PAR1":
-        return "read_parquet($path)"
-    return "read_json($path)" if head.lstrip()[:1] in (b"{", b"[") else "read_csv($path)"
-
-
-def _columns(path: Path) -> list[str]:
-    try:
-        with duckdb.connect(":memory:") as connection:
-            rows = connection.execute(
-                f"DESCRIBE SELECT * FROM {_reader(path)}", {"path": str(path)}
-            ).fetchall()
-    except duckdb.Error as error:
-        raise TraceError(f"{path.name} could not be read: {first_line(error)}.") from error
-    return [row[0] for row in rows]
 
 
 def _esft(files: list[Path], top_k: int | None) -> Trace:
@@ -592,4 +561,5 @@ FORMATS: dict[str, Callable[[list[Path], int | None], Trace]] = {
     "npy": _npy,
     "table": _table,
 }
-SEVERAL = ("esft", "megatron", "npy")
+SEVERAL = ("esft", "megatron", "npy", "sglang-recorder", "tokens-per-expert", "tensorrt-llm")
+NAMES = (*FORMATS, *COUNT_FORMATS)

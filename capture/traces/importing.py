@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from capture.errors import TraceError
 from capture.paths import given_path
 from capture.store import (
     ForwardRows,
+    Level,
     PromptInfo,
     RunInfo,
     RunWriter,
@@ -21,11 +23,13 @@ from capture.store import (
 )
 from capture.store.files import check_new
 from capture.store.schema import NO_TOKEN
+from capture.traces.counts import CountTrace, Part
 from capture.traces.formats import open_trace
-from capture.traces.sequences import Sequence, Survey, Trace, is_choice, survey
+from capture.traces.sequences import MAX_TOP_K, Sequence, Survey, Trace, is_choice, survey
 
 ROWS = 4_096  # tokens that are handed over at a time
 MAX_EXPERTS = 2**16 - 1
+NO_MODEL = "not said"
 
 
 class Imported(NamedTuple):
@@ -36,8 +40,9 @@ class Imported(NamedTuple):
     run : Path
     format : str
     sequences, tokens, layers, n_experts, top_k : int
+        0 sequences and tokens of a trace of counts.
     rows : int
-        Tokens that the trace has rows of.
+        Tokens that the trace has rows of; of a trace of counts, assignments.
     warm_up : int
         Of these, equal rows at the head that were left out.
     missing : int
@@ -45,6 +50,8 @@ class Imported(NamedTuple):
     weighted : bool
         Whether the trace has weights, and slots are therefore in order of weight.
     seconds : float
+    windows : int
+        Windows of time of a trace of counts.
     """
 
     run: Path
@@ -59,8 +66,16 @@ class Imported(NamedTuple):
     missing: int
     weighted: bool
     seconds: float
+    windows: int = 0
 
     def __str__(self) -> str:
+        if not self.tokens:
+            over_time = f" in {self.windows:,} windows of time" if self.windows else ""
+            return (
+                f"{self.run}: {self.format}, {self.rows:,} assignments{over_time}, {self.layers} "
+                f"layers, {self.top_k} of {self.n_experts} experts; sums only, no tokens, "
+                f"{self.seconds:.1f} s"
+            )
         left_out = f", {self.warm_up:,} rows of warm-up left out" if self.warm_up else ""
         missing = f", {self.missing:,} (token, layer) not recorded" if self.missing else ""
         weights = "with weights" if self.weighted else "without weights; slots in no order"
@@ -80,12 +95,12 @@ def import_routing(
     top_k: int | None = None,
     keep_warm_up: bool = False,
 ) -> Imported:
-    """Write routing that another program recorded as a run file of level ``ids``.
+    """Write routing that another program recorded as a run file of level ``ids`` or ``counts``.
 
     Parameters
     ----------
     source : path, or sequence of paths, objects or arrays
-        Files of a format of ``capture.traces.formats.FORMATS``, vLLM's ``RequestOutput`` objects,
+        Files of a format of ``capture.traces.formats.NAMES``, vLLM's ``RequestOutput`` objects,
         or arrays of expert ids [tokens, layers, top k], one a sequence.
     out : str or Path
         The run file; it must not exist.
@@ -94,7 +109,7 @@ def import_routing(
     n_experts : int, optional
         Routed experts of a layer; by default what the trace says, else the largest id and one.
     top_k : int, optional
-        Where the trace does not say it, and few rows leave it open.
+        Where the trace does not say it, and few rows leave it open; counts seldom say it.
     keep_warm_up : bool
         Keep equal rows at the head, which engines write before the first request.
 
@@ -113,11 +128,14 @@ def import_routing(
     started = time.monotonic()
     path = given_path(out, "the run file")
     check_new(path)
-    trace = open_trace(source, format, top_k)
+    trace = open_trace(source, format, top_k, n_experts)
     try:
-        return _import(trace, path, n_experts, keep_warm_up=keep_warm_up)._replace(
-            seconds=time.monotonic() - started
+        made = (
+            _import_counts(trace, path, n_experts, top_k)
+            if isinstance(trace, CountTrace)
+            else _import(trace, path, n_experts, keep_warm_up=keep_warm_up)
         )
+        return made._replace(seconds=time.monotonic() - started)
     finally:
         trace.close()
 
@@ -138,17 +156,7 @@ def _import(trace: Trace, path: Path, n_experts: int | None, *, keep_warm_up: bo
         if routed
     ]
     prompts, vocabulary = _prompts(trace, skip)
-    info = RunInfo(
-        model=trace.model or "not said",
-        revision=None,
-        architecture=f"imported from {trace.format}",
-        dtype="not said",
-        device="not said",
-        level="ids",
-        vocab_size=vocabulary,
-        hidden_size=0,
-    )
-    writer = RunWriter.create(path, info, sites, prompts)
+    writer = RunWriter.create(path, _about(trace, "ids", vocabulary), sites, prompts)
     counts = _Counts()
     try:
         for forward in _forwards(trace, found, sites, prompts, skip, counts):
@@ -182,6 +190,86 @@ def _import(trace: Trace, path: Path, n_experts: int | None, *, keep_warm_up: bo
         missing=counts.missing,
         weighted=counts.weighted,
         seconds=time.monotonic() - started,
+    )
+
+
+def _import_counts(
+    trace: CountTrace, path: Path, n_experts: int | None, top_k: int | None
+) -> Imported:
+    started = time.monotonic()
+    by_domain: dict[str | None, npt.NDArray[np.int64]] = {}
+    steps: set[int] = set()
+    for part in trace.parts():
+        by_domain[part.domain] = by_domain.get(part.domain, 0) + part.counts
+        steps.update(() if part.step is None else (part.step,))
+    total = sum(by_domain.values(), np.zeros((len(trace.layers), 1), np.int64))
+    routed = np.flatnonzero(total.any(1))  # nobody counts in a dense layer
+    if not len(routed):
+        raise TraceError(f"The {trace.format} trace counts no assignment.")
+    found, k = total.shape[1], top_k or trace.top_k
+    if n_experts is not None and n_experts < found:
+        raise TraceError(
+            f"The {trace.format} trace counts {found} experts, but a layer is said to have "
+            f"{n_experts}. Say the right number with --experts."
+        )
+    experts = n_experts or found
+    if k is None or not 1 <= k <= min(experts, MAX_TOP_K):
+        raise TraceError(
+            f"Counts of {experts} experts do not say how many of them a token visits. Say it with "
+            "--top-k: it is num_experts_per_tok in the model's config.json."
+            if k is None
+            else f"A token has 1 to {min(experts, MAX_TOP_K)} of {experts} experts, got {k}."
+        )
+    sites = [
+        SiteInfo(trace.layers[at], 0, f"layers.{trace.layers[at]}", experts, k, 0, "other")
+        for at in routed
+    ]
+    writer = RunWriter.create(path, _about(trace, "counts", 0), sites, ())
+    wider = ((0, 0), (0, experts - found))
+    try:
+        for domain, counts in by_domain.items():
+            writer.append_load(list(np.pad(counts, wider)[routed]), domain=domain)
+        for step, counts in _windows(trace.parts()):
+            writer.append_window(step, list(np.pad(counts, wider)[routed]))
+        note = {"format": trace.format, "windows": len(steps), **trace.facts}
+        writer.finish(seconds=time.monotonic() - started, notes={"import": note})
+    except BaseException:
+        writer.discard()
+        raise
+    return Imported(
+        run=path,
+        format=trace.format,
+        sequences=0,
+        tokens=0,
+        layers=len(sites),
+        n_experts=experts,
+        top_k=k,
+        rows=int(total.sum()),
+        warm_up=0,
+        missing=0,
+        weighted=False,
+        seconds=time.monotonic() - started,
+        windows=len(steps),
+    )
+
+
+def _windows(parts: Iterator[Part]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Return the sum of each step; parts come in their order."""
+    for step, of_step in groupby(parts, lambda part: part.step):
+        if step is not None:
+            yield step, np.sum([part.counts for part in of_step], axis=0)
+
+
+def _about(trace: Trace | CountTrace, level: Level, vocabulary: int) -> RunInfo:
+    return RunInfo(
+        model=trace.model or NO_MODEL,
+        revision=None,
+        architecture=f"imported from {trace.format}",
+        dtype="not said",
+        device="not said",
+        level=level,
+        vocab_size=vocabulary,
+        hidden_size=0,
     )
 
 

@@ -3,15 +3,18 @@
 Shapes: R recorded tokens, L layers as the trace counts them, K slots.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from capture.errors import TraceError
+from capture.errors import TraceError, first_line, quoted
 
+Record = Mapping[str, Any]
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
@@ -211,3 +214,36 @@ def top_k_of(flat: npt.NDArray[np.integer[Any]], width: int | None = None) -> in
     raise TraceError(
         f"How many experts a token has cannot be told from {len(flat)} ids. Say it with --top-k."
     )
+
+
+def first_record(path: Path) -> Record:
+    """Return the first object of a JSON file."""
+    for _, record in records(path):
+        return record
+    raise TraceError(f"{path.name} holds no JSON object.")
+
+
+def records(path: Path) -> Iterator[tuple[int, Record]]:
+    """Return the objects of a JSON file, or of its lines, with the number of the line."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                if number > 1:
+                    raise TraceError(f"{path.name}, line {number} is not JSON: {error}.") from None
+                break
+            if not isinstance(record, dict):
+                raise TraceError(
+                    f"{path.name}, line {number}: expected an object, got {quoted(record)}."
+                )
+            yield number, record
+        else:
+            return
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise TraceError(f"{path.name} is not JSON: {first_line(error)}.") from None
+    yield from enumerate(whole if isinstance(whole, list) else [whole], 1)

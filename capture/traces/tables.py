@@ -231,3 +231,24 @@ def select_columns(columns: list[str], source: str) -> str | None:
         f" list({found['expert']}::INTEGER ORDER BY {slot}) AS ids, {weights} AS weights FROM"
         f" (SELECT *, row_number() OVER () AS n FROM {source}) GROUP BY ALL ORDER BY first)"
     )
+
+
+def reader_of(path: Path) -> str:
+    """Return what reads a table, in SQL, of ``$path``."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == b"PAR1":
+        return "read_parquet($path)"
+    return "read_json($path)" if head.lstrip()[:1] in (b"{", b"[") else "read_csv($path)"
+
+
+def columns_of(path: Path) -> list[str]:
+    """Return the columns of a table."""
+    try:
+        with duckdb.connect(":memory:") as connection:
+            rows = connection.execute(
+                f"DESCRIBE SELECT * FROM {reader_of(path)}", {"path": str(path)}
+            ).fetchall()
+    except duckdb.Error as error:
+        raise TraceError(f"{path.name} could not be read: {first_line(error)}.") from error
+    return [row[0] for row in rows]

@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from explorer.errors import RunError
 from explorer.queries.where import conditions
 from explorer.run import Run
 from explorer.text import visible
@@ -48,11 +47,7 @@ def read_halves(run: Run) -> tuple[Half, Half]:
     RunError
         If the run does not hold expert ids.
     """
-    if not run.records_ids:
-        raise RunError(
-            "Findings are tested on the experts of every token, which level stats does not keep. "
-            "Record the run again with --level ids."
-        )
+    run.refuse_without_ids("Testing findings")
     width = sum(site.top_k for site in run.sites)
     step = max(1, -(-int(run.info["n_tokens"]) * width // MAX_ASSIGNMENTS))
     chosen = "prompt_id % $step = 0"

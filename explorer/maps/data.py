@@ -112,11 +112,7 @@ def signatures(run: Run) -> Signatures:
     RunError
         If expert ids were not recorded.
     """
-    if not run.records_ids:
-        raise RunError(
-            "This run was recorded at level stats: it does not know which prompt went to which "
-            "expert. Record it again with --level ids."
-        )
+    run.refuse_without_ids("Which prompt went to which expert")
     widths = [site.n_experts for site in run.sites]
     first = np.cumsum([0, *widths])
     n_all = int(run.query("SELECT count(*) AS n FROM prompts")["n"].iloc[0])

@@ -39,7 +39,8 @@ def expert_load(
         ``n_experts``, ``top_k``, ``assignments``, ``weight_sum``, ``prob_sum``; ``share`` =
         assignments / the site's assignments, and ``ratio`` = share / uniform share, so 1 is a
         fair load. ``share`` and ``ratio`` are missing where the site has no assignment,
-        ``prob_sum`` where the router's scores were not known, and of a part.
+        ``weight_sum`` where weights were not recorded, ``prob_sum`` where the router's scores were
+        not known, and of a part.
 
     Raises
     ------
@@ -66,7 +67,8 @@ def expert_load(
         )
         SELECT layer, site, expert_id, n_experts, top_k,
             coalesce(assignments, 0) AS assignments,
-            {"coalesce(weight_sum, 0)" if known else "weight_sum"} AS weight_sum, prob_sum,
+            {"CASE WHEN assignments IS NULL THEN 0 ELSE weight_sum END" if known else "weight_sum"}
+                AS weight_sum, prob_sum,
             coalesce(assignments, 0) / nullif(sum(assignments) OVER of_site, 0)::DOUBLE AS share,
             n_experts * share AS ratio
         FROM experts LEFT JOIN load USING (layer, site, expert_id)
@@ -84,12 +86,7 @@ def load_of(run: Run, part: Part | None) -> tuple[str, Params]:
     """
     if part is None:
         return "expert_load_by", {}
-    if not run.records_ids:
-        raise RunError(
-            "This run was recorded at level stats: it has no expert ids per token to count a part "
-            "of its prompts from. Take the search and the slice off, or record it again with "
-            "--level ids."
-        )
+    run.refuse_without_ids("A search or a slice")
     where, params = conditions(part=part)
     # tokens are chosen before the join: then DuckDB leaves out rows before it unpacks their slots
     return (
@@ -163,9 +160,76 @@ def _load_by(
 
 WINDOWS = {
     "prompts": "consecutive prompts",
-    "time": "consecutive forward passes",
+    "time": "consecutive forward passes, at level counts steps",
     "domains": "a domain each",
 }
+# windows of equally many steps each
+_OF_STEPS = """
+    SELECT layer, site, expert_id, part, assignments, NULL::VARCHAR AS domain, 'any' AS phase
+    FROM load_windows JOIN (
+        SELECT step, floor($windows * (row_number() OVER (ORDER BY step) - 1) / count(*) OVER ())
+            ::INTEGER AS part
+        FROM (SELECT DISTINCT step FROM load_windows)
+    ) USING (step)
+"""
+# the window of each token, of about equally many tokens each
+_PARTS = {
+    "prompts": """
+        JOIN (
+            SELECT prompt_id, domain, floor($windows * (
+                sum(n_tokens) OVER (ORDER BY prompt_id) - n_tokens / 2
+            ) / sum(n_tokens) OVER ())::INTEGER AS part
+            FROM prompts JOIN prompt_sizes USING (prompt_id)
+        ) USING (prompt_id)
+    """,
+    "time": """
+        JOIN prompts USING (prompt_id) JOIN token_batches USING (token_id) JOIN (
+            SELECT batch_id, floor($windows * (
+                sum(tokens) OVER (ORDER BY batch_id) - tokens / 2
+            ) / sum(tokens) OVER ())::INTEGER AS part FROM batches
+        ) USING (batch_id)
+    """,
+}
+
+
+def steps_of(run: Run) -> list[int]:
+    """Return the steps of a recorder or a training that the run keeps sums of, in order."""
+    found = run.query("SELECT DISTINCT step FROM load_windows ORDER BY step")
+    return [int(step) for step in found["step"]]
+
+
+def expert_load_by_step(run: Run, layer: int, *, site: int = 0, most: int = 24) -> pd.DataFrame:
+    """Return the load of one site's experts over a recorder's steps, in at most so many windows.
+
+    Returns
+    -------
+    DataFrame
+        As by domain; ``step`` is the window's first and last one.
+    """
+    n_experts = run.site_info(layer, site).n_experts
+    steps = steps_of(run)
+    found = window_loads(run, "time", min(most, len(steps)), n_experts=n_experts)
+    loads = found.loads[:, found.sites.index((layer, site))]
+    parts = np.arange(len(steps)) * min(most, len(steps)) // len(steps)
+    total = loads.sum(1, keepdims=True)
+    share = np.divide(loads, total, out=np.full(loads.shape, np.nan), where=total > 0)
+    named = {}
+    for name in found.names:
+        inside = np.flatnonzero(parts == int(name) - 1)
+        first, last = steps[inside[0]], steps[inside[-1]]
+        named[name] = str(first) if first == last else f"{first} to {last}"
+    return pd.DataFrame(
+        {
+            "step": np.repeat([named[name] for name in found.names], n_experts),
+            "layer": layer,
+            "site": site,
+            "expert_id": np.tile(np.arange(n_experts), len(loads)),
+            "n_experts": n_experts,
+            "assignments": loads.astype(np.int64).ravel(),
+            "share": share.ravel(),
+            "ratio": share.ravel() * n_experts,
+        }
+    )
 
 
 class WindowLoads(NamedTuple):
@@ -206,17 +270,18 @@ def window_loads(
     Parameters
     ----------
     by : str
-        A name in ``WINDOWS``: what a window is made of.
+        A name in ``WINDOWS``: what a window is made of; at level counts time, unless domains.
     windows : int
-        How many, with about equally many tokens, unless they are domains. Windows without a token
-        are left out.
+        How many, with about equally many tokens or, at level counts, steps, unless they are
+        domains. Windows without a token are left out.
     n_experts : int, optional
         Of the routers that are wanted; needed where a run has routers of several sizes.
 
     Raises
     ------
     RunError
-        For windows of a run that does not hold expert ids, and for routers of several sizes.
+        For windows of a run that holds neither expert ids nor steps of a recorder, and for routers
+        of several sizes.
     """
     if by not in WINDOWS:
         raise RunError(f"Windows are of {', '.join(WINDOWS)}, got {by!r}.")
@@ -233,32 +298,14 @@ def window_loads(
     if by == "domains":
         source = "SELECT *, coalesce(domain, '') AS part FROM expert_load_by"
     else:
-        if not run.records_ids:
-            raise RunError(
-                "This run was recorded at level stats: only its domains can be told apart. Take "
-                "windows by domain, or record it again with --level ids."
+        if run.sums_only and steps_of(run):
+            by, source = "time", _OF_STEPS  # which is all that counts know
+        else:
+            run.refuse_without_ids("Telling windows other than domains apart")
+            source = (
+                "SELECT layer, site, expert_id, domain, phase, part, 1 AS assignments"
+                f" FROM assignments JOIN tokens USING (token_id) {_PARTS[by]}"
             )
-        of_prompts = """
-            SELECT prompt_id, domain, floor($windows * (
-                sum(n_tokens) OVER (ORDER BY prompt_id) - n_tokens / 2
-            ) / sum(n_tokens) OVER ())::INTEGER AS part
-            FROM prompts JOIN prompt_sizes USING (prompt_id)
-        """
-        of_passes = """
-            SELECT batch_id, floor($windows * (
-                sum(tokens) OVER (ORDER BY batch_id) - tokens / 2
-            ) / sum(tokens) OVER ())::INTEGER AS part FROM batches
-        """
-        parts = (
-            f"JOIN ({of_prompts}) USING (prompt_id)"
-            if by == "prompts"
-            else "JOIN prompts USING (prompt_id) JOIN token_batches USING (token_id) "
-            f"JOIN ({of_passes}) USING (batch_id)"
-        )
-        source = (
-            "SELECT layer, site, expert_id, domain, phase, part, 1 AS assignments "
-            f"FROM assignments JOIN tokens USING (token_id) {parts}"
-        )
         params["windows"] = windows
     table = run.query(
         f"SELECT part, layer, site, expert_id, sum(assignments)::BIGINT AS assignments "
@@ -303,14 +350,6 @@ def hidden_layers(run: Run, given: int | None = None) -> int:
     return given or least
 
 
-def _refuse_without_ids(run: Run) -> None:
-    if not run.records_ids:
-        raise RunError(
-            "This run was recorded at level stats, which keeps no expert ids per token. "
-            "Record it again with --level ids."
-        )
-
-
 class Lookups(NamedTuple):
     """What one site chose, token after token.
 
@@ -348,7 +387,7 @@ def trace(
         If the run does not hold expert ids.
     """
     info = run.site_info(layer, site)
-    _refuse_without_ids(run)
+    run.refuse_without_ids("Reading choices in order")
     where, params = conditions(phase=phase, domain=domain)
     order = "batch_id, row_in_batch" if interleaved else "prompt_id, position"
     rows = run.table(
@@ -430,7 +469,7 @@ def routing(
         If the run does not hold expert ids.
     """
     info = run.site_info(layer, site)
-    _refuse_without_ids(run)
+    run.refuse_without_ids("Reading choices in order")
     where, params = conditions(phase=phase)
     passes, sizes_of = "token_batches JOIN batches USING (batch_id)", "batches"
     if domain is not None or part is not None:

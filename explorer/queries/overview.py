@@ -16,10 +16,12 @@ SHOWN = 2_000  # characters of a prompt in a list; all of its tokens have the wh
 def token_count(
     run: Run, *, domain: str | None = None, phase: str | None = None, part: Part | None = None
 ) -> int:
-    """Return how many tokens were recorded; padding is never recorded."""
+    """Return how many tokens were recorded, at level counts those that the counts are of."""
     where, params = conditions(domain=domain, phase=phase, part=part)
     if where == "true":
         return int(run.info["n_tokens"])
+    if run.sums_only:
+        return run.tokens_of_sums(where, params)
     rows = run.query(
         f"SELECT count(*) AS n FROM tokens JOIN prompts USING (prompt_id) WHERE {where}", params
     )

@@ -200,7 +200,9 @@ def _facts(run: Run, view: SavedView | None) -> dict[str, str]:
         f"{info['revision'] or '–'}",
         "Recorded": f"{info['started_at']:%Y-%m-%d %H:%M} UTC on {info['device']} in "
         f"{info['dtype']}, level {info['level']}",
-        "Tokens": f"{info['n_tokens']:,} of {counted(info['n_prompts'], 'prompt')}, "
+        "Tokens": f"{info['n_tokens']:,}, from counts over top k"
+        if run.sums_only
+        else f"{info['n_tokens']:,} of {counted(info['n_prompts'], 'prompt')}, "
         f"{info['n_generated']:,} generated; padding excluded",
         "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
         "Packages": _listed(info["packages"]),

@@ -14,10 +14,6 @@ from explorer.ui.state import PHASES, RunProblem, View, several_sites
 from explorer.ui.wording import domain_name, site_name
 
 MAX_SEARCH = 200
-_NEEDS_IDS = (
-    "This run was recorded at level stats: its totals know no prompts, so the search and the "
-    "slice of the link do not apply."
-)
 
 
 def select_view() -> View | RunProblem | None:
@@ -62,7 +58,7 @@ def _list_refused(names: list[str]) -> None:
 
 def _select_phase(run: Run) -> str | None:
     if run.phases == ["prompt"] or not run.phases:
-        return address.pick("phase", ["prompt"], default="", what="Phase") or None
+        return address.pick("phase", run.phases, default="", what="Phase") or None
     phase = address.choose(
         st.segmented_control,
         "phase",
@@ -93,7 +89,7 @@ def _select_part(run: Run) -> Part | None:
     """Draw the search in the prompts and the choice of a slice."""
     if not run.records_ids:
         if address.read("search") or address.read("slice"):
-            address.note(_NEEDS_IDS)
+            address.note(f"The search and the slice of the link do not apply: that {run.needs_ids}")
             address.write("search", "")
             address.write("slice", "")
         return None

@@ -37,10 +37,7 @@ def instead(text: str) -> None:
 def without_ids(run: Run, what: str) -> bool:
     """Return whether a run keeps no experts of single tokens, after saying what needs them."""
     if not run.records_ids:
-        instead(
-            f"{what} needs the experts of every token, which level `stats` does not keep. Capture "
-            "with `--level ids`."
-        )
+        instead(f"{what} {run.needs_ids}")
     return not run.records_ids
 
 

@@ -97,6 +97,13 @@ def current_view() -> state.View:
             "smaller in all was left out.",
             icon=":material/visibility_off:",
         )
+    if view.run.sums_only:
+        st.info(
+            "This run was imported from counts: how often each expert was chosen, and nothing of "
+            "single tokens. What needs their text, their experts together, weights or scores is "
+            "not shown. Numbers of tokens are assignments over top k.",
+            icon=":material/functions:",
+        )
     if not view.run.info["complete"]:
         st.warning(
             "This run's capture did not end: it holds a part of its prompts only.",

@@ -363,7 +363,7 @@ def test_a_slice_is_described_and_deleted_only_by_those_who_may(own):
 def test_a_run_of_totals_knows_no_parts(runs):
     write_run(runs / "stats.duckdb", level="stats")
     app = opened(search="court", slice="x")
-    assert "recorded at level stats" in notes(app)
+    assert "which level stats does not keep" in notes(app)
     assert not {"search", "slice"} & set(app.query_params)
 
 

@@ -27,7 +27,7 @@ from capture.errors import (
 )
 from capture.model.load import load_model
 from capture.recorder.estimate import check_space
-from capture.store import LEVELS, RunReader, RunWriter, recover
+from capture.store import RECORDED_LEVELS, RunReader, RunWriter, recover
 from capture.store import writer as writer_module
 
 # batches of other shapes sum in another order; float32 keeps about seven digits
@@ -233,7 +233,7 @@ def softmax(scores):
     return values / values.sum()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", RECORDED_LEVELS)
 def test_levels_and_sample(tmp_path, level):
     model = tiny("mixtral")
     prompts = [{"ids": p, "domain": d} for p, d in zip(unequal(5), "aabbb", strict=True)]

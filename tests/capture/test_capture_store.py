@@ -17,7 +17,7 @@ from store_runs import (
 )
 
 from capture.errors import StoreError
-from capture.store import LEVELS, PromptInfo, RunReader, RunWriter, schema
+from capture.store import RECORDED_LEVELS, PromptInfo, RunReader, RunWriter, schema
 from capture.store import writer as writer_module
 
 # the columns that the issue promises to everybody, with the type a stranger's DuckDB reports
@@ -204,7 +204,7 @@ def test_any_text_is_kept_but_for_half_a_surrogate_pair(out, random):
     assert stored == [(text, "d\0", text) for text in texts]
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", RECORDED_LEVELS)
 def test_expert_load_sums_the_rollups_and_lists_idle_experts(out, random, level):
     sites = [make_site(0, 4, 1), make_site(2, 300, 3)]
     forwards = [

@@ -30,7 +30,7 @@ from capture.recorder.preparation import describe_run
 from capture.recorder.sampling import plan_sample
 from capture.recorder.transfer import Staging, WriterThread
 from capture.store import RunWriter
-from capture.store.records import LEVELS, Level
+from capture.store.records import RECORDED_LEVELS, Level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,10 +141,10 @@ def recording(
         followed. What was recorded until then is kept, marked incomplete.
     """
     path = ranked(given_path(out, "the run file"))
-    if level not in LEVELS[:3]:
+    if level not in RECORDED_LEVELS[:3]:
         raise ConfigError(
-            f"level must be one of {', '.join(LEVELS[:3])} in one's own loop, got {quoted(level)}. "
-            "Level attention is recorded by capture.record()."
+            f"level must be one of {', '.join(RECORDED_LEVELS[:3])} in one's own loop, got "
+            f"{quoted(level)}. Level attention is recorded by capture.record()."
         )
     if isinstance(model, nn.DataParallel):
         raise ConfigError(

@@ -245,7 +245,7 @@ def routing_together(
     RunError
         If the run has no attention, or no expert ids.
     """
-    _needs_ids(run)
+    run.refuse_without_ids("What attention has to do with routing")
     prompts = attention_prompts(run, domain=domain, part=part)
     if prompts.empty:
         raise RunError(
@@ -344,7 +344,7 @@ def prompt_routing(
     RunError
         If the run has no expert ids.
     """
-    _needs_ids(run)
+    run.refuse_without_ids("What attention has to do with routing")
     info = run.site_info(layer, site)
     position = tokens(run, prompt_id).set_index("token_id")["position"]
     rows = prompt_experts(run, prompt_id, layer, site=site)
@@ -353,14 +353,6 @@ def prompt_routing(
     inside = at < n_tokens
     ids[at[inside], rows["slot"].to_numpy()[inside]] = rows["expert_id"].to_numpy()[inside]
     return PromptRouting(ids, chance_levels(ids)[0])
-
-
-def _needs_ids(run: Run) -> None:
-    if not run.records_ids:
-        raise RunError(
-            "This run was recorded at level stats, which keeps no expert ids per token. "
-            "Record it again with --level attention."
-        )
 
 
 def prompts_experts(

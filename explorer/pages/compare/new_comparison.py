@@ -89,7 +89,8 @@ def _open(job: Job) -> None:
 
 def _form(run: Run) -> _Wanted:
     # an export without text has nothing to route or to predict
-    sources = [source for source in _SOURCES if source != _RUN or not run.counts_only]
+    without_text = run.counts_only or run.sums_only
+    sources = [source for source in _SOURCES if source != _RUN or not without_text]
     source = st.segmented_control(
         "Text to compare on",
         sources,

@@ -101,7 +101,7 @@ def _applicable(other: View) -> View:
         said.append("The slice at the side is of A alone: loads of B are counted without it.")
         part = Part(search=part.search) if part.search else None
     if part is not None and not run.records_ids:
-        said.append("B was recorded at level stats: its loads are counted without the search.")
+        said.append("B keeps no experts of tokens: its loads are counted without the search.")
         part = None
     if other.layers is not None and not any(other.shows(site.layer) for site in run.sites):
         said.append("B has no router in the range of layers: all of its layers are shown.")

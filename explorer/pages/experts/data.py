@@ -51,17 +51,24 @@ def expert_hits(
     -------
     DataFrame
         ``prompt_id``, ``domain`` (``""`` = none), ``phase``, ``tokens``, ``hits``. At level
-        ``stats`` one row per domain and phase, with a missing ``prompt_id``.
+        ``stats`` and ``counts`` one row per domain and phase, with a missing ``prompt_id``.
     """
     where, params = conditions(domain=domain, phase=phase, part=part)
     params |= {"layer": layer, "site": site, "expert": expert_id}
     if not run.records_ids:
+        source = "tokens JOIN prompts USING (prompt_id)"
+        tokens = f"SELECT coalesce(domain, '') AS domain, phase, count(*) AS tokens FROM {source}"
+        if run.sums_only:
+            tokens = (
+                "SELECT coalesce(domain, '') AS domain, phase,"
+                " round(sum(assignments) / any_value(top_k))::BIGINT AS tokens FROM expert_load_by"
+                " JOIN sites USING (layer, site)"
+            )
+            where += " AND layer = $layer AND site = $site"
+        tokens += f" WHERE {where} GROUP BY ALL"
         return run.query(
             f"""
-            WITH listed AS (
-                SELECT coalesce(domain, '') AS domain, phase, count(*) AS tokens
-                FROM tokens JOIN prompts USING (prompt_id) WHERE {where} GROUP BY ALL
-            ), used AS (
+            WITH listed AS ({tokens}), used AS (
                 SELECT coalesce(domain, '') AS domain, phase, sum(assignments)::BIGINT AS hits
                 FROM expert_load_by
                 WHERE layer = $layer AND site = $site AND expert_id = $expert GROUP BY ALL

@@ -132,7 +132,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
     tile(
         tiles[3],
         "Mean combine weight",
-        f"{row['weight_sum'] / hits:.3f}" if hits else ABSENT,
+        number(row["weight_sum"] / hits, ".3f") if hits else ABSENT,
         f"of {top_k} chosen" if top_k > 1 else "the only one chosen",
         about=help_text("combine_weight") + "  \nHere the mean over its tokens.",
     )

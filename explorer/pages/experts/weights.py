@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from capture.paths import model_name
+from capture.traces.importing import NO_MODEL
 from explorer import writing
 from explorer.errors import ExplorerError
 from explorer.maps import map_cache
@@ -65,6 +66,9 @@ def _offer(view: View, path: Path) -> None:
         if jobs[0].active:
             return
     model = plain(model_name(str(view.run.info["model"])))
+    if view.run.info["model"] == NO_MODEL:
+        instead("A run holds no weights, and the trace of this one does not name its model.")
+        return
     if not writing.may_write():
         instead(
             f"Not available: a run holds no weights, and nobody has compared those of {model} "

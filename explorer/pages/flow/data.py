@@ -131,12 +131,7 @@ def _counts(
         rows = run.query(*totals)
         if len(rows):
             return PairCounts(_table(rows, shape), n_all, n_all)
-    if not run.records_ids:
-        raise RunError(
-            "This run was recorded at level stats: it has no expert ids per token to count the "
-            "pairs of a part of its tokens from. Take the filters off, or record it again with "
-            "--level ids."
-        )
+    run.refuse_without_ids("Counting pairs of experts")
     step = -(-n_all // MAX_TOKENS) or 1
     rows = run.query(*_count_pairs(first, second, filters, step))
     return PairCounts(_table(rows, shape), _count_tokens(run, filters, step=step), n_all)

@@ -180,8 +180,8 @@ def domain_heatmap(
     Parameters
     ----------
     load : DataFrame
-        From ``queries.load.expert_load_by_domain`` or ``expert_load_by_phase``.
-    by : {"domain", "phase"}
+        From ``queries.load.expert_load_by_domain``, ``_by_phase`` or ``_by_step``.
+    by : {"domain", "phase", "step"}
         The column that makes the rows.
 
     Returns

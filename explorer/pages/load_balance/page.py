@@ -17,7 +17,13 @@ from explorer.pages.load_balance.figures import (
     lorenz,
 )
 from explorer.pages.load_balance.serving import serving_section
-from explorer.queries.load import expert_load, expert_load_by_domain, expert_load_by_phase
+from explorer.queries.load import (
+    expert_load,
+    expert_load_by_domain,
+    expert_load_by_phase,
+    expert_load_by_step,
+    steps_of,
+)
 from explorer.text import counted
 from explorer.ui import address, problems
 from explorer.ui.address import domain_key
@@ -136,7 +142,7 @@ def _half_share(ordered: "pd.Series[int]") -> float:
     return float(ordered.iloc[: len(ordered) // 2].sum() / max(1, ordered.sum()))
 
 
-@section("Load by domain and phase")
+@section("Load by domain, phase and step")
 def _by_part(view: View) -> None:
     """Draw the load of the layer in each domain and phase, where there are several."""
     if len(view.run.domains) > 1 and view.domain is None:
@@ -145,6 +151,8 @@ def _by_part(view: View) -> None:
     if len(view.run.phases) > 1 and view.phase is None:
         load = ask(view, expert_load_by_phase, **view.prompt_filters, **view.place)
         _part(view, load, "phase")
+    if len(ask(view, steps_of)) > 1 and view.domain is None:
+        _part(view, ask(view, expert_load_by_step, **view.place), "step")
 
 
 def _part(view: View, load: pd.DataFrame, by: str) -> None:
@@ -152,7 +160,8 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
 
     def go_to(data: list[float]) -> None:
         part = parts[int(data[6])]
-        address.write(by, domain_key(part) if by == "domain" else part)
+        if by != "step":  # which no filter has
+            address.write(by, domain_key(part) if by == "domain" else part)
         address.jump_to_expert(view, data)
 
     chart(

@@ -6,13 +6,13 @@ import streamlit as st
 from capture.paths import model_name
 from explorer.findings import findings
 from explorer.pages.load_balance.figures import load_heatmap
-from explorer.queries.load import expert_load
+from explorer.queries.load import expert_load, steps_of
 from explorer.queries.overview import domain_counts, gate_means, prompt_count
 from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, listing, tile
 from explorer.ui.glossary import help_text
-from explorer.ui.problems import section
+from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
 from explorer.ui.wording import by_chance, domain_name, number, span, undefined_load
@@ -95,7 +95,9 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         tiles[0],
         "Tokens",
         f"{scope.n_tokens:,}",
-        f"of {counted(ask(view, prompt_count, **view.prompt_filters), 'prompt')}",
+        "assignments over top k"
+        if view.run.sums_only
+        else f"of {counted(ask(view, prompt_count, **view.prompt_filters), 'prompt')}",
         about="Real tokens behind the figures; padding is never recorded.",
     )
     worst = balance.dropna(subset=["max_violation"])
@@ -172,11 +174,14 @@ def _about(view: View) -> None:
         f"{_range([s.top_k for s in sites])} of {_range(experts)} experts"
         + (f", {_range([s.n_shared_experts for s in sites])} shared" if _shared(view) else ""),
         "Score function": ", ".join(sorted({s.score_function for s in sites})),
-        "Recorded": f"{counted(info['n_tokens'], 'token')} of "
-        f"{counted(info['n_prompts'], 'prompt')} ({info['n_generated']:,} generated)",
+        "Recorded": _recorded(view),
         "Level": f"{info['level']} ({_LEVELS.get(info['level'], '')})",
         **_imported(view),
-        "Cut prompts": f"{cut:,}, longer than the model's context" if cut else "none",
+        "Cut prompts": "no prompts"
+        if view.run.sums_only
+        else f"{cut:,}, longer than the model's context"
+        if cut
+        else "none",
         "Complete": "yes" if info["complete"] else "no: the capture was stopped or killed",
         "Ran on": f"{info['device']}, {info['dtype']}, {_duration(info['seconds'])}, "
         f"{info['started_at']:%Y-%m-%d %H:%M} UTC",
@@ -195,25 +200,46 @@ def _about(view: View) -> None:
     )
 
 
+def _recorded(view: View) -> str:
+    info = view.run.info
+    if view.run.sums_only:
+        steps = counted(len(ask(view, steps_of)), "step")
+        return f"{counted(info['n_tokens'], 'token')} as counts, in {steps} of time"
+    return (
+        f"{counted(info['n_tokens'], 'token')} of {counted(info['n_prompts'], 'prompt')} "
+        f"({info['n_generated']:,} generated)"
+    )
+
+
 def _imported(view: View) -> dict[str, str]:
     """Return what is known of how another program's trace became this run."""
     note = view.run.notes.get("import")
     if not isinstance(note, dict):
         return {}
-    missing = [
-        "no scores, text or loss",
-        *([] if note.get("slots_by_weight") else ["no weights, so that slots are in no order"]),
-    ]
     # notes of a stranger's file may hold anything
-    warm_up, gaps = (
-        note[name] if isinstance(note.get(name), int) else 0 for name in ("warm_up", "missing")
+    warm_up, gaps, unfilled = (
+        note[name] if isinstance(note.get(name), int) else 0
+        for name in ("warm_up", "missing", "unfilled")
     )
+    if view.run.sums_only:
+        missing = ["sums only: no tokens, weights, scores, text or loss"]
+        missing += [f"{unfilled:,} steps of its ring were not filled"] if unfilled else []
+        if note.get("rotated") is True:
+            missing.append("its ring was full, so that its first step may be any")
+    else:
+        missing = ["no scores, text or loss"]
+        if not note.get("slots_by_weight"):
+            missing.append("no weights, so that slots are in no order")
     missing += [f"{gaps:,} (token, layer) not recorded"] if gaps else []
+    left_out = note.get("left_out")
+    if isinstance(left_out, list) and left_out:
+        missing.append(f"left out: {'; '.join(map(str, left_out))[:300]}")
     left_out = f"; {warm_up:,} rows of warm-up left out" if warm_up else ""
     return {"Imported": f"from {note.get('format')}: {', '.join(missing)}{left_out}"}
 
 
 _LEVELS = {
+    "counts": "sums that another program counted",
     "stats": "totals per expert",
     "ids": "experts and weights of every token",
     "scores": "every expert's score for every token",
@@ -238,6 +264,9 @@ def _range(values: list[int]) -> str:
 def _domains(view: View) -> None:
     counts = ask(view, domain_counts)
     st.subheader("Prompts by domain, without filters", anchor=False)
+    if view.run.sums_only:
+        instead("Counts are of no prompts.")
+        return
     shown = counts.assign(domain=[domain_name(d) for d in counts["domain"]])
     columns = {
         "domain": "Domain",

@@ -157,6 +157,9 @@ def _without_text(view: View) -> None:
     if view.run.counts_only:
         st.markdown("This run is such an export: it holds no text.")
         return
+    if view.run.sums_only:
+        st.markdown("This run is imported from counts and holds no text. Share the file as it is.")
+        return
     st.markdown(
         "A copy of this run for people who may not read its prompts: sums per expert, domain and "
         "phase. It holds no text, no token ids, and nothing else that is known per token, because "

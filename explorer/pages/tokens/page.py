@@ -64,8 +64,8 @@ _SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
 def render() -> None:
     """Draw the page."""
     view = current_view()
-    if view.run.counts_only:
-        _text_left_out()
+    if view.run.counts_only or view.run.sums_only:
+        _text_left_out(view)
         return
     st.markdown(
         "A model reads text in pieces, its **tokens**. Below is a prompt as the model saw it; "
@@ -93,17 +93,16 @@ def render() -> None:
         token_panel(view, listed[listed["token_id"] == token_id].iloc[0], pins)
 
 
-def _text_left_out() -> None:
-    """Say what there is instead of tokens in a run of counts only."""
+def _text_left_out(view: View) -> None:
+    """Say what there is instead of tokens in a run of sums."""
     st.markdown(
         "This page reads prompts token by token, and this run holds neither their text nor what "
         "the routers did with each token. The sums that were kept are on these pages:"
     )
-    for page, title in (
-        ("overview", "Overview"),
-        ("load_balance", "Load balance"),
-        ("flow", "Flow"),
-    ):
+    pages = {"overview": "Overview", "load_balance": "Load balance"}
+    if view.run.counts_only:
+        pages["flow"] = "Flow"  # pairs of experts are sums, too
+    for page, title in pages.items():
         st.page_link(
             f"explorer/pages/{page}/page.py",
             label=title,

@@ -21,6 +21,7 @@ from explorer.pages.compare_runs.data import (
     mean,
 )
 from explorer.pages.experts.data import loads_by_domain
+from explorer.queries.load import expert_load_by_step
 from explorer.queries.overview import token_count
 from explorer.run import Run
 
@@ -125,6 +126,35 @@ def trend_table(
                 }
             )
     return pd.DataFrame(rows).astype({"step": "Int64", "shared": "Int64"})
+
+
+def steps_table(run: Run, *, most: int = 48) -> pd.DataFrame:
+    """Measure every site of a run of counts over the steps of its recorder.
+
+    Returns
+    -------
+    DataFrame
+        As :func:`trend_table`, a window of steps in a checkpoint's place, at most so many; what
+        needs tokens or domains is missing.
+    """
+    rows = []
+    for site in run.sites:
+        load = expert_load_by_step(run, site.layer, site=site.site, most=most)
+        for name, part in load.groupby("step", sort=False):
+            counts = part["assignments"].to_numpy()
+            rows.append(
+                {
+                    "name": f"step {name}",
+                    "stage": 1,
+                    "step": int(str(name).split()[0]),
+                    "layer": site.layer,
+                    "site": site.site,
+                    "tokens": round(counts.sum() / site.top_k),
+                    "max_violation": max_violation(counts),
+                    "normalized_entropy": normalized_entropy(counts),
+                }
+            )
+    return pd.DataFrame(rows).astype({"step": "Int64"})
 
 
 def _counts(load: pd.DataFrame, site: SiteInfo) -> npt.NDArray[np.float64]:

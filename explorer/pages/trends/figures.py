@@ -51,7 +51,12 @@ def tokens_of(table: pd.DataFrame, quantity: str) -> dict[str, int]:
 
 
 def trend_lines(
-    table: pd.DataFrame, quantity: str, *, caption: str, dark: bool = False
+    table: pd.DataFrame,
+    quantity: str,
+    *,
+    caption: str,
+    axis: str = "training step of the checkpoint (evenly spaced)",
+    dark: bool = False,
 ) -> go.Figure:
     """Draw a quantity over checkpoints, one line a layer.
 
@@ -61,6 +66,8 @@ def trend_lines(
         From ``explorer.pages.trends.data.trend_table``.
     quantity : str
         A name in ``TRENDS``.
+    axis : str
+        What the steps are.
     """
     trend = TRENDS[quantity]
     counts = tokens_of(table, quantity)
@@ -99,7 +106,7 @@ def trend_lines(
         for name in order
     ]
     figure.update_xaxes(
-        title="training step of the checkpoint (evenly spaced)",
+        title=axis,
         tickvals=list(range(len(order))),
         ticktext=names,
     )

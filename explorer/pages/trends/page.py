@@ -9,8 +9,9 @@ import streamlit as st
 from capture.demo import TRENDS as DEMO_TRENDS
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError, RunError
-from explorer.pages.trends.data import MAX_TOKENS, in_order, trend_table
+from explorer.pages.trends.data import MAX_TOKENS, in_order, steps_table, trend_table
 from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
+from explorer.queries.load import steps_of
 from explorer.run import Run, open_run
 from explorer.saved_views import join
 from explorer.text import counted, plain
@@ -18,12 +19,13 @@ from explorer.ui import address, problems, state
 from explorer.ui.chart import chart
 from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
-from explorer.ui.state import View, is_dark
+from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import Caption, label, labels, number
 
 _LISTED = 6  # checkpoints whose numbers of tokens are told one by one
-_DEMO, _FOLDER = "demo", "folder"
+_DEMO, _FOLDER, _STEPS = "demo", "folder", "steps"
 _SOURCES = {_DEMO: "The demo model's training", _FOLDER: "Runs of this folder"}
+_OVER_STEPS = ("max_violation", "normalized_entropy")
 
 
 def render() -> None:
@@ -34,7 +36,13 @@ def render() -> None:
         "settled, whether the load stayed even, and when experts took up domains. A number after "
         "`step` in a run's name is its training step."
     )
-    source = address.choose(st.segmented_control, "source", "Checkpoints", _SOURCES)
+    stepped = len(ask(view, steps_of)) > 1
+    sources = _SOURCES | ({_STEPS: "Steps of this run"} if stepped else {})
+    default = _STEPS if stepped else _DEMO
+    source = address.choose(st.segmented_control, "source", "Checkpoints", sources, default=default)
+    if source == _STEPS:
+        _over_steps(view)
+        return
     if source == _DEMO:
         address.write("runs", "")  # of the folder, which is not shown
     named = _demo_runs() if source == _DEMO else _folder_runs()
@@ -59,6 +67,28 @@ def render() -> None:
     if view.part is not None:
         st.caption("The search and the slice at the side do not act on checkpoints.")
     _figure(view, table, [one.name for one in checkpoints])
+
+
+@section("Steps of this run")
+def _over_steps(view: View) -> None:
+    """Draw the balance over the steps of a recorder, which a run of counts keeps."""
+    table = view.of_layers(ask(view, steps_table))
+    quantity = address.choose(st.segmented_control, "trend", "Quantity", _OVER_STEPS, show=_short)
+    st.caption(TRENDS[quantity].meaning)
+    counts = tokens_of(table, quantity)
+    caption = f"{counted(len(counts), 'window')} of steps; n = {_numbers(counts)}; one line a layer"
+    note = view.run.notes.get("import")
+    if isinstance(note, dict) and note.get("rotated") is True:
+        caption += "; the recorder's ring was full: its first step may be any"
+    chart(
+        trend_lines(
+            table, quantity, caption=Caption(caption, {}), axis="first step", dark=is_dark()
+        ),
+        key=f"trend {quantity}",
+        alt=f"{TRENDS[quantity].title} over {len(counts)} windows of steps, one line for each of "
+        f"{counted(table['layer'].nunique(), 'layer')}.",
+        table=table,
+    )
 
 
 def _named(rows: pd.DataFrame) -> str:
