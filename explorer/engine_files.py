@@ -46,9 +46,11 @@ PLACEMENT_FORMATS: dict[str, EngineFormat] = {
 }
 PIN_FORMATS: dict[str, EngineFormat] = {
     "json": EngineFormat("JSON", ".json", "the experts of every layer"),
-    "llama-cpp": EngineFormat("llama.cpp, whole layers", ".txt", "llama-server $(cat {file})"),
+    "llama-cpp": EngineFormat(
+        "llama.cpp, whole layers", ".txt", "xargs -a {file} llama-server -m MODEL"
+    ),
     "llama-cpp-split": EngineFormat(
-        "llama.cpp, a tensor for each expert", ".txt", "llama-server $(cat {file})"
+        "llama.cpp, a tensor for each expert", ".txt", "xargs -a {file} llama-server -m MODEL"
     ),
 }
 EXPERT_TENSORS = r"ffn_(gate|up|down|gate_up)"

@@ -4,6 +4,9 @@ One layer at a time: a token's experts are looked up in order of slot. A hit is 
 the cache; a miss loads it and, where the cache is full, evicts another one.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import numba
@@ -158,6 +161,88 @@ def prefetched(ids: npt.ArrayLike, predicted: npt.ArrayLike, *, slots: int) -> P
     n_experts = int(max(given.max(), before.max(initial=0))) + 1
     hits, loads = _run_prefetched(given, before, n_experts, min(slots, n_experts))
     return Prefetched(hits / n_lookups, loads / len(given))
+
+
+LINES = {
+    "lru": "LRU",
+    "lfu": "LFU",
+    "pins": "pins, slots a layer",
+    "pins_shared": "pins, shared budget",
+    "prefetch": "LRU + prefetch",
+    "belady": "Belady (bound)",
+}
+
+
+class LayerLookups(NamedTuple):
+    """One layer's lookups [T, k]: of the prompts that pins are fitted on, and of the others."""
+
+    layer: int
+    n_experts: int
+    fit: npt.NDArray[np.int64]
+    judged: npt.NDArray[np.int64]
+    prompt_id: npt.NDArray[np.int64]  # of the tokens of ``judged``
+
+    @property
+    def load(self) -> npt.NDArray[np.float64]:
+        """Lookups of every expert in the prompts to fit on, [E]."""
+        return np.bincount(self.fit[self.fit >= 0], minlength=self.n_experts).astype(np.float64)
+
+
+def simulate(
+    layers: Sequence[LayerLookups], slots: Sequence[int]
+) -> dict[str, list[tuple[float, float]]]:
+    """Run every kind of cache on the judged half.
+
+    Returns
+    -------
+    dict
+        For each name of ``LINES``, and each number of slots a layer: the hit rate, and the share
+        of lookups that are loaded, which prefetching raises above 1 - hit rate.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in LINES}
+    if len({layer.n_experts for layer in layers}) > 1:
+        raise MetricError("A budget that layers share counts experts of layers of one size.")
+    loads = np.stack([layer.load for layer in layers])
+    predictions = _predictions(layers)
+
+    def of_layer(at: int, size: int) -> list[float]:
+        """Run what needs a pass over the layer's lookups; threads run side by side in it."""
+        judged = layers[at].judged
+        rates = [hit_rate(judged, slots=size, policy=name) for name in POLICIES]
+        fetched = prefetched(judged, predictions[at][:, :size], slots=size)
+        return [*rates, *fetched]
+
+    with ThreadPoolExecutor() as pool:
+        for size in slots:
+            passes = pool.map(of_layer, range(len(layers)), [size] * len(layers))
+            *rates, hits, loaded = np.array(list(passes)).T
+            for name, one in zip(POLICIES, rates, strict=True):
+                found[name].append(_of(float(one.mean())))
+            apart = [pinned_hit_rate(layer.judged, pins(layer.load, size)) for layer in layers]
+            found["pins"].append(_of(float(np.mean(apart))))
+            kept = pins(loads, size * len(layers))
+            shared = [pinned_hit_rate(layer.judged, kept[at]) for at, layer in enumerate(layers)]
+            found["pins_shared"].append(_of(float(np.mean(shared))))
+            per_token = [(layer.judged >= 0).sum(1).mean() for layer in layers]
+            found["prefetch"].append((float(hits.mean()), float(np.mean(loaded / per_token))))
+    return found
+
+
+def _of(rate: float) -> tuple[float, float]:
+    return rate, 1 - rate
+
+
+def _predictions(layers: Sequence[LayerLookups]) -> list[npt.NDArray[np.int64]]:
+    """Predict each layer's experts from those of the layer before; nothing for the first."""
+    found = [np.empty((len(layers[0].judged), 0), np.int64)]
+    for before, layer in pairwise(layers):
+        counts = np.zeros((before.n_experts, layer.n_experts))
+        for here in before.fit.T:
+            for there in layer.fit.T:
+                both = (here >= 0) & (there >= 0)
+                np.add.at(counts, (here[both], there[both]), 1)
+        found.append(likely_next(before.judged, counts, layer.judged.shape[1]))
+    return found
 
 
 @numba.njit(cache=True, nogil=True)

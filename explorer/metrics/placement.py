@@ -4,7 +4,7 @@ A placement is made from the loads of some traffic and serves other traffic:
 ``explorer.metrics.traffic`` judges it there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -24,6 +24,7 @@ PLACEMENTS: Mapping[str, str] = {
     GLOBAL: "copies of hot experts, anywhere",
     ACROSS_WINDOWS: "copies as EPLB makes them; experts that are hot at the same time lie apart",
 }
+DRAFTS = (1, 2, 3, 4, 6, 8)  # tokens that speculative decoding checks in one pass
 _SWEEPS = 20  # over all pairs of copies; two or three change something
 
 
@@ -379,6 +380,62 @@ def draft_windows(expert_ids: npt.ArrayLike, prompt_id: npt.ArrayLike, window: i
     sizes = np.diff(np.r_[starts, len(of)])
     at = np.arange(len(of)) - np.repeat(starts, sizes)
     return distinct_experts(ids[at < np.repeat(sizes // window * window, sizes)], window)
+
+
+class DraftReads(NamedTuple):
+    """Different experts that so many tokens read together, means over windows; arrays [N].
+
+    Attributes
+    ----------
+    tokens : array
+        That are checked together: a draft and the token before it.
+    one_request : array
+        Consecutive tokens of one request, as speculative decoding checks them.
+    many_requests : array
+        Tokens of all requests in random order, as a batch of requests reads them.
+    uniform : array
+        Expected of uniform routing.
+    windows : array
+        How many windows of one request there were.
+    """
+
+    tokens: Ints
+    one_request: Floats
+    many_requests: Floats
+    uniform: Floats
+    windows: Ints
+
+
+def draft_reads(
+    expert_ids: npt.ArrayLike,
+    prompt_id: npt.ArrayLike,
+    n_experts: int,
+    *,
+    sizes: Sequence[int] = DRAFTS,
+    seed: int = 0,
+) -> DraftReads:
+    """Compare what drafts of one request read with what batches of many requests do.
+
+    Parameters
+    ----------
+    expert_ids : array [T, K], int
+        Sequence after sequence, each in its order; -1 in empty slots.
+    prompt_id : array [T], int
+    sizes : sequence of int
+        Tokens that are checked together; those of which there is no whole window are left out.
+    """
+    ids = np.asarray(expert_ids)
+    shuffled = ids[np.random.default_rng(seed).permutation(len(ids))]
+    top_k = float((ids >= 0).sum(1).mean()) if len(ids) else float("nan")
+    rows = []
+    for size in sizes:
+        found = draft_windows(ids, prompt_id, size)
+        if len(found):
+            mixed = distinct_experts(shuffled, size).mean()
+            chance = float(expected_distinct(n_experts, top_k, size))
+            rows.append((size, found.mean(), mixed, chance, len(found)))
+    tokens, one, many, even, windows = np.array(rows, dtype=np.float64).reshape(-1, 5).T
+    return DraftReads(tokens.astype(np.int64), one, many, even, windows.astype(np.int64))
 
 
 def coverage(expert_ids: npt.ArrayLike, n_experts: int) -> Ints:

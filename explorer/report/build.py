@@ -24,6 +24,7 @@ RUN_PAGES: tuple[tuple[str, dict[str, str], str], ...] = (
     ("overview", {}, ""),
     ("load-balance", {}, ""),
     ("load-balance", {"topic": "serving"}, "serving"),
+    ("load-balance", {"topic": "memory"}, "memory"),
     ("experts", {}, ""),
     ("tokens", {}, ""),
     ("attention", {}, ""),

@@ -103,9 +103,10 @@ TERMS: Registry[Term] = Registry(
         ("load",),
     ),
     max_violation=Term(
-        "MaxVio",
-        "How far the busiest expert of a layer is above the fair share: 0 = none is, 1 = it has "
-        "twice its share. Everyone waits for it when experts run side by side.",
+        "Busiest expert",
+        "The load of a layer's busiest expert, in fair shares: 1× = no expert has more than the "
+        "others, 2× = it has twice its share. Everyone waits for it when experts run side by side. "
+        "Papers write MaxVio, which is this less 1.",
         ("load",),
     ),
     dead_expert=Term(
@@ -181,6 +182,19 @@ TERMS: Registry[Term] = Registry(
         "How many different experts a batch needs. Every one of them must be read from memory, "
         "however few tokens it gets.",
     ),
+    expert_cache=Term(
+        "Expert cache",
+        "Fast memory that holds some of a layer's experts; the others are loaded when a token "
+        "needs them. A **hit** is an expert that is there already. **Pins** stay for good; "
+        "**Belady** knows the future, so that no cache hits more.",
+        ("expert",),
+    ),
+    calibration=Term(
+        "Calibration",
+        "Texts from which quantisation and pruning take statistics of every expert. An expert that "
+        "few of their tokens reach has statistics that are worth nothing.",
+        ("expert", "load"),
+    ),
     comparison=Term(
         "Comparison",
         "Two runs, or two routers on the same tokens, side by side. Expert numbers of different "
@@ -224,6 +238,9 @@ FIGURES = {
     "decode reads": "coverage",
     "coverage": "coverage",
     "capacity": "capacity",
+    "cache": "expert_cache",
+    "drafts": "coverage",
+    "calibration": "calibration",
     "strip": "gate_entropy",
     "token map": "gate_entropy",
     "token routes": "combine_weight",

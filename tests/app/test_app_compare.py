@@ -367,7 +367,7 @@ def test_models_of_different_shape_are_compared_by_their_text_only(runs, topic, 
         False,
         False,
     ]
-    assert titles[1].startswith("MaxVio") and titles[2].startswith("Gate entropy")
+    assert titles[1].startswith("Busiest expert") and titles[2].startswith("Gate entropy")
     for spec in specs[1:]:
         lines = {line["name"]: line["customdata"] for line in spec["data"]}
         wide, known = ("A", "B") if turned else ("B", "A")

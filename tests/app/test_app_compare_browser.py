@@ -234,11 +234,11 @@ def test_trends_follow_the_quantity_and_the_source(address, page):
     page.wait_for_selector(".js-plotly-plot .plot-container")
     _, title, x, saturation = shown(page)
     assert "saturation" in title.lower() and len(x) == 7 and saturation[-1] == 1
-    choose(page, "MaxVio")
+    choose(page, "Busiest expert")
     page.wait_for_url(re.compile("trend=max_violation"))
     settle(page)
     _, title, x, violation = shown(page)
-    assert "maxvio" in title.lower() and len(x) == 7 and violation != saturation
+    assert "busiest expert" in title.lower() and len(x) == 7 and violation != saturation
     choose(page, "Runs of this folder")
     page.wait_for_url(re.compile("source=folder"))
     settle(page)

@@ -1,6 +1,8 @@
 """Every page through AppTest: with a run, without one, with a broken one, with bad links."""
 
 import gzip
+import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -9,7 +11,7 @@ from collections import Counter
 import duckdb
 import pytest
 from app_pages import APP, charts, notes, opened, query
-from synthetic import write_run
+from synthetic import IDLE, SITES, write_run
 
 from capture.progress import Progress
 from explorer.text import one_line, plain, visible
@@ -187,8 +189,11 @@ def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(known
     assert "Serving" not in [one.value for one in app.subheader]
     for more in ({"topic": "serving"}, {"gpus": "2"}):
         app = opened("load_balance", **more)
-        assert [one.value for one in app.subheader] == ["Serving"]
-    busiest = app.dataframe[0].value.iloc[0]
+        assert app.subheader[0].value == "Serving"
+    listed = app.dataframe[0].value
+    assert len(listed) == 16 and listed["ratio"].is_monotonic_decreasing
+    assert set(app.get("download_button")) == set()  # layers have several routers: no engine
+    busiest = listed.iloc[0]
     loads = Counter(
         (layer, site, expert)
         for (_, layer, site), route in known.routes.items()
@@ -198,6 +203,46 @@ def test_serving_is_a_topic_of_load_balance_that_links_to_a_placement_open(known
     assert busiest["assignments"] == loads[place]
     total = sum(n for at, n in loads.items() if at[:2] == place[:2])
     assert busiest["share"] == pytest.approx(100 * loads[place] / total)
+
+
+def test_dead_experts_are_listed_and_the_busiest_one_is_named(known):
+    app = opened("load_balance", topic="serving", hot="dead")
+    dead = app.dataframe[0].value
+    assert [tuple(row) for row in dead[["layer", "site", "expert_id"]].to_numpy()] == [IDLE]
+    loads = Counter(
+        (layer, site, expert)
+        for (_, layer, site), route in known.routes.items()
+        for expert, _ in route["experts"]
+    )
+    tile = next(one for one in opened().metric if one.label == "Busiest expert")
+    layer, expert = re.fullmatch(r"L([\d.]+)\.E(\d+)", tile.delta.partition(";")[0]).groups()
+    place = tuple(int(n) for n in layer.split("."))
+    of_layer = {at[2]: n for at, n in loads.items() if at[:2] == place}
+    assert of_layer[int(expert)] == max(of_layer.values())
+
+
+def test_a_limit_ends_where_its_text_says(known):
+    app = opened("load_balance", batches="generated")
+    said = next(one.value for one in app.markdown if "nothing is dropped" in one.value)
+    end = re.search(r"factor ([\d.]+) on nothing", said)[1]
+    slider = app.select_slider(key="address:factor")
+    assert slider.options[-1] == end and query(app, "batches") == "generated"
+    curve = next(json.loads(c.spec) for c in charts(app) if "capacity limit" in c.spec)
+    assert curve["layout"]["meta"]["filters"]["phase"] == "generated"
+
+
+def test_memory_is_a_topic_with_caches_drafts_and_calibration(known):
+    app = opened("load_balance", topic="memory")
+    assert "several routers" in " ".join(one.value for one in app.info)
+    (table,) = (one.value for one in app.dataframe if "more_texts" in one.value)
+    load = Counter(
+        (layer, site, expert)
+        for (_, layer, site), route in known.routes.items()
+        for expert, _ in route["experts"]
+    )
+    assert table["tokens"].tolist() == sorted(
+        load.get((s.layer, s.site, e), 0) for s in SITES for e in range(s.n_experts)
+    )
 
 
 def test_a_number_of_clusters_is_no_choice_of_a_placement(known):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from explorer.metrics.cache import (
     pins,
     prefetched,
 )
-from explorer.queries.load import trace
+from explorer.queries.lookups import cache_lookups, trace
 from explorer.run import open_run
 
 
@@ -155,6 +156,18 @@ def known(tmp_path_factory):
 
 def test_a_trace_is_the_rows_in_the_order_of_requests_or_of_passes(known):
     by_id = {token["token_id"]: token for token in known.tokens}
+    rank = {prompt: i for i, prompt in enumerate(sorted({t["prompt_id"] for t in known.tokens}))}
+
+    def turn(one):
+        token = by_id[one]
+        return rank[token["prompt_id"]] // 2, token["position"], token["prompt_id"]
+
+    with open_run(known.path) as run:
+        found = trace(run, 3, together=2)
+    rows = [
+        [e for e, _ in known.routes[token, 3, 0]["experts"]] for token in sorted(by_id, key=turn)
+    ]
+    assert [[e for e in ids if e >= 0] for ids in found.expert_ids.tolist()] == rows
     for interleaved in (False, True):
         with open_run(known.path) as run:
             found = trace(run, 3, interleaved=interleaved)
@@ -176,18 +189,16 @@ def test_the_command_judges_on_every_other_prompt_and_writes_pins(known, tmp_pat
     given = ["cache", str(known.path), "--slots", "2,4", "--expert-mb", "2"]
     assert main([*given, "--budget", "5", "--out", str(out)]) == 0
     said = capsys.readouterr().out
+    # prefill and decode stand apart; pins are of both
+    assert said.index(" prompt tokens") < said.index(" generated tokens")
     with open_run(known.path) as run:
-        traces = [trace(run, layer) for layer in (1, 3)]
-    judged = [one.expert_ids[one.prompt_id % 2 == 1] for one in traces]
+        parts = [cache_lookups(run, phase=phase) for phase in ("prompt", "generated")]
+    judged = [one.judged for one in parts[0]]
     for policy, title in (("lru", "LRU"), ("belady", "Belady (bound)")):
         rates = [np.mean([hit_rate(ids, slots=n, policy=policy) for ids in judged]) for n in (2, 4)]
         assert re.search(rf"^{re.escape(title)} +{rates[0]:.3f} +{rates[1]:.3f}$", said, re.M)
     assert "MB of experts loaded a token" in said
-    loads = np.stack([
-        np.bincount(one.expert_ids[(one.prompt_id % 2 == 0)[:, None] & (one.expert_ids >= 0)],
-                    minlength=6)
-        for one in traces
-    ])  # fmt: skip
+    loads = np.sum([[one.load for one in layers] for layers in parts], axis=0)
     expected = {str(layer): np.flatnonzero(row).tolist()
                 for layer, row in zip((1, 3), pins(loads, 5), strict=True)}  # fmt: skip
     assert json.loads(out.read_text()) == {"budget": 5, "n_experts": 6, "pins": expected}
@@ -216,6 +227,11 @@ def test_overrides_decide_as_llama_cpp_reads_them(known, tmp_path):
         }
         assert len(on_gpu) == (6 if kind == "llama-cpp" else 7)
         assert decided(out.read_text(), "blk.1.attn_q.weight") is None
+        # as the page and the paper say it is given to llama-server
+        given = subprocess.run(["xargs", "-a", str(out), "printf", "%s\\n"], capture_output=True,
+                               text=True, check=True).stdout.splitlines()  # fmt: skip
+        assert given == [part for line in out.read_text().splitlines()
+                         for part in re.fullmatch(r'(-ot) "(.*)"', line).groups()]  # fmt: skip
         assert decided(out.read_text(), "blk.11.ffn_up_exps.weight") in ("CPU", None)
 
 

@@ -412,9 +412,10 @@ def test_balance_over_layers_holds_the_table(run, metric):
     table = load.balance_table(load.expert_load(run), n_tokens=33)
     figure = load_figures.balance_over_layers(table, metric, scope=SCOPE)
     measured = trace(figure, "measured")
-    assert list(measured.y) == pytest.approx(table[metric].tolist())
+    add = 1 if metric == "max_violation" else 0  # pages count the busiest expert in fair shares
+    assert list(measured.y) == pytest.approx((table[metric] + add).tolist())
     assert [list(ids) for ids in measured.customdata] == [[1, 0], [3, 0], [3, 1]]
-    assert list(trace(figure, "low").y) == pytest.approx(table[f"{metric}_floor_low"])
+    assert list(trace(figure, "low").y) == pytest.approx(table[f"{metric}_floor_low"] + add)
     assert load_figures.METRIC_TEXTS[metric].label in title(figure)
 
 

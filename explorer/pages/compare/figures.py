@@ -39,11 +39,14 @@ class CostAxis(NamedTuple):
         Where the model's own router is.
     meaning : str
         One sentence for a newcomer.
+    add : float
+        To the column, for what is shown.
     """
 
     title: str
     native: float
     meaning: str
+    add: float = 0.0
 
 
 AXES: Registry[CostAxis] = Registry(
@@ -65,9 +68,11 @@ AXES: Registry[CostAxis] = Registry(
         "other things than experts.",
     ),
     max_violation=CostAxis(
-        "MaxVio (busiest expert's excess, fair shares; mean of layers)",
+        "busiest expert (× fair share; mean of layers)",
         float("nan"),
-        "How far the busiest expert is above a fair share; 0 = even.",
+        "Load of a layer's busiest expert, 1 = even: with a GPU for each, how much longer the "
+        "layer takes. MaxVio in papers is this less 1.",
+        add=1.0,
     ),
     agreement=CostAxis(
         "agreement (share of the model's own experts that were chosen)",
@@ -117,6 +122,7 @@ def front(
         A click returns ``customdata`` [row number in ``results``].
     """
     axis = AXES[cost]
+    results = results.assign(**{cost: results[cost].astype(float) + axis.add})
     figure = go.Figure()
     ours = results[results["family"] != "control"]
     named = len(ours) <= _LABELLED
@@ -224,8 +230,8 @@ def _hover(row: "pd.Series[object]") -> str:
         f"experts a token {_number(row['experts_per_token'], '.3f')}",
         f"FLOPs × {_number(row['flops_ratio'], '.3f')}, time × "
         f"{_number(row['latency_ratio'], '.2f')}",
-        f"agreement {_number(row['agreement'], '.3f')}, MaxVio "
-        f"{_number(row['max_violation'], '.2f')}",
+        f"agreement {_number(row['agreement'], '.3f')}, busiest expert "
+        f"{_number(row['max_violation'] + 1, '.2f')} × fair share",
     ]
     kind = row.get("harder")
     if isinstance(kind, str) and kind:

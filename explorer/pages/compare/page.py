@@ -53,8 +53,8 @@ _COLUMNS = {
     "energy_ratio": ("Energy proxy ×", "%.3f"),
     "agreement": ("Agreement", "%.3f"),
     "jaccard": ("Jaccard", "%.3f"),
-    "max_violation": ("MaxVio", "%.3f"),
-    "max_violation_floor": ("MaxVio by chance", "%.3f"),
+    "busiest": ("Busiest expert, × fair share", "%.2f"),
+    "busiest_floor": ("by chance", "%.2f"),
     "badges": "Badges",
     "seed": "Seed",
 }
@@ -66,8 +66,8 @@ _REPLAYED = {
     "weighted_overlap": ("Weighted overlap", "%.3f"),
     "js": ("JS (nats)", "%.3f"),
     "experts_per_token": ("Experts a token", "%.3f"),
-    "max_violation": ("MaxVio", "%.3f"),
-    "max_violation_floor": ("MaxVio by chance", "%.3f"),
+    "busiest": ("Busiest expert, × fair share", "%.2f"),
+    "busiest_floor": ("by chance", "%.2f"),
     "gini": ("Gini", "%.3f"),
     "dead_experts": ("Dead", "%.3f"),
     "badges": "Badges",
@@ -249,6 +249,7 @@ def _table(shown: pd.DataFrame) -> None:
         badges=[", ".join(badges(row)) for _, row in shown.iterrows()],
         family=[family_name(family) for family in shown["family"]],
         harder=shown["harder"].map(CONTROLS),
+        **_busiest(shown),
     )[list(_COLUMNS)]
 
     def go_to() -> None:
@@ -278,6 +279,12 @@ def _table(shown: pd.DataFrame) -> None:
         "more. Bytes and energy are estimates from published costs per operation, to be read "
         "relative to the model's own router only."
     )
+
+
+def _busiest(rows: pd.DataFrame) -> dict[str, "pd.Series[float]"]:
+    """Return the load of the busiest expert in fair shares, and that by chance: MaxVio + 1."""
+    pairs = {"busiest": "max_violation", "busiest_floor": "max_violation_floor"}
+    return {name: 1 + rows[of].astype(float) for name, of in pairs.items()}
 
 
 @section("How the routers learned")
@@ -414,7 +421,9 @@ def replay_section(comparison: Comparison) -> None:
         "not add up from layer to layer here, and agreement is a poor predictor of loss. Weighted "
         "overlap is the mean of the tokens that have experts, JS that of those with scores."
     )
-    rows = rows.assign(badges=[", ".join(badges(row)) for _, row in rows.iterrows()])
+    rows = rows.assign(
+        badges=[", ".join(badges(row)) for _, row in rows.iterrows()], **_busiest(rows)
+    )
     alt = "Routers by replay: agreement with the model's own choice, balance and compute"
     listing(rows, _REPLAYED, alt=alt)
     if rows[list(_REPLAYED)].isna().any(axis=None):

@@ -404,13 +404,13 @@ def lines_section(both: Both, caption: str) -> None:
     """Draw the balance and the gate entropy of both runs over their layers."""
     balance = {
         name: load.groupby(["layer", "site"], as_index=False).agg(
-            max_violation=("assignments", max_violation)
+            busiest_share=("assignments", lambda load: 1 + max_violation(load))
         )
         for name, load in both.loads.items()
     }
     left, right = st.columns(2, gap="medium")
     for column, tables, quantity, title in (
-        (left, balance, "max_violation", METRIC_TEXTS["max_violation"].label),
+        (left, balance, "busiest_share", METRIC_TEXTS["max_violation"].label.capitalize()),
         (right, both.gates, "normalized_entropy", "Gate entropy (share of ln E)"),
     ):
         with column:

@@ -18,10 +18,14 @@ _CELL_HOVER = (
     "%{customdata[4]:,d} assignments<br>share %{customdata[3]:.3%} = %{customdata[5]:.2f}× uniform"
 )
 # characters of a caption line on half a page
-_HALF_PAGE = 60
-_DASHES = {"in order": "dot", "EPLB, by node": "dash", "EPLB, global": "solid"}
-_PATTERNS = {"in order": "/", "EPLB, by node": ".", "EPLB, global": ""}
-_HUES = {"in order": "grey", "EPLB, by node": "orange", "EPLB, global": "blue"}
+HALF_PAGE = 60
+# hue, dash, pattern of each placement
+_LOOKS = {
+    "in order": ("grey", "dot", "/"),
+    "EPLB, by node": ("orange", "dash", "."),
+    "EPLB, global": ("blue", "solid", ""),
+    "across windows": ("green", "dashdot", "x"),
+}
 
 
 def load_heatmap(
@@ -262,17 +266,25 @@ class MetricText(NamedTuple):
         With unit and direction.
     meaning : str
         One sentence for a newcomer.
+    add : float
+        To the metric, for what pages show.
+    form : str
+        Of the number.
     """
 
     label: str
     meaning: str
+    add: float = 0.0
+    form: str = ".3f"
 
 
 METRIC_TEXTS: Registry[MetricText] = Registry(
     "load metric",
     max_violation=MetricText(
-        "MaxVio (busiest expert's excess, fair shares)",
-        "How far the busiest expert is above a fair share; 0 = even, 1 = twice its share.",
+        "busiest expert (× fair share)",
+        "Load of the busiest expert; 1 = even, 2 = twice its share. MaxVio is this less 1.",
+        add=1.0,
+        form=".2f",
     ),
     coefficient_of_variation=MetricText(
         "coefficient of variation (standard deviation / mean load)",
@@ -283,11 +295,14 @@ METRIC_TEXTS: Registry[MetricText] = Registry(
         "Twice the area between the Lorenz curve and the diagonal.",
     ),
     normalized_entropy=MetricText(
-        "load entropy (share of ln E; 1 = even)",
+        "load entropy (100 % = even)",
         "Entropy of the experts' shares, over its largest value.",
+        form=".1%",
     ),
     dead_experts=MetricText(
-        "dead experts (count)", "Experts that no token chose; with few tokens some are expected."
+        "dead experts (count)",
+        "Experts that no token chose; with few tokens some are expected.",
+        form=".0f",
     ),
 )
 
@@ -313,24 +328,25 @@ def balance_over_layers(
     several = bool((table["site"] > 0).any())
     x = np.arange(len(table))
     uniform = "uniform routing of as many tokens (mean, 5–95 %)"
-    floor = table[f"{metric}_floor"]
+    floor, low, high = (table[f"{metric}_floor{part}"] + text.add for part in ("", "_low", "_high"))
     figure = go.Figure(
         [
-            *theme.band(x, table[f"{metric}_floor_low"], table[f"{metric}_floor_high"]),
+            *theme.band(x, low, high),
             theme.line(x, floor, uniform, form=theme.dotted(dark, 2)),
             theme.line(
                 x,
-                table[metric],
+                table[metric] + text.add,
                 "measured",
                 form={"color": theme.accent(dark), "width": 2.5},
                 symbol="circle",
                 customdata=table[["layer", "site"]].to_numpy(),
-                hover=site_hover(several=several) + ": %{y:.4g}",
+                hover=site_hover(several=several) + f": %{{y:{text.form}}}",
             ),
         ]
     )
     theme.layer_axis(figure, table)
-    figure.update_yaxes(title=text.label, rangemode="tozero")
+    percent = ".0%" if text.form.endswith("%") else None
+    figure.update_yaxes(title=text.label, rangemode="tozero", tickformat=percent)
     figure.update_layout(clickmode="event+select")
     return theme.finish(
         figure,
@@ -414,8 +430,8 @@ def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
                 y=rows["ratio"].to_numpy(dtype=np.float64),
                 customdata=rows["load"].to_numpy(dtype=np.float64),
                 marker={
-                    "color": theme.hue(_HUES[str(policy)], dark),
-                    "pattern": {"shape": _PATTERNS[str(policy)], "solidity": 0.25},
+                    "color": theme.hue(_LOOKS[str(policy)][0], dark),
+                    "pattern": {"shape": _LOOKS[str(policy)][2], "solidity": 0.25},
                 },
                 name=str(policy),
                 hovertemplate="GPU %{x}: × %{y:.3f}, %{customdata:,.0f} assignments"
@@ -431,17 +447,20 @@ def gpu_bars(table: pd.DataFrame, *, layer: str, scope: Scope, dark: bool = Fals
         caption=scope.caption("1 = even; the tallest bar is how long the layer takes"),
         dark=dark,
         legend=True,
-        caption_width=_HALF_PAGE,
+        caption_width=HALF_PAGE,
     )
 
 
-def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
-    """Draw the balancedness of every layer under each placement.
+def balancedness_lines(
+    table: pd.DataFrame, *, scope: Scope, held_out: bool = False, dark: bool = False
+) -> go.Figure:
+    """Draw the balancedness of every layer under each placement, or its straggler factor.
 
     Parameters
     ----------
     table : DataFrame
-        From ``data.balance_of_gpus``.
+        From ``data.balance_of_gpus``; of windows that were held out ``data.Judgement.stragglers``,
+        whose straggler factors are drawn.
 
     Returns
     -------
@@ -449,29 +468,36 @@ def balancedness_lines(table: pd.DataFrame, *, scope: Scope, dark: bool = False)
         A click returns ``customdata`` [layer, site].
     """
     figure = go.Figure()
+    y = "straggler" if held_out else "balancedness"
     for policy, rows in table.groupby("policy", sort=False):
         name = str(policy)
         figure.add_trace(
             theme.line(
                 np.arange(len(rows)),
-                rows["balancedness"],
+                rows[y],
                 name,
-                form={"color": theme.hue(_HUES[name], dark), "dash": _DASHES[name]},
+                form={"color": theme.hue(_LOOKS[name][0], dark), "dash": _LOOKS[name][1]},
                 symbol="circle",
                 customdata=np.column_stack([rows[["layer", "site"]], rows["straggler"]]),
                 hover="layer %{customdata[0]}: %{y:.3f}, straggler × %{customdata[2]:.2f}",
             )
         )
     theme.layer_axis(figure, table[["layer", "site"]].drop_duplicates())
-    figure.update_yaxes(title="balancedness (mean / largest GPU load)", range=[0, 1.04])
     figure.update_layout(clickmode="event+select")
+    if held_out:
+        figure.update_yaxes(title="largest / mean GPU load")
+        title, note = "Straggler factor of layers (1 = even)", "mean of windows that were held out"
+    else:
+        figure.update_yaxes(title="balancedness (mean / largest GPU load)", range=[0, 1.04])
+        title = "Balancedness of the GPUs over layers (1 = even)"
+        note = "its inverse is the straggler factor"
     return theme.finish(
         figure,
-        title="Balancedness of the GPUs over layers (1 = even)",
-        caption=scope.caption("its inverse is the straggler factor"),
+        title=title,
+        caption=scope.caption(note),
         dark=dark,
         legend=True,
-        caption_width=_HALF_PAGE,
+        caption_width=HALF_PAGE,
     )
 
 
@@ -518,7 +544,7 @@ def decode_reads(
         caption=scope.caption(*notes),
         dark=dark,
         legend=True,
-        caption_width=_HALF_PAGE,
+        caption_width=HALF_PAGE,
     )
 
 
@@ -557,5 +583,5 @@ def coverage(
         ),
         dark=dark,
         legend=True,
-        caption_width=_HALF_PAGE,
+        caption_width=HALF_PAGE,
     )

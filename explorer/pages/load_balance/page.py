@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.metrics.load import Floor
-from explorer.pages.load_balance.data import FACTORS, capacity_of
+from explorer.pages.load_balance.data import capacity_of
 from explorer.pages.load_balance.figures import (
     METRIC_TEXTS,
     balance_over_layers,
@@ -16,6 +16,7 @@ from explorer.pages.load_balance.figures import (
     load_bars,
     lorenz,
 )
+from explorer.pages.load_balance.memory import memory_section
 from explorer.pages.load_balance.serving import serving_section
 from explorer.queries.load import (
     expert_load,
@@ -31,11 +32,18 @@ from explorer.ui.chart import chart, tile
 from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
-from explorer.ui.wording import by_chance, domain_name, number, span, undefined_load
+from explorer.ui.wording import (
+    by_chance,
+    domain_name,
+    expert_label,
+    number,
+    span,
+    undefined_load,
+)
 
 _PLACEMENT = ("gpus", "nodes", "expert_groups", "replicas")
 _TILES = {
-    "max_violation": "MaxVio",
+    "max_violation": "Busiest expert",
     "coefficient_of_variation": "Coefficient of variation",
     "gini": "Gini",
     "normalized_entropy": "Load entropy",
@@ -59,13 +67,19 @@ def render() -> None:
         st.segmented_control,
         "topic",
         "Topic",
-        {"layers": "Layers and capacity", "serving": "Serving: GPUs and batches"},
+        {
+            "layers": "Layers and capacity",
+            "serving": "Serving: GPUs and batches",
+            "memory": "Memory: caches, drafts, calibration",
+        },
         default="serving" if serves else "layers",
     )
-    if topic == "serving" and not load["assignments"].sum():
+    if topic != "layers" and not load["assignments"].sum():
         instead("These tokens have no assignment in any layer. Change the filters at the side.")
     elif topic == "serving":
         serving_section(view, load)
+    elif topic == "memory":
+        memory_section(view)
     else:
         _layers(view, load)
 
@@ -74,7 +88,7 @@ def _layers(view: View, load: pd.DataFrame) -> None:
     here = view.here(load)
     balance = balance_of(view, load)
     st.subheader(f"Layer {view.site_name}", anchor=False)
-    _tiles(view, balance)
+    _tiles(view, balance, here)
     if not here["assignments"].sum():
         instead("These tokens have no assignment in this layer. Change the filters at the side.")
         return
@@ -91,24 +105,30 @@ def _layers(view: View, load: pd.DataFrame) -> None:
 
 
 @section("Measures of balance")
-def _tiles(view: View, balance: pd.DataFrame) -> None:
+def _tiles(view: View, balance: pd.DataFrame, here: pd.DataFrame) -> None:
     row = view.here(balance).iloc[0]
     for column, (name, label) in zip(st.columns(len(_TILES)), _TILES.items(), strict=True):
-        value, floor = row[name], row[f"{name}_floor"]
-        whole = name == "dead_experts"
-        shown = number(value, ".0f" if whole else ".3f")
+        text, whole = METRIC_TEXTS[name], name == "dead_experts"
+        value, floor = row[name] + text.add, row[f"{name}_floor"] + text.add
+        unit = "×" if name == "max_violation" else ""
+        below = [by_chance(floor, ".1f" if whole else text.form, unit)]
+        if unit and math.isfinite(value):
+            busiest = int(here.loc[here["assignments"].idxmax(), "expert_id"])
+            below.insert(0, expert_label(view.site_name, busiest))
         tile(
             column,
             label,
-            shown + (f" of {int(row['n_experts'])}" if whole else ""),
-            by_chance(floor, ".1f" if whole else ".3f")
+            number(value, text.form)
+            + unit * math.isfinite(value)
+            + (f" of {int(row['n_experts'])}" if whole else ""),
+            "; ".join(filter(None, below))
             if math.isfinite(value)
             else undefined_load(int(row["n_experts"])),
-            about=f"{METRIC_TEXTS[name].label}. {METRIC_TEXTS[name].meaning}",
+            about=f"{text.label}. {text.meaning}",
         )
-    worst = Floor(*(float(row[f"max_violation_floor{part}"]) for part in ("", "_low", "_high")))
+    worst = Floor(*(1 + float(row[f"max_violation_floor{part}"]) for part in ("", "_low", "_high")))
     if math.isfinite(worst.mean):
-        st.caption(f"MaxVio: {floor_note(worst)}.")
+        st.caption(f"Busiest expert (× fair share): {floor_note(worst)}.")
 
 
 @section("Load of the experts")
@@ -187,7 +207,8 @@ def _over_layers(view: View, balance: pd.DataFrame) -> None:
         balance_over_layers(balance, metric, scope=view.scope(over_layers=True), dark=is_dark()),
         key="over layers",
         alt=f"{METRIC_TEXTS[metric].label} of {counted(len(balance), 'layer')}, "
-        f"{span(balance[metric])}, with the values that uniform routing would give.",
+        f"{span(balance[metric] + METRIC_TEXTS[metric].add)}, with the values that uniform routing "
+        "would give.",
         table=balance[["layer", "site", "n_experts", "top_k", "assignments", *columns]],
     )
 
@@ -203,9 +224,16 @@ def _capacity(view: View) -> None:
 def _draw_capacity(view: View) -> None:
     if without_ids(view.run, "What a limit drops"):
         return
-    curve, zero_from, n_batches, n_tokens, n_all = ask(
-        view, capacity_of, **view.place, phase=view.phase
-    )
+    phase = view.phase or (view.run.phases or ["prompt"])[0]
+    if view.phase is None and len(view.run.phases) > 1:
+        # a pass over prompts and a decoding step differ a hundredfold in tokens
+        phase = address.choose(
+            st.segmented_control,
+            "batches",
+            "Batches",
+            {"prompt": "Passes over prompts", "generated": "Decoding steps"},
+        )
+    curve, zero_from, n_batches, n_tokens, n_all = ask(view, capacity_of, **view.place, phase=phase)
     if curve.empty or curve["assignments"].isna().all():
         instead("No token of this phase was recorded.")
         return
@@ -216,7 +244,7 @@ def _draw_capacity(view: View) -> None:
         f"here {counted(n_batches, 'batch', 'batches')}, on average of "
         f"{counted(round(n_tokens / n_batches), 'token')}."
     )
-    factor = _factor()
+    factor = _factor(curve["capacity_factor"].tolist())
     row = curve.iloc[(curve["capacity_factor"] - factor).abs().argmin()]
     st.markdown(
         f"With a capacity factor of **{factor:.2f}**, counted per batch, "
@@ -227,7 +255,7 @@ def _draw_capacity(view: View) -> None:
         f"{number(row['weight_probs'], '.1%')} and {row['tokens_probs']:.2%}. From "
         f"factor {zero_from:.2f} on nothing is dropped."
     )
-    scope = view.scope(n_tokens).without_filters()
+    scope = view.scope(n_tokens).without_filters()._replace(phase=phase)
     if n_tokens < n_all:
         st.caption(f"Computed from the first {n_tokens:,} of {n_all:,} tokens, whole batches.")
     chart(
@@ -242,24 +270,27 @@ def _draw_capacity(view: View) -> None:
         ),
         key="capacity",
         alt=f"Share of assignments, weight and tokens dropped over capacity factors from "
-        f"{FACTORS[0]} to {FACTORS[-1]} in layer {view.site_name}.",
+        f"{curve['capacity_factor'].iloc[0]} to "
+        f"{curve['capacity_factor'].iloc[-1]} in layer {view.site_name}.",
         table=curve,
     )
 
 
-def _factor() -> float:
-    """Draw the slider, which is kept in the address."""
+def _factor(factors: list[float]) -> float:
+    """Draw the slider, which ends where the curve does, and is kept in the address."""
     asked = address.read("factor")
-    default = 1.25
-    value = next((f for f in FACTORS if f"{f:g}" == asked), None)
+    default = min(factors, key=lambda factor: abs(factor - 1.25))
+    value = next((f for f in factors if f"{f:g}" == asked), None)
     if asked and value is None:
-        address.note("The link names a capacity factor that is not on the scale; showing 1.25.")
+        address.note(
+            f"The link names a capacity factor that is not on the scale; showing {default:g}."
+        )
         address.write("factor", "")
     key = "address:factor"
     st.session_state[key] = default if value is None else value
     st.select_slider(
         "Capacity factor",
-        FACTORS,
+        factors,
         key=key,
         format_func=lambda f: f"{f:.2f}",
         on_change=lambda: address.write("factor", f"{st.session_state[key]:g}"),

@@ -6,6 +6,7 @@ import streamlit as st
 
 from explorer.pages.load_balance import data
 from explorer.pages.load_balance.figures import balancedness_lines, coverage, decode_reads, gpu_bars
+from explorer.pages.load_balance.placements import placements_section
 from explorer.queries.load import BatchRouting, routing
 from explorer.text import counted
 from explorer.ui import address
@@ -15,8 +16,6 @@ from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import span
 
 MAX_TOKENS = 30_000  # that batches are made of
-MAX_COMPARED = 5_000_000  # pairs of copies, for placements judged on held-out domains
-_LISTED = 8
 _SEED = 0
 
 
@@ -29,15 +28,33 @@ def serving_section(view: View, load: pd.DataFrame) -> None:
         Of all experts, from ``queries.load.expert_load``, under the view's filters.
     """
     st.subheader("Serving", anchor=False)
-    _hot_and_cold(load)
+    _hot_and_cold(view, load)
     _gpus(view, load)
     _batches(view)
 
 
-@section("Hottest and coldest experts")
-def _hot_and_cold(load: pd.DataFrame) -> None:
-    ordered = load.dropna(subset=["ratio"]).sort_values("ratio", ascending=False)
-    ordered = ordered.assign(share=100 * ordered["share"])
+_LISTS = {"hot": "Hottest first", "cold": "Coldest first", "dead": "Dead"}
+
+
+@section("Hottest, coldest and dead experts")
+def _hot_and_cold(view: View, load: pd.DataFrame) -> None:
+    """List all experts of the layers that are shown; a row leads to its expert."""
+    known = load.dropna(subset=["ratio"])
+    kind = address.choose(st.segmented_control, "hot", "Experts by load", _LISTS)
+    rows = known.sort_values("ratio", ascending=kind != "hot", kind="stable")
+    if kind == "dead":
+        rows = rows[rows["assignments"] == 0]
+    if rows.empty:
+        instead("Every expert of these layers was chosen.")
+        return
+    rows = rows.assign(share=100 * rows["share"]).reset_index(drop=True)
+
+    def go_to() -> None:
+        chosen = st.session_state["experts by load"]["selection"]["rows"]
+        if chosen:
+            place = rows.loc[chosen[0], ["layer", "site", "expert_id"]]
+            address.jump_to_expert(view, place.astype(float).tolist())
+
     columns = {
         "layer": "Layer",
         **({"site": "Router"} if (load["site"] > 0).any() else {}),
@@ -46,15 +63,21 @@ def _hot_and_cold(load: pd.DataFrame) -> None:
         "share": ("Share", "%.2f%%"),
         "ratio": ("× fair share", "%.2f"),
     }
-    for column, title, rows in zip(
-        st.columns(2, gap="medium"),
-        ("Hottest experts", "Coldest experts"),
-        (ordered.head(_LISTED), ordered.tail(_LISTED).iloc[::-1]),
-        strict=True,
-    ):
-        with column:
-            st.markdown(f"**{title}**")
-            listing(rows, columns, alt=f"{title} of the layers that are shown")
+    listing(
+        rows,
+        columns,
+        alt=f"{counted(len(rows), 'expert')} of the layers that are shown by load; click a title "
+        "to sort, and the box of a row for its expert",
+        key="experts by load",
+        on_select=go_to,
+        selection_mode="single-row",
+        height=320,
+    )
+    dead = int((known["assignments"] == 0).sum())
+    st.caption(
+        f"{counted(len(rows), 'expert')} of {len(known):,}, {dead} of them dead. Click a title to "
+        "sort, and the box of a row for its expert."
+    )
 
 
 @section("Load of GPUs")
@@ -107,41 +130,8 @@ def _gpus(view: View, load: pd.DataFrame) -> None:
         "EPLB: DeepSeek's expert-parallel load balancer, which copies hot experts and packs them. "
         "Loads are those of this traffic; other traffic is balanced less well."
     )
-    _held_out(view, experts, gpus, nodes, groups, replicas)
-
-
-@section("Placements on other traffic")
-def _held_out(view: View, experts: int, gpus: int, nodes: int, groups: int, replicas: int) -> None:
-    sizes = {"gpus": gpus, "nodes": nodes, "groups": groups, "replicas": replicas}
-    domains = len(view.run.domains)
-    layers = sum(site.n_experts == experts for site in view.run.sites)
-    # every domain is held out once, and two copies of each layer are compared at a time
-    if not domains > 1 or domains * layers * replicas**2 > MAX_COMPARED:
-        return
-    with st.spinner("Judging placements on domains that they were not made from."):
-        table = ask(view, data.held_out_table, n_experts=experts, **sizes)
-    if table.empty:
-        return
-    st.markdown("**On a domain that the placement was not made from**")
-    listing(
-        table,
-        {
-            "policy": "Placement",
-            "own": ("Made from all domains", "%.3f"),
-            "held_out": ("Domain held out", "%.3f"),
-            "low": ("95 % from", "%.3f"),
-            "high": ("to", "%.3f"),
-            "worst": ("Worst domain", "%.3f"),
-        },
-        alt="Balancedness of placements on domains that they were made from, and that they were "
-        "not",
-    )
-    st.caption(
-        f"Balancedness, mean over {domains} domains of the whole run, all layers of {experts} "
-        "experts, without filters. *Across windows* makes copies as EPLB does and keeps experts "
-        "that are hot in the same domains apart. As files for SGLang or TensorRT-LLM: "
-        f"`python -m explorer place RUN --gpus {gpus} --slots {replicas} --windows domain "
-        "--out FILE`."
+    placements_section(
+        view, n_experts=experts, gpus=gpus, nodes=nodes, groups=groups, replicas=replicas
     )
 
 

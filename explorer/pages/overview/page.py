@@ -15,7 +15,14 @@ from explorer.ui.glossary import help_text
 from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, balance_of, is_dark
-from explorer.ui.wording import by_chance, domain_name, number, span, undefined_load
+from explorer.ui.wording import (
+    by_chance,
+    domain_name,
+    expert_label,
+    number,
+    span,
+    undefined_load,
+)
 
 _ORDERS = {"expert": "by id", "load": "by load"}
 
@@ -105,11 +112,14 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
     if len(worst):
         row = worst.loc[worst["max_violation"].idxmax()]
         chance = by_chance(1 + row["max_violation_floor"], ".2f", "×")
+        layer, site = int(row["layer"]), int(row["site"])
+        there = load[(load["layer"] == layer) & (load["site"] == site)]
+        expert = int(there.loc[there["assignments"].idxmax(), "expert_id"])
         tile(
             tiles[1],
             "Busiest expert",
             f"{1 + row['max_violation']:.2f}× fair share",
-            "; ".join(filter(None, (f"layer {int(row['layer'])}", chance))),
+            "; ".join(filter(None, (expert_label(view.named(layer, site), expert), chance))),
             about=help_text("load", "by_chance"),
         )
     else:

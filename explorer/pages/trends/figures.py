@@ -12,10 +12,15 @@ from explorer.ui.wording import labels, site_name
 
 
 class Trend(NamedTuple):
-    """A quantity that is followed over checkpoints: its title with unit, and what it means."""
+    """A quantity that is followed over checkpoints: its title with unit, and what it means.
+
+    ``add`` and ``form`` are as for ``METRIC_TEXTS``.
+    """
 
     title: str
     meaning: str
+    add: float = 0.0
+    form: str = ".3f"
 
 
 TRENDS: Registry[Trend] = Registry(
@@ -83,12 +88,12 @@ def trend_lines(
         figure.add_trace(
             theme.line(
                 [order.index(one) for one in rows["name"]],
-                rows[quantity],
+                rows[quantity] + trend.add,
                 f"layer {name}",
                 form={"color": color},
                 symbol=places.index(place) % 8,
                 customdata=[f"n = {counts[one]:,}" if counts else "" for one in rows["name"]],
-                hover="%{x}: %{y:.3f}<br>%{customdata}",
+                hover=f"%{{x}}: %{{y:{trend.form}}}<br>%{{customdata}}",
             )
         )
     if quantity == "saturation":
@@ -112,7 +117,8 @@ def trend_lines(
     )
     # the figure's title has the name; both are too long for the height
     unit = trend.title.partition(" (")[2].rstrip(")")
-    figure.update_yaxes(title=unit, rangemode="tozero")
+    percent = ".0%" if trend.form.endswith("%") else None
+    figure.update_yaxes(title=unit, rangemode="tozero", tickformat=percent)
     figure.update_layout(legend=theme.LEGEND_RIGHT)
     title = f"{trend.title[:1].upper()}{trend.title[1:]}"
     return theme.finish(figure, title=title, caption=caption, dark=dark, height=440)
