@@ -1,5 +1,7 @@
 """Fast memory: what caches of experts hit, what drafts read, and which experts texts leave out."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -116,9 +118,10 @@ def _cache_lines(
             "prompts"
         ),
         dark=dark,
-        legend=True,
         caption_width=HALF_PAGE,
     )
+    # where the lines leave room
+    figure.update_layout(legend=_legend(0.0 if column == "hit_rate" else 1.0), showlegend=True)
     lru = rates[rates["cache"] == "lru"]["hit_rate"]
     chart(
         figure,
@@ -127,6 +130,12 @@ def _cache_lines(
         f"tokens; LRU hits {span(lru, '.0%')}.",
         table=rates.assign(cache=rates["cache"].map(LINES)),
     )
+
+
+def _legend(y: float) -> dict[str, Any]:
+    """Put the names into the lower or the upper right corner of the plot."""
+    anchor = "top" if y else "bottom"
+    return {"orientation": "v", "x": 1, "xanchor": "right", "y": y, "yanchor": anchor}
 
 
 def _drafts(found: data.CacheTables, scope: Scope, phase: str) -> None:
@@ -152,9 +161,9 @@ def _drafts(found: data.CacheTables, scope: Scope, phase: str) -> None:
         title="Experts that a draft window reads (count, mean of layers)",
         caption=scope.caption("speculative decoding checks a draft of one request in one pass"),
         dark=dark,
-        legend=True,
         caption_width=HALF_PAGE,
     )
+    figure.update_layout(legend=_legend(0.0), showlegend=True)
     chart(
         figure,
         key=f"drafts {phase}",

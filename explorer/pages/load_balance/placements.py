@@ -75,6 +75,7 @@ def placements_section(view: View, **sizes: int) -> None:
         )
     with right:
         _ageing(found, scope)
+    _renewals(found)
     policy = address.choose(
         st.selectbox,
         "policy",
@@ -139,7 +140,7 @@ def _ageing(found: data.Judgement, scope: Scope) -> None:
             theme.line(
                 rows["windows_later"],
                 rows["balancedness"],
-                "realised; at 0 as predicted",
+                "realised",
                 form={"color": theme.accent(dark), "width": 2.5},
                 symbol="circle",
                 hover="%{x} windows later: %{y:.3f}",
@@ -148,10 +149,11 @@ def _ageing(found: data.Judgement, scope: Scope) -> None:
     )
     figure.update_xaxes(title="windows after the one it was made from", dtick=1)
     figure.update_yaxes(title="balancedness", range=[0, 1.04])
+    figure.update_layout(showlegend=False)
     theme.finish(
         figure,
         title=f"Predicted and realised: {found.best}, made from one window",
-        caption=scope.caption("grey: 95 % interval over windows"),
+        caption=scope.caption("at 0 as predicted; grey: 95 % interval over windows"),
         dark=dark,
         caption_width=HALF_PAGE,
     )
@@ -162,6 +164,13 @@ def _ageing(found: data.Judgement, scope: Scope) -> None:
         f"{span(rows['balancedness'], '.3f')}.",
         table=rows,
     )
+
+
+@section("When to make it again")
+def _renewals(found: data.Judgement) -> None:
+    """List what making the placement again saves and costs."""
+    if found.renewals.empty:
+        return
     again = found.renewals
     shown = again.assign(
         every=[
@@ -176,7 +185,7 @@ def _ageing(found: data.Judgement, scope: Scope) -> None:
             "low": ("95 % from", "%.3f"),
             "high": ("to", "%.3f"),
             "copies": ("Experts loaded", "%.0f"),
-            "most": ("by the busiest GPU", "%.1f"),
+            "most": ("Loaded by the busiest GPU", "%.1f"),
         },
         alt="What making the placement again saves, and how many experts have to be loaded for it",
     )
