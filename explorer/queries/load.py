@@ -369,6 +369,10 @@ def calibration(
     """
     if at_least < 1:
         raise RunError(f"Expected a number of tokens of 1 or more, got {at_least}.")
+    if run.sums_only:
+        raise RunError(
+            "Calibration coverage counts texts, and a run that was imported from counts has none."
+        )
     where, params = conditions(phase=phase, layer=layer)
     place, place_params = conditions(layer=layer)
     rows = run.query(

@@ -86,7 +86,10 @@ def test_counts_show_load_over_their_steps(runs):
 
 def test_placements_are_judged_on_windows_of_steps(runs, capsys):
     assert main(["place", str(runs / "counted.duckdb"), "--gpus", "2", "--windows", "4"]) == 0
-    assert "4 windows of consecutive forward passes, at level counts steps, 3 layers" in capsys.readouterr().out
+    assert (
+        "4 windows of consecutive forward passes, at level counts steps, 3 layers"
+        in capsys.readouterr().out
+    )
 
 
 def test_experts_without_weights_are_equal_bars():

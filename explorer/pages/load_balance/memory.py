@@ -202,6 +202,8 @@ def _pins(view: View, found: data.CacheTables, phase: str) -> None:
 
 @section("Calibration coverage")
 def _calibration(view: View) -> None:
+    if view.run.sums_only:
+        return  # no text is known
     st.subheader("Calibration coverage", anchor=False)
     at_least = int(
         address.choose(

@@ -11,6 +11,7 @@ from explorer.engine_files import PLACEMENT_FORMATS
 from explorer.metrics import placement
 from explorer.pages.load_balance import data
 from explorer.pages.load_balance.figures import HALF_PAGE, balancedness_lines
+from explorer.queries.load import steps_of
 from explorer.text import counted
 from explorer.ui import address, theme
 from explorer.ui.chart import chart, listing
@@ -62,7 +63,7 @@ def placements_section(view: View, **sizes: int) -> None:
         alt="Balancedness of placements on windows that they were made from, and not made from",
     )
     st.caption(_explained(found, by))
-    scope = view.scope()._replace(domain=None, search=None, slice=None, step=1)
+    scope = view.scope().without_filters()
     left, right = st.columns(2, gap="medium")
     with left:
         chart(
@@ -92,7 +93,10 @@ def placements_section(view: View, **sizes: int) -> None:
 
 def _windows(view: View) -> tuple[str, int]:
     """Let the reader choose what is held out."""
-    known = _BY if view.run.records_ids else {"domains": _BY["domains"]}
+    ways = list(_BY) if view.run.records_ids else ["domains"]
+    if view.run.sums_only and ask(view, steps_of):
+        ways = ["domains", "time"]
+    known = {way: _BY[way] for way in ways}
     left, right = st.columns([2, 3], gap="medium")
     with left:
         by = address.choose(
@@ -100,7 +104,7 @@ def _windows(view: View) -> tuple[str, int]:
             "by_windows",
             "Windows of",
             known,
-            default="domains" if len(view.run.domains) > 1 or len(known) == 1 else "prompts",
+            default="domains" if len(view.run.domains) > 1 else ways[-1],
             help="What is held out, one at a time: a domain; consecutive prompts; forward passes "
             "that follow each other.",
         )
