@@ -3,6 +3,7 @@
 import json
 import sys
 from base64 import b64decode
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from app_pages import charts, opened
 
 from capture.traces import import_routing
 from explorer.__main__ import main
+from explorer.pages.compare_runs.two_sides import two_sides
 from explorer.run import open_run
 from explorer.ui.wording import unnamed
 
@@ -113,3 +115,50 @@ def test_no_page_fails_on_a_trace(page, run):
     app = opened(page, run=run)
     assert not app.error
     assert not any("nan" in str(tile.value).lower() for tile in app.metric)
+
+
+def test_two_sides_of_one_text_are_compared(runs):
+    """A trainer's rows of the same rollouts, one token late; only their order matches them."""
+    random = np.random.default_rng(3)
+    rollout = [np.argsort(random.random((n, 4, 16)), -1)[..., :2] for n in (30, 40)]
+    trainer = [np.concatenate([one[:1], one[:-1]]) for one in rollout]
+    for name, ids in (("rollout", rollout), ("trainer", trainer)):
+        import_routing([one.astype(np.int32) for one in ids], runs / f"{name}.duckdb", n_experts=16)
+    with open_run(runs / "rollout.duckdb") as a, open_run(runs / "trainer.duckdb") as b:
+        sides = two_sides(a, b)
+    assert (sides.matched_by, sides.sequences, sides.tokens) == ("their order", 2, 70)
+    assert (sides.found.verdict, sides.found.shift) == ("shifted rows", -1)
+    assert (sides.prompt_a, sides.position, sides.found.first) == (0, 1, (1, 0))
+    app = opened("compare-runs", run="rollout", against="trainer", by="tokens")
+    assert any("Looks like **shifted rows**: by 1 token" in text.value for text in app.markdown)
+    tiles = {tile.label: tile for tile in app.metric}
+    assert tiles["First difference"].delta == "token 1 of sequence 0"
+    assert (tiles["Margin there"].value, tiles["Margin there"].delta) == ("–", "not recorded in A")
+    for name in ("rollout", "trainer"):
+        (runs / f"{name}.duckdb").unlink()
+
+
+def test_sequences_are_matched_by_their_token_ids(tmp_path):
+    """What one program calls a prompt is prompt and answer in the other."""
+    tokens = [np.arange(9), np.arange(20, 32)]
+    paths = []
+    for order, n_prompt in (([0, 1], 4), ([1, 0], None)):
+        outputs = [
+            SimpleNamespace(
+                prompt=None,
+                prompt_token_ids=tokens[n][:n_prompt].tolist(),
+                outputs=[
+                    SimpleNamespace(
+                        index=0,
+                        token_ids=[] if n_prompt is None else tokens[n][n_prompt:].tolist(),
+                        routed_experts=np.tile([[[n, 5]]], (len(tokens[n]) - 1, 2, 1)),
+                    )
+                ],
+            )
+            for n in order
+        ]
+        paths.append(tmp_path / f"{len(paths)}.duckdb")
+        import_routing(outputs, paths[-1], n_experts=6)
+    with open_run(paths[0]) as a, open_run(paths[1]) as b:
+        sides = two_sides(a, b)
+    assert (sides.matched_by, sides.tokens, sides.found.verdict) == ("token ids", 21, "same")

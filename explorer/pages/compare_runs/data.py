@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from capture.paths import model_name
+from capture.traces.importing import NO_MODEL
 from explorer.metrics import agreement, alignment
 from explorer.queries.where import Part, conditions, prompt_conditions
 from explorer.run import Run
@@ -213,8 +214,12 @@ def relation(first: Run, second: Run) -> Relation:
     shapes = [
         [(s.layer, s.site, s.n_experts, s.top_k) for s in run.sites] for run in (first, second)
     ]
-    same = shapes[0] == shapes[1] and first.info["architecture"] == second.info["architecture"]
-    return Relation(same, same and first.info["model"] == second.info["model"])
+    # a trace of another program says neither, or one of them
+    traced = any(isinstance(run.notes.get("import"), dict) for run in (first, second))
+    same = shapes[0] == shapes[1]
+    same &= traced or first.info["architecture"] == second.info["architecture"]
+    models = {str(run.info["model"]) for run in (first, second)} - ({NO_MODEL} if traced else set())
+    return Relation(same, same and len(models) < 2)
 
 
 def differences(first: Run, second: Run) -> pd.DataFrame:
@@ -297,7 +302,7 @@ def token_divergence(
         return pd.DataFrame()
     both = spread(every, max(1, max_rows // len(first.sites)))
     rows = []
-    sides = _of_both(first, second, both, weights=weights)
+    sides = experts_of_both(first, second, both, weights=weights)
     for site, a, b in zip(first.sites, *sides, strict=True):
         row = {
             "layer": site.layer,
@@ -323,7 +328,7 @@ def mean(values: npt.NDArray[np.float64]) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def _of_both(
+def experts_of_both(
     first: Run, second: Run, tokens: pd.DataFrame, *, weights: bool
 ) -> tuple[list[ChosenExperts], list[ChosenExperts]]:
     """Return the experts of common tokens; rows of one run are unpacked while the other is read."""
@@ -353,7 +358,7 @@ def prompt_divergence(
     both = both.merge(texts, on="token_a").sort_values("position").reset_index(drop=True)
     if both.empty:
         return both.assign(jaccard=[], first_layer=[])
-    a, b = _of_both(first, second, both, weights=False)
+    a, b = experts_of_both(first, second, both, weights=False)
     sides = _of_range(first, a, layers), _of_range(second, b, layers)
     table = np.array(
         [agreement.jaccard(a.expert_ids, b.expert_ids) for a, b in zip(*sides, strict=True)]

@@ -120,6 +120,29 @@ def divergence_over_layers(table: pd.DataFrame, *, scope: Scope, dark: bool = Fa
     )
 
 
+def mismatch_over_layers(table: pd.DataFrame, *, caption: str, dark: bool = False) -> go.Figure:
+    """Draw the share of tokens whose experts differ between two sides, layer by layer.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``layer, site, mismatched``.
+    """
+    figure = go.Figure(
+        theme.line(
+            np.arange(len(table)),
+            table["mismatched"],
+            "experts differ",
+            form={"color": theme.hue("vermillion", dark)},
+            symbol="circle",
+        )
+    )
+    theme.layer_axis(figure, table)
+    figure.update_yaxes(title="share of tokens", rangemode="tozero", tickformat=".1%")
+    title = "Where the two sides part: tokens whose experts differ, by layer"
+    return theme.finish(figure, title=title, caption=caption, dark=dark, height=300)
+
+
 def against(
     stretches: pd.DataFrame,
     quantity: str,

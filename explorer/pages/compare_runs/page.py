@@ -14,6 +14,7 @@ from streamlit.runtime.scriptrunner import add_script_run_ctx, get_script_run_ct
 from capture.errors import CaptureError
 from explorer.errors import ExplorerError
 from explorer.metrics.load import max_violation
+from explorer.metrics.parting import VERDICTS
 from explorer.pages.compare_runs.data import (
     MAX_SEGMENTS,
     TwoModels,
@@ -29,8 +30,10 @@ from explorer.pages.compare_runs.figures import (
     against,
     change_heatmap,
     divergence_over_layers,
+    mismatch_over_layers,
     over_layers,
 )
+from explorer.pages.compare_runs.two_sides import TwoSides, two_sides
 from explorer.pages.load_balance.figures import METRIC_TEXTS, load_heatmap
 from explorer.queries.load import expert_load
 from explorer.queries.overview import gate_means
@@ -38,8 +41,9 @@ from explorer.queries.where import Part
 from explorer.run import Run
 from explorer.text import counted, one_line
 from explorer.ui import address, problems, state
-from explorer.ui.chart import chart
-from explorer.ui.problems import instead, section
+from explorer.ui.chart import chart, tile
+from explorer.ui.glossary import help_text
+from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
@@ -189,7 +193,79 @@ def _expert_by_expert(view: View, other: View) -> None:
     lines_section(both, caption_of(sides))
 
 
+@section("Where the two sides part")
+def _sides(view: View, other: View) -> None:
+    """Say where the runs first differ, and what the pattern looks like."""
+    if without_ids(view.run, "Where two sides part") or without_ids(other.run, "That of B"):
+        return
+    sides: TwoSides | None = _of_two(view, other, "sides")
+    if sides is None:
+        return  # that no prompt is in both is said below
+    found = sides.found
+    if not found.compared:
+        instead("No token has experts in both runs.")
+        return
+    st.markdown(f"Looks like **{found.verdict}**: {_meaning(view, sides)}.")
+    tiles = st.columns(4)
+    tile(
+        tiles[0],
+        "Experts differ",
+        f"{found.mismatched:.2%}",
+        f"of {found.compared:,} (token, layer)",
+        about="Sets of experts, whatever their order.",
+    )
+    where = "nowhere"
+    if found.first is not None:
+        where = f"layer {view.named(*sides.layers[found.first[1]])}"
+    tile(
+        tiles[1],
+        "First difference",
+        where,
+        "" if sides.position is None else f"token {sides.position} of sequence {sides.prompt_a}",
+        about="Sequences in the order of A, then tokens, then layers.",
+    )
+    rank = found.margin_rank
+    tile(
+        tiles[2],
+        "Margin there",
+        number(found.margin, ".3g"),
+        "not recorded in A" if np.isnan(rank) else f"quantile of all that part: {rank:.2f}",
+        about=help_text("margin") + "  \nA quantile of 0.5 is any token's, near 0 are near-ties.",
+    )
+    tile(
+        tiles[3],
+        "One expert swapped",
+        number(found.one_swapped, ".0%"),
+        "of the tokens that part, where they first do",
+    )
+    of = f" of {sides.common:,}" if sides.tokens < sides.common else ""
+    said = f"{counted(sides.sequences, 'sequence')}, matched by {sides.matched_by}"
+    said += f"; n = {sides.tokens:,}{of} tokens"
+    if sides.one_sided:
+        said += f"; {sides.one_sided:,} (token, layer) recorded in one run only, left out"
+    table = pd.DataFrame(sides.layers, columns=["layer", "site"]).assign(mismatched=found.by_layer)
+    chart(
+        mismatch_over_layers(
+            view.of_layers(table), caption=Caption(f"{said}; no filters", {}), dark=is_dark()
+        ),
+        key="divergence of sides",
+        alt=f"Share of tokens whose experts differ over {counted(len(table), 'layer')}, "
+        f"{number(table['mismatched'].max(), '.1%')} at most.",
+        table=table,
+    )
+
+
+def _meaning(view: View, sides: TwoSides) -> str:
+    found = sides.found
+    if found.layer is not None:
+        return f"layer {view.named(*sides.layers[found.layer])}; {VERDICTS[found.verdict]}"
+    if found.shift is not None:
+        return f"by {counted(abs(found.shift), 'token')}; {VERDICTS[found.verdict]}"
+    return VERDICTS[found.verdict]
+
+
 def _same_tokens(view: View, other: View) -> None:
+    _sides(view, other)
     st.subheader("The same tokens in both runs", anchor=False)
     _phase_note(view)
     prompts = _of_two(view, other, "prompts", **view.prompt_filters)
@@ -338,6 +414,8 @@ def _answer(
     _b: Run,
     _prompts: pd.DataFrame | None,
 ) -> Any:
+    if question == "sides":
+        return two_sides(_a, _b)
     if question == "divergence":
         return token_divergence(_a, _b, prompts=_prompts, **arguments)
     return {"prompts": common_prompts, "models": two_models}[question](_a, _b, **arguments)
