@@ -33,19 +33,21 @@ from capture.model.sites import Site
 from capture.model.tokens import TokenizedPrompt, tokenize
 from capture.progress import Reporter
 from capture.prompts import Prompt, read_prompts
-from capture.recorder.assemble import DecodeStep, Step
 from capture.recorder.config import CaptureConfig
-from capture.recorder.loop import HiddenRows, Plan, Recording
-from capture.recorder.preparation import (
+from capture.recorder.engine import CallStep, Sender
+from capture.recorder.estimate import plan_sample
+from capture.recorder.loop import CapturePlan, DecodeCall, HiddenRows, Recording
+from capture.recorder.observe import PairCounter
+from capture.recorder.session import (
     AttentionPlan,
+    Stopper,
+    _Session,
     describe_run,
     max_length,
     plan_attention,
     plan_recording,
 )
-from capture.recorder.sampling import plan_sample
-from capture.recorder.session import Stopper, _Session
-from capture.recorder.transfer import WriterThread
+from capture.recorder.transfer import Staging, WriterThread
 from capture.store import RECORDED_LEVELS, PromptInfo, RunWriter
 
 STATUS = Path("/proc/self/status")
@@ -129,7 +131,7 @@ class Bench(NamedTuple):
 
     loaded: LoadedModel
     sites: list[Site]
-    plan: Plan
+    plan: CapturePlan
     config: CaptureConfig
     attention: AttentionPlan | None
 
@@ -441,23 +443,21 @@ def _with_outputs(bench: Bench) -> None:
 def _loop(bench: Bench) -> None:
     """Run the loop of a capture, decoding included, with nothing observed and nothing written."""
 
-    def look(step: Step) -> None:
-        if not isinstance(step, DecodeStep):
-            step.parcel.open()
-        elif not step.parcel.open().goes_on.any():
-            step.all_ended.set()
+    def look(step: Any) -> None:
+        if isinstance(step, CallStep):
+            result = step.parcel.open()
+            if isinstance(step.about, DecodeCall) and not np.any(result.has_loss):
+                step.about.all_ended.set()
 
     model = bench.loaded.model
-    thread: WriterThread[Step] = WriterThread(look)
+    thread: WriterThread[Any] = WriterThread(look)
     with Head(model).open(probe_tokens(model)[:1]) as head:
         Recording(
             runner=Runner(model, head),
             taps=Taps(()),
             hidden_rows=HiddenRows(),
-            sites=(),
-            groups=(),
+            sender=Sender((), bench.config.level, thread, Staging(), PairCounter((), ())),
             plan=bench.plan,
-            thread=thread,
             advance=lambda: None,
             check=lambda: None,
         ).run()

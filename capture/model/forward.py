@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from capture.errors import ModelError
-from capture.model.inputs import input_device, plain_forward
+from capture.model.inputs import input_device, plain_forward, without_gradients
 from capture.model.sites import text_config
 
 Ints = npt.NDArray[np.int64]
@@ -206,11 +206,7 @@ class Head:
     ) -> torch.Tensor:
         """Return the loss of predicting ``targets`` [N] from ``rows`` [N] of ``taken``, nats."""
         loss = torch.empty(len(rows), dtype=torch.float32, device=taken.device)
-        vocabulary = self.vocabulary(taken)
-        budget = LOGIT_BYTES.get(taken.device.type, LOGIT_BYTES["cpu"])
-        step = max(1, budget // (vocabulary * FLOAT_BYTES))
-        for start in range(0, len(rows), step):
-            piece = slice(start, start + step)
+        for piece in _pieces(len(rows), self.vocabulary(taken), taken.device):
             logits = self.logits(taken.index_select(0, rows[piece]))
             loss[piece] = nn.functional.cross_entropy(logits, targets[piece], reduction="none")
         return loss
@@ -231,7 +227,7 @@ class Head:
 
     def _probe(self, ids: torch.Tensor) -> Finish | None:
         """Return what the model does after its output layer, or None when that is unknown."""
-        with torch.inference_mode():
+        with without_gradients(self._model):
             output = self._model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             )
@@ -271,6 +267,24 @@ class Head:
             )
         scores: torch.Tensor = logits
         return scores
+
+
+def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of predicting ``targets`` [N] by logits [N, V], nats, in pieces."""
+    loss = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    for piece in _pieces(len(targets), logits.shape[-1], logits.device):
+        loss[piece] = nn.functional.cross_entropy(
+            logits[piece].float(), targets[piece], reduction="none"
+        )
+    return loss
+
+
+def _pieces(n_rows: int, n_words: int, device: torch.device) -> Iterator[slice]:
+    """Yield rows whose logits are computed together."""
+    budget = LOGIT_BYTES.get(device.type, LOGIT_BYTES["cpu"])
+    step = max(1, budget // (n_words * FLOAT_BYTES))
+    for start in range(0, n_rows, step):
+        yield slice(start, start + step)
 
 
 def _known_finishes(config: Any) -> Iterator[Finish]:

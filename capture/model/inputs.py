@@ -62,6 +62,34 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each of several processes holds a part of the weights (FSDP, tensor parallelism)."""
+    return any(type(one).__name__ == "DTensor" for one in model.parameters()) or any(
+        type(one).__name__ == "FullyShardedDataParallel" for one in model.modules()
+    )
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Compute without gradients while the block runs.
+
+    Weights that FSDP has gathered outlive the pass: made in inference mode they would break the
+    next training step, and left gathered they would change its gradients.
+    """
+    if not is_sharded(model):
+        with torch.inference_mode():
+            yield
+        return
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in model.modules():
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):
+                reshard()
+
+
 @contextmanager
 def plain_forward(model: nn.Module) -> Iterator[None]:
     """Switch off what a configuration adds to the forward pass, until the block is left.

@@ -18,7 +18,7 @@ from capture.model import attributes as probe
 from capture.model.after_sum import calls_kept, with_factor
 from capture.model.forward import cache_of, keeps, takes_positions, with_cache
 from capture.model.hooks import SiteObservation, tap
-from capture.model.inputs import input_device, plain_forward, vocabulary
+from capture.model.inputs import input_device, plain_forward, vocabulary, without_gradients
 from capture.model.scoring import (
     are_all_one,
     are_weights,
@@ -80,7 +80,7 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     called "softmax". Where no rule fits it is "other", and statistics take the softmax.
     """
     ids = probe_tokens(model)
-    with torch.inference_mode(), plain_forward(model):
+    with without_gradients(model), plain_forward(model):
         mask = padding_mask(ids)
         with calls_kept(sites) as calls:
             batch = run_sites(model, sites, ids, mask)
@@ -100,7 +100,7 @@ def heeds_padding(model: nn.Module, sites: Sequence[Site]) -> bool:
     """
     ids = probe_tokens(model)
     following, ids = ids[2:, :STEPS], ids[:2]
-    with torch.inference_mode(), plain_forward(model):
+    with without_gradients(model), plain_forward(model):
         takes = takes_positions(model)
         return heeds_left_padding(model, sites, ids, position_ids=takes) and decodes_padded(
             model, sites, ids, following, position_ids=takes
@@ -392,7 +392,7 @@ def writes_as_it_reads(model: nn.Module, sites: Sequence[Site]) -> bool:
     """
     ids, following = probe_tokens(model)[:1], probe_tokens(model)[2:3, :STEPS]
     positions = {"position_ids": takes_positions(model)}
-    with torch.inference_mode(), plain_forward(model):
+    with without_gradients(model), plain_forward(model):
         mask, length = torch.ones_like(ids), ids.shape[1]
         steps = decode_sites(model, sites, ids, mask, following, **positions)
         whole = run_sites(model, sites, torch.cat([ids, following], dim=1))

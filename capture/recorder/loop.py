@@ -1,11 +1,10 @@
-"""Run batches through a tapped model and send what its sites did to the writer."""
+"""Capture's own loop: prompts through a tapped model in batches, and what each row of them is."""
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +18,33 @@ from capture.model.forward import (
     Runner,
     cache_of,
     keeps,
+    next_in_prompt,
     pad_batch,
     plan_batches,
     to_device,
     with_cache,
 )
 from capture.model.hooks import Taps
-from capture.model.inputs import vocabulary
-from capture.model.sites import Site
+from capture.model.inputs import vocabulary, without_gradients
+from capture.model.token_text import decode_pieces
 from capture.model.tokens import TokenizedPrompt
-from capture.recorder.assemble import (
-    DecodeResult,
-    DecodeStep,
-    PairStep,
-    PromptResult,
-    PromptStep,
-    Step,
+from capture.recorder.attention.summary import (
+    AttentionTaps,
+    PromptRow,
+    pack_attention,
+    unpack_attention,
 )
-from capture.recorder.attention.summary import AttentionTaps, PromptRow, pack_attention
-from capture.recorder.observe import PairCounter, Rows, SiteGroup, observe
-from capture.recorder.sampling import Sample
-from capture.recorder.transfer import Parcel, Staging, WriterThread
-from capture.store.records import Level, SiteBlock
+from capture.recorder.engine import CallResult, CallStep, Ledger, Sender, next_losses, picked
+from capture.recorder.estimate import Sample
+from capture.recorder.observe import RealRows
+from capture.store.records import ForwardRows, Level, TokenRows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Numbers = npt.NDArray[Any]
+# the last steps wait for the next ones: a character has at most 4 bytes, each a token at most
+OPEN_STEPS = 4
 
 
 @dataclass
@@ -55,7 +59,7 @@ class HiddenRows:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapturePlan:
     """What a recording needs to know of its prompts.
 
     Attributes
@@ -101,15 +105,54 @@ class Plan:
         return plan_batches(lengths, budget, self.generate, same_length=self.same_length)
 
 
-@dataclass
-class Recording:
-    """The loop over batches; every forward pass ends as one step in the writer's queue.
+@dataclass(frozen=True, slots=True)
+class PromptCall:
+    """A forward pass over prompts.
 
     Attributes
     ----------
-    runner, taps, hidden_rows, sites, groups : as the session made them
-    plan : Plan
-    thread : WriterThread
+    batch : PaddedBatch
+    domains : sequence of str or None
+        The domains of this pass, in the order of its sums.
+    n_sampled : int
+        How many of the real tokens belong to the sample.
+    attended : sequence of PromptRow
+        The prompts whose attention is recorded.
+    """
+
+    batch: PaddedBatch
+    domains: Sequence[str | None]
+    n_sampled: int
+    attended: Sequence[PromptRow]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCall:
+    """A decoding step of a batch.
+
+    Attributes
+    ----------
+    batch, domains : as of :class:`PromptCall`
+    number : int
+        0 feeds the first generated token.
+    all_ended : Event
+        Set on the writer's thread as soon as no row of the batch goes on.
+    """
+
+    batch: PaddedBatch
+    domains: Sequence[str | None]
+    number: int
+    all_ended: threading.Event
+
+
+@dataclass
+class Recording:
+    """The loop over batches; every forward pass is one call that the sender sends.
+
+    Attributes
+    ----------
+    runner, taps, hidden_rows, sender : as the session made them
+    plan : CapturePlan
     advance : callable
         Called after every forward pass.
     check : callable
@@ -121,33 +164,27 @@ class Recording:
     runner: Runner
     taps: Taps
     hidden_rows: HiddenRows
-    sites: Sequence[Site]
-    groups: Sequence[SiteGroup]
-    plan: Plan
-    thread: WriterThread[Step]
+    sender: Sender
+    plan: CapturePlan
     advance: Callable[[], None]
     check: Callable[[], None]
     attention: AttentionTaps | None = None
-    staging: Staging = field(default_factory=Staging)
 
     def __post_init__(self) -> None:
         """Count the tokens and the domains."""
         prompts = self.plan.prompts
-        lengths = [len(prompt.ids) for prompt in prompts]
-        self._first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._first = first_tokens(prompts)
         self._domains = list(dict.fromkeys(prompt.domain for prompt in prompts))
         number = {domain: i for i, domain in enumerate(self._domains)}
         self._domain_of = np.array([number[prompt.domain] for prompt in prompts], dtype=np.int64)
         self._ids = [prompt.ids for prompt in prompts]
-        self._pairs = PairCounter(self.sites, self.groups)
-        self._torn = False  # whether a forward pass is handed over, but not its pairs
 
     def run(self) -> None:
         """Record every batch of the plan."""
         side: Literal["left", "right"] = "left" if self.plan.generate else "right"
         model = self.runner.model
         limit = self.runner.head.limit(vocabulary(model))
-        with torch.inference_mode():
+        with without_gradients(model):
             try:
                 for prompts in self.plan.batches(limit):
                     batch = pad_batch(prompts, self._ids, side=side, pad_id=self.plan.pad_id)
@@ -157,11 +194,9 @@ class Recording:
                     else:
                         self._prompts(batch)
             except BaseException:
-                if not self._torn:
-                    with suppress(Exception):  # the first error is the one to tell
-                        self._send_pairs()
+                self.sender.rescue_pairs()
                 raise
-            self._send_pairs()
+            self.sender.send_pairs()
 
     def _prompts(self, batch: PaddedBatch) -> PromptPass:
         device = self.runner.device
@@ -177,18 +212,19 @@ class Recording:
         finally:
             self.hidden_rows.rows = None
         domains, of_prompt = self._local_domains(batch)
-        rows = Rows(
+        rows = RealRows(
             rows=to_device(batch.rows, device) if batch.is_padded else None,
             domain=to_device(np.repeat(of_prompt, batch.lengths), device),
             n_domains=len(domains),
             sampled=sampled,
             sampled_here=to_device(sampled, device) if len(sampled) else None,
         )
-        attention = None if self.attention is None else pack_attention(*self.attention.take())
-        self._hand_over(
-            lambda sites: PromptResult(done.loss, sites, attention),
+        self.sender.send(
+            self.taps.take(),
             rows,
-            partial(PromptStep, batch, domains, sampled, attended),
+            PromptCall(batch, domains, len(sampled), attended),
+            loss=done.loss,
+            attention=None if self.attention is None else pack_attention(*self.attention.take()),
         )
         self.advance()
         return done
@@ -234,10 +270,14 @@ class Recording:
             if number == self.plan.generate - 1:
                 goes_on = torch.zeros_like(goes_on)
             loss = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-            self._hand_over(
-                partial(DecodeResult, token, loss, goes_on, valid, goes_on),
-                Rows(self._last_places(state), domain, len(domains), valid=valid),
-                partial(DecodeStep, batch, domains, number, all_ended),
+            self.sender.send(
+                self.taps.take(),
+                RealRows(self._last_places(state), domain, len(domains), valid=valid),
+                DecodeCall(batch, domains, number, all_ended),
+                tokens=token,
+                valid=valid,
+                loss=loss,
+                has_loss=goes_on,
             )
             self.advance()
             valid = goes_on
@@ -271,47 +311,156 @@ class Recording:
         rows, length = ids.shape
         return (torch.arange(rows, device=ids.device) + 1) * length - 1
 
-    def _hand_over(
-        self,
-        result: Callable[[list[SiteBlock[torch.Tensor]]], Any],
-        rows: Rows,
-        step: Callable[[Parcel[Any]], Step],
-    ) -> None:
-        """Send what a forward pass gave to the writer, and count its pairs."""
-        seen = self.taps.take()
-        blocks, expert_ids = [], []
-        for group in self.groups:
-            device = seen[group.members[0]].expert_ids.device
-            here = rows if device == rows.domain.device else _moved(rows, device)
-            block, ids = observe(group, seen, here, self.plan.level)
-            blocks.append(block)
-            expert_ids.append(ids)
-        parcel = self.staging.send(result(blocks), stop=self.thread.failed)
-        self._torn = True
-        self.thread.put(step(parcel))
-        self._pairs.add(expert_ids)
-        self._torn = False
-        if self._pairs.is_full:
-            self._send_pairs()
-
-    def _send_pairs(self) -> None:
-        sums = self._pairs.take()
-        if sums:
-            self.thread.put(PairStep(self.staging.send(sums, stop=self.thread.failed)))
-
     def _local_domains(self, batch: PaddedBatch) -> tuple[list[str | None], Ints]:
         """Return the domains of a batch and each prompt's place among them."""
         present, of_prompt = np.unique(self._domain_of[batch.prompts], return_inverse=True)
         return [self._domains[i] for i in present], of_prompt.astype(np.int64)
 
 
-def _moved(rows: Rows, device: torch.device) -> Rows:
-    def move(value: torch.Tensor | None) -> torch.Tensor | None:
-        return None if value is None else value.to(device, non_blocking=True)
+def first_tokens(prompts: Sequence[TokenizedPrompt]) -> Ints:
+    """Return the token id of the first token of every prompt, and of the first generated one."""
+    lengths = [len(prompt.ids) for prompt in prompts]
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
-    return rows._replace(
-        rows=move(rows.rows),
-        domain=rows.domain.to(device, non_blocking=True),
-        sampled_here=move(rows.sampled_here),
-        valid=move(rows.valid),
-    )
+
+@dataclass(slots=True)
+class _Decoded:
+    """A decoding step whose texts are not known yet: a character may end in a later one."""
+
+    call: DecodeCall
+    result: CallResult[Numbers]
+    rows: Ints  # of the batch, those that count
+
+
+@dataclass
+class PlannedTexts:
+    """The follower of capture's own loop, which knows every prompt before it is read.
+
+    Attributes
+    ----------
+    ledger : Ledger
+    prompts : sequence of TokenizedPrompt
+    tokenizer : tokenizer or None
+        None leaves the text of tokens unknown.
+    attention : AttentionTaps or None
+        Which sites and options the attention comes from.
+    prompt_tokens, generated_tokens, sampled_tokens : int
+        Handed over so far.
+    """
+
+    ledger: Ledger
+    prompts: Sequence[TokenizedPrompt]
+    tokenizer: "PreTrainedTokenizerBase | None"
+    attention: AttentionTaps | None = None
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    sampled_tokens: int = 0
+    _held: list[_Decoded] = field(default_factory=list)
+    # of the batch that is being decoded, by prompt
+    _generated: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Give tokens their numbers: prompts first, in their order, whatever the batches."""
+        self._first = first_tokens(self.prompts)
+
+    def consume(self, step: CallStep) -> None:
+        """Take one step; decoding steps wait for :meth:`settle`, or until their batch has ended."""
+        result = step.parcel.open()
+        if isinstance(step.about, PromptCall):
+            self.finish()
+            self._hand_over_prompts(step.about, result)
+            return
+        call: DecodeCall = step.about
+        assert result.tokens is not None and result.valid is not None
+        assert result.has_loss is not None
+        rows = np.flatnonzero(result.valid)
+        if len(rows):
+            self._held.append(_Decoded(call, result, rows))
+            prompts = call.batch.prompts[rows].tolist()
+            for prompt, token in zip(prompts, result.tokens[rows].tolist(), strict=True):
+                self._generated.setdefault(prompt, []).append(token)
+        if not result.has_loss.any():
+            call.all_ended.set()
+
+    def finish(self) -> None:
+        """Hand over the decoding steps that are held; their batch has ended."""
+        self._hand_over_held(len(self._held))
+        self._generated.clear()
+
+    def settle(self) -> None:
+        """Hand over the decoding steps whose texts no later token can change."""
+        self._hand_over_held(len(self._held) - OPEN_STEPS)
+
+    def _hand_over_held(self, count: int) -> None:
+        if count <= 0:
+            return
+        texts = self._generated_texts(self._held[0].call.number)
+        for decoded in self._held[:count]:
+            self._hand_over_decoded(decoded, texts)
+        del self._held[:count]
+
+    def _hand_over_prompts(self, call: PromptCall, result: CallResult[Numbers]) -> None:
+        batch, has_next = call.batch, next_in_prompt(call.batch)
+        loss = np.zeros(len(batch.rows), dtype=np.float32)
+        loss[has_next] = result.loss
+        tokens = TokenRows(
+            token_id=(self._first[batch.row_prompt] + batch.position).astype(np.uint32),
+            prompt_id=batch.row_prompt.astype(np.uint32),
+            position=batch.position.astype(np.uint32),
+            token=batch.input_ids.reshape(-1)[batch.rows].astype(np.int32),
+            text=self._prompt_texts(batch.prompts),
+            loss=next_losses(loss, has_next),
+            phase="prompt",
+        )
+        if self.attention is not None and result.attention is not None:
+            place = (self.attention.sites, self.attention.options)
+            for rows in unpack_attention(result.attention, call.attended, *place):
+                first = int(self._first[rows.prompt_id])
+                self.ledger.writer.append_attention(replace(rows, first_token=first))
+        self.ledger.append(ForwardRows(tokens, call.domains, result.sites))
+        self.prompt_tokens += len(batch.rows)
+        self.sampled_tokens += call.n_sampled
+
+    def _hand_over_decoded(
+        self, decoded: _Decoded, texts: dict[tuple[int, int], str] | None
+    ) -> None:
+        call, result, rows = decoded.call, decoded.result, decoded.rows
+        assert result.tokens is not None and result.loss is not None
+        assert result.has_loss is not None and result.valid is not None
+        prompts = call.batch.prompts[rows]
+        first = int(self._first[-1]) + self.generated_tokens
+        tokens = TokenRows(
+            token_id=np.arange(first, first + len(rows), dtype=np.uint32),
+            prompt_id=prompts.astype(np.uint32),
+            position=(call.batch.lengths[rows] + call.number).astype(np.uint32),
+            token=result.tokens[rows].astype(np.int32),
+            text=None if texts is None else [texts[p, call.number] for p in prompts.tolist()],
+            loss=next_losses(result.loss[rows], result.has_loss[rows]),
+            phase="generated",
+        )
+        # sums are of these rows already: the others were not valid on the device
+        sites = [picked(block, rows, len(result.valid)) for block in result.sites]
+        self.ledger.append(ForwardRows(tokens, call.domains, sites))
+        self.generated_tokens += len(rows)
+
+    def _prompt_texts(self, prompts: Ints) -> list[str] | None:
+        texts: list[str] = []
+        for prompt in prompts:
+            pieces = self.prompts[prompt].pieces()
+            if pieces is None:
+                return None
+            texts += pieces
+        return texts
+
+    def _generated_texts(self, first: int) -> dict[tuple[int, int], str] | None:
+        """Return the text of every generated token from step ``first`` on, by prompt and step."""
+        if self.tokenizer is None:
+            return None
+        # some steps more: a character that began before is seen whole
+        start = max(0, first - OPEN_STEPS)
+        texts: dict[tuple[int, int], str] = {}
+        for prompt, generated in self._generated.items():
+            context = [*self.prompts[prompt].ids.tolist(), *generated[:start]]
+            pieces = decode_pieces(self.tokenizer, generated[start:], context)
+            texts |= {(prompt, number): piece for number, piece in enumerate(pieces, start)}
+        return texts

@@ -5,7 +5,7 @@ until many tokens have been counted.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class SiteGroup(NamedTuple):
     logsumexp_known: bool
 
 
-class Rows(NamedTuple):
+class RealRows(NamedTuple):
     """The real tokens of one forward pass, on the device.
 
     Attributes
@@ -77,6 +77,17 @@ class Rows(NamedTuple):
     sampled: Ints = NO_ROWS
     sampled_here: torch.Tensor | None = None
     valid: torch.Tensor | None = None
+
+    def on(self, device: torch.device) -> "RealRows":
+        """Return the same on a device; nothing waits for it."""
+        if device == self.domain.device:
+            return self
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, torch.Tensor)
+        }
+        return self._replace(**moved)
 
 
 def group_sites(sites: Sequence[Site]) -> list[SiteGroup]:
@@ -112,7 +123,7 @@ def _group(members: tuple[int, ...], sites: Sequence[Site]) -> SiteGroup:
 
 
 def observe(
-    group: SiteGroup, seen: Sequence[SiteObservation], rows: Rows, level: Level
+    group: SiteGroup, seen: Sequence[SiteObservation], rows: RealRows, level: Level
 ) -> tuple[SiteBlock[torch.Tensor], torch.Tensor]:
     """Reduce what the sites of one group did to what the run file keeps, in one launch.
 
@@ -168,7 +179,7 @@ def observe(
 
 
 def _scores(
-    scores: Sequence[torch.Tensor], rows: Rows, level: Level
+    scores: Sequence[torch.Tensor], rows: RealRows, level: Level
 ) -> Vectors[torch.Tensor] | None:
     """Return the scores that are kept: of every token from level scores on, else of the sample."""
     if LEVELS.index(level) >= LEVELS.index("scores"):

@@ -1,36 +1,53 @@
 """One capture from the model to the closed file: load, test, estimate, record, check, close."""
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import logging
 import os
+import platform
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from capture.errors import CaptureCancelled, CaptureError
+import torch
+
+from capture.errors import CaptureCancelled, CaptureError, ConfigError
 from capture.interrupts import Interrupts, Terminated
 from capture.model.compiled import compiled, default_compiler, suspended
 from capture.model.forward import Head, Runner
 from capture.model.hooks import tap
-from capture.model.inputs import vocabulary
+from capture.model.inputs import input_device, vocabulary, width
 from capture.model.load import LoadedModel, load_model, loading_bars
-from capture.model.selftest import attach, probe_tokens
-from capture.model.sites import Site
+from capture.model.selftest import attach, heeds_padding, probe_tokens, writes_as_it_reads
+from capture.model.sites import Site, text_config
 from capture.model.token_text import can_decode, has_offsets
-from capture.model.tokens import tokenize
+from capture.model.tokens import TokenizedPrompt, tokenize
 from capture.progress import Reporter
 from capture.prompts import PromptList
-from capture.recorder import preparation
-from capture.recorder.assemble import Assembler, Step
+from capture.recorder.attention.layers import FoundAttention, attach_attention
+from capture.recorder.attention.summary import AttentionOptions, AttentionTaps
 from capture.recorder.config import CaptureConfig
-from capture.recorder.estimate import check_space
-from capture.recorder.loop import HiddenRows, Plan, Recording
-from capture.recorder.observe import group_sites
-from capture.recorder.sampling import plan_sample
-from capture.recorder.transfer import WriterThread
-from capture.store import PromptInfo, RunWriter
+from capture.recorder.engine import Ledger, Sender
+from capture.recorder.estimate import (
+    Attended,
+    AttentionSize,
+    Estimate,
+    Sample,
+    check_space,
+    choose_attended,
+    estimate,
+    plan_sample,
+)
+from capture.recorder.loop import CapturePlan, HiddenRows, PlannedTexts, Recording
+from capture.recorder.observe import PairCounter, group_sites
+from capture.recorder.transfer import Staging, WriterThread
+from capture.store import PromptInfo, RunInfo, RunWriter
+from kernels.dispatch import backend_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,8 +62,6 @@ SPELLED = (
     "{count} prompts spell out special tokens that the tokenizer adds by itself, such as the first "
     "of a chat template; those were not added once more."
 )
-
-
 SAME_LENGTH = (
     "The model does not heed padding, so only prompts of one length were decoded together."
 )
@@ -54,6 +69,14 @@ CACHE_DIFFERS = (
     "With its cache the model computes otherwise than when it reads the text at once: generated "
     "tokens and their routing are those of its own generate()."
 )
+# padded tokens of a forward pass; on a CPU larger ones leave the caches, on a GPU smaller ones
+# leave it idle
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "duckdb", "pyarrow", "numba")
+KERNEL_PACKAGE = "triton"  # comes with torch for CUDA
+OPS = ("gate", "coactivation")
+ATTENTION_OPS = ("attention",)
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 class _Cancelled(Exception):
@@ -110,7 +133,7 @@ def _capture(
         given,
         loaded.tokenizer,
         vocab_size=vocabulary(loaded.model),
-        max_length=preparation.max_length(loaded, config),
+        max_length=max_length(loaded, config),
         chat_template=config.chat_template,
         answers=config.generate > 0,
     )
@@ -122,14 +145,14 @@ def _capture(
         config.sample_tokens,
         config.seed,
     )
-    attention = preparation.plan_attention(prompts, sites, loaded, config)
-    cost = preparation.cost_of(prompts, sites, loaded, config, sample, attention)
+    attention = plan_attention(prompts, sites, loaded, config)
+    cost = cost_of(prompts, sites, loaded, config, sample, attention)
     check_space(cost, out)
     if stop.is_cancelled():
         raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
-    info = preparation.describe_run(loaded, config, sample, attention)
+    info = describe_run(loaded, config, sample, attention)
     rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
-    plan = preparation.plan_recording(prompts, sample, loaded, config, attention, sites)
+    plan = plan_recording(prompts, sample, loaded, config, attention, sites)
     layers = attention.found.layers if attention is not None else ()
     writer = RunWriter.create(out, info, [site.info for site in sites], rows, layers)
     try:
@@ -161,6 +184,185 @@ def _load(
     return loaded if tokenizer is None else loaded._replace(tokenizer=tokenizer)
 
 
+def max_length(loaded: LoadedModel, config: CaptureConfig) -> int | None:
+    """Return how many tokens of a prompt fit, with room for what is generated."""
+    options = text_config(loaded.model)
+    sizes = [getattr(options, name, None) for name in CONTEXT_NAMES]
+    context = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+    if context is None:
+        return config.max_length
+    if config.generate >= context:
+        raise ConfigError(
+            f"generate={config.generate} leaves no room for a prompt in the model's context of "
+            f"{context} tokens. Choose at most {context - 1}."
+        )
+    return min(context - config.generate, config.max_length or context)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What a capture at level attention settles before it starts.
+
+    Attributes
+    ----------
+    found : FoundAttention
+        Every layer, and those that are recorded.
+    attended : Attended
+        The prompts.
+    taps : AttentionTaps
+    size : AttentionSize
+        For the estimate.
+    """
+
+    found: FoundAttention
+    attended: Attended
+    taps: AttentionTaps
+    size: AttentionSize
+
+    @property
+    def without(self) -> str:
+        """The layers without an attention map and why, for people; empty when there is none."""
+        lines = [
+            f"Layer {layer.layer} ({layer.kind}): {layer.reason}"
+            for layer in self.found.layers
+            if layer.reason is not None
+        ]
+        return " ".join(lines)
+
+
+def plan_attention(
+    prompts: list[TokenizedPrompt],
+    sites: list[Site],
+    loaded: LoadedModel,
+    config: CaptureConfig,
+) -> AttentionPlan | None:
+    """Choose prompts and test layers for level attention; None at other levels.
+
+    Raises
+    ------
+    ConfigError
+        If no layer has attention that can be recorded, or one asked for has none.
+    """
+    if config.level != "attention":
+        return None
+    lengths = [len(prompt.ids) for prompt in prompts]
+    domains = [prompt.domain for prompt in prompts]
+    attended = choose_attended(domains, lengths, config.attention_prompts, config.seed)
+    kept = [
+        length for length, is_kept in zip(lengths, attended.is_attended, strict=True) if is_kept
+    ]
+    found = attach_attention(
+        loaded.model,
+        sites,
+        longest=max(kept),
+        layers=config.attention_layers,
+        heads=config.attention_heads,
+    ).checked()
+    options = AttentionOptions(
+        config.attention_bins, config.attention_every, config.attention_top_keys
+    )
+    size = AttentionSize(
+        kept, len(found.sites), sum(len(site.heads) for site in found.sites), *options
+    )
+    return AttentionPlan(found, attended, AttentionTaps(found.sites, options), size)
+
+
+def cost_of(
+    prompts: list[TokenizedPrompt],
+    sites: list[Site],
+    loaded: LoadedModel,
+    config: CaptureConfig,
+    sample: Sample,
+    attention: AttentionPlan | None = None,
+) -> Estimate:
+    """Estimate the size of the run."""
+    n_tokens = sum(len(prompt.ids) for prompt in prompts) + config.generate * len(prompts)
+    return estimate(
+        n_tokens=n_tokens,
+        sites=[site.info for site in sites],
+        hidden_size=width(loaded.model),
+        level=config.level,
+        sample_tokens=int(sample.record["planned"]),
+        n_domains=len({prompt.domain for prompt in prompts}),
+        attention=attention.size if attention is not None else None,
+    )
+
+
+def plan_recording(
+    prompts: list[TokenizedPrompt],
+    sample: Sample,
+    loaded: LoadedModel,
+    config: CaptureConfig,
+    attention: AttentionPlan | None = None,
+    sites: list[Site] | None = None,
+) -> CapturePlan:
+    """Settle what the loop over batches needs to know; ``sites`` are needed for decoding."""
+    padded = config.generate > 0 and len({len(prompt.ids) for prompt in prompts}) > 1
+
+    budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
+    pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
+    return CapturePlan(
+        prompts=prompts,
+        batch_tokens=budget,
+        sample=sample,
+        level=config.level,
+        generate=config.generate,
+        pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocabulary(loaded.model) else 0,
+        end_ids=_end_ids(loaded),
+        attended=attention.attended.is_attended if attention is not None else None,
+        same_length=padded and not heeds_padding(loaded.model, sites or []),
+        cache_differs=config.generate > 0 and not writes_as_it_reads(loaded.model, sites or []),
+    )
+
+
+def _end_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Return the tokens that end a text, from wherever the model says it."""
+    generation = getattr(loaded.model, "generation_config", None)
+    for owner in (generation, loaded.model.config, loaded.tokenizer):
+        found = getattr(owner, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
+
+
+def _version(package: str) -> str:
+    """Return a package's version, from the package itself where it is loaded: that is faster."""
+    version = getattr(sys.modules.get(package), "__version__", None)
+    return version if isinstance(version, str) else importlib.metadata.version(package)
+
+
+def describe_run(
+    loaded: LoadedModel,
+    config: CaptureConfig,
+    sample: Sample,
+    attention: AttentionPlan | None = None,
+) -> RunInfo:
+    """Return what is known of the run before its first token."""
+    model = loaded.model
+    place = model.device if model.device.type != "meta" else input_device(model)
+    device = f"{place} (weights offloaded)" if model.device.type == "meta" else str(place)
+    if place.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(place)})"
+    names = [*PACKAGES, *([KERNEL_PACKAGE] if importlib.util.find_spec(KERNEL_PACKAGE) else [])]
+    ops = OPS if attention is None else OPS + ATTENTION_OPS
+    chosen = {} if attention is None else {"attention": attention.attended.record}
+    packages = {name: _version(name) for name in names}
+    return RunInfo(
+        model=loaded.name,
+        revision=loaded.revision,
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        level=config.level,
+        vocab_size=vocabulary(loaded.model),
+        hidden_size=width(loaded.model),
+        backends={op: backend_for(op, place) for op in ops},
+        packages={"python": platform.python_version(), **packages},
+        config=config.to_json(),
+        sample=sample.record if attention is None else sample.record | chosen,
+    )
+
+
 class _Session:
     """The recording of one run, from the first forward pass to the closed file."""
 
@@ -168,10 +370,10 @@ class _Session:
         self,
         loaded: LoadedModel,
         sites: list[Site],
-        plan: Plan,
+        plan: CapturePlan,
         writer: RunWriter,
         reporter: Reporter,
-        attention: preparation.AttentionPlan | None = None,
+        attention: AttentionPlan | None = None,
     ) -> None:
         self.loaded = loaded
         self.sites = sites
@@ -180,21 +382,20 @@ class _Session:
         self.reporter = reporter
         self.seconds_before = 0.0
         self.notes: dict[str, Any] = {}
-        self.groups = group_sites(sites)
         self.attention = attention
-        self.assembler = Assembler(
-            append=writer.append,
-            append_pairs=writer.append_pairs,
-            append_attention=writer.append_attention,
-            attention=attention.taps if attention is not None else None,
-            prompts=plan.prompts,
-            tokenizer=loaded.tokenizer if can_decode(loaded.tokenizer) else None,
+        self.ledger = Ledger(writer, sites)
+        self.texts = PlannedTexts(
+            self.ledger,
+            plan.prompts,
+            loaded.tokenizer if can_decode(loaded.tokenizer) else None,
+            attention.taps if attention is not None else None,
         )
+        self.ledger.follower = self.texts
 
     def run(self, stop: Stopper) -> Path:
         """Record, and close the file whatever happens; see :func:`record`."""
         started = time.monotonic()
-        thread: WriterThread[Step] = WriterThread(self._consume, idle=self._keep_up)
+        thread: WriterThread[Any] = WriterThread(self.ledger.consume, idle=self.ledger.keep_up)
         why: BaseException | None = None
         try:
             try:
@@ -217,22 +418,12 @@ class _Session:
         self.reporter.enter("done", f"{path}: {self._counted()} recorded.")
         return path
 
-    def _consume(self, step: Step) -> None:
-        self.assembler.consume(step)
-        self._keep_up()
-
-    def _keep_up(self) -> None:
-        """Commit what has waited long enough; on the writer's thread."""
-        if self.writer.is_due:
-            self.assembler.settle()
-            self.writer.flush()
-
-    def _close(self, thread: WriterThread[Step], started: float, why: BaseException | None) -> Path:
+    def _close(self, thread: WriterThread[Any], started: float, why: BaseException | None) -> Path:
         """Store what is still on its way, and finish the file."""
         self.reporter.enter("writing", f"Closing {self.writer.out}.")
         thread.close()
-        self.assembler.flush()
-        if why is not None and not self.assembler.forwards:
+        self.texts.finish()
+        if why is not None and not self.ledger.forwards:
             self.writer.discard()
             raise CaptureCancelled(
                 f"{_named(why)} before anything was recorded; nothing is kept."
@@ -251,9 +442,9 @@ class _Session:
         )
 
     def _counted(self) -> str:
-        return f"{self.assembler.prompt_tokens + self.assembler.generated_tokens:,} tokens"
+        return f"{self.ledger.tokens:,} tokens"
 
-    def _record(self, thread: WriterThread[Step], stop: Stopper) -> None:
+    def _record(self, thread: WriterThread[Any], stop: Stopper) -> None:
         hidden_rows = HiddenRows()
         model = self.loaded.model
         with (
@@ -264,14 +455,14 @@ class _Session:
         ):
             if self.attention is not None:
                 stack.enter_context(self.attention.taps.open())
+            groups = group_sites(self.sites)
+            pairs = PairCounter(self.sites, groups)
             Recording(
                 runner=Runner(model, head),
                 taps=taps,
                 hidden_rows=hidden_rows,
-                sites=self.sites,
-                groups=self.groups,
+                sender=Sender(groups, self.plan.level, thread, Staging(), pairs),
                 plan=self.plan,
-                thread=thread,
                 advance=lambda: self.reporter.reach(self.writer.stored_tokens),
                 check=stop.check,
                 attention=self.attention.taps if self.attention is not None else None,
@@ -280,68 +471,54 @@ class _Session:
     def _check_counts(self) -> None:
         """Refuse to call a run complete that lacks a prompt token."""
         expected = sum(len(prompt.ids) for prompt in self.plan.prompts)
-        if self.assembler.prompt_tokens != expected:
+        if self.texts.prompt_tokens != expected:
             raise CaptureError(
                 f"{expected} prompt tokens were to be recorded, but "
-                f"{self.assembler.prompt_tokens} were. Please report this."
+                f"{self.texts.prompt_tokens} were. Please report this."
             )
 
     def _finish(self, started: float, *, complete: bool) -> Path:
         notes: dict[str, Any] = self.notes | {
             "seconds_before_recording": round(self.seconds_before, 3),
-            "forward_passes": self.assembler.forwards,
-            "sampled_tokens": self.assembler.sampled_tokens,
+            "sampled_tokens": self.texts.sampled_tokens,
         }
         notes |= self._text_notes()
         if self.plan.same_length:
             notes["padding"] = SAME_LENGTH
         if self.plan.cache_differs:
             notes["cache"] = CACHE_DIFFERS
-        if any(site.selection_bias is not None for site in self.sites):
-            notes["selection_bias"] = "Margins include the bias that routers add for the choice."
-        choices = [choice for site in self.sites if (choice := site.choice()) is not None]
-        if choices:
-            notes["choice"] = choices
-        factors = [site.after_sum() for site in self.sites if site.factor != 1]
-        if factors:
-            notes["factor_after_sum"] = factors
         if self.attention is not None and self.attention.without:
             notes["attention"] = self.attention.without
-        return self.writer.finish(
-            seconds=time.monotonic() - started, complete=complete, notes=notes
-        )
+        return self.ledger.finish(time.monotonic() - started, notes, complete=complete)
 
     def _text_notes(self) -> dict[str, str]:
         """Say what is unusual about the text of tokens."""
         tokenizer, notes = self.loaded.tokenizer, {}
         if tokenizer is not None and not has_offsets(tokenizer):
-            told = NO_TEXT if self.assembler.tokenizer is None else BY_DECODING
+            told = NO_TEXT if self.texts.tokenizer is None else BY_DECODING
             notes["text"] = told.format(name=type(tokenizer).__name__)
         spelled = sum(prompt.spelled > 0 for prompt in self.plan.prompts)
         if spelled:
             notes["special_tokens"] = SPELLED.format(count=f"{spelled:,}")
         return notes
 
-    def _keep(self, thread: WriterThread[Step], error: BaseException) -> None:
+    def _keep(self, thread: WriterThread[Any], error: BaseException) -> None:
         """After a failure, commit what can be committed and leave the partial file."""
         if _is_same_file(self.writer.partial, self.writer.out):
             self.writer.partial.unlink()  # the run is whole and has its name
             return
-        for step in (thread.close, self.assembler.flush, self.writer.flush):
+        for step in (thread.close, self.texts.finish, self.writer.flush):
             try:
                 step()
             except Exception as second:
                 if second is not error:
                     log.warning("While keeping what was recorded: %s", second)
-        if not self.assembler.forwards:
+        if not self.ledger.forwards:
             self.writer.discard()
             return
-        self.writer.abandon()
+        how = self.ledger.abandon()
         if "recover" not in str(error) and self.writer.partial.exists():
-            error.add_note(
-                f"What was recorded is in {self.writer.partial}. Close it with: "
-                f"python -m capture recover '{self.writer.partial}'"
-            )
+            error.add_note(how)
 
 
 def _named(why: BaseException) -> str:

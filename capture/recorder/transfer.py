@@ -47,7 +47,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorPlace:
     """Stands for a tensor of a record while it is on its way."""
 
     number: int
@@ -100,7 +100,7 @@ class Parcel(Generic[T]):
                 array = part.view(NUMPY_TYPES[segment.dtype]).reshape(segment.shape)
                 arrays[segment.number] = array
         self._copies = []
-        record: T = replaced(self._record, _Place, lambda place: arrays[place.number])
+        record: T = replaced(self._record, _TensorPlace, lambda place: arrays[place.number])
         return record
 
 
@@ -148,9 +148,9 @@ class Staging:
         """
         tensors: list[torch.Tensor] = []
 
-        def place(tensor: torch.Tensor) -> _Place:
+        def place(tensor: torch.Tensor) -> _TensorPlace:
             tensors.append(tensor)
-            return _Place(len(tensors) - 1)
+            return _TensorPlace(len(tensors) - 1)
 
         record = replaced(record, torch.Tensor, place)
         here: dict[int, torch.Tensor] = {}

@@ -10,12 +10,14 @@ from torch import nn
 from capture.errors import SwapError
 from capture.model.context import Passes, PassTokens
 from capture.model.sites import Site
-from capture.recorder.attention.calls import AttentionCall, Listener, listen
 from capture.recorder.attention.layers import attach_attention
 from capture.recorder.attention.summary import (
+    AttentionCall,
+    AttentionListener,
     AttentionOptions,
     AttentionSite,
     PromptRow,
+    listen,
     rule_of,
     weights_of,
 )
@@ -71,7 +73,7 @@ class LiveAttention:
         running = self._passes is not None and number == self._passes.count
         return rows if running else None
 
-    def _listener(self, site: AttentionSite) -> Listener:
+    def _listener(self, site: AttentionSite) -> AttentionListener:
         def on_call(call: AttentionCall) -> None:
             if self._passes is None:
                 return

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer
 
 from capture.prompts import Prompt
 from capture.recorder.config import RecordingOptions
-from capture.recorder.estimate import AttentionSize, Estimate, estimate
-from capture.recorder.sampling import plan_attention
+from capture.recorder.estimate import AttentionSize, Estimate, choose_attended, estimate
 from capture.store.records import SiteInfo
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent.parent / "capture" / "demo" / "weights"
@@ -58,7 +57,7 @@ def cost(model: str, prompts: Sequence[Prompt], **options: Any) -> CaptureCost |
     attention = None
     if given.level == "attention" and prompts:
         domains = [prompt.domain for prompt in prompts]
-        chosen = plan_attention(domains, lengths, given.attention_prompts, 0).is_attended
+        chosen = choose_attended(domains, lengths, given.attention_prompts, 0).is_attended
         layers = int(config.get("num_hidden_layers", 0))
         attention = AttentionSize(
             [length for length, is_in in zip(lengths, chosen, strict=True) if is_in],

@@ -12,10 +12,14 @@ from capture.errors import ConfigError, SiteError
 from capture.model.load import load_model
 from capture.model.selftest import attach
 from capture.model.sites import find_sites
-from capture.recorder.attention.calls import listen
 from capture.recorder.attention.layers import attach_attention
-from capture.recorder.attention.summary import AttentionOptions, AttentionTaps, PromptRow
-from capture.recorder.sampling import plan_attention
+from capture.recorder.attention.summary import (
+    AttentionOptions,
+    AttentionTaps,
+    PromptRow,
+    listen,
+)
+from capture.recorder.estimate import choose_attended
 from capture.store import RunReader
 
 # the run file rounds shares of a map to 4e-6; sums of float32 do the rest
@@ -400,7 +404,7 @@ def test_a_model_without_any_map_is_refused(tmp_path):
 def test_prompts_are_chosen_by_domain_and_by_seed():
     domains = ["a"] * 20 + ["b"] * 2 + [None] * 10 + ["c"]
     lengths = [5] * 32 + [1]  # the only prompt of c has one token
-    found = plan_attention(domains, lengths, 12, seed=3)
+    found = choose_attended(domains, lengths, 12, seed=3)
     assert found.record["strata"] == [
         {"domain": "a", "prompts": 20, "attended": 5},
         {"domain": "b", "prompts": 2, "attended": 2},
@@ -408,10 +412,10 @@ def test_prompts_are_chosen_by_domain_and_by_seed():
         {"domain": "c", "prompts": 1, "attended": 1},
     ]
     assert found.record["planned"] == int(found.is_attended.sum()) == 12
-    again = plan_attention(domains, lengths, 12, seed=3)
-    other = plan_attention(domains, lengths, 12, seed=4)
+    again = choose_attended(domains, lengths, 12, seed=3)
+    other = choose_attended(domains, lengths, 12, seed=4)
     assert (found.is_attended == again.is_attended).all()
     assert (found.is_attended != other.is_attended).any()
     # at least one of every domain, whatever was asked for; at most all
-    assert plan_attention(domains, lengths, 1, seed=0).record["planned"] == 4
-    assert plan_attention(domains, lengths, 99, seed=0).is_attended.all()
+    assert choose_attended(domains, lengths, 1, seed=0).record["planned"] == 4
+    assert choose_attended(domains, lengths, 99, seed=0).is_attended.all()

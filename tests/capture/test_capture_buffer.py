@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from capture.errors import StoreError
 from capture.model.forward import pad_batch, plan_batches
-from capture.recorder.assemble import DecodeResult
+from capture.recorder.engine import CallResult
 from capture.recorder.transfer import ALIGNMENT, NUMPY_TYPES, Staging, WriterThread, pack
 from capture.store import SiteBlock
 
@@ -61,10 +61,10 @@ def test_a_record_comes_out_in_the_form_in_which_it_went_in():
     block = SiteBlock(
         (4, 7), torch.arange(6), torch.rand(2), None, margin=torch.ones(2), scores=(rows, vectors)
     )
-    sent = DecodeResult(*(torch.arange(n) for n in range(5)), sites=[block])
+    sent = CallResult([block], [], *(torch.arange(n) for n in range(5)))
     got = Staging().send({"step": sent}, stop=threading.Event()).open()["step"]
-    assert [values.tolist() for values in got[:5]] == [list(range(n)) for n in range(5)]
-    assert all(isinstance(values, np.ndarray) for values in (*got[:5], got.sites[0].margin))
+    assert [values.tolist() for values in got[2:7]] == [list(range(n)) for n in range(5)]
+    assert all(isinstance(values, np.ndarray) for values in (*got[2:7], got.sites[0].margin))
     (back,) = got.sites
     assert (back.site_indices, back.prob_sum, back.entropy) == ((4, 7), None, None)
     assert back.scores[0] is rows

@@ -13,18 +13,18 @@ import capture
 from capture.model.forward import to_device
 from capture.model.hooks import tap
 from capture.model.selftest import attach
-from capture.recorder.attention.calls import listen
 from capture.recorder.attention.layers import attach_attention
 from capture.recorder.attention.summary import (
     AttentionOptions,
     PackedAttention,
     PromptRow,
+    listen,
     mask_differs,
     pack_attention,
     rule_of,
     summarise,
 )
-from capture.recorder.observe import PairCounter, Rows, group_sites, observe
+from capture.recorder.observe import PairCounter, RealRows, group_sites, observe
 from capture.recorder.transfer import Staging
 
 pytestmark = [
@@ -45,7 +45,7 @@ def no_waiting():
 
 
 def rows_on(device):
-    return Rows(
+    return RealRows(
         rows=to_device(REAL, device),
         domain=to_device(np.array([0, 0, 0, 0, 0, 1, 1, 1]), device),
         n_domains=2,

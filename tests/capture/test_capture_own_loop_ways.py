@@ -2,23 +2,29 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import accelerate
 import pytest
 import tiny_models
 import torch
-from own_loop import assert_recorded, padded, texts
+from own_loop import alone, assert_recorded, padded, texts
 
 import capture
 from capture.errors import CaptureError
 from capture.recorder.own_loop.call import CannotFollow, read_call
+from capture.store import check_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
     import peft
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [[5, 6, 7, 9, 11], [8, 9], [20, 21, 22, 23]]
 LONG = [5, 6, 7, 9, 11, 30, 31, 32]
 
@@ -306,6 +312,66 @@ def test_parallel_wrappers_and_ranks(tmp_path, monkeypatch):
     assert_recorded(own, run.path, [(TEXTS[0], 5)])
 
 
+# two processes train on texts of their own, plainly and recorded
+PARALLEL = """
+import sys, pathlib, torch, capture, tiny_models
+from own_loop import padded
+from torch.distributed.fsdp import fully_shard
+torch.distributed.init_process_group("gloo")
+rank, out = torch.distributed.get_rank(), pathlib.Path(sys.argv[1])
+ids, mask = padded([[5, 6, 7, 9, 11], [8, 9]] if rank == 0 else [[20, 21, 22], [30]])
+
+def train(how, recorded):
+    own = tiny_models.build("mixtral", num_hidden_layers=2).train()
+    if how == "fsdp":
+        own = [fully_shard(one) for one in (*own.model.layers, own)][-1]
+    else:
+        own = torch.nn.parallel.DistributedDataParallel(own, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+
+    def steps():
+        for _ in range(2):
+            own(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    if recorded:
+        with capture.recording(own, out / f"{how}.duckdb"):
+            steps()
+    else:
+        steps()
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in own.parameters()]
+
+for how in ("ddp", "fsdp"):
+    assert all(map(torch.equal, train(how, False), train(how, True))), how
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_train_together(tmp_path):
+    """Gradients that are averaged, and weights that are sharded: a part each, training the same."""
+    script = tmp_path / "train.py"
+    script.write_text(PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", script, tmp_path],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+    own = model("mixtral", num_hidden_layers=2)
+    for how in ("ddp", "fsdp"):
+        for rank, rows in enumerate(([[5, 6, 7, 9, 11], [8, 9]], [[20, 21, 22], [30]])):
+            told = texts(tmp_path / f"{how}-rank{rank}.duckdb")
+            assert [text.tokens for text in told] == rows * 2
+            for text in told[:2]:  # before the first step the model is as it was built
+                for layer, expected in alone(own, text.tokens).items():
+                    assert [set(e) for e in text.experts[layer]] == [set(e) for e in expected]
+
+
 def test_an_error_of_the_loop_is_the_loops(tmp_path):
     own = model()
     with pytest.raises(ZeroDivisionError), capture.recording(own, tmp_path / "a.duckdb"):
@@ -400,10 +466,72 @@ def test_two_threads_at_once_are_refused(tmp_path):
     assert_recorded(own, tmp_path / "a.duckdb", [(TEXTS[0], 5)])
 
 
-def test_attention_and_unknown_levels_are_refused(tmp_path):
-    of_level = capture.recording(model(), tmp_path / "a.duckdb", level="attention")
-    with pytest.raises(CaptureError, match="level must be one of stats, ids, scores"), of_level:
+@pytest.mark.parametrize(("option", "value"), [("level", "maps"), ("generate", 3)])
+def test_what_the_loop_settles_is_no_option(tmp_path, option, value):
+    of_option = capture.recording(model(), tmp_path / "a.duckdb", **{option: value})
+    with pytest.raises(CaptureError, match=f"{option} must be one of|got '{option}'"), of_option:
         pass
+
+
+def test_level_attention_is_what_a_capture_of_the_texts_records(tmp_path):
+    """Scores, losses, router inputs and attention of somebody's call are those of a capture."""
+    own = model("mixtral")
+    ids, mask = padded(TEXTS)
+    with torch.no_grad():
+        expected = own(ids, attention_mask=mask).logits
+        with capture.recording(
+            own, tmp_path / "a.duckdb", level="attention", sample_tokens=6, attention_prompts=2
+        ):
+            assert torch.equal(own(ids, attention_mask=mask).logits, expected)
+    capture.record(
+        own, TEXTS, tmp_path / "b.duckdb", level="attention", sample_tokens=11, batch_tokens=15,
+        progress=False,
+    )  # fmt: skip
+    assert check_run(tmp_path / "a.duckdb") is None
+    with (
+        capture.store.RunReader.open(tmp_path / "a.duckdb") as a,
+        capture.store.RunReader.open(tmp_path / "b.duckdb") as b,
+    ):
+        for what in (
+            "token_id, loss FROM tokens", "* FROM scores", "* FROM gates",
+            "* FROM hidden WHERE token_id < 6", "* FROM attention_stats WHERE prompt_id < 2",
+            "prompt_id, layer, head, map FROM attention_maps WHERE prompt_id < 2",
+            "* FROM attention_top_keys WHERE token_id < 7",
+        ):  # fmt: skip
+            rows = a.query(f"SELECT {what} ORDER BY ALL").to_pylist()
+            assert rows and rows == b.query(f"SELECT {what} ORDER BY ALL").to_pylist(), what
+        counts = [a.query(f"SELECT count(*) AS n FROM {v}") for v in ("hidden", "attention_stats")]
+        assert [one.to_pylist()[0]["n"] for one in counts] == [6 * 3, 2 * 3 * 4]
+
+
+def test_losses_are_of_the_next_token_of_each_text(tmp_path):
+    """By hand, by beams and in training; NULL where the prompt ends and where nothing tells."""
+    own = model()
+    own.generation_config.eos_token_id = None
+    ids, mask = padded(TEXTS, side="left")
+    with capture.recording(own, tmp_path / "a.duckdb"):
+        decoded(own, torch.tensor([TEXTS[0]]), 3)
+        own.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=5, num_beams=3, do_sample=False
+        )
+        own.train()(ids, attention_mask=mask, labels=ids).loss.backward()
+    own.eval()
+    with capture.store.RunReader.open(tmp_path / "a.duckdb") as run:
+        rows = run.query(
+            "SELECT prompt_id, phase, token, loss FROM tokens ORDER BY prompt_id, position"
+        ).to_pylist()
+    known = []
+    for number in range(7):
+        text = [row for row in rows if row["prompt_id"] == number]
+        with torch.no_grad():
+            logits = own(torch.tensor([[row["token"] for row in text]])).logits[0]
+        for row, following, scores in zip(text, text[1:], logits.log_softmax(-1), strict=False):
+            if row["loss"] is not None:
+                assert row["loss"] == pytest.approx(-float(scores[following["token"]]), abs=1e-4)
+        known.append([row["loss"] is not None for row in text])
+    own_prompts = [[True] * (len(text) - 1) + [False] for text in TEXTS]
+    beams = [[False] * len(text) + [True] * 3 + [False] for text in TEXTS]
+    assert known == [own_prompts[0] + [True] * 2 + [False], *beams, *own_prompts]
 
 
 def test_a_block_without_a_call_leaves_no_file(tmp_path):

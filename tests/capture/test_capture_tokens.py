@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from capture.errors import PromptError
 from capture.model.tokens import decode_pieces, piece_ends, tokenize
 from capture.prompts import Prompt
-from capture.recorder.sampling import plan_sample, quotas
+from capture.recorder.estimate import plan_sample, quotas
 
 WEIGHTS = Path(__file__).parents[2] / "capture" / "demo" / "weights"
 HARD = [

@@ -7,16 +7,18 @@ import torch
 from torch import nn
 
 from capture.errors import ConfigError
-from capture.model.inputs import plain_forward
+from capture.model.inputs import plain_forward, without_gradients
 from capture.model.selftest import probe_tokens
 from capture.model.sites import Site, text_config
-from capture.recorder.attention.calls import AttentionCall, Listener, listen
 from capture.recorder.attention.summary import (
+    AttentionCall,
+    AttentionListener,
     AttentionOptions,
+    AttentionRule,
     AttentionSite,
     PromptRow,
-    Rule,
     implementation_of,
+    listen,
     mask_differs,
     rule_of,
     weights_of,
@@ -56,6 +58,22 @@ class FoundAttention(NamedTuple):
 
     layers: list[AttentionLayer]
     sites: list[AttentionSite]
+
+    def checked(self) -> "FoundAttention":
+        """Return itself.
+
+        Raises
+        ------
+        ConfigError
+            If no layer has attention that can be recorded.
+        """
+        if not self.sites:
+            reasons = " ".join(sorted({layer.reason or "" for layer in self.layers}))
+            raise ConfigError(
+                f"Level attention needs a layer whose attention can be recorded, and none of the "
+                f"{len(self.layers)} layers has it: {reasons} Record level 'scores'."
+            )
+        return self
 
 
 def attach_attention(
@@ -179,7 +197,7 @@ def _probe(model: nn.Module, sites: Sequence[Site]) -> dict[nn.Module, _Tested]:
     rows = [PromptRow(0, 0, 0, ids.shape[1]), PromptRow(1, 1, 0, real)]
     tested: dict[nn.Module, _Tested] = {}
 
-    def tester(module: nn.Module, window: int | None) -> Listener:
+    def tester(module: nn.Module, window: int | None) -> AttentionListener:
         def test(call: AttentionCall) -> None:
             before = tested.get(module)
             reason = _doubt(module, call, rows, window) if before is None else TWICE
@@ -192,7 +210,7 @@ def _probe(model: nn.Module, sites: Sequence[Site]) -> dict[nn.Module, _Tested]:
         for number, _, layer in decoder_layers(model, sites)
         for module in layer.modules()
     }
-    with torch.inference_mode(), plain_forward(model), listen(listeners):
+    with without_gradients(model), plain_forward(model), listen(listeners):
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return tested
 
@@ -231,7 +249,7 @@ def _doubt(
     return None
 
 
-def _error(call: AttentionCall, row: PromptRow, rule: Rule) -> float:
+def _error(call: AttentionCall, row: PromptRow, rule: AttentionRule) -> float:
     """Return how far weights times values are from the output, relative to its largest value."""
     n_heads, length = call.query.shape[1], row.length
     every_key = AttentionOptions(bins=1, every=1, top_keys=length)

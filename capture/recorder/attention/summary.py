@@ -1,10 +1,17 @@
-"""Summarise where the heads of a model look while it runs, for chosen prompts and layers."""
+"""Summarise where the heads of a model look while it runs, for chosen prompts and layers.
+
+Every attention module asks ``AttentionInterface.get_interface`` for the function that its model
+was set to (sdpa, eager, flash, ...) and calls it. While somebody listens, the function handed out
+first does exactly what it does otherwise, mask included, and then shows what it was given.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +20,7 @@ from torch import nn
 
 from capture.errors import SiteError
 from capture.model.forward import to_device
-from capture.recorder.attention.calls import AttentionCall, Listener, listen
+from capture.model.load import transformers_library
 from capture.store.records import Array, LayerAttention, PromptAttention
 from kernels.ops.attention import AttentionOutput, attention, bin_width, n_bins, used_queries
 
@@ -28,6 +35,110 @@ MASK_BLOCK = 256  # queries of a mask that are looked at together
 # the map takes on disk
 TOP_QUERIES = 512
 Number = TypeVar("Number", bound=np.generic)
+
+
+class AttentionCall(NamedTuple):
+    """One call of a model's attention function.
+
+    Attributes
+    ----------
+    query : Tensor [B, H, T, D]
+    key : Tensor [B, Hkv, S, D]
+    value : Tensor [B, Hkv, S, Dv]
+    mask : Tensor or None
+        As the function got it; what it means depends on the implementation.
+    output : Tensor [B, T, H, Dv]
+    options : mapping
+        The other arguments.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    output: Any
+    options: Mapping[str, Any]
+
+
+AttentionListener = Callable[[AttentionCall], None]
+
+_lock = threading.Lock()
+_listeners: "WeakKeyDictionary[nn.Module, AttentionListener]" = WeakKeyDictionary()
+_open = 0
+
+
+@contextmanager
+def listen(listeners: Mapping[nn.Module, AttentionListener]) -> Iterator[None]:
+    """Call the listener of a module after every call of its attention function.
+
+    Modules without a listener, of this and of other models, compute as ever. What transformers
+    hands out is as before once no listener is open.
+
+    Raises
+    ------
+    SiteError
+        If a module is listened to already.
+    """
+    taken = [module for module in listeners if module in _listeners]
+    if taken:
+        raise SiteError(
+            f"The attention of {type(taken[0]).__name__} is recorded already: one capture of a "
+            "model at a time. Wait for the other one."
+        )
+    with _lock:
+        _install()
+        _listeners.update(listeners)
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in listeners:
+                _listeners.pop(module, None)
+            _remove()
+
+
+_plain_get_interface: Callable[..., Any] | None = None
+
+
+def _install() -> None:
+    """Put our word in front of what transformers hands out, once for all open listeners."""
+    global _open, _plain_get_interface
+    if _open == 0:
+        interface = transformers_library().modeling_utils.AttentionInterface
+        plain = interface.get_interface
+
+        def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _heard(plain(self, *args, **kwargs))
+
+        _plain_get_interface = plain
+        interface.get_interface = get_interface
+    _open += 1
+
+
+def _remove() -> None:
+    global _open, _plain_get_interface
+    _open -= 1
+    if _open == 0 and _plain_get_interface is not None:
+        interface = transformers_library().modeling_utils.AttentionInterface
+        interface.get_interface = _plain_get_interface
+        _plain_get_interface = None
+
+
+def _heard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap one attention function; results and arguments pass unchanged."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = function(module, *args, **kwargs)
+        listener = _listeners.get(module)
+        if listener is not None:
+            names = ("query", "key", "value", "attention_mask")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            query, key, value, mask = (given.pop(name, None) for name in names)
+            if query is not None and key is not None and value is not None:
+                listener(AttentionCall(query, key, value, mask, result[0], given))
+        return result
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +167,7 @@ class AttentionSite:
     layer_window: int | None = None
 
 
-class Rule(NamedTuple):
+class AttentionRule(NamedTuple):
     """How weights follow from queries and keys in one call."""
 
     scaling: float
@@ -65,7 +176,7 @@ class Rule(NamedTuple):
     sinks: torch.Tensor | None
 
 
-def rule_of(module: nn.Module, call: AttentionCall, layer_window: int | None) -> Rule:
+def rule_of(module: nn.Module, call: AttentionCall, layer_window: int | None) -> AttentionRule:
     """Read the rule from the arguments of a call.
 
     Raises
@@ -84,7 +195,7 @@ def rule_of(module: nn.Module, call: AttentionCall, layer_window: int | None) ->
         raise ValueError("a token sees later ones")
     scaling = options.get("scaling")
     sinks = options.get("s_aux")
-    return Rule(
+    return AttentionRule(
         scaling=float(call.query.shape[-1] ** -0.5 if scaling is None else scaling),
         window=options.get("sliding_window", layer_window),
         softcap=options.get("softcap"),
@@ -149,11 +260,17 @@ class AttentionTaps:
         self._doubts: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     @contextmanager
-    def open(self) -> Iterator["AttentionTaps"]:
-        """Listen to every site inside the block."""
+    def open(
+        self, guard: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Iterator["AttentionTaps"]:
+        """Listen to every site inside the block; ``guard`` stands around what is done there."""
 
-        def listener(index: int) -> Listener:
-            return lambda call: self._on_call(index, call)
+        def listener(index: int) -> AttentionListener:
+            def hear(call: AttentionCall) -> None:
+                with guard(), torch.no_grad():
+                    self._on_call(index, call)
+
+            return hear
 
         with listen({site.module: listener(i) for i, site in enumerate(self.sites)}):
             yield self
@@ -255,7 +372,7 @@ def mask_differs(
 def summarise(
     call: AttentionCall,
     row: PromptRow,
-    rule: Rule,
+    rule: AttentionRule,
     heads: Sequence[int],
     options: AttentionOptions,
     backend: str = "auto",
@@ -276,7 +393,7 @@ def summarise(
 def weights_of(
     call: AttentionCall,
     row: PromptRow,
-    rule: Rule,
+    rule: AttentionRule,
     heads: Sequence[int],
     options: AttentionOptions,
     backend: str = "auto",
@@ -335,9 +452,8 @@ def unpack_attention(
     rows: Sequence[PromptRow],
     sites: Sequence[AttentionSite],
     options: AttentionOptions,
-    first_token: npt.NDArray[np.int64],
 ) -> list[PromptAttention]:
-    """Return the attention of every prompt of a forward pass.
+    """Return the attention of every prompt of a forward pass; its first token is not known here.
 
     Parameters
     ----------
@@ -347,8 +463,6 @@ def unpack_attention(
         The prompts, in the order of the summaries.
     sites : sequence of AttentionSite
     options : AttentionOptions
-    first_token : array [P]
-        Token id of the first token of every prompt of the run.
 
     Raises
     ------
@@ -369,7 +483,7 @@ def unpack_attention(
     return [
         PromptAttention(
             prompt_id=row.prompt,
-            first_token=int(first_token[row.prompt]),
+            first_token=0,
             tokens=row.length,
             bin_width=bin_width(row.length, options.bins),
             every=options.every,

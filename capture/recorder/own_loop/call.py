@@ -1,11 +1,20 @@
-"""What one call of a model says about its rows: tokens, padding, where texts begin."""
+"""What one call of a model says about its rows, and what happens between calls, as steps.
 
-from collections.abc import Mapping
+Of a call: tokens, padding, where texts begin, and how well the next tokens were predicted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from capture.errors import CaptureError
+from capture.model.forward import losses_of
+from capture.recorder.attention.summary import PromptRow
+from capture.recorder.engine import CallStep, Numbers, Segments
+from capture.recorder.transfer import Parcel
 
 MATRIX, MASK = 2, 4  # axes
 LEAST_BIAS = -1_000.0  # what is added to a weight that counts; masks add far less
@@ -171,3 +180,177 @@ def _starts(
         jumps &= valid & before
     jumps[:, 0] = past == 0
     return jumps
+
+
+@dataclass(frozen=True, slots=True)
+class OwnCall:
+    """What the writer's thread needs to know of one call.
+
+    Attributes
+    ----------
+    number : int
+        Of the call, from 0 on.
+    rows, width : int
+        B and S.
+    key : int or None
+        Of the cache that the call went on from or made; None where it keeps nothing.
+    scope : int or None
+        Of the ``generate`` that made the call.
+    segments : Segments
+        Of its rows.
+    attended : sequence of PromptRow
+        Texts whose attention is recorded; ``prompt`` is their row.
+    """
+
+    number: int
+    rows: int
+    width: int
+    key: int | None
+    scope: int | None
+    segments: Segments
+    attended: Sequence[PromptRow] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeStep:
+    """A cache was changed: ``what`` of :data:`capture.recorder.own_loop.intercept.CHANGES`.
+
+    Attributes
+    ----------
+    key : int
+    what : str
+    value : Parcel of array, int or None
+        Rows, how often each is repeated, or columns that are left out.
+    """
+
+    key: int
+    what: str
+    value: Parcel[Numbers] | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndStep:
+    """Texts that nobody goes on with: of these caches."""
+
+    keys: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateStep:
+    """``generate`` begins.
+
+    Attributes
+    ----------
+    scope : int
+    columns : int
+        Of what it was given, padding included.
+    returned : int
+        Columns in front of what it generates in what it returns.
+    prompts : int or None
+        Rows of what it was given; it may read each of them several times.
+    tokens : Parcel of array [prompts, columns], or None
+    """
+
+    scope: int
+    columns: int
+    returned: int
+    prompts: int | None
+    tokens: Parcel[Numbers] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedStep:
+    """``generate`` came back.
+
+    Attributes
+    ----------
+    scope : int
+    sequences : Parcel of array [texts, length], or None
+        None where it failed.
+    end_ids : tuple of int
+    pad_id : int or None
+    may_stop : bool
+        Whether something else than an end token may have ended a text.
+    """
+
+    scope: int
+    sequences: Parcel[Numbers] | None
+    end_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    may_stop: bool = False
+
+
+class Declared(NamedTuple):
+    """What somebody says of a text before the model reads it."""
+
+    text: str | None = None
+    domain: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareStep:
+    """The next texts, in the order in which calls read them."""
+
+    prompts: Sequence[Declared]
+
+
+OwnStep = CallStep | ChangeStep | EndStep | GenerateStep | GeneratedStep | DeclareStep
+
+
+class LastLogits(NamedTuple):
+    """What a call put out at its last column: logits [B, V], and which rows have a token there."""
+
+    logits: torch.Tensor
+    known: torch.Tensor
+
+
+def read_losses(
+    logits: Any, call: Call, before: LastLogits | None, n_words: int
+) -> tuple[dict[str, torch.Tensor], LastLogits | None]:
+    """Return losses of next tokens as far as a call tells them, and what the next call needs.
+
+    Parameters
+    ----------
+    logits : Tensor [B, k, V]
+        Of the last k columns; anything else tells nothing.
+    call : Call
+    before : LastLogits or None
+        Of the call that this one goes on from.
+    n_words : int
+        Of the vocabulary: a classifier has fewer scores.
+
+    Returns
+    -------
+    losses : dict
+        Fields of :class:`capture.recorder.engine.CallResult`.
+    last : LastLogits or None
+    """
+    fits = isinstance(logits, torch.Tensor) and logits.ndim == 3 and not hasattr(logits, "to_local")
+    if not fits or call.tokens is None:
+        return {}, None
+    rows, count, words = logits.shape
+    if rows != call.rows or not 0 < count <= call.width or words < n_words:
+        return {}, None
+    tokens = call.tokens.to(logits.device, torch.int64)
+    in_words = (tokens >= 0) & (tokens < words)  # images have numbers of their own
+    valid = in_words if call.valid is None else in_words & call.valid.to(logits.device)
+    tokens = tokens.clamp(0, words - 1)
+    logits = logits.detach()
+    found: dict[str, torch.Tensor] = {}
+    if before is not None and len(before.logits) == rows:
+        loss = cross_entropy(before.logits.float(), tokens[:, 0], reduction="none")
+        found |= {"loss_before": loss, "has_before": before.known & valid[:, 0] & loss.isfinite()}
+    if count > 1:
+        loss = torch.zeros(rows, call.width, device=logits.device)
+        known = torch.zeros_like(loss, dtype=torch.bool)
+        predicted, following = slice(-count, -1), slice(call.width - count + 1, None)
+        # the last column of each row is read along, for whole rows need no copy
+        targets = torch.roll(tokens[:, -count:], -1, dims=1).flatten()
+        every = losses_of(logits.reshape(-1, words), targets).reshape(rows, count)
+        loss[:, predicted] = every[:, :-1]
+        known[:, predicted] = valid[:, predicted] & valid[:, following] & every[:, :-1].isfinite()
+        if call.starts is not None:
+            known[:, predicted] &= ~call.starts.to(logits.device)[:, following]
+        found |= {"loss": loss, "has_loss": known}
+    return found, LastLogits(logits[:, -1].clone(), valid[:, -1])

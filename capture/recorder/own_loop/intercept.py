@@ -137,11 +137,14 @@ class Known:
     key : int
     columns : int
         Read so far, padding included.
+    last : object
+        What the last call put out at its last column, where it was kept.
     """
 
     def __init__(self, key: int, columns: int) -> None:
         self.key = key
         self.columns = columns
+        self.last: Any = None
 
 
 class Caches:

@@ -7,15 +7,25 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from capture.model.hooks import SiteObservation, Taps, heard, tap
 from capture.model.sites import Site
-from capture.recorder.observe import Rows, SiteGroup, observe
-from capture.recorder.own_loop.call import Call, CannotFollow, read_call
+from capture.recorder.own_loop.call import (
+    Call,
+    CannotFollow,
+    ChangeStep,
+    EndStep,
+    GeneratedStep,
+    GenerateStep,
+    LastLogits,
+    OwnStep,
+    read_call,
+    read_losses,
+)
 from capture.recorder.own_loop.intercept import (
     Caches,
     Inner,
@@ -26,26 +36,13 @@ from capture.recorder.own_loop.intercept import (
     not_compiled,
     watched_caches,
 )
-from capture.recorder.own_loop.steps import (
-    ChangeStep,
-    EndStep,
-    GeneratedStep,
-    GenerateStep,
-    OwnStep,
-    PassResult,
-    PassStep,
-    Segments,
-)
 from capture.recorder.transfer import Staging
-from capture.store.records import LEVELS, Level
 
 CACHE_ARGUMENTS = ("past_key_values", "cache", "cache_params", "past_key_value")
-# an assistant's tokens are dropped one by one, of a single row
-ASSISTED_TAIL = 32
 STOPS = ("stopping_criteria", "stop_strings", "max_time")
 
 
-class Seen(NamedTuple):
+class ObservedCall(NamedTuple):
     """One call that came to its end.
 
     Attributes
@@ -54,21 +51,22 @@ class Seen(NamedTuple):
     sites : list of SiteObservation
         The model's own tensors.
     key, scope : int or None
-        As in :class:`PassStep`.
-    output : object
-        Of the model.
+        As in :class:`capture.recorder.own_loop.call.OwnCall`.
+    losses : dict of Tensor
+        From :func:`capture.recorder.own_loop.call.read_losses`.
     """
 
     call: Call
     sites: list[SiteObservation]
     key: int | None
     scope: int | None
-    output: Any
+    losses: dict[str, torch.Tensor]
 
 
 class _Begun(NamedTuple):
-    arguments: dict[str, Any]
+    call: Call
     known: Known | None
+    keeps_last: bool  # whether its logits are of its last columns
 
 
 class Failure:
@@ -95,7 +93,7 @@ class Failure:
                 raise
 
 
-class Listener:
+class CallListener:
     """Follows the calls of one model.
 
     Parameters
@@ -105,9 +103,9 @@ class Listener:
     sites : sequence of Site
     failure : Failure
     on_call : callable
-        Takes every call, as :class:`Seen`, on the user's thread.
-    tell : callable or None
-        Takes the steps between calls; None where only calls count.
+        Takes every call, as :class:`ObservedCall`, on the user's thread.
+    staging : Staging, optional
+    stop : Event, optional
     """
 
     def __init__(
@@ -115,8 +113,8 @@ class Listener:
         model: nn.Module,
         sites: Sequence[Site],
         failure: Failure,
-        on_call: Callable[[Seen], None],
-        tell: Callable[[OwnStep], None] | None = None,
+        on_call: Callable[[ObservedCall], None],
+        *,
         staging: Staging | None = None,
         stop: threading.Event | None = None,
     ) -> None:
@@ -124,7 +122,6 @@ class Listener:
         self._sites = sites
         self._failure = failure
         self._on_call = on_call
-        self._tell = tell
         self._staging = staging or Staging()
         self._stop = stop or threading.Event()
         self._caches = Caches()
@@ -133,6 +130,35 @@ class Listener:
         self._scope: int | None = None
         self._scopes = 0
         self._taps: Taps | None = None
+        # where only calls count, nothing is told of what happens between them
+        self._tell: Callable[[OwnStep], None] | None = None
+        self._before: Callable[[Call, bool], None] = lambda call, is_new: None
+        self._hidden_rows: Callable[[], torch.Tensor | None] | None = None
+        self._n_words = 0
+
+    def telling(
+        self,
+        tell: Callable[[OwnStep], None],
+        before: Callable[[Call, bool], None],
+        hidden_rows: Callable[[], torch.Tensor | None],
+        n_words: int,
+    ) -> Self:
+        """Follow texts over their calls as well.
+
+        Parameters
+        ----------
+        tell : callable
+            Takes the steps between calls.
+        before : callable
+            Called before a call runs, with whether its texts begin there.
+        hidden_rows : callable
+            As of :func:`capture.model.hooks.tap`.
+        n_words : int
+            Of the vocabulary.
+        """
+        self._tell, self._before = tell, before
+        self._hidden_rows, self._n_words = hidden_rows, n_words
+        return self
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -144,7 +170,9 @@ class Listener:
             not_compiled()
             self._begin_apart = torch._dynamo.disable(self._begin)  # type: ignore[no-untyped-call]
             self._finish_apart = torch._dynamo.disable(self._finish)  # type: ignore[no-untyped-call]
-            self._taps = stack.enter_context(tap(self._sites, training=True))
+            self._taps = stack.enter_context(
+                tap(self._sites, hidden_rows=self._hidden_rows, training=True)
+            )
             stack.callback(heard(self._sites[0].router, self._alone))
             for module in modules_called(self._model):
                 self._signatures[module] = inspect.signature(type(module).forward)
@@ -207,7 +235,11 @@ class Listener:
         for name, parameter in self._signatures[module].parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 bound |= bound.pop(name, {})
-        return _Begun(bound, self._known(bound))
+        known = self._known(bound)
+        columns = 0 if known is None else known.columns
+        call = read_call(bound, columns)
+        self._before(call, not columns)
+        return _Begun(call, known, not isinstance(bound.get("logits_to_keep"), torch.Tensor))
 
     def _known(self, arguments: dict[str, Any]) -> Known | None:
         """Return what is known of the cache that a call goes on from."""
@@ -232,10 +264,10 @@ class Listener:
             )
         return known
 
+    @torch.no_grad()
     def _finish(self, begun: _Begun, output: Any) -> None:
         assert self._taps is not None
-        known = begun.known
-        call = read_call(begun.arguments, 0 if known is None else known.columns)
+        known, call = begun.known, begun.call
         seen = self._taps.take()
         for site, one in zip(self._sites, seen, strict=True):
             if len(one.expert_ids) != call.rows * call.width:
@@ -248,10 +280,17 @@ class Listener:
             made = _cache_in(output)
             if made is not None and int(_length_of(made)):
                 known = self._caches.find(made) or self._caches.add(made, 0)
+        losses: dict[str, torch.Tensor] = {}
+        if self._tell is not None:
+            logits = getattr(output, "logits", None) if begun.keeps_last else None
+            last = None if known is None else known.last
+            losses, last = read_losses(logits, call, last, self._n_words)
+            if known is not None:
+                known.last = last
         if known is not None:
             known.columns += call.width
         key = None if known is None else known.key
-        self._on_call(Seen(call, seen, key, self._scope, output))
+        self._on_call(ObservedCall(call, seen, key, self._scope, losses))
 
     def _tell_gone(self) -> None:
         if self._tell is not None and self._caches.gone:
@@ -267,7 +306,12 @@ class Listener:
             return
         with self._failure.kept():
             value: Any = values[0] if values else None
-            key = known.key
+            key, last, known.last = known.key, known.last, None
+            if last is not None and what == "batch_repeat_interleave":
+                known.last = LastLogits(*(one.repeat_interleave(value, 0) for one in last))
+            elif last is not None and what in ("reorder_cache", "batch_select_indices"):
+                chosen = torch.as_tensor(value, device=last.known.device)
+                known.last = LastLogits(*(one[chosen] for one in last))
             if what == "crop":
                 value = abs(int(value))
                 known.columns -= value
@@ -362,54 +406,6 @@ class Listener:
             or len(args) > 3
             or (setting("num_beams") or 1) > 1,
         )
-
-
-class Sender:
-    """Reduces calls on the device and sends them to the writer's thread."""
-
-    def __init__(
-        self,
-        groups: Sequence[SiteGroup],
-        level: Level,
-        put: Callable[[OwnStep], None],
-        staging: Staging,
-        stop: threading.Event,
-    ) -> None:
-        self._groups = groups
-        # what is dropped later is counted again from ids and weights, at every level
-        self._level: Level = "ids" if LEVELS.index(level) < LEVELS.index("ids") else level
-        self._put = put
-        self._staging = staging
-        self._stop = stop
-        self._count = 0
-
-    @torch.no_grad()
-    def __call__(self, seen: Seen) -> None:
-        """Send one call."""
-        call = seen.call
-        keeps = seen.key is not None or seen.scope is not None
-        tail = 0 if not keeps else ASSISTED_TAIL if call.rows == 1 else 1
-        segments = Segments.of_columns(call.rows, call.width, tail)
-        # elsewhere this would wait for the device, and texts of one row are apart all the same
-        if call.starts is not None and call.starts.device.type == "cpu" and not keeps:
-            segments = Segments.of_texts(call.starts.numpy())
-        blocks, expert_ids = [], []
-        for group in self._groups:
-            device = seen.sites[group.members[0]].expert_ids.device
-            rows = Rows(
-                rows=None,
-                domain=torch.from_numpy(segments.of_row).to(device, non_blocking=True),
-                n_domains=segments.total,
-                valid=None if call.valid is None else call.valid.flatten().to(device),
-            )
-            with torch.autocast(device.type, enabled=False):
-                block, ids = observe(group, seen.sites, rows, self._level)
-            blocks.append(block)
-            expert_ids.append(ids)
-        result = PassResult(call.tokens, call.valid, call.starts, blocks, expert_ids)
-        number, self._count = self._count, self._count + 1
-        parcel = self._staging.send(result, stop=self._stop)
-        self._put(PassStep(number, call.rows, call.width, seen.key, seen.scope, segments, parcel))
 
 
 def innermost(model: Any) -> Any:

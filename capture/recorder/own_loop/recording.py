@@ -3,43 +3,71 @@
 import contextlib
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from capture.errors import CaptureError, ConfigError, PromptError, quoted
 from capture.model.compiled import suspended
+from capture.model.inputs import vocabulary
 from capture.model.load import LoadedModel, load_model
 from capture.model.selftest import attach
 from capture.model.sites import Site
-from capture.model.token_text import can_decode
+from capture.model.token_text import REPLACEMENT, can_decode, decode, decode_pieces
 from capture.paths import given_path
-from capture.recorder.assemble import pair_sums
-from capture.recorder.config import CaptureConfig
-from capture.recorder.observe import PairCounter, group_sites
-from capture.recorder.own_loop.listening import Failure, Listener, Sender, innermost
-from capture.recorder.own_loop.rows import Pieces, describe, forward_rows
-from capture.recorder.own_loop.steps import Declared, DeclareStep, OwnStep
-from capture.recorder.own_loop.texts import Text, Texts
-from capture.recorder.preparation import describe_run
-from capture.recorder.sampling import plan_sample
+from capture.recorder.attention.layers import FoundAttention, attach_attention
+from capture.recorder.attention.summary import (
+    AttentionOptions,
+    AttentionTaps,
+    PromptRow,
+    pack_attention,
+)
+from capture.recorder.config import CaptureConfig, RecordingOptions, described
+from capture.recorder.engine import Ledger, RowsOfCall, Segments, Sender, is_routed, pair_sums
+from capture.recorder.estimate import Sample
+from capture.recorder.observe import PairCounter, RealRows, group_sites
+from capture.recorder.own_loop.call import Call, Declared, DeclareStep, OwnCall, OwnStep
+from capture.recorder.own_loop.listening import CallListener, Failure, ObservedCall, innermost
+from capture.recorder.own_loop.texts import ReadCall, Text, Texts
+from capture.recorder.session import describe_run
 from capture.recorder.transfer import Staging, WriterThread
 from capture.store import RunWriter
-from capture.store.records import RECORDED_LEVELS, Level
+from capture.store.records import ForwardRows, Phase, PromptInfo, TokenRows
+from capture.store.schema import NO_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+# options of a capture that mean something where somebody else calls the model
+OPTIONS = tuple(
+    one.name for one in described(RecordingOptions) if one.name not in ("level", "generate")
+)
+# an assistant's tokens are dropped one by one, of a single row
+ASSISTED_TAIL = 32
+WHY_FIRST = (
+    "How many tokens a loop will read is not known before, so the sample is the first of them that "
+    "calls of more than one token a text read."
+)
+WHY_FIRST_PROMPTS = (
+    "How many texts a loop will read is not known before, so attention is kept for the first of "
+    "them that one call reads from their start, a row each."
+)
 HOW = {
     "source": "calls of the model in somebody's own loop",
     "beams": "Of beams, candidates and samples the texts that generate() returned are recorded.",
     "end": "An end token is recorded where the model read it; nothing after it is.",
+    "loss": "Of what a call put out logits for: in generate() no prompt, and the first tokens of "
+    "a text as a model that keeps no cache reads it again have none.",
     "phase": "Outside of generate() a token is generated where a call read it alone after others.",
 }
 
@@ -104,9 +132,9 @@ def recording(
     model: Any,
     out: str | Path,
     *,
-    level: Level = "ids",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     strict: bool = False,
+    **options: Any,
 ) -> Iterator[OwnRun]:
     """Record whatever the model is called with inside the block, as a run file.
 
@@ -122,12 +150,14 @@ def recording(
     out : str or Path
         The run file; it must not exist. Under ``torchrun`` the process's rank is put into its
         name, and each process records a part.
-    level : {"stats", "ids", "scores"}
-        As in :class:`capture.CaptureConfig`.
     tokenizer : tokenizer, optional
         For a model that does not know where its tokenizer lies.
     strict : bool
         Raise what cannot be followed where it happens, instead of once at the end.
+    **options
+        As in :class:`capture.CaptureConfig`: ``level="scores"``, ``sample_tokens`` (default 0) and
+        those of level attention. Which tokens and texts are kept is settled as calls read them:
+        the first ones.
 
     Yields
     ------
@@ -137,15 +167,17 @@ def recording(
     Raises
     ------
     CaptureError
-        At the start if the model or the file cannot work; at the end if a call could not be
-        followed. What was recorded until then is kept, marked incomplete.
+        At the start if an option, the model or the file cannot work; at the end if a call could not
+        be followed. What was recorded until then is kept, marked incomplete.
     """
-    path = ranked(given_path(out, "the run file"))
-    if level not in RECORDED_LEVELS[:3]:
+    wrong = options.keys() - {"level", *OPTIONS}
+    if wrong:
         raise ConfigError(
-            f"level must be one of {', '.join(RECORDED_LEVELS[:3])} in one's own loop, got "
-            f"{quoted(level)}. Level attention is recorded by capture.record()."
+            f"An option of one's own loop was expected (level, {', '.join(OPTIONS)}), got "
+            f"{quoted(min(wrong))}. What else there is to choose is chosen by who calls the model."
         )
+    config = CaptureConfig(**{"sample_tokens": 0, **options})
+    path = ranked(given_path(out, "the run file"))
     if isinstance(model, nn.DataParallel):
         raise ConfigError(
             "A model in one place was expected, got DataParallel, which copies it at every call. "
@@ -153,38 +185,74 @@ def recording(
         )
     loaded = take(model, tokenizer)
     sites = tested(loaded.model)
-    config = CaptureConfig(level=level, sample_tokens=0)
-    sample = plan_sample([], [], 0, 0)
-    info = describe_run(loaded, config, sample)
-    writer = RunWriter.create(path, info, [site.info for site in sites], [])
-    book = _Book(writer, loaded, sites, level)
+    attention = _attention_of(loaded.model, sites, config)
+    info = describe_run(loaded, config, _sample(config))
+    layers = attention.layers if attention is not None else ()
+    writer = RunWriter.create(path, info, [site.info for site in sites], [], layers)
     failure = Failure(strict=strict)
-    thread: WriterThread[OwnStep] = WriterThread(book.consume, idle=book.keep_up)
+    taps = None
+    if attention is not None:
+        kept = (config.attention_bins, config.attention_every, config.attention_top_keys)
+        taps = AttentionTaps(attention.sites, AttentionOptions(*kept))
+    ledger = Ledger(writer, sites)
+    texts = ledger.follower = _OwnTexts(ledger, loaded, sites, config, taps)
+    thread: WriterThread[Any] = WriterThread(ledger.consume, idle=ledger.keep_up)
     staging = Staging()
-    send = Sender(book.groups, level, thread.put, staging, thread.failed)
-    listener = Listener(
-        innermost(loaded.model), sites, failure, send, thread.put, staging, thread.failed
-    )
+    sender = Sender(group_sites(sites), config.level, thread, staging)
+    calls = _OwnCalls(sender, thread, config, taps)
+    listener = CallListener(
+        innermost(loaded.model), sites, failure, calls.end, staging=staging, stop=thread.failed
+    ).telling(thread.put, calls.begin, calls.hidden_rows, vocabulary(loaded.model))
     started = time.monotonic()
     run = OwnRun(path, thread.put, failure)
     theirs: BaseException | None = None
     try:
-        with listener.open():
+        with listener.open(), contextlib.ExitStack() as stack:
+            if taps is not None:
+                stack.enter_context(taps.open(failure.kept))
             yield run
     except BaseException as error:
         theirs = error
         raise
     finally:
-        problem = _close(book, thread, failure, started, complete=theirs is None)
+        problem = _close(texts, thread, failure, started, complete=theirs is None)
         if problem is not None and theirs is not None:
             theirs.add_note(str(problem))
     if problem is not None:
         raise problem
 
 
+def _sample(config: CaptureConfig) -> Sample:
+    """Return what the run file says of the sample, whose tokens calls will tell."""
+    record: dict[str, Any] = {"requested": config.sample_tokens, "planned": config.sample_tokens}
+    record |= {"seed": config.seed, "strata": [], "why": WHY_FIRST}
+    if not config.sample_tokens:
+        record["why"] = "No sample was asked for (sample_tokens=0)."
+    if config.level == "attention":
+        count = {"requested": config.attention_prompts, "planned": config.attention_prompts}
+        record["attention"] = {**count, "strata": [], "why": WHY_FIRST_PROMPTS}
+    return Sample(np.zeros(0, np.bool_), record)
+
+
+def _attention_of(
+    model: Any, sites: Sequence[Site], config: CaptureConfig
+) -> FoundAttention | None:
+    """Find and test the layers of level attention; None at other levels."""
+    if config.level != "attention":
+        return None
+    with ready_to_test(model):
+        return attach_attention(
+            model,
+            sites,
+            longest=sys.maxsize,
+            layers=config.attention_layers,
+            heads=config.attention_heads,
+        ).checked()
+
+
 def _close(
-    book: "_Book",
-    thread: WriterThread[OwnStep],
+    texts: "_OwnTexts",
+    thread: WriterThread[Any],
     failure: Failure,
     started: float,
     *,
@@ -193,81 +261,243 @@ def _close(
     """Finish the file; return what there is to complain of."""
     with failure.kept() if not failure.strict else contextlib.suppress(Exception):
         thread.close()
-    error, writer = failure.error, book.writer
+    error, ledger = failure.error, texts.ledger
     try:
-        book.settle()
-        if not book.tokens:
-            writer.discard()
+        texts.finish()
+        if not ledger.tokens:
+            ledger.writer.discard()
             why = "" if error is None else f" {error}"
-            return CaptureError(f"Nothing was recorded, and there is no {writer.out}.{why}")
-        path = book.finish(time.monotonic() - started, complete=complete and error is None)
+            return CaptureError(f"Nothing was recorded, and there is no {ledger.writer.out}.{why}")
+        seconds = time.monotonic() - started
+        path = ledger.finish(seconds, {"own_loop": HOW}, complete=complete and error is None)
     except Exception as second:
-        writer.abandon()
-        return CaptureError(
-            f"{error or second} What was recorded is in {writer.partial}. Close it with: python "
-            f"-m capture recover '{writer.partial}'"
-        )
+        return CaptureError(f"{error or second} {ledger.abandon()}")
     if error is None:
         return None
-    return CaptureError(f"{error} The {book.tokens:,} tokens before are the incomplete run {path}.")
+    return CaptureError(
+        f"{error} The {ledger.tokens:,} tokens before are the incomplete run {path}."
+    )
 
 
-class _Book:
-    """Writes texts that ended into the run file; on the writer's thread."""
+class _OwnCalls:
+    """Sends the calls of somebody's loop, and settles what is kept of each before it runs."""
 
     def __init__(
-        self, writer: RunWriter, loaded: LoadedModel, sites: list[Site], level: Level
+        self,
+        sender: Sender,
+        thread: WriterThread[OwnStep],
+        config: CaptureConfig,
+        attention: AttentionTaps | None,
     ) -> None:
-        self.writer = writer
-        self.groups = group_sites(sites)
-        self.tokens = self.texts = self.forwards = 0
-        self._sites = sites
-        self._level = level
+        self._sender = sender
+        self._count = 0
+        self._sample_left = config.sample_tokens
+        self._attention = attention
+        self._prompts_left = config.attention_prompts
+        self._sampled: torch.Tensor | None = None
+        self._attended: list[PromptRow] = []
+
+    def hidden_rows(self) -> torch.Tensor | None:
+        """Return the rows of the call whose router inputs are kept."""
+        return self._sampled
+
+    def begin(self, call: Call, is_new: bool) -> None:
+        """Settle what is kept of a call; this waits for its mask while anything is left to keep."""
+        self._sampled, self._attended = None, []
+        if call.width == 1:
+            return
+        valid = call.valid
+        if self._sample_left:
+            real = torch.ones(call.rows, call.width) if valid is None else valid
+            self._sampled = real.flatten().nonzero().flatten()[: self._sample_left]
+            self._sample_left -= len(self._sampled)
+        if self._attention is not None:
+            packed = call.starts is not None and bool(call.starts[:, 1:].any())
+            if self._prompts_left and is_new and not packed:
+                self._attended = _whole_rows(call)[: self._prompts_left]
+                self._prompts_left -= len(self._attended)
+            self._attention.rows = self._attended
+
+    def end(self, seen: ObservedCall) -> None:
+        """Send one call."""
+        call = seen.call
+        keeps = seen.key is not None or seen.scope is not None
+        tail = 0 if not keeps else ASSISTED_TAIL if call.rows == 1 else 1
+        segments = Segments.of_columns(call.rows, call.width, tail)
+        # elsewhere this would wait for the device, and texts of one row are apart all the same
+        if call.starts is not None and call.starts.device.type == "cpu" and not keeps:
+            segments = Segments.of_texts(call.starts.numpy())
+        sampled, self._sampled = self._sampled, None
+        rows = RealRows(
+            rows=None,
+            domain=torch.from_numpy(segments.of_row),
+            n_domains=segments.total,
+            valid=None if call.valid is None else call.valid.flatten(),
+        )
+        if sampled is not None:
+            rows = rows._replace(sampled=sampled.cpu().numpy(), sampled_here=sampled)
+        about = OwnCall(
+            self._count, call.rows, call.width, seen.key, seen.scope, segments, self._attended
+        )
+        self._count += 1
+        attention = None if self._attention is None else pack_attention(*self._attention.take())
+        self._sender.send(
+            seen.sites,
+            rows,
+            about,
+            tokens=call.tokens,
+            valid=call.valid,
+            starts=call.starts,
+            attention=attention,
+            **seen.losses,
+        )
+
+
+def _whole_rows(call: Call) -> list[PromptRow]:
+    """Return the rows of a call whose tokens lie together, as texts of their own."""
+    found = []
+    valid = np.ones((call.rows, call.width)) if call.valid is None else call.valid.cpu().numpy()
+    for row in range(call.rows):
+        place = np.flatnonzero(valid[row])
+        if len(place) > 1 and place[-1] - place[0] == len(place) - 1:
+            found.append(PromptRow(row, row, int(place[0]), len(place)))
+    return found
+
+
+class _OwnTexts(Texts):
+    """Writes texts as they end."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        loaded: LoadedModel,
+        sites: Sequence[Site],
+        config: CaptureConfig,
+        attention: AttentionTaps | None,
+    ) -> None:
+        super().__init__(self._write, attention)
+        self.ledger = ledger
+        self._level = config.level
+        self._count = 0
         known = loaded.tokenizer
-        self._pieces = Pieces(known) if known is not None and can_decode(known) else None
-        self._follower = Texts(self._write)
+        self._pieces = _PieceTexts(known) if known is not None and can_decode(known) else None
         # at deeper levels pairs are counted from the rows
-        self._pairs = PairCounter(sites, self.groups) if level == "stats" else None
+        self._pairs = None if is_routed(self._level) else PairCounter(sites, group_sites(sites))
 
-    def consume(self, step: OwnStep) -> None:
-        self._follower.consume(step)
-        self.keep_up()
-
-    def keep_up(self) -> None:
-        """Commit what has waited long enough."""
-        if self.writer.is_due:
-            self.writer.flush()
+    def finish(self) -> None:
+        """Hand over what is open."""
+        super().finish()
+        if self._pairs is not None:
+            self.ledger.writer.append_pairs(pair_sums(self._pairs.take()))
 
     def _write(self, texts: list[Text]) -> None:
         if not texts:
             return
-        prompts, pieces = describe(texts, self._pieces)
-        self.writer.append_prompts(prompts)
-        for kept in forward_rows(texts, prompts, pieces, self.texts, self.tokens, self._level):
-            self.writer.append(kept.forward)
-            self.forwards += 1
-            if self._pairs is not None:
-                self._pairs.add(kept.expert_ids())
-        self.texts += len(texts)
-        self.tokens += sum(len(text.tokens()) for text in texts)
+        writer, token_id = self.ledger.writer, self.ledger.tokens
+        columns: dict[int, tuple[ReadCall, list[dict[str, npt.NDArray[Any]]]]] = {}
+        domains: list[str | None] = []
+        prompts = []
+        for number, text in enumerate(texts, self._count):
+            prompt, pieces = self._described(text)
+            prompts.append(prompt)
+            if prompt.domain not in domains:
+                domains.append(prompt.domain)
+            attention = text.pieces[0][0].attention
+            if attention is not None and attention.tokens <= text.pieces[0][1]:
+                writer.append_attention(replace(attention, prompt_id=number, first_token=token_id))
+            losses, position = text.losses(), 0
+            for piece, upto in text.pieces:
+                place = np.arange(position, position + upto)
+                _, parts = columns.setdefault(id(piece.of), (piece.of, []))
+                parts.append(
+                    {
+                        "rows": piece.rows[:upto],
+                        "token": piece.tokens[:upto],
+                        "given": piece.given[:upto],
+                        "position": place,
+                        "token_id": token_id + place,
+                        "prompt": np.full(upto, number),
+                        "domain": np.full(upto, domains.index(prompt.domain)),
+                        "loss": losses.data[place],
+                        "no_loss": np.ma.getmaskarray(losses)[place],
+                        "text": np.array(pieces, object)[place]
+                        if pieces is not None
+                        else np.full(upto, None),
+                    }
+                )
+                position += upto
+            token_id += position
+        writer.append_prompts(prompts)
+        self._count += len(texts)
+        for call, parts in sorted(columns.values(), key=lambda one: one[0].about.number):
+            together = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            phases: tuple[Phase, ...] = ("prompt", "generated")
+            given = together["given"]
+            for phase, chosen in zip(phases, (given, ~given), strict=True):
+                if chosen.any():
+                    here = {name: values[chosen] for name, values in together.items()}
+                    self._append(call, here, phase, domains)
 
-    def settle(self) -> None:
-        """Write what is still open."""
-        self._follower.finish()
+    def _append(
+        self,
+        call: ReadCall,
+        columns: dict[str, npt.NDArray[Any]],
+        phase: Phase,
+        domains: Sequence[str | None],
+    ) -> None:
+        """Write the rows of one call that count, in one phase."""
+        present, domain = np.unique(columns["domain"], return_inverse=True)
+        text = columns["text"].tolist()
+        tokens = TokenRows(
+            token_id=columns["token_id"].astype(np.uint32),
+            prompt_id=columns["prompt"].astype(np.uint32),
+            position=columns["position"].astype(np.uint32),
+            token=columns["token"].astype(np.int32),
+            text=None if None in text else text,
+            loss=np.ma.array(columns["loss"], mask=columns["no_loss"]),
+            phase=phase,
+        )
+        rows = RowsOfCall(columns["rows"], domain, len(present))
+        ids = call.result.expert_ids
+        blocks = rows.blocks(call.result.sites, ids, call.about.segments, call.valid, self._level)
+        self.ledger.append(ForwardRows(tokens, [domains[i] for i in present], blocks))
         if self._pairs is not None:
-            self.writer.append_pairs(pair_sums(self._pairs.take()))
+            self._pairs.add([torch.from_numpy(one[:, rows.rows]) for one in ids])
 
-    def finish(self, seconds: float, *, complete: bool) -> Path:
-        """Close the file."""
-        notes: dict[str, Any] = {"forward_passes": self.forwards, "own_loop": HOW}
-        choices = [choice for site in self._sites if (choice := site.choice()) is not None]
-        if choices:
-            notes["choice"] = choices
-            notes["selection_bias"] = "Margins include the bias that routers add for the choice."
-        factors = [site.after_sum() for site in self._sites if site.factor != 1]
-        if factors:
-            notes["factor_after_sum"] = factors
-        return self.writer.finish(seconds=seconds, complete=complete, notes=notes)
+    def _described(self, text: Text) -> tuple[PromptInfo, list[str] | None]:
+        """Return what the run file says of a text, and the text of each token."""
+        given, ids = text.given(), text.tokens()
+        pieces = None
+        if self._pieces is not None and (ids != NO_TOKEN).all():
+            pieces = self._pieces.of(ids.tolist())
+        said = text.declared or Declared()
+        known = said.text
+        if known is None and pieces is not None:
+            known = "".join(piece for piece, own in zip(pieces, given, strict=True) if own)
+        return PromptInfo(known, said.domain, said.source, int(given.sum()), 0), pieces
+
+
+class _PieceTexts:
+    """The text of each token, quickly where tokens read the same alone and together.
+
+    Parameters
+    ----------
+    tokenizer : tokenizer
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._alone: dict[int, str] = {}
+
+    def of(self, ids: list[int]) -> list[str]:
+        """Return what :func:`capture.model.token_text.decode_pieces` does."""
+        for token in set(ids) - self._alone.keys():
+            (self._alone[token],) = decode_pieces(self._tokenizer, [token])
+        alone = [self._alone[token] for token in ids]
+        joined = "".join(alone)
+        if REPLACEMENT not in joined and joined == decode(self._tokenizer, ids):
+            return alone
+        return decode_pieces(self._tokenizer, ids)
 
 
 def take(model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> LoadedModel:
@@ -285,13 +515,16 @@ def take(model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> LoadedModel
 
 def tested(model: Any) -> list[Site]:
     """Find and test the sites of a model in whatever mode it is."""
-    with evaluating(model), suspended(model), torch.autocast(_device_type(model), enabled=False):
+    with ready_to_test(model):
         return attach(model)
 
 
-def _device_type(model: Any) -> str:
-    kind = str(model.device.type)
-    return "cpu" if kind == "meta" else kind
+@contextmanager
+def ready_to_test(model: Any) -> Iterator[None]:
+    """Have a model compute as in a capture while the block runs, whatever its loop has set."""
+    kind = "cpu" if model.device.type == "meta" else str(model.device.type)
+    with evaluating(model), suspended(model), torch.autocast(kind, enabled=False):
+        yield
 
 
 @contextmanager

@@ -8,63 +8,65 @@ text leads to.
 from collections import deque
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from capture.model.forward import Ints
-from capture.recorder.own_loop.call import CannotFollow
-from capture.recorder.own_loop.steps import (
+from capture.recorder.attention.summary import AttentionTaps, unpack_attention
+from capture.recorder.engine import Bools, CallResult, CallStep, Numbers, next_losses
+from capture.recorder.own_loop.call import (
+    CannotFollow,
     ChangeStep,
     Declared,
     DeclareStep,
     EndStep,
     GeneratedStep,
     GenerateStep,
-    Numbers,
+    OwnCall,
     OwnStep,
-    PassStep,
-    Segments,
 )
-from capture.store.records import Block
+from capture.store.records import Block, PromptAttention
 from capture.store.schema import NO_TOKEN
 
-Bools = npt.NDArray[np.bool_]
 # of calls whose texts may go on; more, and the oldest ones are taken to have ended
 HELD_BYTES = 2**30
 
 
 @dataclass(eq=False, slots=True)
-class Pass:
+class ReadCall:
     """One call, on the host.
 
     Attributes
     ----------
-    number, rows, width, segments
-        As in :class:`PassStep`.
+    about : OwnCall
     valid : array [B x S], bool
-    blocks : list of SiteBlock
-    expert_ids : list of array [sites, B x S, K]
+    result : CallResult
     """
 
-    number: int
-    rows: int
-    width: int
-    segments: Segments
+    about: OwnCall
     valid: Bools
-    blocks: list[Block]
-    expert_ids: list[Numbers]
+    result: CallResult[Numbers]
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.about.width
+
+    @property
+    def blocks(self) -> list[Block]:
+        """What the sites did, one for each group."""
+        return self.result.sites
 
     @property
     def n_bytes(self) -> int:
         """What it holds, about."""
-        arrays = [*self.expert_ids]
+        arrays = [*self.result.expert_ids]
         for block in self.blocks:
             arrays += [block.assignments, block.weight_sum]
             arrays += [a for a in (block.weights, block.entropy, block.prob_sum) if a is not None]
-            if block.scores is not None:
-                arrays += [*block.scores[1]]
+            for vectors in (block.scores, block.hidden):
+                arrays += [] if vectors is None else [*vectors[1]]
         return sum(int(array.nbytes) for array in arrays)
 
 
@@ -76,7 +78,7 @@ class Piece:
     ----------
     before : Tip or None
         What it follows.
-    of : Pass
+    of : ReadCall
     rows : array [n], int64
         Places among the B x S rows of the call, without padding.
     tokens : array [n], int64
@@ -87,15 +89,18 @@ class Piece:
         Of the text up to its end.
     declared : Declared or None
         Of the text, on its first piece.
+    attention : PromptAttention or None
+        Of the text, on its first piece, without its numbers.
     """
 
     before: "Tip | None"
-    of: Pass
+    of: ReadCall
     rows: Ints
     tokens: Ints
     given: Bools
     length: int = 0
     declared: Declared | None = None
+    attention: PromptAttention | None = None
 
     def __post_init__(self) -> None:
         """Add up the length."""
@@ -135,6 +140,28 @@ class Text:
         """Return which of its tokens no model had generated."""
         return np.concatenate([piece.given[:upto] for piece, upto in self.pieces])
 
+    def losses(self) -> "np.ma.MaskedArray[Any, Any]":
+        """Return the loss of each token's next one; none where the prompt or the text ends."""
+        values: list[Numbers] = []
+        known: list[Bools] = []
+        for piece, upto in self.pieces:
+            result, here = piece.of.result, piece.rows[:upto]
+            if result.loss_before is not None and result.has_before is not None and values:
+                row = int(here[0]) // piece.of.width
+                first = int(here[0]) % piece.of.width == 0
+                values[-1][-1] = result.loss_before[row]
+                known[-1][-1] = first and result.has_before[row]
+            if result.loss is None or result.has_loss is None:
+                values.append(np.zeros(upto, np.float32))
+                known.append(np.zeros(upto, np.bool_))
+            else:
+                values.append(result.loss.ravel()[here])
+                known.append(result.has_loss.ravel()[here])
+            known[-1][-1] = False  # what followed there may not be of this text
+        all_known, given = np.concatenate(known), self.given()
+        all_known[:-1] &= ~(given[:-1] & ~given[1:])
+        return next_losses(np.concatenate(values), all_known)
+
 
 def text_of(tip: Tip) -> Text:
     """Return the text that ends here."""
@@ -148,7 +175,7 @@ def text_of(tip: Tip) -> Text:
 
 
 @dataclass(slots=True)
-class _Rows:
+class _CacheRows:
     """The rows of a cache, or of a ``generate`` without one."""
 
     tips: list[Tip | None]
@@ -165,7 +192,7 @@ class _Scope:
     tokens: Numbers | None
     left: int | None = None  # columns of the prompts that are still to be read
     key: int | None = None
-    rows: _Rows | None = None  # without a cache
+    rows: _CacheRows | None = None  # without a cache
     pieces: list[Piece] = field(default_factory=list)
     n_rows: int = 0
 
@@ -177,11 +204,16 @@ class Texts:
     ----------
     ended : callable
         Takes texts that ended together, in the order of their rows.
+    attention : AttentionTaps or None
+        Which sites and options attention comes from.
     """
 
-    def __init__(self, ended: Callable[[list[Text]], None]) -> None:
+    def __init__(
+        self, ended: Callable[[list[Text]], None], attention: AttentionTaps | None = None
+    ) -> None:
         self._ended = ended
-        self._rows: dict[int, _Rows] = {}
+        self._attention = attention
+        self._rows: dict[int, _CacheRows] = {}
         self._scopes: dict[int, _Scope] = {}
         self._declared: deque[Declared] = deque()
 
@@ -193,8 +225,8 @@ class Texts:
         CannotFollow
             If it does not fit what came before.
         """
-        if isinstance(step, PassStep):
-            self._read(step)
+        if isinstance(step, CallStep):
+            self._read(step.about, step.parcel.open())
         elif isinstance(step, ChangeStep):
             self._change(step)
         elif isinstance(step, EndStep):
@@ -208,6 +240,9 @@ class Texts:
         elif isinstance(step, GeneratedStep):
             self._generated(step)
 
+    def settle(self) -> None:
+        """Hand over nothing: rows may be dropped until a text has ended."""
+
     def finish(self) -> None:
         """Hand over what is open; of a ``generate`` that did not come back nobody knows the end."""
         unknown = {scope.key for scope in self._scopes.values()}
@@ -215,15 +250,17 @@ class Texts:
             if key not in unknown:
                 self._end(key)
 
-    def _read(self, step: PassStep) -> None:
+    def _read(self, step: OwnCall, result: CallResult[Numbers]) -> None:
         """Put what a call read to the texts that it goes on."""
-        result = step.parcel.open()
         shape = (step.rows, step.width)
         valid = np.ones(shape, np.bool_) if result.valid is None else result.valid
         tokens = np.full(shape, NO_TOKEN) if result.tokens is None else result.tokens
-        done = Pass(
-            step.number, *shape, step.segments, valid.ravel(), result.sites, result.expert_ids
-        )
+        attention = {}
+        if self._attention is not None and result.attention is not None:
+            taps = self._attention
+            found = unpack_attention(result.attention, step.attended, taps.sites, taps.options)
+            attention = {one.prompt_id: one for one in found}
+        done = ReadCall(step, valid.ravel(), result._replace(attention=None))
         scope = None if step.scope is None else self._scopes.get(step.scope)
         if scope is not None and not scope.n_rows:
             scope.n_rows = step.rows
@@ -259,6 +296,7 @@ class Texts:
                     rows=(row * step.width + here).astype(np.int64),
                     tokens=tokens[row, here].astype(np.int64),
                     given=given[here],
+                    attention=attention.get(row),
                 )
                 ends.append(Tip(piece, len(here), step.width))
         if several and known is not None:
@@ -273,16 +311,16 @@ class Texts:
         if step.key is None or several:
             self._ended([text_of(tip) for tip in ends if tip.length])
             if step.key is not None:
-                self._rows[step.key] = _Rows([], is_over=True)
+                self._rows[step.key] = _CacheRows([], is_over=True)
             return
-        rows = known or self._rows.setdefault(step.key, _Rows([]))
+        rows = known or self._rows.setdefault(step.key, _CacheRows([]))
         rows.tips = list(ends)
         rows.columns += step.width
         rows.n_bytes += done.n_bytes
         self._let_go(step.key)
 
     def _given(
-        self, step: PassStep, known: _Rows | None, tokens: Numbers, scope: _Scope | None
+        self, step: OwnCall, known: _CacheRows | None, tokens: Numbers, scope: _Scope | None
     ) -> Bools:
         """Return which columns of a call hold tokens that somebody gave."""
         given = np.ones(step.width, np.bool_)
@@ -297,7 +335,7 @@ class Texts:
         return given
 
     @staticmethod
-    def _columns_given(step: PassStep, past: int, tokens: Numbers, scope: _Scope) -> int:
+    def _columns_given(step: OwnCall, past: int, tokens: Numbers, scope: _Scope) -> int:
         """Return how many columns of the prompts ``generate`` has yet to read."""
         rest = scope.about.columns - past
         if past and rest > 0 and scope.tokens is not None:
@@ -307,11 +345,11 @@ class Texts:
                 return rest
         return scope.about.columns
 
-    def _read_again(self, done: Pass, valid: Bools, tokens: Numbers, scope: _Scope) -> None:
+    def _read_again(self, done: ReadCall, valid: Bools, tokens: Numbers, scope: _Scope) -> None:
         """Take a call that reads whole texts, of which all but the end was read before."""
-        rows = scope.rows = scope.rows or _Rows([])
+        rows = scope.rows = scope.rows or _CacheRows([])
         tips: list[Tip] = []
-        for row in range(done.rows):
+        for row in range(done.about.rows):
             place = np.flatnonzero(valid[row])
             ids = tokens[row, place].astype(np.int64)
             tip = _longest(rows.tips, scope.pieces, ids, row)
@@ -372,7 +410,7 @@ class Texts:
             self._ended([text_of(tip) for tip in rows.tips if tip is not None and tip.length])
 
     def _kept(
-        self, step: GeneratedStep, scope: _Scope, rows: _Rows, sequences: Numbers
+        self, step: GeneratedStep, scope: _Scope, rows: _CacheRows, sequences: Numbers
     ) -> list[Tip | None]:
         """Return where the returned texts end among what was read."""
         n_prompts = scope.about.prompts or len(sequences)
@@ -411,7 +449,7 @@ class Texts:
             if key not in busy:
                 total -= self._rows[key].n_bytes
                 self._end(key)
-                self._rows[key] = _Rows([], is_over=True)
+                self._rows[key] = _CacheRows([], is_over=True)
 
 
 def _cropped(tip: Tip | None, columns: int) -> Tip | None:
