@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from capture.store import check_run, counts_only
 from capture.store.files import is_own_file
 from explorer import worker
 from explorer.errors import ExplorerError, NotAllowedError
-from explorer.worker import Job
+from explorer.worker import Job, uploads
 from explorer.worker.requests import Request
 
 Role = Literal["viewer", "editor"]
@@ -187,6 +187,58 @@ def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
     return out
 
 
+def read_trace(
+    folder: Path, name: str | None, files: Sequence[tuple[str, IO[bytes]]], **options: Any
+) -> dict[str, Any]:
+    """Say what uploaded files of another program's trace hold, or keep them as a run.
+
+    Parameters
+    ----------
+    folder : Path
+        The runs folder.
+    name : str or None
+        Of the new run, without ``.duckdb``; None only looks.
+    files : sequence of (name, file)
+    **options
+        Of ``capture.import_routing``.
+
+    Returns
+    -------
+    dict
+        From ``explorer.worker.uploads.read_trace``.
+
+    Raises
+    ------
+    NotAllowedError
+    ExplorerError
+        If no run can have this name or one has it already, the files are too large, or no trace.
+    """
+    refuse_if_read_only("Importing a trace")
+    out = None if name is None else run_path(folder, name)
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".trace-", dir=folder) as hidden:
+        paths, room = [], MAX_UPLOAD * 10**6
+        for given, data in sorted(files, key=lambda one: one[0]):
+            path = in_folder(Path(hidden), given)
+            with path.open("xb") as file:
+                _copy(data, file, room)
+                room -= file.tell()
+            paths.append(path)
+        # the readers find what belongs together by its names
+        several = [path for path in paths if path.name == "meta_info.json"] or paths
+        made = None if out is None else Path(hidden) / out.name
+        try:
+            found = uploads.read_trace(several, made, **options)
+            if made is not None and out is not None:
+                check_run(made)
+                os.link(made, out)
+        except CaptureError as error:
+            raise ExplorerError(str(error)) from None
+        except OSError as error:
+            raise ExplorerError(f"{name} could not be kept: {error.strerror}.") from error
+    return found
+
+
 def run_path(folder: Path, name: str) -> Path:
     """Return where a new run of a name goes.
 
@@ -251,13 +303,14 @@ def run_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _copy(data: IO[bytes], file: IO[bytes]) -> None:
+def _copy(data: IO[bytes], file: IO[bytes], most: int = MAX_UPLOAD * 10**6) -> None:
     size = 0
     while chunk := data.read(_CHUNK):
         size += len(chunk)
-        if size > MAX_UPLOAD * 10**6:
+        if size > most:
             raise ExplorerError(
-                f"The file has more than {MAX_UPLOAD:,} MB. Copy it into the runs folder instead."
+                f"Uploads have at most {MAX_UPLOAD:,} MB. Put a run file into the runs folder "
+                "instead; import a trace with python -m capture import."
             )
         file.write(chunk)
 

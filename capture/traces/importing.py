@@ -86,6 +86,64 @@ class Imported(NamedTuple):
         )
 
 
+class Recognised(NamedTuple):
+    """What a trace holds, before it is imported.
+
+    Attributes
+    ----------
+    format, level : str
+    rows : int
+        Tokens, or assignments of a trace of counts.
+    layers, n_experts : int
+    top_k : int or None
+        None: it has to be said.
+    warm_up : int
+        Equal rows at the head.
+    lacks : list of str
+        What a run of it will not have.
+    """
+
+    format: str
+    level: str
+    rows: int
+    layers: int
+    n_experts: int
+    top_k: int | None
+    warm_up: int
+    lacks: list[str]
+
+
+def recognise(
+    source: Any,
+    *,
+    format: str | None = None,
+    n_experts: int | None = None,
+    top_k: int | None = None,
+) -> Recognised:
+    """Say what a trace holds, with the parameters and errors of :func:`import_routing`."""
+    trace = open_trace(source, format, top_k, n_experts)
+    try:
+        if isinstance(trace, CountTrace):
+            total = sum((part.counts for part in trace.parts()), np.zeros((1, 1), np.int64))
+            lacks = ["tokens and their experts", "weights", "scores", "texts", "loss"]
+            layers, experts, k = int(total.any(1).sum()), total.shape[1], top_k or trace.top_k
+            level, rows, warm_up = "counts", int(total.sum()), 0
+        else:
+            found = survey(trace)
+            first = next(one for one in trace.sequences() if len(one.ids))
+            lacks = ["scores", "loss"]
+            lacks += ["weights, so that slots are in no order"] if first.weights is None else []
+            lacks += ["texts"] if first.text is None else []
+            lacks += ["ids of tokens"] if first.tokens is None else []
+            lacks += [f"{found.missing:,} (token, layer)"] if found.missing else []
+            layers, experts, k = int(found.routed.sum()), found.n_experts, found.top_k
+            level, rows, warm_up = "ids", found.rows, found.warm_up
+        experts = n_experts or getattr(trace, "n_experts", None) or experts
+        return Recognised(trace.format, level, rows, layers, experts, k, warm_up, lacks)
+    finally:
+        trace.close()
+
+
 def import_routing(
     source: Any,
     out: str | Path,

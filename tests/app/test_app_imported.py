@@ -162,3 +162,18 @@ def test_sequences_are_matched_by_their_token_ids(tmp_path):
     with open_run(paths[0]) as a, open_run(paths[1]) as b:
         sides = two_sides(a, b)
     assert (sides.matched_by, sides.tokens, sides.found.verdict) == ("token ids", 21, "same")
+
+
+@pytest.mark.slow
+def test_a_trace_is_imported_on_the_page_capture(runs):
+    app = opened("capture")
+    app.segmented_control(key="what to do").set_value("Import routing").run()
+    trace = (runs / "counts.csv").read_bytes()
+    app.file_uploader(key="trace upload").set_value(("theirs.csv", trace, "text/csv")).run()
+    assert any("**table of counts**: " in text.value for text in app.markdown)
+    assert any("**It will not have** tokens and their experts" in t.value for t in app.markdown)
+    assert any("Say how many experts a token visits" in box.value for box in app.info)
+    app.number_input(key="trace top k").set_value(2).run()
+    next(button for button in app.button if button.label == "Import").click().run()
+    assert any("12 windows of time" in box.value for box in app.success), app.error
+    (runs / "theirs.duckdb").unlink()

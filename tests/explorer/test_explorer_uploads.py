@@ -1,13 +1,17 @@
 """What somebody uploads as prompts: a thousand malformed files, each read or refused in a line."""
 
+import io
 import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from malformed_prompts import ENDINGS, malformed, sound
 
+from explorer import writing
+from explorer.errors import ExplorerError, NotAllowedError
 from explorer.worker import uploads
 from explorer.worker.client import ROOT
 
@@ -69,3 +73,35 @@ def test_a_thousand_malformed_uploads_are_read_or_refused_in_one_line():
 
 def test_the_mutations_are_the_same_each_time():
     assert list(malformed(40)) == list(malformed(40))
+
+
+@pytest.mark.slow
+def test_a_trace_is_looked_at_and_kept_or_refused(tmp_path, monkeypatch):
+    """In a process of its own; nothing of it stays beside the runs."""
+    rows = "layer,expert,count\n0,0,3\n0,1,5\n2,3,8\n"
+    files = [("counts.csv", io.BytesIO(rows.encode()))]
+    found = writing.read_trace(tmp_path, None, files)
+    assert (found["format"], found["level"], found["layers"]) == ("table of counts", "counts", 2)
+    assert (found["n_experts"], found["top_k"], found["rows"]) == (4, None, 16)
+    files[0][1].seek(0)
+    with pytest.raises(ExplorerError, match="Say it with --top-k"):
+        writing.read_trace(tmp_path, "mine", files)
+    files[0][1].seek(0)
+    assert "16 assignments" in writing.read_trace(tmp_path, "mine", files, top_k=1)["made"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.duckdb"]
+    for name, words in (
+        ("mine", "never overwritten"),
+        ("../x", "must start with a letter"),
+        (None, "is no"),
+    ):
+        with pytest.raises(ExplorerError, match=words):
+            writing.read_trace(tmp_path, name, [("bad.csv", io.BytesIO(b"a,b\n1,2\n"))], top_k=1)
+    with pytest.raises(ExplorerError, match="leads out of it"):
+        writing.read_trace(tmp_path, None, [("../bad.csv", io.BytesIO(b"x"))])
+    monkeypatch.setattr(writing, "MAX_UPLOAD", 0)
+    with pytest.raises(ExplorerError, match="Uploads have at most 0 MB"):
+        writing.read_trace(tmp_path, None, [("big.csv", io.BytesIO(b"x"))])
+    monkeypatch.setattr(writing, "_policy", writing.Policy(read_only=True))
+    with pytest.raises(NotAllowedError, match="Importing a trace needs a server that may write"):
+        writing.read_trace(tmp_path, None, files)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.duckdb"]

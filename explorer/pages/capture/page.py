@@ -4,12 +4,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
+from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from capture.errors import PromptError
 from capture.paths import RUN_NAMES, RUN_SUFFIX, is_run_name, suggested_name
 from capture.prompts import Prompt, read_prompts
 from capture.recorder.estimate import human_bytes
+from capture.traces.formats import NAMES
+from capture.traces.importing import MAX_EXPERTS
+from capture.traces.sequences import MAX_TOP_K
 from explorer import writing
+from explorer.errors import ExplorerError
 from explorer.pages.capture.form import ask, ask_level
 from explorer.text import counted, one_line, plain
 from explorer.ui import address, problems
@@ -22,6 +27,8 @@ from explorer.worker.capture_cost import cost
 PREVIEWED = 6
 _SOURCES = {"type": "Type", "upload": "Upload a file", "demo": "Demo prompts"}
 _DEMO, _OTHER = "demo", "other"
+_RECORD, _IMPORT = "Record prompts", "Import routing"
+_IMPORTED = "imported run"
 _EXAMPLE = (
     "The court held that the contract was void.\n"
     "def mean(values): return sum(values) / len(values)\n"
@@ -41,6 +48,17 @@ class Plan(NamedTuple):
 
 def render() -> None:
     """Draw the page."""
+    what = st.segmented_control(
+        "What to do",
+        [_RECORD, _IMPORT],
+        default=_RECORD,
+        required=True,
+        label_visibility="collapsed",
+        key="what to do",
+    )
+    if what == _IMPORT:
+        _import()
+        return
     st.markdown(
         "Let a model read prompts and record what its routers do. The result is a **run**: one "
         "file in the runs folder, which the other pages show."
@@ -54,6 +72,111 @@ def render() -> None:
     with right:
         _jobs()
         _unfinished()
+
+
+def _import() -> None:
+    """Take files of another program's trace, say what they hold, and make a run of them."""
+    st.markdown(
+        "Take in routing that **another program** recorded or counted: vLLM, SGLang, TensorRT-LLM, "
+        "Megatron, llama.cpp, rollouts, or a table. The file is looked at first; what it does not "
+        "hold is said, and will be missing in the run."
+    )
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        given = st.file_uploader(
+            "Files of one trace; those of several ranks or layers together",
+            accept_multiple_files=True,
+            max_upload_size=writing.MAX_UPLOAD,
+            key="trace upload",
+            help="What a pickle would run is never loaded.",
+        )
+        first, second, third = st.columns(3)
+        options: dict[str, Any] = {
+            "format": first.selectbox(
+                "Format", [None, *NAMES], format_func=_format, key="trace format"
+            ),
+            "n_experts": second.number_input(
+                "Experts of a layer",
+                1,
+                MAX_EXPERTS,
+                None,
+                placeholder="as found",
+                key="trace experts",
+            ),
+            "top_k": third.number_input(
+                "Experts of a token", 1, MAX_TOP_K, None, placeholder="as found", key="trace top k"
+            ),
+        }
+    with right:
+        if given:
+            _look(given, options)
+        if said := st.session_state.pop(_IMPORTED, None):
+            st.success(plain(said[1]), icon=":material/check_circle:")
+            if st.button("Open the run", type="primary", key="open import"):
+                st.switch_page("explorer/pages/overview/page.py", query_params={"run": said[0]})
+
+
+def _format(name: str | None) -> str:
+    return name or "found out"
+
+
+def _look(given: list[UploadedFile], options: dict[str, Any]) -> None:
+    names = tuple(f"{one.name} {one.file_id}" for one in given)
+    try:
+        with st.spinner("Looking at the trace…"):
+            found = _recognised(names, options, given)
+    except ExplorerError as error:
+        problems.show(error)
+        return
+    k = f"{found['top_k']} of {found['n_experts']}"
+    if found["top_k"] is None:
+        k = f"an unknown number of {found['n_experts']}"
+    rows = "assignments" if found["level"] == "counts" else "tokens"
+    st.subheader("What was recognised", anchor=False)
+    st.markdown(
+        f"**{plain(found['format'])}**: {found['rows']:,} {rows}, "
+        f"{counted(found['layers'], 'layer')} with experts, {k} experts a token. "
+        f"The run will be of level `{found['level']}`."
+    )
+    st.markdown(f"**It will not have** {plain('; '.join(found['lacks']))}.")
+    keep = False
+    if found["warm_up"]:
+        keep = st.checkbox(
+            f"Keep {found['warm_up']:,} equal rows at the head (an engine's warm-up)",
+            key="trace warm-up",
+        )
+    if found["top_k"] is None:
+        instead("Say how many experts a token visits: num_experts_per_tok in the model's config.")
+        return
+    wish = suggested_name(given[0].name.rpartition(".")[0] or given[0].name)
+    key = f"trace name {given[0].file_id}"
+    st.text_input("Name of the run", new_name(runs_folder(), wish), key=key)
+    st.button(
+        "Import",
+        type="primary",
+        on_click=_keep,
+        args=(given, options | {"keep_warm_up": keep}, key),
+    )
+
+
+def _files(given: list[UploadedFile]) -> list[tuple[str, Any]]:
+    for one in given:
+        one.seek(0)
+    return [(one.name, one) for one in given]
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _recognised(
+    names: tuple[str, ...], options: dict[str, Any], _given: list[UploadedFile]
+) -> dict[str, Any]:
+    return writing.read_trace(runs_folder(), None, _files(_given), **options)
+
+
+@problems.in_callback
+def _keep(given: list[UploadedFile], options: dict[str, Any], key: str) -> None:
+    name = str(st.session_state[key]).strip()
+    found = writing.read_trace(runs_folder(), name, _files(given), **options)
+    st.session_state[_IMPORTED] = name, f"{name}: {found['made']}"
 
 
 def _prompts() -> list[Prompt]:
