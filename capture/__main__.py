@@ -137,6 +137,7 @@ def _import(arguments: Sequence[str]) -> int:
     add("--experts", type=int, metavar="N", help="routed experts of a layer, where it is not said")
     add("--top-k", type=int, metavar="K", help="experts of a token, where it is not said")
     add("--keep-warm-up", action="store_true", help="keep equal rows at the head")
+    add("--tokenizer", metavar="FOLDER", help="of the model, for texts where the trace has ids")
     options = parser.parse_args(arguments[1:])
     made = import_routing(
         options.source,
@@ -145,6 +146,7 @@ def _import(arguments: Sequence[str]) -> int:
         n_experts=options.experts,
         top_k=options.top_k,
         keep_warm_up=options.keep_warm_up,
+        tokenizer=options.tokenizer,
     )
     print(made)
     return 0

@@ -18,8 +18,8 @@ MAX_LINES = 600
 # folders and modules of a package, lowest first: each may import what stands before it, lazily too
 ORDER = {
     "capture": (
-        *("errors", "interrupts", "paths", "progress", "prompt_rows", "prompts", "store", "traces"),
-        *("model", "recorder", "swap", "demo", "matrix", "bench", "__main__"),
+        *("errors", "interrupts", "paths", "progress", "prompt_rows", "prompts", "store"),
+        *("model", "traces", "recorder", "swap", "demo", "matrix", "bench", "__main__"),
     ),
     "explorer": (
         *(

@@ -194,7 +194,7 @@ def _prompts(pool: Sequence[ForwardRows], n_forwards: int) -> list[PromptInfo]:
         starts = np.append(np.flatnonzero(forward.tokens.position == 0), len(pieces))
         for start, end in itertools.pairwise(starts):
             number = int(forward.tokens.prompt_id[start])
-            text = "".join(pieces[start:end])
+            text = "".join(piece or "" for piece in pieces[start:end])
             found[number] = PromptInfo(text, forward.domains[0], None, int(end - start), 0)
     return [found[number] for number in range(len(found))]
 

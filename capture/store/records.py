@@ -57,7 +57,7 @@ class TokenRows:
     prompt_id: npt.NDArray[np.uint32]
     position: npt.NDArray[np.uint32]  # 0 is the first token of the prompt
     token: npt.NDArray[np.int32]  # id in the model's vocabulary
-    text: Sequence[str] | None  # pieces that join to the prompt; None without a tokenizer
+    text: Sequence[str | None] | None  # pieces that join to the prompt; None without a tokenizer
     loss: "np.ma.MaskedArray[Any, Any]"  # of the next token, nats; masked where there is none
     phase: Phase
 

@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from capture.errors import TraceError
+from capture.errors import TraceError, first_line
+from capture.model.token_text import decode_pieces
 from capture.paths import given_path
 from capture.store import (
     ForwardRows,
@@ -25,11 +26,15 @@ from capture.store.files import check_new
 from capture.store.schema import NO_TOKEN
 from capture.traces.counts import CountTrace, Part
 from capture.traces.formats import open_trace
-from capture.traces.sequences import MAX_TOP_K, Sequence, Survey, Trace, is_choice, survey
+from capture.traces.sequences import MAX_TOP_K, Ids, Sequence, Survey, Trace, is_choice, survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS = 4_096  # tokens that are handed over at a time
 MAX_EXPERTS = 2**16 - 1
 NO_MODEL = "not said"
+_NO_IDS = "carries no ids of tokens, so that a tokenizer has nothing to read. Leave it out."
 
 
 class Imported(NamedTuple):
@@ -152,6 +157,7 @@ def import_routing(
     n_experts: int | None = None,
     top_k: int | None = None,
     keep_warm_up: bool = False,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
 ) -> Imported:
     """Write routing that another program recorded as a run file of level ``ids`` or ``counts``.
 
@@ -170,6 +176,8 @@ def import_routing(
         Where the trace does not say it, and few rows leave it open; counts seldom say it.
     keep_warm_up : bool
         Keep equal rows at the head, which engines write before the first request.
+    tokenizer : folder or tokenizer, optional
+        The model's, for the texts of a trace that carries ids of tokens.
 
     Returns
     -------
@@ -188,17 +196,55 @@ def import_routing(
     check_new(path)
     trace = open_trace(source, format, top_k, n_experts)
     try:
-        made = (
-            _import_counts(trace, path, n_experts, top_k)
-            if isinstance(trace, CountTrace)
-            else _import(trace, path, n_experts, keep_warm_up=keep_warm_up)
-        )
+        if isinstance(trace, CountTrace):
+            if tokenizer is not None:
+                raise TraceError(f"The {trace.format} trace {_NO_IDS}")
+            made = _import_counts(trace, path, n_experts, top_k)
+        else:
+            texts = None if tokenizer is None else _Texts(tokenizer)
+            made = _import(trace, path, n_experts, texts, keep_warm_up=keep_warm_up)
         return made._replace(seconds=time.monotonic() - started)
     finally:
         trace.close()
 
 
-def _import(trace: Trace, path: Path, n_experts: int | None, *, keep_warm_up: bool) -> Imported:
+class _Texts:
+    """What a tokenizer says of the ids of a trace."""
+
+    def __init__(self, tokenizer: "str | Path | PreTrainedTokenizerBase") -> None:
+        if isinstance(tokenizer, (str, Path)):
+            folder = given_path(tokenizer, "the tokenizer", TraceError)
+            # takes seconds, and only ids that are to be read need it
+            from transformers import AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            except (OSError, ValueError, KeyError) as error:
+                raise TraceError(
+                    f"No tokenizer could be read from {folder}: {first_line(error)}. Pass the "
+                    "model's folder, with tokenizer.json."
+                ) from error
+        self._tokenizer = tokenizer
+
+    def pieces(self, tokens: Ids, name: str) -> list[str]:
+        """Return the text of each token; together they are the whole text."""
+        known = len(self._tokenizer)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+            raise TraceError(
+                f"{name}: has token {int(tokens.max())}, and the tokenizer knows {known:,}. Pass "
+                "the tokenizer of the model that was recorded."
+            )
+        return decode_pieces(self._tokenizer, tokens.tolist())
+
+
+def _import(
+    trace: Trace,
+    path: Path,
+    n_experts: int | None,
+    texts: _Texts | None,
+    *,
+    keep_warm_up: bool,
+) -> Imported:
     started = time.monotonic()
     found = survey(trace)
     experts = _experts(n_experts or trace.n_experts, found, trace)
@@ -213,11 +259,13 @@ def _import(trace: Trace, path: Path, n_experts: int | None, *, keep_warm_up: bo
         for layer, routed in zip(layers, found.routed, strict=True)
         if routed
     ]
-    prompts, vocabulary = _prompts(trace, skip)
+    prompts, vocabulary = _prompts(trace, skip, texts)
+    if texts is not None and not vocabulary:
+        raise TraceError(f"The {trace.format} trace {_NO_IDS}")
     writer = RunWriter.create(path, _about(trace, "ids", vocabulary), sites, prompts)
     counts = _Counts()
     try:
-        for forward in _forwards(trace, found, sites, prompts, skip, counts):
+        for forward in _forwards(trace, found, sites, prompts, skip, counts, texts):
             writer.append(forward)
         notes = {
             "import": {
@@ -367,12 +415,15 @@ def _kept(trace: Trace, skip: int) -> Iterator[Sequence]:
         yield sequence
 
 
-def _prompts(trace: Trace, skip: int) -> tuple[list[PromptInfo], int]:
+def _prompts(trace: Trace, skip: int, texts: _Texts | None) -> tuple[list[PromptInfo], int]:
     prompts, vocabulary = [], 0
     for sequence in _kept(trace, skip):
         length = sequence.length
         n_prompt = length if sequence.n_prompt is None else min(sequence.n_prompt, length)
-        prompts.append(PromptInfo(sequence.text, sequence.domain, sequence.name, n_prompt, 0))
+        text = sequence.text
+        if texts is not None and sequence.tokens is not None:
+            text = "".join(texts.pieces(sequence.tokens, sequence.name)[:n_prompt])
+        prompts.append(PromptInfo(text, sequence.domain, sequence.name, n_prompt, 0))
         if sequence.tokens is not None and len(sequence.tokens):
             vocabulary = max(vocabulary, int(sequence.tokens.max()) + 1)
     return prompts, vocabulary
@@ -385,12 +436,18 @@ def _forwards(
     prompts: list[PromptInfo],
     skip: int,
     counts: _Counts,
+    texts: _Texts | None,
 ) -> Iterator[ForwardRows]:
     """Return the rows of the run, some thousand tokens of one sequence and phase at a time."""
     first_of_prompt = 0
     first_generated = sum(prompt.n_tokens for prompt in prompts)
     routed = np.flatnonzero(found.routed)
     for number, (sequence, prompt) in enumerate(zip(_kept(trace, skip), prompts, strict=True)):
+        pieces: list[str | None] | None = None
+        if texts is not None and sequence.tokens is not None:
+            known = len(sequence.tokens)
+            pieces = [*texts.pieces(sequence.tokens, sequence.name)]
+            pieces += [None] * (sequence.length - known)
         for start, stop in _chunks(prompt.n_tokens, sequence.length):
             is_prompt = start < prompt.n_tokens
             at = first_of_prompt + start if is_prompt else first_generated
@@ -404,15 +461,15 @@ def _forwards(
                 counts.choices += int((ids >= 0).any(2).sum())
             tokens = np.full(stop - start, NO_TOKEN, np.int32)
             if sequence.tokens is not None:
-                known = sequence.tokens[start:stop]
-                tokens[: len(known)] = known
+                given = sequence.tokens[start:stop]
+                tokens[: len(given)] = given
             yield ForwardRows(
                 tokens=TokenRows(
                     token_id=np.arange(at, at + stop - start, dtype=np.uint32),
                     prompt_id=np.full(stop - start, number, np.uint32),
                     position=np.arange(start, stop, dtype=np.uint32),
                     token=tokens,
-                    text=None,
+                    text=None if pieces is None else pieces[start:stop],
                     loss=np.ma.MaskedArray(np.zeros(stop - start, np.float32), mask=True),
                     phase="prompt" if is_prompt else "generated",
                 ),

@@ -77,7 +77,7 @@ def test_counts_show_load_over_their_steps(runs):
     with open_run(runs / "counted.duckdb") as run:
         for number, line in enumerate(lines["data"]):
             load = run.query(
-                "SELECT step, max(assignments) / avg(assignments) - 1 AS worst FROM load_windows"
+                "SELECT step, max(assignments) / avg(assignments) AS worst FROM load_windows"
                 " WHERE layer = $layer GROUP BY step ORDER BY step",
                 {"layer": number},
             )

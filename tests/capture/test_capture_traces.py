@@ -9,8 +9,10 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import AutoTokenizer
 
 from capture.__main__ import main
+from capture.demo import WEIGHTS
 from capture.errors import StoreError, TraceError
 from capture.traces import import_routing
 from capture.traces.sequences import is_choice, top_k_of
@@ -310,7 +312,7 @@ def test_what_cannot_be_read_is_refused_and_leaves_nothing(random, out, tmp_path
     assert "The source is empty" in refused([], out)
     assert "no such file" in refused(tmp_path / "gone.jsonl", out)
     files = {
-        "count.json": ('{"logical_count": [[1, 2]]}', "holds counts of experts"),
+        "count.json": ('{"logical_count": [[1, 2]]}', "Say it with --top-k"),
         "other.json": ('{"a": 1}', "of no trace that is known"),
         "plain.txt": ("hello", "is no trace that is known"),
         "bad.jsonl": ('{"choices": []}\n{"choices"', "line 2 is not JSON"),
@@ -346,3 +348,22 @@ def test_the_command(random, out, tmp_path, capsys):
     assert main(["import", str(path), "--out", str(out)]) == 2
     assert main(["import", str(path), "--format", "x", "--out", str(tmp_path / "a.duckdb")]) == 2
     assert "The format must be one of vllm, sglang" in capsys.readouterr().err
+
+
+def test_a_tokenizer_gives_ids_their_text(random, out, tmp_path):
+    text = "The court held that the contract was void.\n"
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
+    tokens = tokenizer(text)["input_ids"]
+    ids = routing(random, len(tokens) - 1)[0]
+    np.savez(tmp_path / "trace.npz", topk_indices=ids, token_ids=tokens)
+    import_routing(tmp_path / "trace.npz", out, tokenizer=WEIGHTS)
+    with duckdb.connect(str(out), read_only=True) as connection:
+        pieces = connection.sql("SELECT text FROM tokens ORDER BY position").fetchall()
+        assert connection.sql("SELECT text FROM prompts").fetchall() == [(text,)]
+    assert "".join(piece for (piece,) in pieces) == text and len(pieces) == len(tokens)
+    other = tmp_path / "other" / "run.duckdb"
+    other.parent.mkdir()
+    assert "carries no ids of tokens" in refused(ids, other, tokenizer=tokenizer)
+    np.savez(tmp_path / "trace.npz", topk_indices=ids, token_ids=np.array(tokens) + 10**6)
+    assert "the tokenizer knows" in refused(tmp_path / "trace.npz", other, tokenizer=tokenizer)
+    assert "No tokenizer could be read" in refused(ids, other, tokenizer=tmp_path)

@@ -271,6 +271,9 @@ def _same_tokens(view: View, other: View) -> None:
     prompts = _of_two(view, other, "prompts", **view.prompt_filters)
     if _none_matches(view, len(prompts)):
         return
+    if prompts.empty and view.run.records_ids and other.run.records_ids:
+        instead("No prompt's text is in both runs, so that none can be shown token by token.")
+        return
     if prompts.empty or not (view.run.records_ids and other.run.records_ids):
         instead(
             "The runs have no prompt in common whose tokens were recorded, so that their tokens "

@@ -76,7 +76,9 @@ def _over_steps(view: View) -> None:
     quantity = address.choose(st.segmented_control, "trend", "Quantity", _OVER_STEPS, show=_short)
     st.caption(TRENDS[quantity].meaning)
     counts = tokens_of(table, quantity)
-    caption = f"{counted(len(counts), 'window')} of steps; n = {_numbers(counts)}; one line a layer"
+    low, high = min(counts.values()), max(counts.values())
+    caption = f"{counted(len(counts), 'window')} of steps; n = {low:,} to {high:,} tokens of each"
+    caption += "; one line a layer"
     note = view.run.notes.get("import")
     if isinstance(note, dict) and note.get("rotated") is True:
         caption += "; the recorder's ring was full: its first step may be any"
