@@ -3,19 +3,29 @@
 import streamlit as st
 
 PAGES = {
-    "overview": ("Overview", ":material/grid_view:"),
-    "tokens": ("Tokens", ":material/notes:"),
-    "experts": ("Experts", ":material/hub:"),
-    "load_balance": ("Load balance", ":material/balance:"),
-    "attention": ("Attention", ":material/visibility:"),
-    "flow": ("Flow", ":material/alt_route:"),
-    "clusters": ("Clusters", ":material/scatter_plot:"),
-    "compare": ("Compare", ":material/compare_arrows:"),
-    "compare_runs": ("Compare runs", ":material/difference:"),
-    "trends": ("Trends", ":material/trending_up:"),
-    "share": ("Share", ":material/share:"),
-    "capture": ("Capture", ":material/radio_button_checked:"),
-    "learn": ("Learn", ":material/school:"),
+    "Start": {
+        "overview": ("Overview", ":material/grid_view:"),
+        "learn": ("Learn", ":material/school:"),
+    },
+    "Explore": {
+        "tokens": ("Tokens", ":material/notes:"),
+        "experts": ("Experts", ":material/hub:"),
+        "attention": ("Attention", ":material/visibility:"),
+        "flow": ("Flow", ":material/alt_route:"),
+        "clusters": ("Clusters", ":material/scatter_plot:"),
+    },
+    "Compare": {
+        "compare": ("Compare", ":material/compare_arrows:"),
+        "compare_runs": ("Compare runs", ":material/difference:"),
+        "trends": ("Trends", ":material/trending_up:"),
+    },
+    "Serve": {
+        "load_balance": ("Load balance", ":material/balance:"),
+    },
+    "Record and share": {
+        "capture": ("Capture", ":material/radio_button_checked:"),
+        "share": ("Share", ":material/share:"),
+    },
 }
 
 # the server imports ``app`` once; a visit of a page runs the script below it
@@ -29,10 +39,16 @@ else:
 
     st.set_page_config(page_title="RouteScope", page_icon=str(shell.LOGO), layout="wide")
     access.begin()
-    may = {name: about for name, about in PAGES.items() if name != "capture" or writing.may_write()}
-    pages = [shell.page(name, title, icon) for name, (title, icon) in may.items()]
-    page = st.navigation(pages, expanded=True)
-    saved.follow(pages)
+    groups = {
+        group: [
+            shell.page(name, *about)
+            for name, about in pages.items()
+            if name != "capture" or writing.may_write()
+        ]
+        for group, pages in PAGES.items()
+    }
+    page = st.navigation(groups, expanded=True)
+    saved.follow([page for pages in groups.values() for page in pages])
     address.begin(page.url_path or "overview")
     with problems.shown():
         shell.frame(page.title)

@@ -158,7 +158,8 @@ def test_the_visible_top_level_is_fixed():
 def test_app_is_short():
     """A page is a line in its table; what it does stands elsewhere."""
     lines = (ROOT / "app.py").read_text(encoding="utf-8").splitlines()
-    assert len([line for line in lines if not re.match(r'    "\w+": \("', line)]) < 27
+    table = re.compile(r' +("[\w ]+": [({]|},$)')  # groups of pages, a page a line
+    assert len([line for line in lines if not table.match(line)]) < 35
 
 
 def test_kernels_stays_invisible_to_transformers():

@@ -209,15 +209,16 @@ def _side(number: bool) -> str:
 def _strip(block: Block) -> str:
     """Write coloured tokens."""
     spans = []
-    columns = ("texts", "hints", "levels", "hues", "dark_hues", "muted", "generated")
+    columns = ("texts", "hints", "levels", "hues", "dark_hues", "marks", "muted", "generated")
     lists = [block.get(name) or [None] * len(block["texts"]) for name in columns]
-    for text, hint, level, hue, dark, muted, generated in zip(*lists, strict=True):
+    for text, hint, level, hue, dark, mark, muted, generated in zip(*lists, strict=True):
         paint = _paint(hue, dark)
         flags = {"unknown": level is None, "muted": muted, "generated": generated, "hued": paint}
         names = " ".join(["token", *(name for name, holds in flags.items() if holds)])
         style = f"--level:{float(level or 0):.3f}{paint}"
+        mark = f' data-mark="{html.escape(str(mark))}"' if mark else ""
         spans.append(
-            f'<span class="{names}" style="{style}" title="{html.escape(str(hint or ""))}">'
+            f'<span class="{names}" style="{style}" title="{html.escape(str(hint or ""))}"{mark}>'
             f"{html.escape(text)}</span>"
         )
     legend = block.get("legend") or {}

@@ -4,8 +4,8 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -13,15 +13,21 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from explorer.text import ABSENT, ABSENT_NOTE, cell, counted
-from explorer.ui import address, printing
+from explorer.ui import address, printing, theme
 from explorer.ui.glossary import help_text, term_of
+from explorer.ui.wording import escaped
 
 # of the picture that the camera above a figure saves; kept for all figures of a session
 _FORMAT = "format of pictures"
+_DPI = "dots per inch of pictures"
+_WIDTHS = "widths of figures"  # key of a figure -> one of WIDTHS; none = as the screen has it
 _LISTED = 100_000  # rows of a table on a page; downloads have all
 _FORMATS = {"png": "PNG", "svg": "SVG"}
+WIDTHS = {"Screen": 0.0, "One column": 3.5, "Two columns": 7.16}  # inches, of IEEE's journals
+_DPIS = (150, 300, 600)
 _LONGEST = 120  # characters of a file's name
 _LAYER = re.compile(r"\blayer (\d+(?:\.\d+)?)\b")
+_OF_A_MAP = {"modeBarButtonsToRemove": [], "scrollZoom": True, "displayModeBar": True}
 _CONFIG = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
@@ -46,7 +52,7 @@ def chart(
         Called before the rerun with the ``customdata`` of a mark that was clicked.
     on_region : callable, optional
         Called instead with the selection, as Streamlit has it, when a box or a line was drawn or
-        taken away.
+        taken away, or a mark was clicked (see ``clicked``). The wheel zooms.
     """
 
     def drawn() -> None:
@@ -54,33 +60,39 @@ def chart(
         if on_region is not None:
             on_region(state["selection"] if state else {})
 
-    def clicked() -> None:
+    def picked() -> None:
         state: Any = st.session_state.get(key)
-        points = state["selection"]["points"] if state else []
-        if points and on_click is not None and points[0].get("customdata"):
-            on_click(_numbers(points[0]["customdata"]))
+        if on_click is not None and (mark := clicked(state["selection"] if state else {})):
+            on_click(mark)
 
     source = _source(figure, key)
+    inches = WIDTHS[st.session_state.get(_WIDTHS, {}).get(key, "Screen")]
+    width: Literal["stretch", "content"] = "stretch"
+    config = _config(source, inches)
+    if inches:
+        figure, width = theme.for_paper(figure, inches, source.said), "content"
     if on_region is not None:
         st.plotly_chart(
             figure,
             key=key,
             theme=None,
-            config=_config(source) | {"modeBarButtonsToRemove": []},
+            width=width,
+            config=config | _OF_A_MAP,
             alt=alt,
             on_select=drawn,
-            selection_mode=("box", "lasso"),
+            selection_mode=("points", "box", "lasso"),
         )
     elif on_click is None:
-        st.plotly_chart(figure, key=key, theme=None, config=_config(source), alt=alt)
+        st.plotly_chart(figure, key=key, theme=None, width=width, config=config, alt=alt)
     else:
         st.plotly_chart(
             figure,
             key=key,
             theme=None,
-            config=_config(source),
+            width=width,
+            config=config,
             alt=alt,
-            on_select=clicked,
+            on_select=picked,
             selection_mode="points",
         )
     row = st.container(horizontal=True, gap="xsmall", vertical_alignment="center")
@@ -103,7 +115,14 @@ def chart(
     row.page_link(
         "explorer/pages/learn/page.py",
         label="?",
-        help=help_text(name),
+        help=help_text(name)
+        + "  \nPadding is never counted."
+        + (" Click a mark of the figure to go to what it shows." if on_click else "")
+        + (
+            " With the box or the lasso above it, draw around what you want to see."
+            if on_region
+            else ""
+        ),
         query_params=address.kept() | {"term": name},
     )
     menu = row.popover(
@@ -172,6 +191,15 @@ class _Source(NamedTuple):
     columns: dict[str, str]
     file_name: str
 
+    @property
+    def said(self) -> str:
+        """What the columns say, for a caption; escaped."""
+        # filters are in the caption already
+        named = ((n.replace("_", " "), v) for n, v in self.columns.items() if "_of" not in n)
+        return ", ".join(
+            f"{name} {escaped(value)}" for name, value in named if not name.startswith("filter")
+        )
+
 
 def _source(figure: go.Figure, key: str) -> _Source:
     """Say what a figure is of: the runs of the page, and what chose its tokens."""
@@ -194,11 +222,12 @@ def _source(figure: go.Figure, key: str) -> _Source:
     return _Source(columns, _file_name(parts))
 
 
-def _config(source: _Source) -> dict[str, Any]:
-    """Return plotly's options; the camera saves twice the pixels of the screen."""
+def _config(source: _Source, inches: float) -> dict[str, Any]:
+    """Return plotly's options; the camera saves twice the pixels of the screen, or those asked."""
+    dpi = st.session_state.get(_DPI) or _DPIS[1]
     picture = {
         "format": st.session_state.get(_FORMAT) or "png",
-        "scale": 2,
+        "scale": dpi / theme.PIXELS_PER_INCH if inches else 2,
         "filename": source.file_name,
     }
     return _CONFIG | {"toImageButtonOptions": picture}
@@ -231,16 +260,34 @@ def _downloads(table: pd.DataFrame, key: str, source: _Source) -> None:
                 on_click="ignore",
                 key=f"{kind} of {key}",
             )
-    widget = f"{_FORMAT} of {key}"
-    st.session_state[widget] = st.session_state.get(_FORMAT) or "png"
+    st.markdown("**Picture** · the camera above the figure saves it")
+    state: Any = st.session_state
+    _remembered(state, _FORMAT, "Format", _FORMATS, key)
+    widths: dict[str, Any] = state.setdefault(_WIDTHS, {})
+    _remembered(widths, key, "Width", {name: _width(name) for name in WIDTHS}, key)
+    if WIDTHS[widths.get(key, "Screen")]:
+        state.setdefault(_DPI, _DPIS[1])
+        _remembered(state, _DPI, "Dots per inch", {n: str(n) for n in _DPIS}, key)
+
+
+def _width(name: str) -> str:
+    return f"{name} ({WIDTHS[name]:g} in)" if WIDTHS[name] else name
+
+
+def _remembered(
+    state: MutableMapping[str, Any], name: str, label: str, choices: dict[Any, str], key: str
+) -> None:
+    """Draw a choice that outlives the menu it stands in, in ``state[name]``."""
+    widget = f"{label} of {key}"
+    st.session_state[widget] = state.get(name) or next(iter(choices))
 
     def changed() -> None:
-        st.session_state[_FORMAT] = st.session_state[widget]
+        state[name] = st.session_state[widget]
 
     st.segmented_control(
-        "Picture: the camera above the figure saves",
-        list(_FORMATS),
-        format_func=_FORMATS.__getitem__,
+        label,
+        list(choices),
+        format_func=choices.__getitem__,
         required=True,
         key=widget,
         on_change=changed,
@@ -270,11 +317,13 @@ def parquet(table: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _numbers(customdata: Any) -> list[float]:
-    """Return the numbers of a mark; a browser sends binary arrays as {"0": .., "1": ..}.
+def clicked(selection: Any) -> list[float]:
+    """Return the ``customdata`` of the first mark of a selection, as Streamlit has it; [] if none.
 
-    A number that is missing is sent as null.
+    A browser sends binary arrays as {"0": .., "1": ..}, and a number that is missing as null.
     """
+    points = selection.get("points") or []
+    customdata = points[0].get("customdata") if points else None
     if isinstance(customdata, dict):
         customdata = [customdata[key] for key in sorted(customdata, key=int)]
-    return [float("nan") if value is None else float(value) for value in customdata]
+    return [float("nan") if value is None else float(value) for value in customdata or []]

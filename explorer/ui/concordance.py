@@ -175,8 +175,8 @@ def expert_lines(
         ),
     )
     st.caption(
-        f"{len(found):,} of {counted(total, 'token')}, those with the largest combine weight; "
-        "padding excluded. Click a line to go to it in its prompt."
+        f"{len(found):,} of {counted(total, 'token')}, those with the largest combine weight. "
+        "Click a line to go to it in its prompt."
     )
     save_slice(
         view,

@@ -47,6 +47,43 @@ def select_view() -> View | RunProblem | None:
     return View(run, name, key, domain, phase, layer, site, part, layers)
 
 
+def chips(view: View) -> None:
+    """Draw the filters that act on what is below, each with a button that takes it off."""
+    part = view.part or Part()
+    said = {
+        "domain": None if view.domain is None else f"Domain: {domain_name(view.domain)}",
+        "phase": view.phase and f"Phase: {PHASES[view.phase]}",
+        "search": part.search and f"Contains “{part.search}”",
+        "slice": part.slice and f"Slice: {part.slice}",
+        "from": view.layers and f"Layers {view.layers[0]} to {view.layers[1]}",
+    }
+    active = {name: label for name, label in said.items() if label}
+    if not active:
+        return
+    with st.container(horizontal=True, gap="small", vertical_alignment="center", key="chips"):
+        for name, label in active.items():
+            st.button(
+                plain(label),
+                icon=":material/close:",
+                key=f"chip {name}",
+                help="Take this filter off",
+                on_click=take_off,
+                args=(name,),
+            )
+        if len(active) > 1:
+            st.button(
+                "Clear all", key="chip all", type="tertiary", on_click=take_off, args=tuple(active)
+            )
+
+
+def take_off(*names: str) -> None:
+    """Take filters out of the address."""
+    for name in names:
+        address.write(name, "")
+        if name == "from":
+            address.write("to", "")
+
+
 def _list_refused(names: list[str]) -> None:
     """List the files that were found to be no sound runs, each with the reason."""
     refused = state.refused(names)

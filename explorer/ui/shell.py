@@ -24,6 +24,11 @@ _STYLE = """<style>
 [data-testid="stMetric"] * { white-space: normal !important; }
 [data-testid="stSidebarNavLink"] { min-height: 1.7rem; padding-block: 0; }
 [data-testid="stSidebarNavItems"] { row-gap: 0; }
+/* the line of actions below a figure is calm until its table is opened */
+[class*="st-key-table-of-"]:not(:has(details[open])) { width: auto !important; flex: 0 0 auto; }
+[class*="st-key-table-of-"]:not(:has(details[open])) details { border-color: transparent; }
+[class*="st-key-chip-"] button { min-height: 1.8rem; padding: 0 0.6rem; border-radius: 1rem; }
+[class*="st-key-downloads-of-"] button { border-color: transparent; background: none; }
 /* as high as the lists to choose from that stand beside them */
 [data-testid="stHorizontalBlock"]:has(> * > [data-testid="stSelectbox"])
   > * > [data-testid="stButtonGroup"] button { min-height: 2.5rem; }
@@ -71,7 +76,9 @@ def frame(title: str) -> None:
     # no filter says anything about a capture
     if title == "Capture":
         return
-    st.session_state[_VIEW] = filters.select_view()
+    st.session_state[_VIEW] = view = filters.select_view()
+    if isinstance(view, state.View):
+        filters.chips(view)
     saved.save_form(address.page())
     active = [job for job in shared_worker().jobs() if job.active]
     if active:
@@ -120,12 +127,11 @@ def _nothing_matches(view: state.View) -> None:
         f"No token matches all the filters at the side: {plain(view.scope().filters_text())}.",
         icon=":material/filter_alt_off:",
     )
-    st.button("Take the filters off", on_click=_take_filters_off)
-
-
-def _take_filters_off() -> None:
-    for name in ("phase", "domain", "search", "slice"):
-        address.write(name, "")
+    st.button(
+        "Take the filters off",
+        on_click=filters.take_off,
+        args=("phase", "domain", "search", "slice"),
+    )
 
 
 def first_run() -> None:

@@ -5,6 +5,7 @@ to orange (more); named things have a hue, at most eight at a time. All of them 
 with the common colour vision deficiencies, and hues are seen on their ground (3:1 at least).
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ _HUES = {
     "grey": ("#8A8A8A", "#C8C8C8"),
 }
 N_HUES = len(_HUES)
+_FIRST = ("blue", "orange", "green", "purple", "sky", "vermillion", "yellow")
+_MIXED = {
+    False: (0.5, ("blue", "green", "purple", "sky", "vermillion")),
+    True: (0.6, ("orange", "green", "purple", "sky", "vermillion")),
+}
 _MISSING = {False: "#d9d9d9", True: "#4d4d4d"}
 # the middle of a sequential scale is such a grey, too
 _MISSING_SEQUENTIAL = {False: "#e3e3e6", True: "#2b2e36"}
@@ -57,6 +63,10 @@ CAPTION_WIDTH = 95
 # beside the plot, where a legend has many names
 LEGEND_RIGHT = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
 
+PIXELS_PER_INCH = 96
+# of a title and of a caption on paper, in pixels across
+_TITLE_CHARACTER, _CAPTION_CHARACTER = 7, 5
+
 PinKey = tuple[int, int, int]  # layer, site, expert
 
 
@@ -64,6 +74,11 @@ def diverging(dark: bool) -> list[tuple[float, str]]:
     """Return the colour scale for values around a neutral one."""
     colors = _DIVERGING[dark]
     return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
+
+
+def tints(dark: bool) -> list[tuple[float, str]]:
+    """Return the colour scale from the ground to the colour of a single series."""
+    return [(0.0, _GROUND[dark]), (1.0, accent(dark))]
 
 
 def marks(n: int, dark: bool) -> list[str]:
@@ -120,6 +135,20 @@ def hue(name: str, dark: bool) -> str:
 def hues(dark: bool) -> tuple[str, ...]:
     """Return the hues of named things; the last, grey, is for what stays unnamed."""
     return tuple(color[dark] for color in _HUES.values())
+
+
+def categories(dark: bool) -> tuple[str, ...]:
+    """Return twelve colours of like things; they need a second mark, such as a number.
+
+    No twelve hues can be told apart well with every colour vision: the last five are hues mixed
+    with the colour of text, those five whose nearest pair is farthest apart (CIEDE2000, as above).
+    """
+    part, names = _MIXED[dark]
+    mixed = [
+        "#" + "".join(f"{round((1 - part) * a + part * b):02x}" for a, b in zip(*pair, strict=True))
+        for pair in ((_channels(hue(name, dark)), _channels(_TEXT[dark])) for name in names)
+    ]
+    return (*(hue(name, dark) for name in _FIRST), *mixed)
 
 
 def text_on(color: str, opacity: float, dark: bool) -> str:
@@ -220,6 +249,42 @@ def finish(
         uirevision="keep",
     )
     return figure
+
+
+def for_paper(figure: go.Figure, inches: float, source: str) -> go.Figure:
+    """Return a figure as wide as a column of a paper, with standard fonts and nothing cut off.
+
+    Parameters
+    ----------
+    inches : float
+        Width in print.
+    source : str
+        What it is of, for the end of its caption; escaped.
+    """
+    width = round(inches * PIXELS_PER_INCH)
+    title = figure.layout.title
+    caption = str(title.subtitle.text or "").split("<br>")
+    titles = textwrap.wrap(str(title.text or ""), width // _TITLE_CHARACTER)
+    lines = textwrap.wrap("; ".join([*caption, source]), width // _CAPTION_CHARACTER)
+    # what is left above the plot, such as for a legend, stays
+    more = int(figure.layout.margin.t or _TOP) - _TOP - _LINE * (len(caption) - 1)
+    top = _LINE * (len(titles) + 1) + 13 * len(lines) + max(0, more)
+    below = int(figure.layout.height or 380) - int(figure.layout.margin.t or _TOP)
+    paper = go.Figure(figure)
+    paper.update_layout(
+        width=width,
+        height=below + top,
+        autosize=False,
+        margin={"t": top, "r": 12},
+        font={"family": "Arial, Helvetica, sans-serif", "size": 10},
+        title={
+            "text": "<br>".join(titles),
+            "font": {"size": 12},
+            "subtitle": {"text": "<br>".join(lines), "font": {"size": 10}},
+        },
+        legend_font_size=9,
+    )
+    return paper
 
 
 def dotted(dark: bool, width: float = 1) -> dict[str, Any]:

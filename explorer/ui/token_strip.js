@@ -47,6 +47,11 @@ function buildTokens(strip, data) {
     if (data.levels[i] === null) token.classList.add("unknown");
     else token.style.setProperty("--level", data.levels[i]);
     if (data.hues[i]) token.style.setProperty("--hue", data.hues[i]);
+    if (data.marks[i]) {
+      token.dataset.mark = data.marks[i];
+      // behind a line break the mark would stand at the next token
+      token.classList.toggle("breaks", text.endsWith("\n"));
+    }
     return token;
   });
   strip.setAttribute("aria-label", data.label);

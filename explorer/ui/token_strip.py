@@ -41,6 +41,8 @@ class Token(NamedTuple):
         Colour of the tint; None = the theme's.
     generated : bool
         Written by the model, not read; underlined.
+    mark : str
+        A few characters below the end of the token, which say what its colour says.
     """
 
     token_id: int
@@ -49,6 +51,7 @@ class Token(NamedTuple):
     hint: str
     hue: str | None = None
     generated: bool = False
+    mark: str = ""
 
 
 class Legend(NamedTuple):
@@ -99,6 +102,7 @@ def token_strip(
         "hues": [token.hue for token in tokens],
         "hints": [token.hint for token in tokens],
         "generated": [token.generated for token in tokens],
+        "marks": [token.mark for token in tokens],
         "legend": legend._asdict(),
         "label": label,
     }

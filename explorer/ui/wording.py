@@ -201,7 +201,7 @@ class Scope(NamedTuple):
         filters = self.filters()
         if filters:
             line += f" of {', '.join(filters)}"
-        parts = [line, "padding excluded", *notes]
+        parts = [line, *notes]
         if self.step > 1:
             parts.append(f"counted from every {ordinal(self.step)} token")
         if self.layers is not None:
@@ -291,6 +291,7 @@ def absent_gate(quantity: str, n_experts: int, top_k: int) -> str:
     if quantity == "margin" and top_k >= n_experts:
         return "not defined, as no expert is left out"
     return {
+        "expert": "no expert was chosen",
         "top1_weight": "no expert was chosen",
         "pinned_weight": "no expert is pinned there",
     }.get(quantity, "not recorded")

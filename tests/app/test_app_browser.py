@@ -152,6 +152,12 @@ def test_a_token_is_chosen_by_click_key_and_map_and_a_link_reopens_the_view(
     click_cell(page, 4, 1)
     page.get_by_role("heading", name="Token 4:").wait_for()
     assert "layer=3.0" in page.url
+    # each expert of the text has a colour, and its number below the token where it changes
+    settle(page)
+    assert re.fullmatch(r"\d+", page.locator(".strip .token").first.get_attribute("data-mark"))
+    # the bar of an expert leads to it
+    click_cell(page, 0, 0.1, which=1)
+    page.wait_for_url(re.compile("/experts.*id="))
 
 
 def test_a_change_of_page_keeps_filters_and_token_and_brings_back_the_prompt(address, page):
@@ -310,7 +316,7 @@ def test_uploads_are_read_or_refused_and_a_capture_can_be_stopped(address, page)
     page.wait_for_function("() => !document.querySelector('.st-key-start button').disabled")
     page.get_by_role("button", name="Start capture").click()
     page.get_by_role("progressbar").wait_for()
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_test_id("stMain").get_by_role("button", name="Stop").click()
     page.get_by_text("was stopped").wait_for(timeout=60_000)
 
 

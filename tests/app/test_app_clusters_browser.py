@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import place, serve, visit
+from browser import click_cell, place, serve, visit
 from store_runs import make_forward, make_site, start, with_site
 from synthetic import write_run
 from test_app_clusters import keep
@@ -49,7 +49,13 @@ def write_many(path):
 
 
 def drag(tab, *corners):
-    """Press at the first corner, pass the others, let go; return the corners on the map."""
+    """Press at the first corner, pass the others, let go; return the corners on the map.
+
+    With the box, unless the lasso was chosen.
+    """
+    mode = "document.querySelector('.js-plotly-plot')._fullLayout.dragmode"
+    if tab.evaluate(mode) == "pan":
+        tab.locator(".modebar-btn[data-title='Box Select']").click()
     found = [place(tab, *corner, of="plot") for corner in corners]
     tab.mouse.move(found[0][0], found[0][1])
     tab.mouse.down()
@@ -114,8 +120,12 @@ def test_a_box_on_points_lists_them_and_is_saved_as_a_slice(made, page, new_page
     visit(other, page.url)
     assert listed(other, places) == second
     other.get_by_role("button", name="Clear", exact=True).click()
-    other.get_by_text("Draw a box on the map").wait_for()
+    other.get_by_text("click a point to go to it").wait_for()
     assert "region" not in other.url
+    # a click on a point leads to it
+    other.locator(".modebar-btn[data-title='Pan']").click()
+    click_cell(other, *map(float, places[len(places) // 2]))
+    other.wait_for_url(re.compile("/tokens.*token="))
 
 
 def test_a_line_drawn_by_hand_selects_what_it_goes_around(made, page):

@@ -44,6 +44,24 @@ def test_an_export_without_filters_is_named_after_its_run_and_figure(known, expo
     assert json.loads(figure.config)["toImageButtonOptions"]["filename"] == "known-load-map"
 
 
+def test_a_figure_for_a_paper_is_a_column_wide_and_names_its_run(known):
+    app = opened()
+    app.session_state["widths of figures"] = {"load map": "One column"}
+    app.run()
+    (figure,) = charts(app)
+    layout, camera = (json.loads(text) for text in (figure.spec, figure.config))
+    layout, camera = layout["layout"], camera["toImageButtonOptions"]
+    assert (layout["width"], layout["autosize"]) == (round(3.5 * 96), False)
+    assert camera["scale"] == pytest.approx(300 / 96)
+    assert layout["title"]["subtitle"]["text"].replace("<br>", " ").endswith("run known")
+    lines = [
+        *layout["title"]["text"].split("<br>"),
+        *layout["title"]["subtitle"]["text"].split("<br>"),
+    ]
+    assert len(lines) > 2 and max(map(len, lines)) <= round(3.5 * 96) / 5
+    assert "click" not in " ".join(lines)
+
+
 def test_an_export_carries_the_filters_of_its_figure(known, exported):
     opened("load_balance", domain="law", phase="prompt", search=" cOurt ", layer="3.1")
     made = exported["load bars"]

@@ -70,7 +70,7 @@ def test_the_counts_are_those_of_the_part(known):
     part = [t for t in known.tokens if t["prompt_id"] == 0]
     app = opened("overview", search="court")
     assert tokens_of(app) == str(len(part))
-    assert f"n = {len(part)} tokens of prompts with “court”; padding" in captions(app)[0]
+    assert f"n = {len(part)} tokens of prompts with “court”" in captions(app)[0]
     assert tokens_of(opened("overview", slice=NAME)) == str(len(IDS))
     both = opened("overview", slice=NAME, search="court", phase="prompt")
     assert tokens_of(both) == "3"
@@ -230,7 +230,7 @@ def test_a_search_in_a_run_of_totals_is_said_not_to_act(own, runs):
     write_run(runs / "other.duckdb", level="stats")
     app = compared("experts", search="court")
     assert any("counted without the search" in caption.value for caption in app.caption)
-    assert f"B: n = {len(own.tokens)} tokens, padding" in captions(app)[0]
+    assert f"B: n = {len(own.tokens)} tokens" in captions(app)[0]
 
 
 @pytest.mark.parametrize("way", ["tokens", "models"])

@@ -51,7 +51,7 @@ def test_each_checkpoint_has_its_own_n(folder):
     assert none == 0 < same < every == sum(len(pieces) for _, pieces in synthetic.PROMPTS)
     hovers, caption = shown(opened("trends", source="folder", trend="max_violation"))
     said = ", ".join(f"{n} (step_{step})" for step, n in zip((10, 20, 30), tokens, strict=True))
-    assert f"n = {said} tokens; padding excluded" in caption
+    assert f"n = {said} tokens" in caption
     assert hovers == [f"n = {n}" for n in tokens]
     hovers, caption = shown(opened("trends", source="folder"))
     said = f"n = 0 (step_10), {same} (step_20), {every} (step_30)"

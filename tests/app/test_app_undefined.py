@@ -21,11 +21,10 @@ ONE = (SiteInfo(0, 0, "model.layers.0.mlp", 1, 1, 0, "softmax"),)
     [
         ("entropy", 1, 1, "not defined for one expert"),
         ("entropy", 2, 1, "not recorded"),
-        ("entropy_nats", 1, 1, "not recorded"),
         ("margin", 1, 1, "not defined, as no expert is left out"),
         ("margin", 4, 4, "not defined, as no expert is left out"),
         ("margin", 4, 3, "not recorded"),
-        ("topk_mass", 1, 1, "not recorded"),
+        ("expert", 1, 1, "no expert was chosen"),
         ("top1_weight", 4, 2, "no expert was chosen"),
         ("pinned_weight", 4, 2, "no expert is pinned there"),
     ],
@@ -44,7 +43,7 @@ def test_a_choice_of_all_experts_has_no_margin():
 
 def test_tokens_of_one_expert_say_what_is_not_defined(runs):
     write_run(runs / "few.duckdb", sites=ONE)
-    app = opened("tokens", run="few")
+    app = opened("tokens", run="few", color="entropy")
     (panel,) = (text.value for text in app.markdown if "In layer 0 the router" in text.value)
     sentence = "With one expert there is no choice"
     assert sentence in panel and "not recorded" not in panel

@@ -10,7 +10,7 @@ import pytest
 from plotly.colors import unlabel_rgb
 from synthetic import NASTY
 
-from explorer.pages.clusters.figures import Group, map_points
+from explorer.pages.clusters.figures import COLORED, Group, map_points
 from explorer.pages.tokens import figures as token_figures
 from explorer.report.document import section
 from explorer.ui import shell, theme
@@ -121,7 +121,8 @@ def test_the_distance_is_that_of_the_standard(first, second, distance):
 @pytest.mark.parametrize("dark", GROUNDS)
 def test_hues_are_seen_on_every_ground(dark):
     """WCAG 2, 1.4.11, asks for 3 of what is not text."""
-    for hue, ground in itertools.product([*theme.hues(dark), theme.accent(dark)], grounds(dark)):
+    every = [*theme.hues(dark), theme.accent(dark), *theme.categories(dark)]
+    for hue, ground in itertools.product(every, grounds(dark)):
         assert contrast(hue, ground) >= 3, (hue, ground)
 
 
@@ -144,6 +145,9 @@ def test_hues_are_told_apart(dark, vision):
     assert len(seen) == theme.N_HUES == 8
     for (name, one), (other, two) in itertools.combinations(seen.items(), 2):
         assert ciede2000(one, two) >= APART[vision], (name, other)
+    # twelve cannot be as far apart: they have numbers or marks besides
+    twelve = [lab(np.clip(VISION[vision] @ linear(c), 0, 1)) for c in theme.categories(dark)]
+    assert min(itertools.starmap(ciede2000, itertools.combinations(twelve, 2))) >= 4
 
 
 @pytest.mark.parametrize("dark", GROUNDS)
@@ -216,13 +220,28 @@ def test_small_print_and_words_on_buttons_are_read(dark):
 
 
 def test_what_has_no_name_lies_under_the_named_points():
-    x = np.arange(9.0)
-    names = [*"abcdefgh", "others"]
+    x = np.arange(COLORED + 2.0)
+    many = [f"d{i}" for i in range(COLORED + 1)]
+    names = [*many, "others"]
     groups = [Group(name, x == i, rest=name == "others") for i, name in enumerate(names)]
     figure = map_points(
-        x, x, x >= 0, texts=names, color=groups, title="", caption="", extent=(0, 9, 0, 9)
+        x,
+        x,
+        x >= 0,
+        texts=names,
+        ids=x[:, np.newaxis],
+        color=groups,
+        title="",
+        caption="",
+        extent=(0, 30, 0, 30),
     )
     drawn = [trace.name for trace in figure.data]
-    assert drawn == ["h (1)", "others (1)", *(f"{name} (1)" for name in "abcdefg")]
+    last = [f"{many[-1]} (1)", "others (1)"]
+    assert drawn == [*last, *(f"{name} (1)" for name in many[:-1])]
+    # colour and mark together are of one thing alone, and names stand where there is room
+    looks = {(trace.marker.color, trace.marker.symbol) for trace in figure.data[2:]}
+    assert len(looks) == COLORED
+    written = [annotation.text for annotation in figure.layout.annotations]
+    assert written and set(written) <= set(many) and len(written) < len(many)
     listed = sorted(figure.data, key=lambda trace: trace.legendrank)
     assert [trace.name for trace in listed] == [f"{name} (1)" for name in names]

@@ -135,12 +135,12 @@ def test_every_title_has_a_unit(figures):
         assert "(" in title(figure), name
 
 
-def test_every_figure_says_how_many_tokens_and_that_padding_is_out(figures):
+def test_every_figure_says_how_many_tokens(figures):
     for name, figure in figures.items():
         if name in ("token_routes", "score_bars"):
             assert "n = 1 token" in caption(figure), name
         else:
-            expected = "n = 33 tokens of domain &lt;i&gt;law&lt;/i&gt;, phase prompt; padding excl"
+            expected = "n = 33 tokens of domain &lt;i&gt;law&lt;/i&gt;, phase prompt"
             assert caption(figure).startswith(expected), name
 
 
@@ -168,8 +168,8 @@ def test_axes_are_titled_and_zoom_is_kept(figures):
 
 def test_an_unfinished_capture_is_named():
     assert "did not end" in Scope(5, complete=False).caption()
-    assert Scope(1).caption("note") == "n = 1 token; padding excluded; note"
-    assert Scope(1234, domain="").caption().startswith("n = 1,234 tokens of domain (no domain);")
+    assert Scope(1).caption("note") == "n = 1 token; note"
+    assert Scope(1234, domain="").caption().startswith("n = 1,234 tokens of domain (no domain)")
 
 
 def test_long_captions_are_broken_between_parts():
@@ -490,6 +490,36 @@ def test_token_layer_heatmap_holds_the_values(run):
     assert figure.layout.xaxis.ticktext[0] == html.escape(NASTY)
 
 
+def test_experts_have_the_colour_of_their_id_or_of_their_rank():
+    values = pd.DataFrame(
+        {
+            "token_id": [0, 1, 2, 3] * 2,
+            "position": [0, 1, 2, 3] * 2,
+            "text": list("abcd") * 2,
+            "layer": [0] * 4 + [1] * 4,
+            "site": 0,
+            "value": [3.0, 1.0, np.nan, 1.0, 40.0, 7.0, 40.0, 2.0],
+        }
+    )
+    groups = token_figures.expert_groups(values, {(0, 0): 8, (1, 0): 64})
+    # a small router's experts by id; of a large one's, the most frequent comes first
+    assert np.array_equal(groups, [3, 1, np.nan, 1, 0, 2, 0, 1], equal_nan=True)
+    most = len(theme.categories(dark=False))
+    many = pd.DataFrame({"layer": 0, "site": 0, "value": np.arange(most + 5.0)})
+    assert (
+        token_figures.expert_groups(many, {(0, 0): 64}).tolist()[most - 1 :]
+        == [most - 1] + [most] * 5
+    )
+    figure = token_figures.token_layer_heatmap(
+        values, tokens.QUANTITIES["expert"], scope=SCOPE, groups=groups
+    )
+    assert np.array_equal(heat(figure).z, groups.to_numpy().reshape(2, 4), equal_nan=True)
+    assert [list(row) for row in heat(figure).text] == [["3", "1", "", "1"], ["40", "7", "40", "2"]]
+    scale, last = heat(figure).colorscale, heat(figure).zmax
+    assert (heat(figure).zmin, last) == (-0.5, most + 0.5)
+    assert scale[2 * 3][1] == theme.categories(False)[3] and scale[-1][1] == theme.hues(False)[-1]
+
+
 def test_a_long_prompt_is_shown_in_part_and_says_so():
     n = 1300
     frame = pd.DataFrame(
@@ -515,13 +545,10 @@ def test_a_long_prompt_is_shown_in_part_and_says_so():
     assert token_figures.tokens_shown(3, 10) == range(3)
 
 
-def test_scales_take_known_ends_and_else_those_of_the_data():
+def test_scales_end_at_what_was_observed():
     scale = token_figures.quantity_scale
-    values = pd.Series([0.2, 3.5, np.nan])
-    assert scale(values, tokens.QUANTITIES["entropy"])[1:3] == (0, 1)
-    assert scale(values, tokens.QUANTITIES["margin"])[1:3] == (0, 3.5)
-    assert scale(values, tokens.QUANTITIES["logsumexp"])[1:3] == (0.2, 3.5)
-    nothing = scale(pd.Series([np.nan]), tokens.QUANTITIES["logsumexp"])
+    assert scale(pd.Series([0.2, 3.5, np.nan]), tokens.QUANTITIES["margin"])[1:3] == (0.2, 3.5)
+    nothing = scale(pd.Series([np.nan]), tokens.QUANTITIES["entropy"])
     assert nothing.low < nothing.high
 
 

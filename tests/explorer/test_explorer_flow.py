@@ -254,7 +254,7 @@ def test_the_heatmap_holds_the_ratios_and_its_clicks_the_experts():
     assert z[0, 0] == pytest.approx(np.log2(given.uplift.ratio[0, 0]))
     assert np.isnan(z[:, 2]).all()
     assert (figure.layout.shapes[0].x0, figure.layout.shapes[0].y0) == (1.5, 0.5)
-    assert "n = 33 tokens" in caption(figure) and "padding excluded" in caption(figure)
+    assert "n = 33 tokens" in caption(figure)
     assert "product of both loads" in caption(figure) and "fewer than 5" in caption(figure)
 
 

@@ -295,7 +295,9 @@ def expected_value(route, n_experts, quantity, pinned_here):
         if not pinned_here:
             return None
         return sum(weight for expert, weight in route["experts"] if expert in pinned_here)
-    return route["entropy" if quantity == "entropy_nats" else quantity]
+    if quantity == "expert":
+        return route["experts"][0][0] if route["experts"] else None
+    return route[quantity]
 
 
 @pytest.mark.parametrize("quantity", list(tokens.QUANTITIES))

@@ -153,7 +153,6 @@ def head_overview(
             f"mean over {counted(n_prompts, 'prompt')}",
             f"uniform attention: {number(uniform)}",
             *(["grey: not recorded, or no attention map"] if np.isnan(z).any() else []),
-            "click a head for its map",
         ),
         dark=dark,
         height=int(np.clip(170 + 22 * len(rows), 330, 1000)),
@@ -444,7 +443,6 @@ def token_window(
             "uniform: 1 / keys so far",
             f"bars: 1 − Jaccard similarity of a token's experts in layer {routed} with those of "
             "the token before",
-            "click a row for its token",
         ),
         dark=dark,
         height=side + _AROUND,

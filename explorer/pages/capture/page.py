@@ -386,7 +386,7 @@ def _open_button(job: Job, *, primary: bool) -> None:
         type="primary" if primary else "secondary",
         key=f"open {job.job_id}",
     ):
-        st.switch_page("explorer/pages/overview/page.py", query_params={"run": job.request.title})
+        st.switch_page("explorer/pages/tokens/page.py", query_params={"run": job.request.title})
 
 
 def _unfinished() -> None:

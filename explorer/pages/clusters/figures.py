@@ -1,6 +1,7 @@
 """Figures of maps: points, density, and what is over-represented in a region."""
 
-from collections.abc import Sequence
+import html
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,13 @@ from explorer.ui import theme
 Floats = npt.NDArray[np.float64]
 
 HEIGHT = 620
-COLORED = 7  # categories with a colour of their own; the last of the eight is for all others
+COLORED = 24  # categories with a colour and a mark of their own; the rest are grey together
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 _LEVELS = 255  # steps of a colour scale: one byte per bin
 _BARS = 12  # of what is over-represented
+_NAMED = 0.01  # of the points; a smaller category has no name on the map
+_GRID = 48  # bins along each axis, to find where a category is densest
+_CHARACTER, _LETTERS = 1 / 110, 1 / 26  # of a map's width and height, that a name takes
 _AXES = {"showgrid": False, "showticklabels": False, "ticks": ""}
 
 
@@ -63,6 +67,7 @@ def map_points(
     shown: npt.NDArray[np.bool_],
     *,
     texts: Sequence[str],
+    ids: npt.NDArray[Any],
     color: Sequence[Group] | Amount,
     title: str,
     caption: str,
@@ -77,8 +82,10 @@ def map_points(
     x, y, shown : arrays [N]
     texts : sequence [N] of str
         Hover text, escaped.
+    ids : array [N, C], numbers
+        What a click on a point returns as ``customdata``.
     color : sequence of Group, or Amount
-        Groups in the order of the legend; from the eighth on in grey.
+        Groups in the order of the legend; beyond ``COLORED`` in grey.
     title, caption : str
         Escaped.
     extent : (float, float, float, float)
@@ -91,9 +98,10 @@ def map_points(
         figure.add_trace(_ground(x[~shown], y[~shown], dark))
     size = float(np.clip(9 - np.log10(max(1, len(x))) * 1.4, 3, 8))
     if isinstance(color, Amount):
-        _add_amount(figure, x, y, shown, texts, color, size, dark)
+        _add_amount(figure, x, y, shown, texts, ids, color, size, dark)
     else:
         drawn = [(group.rest or i >= COLORED, i, group) for i, group in enumerate(color)]
+        colors = theme.categories(dark)
         # what has a colour of its own lies over what has none
         for rest, place, group in sorted(drawn, key=lambda one: not one[0]):
             here = np.flatnonzero(group.mask & shown)
@@ -104,17 +112,58 @@ def map_points(
                     mode="markers",
                     marker={
                         "size": size,
-                        "color": theme.hues(dark)[-1 if rest else place],
-                        "symbol": "circle" if rest else _SYMBOLS[place],
+                        "color": theme.hues(dark)[-1] if rest else colors[place % len(colors)],
+                        "symbol": "circle" if rest else _SYMBOLS[place % len(_SYMBOLS)],
                         "opacity": 0.35 if rest else 0.8,
                     },
                     text=[texts[i] for i in here.tolist()],
+                    customdata=ids[here],
                     hovertemplate=f"%{{text}}<br>{group.name}<extra></extra>",
                     name=f"{group.name} ({len(here):,})",
                     legendrank=1000 + place,
                 )
             )
+        named = [group for rest, _, group in drawn if not rest]
+        for annotation in _names(x, y, shown, named, extent, dark):
+            figure.add_annotation(annotation)
     return _finish(figure, extent, region, title, caption, dark, legend=True)
+
+
+def _names(
+    x: Floats,
+    y: Floats,
+    shown: npt.NDArray[np.bool_],
+    groups: Sequence[Group],
+    extent: tuple[float, float, float, float],
+    dark: bool,
+) -> Iterator[dict[str, Any]]:
+    """Yield the names of categories where each is densest, without those that would overlap."""
+    left, right, low, high = extent
+    taken: list[tuple[float, float, float]] = []
+    for group in groups:
+        here = group.mask & shown
+        if here.sum() <= _NAMED * shown.sum():
+            continue
+        counts, xs, ys = np.histogram2d(x[here], y[here], _GRID, [[left, right], [low, high]])
+        column, row = np.unravel_index(counts.argmax(), counts.shape)
+        at = float(xs[column : column + 2].mean()), float(ys[row : row + 2].mean())
+        across, up = (at[0] - left) / (right - left), (at[1] - low) / (high - low)
+        half = len(html.unescape(group.name)) * _CHARACTER / 2
+        if any(
+            abs(across - other) < half + width and abs(up - height) < _LETTERS
+            for other, height, width in taken
+        ):
+            continue
+        taken.append((across, up, half))
+        yield {
+            "x": at[0],
+            "y": at[1],
+            "text": group.name,
+            "showarrow": False,
+            "bgcolor": theme.ground(dark),
+            "opacity": 0.85,
+            "borderpad": 1,
+        }
 
 
 def _add_amount(
@@ -123,6 +172,7 @@ def _add_amount(
     y: Floats,
     shown: npt.NDArray[np.bool_],
     texts: Sequence[str],
+    ids: npt.NDArray[Any],
     color: Amount,
     size: float,
     dark: bool,
@@ -146,6 +196,7 @@ def _add_amount(
                 "colorbar": {"title": {"text": color.title, "side": "right"}, "thickness": 14},
             },
             text=[texts[i] for i in here.tolist()],
+            customdata=ids[here],
             hovertemplate="%{text}<br>%{marker.color:.3g}<extra></extra>",
             name=f"{len(here):,} points",
             showlegend=False,
@@ -262,8 +313,9 @@ def _finish(
         figure.add_shape(type="path", path=f"M{corners}Z", line=theme.dotted(dark, 2))
     left, right, low, high = extent
     figure.update_xaxes(range=[left, right], **_AXES)
-    figure.update_yaxes(range=[low, high], scaleanchor="x", constrain="domain", **_AXES)
-    figure.update_layout(dragmode="select", hovermode="closest", clickmode="none")
+    # each axis by itself, so that the points fill the space
+    figure.update_yaxes(range=[low, high], **_AXES)
+    figure.update_layout(dragmode="pan", hovermode="closest")
     theme.finish(figure, title=title, caption=caption, dark=dark, height=HEIGHT, legend=legend)
     if legend:
         # below the plot: a dozen names need several lines

@@ -17,6 +17,7 @@ from explorer.pages.clusters.points import (
     AMOUNTS,
     HUES,
     MAX_POINTS,
+    PICKED,
     SEED,
     Hue,
     Made,
@@ -28,12 +29,12 @@ from explorer.pages.clusters.points import (
     made,
     point_table,
 )
-from explorer.pages.clusters.selection import selection_section
+from explorer.pages.clusters.selection import aim, selection_section
 from explorer.router_cards import CARDS
 from explorer.text import plain
 from explorer.ui import address
 from explorer.ui.address import domain_key
-from explorer.ui.chart import chart
+from explorer.ui.chart import chart, clicked
 from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
@@ -185,7 +186,9 @@ def _picture(view: View, asked: Asked, prepared: Prepared, there: Made) -> None:
         extra["router"] = (wanted.router, pa.array(chosen, mask=chosen < 0))
     layout = "UMAP" if is_umap else "PCA"
     table = point_table(view, asked.source, prepared, xy, layout, extra)
-    left, right = st.columns([4, 1], gap="large")
+    region = _region(prepared, layout)
+    # what is selected stands beside the map, else what the map is worth
+    left, right = st.columns([4, 1] if region is None else [5, 3], gap="large")
     hue = asked.hue
     if hue in ("cluster", "router") and hue not in extra:
         left.caption(f"Coloured by domain until the {HUES['tokens'][hue].lower()} is known.")
@@ -194,13 +197,17 @@ def _picture(view: View, asked: Asked, prepared: Prepared, there: Made) -> None:
     if hue == "router":
         title = f"the expert of {wanted.router}"
     with left:
-        region = _region(prepared, layout)
         if region is None and address.read("region"):
             instead(_OTHER_REGION)
         _figure(view, asked, prepared, table, hue_of(view, hue, title), layout, region)
-    with right:
+    if region is None:
+        with left:
+            selection_section(view, asked.source, table, None)
+    else:
+        with right:
+            selection_section(view, asked.source, table, region)
+    with right if region is None else left:
         quality_panel(asked.source, wanted.method, prepared, there.layout, there.clusters, layout)
-    selection_section(view, asked.source, table, region)
 
 
 def _tag(prepared: Prepared, layout: str) -> str:
@@ -237,7 +244,12 @@ def _figure(
 
     def on_region(selection: Any) -> None:
         found = drawn_region(selection)
-        address.write("region", f"{tag}:{write_region(found)}" if found else "")
+        point = None if found else clicked(selection)
+        if point:
+            names = PICKED[unit].split(", ")
+            aim(view, asked.source, {n: int(v) for n, v in zip(names, point, strict=True)})
+        else:
+            address.write("region", f"{tag}:{write_region(found)}" if found else "")
 
     title = f"{layout} of {unit}"
     if unit == "tokens":
@@ -252,6 +264,7 @@ def _figure(
             points.y,
             points.shown,
             texts=points.texts,
+            ids=points.ids,
             color=points.color,
             title=f"{title}, coloured by {hue.title.lower()}",
             **common,
@@ -315,10 +328,7 @@ def _caption(view: View, asked: Asked, table: PointTable, layout: str) -> Captio
     said = ", ".join(view.scope(table.n_shown).filters())
     if said and unit != "experts":
         parts.append(f"filters: {said}")
-    if unit == "tokens":
-        parts.append("padding excluded")
     parts.append("axes have no unit" if layout == "UMAP" else "first two principal components")
-    parts.append("draw a box or a line to see what is inside")
     return Caption("; ".join(parts), acting.filter_values())
 
 

@@ -60,6 +60,12 @@ HUES: dict[str, dict[str, str]] = {
         "cluster": "Cluster",
     },
 }
+# what a point that was clicked is known by
+PICKED = {
+    "tokens": "prompt_id, token_id",
+    "prompts": "prompt_id",
+    "experts": "layer, site, expert_id",
+}
 AMOUNTS = {"entropy": "gate entropy (nats)", "layer": "layer", "ratio": "share / uniform share"}
 
 
@@ -172,6 +178,7 @@ class Drawn(NamedTuple):
     y: npt.NDArray[np.float64]
     shown: npt.NDArray[np.bool_]
     texts: list[str]
+    ids: npt.NDArray[np.int64]
     color: Sequence[Group] | Amount
 
 
@@ -182,7 +189,8 @@ def drawn_points(table: PointTable, source: Source, hue: Hue, view: View) -> Dra
         "prompts": "text, domain, prompt_id, tokens",
         "experts": "layer, site, expert_id, ratio, domain",
     }[source.unit]
-    columns = ", ".join(dict.fromkeys(("x, y, shown, " + names + ", " + hue.column).split(", ")))
+    known = ", ".join(["x, y, shown", names, PICKED[source.unit], hue.column])
+    columns = ", ".join(dict.fromkeys(known.split(", ")))
     rows = table.rows(columns)
     if len(rows) > MAX_POINTS:
         left_out = rows.index[~rows["shown"].to_numpy(dtype=bool)]
@@ -193,6 +201,7 @@ def drawn_points(table: PointTable, source: Source, hue: Hue, view: View) -> Dra
         rows["y"].to_numpy(dtype=np.float64),
         rows["shown"].to_numpy(dtype=bool),
         hover_texts(rows, source.unit),
+        rows[PICKED[source.unit].split(", ")].to_numpy(dtype=np.int64),
         _color(rows, table, hue),
     )
 

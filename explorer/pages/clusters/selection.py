@@ -1,5 +1,7 @@
 """What is in a region of a map: its points in a table, what is over-represented, and a slice."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -34,8 +36,9 @@ def selection_section(view: View, source: Source, table: PointTable, region: Reg
         # on paper there is nothing to draw on
         if not printing.theme():
             st.caption(
-                ":material/select: Draw a box on the map to see what is inside, or a free line "
-                "with the lasso above it. Double-click takes the selection away."
+                ":material/select: Drag to move the map, turn the wheel to zoom, click a point to "
+                "go to it. To see what is inside a region, choose the box or the lasso above the "
+                "map and draw; double-click takes the selection away."
             )
         return
     rows = table.select(region)
@@ -45,11 +48,8 @@ def selection_section(view: View, source: Source, table: PointTable, region: Reg
         if not len(rows):
             instead("No point of this selection is inside. Draw a larger box.")
             return
-        left, right = st.columns([3, 2], gap="large")
-        with left:
-            _list(view, source, table, rows)
-        with right:
-            _over_represented(view, source, table, rows)
+        _over_represented(view, source, table, rows)
+        _list(view, source, table, rows)
         if source.unit != "experts":
             save_slice(view, lambda: _tokens(view, source, table, rows), key="of the map")
 
@@ -64,7 +64,7 @@ def _list(view: View, source: Source, table: PointTable, rows: npt.NDArray[np.in
     def picked() -> None:
         chosen = st.session_state[key]["selection"]["rows"]
         if chosen and chosen[0] < len(found):
-            _aim(view, source, found.iloc[chosen[0]])
+            aim(view, source, found.iloc[chosen[0]])
 
     st.dataframe(
         shown,
@@ -123,7 +123,14 @@ def _unit_label(view: View, layer: int, site: int, expert: int) -> str:
     return expert_label(f"{layer}.{site}" if several else str(layer), expert)
 
 
-def _aim(view: View, source: Source, row: pd.Series) -> None:
+def aim(view: View, source: Source, row: Mapping[str, int] | pd.Series) -> None:
+    """Remember the point that was picked, to go to it (see ``address.follow_jump``).
+
+    Parameters
+    ----------
+    row : mapping
+        Has what ``points.PICKED`` lists.
+    """
     if source.unit == "experts":
         address.jump_to_expert(view, [row["layer"], row["site"], row["expert_id"]])
     else:

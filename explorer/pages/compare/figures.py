@@ -299,7 +299,7 @@ def curves(rows: pd.DataFrame, quantity: str, *, dark: bool = False) -> go.Figur
     return theme.finish(
         figure,
         title=f"While learning: {CURVES[quantity]}",
-        caption="faint lines: further seeds; means over layers; click a name to hide its line",
+        caption="faint lines: further seeds; means over layers",
         dark=dark,
     )
 
@@ -349,8 +349,7 @@ def by_layer(results: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.Fi
         hover="layer %{customdata[1]}",
         ids=means.columns.to_numpy(dtype=np.float64),
         title="Change in loss when one layer is swapped (nats a token)",
-        caption=f"n = {tokens:,} held-out tokens; all other layers route as the model does; "
-        "click a cell for the router",
+        caption=f"n = {tokens:,} held-out tokens; all other layers route as the model does",
         dark=dark,
     )
 
@@ -371,7 +370,7 @@ def by_domain(domains: pd.DataFrame, *, tokens: int, dark: bool = False) -> go.F
         hover="%{x}",
         ids=np.arange(means.shape[1], dtype=np.float64),
         title="Change in loss by domain (nats a token)",
-        caption=f"n = {tokens:,} held-out tokens; all layers swapped; click a cell for the router",
+        caption=f"n = {tokens:,} held-out tokens; all layers swapped",
         dark=dark,
     )
 

@@ -168,7 +168,7 @@ def _expert_by_expert(view: View, other: View) -> None:
     chart(
         change_heatmap(
             change,
-            caption=caption_of(sides, "1× = unchanged", "click a cell for the expert in A"),
+            caption=caption_of(sides, "1× = unchanged"),
             dark=is_dark(),
         ),
         key="load change",

@@ -149,7 +149,7 @@ def divergence_heatmap(found: pd.DataFrame, *, scope: Scope, dark: bool = False)
     theme.finish(
         figure,
         title="Domain specialisation of every expert (KL divergence from the mix of all, nats)",
-        caption=scope.caption("0 = serves the domains as they come", "click a cell for the expert"),
+        caption=scope.caption("0 = serves the domains as they come"),
         dark=dark,
         height=int(np.clip(150 + 26 * n_sites, 300, 900)),
     )

@@ -71,8 +71,10 @@ def _one_expert(view: View) -> None:
     with left:
         _shares(view, expert, "domain")
         _shares(view, expert, "phase")
-    with right:
+    # under a filter of the domain there are no shares to compare
+    with right if view.domain is None else left:
         _vocabulary(view, expert, name)
+    with right:
         _partners(view, expert)
     st.subheader(f"Tokens of {name} in their contexts", anchor=False)
     if not without_ids(view.run, "This list"):
@@ -278,7 +280,6 @@ def _partners(view: View, expert: int) -> None:
             f"{expert_label(view.site_name, row.expert)}: {row.tokens:,} of {mine:,} tokens = "
             f"{row.value:.1%}"
             + ("" if math.isnan(row.ratio) else f"<br>{row.ratio:.2f}× what the loads give")
-            + "<br>click for this expert"
             for row in rows.itertuples()
         ],
     ).reset_index(drop=True)
@@ -451,7 +452,7 @@ def text_section(view: View) -> None:
         value=shown["lift"],
         hover=[
             f"{name}: {row.hits:,} of {row.tokens:,} tokens = {row.share:.1%}<br>of all tokens "
-            f"{row.base:.1%}: {row.lift:.2f}× as often<br>click for this expert"
+            f"{row.base:.1%}: {row.lift:.2f}× as often"
             for name, row in zip(names, shown.itertuples(), strict=True)
         ],
     )

@@ -107,7 +107,7 @@ def pair_heatmap(
     theme.finish(
         figure,
         title=title,
-        caption=scope.caption(*notes, "click a cell for its tokens"),
+        caption=scope.caption(*notes),
         dark=dark,
         height=int(np.clip(190 + 20 * len(rows), 420, 760)),
         caption_width=75,

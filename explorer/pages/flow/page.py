@@ -348,7 +348,7 @@ def _lines(view: View, pair: Pair) -> None:
     )
     st.caption(
         f"{len(found):,} of {counted(total, 'token')}, those with the largest combine weights (of "
-        "both experts, in this order); padding excluded. Click a line to go to it on the Tokens "
+        "both experts, in this order). Click a line to go to it on the Tokens "
         "page."
     )
 

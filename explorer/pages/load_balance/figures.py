@@ -71,9 +71,7 @@ def load_heatmap(
     theme.finish(
         figure,
         title="Load of every expert (share of its layer's assignments / uniform share)",
-        caption=scope.caption(
-            f"1× = uniform share {uniform}", *absent, "click a cell for the expert"
-        ),
+        caption=scope.caption(f"1× = uniform share {uniform}", *absent),
         dark=dark,
         height=int(np.clip(150 + 26 * len(widths), 300, 900)),
         caption_width=caption_width,
@@ -220,9 +218,7 @@ def domain_heatmap(
         figure,
         title=f"Load by {by} in layer {layer or _layer(load)} "
         f"(share of the {by}'s assignments / uniform share)",
-        caption=scope.caption(
-            f"1× = uniform share {_uniform_text(load)}", "click a cell for the expert"
-        ),
+        caption=scope.caption(f"1× = uniform share {_uniform_text(load)}"),
         dark=dark,
         height=int(np.clip(150 + 26 * len(parts), 300, 900)),
     )

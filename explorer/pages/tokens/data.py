@@ -22,8 +22,6 @@ class Quantity(NamedTuple):
         With its unit, for titles.
     meaning : str
         One sentence for a newcomer.
-    low, high : float or None
-        Ends of the scale where they are known beforehand.
     source : str
         ``gates`` or ``assignments``: the view it comes from.
     sql : str
@@ -34,8 +32,6 @@ class Quantity(NamedTuple):
 
     label: str
     meaning: str
-    low: float | None
-    high: float | None
     source: str
     sql: str
     uniform: str = ""
@@ -43,56 +39,30 @@ class Quantity(NamedTuple):
 
 QUANTITIES: Registry[Quantity] = Registry(
     "quantity",
+    expert=Quantity(
+        "heaviest expert (id)",
+        "The expert that counts most for the token; where weights are unknown, the first listed.",
+        "assignments",
+        "(any_value(expert_id) FILTER (slot = 0))::DOUBLE",
+    ),
     entropy=Quantity(
         "gate entropy (share of ln E)",
         "How undecided the router was: 0 = sure of one expert, 1 = all experts alike.",
-        0.0,
-        1.0,
         "gates",
         "entropy / nullif(ln(n_experts), 0)",
         "1 = uniform over the experts",
-    ),
-    entropy_nats=Quantity(
-        "gate entropy (nats)",
-        "Entropy of the router's probabilities over all experts.",
-        0.0,
-        None,
-        "gates",
-        "entropy",
-        "uniform over E experts = ln E",
     ),
     margin=Quantity(
         "margin (selection score)",
         "How far the last chosen expert was ahead of the first one not chosen; near 0, a tiny "
         "change would have picked another expert.",
-        0.0,
-        None,
         "gates",
         "margin",
         "0 = a tie, as uniform scores give",
     ),
-    topk_mass=Quantity(
-        "probability of the chosen experts (0..1)",
-        "How much of the router's probability went to the experts that were used.",
-        0.0,
-        1.0,
-        "gates",
-        "topk_mass",
-        "uniform over E experts = top-k / E",
-    ),
-    logsumexp=Quantity(
-        "logsumexp of the router logits (nats)",
-        "Overall size of the router's logits; training usually keeps it small.",
-        None,
-        None,
-        "gates",
-        "logsumexp",
-    ),
     top1_weight=Quantity(
         "top-1 weight (combine weight, as applied)",
         "Weight of the expert that counts most for this token.",
-        0.0,
-        None,
         "assignments",
         "max(weight)",
         "equal weights = their sum / top-k",
@@ -100,8 +70,6 @@ QUANTITIES: Registry[Quantity] = Registry(
     pinned_weight=Quantity(
         "combine weight of the pinned experts (as applied)",
         "Weight that the pinned experts have together; 0 = none of them was chosen.",
-        0.0,
-        None,
         "assignments",
         "coalesce(sum(weight) FILTER (pinned), 0)",
     ),

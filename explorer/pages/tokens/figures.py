@@ -1,8 +1,10 @@
 """Figures of tokens: a prompt's tokens over the layers, and one token's experts and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -29,11 +31,46 @@ def tokens_shown(n_tokens: int, n_sites: int, *, start: int = 0) -> range:
     return range(start, min(n_tokens, start + width))
 
 
+def expert_groups(values: pd.DataFrame, sizes: Mapping[tuple[int, int], int]) -> "pd.Series[float]":
+    """Return which of ``theme.categories`` each token's expert has, within its own router.
+
+    Parameters
+    ----------
+    values : DataFrame
+        From ``data.token_quantity`` of ``expert``.
+    sizes : mapping (layer, site) -> number of experts
+        Few experts have the colour of their id; of many, the most frequent in these rows have
+        one, and the others share the number behind the last.
+
+    Returns
+    -------
+    Series [len(values)]
+        nan where no expert was chosen.
+    """
+    most = len(theme.categories(dark=False))
+    place = ["layer", "site"]
+    counts = values.groupby([*place, "value"], as_index=False).size()
+    counts = counts.sort_values([*place, "size", "value"], ascending=[True, True, False, True])
+    ranks = counts.groupby(place).cumcount()
+    few = np.array(
+        [sizes[key] <= most for key in zip(counts["layer"], counts["site"], strict=True)]
+    )
+    counts["group"] = np.where(few, counts["value"], ranks.clip(upper=most))
+    joined = values[[*place, "value"]].merge(counts, how="left", on=[*place, "value"])
+    return joined["group"].set_axis(values.index)
+
+
+def expert_colors(dark: bool) -> tuple[str, ...]:
+    """Return the colours of ``expert_groups``, the shared one last."""
+    return (*theme.categories(dark), theme.hue("grey", dark))
+
+
 def token_layer_heatmap(
     values: pd.DataFrame,
     quantity: Quantity,
     *,
     scope: Scope,
+    groups: "pd.Series[float] | None" = None,
     start: int = 0,
     missing: str = "not recorded",
     dark: bool = False,
@@ -44,6 +81,8 @@ def token_layer_heatmap(
     ----------
     values : DataFrame
         From ``data.token_quantity``.
+    groups : Series, optional
+        From ``expert_groups``: the values are experts, in these colours.
     start : int
         First token shown, for prompts that do not fit; the caption says how many are shown.
     missing : str
@@ -66,8 +105,11 @@ def token_layer_heatmap(
     named = len(texts) <= MAX_LABELS and values["text"].notna().any()
     ticks = texts if named else [f"{int(p)}" for p in ids[0, :, 3]]
     where = "token %{customdata[3]}: %{text}<br>" + site_hover(several=several)
+    z = ids[:, :, 4]
+    if groups is not None:
+        z = groups.to_numpy().reshape(len(sites), n_tokens)[:, window]
     figure = clickable_heatmap(
-        ids[:, :, 4],
+        z,
         ids=ids,
         hover=f"{where}<br>" + quantity.label.replace("%", "&#37;") + ": %{customdata[4]:.4g}",
         missing_hover=f"{where}<br>{missing}",
@@ -81,6 +123,10 @@ def token_layer_heatmap(
     )
     if ticks is texts:
         figure.update_xaxes(tickangle=-60)
+    form: dict[str, Any] = {"colorscale": theme.tints(dark)}
+    if groups is not None:
+        form = _of_groups(ids[:, :, 4], dark, numbered=len(shown) <= MAX_LABELS)
+    figure.update_traces(form, selector={"type": "heatmap"})
     part = f"tokens {shown.start + 1:,} to {shown.stop:,} of {n_tokens:,} shown"
     theme.finish(
         figure,
@@ -88,8 +134,8 @@ def token_layer_heatmap(
         caption=scope.caption(
             *([] if len(shown) == n_tokens else [part]),
             *([quantity.uniform] if quantity.uniform else []),
+            *([] if groups is None else ["every layer has experts, and so colours, of its own"]),
             *([f"grey: {missing}"] if values["value"].isna().any() else []),
-            "click a cell for the token",
         ),
         dark=dark,
         height=int(np.clip(200 + 24 * len(sites), 340, 900)),
@@ -97,11 +143,26 @@ def token_layer_heatmap(
     return ground(figure, dark)
 
 
+def _of_groups(experts: npt.NDArray[np.float64], dark: bool, *, numbered: bool) -> dict[str, Any]:
+    """Return the form of a heatmap whose cells are experts in the colours of their groups."""
+    colors = expert_colors(dark)
+    ends = np.repeat(np.arange(len(colors) + 1) / len(colors), 2)[1:-1]
+    form: dict[str, Any] = {
+        "colorscale": list(zip(ends.tolist(), np.repeat(colors, 2).tolist(), strict=True)),
+        "zmin": -0.5,
+        "zmax": len(colors) - 0.5,
+        "showscale": False,
+    }
+    if numbered:
+        names = [["" if np.isnan(expert) else f"{expert:.0f}" for expert in row] for row in experts]
+        form |= {"text": names, "texttemplate": "%{text}"}
+    return form
+
+
 def quantity_scale(values: "pd.Series[float]", quantity: Quantity) -> Scale:
-    """Return the colours of a quantity: its own ends where known, else those of the data."""
+    """Return the colours of a quantity, from the least to the greatest of the values."""
     known = values.dropna()
-    low = quantity.low if quantity.low is not None else float(known.min()) if len(known) else 0.0
-    high = quantity.high if quantity.high is not None else float(known.max()) if len(known) else 1.0
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     return Scale(quantity.label, low, high if high > low else low + 1.0)
 
 

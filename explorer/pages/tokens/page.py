@@ -19,17 +19,21 @@ from explorer.pages.tokens.data import (
     tokens,
 )
 from explorer.pages.tokens.figures import (
+    expert_colors,
+    expert_groups,
     quantity_scale,
     score_bars,
     token_layer_heatmap,
     token_routes,
     tokens_shown,
 )
+from explorer.queries.load import expert_load_by_domain
 from explorer.queries.overview import prompt, prompt_count, prompts
 from explorer.text import counted, plain
 from explorer.ui import address, theme
 from explorer.ui.chart import chart
 from explorer.ui.concordance import expert_tokens_section
+from explorer.ui.heatmap import Scale
 from explorer.ui.problems import instead, section, without_ids
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
@@ -39,6 +43,7 @@ from explorer.ui.wording import (
     Scope,
     absent_gate,
     certainty_sentence,
+    domain_name,
     expert_label,
     probabilities,
     prompt_name,
@@ -53,17 +58,20 @@ MAX_LISTED = 1000
 MAX_STRIP = 4096
 MAX_PINS = theme.N_HUES
 _COLORS = {
+    "expert": "Expert",
     "entropy": "Gate entropy",
     "margin": "Margin",
     "top1_weight": "Top-1 weight",
     "pinned_weight": "Pinned experts",
 }
+_TAKES = 3  # domains of an expert that are named
 _SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
 
 
 def render() -> None:
     """Draw the page."""
     view = current_view()
+    address.follow_jump()
     if view.run.counts_only or view.run.sums_only:
         _text_left_out(view)
         return
@@ -175,19 +183,21 @@ def _colouring(view: View, chosen: pd.Series) -> tuple[str, list[Pin], pd.DataFr
     if quantity == "pinned_weight":
         pins = _pick_pins(view)
         if not pins:
-            st.caption("Pin at least one expert; until then the text is coloured by gate entropy.")
-            quantity = "entropy"
+            st.caption("Pin at least one expert; until then the text is coloured by expert.")
+            quantity = "expert"
     prompt_id = int(chosen["prompt_id"])
     values = ask(view, token_quantity, prompt_id=prompt_id, quantity=quantity, pinned=tuple(pins))
     values = view.of_layers(values)
-    with row:
-        scope = address.choose(
-            st.segmented_control,
-            "scope",
-            "At",
-            list(_SCOPES),
-            show=lambda s: f"Layer {view.site_name}" if s == "layer" else _SCOPES[s],
-        )
+    scope = "layer"
+    if quantity != "expert":  # experts of different layers have nothing in common
+        with row:
+            scope = address.choose(
+                st.segmented_control,
+                "scope",
+                "At",
+                list(_SCOPES),
+                show=lambda s: f"Layer {view.site_name}" if s == "layer" else _SCOPES[s],
+            )
     st.session_state["strip scope"] = scope
     return quantity, pins, values
 
@@ -228,13 +238,26 @@ def _strip(
 ) -> None:
     scope = st.session_state["strip scope"]
     scale = quantity_scale(values["value"], QUANTITIES[quantity])
-    here = values
-    if scope == "layer":
-        here = view.here(values)
+    here = view.here(values) if scope == "layer" else values
     if (of_slice := _of_slice(view)) is not None:
         here = here[here["token_id"].isin(of_slice)]
     level = here.groupby("token_id")["value"].mean()
-    hues = _pin_hues(view, listed, pins, scope) if pins else {}
+    where = f"layer {view.site_name}" if scope == "layer" else _mean_of(view)
+    legend = Legend(
+        f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}"
+    )
+    hues = dict.fromkeys(level.index, theme.accent(is_dark()))
+    marks: dict[int, str] = {}
+    if quantity == "expert":
+        hues, marks, legend = _of_experts(view, here)
+        scale, level = Scale("", 0.0, 1.0), level.where(level.isna(), 1.0)
+    elif pins:
+        hues = _pin_hues(view, listed, pins, scope)
+        swatches = tuple(
+            (color, expert_label(view.named(a, b), c))
+            for (a, b, c), color in zip(pins, theme.hues(is_dark()), strict=False)
+        )
+        legend = Legend("Went to a pinned expert:", swatches=swatches)
     absent = _absent(view, here, quantity)
     hints = _hints(view, listed, level, QUANTITIES[quantity].label, absent)
     start = _window_start(listed, token_id)
@@ -248,18 +271,8 @@ def _strip(
         part = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low))) if known else None
         text = row.text if row.text is not None else unnamed(row.token, row.position)
         hue = hues.get(row.token_id)
-        written = row.phase == "generated"
-        strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written))
-    where = f"layer {view.site_name}" if scope == "layer" else _mean_of(view)
-    legend = Legend(
-        f"{QUANTITIES[quantity].label}, {where}:", f"{scale.low:.3g}", f"{scale.high:.3g}"
-    )
-    if pins:
-        swatches = tuple(
-            (color, expert_label(view.named(a, b), c))
-            for (a, b, c), color in zip(pins, theme.hues(is_dark()), strict=False)
-        )
-        legend = Legend("Went to a pinned expert:", swatches=swatches)
+        written, mark = row.phase == "generated", marks.get(row.token_id, "")
+        strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written, mark))
     token_strip(
         strip,
         selected=token_id,
@@ -268,6 +281,27 @@ def _strip(
         key="strip",
         on_pick=lambda picked: address.write("token", str(picked)),
     )
+
+
+def _of_experts(view: View, here: pd.DataFrame) -> tuple[dict[int, str], dict[int, str], Legend]:
+    """Return the colour and the number of the heaviest expert of each token, and the legend."""
+    colors = expert_colors(is_dark())
+    known = here.assign(group=expert_groups(here, _sizes(view))).dropna(subset=["group"])
+    hues = {row.token_id: colors[int(row.group)] for row in known.itertuples()}
+    # a number at every token would hide the words: one where the expert changes
+    changes = known[known["value"] != known["value"].shift()]
+    marks = {row.token_id: f"{row.value:.0f}" for row in changes.itertuples()}
+    swatches = []
+    for group, part in known.groupby("group"):
+        name = expert_label(view.site_name, int(part["value"].iloc[0]))
+        if (n := part["value"].nunique()) > 1:
+            name = f"{n} others"
+        swatches.append((colors[int(group)], f"{name} · {len(part)}"))
+    return hues, marks, Legend("Heaviest expert, and its tokens here:", swatches=tuple(swatches))
+
+
+def _sizes(view: View) -> dict[tuple[int, int], int]:
+    return {(info.layer, info.site): info.n_experts for info in view.run.sites}
 
 
 def _mean_of(view: View) -> str:
@@ -346,6 +380,7 @@ def _heatmap(
         values,
         QUANTITIES[quantity],
         scope=Scope(len(listed), domain, None, bool(view.run.info["complete"]), layers=view.layers),
+        groups=expert_groups(values, _sizes(view)) if quantity == "expert" else None,
         start=max(0, place - 60),
         missing=_absent(view, values, quantity),
         dark=is_dark(),
@@ -412,6 +447,7 @@ def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> No
         )
         + _beside(token, experts)
     )
+    _specialties(view, here)
     _scores(view, token_id, text, str(gate["score_function"]))
     route = token_routes(experts, token_text=text, pins=pins, dark=is_dark())
     # the panel is narrow
@@ -422,8 +458,31 @@ def token_panel(view: View, token: pd.Series, pins: Sequence[PinKey] = ()) -> No
         key="token routes",
         alt="Bars, one per layer: the experts of the token and their share of its weight.",
         table=_route_table(experts, gates),
-        on_click=lambda data: address.write("layer", view.named(int(data[0]), int(data[1]))),
+        on_click=lambda data: address.jump_to_expert(view, data),
     )
+
+
+def _specialties(view: View, experts: pd.DataFrame) -> None:
+    """Say of each expert of the token what else it takes, with a link to it."""
+    loads = ask(view, expert_load_by_domain, phase=view.phase, part=view.part, **view.place)
+    counts = loads.pivot_table(index="expert_id", columns="domain", values="assignments")
+    for expert in experts["expert_id"]:
+        name = expert_label(view.site_name, expert)
+        takes = counts.loc[expert] / counts.loc[expert].sum()
+        said = [
+            f"{plain(domain_name(domain))} {share:.0%}"
+            for domain, share in takes.nlargest(_TAKES).items()
+            if share > 0
+        ]
+        label = f"{name} takes {', '.join(said)}" if len(counts.columns) > 1 else name
+        there = {"layer": view.site_name, "id": str(expert), "about": "expert"}
+        st.page_link(
+            "explorer/pages/experts/page.py",
+            label=label,
+            icon=":material/arrow_forward:",
+            query_params=address.kept() | there,
+            help="Shares of all its tokens under the filters; click for the expert.",
+        )
 
 
 def _beside(token: pd.Series, experts: pd.DataFrame) -> str:
@@ -461,6 +520,7 @@ def _scores(view: View, token_id: int, text: str | None, score_function: str) ->
         alt=f"Bars of all {len(scores)} experts' scores in layer {view.site_name}, highest first; "
         "the chosen ones in another colour.",
         table=scores.assign(value=values).drop(columns="recorded"),
+        on_click=lambda data: address.jump_to_expert(view, [view.layer, view.site, data[0]]),
     )
 
 

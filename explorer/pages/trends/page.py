@@ -148,7 +148,7 @@ def _caption(view: View, table: pd.DataFrame, quantity: str) -> Caption:
         scope = scope._replace(phase="prompt")
     of = "".join(f"; {name}: {label(value)}" for name, value in scope.filter_values().items())
     return Caption(
-        f"n = {_numbers(counts)}{what}{of}; padding excluded; one line a layer",
+        f"n = {_numbers(counts)}{what}{of}; one line a layer",
         scope.filter_values(),
     )
 
