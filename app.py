@@ -32,7 +32,9 @@ PAGES = {
 if __name__ != "__main__":
     from explorer.ui import guard
 
-    app = st.App(__file__, middleware=guard.MIDDLEWARE, lifespan=guard.lifespan)
+    app = st.App(
+        __file__, routes=guard.ROUTES, middleware=guard.MIDDLEWARE, lifespan=guard.lifespan
+    )
 else:
     from explorer import writing
     from explorer.ui import access, address, problems, saved, shell

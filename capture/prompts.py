@@ -32,6 +32,7 @@ from capture.prompt_rows import (
 
 DEMO_SETS = {
     "demo": "prompts.jsonl",
+    "demo-sample": "sample.jsonl",
     "demo-fit": "fit.jsonl.xz",
     "demo-heldout": "heldout.jsonl.xz",
 }
@@ -140,14 +141,14 @@ def read_prompts(
     Parameters
     ----------
     source : str, Path, table or iterable
-        ``"demo"``, ``"demo-fit"``, ``"demo-heldout"``; or a file of ``FORMATS``, possibly
-        compressed (.xz, .gz, .zst), a folder of them, a pattern such as ``"data/*.jsonl"``, or
-        ``"-"`` for standard input; or a DataFrame, a ``datasets.Dataset``, a pyarrow table, a
-        ``BatchEncoding`` or columns as a dict; or an iterable of strings, token-id lists, lists of
-        messages, files (``Path``) and records: with ``text``, ``ids`` or ``input_ids``,
-        ``messages`` or ``conversations`` (also ShareGPT's ``from`` and ``value``), ``prompt`` and
-        maybe ``completion``, or ``instruction``, ``input`` and ``output`` (Alpaca); and optionally
-        ``domain`` and ``source``.
+        ``"demo"``, ``"demo-sample"``, ``"demo-fit"``, ``"demo-heldout"``; or a file of
+        ``FORMATS``, possibly compressed (.xz, .gz, .zst), a folder of them, a pattern such as
+        ``"data/*.jsonl"``, or ``"-"`` for standard input; or a DataFrame, a ``datasets.Dataset``,
+        a pyarrow table, a ``BatchEncoding`` or columns as a dict; or an iterable of strings,
+        token-id lists, lists of messages, files (``Path``) and records: with ``text``, ``ids`` or
+        ``input_ids``, ``messages`` or ``conversations`` (also ShareGPT's ``from`` and ``value``),
+        ``prompt`` and maybe ``completion``, or ``instruction``, ``input`` and ``output`` (Alpaca);
+        and optionally ``domain`` and ``source``.
     text_column, domain_column : str, optional
         The field of records, or column of tables, that holds them under another name.
     encoding : str, optional

@@ -113,6 +113,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _playground_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``playground``."""
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="FILE", help="never overwritten"
+    )
+
+
 def _findings_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``findings``."""
     parser.add_argument("run", type=path_argument, metavar="RUN", help=RUN_HELP)
@@ -151,6 +158,12 @@ COMMANDS = {
         _report_arguments,
         "explorer.commands.report",
         "run_report",
+    ),
+    "playground": Command(
+        "write the demo model as one HTML file: type, and see where every token is routed",
+        _playground_arguments,
+        "explorer.commands.report",
+        "run_playground",
     ),
     "findings": Command(
         "say what is worth knowing in a run: at most seven sentences, each tested",

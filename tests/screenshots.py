@@ -51,6 +51,7 @@ def main() -> None:
             page = context.new_page()
             # without a run this records the demo prompts
             page.goto(address)
+            page.wait_for_url(lambda url: "demo-sample" not in url, timeout=240_000)
             page.get_by_text("Busiest expert").wait_for(timeout=240_000)
             for name, path in PAGES.items():
                 path = path.replace("RUN", options.run).replace("LAYER", options.layer)

@@ -7,6 +7,8 @@ FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"
 FIGURES = FOLDER / "figures.json"
 TRENDS = FOLDER / "trends"
+# a run of the prompts ``demo-sample``, to be shown while the whole demo is recorded
+SAMPLE = FOLDER / "sample.duckdb.xz"
 
 
 def work_folder() -> Path:

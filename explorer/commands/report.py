@@ -1,10 +1,11 @@
-"""``python -m explorer report`` and ``export``: a run as a page to read, or without its text."""
+"""``python -m explorer report``, ``export`` and ``playground``: files to hand on."""
 
 import argparse
 
 from explorer import writing
 from explorer.commands import Output, run_file
 from explorer.errors import ExplorerError
+from explorer.playground import document
 from explorer.report.build import write_report
 from explorer.saved_views import load_view
 
@@ -26,3 +27,8 @@ def run_export(options: argparse.Namespace) -> Output:
             "export; copy the file."
         )
     return Output(str(writing.export_counts(run_file(options.run), options.out)))
+
+
+def run_playground(options: argparse.Namespace) -> Output:
+    """Write the demo model and its router as one HTML file."""
+    return Output(str(writing.write_new(options.out, document(), what="Writing the playground")))

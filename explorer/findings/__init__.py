@@ -8,9 +8,11 @@ that are left (Benjamini and Hochberg 1995).
 """
 
 import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy import stats
+import numpy as np
+import numpy.typing as npt
 
 from explorer.findings.halves import MIN_PROMPTS, Half, read_halves
 from explorer.findings.kinds import KINDS, Tested
@@ -108,6 +110,24 @@ def findings(run: Run) -> Findings:
     return judge(*read_halves(run))
 
 
+def adjusted(p: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Return p values corrected for their number, in their order.
+
+    As ``scipy.stats.false_discovery_control``, whose module loads for as long as all of a page's
+    others together.
+
+    References
+    ----------
+    Benjamini and Hochberg 1995, "Controlling the false discovery rate".
+    """
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values)[::-1]
+    ranks = np.arange(len(values), 0, -1)
+    found = np.empty_like(values)
+    found[order] = np.minimum.accumulate(values[order] * len(values) / ranks)
+    return found.clip(max=1.0)
+
+
 def judge(suggests: Half, tests: Half) -> Findings:
     """Let one half of the prompts suggest findings, and keep those that hold in the other."""
     halves = (suggests, tests)
@@ -121,11 +141,10 @@ def judge(suggests: Half, tests: Half) -> Findings:
         result = strongest and strongest.test(tests)
         if result is not None:
             tested[kind] = result
-    # at least one test, or there is nothing to correct for
-    rates = stats.false_discovery_control([one.p for one in tested.values()] or [1.0])
+    rates = adjusted([one.p for one in tested.values()])
     found = [
         Finding(kind, *one[:5], float(q), one.page, one.address)
-        for (kind, one), q in zip(tested.items(), rates, strict=False)
+        for (kind, one), q in zip(tested.items(), rates, strict=True)
         if q <= RATE
     ]
     return Findings(found[:MOST], list(tested), n_prompts, n_tokens)

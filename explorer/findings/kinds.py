@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import ndtr, stdtr, stdtrit
 
 from explorer.findings.halves import MIN_PROMPTS, Floats, Half, Ids, RouterChoices
 from explorer.metrics.coactivation import MIN_EXPECTED, pair_uplift, transition_uplift
@@ -59,8 +59,8 @@ def _ratio(part: Floats, whole: Floats, null: float = 1.0) -> tuple[float, float
     spread = np.sqrt(n / (n - 1) * ((part - ratio * whole) ** 2).sum()) / whole.sum()
     if spread == 0:  # every prompt says the same
         return float(ratio), float(ratio), float(ratio), 0.5**n if ratio > null else 1.0
-    half = stats.t.ppf(0.975, n - 1) * spread
-    p = float(stats.t.sf((ratio - null) / spread, n - 1))
+    half = stdtrit(n - 1, 0.975) * spread
+    p = float(stdtr(n - 1, (null - ratio) / spread))
     return float(ratio), float(ratio - half), float(ratio + half), p
 
 
@@ -286,7 +286,7 @@ def _unspecialised(half: Half) -> Iterator[Candidate]:
         )
         spread = float(np.nanstd(gaps, ddof=1))
         # the layers differ beyond the draw of prompts, and shuffled domains do not tell them apart
-        p = float(stats.norm.sf(gap[0] / spread)) if spread > 0 else 1.0
+        p = float(ndtr(-gap[0] / spread)) if spread > 0 else 1.0
         p = max(p, float((1 + (by_chance >= gap[0]).sum()) / (1 + _SHUFFLES)))
         low, high = gap[0] - 1.96 * spread, gap[0] + 1.96 * spread
         sentence = (

@@ -3,17 +3,23 @@
 Streamlit takes uploads, hands out cookies and lets itself be framed before any script has run, so
 this is said at the level of requests: who may not write sends no file; a login that ended is no
 login, in open tabs and in copied cookies; cookies are ``Secure`` behind TLS; no page of a
-stranger frames the app.
+stranger frames the app. The address of a page may be written in any case, and the playground is a
+file of its own beside the pages.
 """
 
+import importlib
 import json
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import streamlit as st
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.requests import cookie_parser
+from starlette.requests import Request, cookie_parser
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from streamlit import cli_util
 from streamlit.auth_util import get_cookie_with_chunks
@@ -21,7 +27,8 @@ from streamlit.web.server.server_util import get_cookie_secret, get_display_addr
 from streamlit.web.server.starlette.starlette_app_utils import decode_signed_value
 from streamlit.web.server.starlette.starlette_server_config import USER_COOKIE_NAME
 
-from explorer.ui import access
+from explorer import playground
+from explorer.ui import access, address
 from explorer.worker import close_shared_worker
 
 _UPLOAD, _LOGOUT = "/_stcore/upload_file/", "/auth/logout"
@@ -31,6 +38,8 @@ _HEADERS = (
     (b"x-frame-options", b"SAMEORIGIN"),
     (b"x-content-type-options", b"nosniff"),
 )
+# what the overview needs and takes long to load
+_FIRST = ("explorer.ui.shell", "explorer.pages.load_balance.figures", "explorer.findings")
 _GOODBYE = 1008  # code of a closed connection: policy
 
 
@@ -55,7 +64,12 @@ class Guard:
             await self._connect(key if login else "", scope, receive, send)
             return
         answer = _Answer(send, secure=_is_secure(scope))
-        path = scope["path"].removeprefix(_base())
+        path = scope["path"].removeprefix(base_path())
+        if (page := _page_at(path)) is not None and scope["method"] in _READING:
+            query = scope["query_string"].decode("latin-1")
+            there = f"{base_path()}/{page}" + (f"?{query}" if query else "")
+            await RedirectResponse(there)(scope, receive, answer)
+            return
         if path.startswith(_UPLOAD) and scope["method"] not in _READING:
             if why := _refused(scope, login):
                 await answer.refuse(why)
@@ -131,6 +145,15 @@ class _Answer:
         await self({"type": "http.response.body", "body": body})
 
 
+def _page_at(path: str) -> str | None:
+    """Return where the page is that a path means but does not spell as Streamlit does."""
+    name = path.strip("/").lower().replace("_", "-")
+    if name not in address.PAGE_NAMES:
+        return None
+    own = "" if name == "overview" else name
+    return None if path == f"/{own}" else own
+
+
 def headers_of(scope: Scope) -> list[tuple[str, str]]:
     """Return the headers of a request as text."""
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
@@ -182,15 +205,23 @@ def _is_secure(scope: Scope) -> bool:
     return scope.get("scheme") in ("https", "wss") or access.login_address().startswith("https:")
 
 
-def _base() -> str:
+def base_path() -> str:
+    """Return what the addresses of this server begin with, "" by default."""
     base = str(st.get_option("server.baseUrlPath") or "").strip("/")
     return f"/{base}" if base else ""
+
+
+def _load() -> None:
+    for name in _FIRST:
+        importlib.import_module(name)
 
 
 @asynccontextmanager
 async def lifespan(app: object) -> AsyncIterator[None]:
     """Do what Streamlit does for a script: open the browser at a desk, and end in order."""
     access.serve()
+    # while the browser loads what Streamlit sends, the first page's own modules are loaded
+    threading.Thread(target=_load, daemon=True).start()
     if not st.get_option("server.headless"):
         address = st.get_option("browser.serverAddress") or st.get_option("server.address")
         cli_util.open_browser(get_url(get_display_address(str(address or "localhost"))))
@@ -201,4 +232,9 @@ async def lifespan(app: object) -> AsyncIterator[None]:
         close_shared_worker()
 
 
+async def _playground(_request: Request) -> Response:
+    return Response(await run_in_threadpool(playground.document), media_type="text/html")
+
+
 MIDDLEWARE = (Middleware(Guard),)
+ROUTES = (Route(playground.ADDRESS, _playground),)

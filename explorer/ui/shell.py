@@ -1,19 +1,27 @@
 """The frame around every page, and what is shown while there is no run yet."""
 
+import lzma
+from pathlib import Path
+
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
+from capture.demo import SAMPLE
 from capture.paths import RUN_SUFFIX
 from capture.store import MIN_PROMPTS, MIN_TOKENS
-from explorer import writing
+from explorer import saved_views, writing
+from explorer.errors import ExplorerError
 from explorer.text import counted, plain
-from explorer.ui import address, filters, saved, state
+from explorer.ui import address, filters, problems, saved, state
 from explorer.ui.job import follow
 from explorer.ui.problems import instead
 from explorer.worker import CaptureRequest, Job, shared_worker
 
 _VIEW = "current view"
 _DEMO = "demo"
+_SAMPLE = "demo-sample"  # a run, until the demo's own takes its place
+_WAITS = "waits for the demo"
+_DRAWN_SECONDS = 3.0  # until the first page is drawn, which should not wait for a model to load
 # per prompt, so that what the pages say of the phases has something to show
 _DEMO_GENERATE = 8
 LOGO = state.ROOT / "explorer" / "assets" / "logo.svg"
@@ -76,8 +84,11 @@ def frame(title: str) -> None:
     # no filter says anything about a capture
     if title == "Capture":
         return
+    _put_sample()
     st.session_state[_VIEW] = view = filters.select_view()
     if isinstance(view, state.View):
+        if view.name == _SAMPLE:
+            _beside_sample()
         filters.chips(view)
     saved.save_form(address.page())
     active = [job for job in shared_worker().jobs() if job.active]
@@ -88,10 +99,13 @@ def frame(title: str) -> None:
 
 
 def current_view() -> state.View:
-    """Return the run and the filters; without any run, record the demo and end the page here."""
+    """Return the run and the filters; without any run, say so and end the page here."""
     view: state.View | state.RunProblem | None = st.session_state[_VIEW]
     if view is None:
-        first_run()
+        instead(
+            "There is no run in this folder yet, and none can be recorded here. Record one with "
+            "`python -m capture`, or ask whoever runs this server."
+        )
         st.stop()
     if isinstance(view, state.RunProblem):
         st.error(plain(view.text), icon=":material/error:")
@@ -134,29 +148,68 @@ def _nothing_matches(view: state.View) -> None:
     )
 
 
-def first_run() -> None:
-    """Record the demo prompts with the demo model, show how far it is, then show the run."""
-    if not writing.may_write():
-        instead(
-            "There is no run in this folder yet, and none can be recorded here. Record one with "
-            "`python -m capture`, or ask whoever runs this server."
-        )
+def _put_sample() -> None:
+    """Put the run that ships into a folder without any, so that there is something to look at."""
+    if state.run_names() or not writing.may_write():
         return
-    st.markdown(
-        "Nothing has been recorded yet, so RouteScope makes a first **run**: a small "
-        "mixture-of-experts language model, which comes with it, reads its demo prompts, and "
-        "every decision of its routers is written down. This takes less than a minute."
+    path = _sample_path()
+    try:
+        writing.write_new(path, lzma.decompress(SAMPLE.read_bytes()), what="A first run")
+    except ExplorerError:
+        if not path.exists():  # else another visitor was faster
+            raise
+
+
+def _sample_path() -> Path:
+    return state.runs_folder() / f"{_SAMPLE}{RUN_SUFFIX}"
+
+
+def _beside_sample() -> None:
+    """Say what the sample is; record the demo behind it, and let its run take the place."""
+    st.info(
+        "This is a **sample** that comes with RouteScope, recorded beforehand: the demo model on "
+        "20 of its 162 demo prompts, without attention and without the routers' inputs.",
+        icon=":material/hourglass_top:",
     )
-    job = _demo_job() or _start_demo()
+    alone = state.run_names() == [_SAMPLE]
+    job = _demo_job()
+    if not writing.may_write() or not (alone or st.session_state.get(_WAITS)):
+        return
+    if job is None:
+        _start_when_drawn()
+        return
+    st.session_state[_WAITS] = True
     ended = follow(job.job_id, key="first run")
     if ended is None:
         return
     if ended.path:
-        st.rerun()
-    if st.button("Try again", type="primary"):
+        _take_place(Path(ended.path).stem)
+    elif st.button("Try again", type="primary"):
         _start_demo()
         st.rerun()
-    st.page_link("explorer/pages/capture/page.py", label="Capture prompts of your own")
+
+
+@st.fragment(run_every=_DRAWN_SECONDS)
+def _start_when_drawn() -> None:
+    if st.session_state.get(_WAITS):
+        # a part that is drawn alone is not within the page's own
+        with problems.shown():
+            _start_demo()
+        st.rerun()
+    st.session_state[_WAITS] = True
+    st.caption("The whole demo is recorded next, which takes less than a minute.")
+
+
+def _take_place(name: str) -> None:
+    """Open the whole run; the sample goes, unless something was made of it."""
+    folder = state.runs_folder()
+    made = [path for path in folder.glob(f"*{_SAMPLE}*") if path != _sample_path()]
+    if not made and not saved_views.list_views(folder)[0]:
+        writing.remove(_sample_path(), what="Replacing the sample")
+    address.write_run(name)
+    st.session_state[_WAITS] = False
+    st.toast("The whole demo run is recorded and has taken the sample's place.")
+    st.rerun()
 
 
 def _start_demo() -> Job:

@@ -320,13 +320,17 @@ def test_uploads_are_read_or_refused_and_a_capture_can_be_stopped(address, page)
     page.get_by_text("was stopped").wait_for(timeout=60_000)
 
 
-def test_without_runs_the_demo_is_recorded_and_shown(chromium, tmp_path):
+def test_without_runs_a_sample_is_shown_until_the_demo_is_recorded(chromium, tmp_path):
     with serve(tmp_path / "empty") as url:
         page = chromium.new_page(viewport=SIZE)
-        page.goto(url)
-        page.get_by_text("Nothing has been recorded yet").wait_for(timeout=30_000)
+        page.goto(f"{url}/Overview")  # as a person may type it
+        page.locator(".js-plotly-plot").first.wait_for(timeout=60_000)
+        assert "/?run=demo-sample" in page.url
         page.get_by_role("progressbar").wait_for(timeout=30_000)
-        page.get_by_text("Busiest expert").wait_for(timeout=240_000)
+        page.wait_for_url(re.compile(r"run=demo$"), timeout=240_000)
+        page.get_by_text("Busiest expert").wait_for()
         settle(page)
-        assert "run=demo" in page.url
+        page.goto(f"{url}/LEARN/?run=demo&step=yours")
+        assert page.url.startswith(f"{url}/learn?run=demo")
+        page.frame_locator("iframe").locator(".token").first.wait_for()
         page.close()

@@ -2,11 +2,15 @@
 
 import ast
 import json
+import lzma
+import re
 
 import pytest
 from app_pages import charts, notes, opened
 from synthetic import write_run
 
+from capture.demo import SAMPLE
+from capture.prompts import read_prompts
 from explorer.ui import address
 from explorer.ui.glossary import FIGURES, TERMS, help_text, term_of
 from explorer.worker.client import ROOT
@@ -35,6 +39,23 @@ def test_every_step_has_a_figure_of_the_open_run(known, step):
     (chart,) = charts(app)
     assert json.loads(chart.spec)["data"]
     assert any(button.label.startswith("Next") for button in app.button)
+
+
+def test_the_example_is_a_whole_word_and_its_choice_is_clear(runs):
+    (runs / "sample.duckdb").write_bytes(lzma.decompress(SAMPLE.read_bytes()))
+    app = opened("learn", layer="2")
+    said = " ".join(block.value for block in app.markdown)
+    word = re.search(r":primary-background\[·?(\w+)\]", said)[1]
+    assert any(word == other for p in read_prompts("demo-sample") for other in p.text.split())
+    assert float(re.search(r"next expert by ([\d.]+) in score", said)[1]) > 0.03
+
+
+def test_the_tour_ends_in_a_text_of_ones_own(known):
+    app = opened("learn", step="pages")
+    next(button for button in app.button if button.label.startswith("Next")).click().run()
+    (frame,) = app.get("iframe")
+    assert frame.proto.src.startswith("/playground.html#embedded&theme=")
+    assert {"Record your prompts as a run"} <= {link.label.strip("*") for link in links(app)}
 
 
 def test_the_tour_goes_on_to_the_pages(known):

@@ -74,33 +74,51 @@ def test_every_page_opens_at_other_levels(show, page, written):
 
 
 @pytest.mark.parametrize("page", SHOWN)
-def test_without_a_run_the_demo_is_captured_once(runs, worker, page):
-    opened(page)
+def test_without_a_run_a_sample_is_shown_that_says_what_it_is(runs, worker, page):
     app = opened(page)
-    assert "Nothing has been recorded yet" in app.markdown[0].value
+    assert query(app, "run") == "demo-sample" and not app.error
+    assert "20 of its 162 demo prompts" in notes(app)
+    assert not worker.jobs()  # what loads a model waits until the page is drawn
+
+
+def test_the_demo_is_captured_behind_the_sample_and_takes_its_place(runs, worker):
+    app = opened()
+    app.run()
+    opened()
+    app.run()
     (job,) = worker.jobs()
     assert job.request.model == job.request.prompts == "demo"
     assert job.request.generate > 0
     assert job.request.level == "attention"
     assert job.request.out == str(runs / "demo.duckdb")
-
-
-def test_a_failed_first_capture_shows_why_and_can_be_tried_again(runs, worker):
-    opened()
-    worker._jobs[1].state, worker._jobs[1].error = "failed", "Memory ran out."
-    app = opened()
-    assert "Memory ran out" in app.error[0].value.replace("\\", "")
-    next(button for button in app.button if button.label == "Try again").click().run()
-    assert [job.state for job in worker.jobs()] == ["queued", "failed"]
-
-
-def test_the_progress_says_what_the_capture_says(runs, worker):
-    opened()
     worker._jobs[1].state = "running"
     worker._handle(1, Progress("recording", message="about <b>44 MB</b>"))
     worker._handle(1, Progress("recording", done=5, total=10))
-    app = opened()
+    app.run()
     assert "about <b>44 MB</b>" in " ".join(c.value.replace("\\", "") for c in app.caption)
+    worker._jobs[1].state, worker._jobs[1].error = "failed", "Memory ran out."
+    app.run()
+    assert "Memory ran out" in app.error[0].value.replace("\\", "")
+    next(button for button in app.button if button.label == "Try again").click().run()
+    assert [job.state for job in worker.jobs()] == ["queued", "failed"]
+    write_run(runs / "demo.duckdb")
+    worker._jobs[2].state, worker._jobs[2].path = "done", str(runs / "demo.duckdb")
+    app.run()
+    assert query(app, "run") == "demo" and "sample" not in notes(app)
+    assert [path.name for path in runs.iterdir()] == ["demo.duckdb"]
+
+
+def test_a_sample_with_a_slice_stays(runs, worker):
+    app = opened()
+    app.run()
+    app.run()
+    (runs / "demo-sample.slices").mkdir()
+    write_run(runs / "demo.duckdb")
+    worker._jobs[1].state, worker._jobs[1].path = "done", str(runs / "demo.duckdb")
+    app.run()
+    assert query(app, "run") == "demo"
+    app = opened(run="demo-sample")
+    assert query(app, "run") == "demo-sample" and "20 of its 162" in notes(app)
 
 
 def test_a_broken_run_is_a_message_and_another_can_be_chosen(written, runs):

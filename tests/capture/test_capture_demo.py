@@ -9,8 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from capture.demo import FIGURES, FOLDER, TRENDS, WEIGHTS
+from capture.demo import FIGURES, FOLDER, SAMPLE, TRENDS, WEIGHTS
 from capture.prompts import DEMO_SETS
+from capture.store import RunReader
 
 PUBLIC = {"public domain", "CC0-1.0"}
 CARD = FIGURES.with_name("MODEL_CARD.md")
@@ -139,6 +140,18 @@ class TestTexts:
         assert sum(sizes) <= 2e6
 
 
+def test_the_sample_run_is_small_and_of_the_prompts_that_it_names(tmp_path):
+    """A schema that is not read any more is refused; capture/README.md says how to make it anew."""
+    assert SAMPLE.stat().st_size < 1e6
+    path = tmp_path / "sample.duckdb"
+    path.write_bytes(lzma.decompress(SAMPLE.read_bytes()))
+    with RunReader.open(path) as run:
+        recorded = run.query("SELECT text FROM prompts ORDER BY prompt_id")["text"].to_pylist()
+    texts = [record["text"] for record in load_texts("demo-sample")]
+    assert recorded == texts and len(texts) == 20
+    assert {record["text"] for record in load_texts("demo")} > set(texts)
+
+
 class TestFigures:
     def test_card_is_the_figures(self, figures, tmp_path):
         from capture.demo.card import write_card
@@ -192,8 +205,6 @@ class TestFigures:
         assert nats / math.log(2) / size == pytest.approx(stated, rel=0.07)
 
     def test_trend_runs(self):
-        from capture.store import RunReader
-
         stage = sorted(TRENDS.glob("step_*.duckdb"))
         assert [int(path.stem.split("_")[2]) for path in stage] == [1, 5, 20, 60, 100]
         (last,) = TRENDS.glob("stage2_step_*_100.duckdb")

@@ -1,20 +1,28 @@
 """Learn: a short tour on the open run, how to read every page, and the glossary."""
 
+import re
 from collections.abc import Callable
 
 import pandas as pd
 import streamlit as st
 from streamlit.errors import StreamlitPageNotFoundError
 
+from explorer import playground
 from explorer.pages.experts.data import divergences, shares_of
 from explorer.pages.experts.figures import DotsAxis, interval_dots
 from explorer.pages.load_balance.figures import load_bars
-from explorer.pages.tokens.data import token_experts, token_gates, token_scores, tokens
+from explorer.pages.tokens.data import (
+    token_experts,
+    token_gates,
+    token_quantity,
+    token_scores,
+    tokens,
+)
 from explorer.pages.tokens.figures import score_bars, token_routes
 from explorer.queries.load import expert_load
 from explorer.queries.overview import prompts
 from explorer.text import plain, visible
-from explorer.ui import address
+from explorer.ui import address, guard
 from explorer.ui.chart import chart
 from explorer.ui.glossary import TERMS
 from explorer.ui.problems import instead, section
@@ -35,6 +43,7 @@ _STEPS = {
     "specialisation": "3 · What is an expert for?",
     "path": "4 · From layer to layer",
     "pages": "5 · Which page answers what?",
+    "yours": "6 · Your own text",
 }
 _PAGES = {
     "overview": "What is in this run, and is any expert overloaded or idle?",
@@ -51,7 +60,10 @@ _PAGES = {
     "capture": "How do I record prompts of my own?",
 }
 _SHOWN = 8  # domains in the small figure
-_EXAMPLE = 12  # tokens before the example's
+_EXAMPLE = range(6, 40)  # positions in a prompt that an example is taken from
+_WORD = re.compile(r"\s[^\W\d_]{3,}")
+_GOES_ON = re.compile(r"[^\W\d_]")
+_PLAYGROUND_HEIGHT = 1_100  # pixels
 
 
 def render() -> None:
@@ -67,6 +79,7 @@ def render() -> None:
         "specialisation": _specialisation,
         "path": _path,
         "pages": _which_page,
+        "yours": _yours,
     }
     steps[step](view)
     _next(step)
@@ -101,20 +114,27 @@ def _next(step: str) -> None:
 
 
 def _example(view: View) -> "pd.Series | None":
-    """Return a token in the middle of a prompt, for the steps that look at one."""
+    """Return the word of a prompt whose choice in the view's layer was clearest."""
     if not view.run.records_ids:
         return None
     listed = ask(view, prompts, limit=50, **view.prompt_filters)
-    fitting = listed[listed["tokens"] > _EXAMPLE]
     if listed.empty:
         return None
-    chosen = (fitting if len(fitting) else listed).iloc[0]
-    found = ask(view, tokens, prompt_id=int(chosen["prompt_id"]))
+    fitting = listed[listed["tokens"] > _EXAMPLE.start]
+    prompt_id = int((fitting if len(fitting) else listed).iloc[0]["prompt_id"])
+    found = ask(view, tokens, prompt_id=prompt_id)
     if found.empty:
         return None
-    row = found.iloc[min(_EXAMPLE, len(found) - 1)].copy()
-    around = found["text"].iloc[: min(_EXAMPLE, len(found) - 1)]
-    row["before"] = "".join(text or "" for text in around)
+    text = found["text"].fillna("")
+    middle = found["position"].isin(_EXAMPLE)
+    whole = ~text.shift(-1, fill_value="").map(lambda word: bool(_GOES_ON.match(word)))
+    words = middle & whole & text.map(lambda word: bool(_WORD.fullmatch(word)))
+    choices = next((found[which] for which in (words, middle) if which.any()), found)
+    margins = view.here(ask(view, token_quantity, prompt_id=prompt_id, quantity="margin"))
+    margin = margins.set_index("token_id")["value"].reindex(choices["token_id"])
+    at = margin.idxmax() if margin.notna().any() else choices["token_id"].iloc[0]
+    row = found[found["token_id"] == at].iloc[0].copy()
+    row["before"] = "".join(text[found["position"] < row["position"]])
     return row
 
 
@@ -297,13 +317,42 @@ def _which_page(_view: View) -> None:
         right.markdown(question)
 
 
-def _link(name: str) -> None:
-    path, title = f"explorer/pages/{name}/page.py", name.replace("_", " ").capitalize()
+def _link(name: str, title: str = "") -> None:
+    path, title = f"explorer/pages/{name}/page.py", title or name.replace("_", " ").capitalize()
     try:
         st.page_link(path, label=f"**{title}**")
     except StreamlitPageNotFoundError:
         # nobody records on a read-only server
         st.markdown(f"**{title}** (not on this server)")
+
+
+@section("Your own text")
+def _yours(_view: View) -> None:
+    st.markdown(
+        "Now with words of yours: the demo model itself runs in this frame. Type, change a word, "
+        "force or forbid an expert, and see at every key where each token goes. It needs no "
+        "server: the file works on its own, and offline."
+    )
+    theme = "dark" if is_dark() else "light"
+    there = guard.base_path() + playground.ADDRESS
+    own, file, record = st.columns(3)
+    own.link_button("Open it in a tab", there, icon=":material/open_in_new:", width="stretch")
+    file.download_button(
+        "Download it (13 MB)",
+        playground.document,
+        "router.html",
+        "text/html",
+        on_click="ignore",
+        icon=":material/download:",
+        width="stretch",
+    )
+    with record:
+        _link("capture", "Record your prompts as a run")
+    st.iframe(
+        f"{there}#embedded&theme={theme}",
+        height=_PLAYGROUND_HEIGHT,
+        alt="The demo model: a field for text, and the experts of every token below it.",
+    )
 
 
 @section("Glossary")
