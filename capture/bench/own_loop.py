@@ -30,7 +30,7 @@ def own_loop_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=256, help="tokens of a text")
     parser.add_argument("--steps", type=int, default=4, help="steps of one side of a pair")
     parser.add_argument("--repeats", type=int, default=7, help="pairs; the median is reported")
-    parser.add_argument("--level", choices=RECORDED_LEVELS[:3], default="ids")
+    parser.add_argument("--level", choices=RECORDED_LEVELS, default="ids")
     parser.add_argument("--device")
 
 

@@ -1,6 +1,7 @@
 """Trends: how many tokens each run has, and runs that share no prompt."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -67,6 +68,18 @@ def test_runs_without_shared_prompts_say_so(folder):
     app = opened("trends", source="folder")
     # the last one is like itself, which is no news
     assert not charts(app) and "There is nothing to draw" in notes(app)
+
+
+def test_a_run_that_comes_is_drawn_without_a_restart(folder):
+    app = opened("trends", source="live", trend="max_violation")
+    write_run(folder / "step_9.duckdb", seed=3)
+    write_run(folder / "step_40.duckdb", seed=4)
+    app.run()  # as the part that looks at the folder asks for
+    assert "5 runs with `step` in the name" in " ".join(one.value for one in app.caption)
+    (chart,) = charts(app)
+    drawn = json.loads(chart.spec)["layout"]["xaxis"]["ticktext"]
+    assert [int(re.search(r"\d+", one)[0]) for one in drawn] == [9, 10, 20, 30, 40]
+    assert "runs" not in app.query_params
 
 
 def test_a_run_without_a_token_of_the_selection_is_named(folder, monkeypatch):

@@ -32,7 +32,15 @@ from capture.recorder.attention.summary import (
     pack_attention,
 )
 from capture.recorder.config import CaptureConfig, RecordingOptions, described
-from capture.recorder.engine import Ledger, RowsOfCall, Segments, Sender, is_routed, pair_sums
+from capture.recorder.engine import (
+    Ledger,
+    RowsOfCall,
+    Segments,
+    Sender,
+    is_routed,
+    next_losses,
+    pair_sums,
+)
 from capture.recorder.estimate import Sample
 from capture.recorder.observe import PairCounter, RealRows, group_sites
 from capture.recorder.own_loop.call import Call, Declared, DeclareStep, OwnCall, OwnStep
@@ -406,6 +414,7 @@ class _OwnTexts(Texts):
             if attention is not None and attention.tokens <= text.pieces[0][1]:
                 writer.append_attention(replace(attention, prompt_id=number, first_token=token_id))
             losses, position = text.losses(), 0
+            known, words = ~np.ma.getmaskarray(losses), np.array(pieces, object)
             for piece, upto in text.pieces:
                 place = np.arange(position, position + upto)
                 _, parts = columns.setdefault(id(piece.of), (piece.of, []))
@@ -419,10 +428,8 @@ class _OwnTexts(Texts):
                         "prompt": np.full(upto, number),
                         "domain": np.full(upto, domains.index(prompt.domain)),
                         "loss": losses.data[place],
-                        "no_loss": np.ma.getmaskarray(losses)[place],
-                        "text": np.array(pieces, object)[place]
-                        if pieces is not None
-                        else np.full(upto, None),
+                        "has_loss": known[place],
+                        "text": np.full(upto, None) if pieces is None else words[place],
                     }
                 )
                 position += upto
@@ -454,7 +461,7 @@ class _OwnTexts(Texts):
             position=columns["position"].astype(np.uint32),
             token=columns["token"].astype(np.int32),
             text=None if None in text else text,
-            loss=np.ma.array(columns["loss"], mask=columns["no_loss"]),
+            loss=next_losses(columns["loss"], columns["has_loss"]),
             phase=phase,
         )
         rows = RowsOfCall(columns["rows"], domain, len(present))

@@ -1,5 +1,6 @@
 """Trends: how routing changed over the checkpoints of a training."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,8 +24,13 @@ from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import Caption, label, labels, number
 
 _LISTED = 6  # checkpoints whose numbers of tokens are told one by one
-_DEMO, _FOLDER, _STEPS = "demo", "folder", "steps"
-_SOURCES = {_DEMO: "The demo model's training", _FOLDER: "Runs of this folder"}
+FOLLOW_SECONDS = 5.0
+_DEMO, _FOLDER, _LIVE, _STEPS = "demo", "folder", "live", "steps"
+_SOURCES = {
+    _DEMO: "The demo model's training",
+    _FOLDER: "Runs of this folder",
+    _LIVE: "Follow this folder",
+}
 _OVER_STEPS = ("max_violation", "normalized_entropy")
 
 
@@ -43,9 +49,10 @@ def render() -> None:
     if source == _STEPS:
         _over_steps(view)
         return
-    if source == _DEMO:
-        address.write("runs", "")  # of the folder, which is not shown
-    named = _demo_runs() if source == _DEMO else _folder_runs()
+    if source != _FOLDER:
+        address.write("runs", "")  # a choice among those of the folder
+    choose = {_DEMO: _demo_runs, _FOLDER: _folder_runs, _LIVE: _followed_runs}
+    named = choose[source]()
     if len(named) < 2:
         instead(
             "Trends need at least two runs. Record each checkpoint on the same prompts: "
@@ -177,13 +184,41 @@ def _demo_runs() -> list[tuple[str, Run]]:
 
 
 def _folder_runs() -> list[tuple[str, Run]]:
-    names = state.run_names()
-    stepped = sorted(name for name in names if "step" in name)
-    chosen = address.choose_several(st.multiselect, "runs", "Runs", names, default=stepped)
+    chosen = address.choose_several(
+        st.multiselect, "runs", "Runs", state.run_names(), default=_stepped()
+    )
     # written even if it is the default, which changes with the runs of the folder
     address.write("runs", join(chosen))
+    return _opened_by_name(chosen)
+
+
+def _stepped() -> list[str]:
+    """Return the runs of the folder that are named by a step."""
+    return sorted(name for name in state.run_names() if "step" in name)
+
+
+def _followed_runs() -> list[tuple[str, Run]]:
+    """Return what the folder holds by now; the page is drawn again when there is more."""
+    names = _stepped()
+    _watch(tuple(names))
+    return _opened_by_name(names)
+
+
+@st.fragment(run_every=FOLLOW_SECONDS)
+def _watch(drawn: tuple[str, ...]) -> None:
+    # a part that is drawn alone is not within the page's own
+    with problems.shown():
+        if tuple(_stepped()) != drawn:
+            st.rerun()
+        st.caption(
+            f"{counted(len(drawn), 'run')} with `step` in the name so far. The folder is looked at "
+            f"every {FOLLOW_SECONDS:.0f} s, and a new one is drawn as it is there."
+        )
+
+
+def _opened_by_name(names: Sequence[str]) -> list[tuple[str, Run]]:
     found = []
-    for name in chosen:
+    for name in names:
         try:
             found.append((name, state.opened(name)[0]))
         except (CaptureError, ExplorerError) as error:
