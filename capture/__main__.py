@@ -13,7 +13,7 @@ from capture.interrupts import Terminated
 from capture.paths import RUN_SUFFIX, given_path, path_argument, suggested_name
 from capture.recorder.config import CaptureConfig, described
 from capture.recorder.record import record
-from capture.store import migrate, recover
+from capture.store import merge, migrate, recover
 from capture.traces import import_routing
 from capture.traces.formats import NAMES
 
@@ -33,6 +33,10 @@ examples:
       also pooled attention maps, head statistics and heaviest keys of 20 prompts
   python -m capture import responses.jsonl --out runs/served.duckdb
       routing that vLLM, SGLang, Megatron or another program recorded
+  torchrun --nproc-per-node 8 -m capture MODEL --prompts big.jsonl --out runs/big.duckdb
+      eight processes, a share of the prompts each; --shard I/N does the same on many machines
+  python -m capture merge runs/big.parts --out runs/big.duckdb
+      their parts as one run, where the last process did not do it
   python -m capture recover runs/olmoe.duckdb.partial
       close the file of a capture that was killed; everything committed is kept
   python -m capture migrate runs/old.duckdb runs/new.duckdb
@@ -50,7 +54,10 @@ messages, conversations (ShareGPT), prompt and completion, or instruction (Alpac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"import": _import, "recover": _recover, "migrate": _migrate, "matrix": _matrix}
+    commands = {
+        **{"import": _import, "merge": _merge, "recover": _recover, "migrate": _migrate},
+        "matrix": _matrix,
+    }
     run = commands.get(given[0], _capture) if given else _capture
     try:
         return run(given)
@@ -160,6 +167,18 @@ def _recover(arguments: Sequence[str]) -> int:
     parser.add_argument("partial", metavar="NAME.partial")
     options = parser.parse_args(arguments[1:])
     print(recover(options.partial))
+    return 0
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m capture merge",
+        description="Write the parts of a capture by several processes as one run; they stay.",
+    )
+    parser.add_argument("part", nargs="+", metavar="PART", help="part files, or their folder")
+    parser.add_argument("--out", required=True, metavar="RUN", help="never overwritten")
+    options = parser.parse_args(arguments[1:])
+    print(merge(options.part, options.out))
     return 0
 
 

@@ -54,28 +54,6 @@ def suggested_name(wish: str, *, most: int = 50, otherwise: str = "run") -> str:
     return re.sub(r"[^\w.-]+", "-", wish).strip("-.")[:most] or otherwise
 
 
-def check_rank(out: Path) -> None:
-    """Refuse one run file for several processes, as torchrun starts them.
-
-    Raises
-    ------
-    CaptureError
-        In every process, before anything is written, unless OUT has the process's rank in its
-        name: each then records a run of its own.
-    """
-    size, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
-    if not (size.isdigit() and rank.isdigit()) or int(size) < 2:
-        return
-    if re.search(rf"rank[-_]?0*{int(rank)}(?!\d)", out.name):
-        return
-    raise CaptureError(
-        f"One process records one run, but this is process {rank} of {size} (torchrun), and all "
-        f"would write to {out.name}. Start one process without torchrun (device='auto' spreads a "
-        f"model over several GPUs), or give each process a name with its rank: "
-        f"{out.stem}-rank{rank}{out.suffix}."
-    )
-
-
 def model_name(model: str) -> str:
     """Return the name of a model: the last one of a folder, or the id of a hub as it is."""
     text = model.rstrip("/\\")

@@ -21,7 +21,10 @@ PAPERS = {
 }
 README = PAPERS["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-MODULE = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?python -m ([\w.]+)(.*)", re.DOTALL)
+MODULE = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:(?:\.venv/bin/)?python|torchrun(?: --[\w-]+ \w+)*) -m ([\w.]+)(.*)",
+    re.DOTALL,
+)
 # the first column of the tables of what moved: names of before
 BEFORE = re.compile(r"^\| `[^|]*`[^|]* \| ", re.MULTILINE)
 

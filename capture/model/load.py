@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,6 +141,12 @@ def refuse_kernels_package() -> None:
         "RouteScope's package 'kernels' cannot run beside the Hugging Face distribution of that "
         f"name, and version {version} of it is installed. Run: pip uninstall kernels"
     )
+
+
+def own_device() -> str | None:
+    """Return the GPU of this process among several that torchrun started on one machine."""
+    local, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    return f"cuda:{int(local) % count}" if local.isdigit() and count > 1 else None
 
 
 def _taken(model: Any, *, dtype: object, device: object) -> LoadedModel:

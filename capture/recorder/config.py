@@ -260,6 +260,22 @@ class CaptureConfig(RecordingOptions):
         default=False, metadata=_option("load weights that are not safetensors")
     )
     compile: bool = field(default=False, metadata=_option("run the model through torch.compile"))
+    shard: str | None = field(
+        default=None,
+        metadata=_option(
+            "record share I of N of the prompts, counted from 0, or 'slurm' for a task of a job "
+            "array (default: torchrun's rank); the last process to end merges the parts",
+            metavar="I/N",
+        ),
+    )
+    parts: int | None = field(
+        default=None,
+        metadata=_option(
+            "commit the shares in N parts; a kill costs the part at hand (default: one a process)",
+            least=1,
+            advice="leave it out for one a process",
+        ),
+    )
     seed: int = field(
         default=0,
         metadata=_option(

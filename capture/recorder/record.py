@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from capture.errors import PromptError, quoted
 from capture.interrupts import remembered_interrupts
-from capture.paths import check_rank, given_path
+from capture.paths import given_path
 from capture.progress import Progress, Reporter
-from capture.prompts import PromptSource, read_prompts
+from capture.prompts import STANDARD_INPUT, PromptSource, read_prompts
 from capture.recorder.config import CaptureConfig
+from capture.recorder.parts import is_whole, plan_parts, put_together, shard_of
 from capture.store.files import check_new
+from capture.store.merge import merged_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +56,8 @@ def record(
     Returns
     -------
     Path
-        ``out``.
+        ``out``. Of several processes the last one to end puts their parts together as ``out``;
+        the others return the folder of the parts.
 
     Raises
     ------
@@ -69,10 +72,19 @@ def record(
     if config.chat_template is not None:
         config = replace(config, chat_template=_template(config.chat_template))
     path = given_path(out, "the run file")
-    reporter = Reporter(progress)
+    shard = shard_of(config.shard, path)
+    # several bars would overwrite each other
+    reporter = Reporter(
+        False if progress is True and shard is not None and shard.rank else progress
+    )
     with closing(reporter), remembered_interrupts() as interrupts:
-        check_rank(path)
-        check_new(path)
+        if shard is None:
+            check_new(path)
+        elif prompts == STANDARD_INPUT:
+            raise PromptError(
+                "Standard input goes to one process, and every one that records a share reads all "
+                "prompts. Write them to a file."
+            )
         given = read_prompts(
             prompts,
             text_column=config.text_column,
@@ -93,7 +105,19 @@ def record(
         from capture.recorder.session import Stopper, capture  # torch takes seconds
 
         stop = Stopper(interrupts, cancel)
-        return capture(model, given, path, config, tokenizer, reporter, stop, started)
+        if shard is None:
+            return capture(model, given, path, config, tokenizer, reporter, stop, started)
+        plan = plan_parts(str(name), given, config, path, shard.size)
+        if merged_from(path) == plan[0].note.capture:
+            reporter.enter("done", f"{path} is there already, of all {len(plan)} parts.")
+            return path
+        check_new(path)
+        mine = [part for part in plan[shard.rank :: shard.size] if not is_whole(part)]
+        if mine:
+            config = replace(config, shard=None, parts=None)
+            capture(model, given, path, config, tokenizer, reporter, stop, started, mine)
+        reporter.enter("writing", f"Looking for the other parts of {path}.")
+        return put_together(plan, path) or plan[0].path.parent
 
 
 def _template(given: str) -> str:

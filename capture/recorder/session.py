@@ -8,12 +8,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from capture.errors import CaptureCancelled, CaptureError, ConfigError
@@ -22,7 +23,7 @@ from capture.model.compiled import compiled, default_compiler, suspended
 from capture.model.forward import Head, Runner
 from capture.model.hooks import tap
 from capture.model.inputs import input_device, vocabulary, width
-from capture.model.load import LoadedModel, load_model, loading_bars
+from capture.model.load import LoadedModel, load_model, loading_bars, own_device
 from capture.model.selftest import attach, heeds_padding, probe_tokens, writes_as_it_reads
 from capture.model.sites import Site, text_config
 from capture.model.token_text import can_decode, has_offsets
@@ -45,8 +46,10 @@ from capture.recorder.estimate import (
 )
 from capture.recorder.loop import CapturePlan, HiddenRows, PlannedTexts, Recording
 from capture.recorder.observe import PairCounter, group_sites
+from capture.recorder.parts import Part
 from capture.recorder.transfer import Staging, WriterThread
 from capture.store import PromptInfo, RunInfo, RunWriter
+from capture.store.merge import PART
 from kernels.dispatch import backend_for
 
 if TYPE_CHECKING:
@@ -110,13 +113,17 @@ def capture(
     reporter: Reporter,
     stop: Stopper,
     started: float,
+    parts: Sequence[Part] = (),
 ) -> Path:
-    """Load the model and record; see :func:`capture.record`, which checks what it is given."""
+    """Load the model and record; see :func:`capture.record`, which checks what it is given.
+
+    With ``parts``, each of them is recorded under its own name, and nothing is written to ``out``.
+    """
     loaded = _load(model, config, tokenizer, reporter)
     with suspended(loaded.model) as was_compiled:
         if loaded.compiler is None and (was_compiled or config.compile):
             loaded = loaded._replace(compiler=default_compiler)
-        return _capture(loaded, given, out, config, reporter, stop, started)
+        return _capture(loaded, given, out, config, reporter, stop, started, parts)
 
 
 def _capture(
@@ -127,6 +134,7 @@ def _capture(
     reporter: Reporter,
     stop: Stopper,
     started: float,
+    parts: Sequence[Part],
 ) -> Path:
     """Record with a model that is loaded, and not compiled yet."""
     prompts = tokenize(
@@ -146,6 +154,32 @@ def _capture(
         config.seed,
     )
     attention = plan_attention(prompts, sites, loaded, config)
+    notes: dict[str, Any] = {"prompts": given.notes} if given.notes else {}
+    whole = _Prepared(prompts, sample, attention)
+    if not parts:
+        return _record(loaded, sites, whole, out, config, reporter, stop, started, notes)
+    for part in parts:
+        share = whole.share(part.note.numbers)
+        noted = notes | {PART: part.note._asdict()}
+        with part.attempt() as path:
+            _record(loaded, sites, share, path, config, reporter, stop, started, noted)
+        started = time.monotonic()
+    return parts[-1].path
+
+
+def _record(
+    loaded: LoadedModel,
+    sites: list[Site],
+    prepared: "_Prepared",
+    out: Path,
+    config: CaptureConfig,
+    reporter: Reporter,
+    stop: Stopper,
+    started: float,
+    notes: dict[str, Any],
+) -> Path:
+    """Record one file; ``notes`` are for ``run.notes``."""
+    prompts, sample, attention = prepared
     cost = cost_of(prompts, sites, loaded, config, sample, attention)
     check_space(cost, out)
     if stop.is_cancelled():
@@ -156,9 +190,8 @@ def _capture(
     layers = attention.found.layers if attention is not None else ()
     writer = RunWriter.create(out, info, [site.info for site in sites], rows, layers)
     try:
-        session = _Session(loaded, sites, plan, writer, reporter, attention)
+        session = _Session(loaded, sites, plan, writer, reporter, attention, notes)
         session.seconds_before = time.monotonic() - started
-        session.notes = {"prompts": given.notes} if given.notes else {}
         reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
     except BaseException:
         writer.discard()
@@ -177,7 +210,7 @@ def _load(
             model,
             revision=config.revision,
             dtype=config.dtype,
-            device=config.device,
+            device=config.device or (own_device() if isinstance(model, str | Path) else None),
             trust_remote_code=config.trust_remote_code,
             allow_pickle=config.allow_pickle,
         )
@@ -265,6 +298,27 @@ def plan_attention(
         kept, len(found.sites), sum(len(site.heads) for site in found.sites), *options
     )
     return AttentionPlan(found, attended, AttentionTaps(found.sites, options), size)
+
+
+class _Prepared(NamedTuple):
+    """Prompts, and what is kept of them besides their routing."""
+
+    prompts: list[TokenizedPrompt]
+    sample: Sample
+    attention: AttentionPlan | None
+
+    def share(self, numbers: Sequence[int]) -> "_Prepared":
+        """Return the part with the prompts of these numbers, ascending; records stay of all."""
+        lengths = [len(prompt.ids) for prompt in self.prompts]
+        is_own = np.isin(np.arange(len(lengths)), numbers)
+        sampled = self.sample.is_sampled[np.repeat(is_own, lengths)]
+        attention = self.attention
+        if attention is not None:
+            attended = attention.attended
+            own = attended._replace(is_attended=attended.is_attended[is_own])
+            attention = replace(attention, attended=own)
+        prompts = [self.prompts[number] for number in numbers]
+        return _Prepared(prompts, self.sample._replace(is_sampled=sampled), attention)
 
 
 def cost_of(
@@ -374,6 +428,7 @@ class _Session:
         writer: RunWriter,
         reporter: Reporter,
         attention: AttentionPlan | None = None,
+        notes: dict[str, Any] | None = None,
     ) -> None:
         self.loaded = loaded
         self.sites = sites
@@ -381,7 +436,7 @@ class _Session:
         self.writer = writer
         self.reporter = reporter
         self.seconds_before = 0.0
-        self.notes: dict[str, Any] = {}
+        self.notes = notes or {}
         self.attention = attention
         self.ledger = Ledger(writer, sites)
         self.texts = PlannedTexts(

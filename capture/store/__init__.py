@@ -1,5 +1,6 @@
 """The run file: one DuckDB database per capture, written once, read by many."""
 
+from capture.store.merge import merge
 from capture.store.reader import RunReader, check_run
 from capture.store.records import (
     RECORDED_LEVELS,
@@ -44,6 +45,7 @@ __all__ = [
     "TokenRows",
     "check_run",
     "counts_only",
+    "merge",
     "migrate",
     "next_sites",
     "recover",

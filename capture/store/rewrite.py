@@ -21,10 +21,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 
 from capture.errors import SchemaVersionError, StoreError, first_line
@@ -46,7 +45,7 @@ from capture.store.files import (
 )
 from capture.store.reader import FILE, RunReader, check_old, in_file, open_sandbox
 from capture.store.records import LEVELS, SiteInfo
-from capture.store.sums import check_counts, pairs_of_rows, store_pairs
+from capture.store.sums import check_counts, pairs_of_rows, store_pairs, summed
 from capture.store.writer import BLOCK_SIZE
 
 # what a counts-only run says of itself in ``run.notes``
@@ -78,7 +77,6 @@ _SIZES = (
     "SELECT domain, phase, count(*) AS tokens, count(DISTINCT prompt_id) AS prompts"
     " FROM packed.token JOIN packed.prompt USING (prompt_id) GROUP BY ALL"
 )
-_SUMS = ("assignments", "weight_sum", "prob_sum")
 
 
 @as_keyboard_interrupt()
@@ -426,17 +424,10 @@ def _renamed(prompts: pa.Table, rule: _Given) -> pa.Table:
 
 def _sums(rollup: pa.Table, rule: _Given) -> pa.Table:
     """Return the sums of the groups that are given, in the columns of ``rollup``."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rollup.to_pylist():
-        if row["phase"] not in rule.named:
-            continue
-        name = rule.name_in(row["phase"], row["domain"])
-        key = (row["layer"], row["site"], name, row["phase"])
-        group = found.setdefault(key, dict.fromkeys(_SUMS, 0))
-        for name in _SUMS:
-            # a sum over only some of the tokens would read as one over all
-            missing = row[name] is None or group[name] is None
-            group[name] = None if missing else group[name] + np.asarray(row[name])
-    places = ("layer", "site", "domain", "phase")
-    rows = [dict(zip(places, key, strict=True)) | group for key, group in found.items()]
+    named = (
+        row | {"domain": rule.name_in(row["phase"], row["domain"])}
+        for row in rollup.to_pylist()
+        if row["phase"] in rule.named
+    )
+    rows = summed(named, ("layer", "site", "domain", "phase"))
     return pa.Table.from_pylist(rows, schema=rollup.schema)

@@ -3,7 +3,7 @@
 ``check_counts`` holds them, and the rows, against what was handed in when a capture ends.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import duckdb
@@ -22,6 +22,7 @@ _Key = tuple[tuple[int, ...], str | None, str]  # indices of the sites, domain, 
 # tokens whose rows are unpacked at a time; 64 layers of top-8 take 64 MB
 CHUNK_TOKENS = 16_384
 MAX_CELLS = 2**28  # of all matrices together, 2 GB; 400 sites of 512 experts take less than half
+_SUMS = ("assignments", "weight_sum", "prob_sum")
 Counts = npt.NDArray[np.int64]
 _ADVICE = "The partial file stays; report this, it is a defect of the capture."
 
@@ -98,6 +99,19 @@ class Rollup:
             for place, index in enumerate(indices)
         ]
         return rows_table(columns, rows)
+
+
+def summed(rows: Iterable[Mapping[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
+    """Add up rows of sums over experts that agree in ``key``; unknown plus known is unknown."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        named = {name: row[name] for name in key}
+        group = found.setdefault(tuple(named.values()), named | dict.fromkeys(_SUMS, 0))
+        for name in _SUMS:
+            # a sum over only some of the tokens would read as one over all
+            missing = row[name] is None or group[name] is None
+            group[name] = None if missing else group[name] + np.asarray(row[name])
+    return list(found.values())
 
 
 class PairTotals:

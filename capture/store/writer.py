@@ -69,7 +69,7 @@ MEMORY = "2GiB"
 # a checkpoint rewrites the last row group of every table and leaves its old blocks behind: at
 # DuckDB's 16 MB a slow capture with a sample ends up half as large again
 CHECKPOINT_MB = 256
-_CONFIG: dict[str, str | bool | int | float | list[str]] = {
+CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "default_block_size": BLOCK_SIZE,
     "memory_limit": MEMORY,
     "checkpoint_threshold": f"{CHECKPOINT_MB}MB",
@@ -161,7 +161,7 @@ class RunWriter:
         writer = cls(out, info, list(sites), attention_layers)
         try:
             with unnamed(writer.partial) as fresh:
-                writer._connection = duckdb.connect(str(fresh), config=_CONFIG)
+                writer._connection = duckdb.connect(str(fresh), config=CONFIG)
                 try:
                     writer._start(info, prompts, attention_layers)
                 finally:
@@ -183,7 +183,7 @@ class RunWriter:
     def _reopen(self) -> None:
         """Open the partial file, which has all its tables."""
         try:
-            self._connection = duckdb.connect(str(self.partial), config=_CONFIG)
+            self._connection = duckdb.connect(str(self.partial), config=CONFIG)
         except BaseException:
             remove_partial(self.out)
             raise

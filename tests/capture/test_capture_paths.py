@@ -1,9 +1,6 @@
-"""Names that are empty, that mean a home folder, and that several processes share."""
+"""Names that are empty, and that mean a home folder."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +10,13 @@ import capture
 from capture.__main__ import main
 from capture.errors import CaptureError, ModelError, PromptError, StoreError
 from capture.model.load import load_model
-from capture.paths import check_rank, given_path, is_run_name, suggested_name
+from capture.paths import given_path, is_run_name, suggested_name
 from capture.prompts import read_prompts
 from capture.store import migrate, recover
 from explorer.__main__ import main as explorer
 from explorer.errors import RunError
 from explorer.run import open_run
 
-ROOT = Path(__file__).parents[2]
 EMPTY = "A name was expected for .*unset shell variable"
 
 
@@ -85,37 +81,6 @@ def test_a_home_folder_is_found_where_no_shell_did(folder):
 def test_a_name_may_have_spaces_and_tildes_inside():
     assert given_path("a b~c", "a file") == Path("a b~c")
     assert given_path(Path("."), "a file") == Path(".")
-
-
-def test_several_processes_need_several_run_files(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(CaptureError, match=rf"process {rank} of 2 .*run-rank{rank}\.duckdb"):
-            check_rank(tmp_path / "run.duckdb")
-        check_rank(tmp_path / f"run-rank{rank}.duckdb")
-    with pytest.raises(CaptureError, match="process 1 of 2"):
-        check_rank(tmp_path / "run-rank11.duckdb")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    check_rank(tmp_path / "run.duckdb")
-
-
-def test_torchrun_with_one_out_is_refused_in_every_process(tmp_path):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "capture", "demo"]
-    done = subprocess.run(
-        [sys.executable, *command, "--out", str(tmp_path / "run.duckdb"), "--quiet"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode
-    assert all("One process records one run" in line for line in errors)
-    assert errors
-    assert "recover" not in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
