@@ -151,14 +151,14 @@ def test_pictures_exist_and_stay_small():
 
 
 def test_every_page_is_shown():
-    pages = set(re.findall(r"^    \"(\w+)\": \(", (ROOT / "app.py").read_text(), re.MULTILINE))
+    pages = set(re.findall(r"^        \"(\w+)\": \(", (ROOT / "app.py").read_text(), re.MULTILINE))
     assert "overview" in pages
     shown = {Path(p).stem for p in re.findall(r"\(explorer/assets/([^)]+)\)", README)}
     assert pages | {f"{page}_dark" for page in pages} <= shown
 
 
 def test_every_page_is_described():
-    titles = re.findall(r"^    \"\w+\": \(\"([^\"]+)\"", (ROOT / "app.py").read_text(), re.M)
+    titles = re.findall(r"^        \"\w+\": \(\"([^\"]+)\"", (ROOT / "app.py").read_text(), re.M)
     described = re.findall(r"^\| ([A-Z][\w ]+) \| ", section("explorer/README.md", "Pages"), re.M)
     assert sorted(titles) == sorted(described)
 

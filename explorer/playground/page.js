@@ -373,9 +373,9 @@ function drawRules() {
       moved += choiceOf(own, token, layer) !== choiceOf(other, token, layer);
   const [ruled, plain] = [model.meanLoss(line), model.meanLoss(free)];
   byId("effect").textContent =
-    `${moved} of ${n * model.layers} choices are other ones than without.` +
+    `${moved} of ${n * model.layers} choices differ from those without the rules.` +
     (n > 1 ? ` The text is foretold ${ruled > plain ? "worse" : "better"}: ${ruled.toFixed(3)} nats a token instead of ${plain.toFixed(3)} (${ruled > plain ? "+" : "−"}${Math.abs(ruled - plain).toFixed(3)}).` : "") +
-    " Marks in the bars of what comes next: without.";
+    " The marks in the bars of what comes next are without them.";
 }
 
 function theme(dark) {

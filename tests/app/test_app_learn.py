@@ -46,8 +46,9 @@ def test_the_example_is_a_whole_word_and_its_choice_is_clear(runs):
     app = opened("learn", layer="2")
     said = " ".join(block.value for block in app.markdown)
     word = re.search(r":primary-background\[·?(\w+)\]", said)[1]
-    assert any(word == other for p in read_prompts("demo-sample") for other in p.text.split())
-    assert float(re.search(r"next expert by ([\d.]+) in score", said)[1]) > 0.03
+    assert any(word in re.findall(r"\w+", prompt.text) for prompt in read_prompts("demo-sample"))
+    assert re.search(r"It was sure|It leaned clearly", said)
+    assert float(re.search(r"next expert by ([\d.]+) in score", said)[1]) >= 0.05
 
 
 def test_the_tour_ends_in_a_text_of_ones_own(known):
@@ -108,7 +109,7 @@ def test_every_figure_has_a_link_to_what_explains_it(known, page):
         assert link.page.endswith("learn")
         assert "run=known" in link.query_string and "layer=1.0" in link.query_string
         name = link.query_string.rpartition("term=")[2]
-        assert link.help == help_text(name)
+        assert link.help.startswith(help_text(name))
 
 
 def test_terms_refer_to_terms():

@@ -61,6 +61,8 @@ _PAGES = {
 }
 _SHOWN = 8  # domains in the small figure
 _EXAMPLE = range(6, 40)  # positions in a prompt that an example is taken from
+_LOOKED_AT = 10  # prompts
+_AHEAD = 0.05  # margin of a choice that a little change would not turn over
 _WORD = re.compile(r"\s[^\W\d_]{3,}")
 _GOES_ON = re.compile(r"[^\W\d_]")
 _PLAYGROUND_HEIGHT = 1_100  # pixels
@@ -114,14 +116,22 @@ def _next(step: str) -> None:
 
 
 def _example(view: View) -> "pd.Series | None":
-    """Return the word of a prompt whose choice in the view's layer was clearest."""
+    """Return the word, in some prompts, whose choice in the view's layer was clearest."""
     if not view.run.records_ids:
         return None
     listed = ask(view, prompts, limit=50, **view.prompt_filters)
-    if listed.empty:
-        return None
     fitting = listed[listed["tokens"] > _EXAMPLE.start]
-    prompt_id = int((fitting if len(fitting) else listed).iloc[0]["prompt_id"])
+    listed = fitting if len(fitting) else listed
+    found = [
+        _clearest(view, int(prompt_id))
+        for prompt_id in listed["prompt_id"].iloc[:: -(-len(listed) // _LOOKED_AT) or 1]
+    ]
+    known = [row for row in found if row is not None]
+    return max(known, key=lambda row: (row["is_word"], row["clear"]), default=None)
+
+
+def _clearest(view: View, prompt_id: int) -> "pd.Series | None":
+    """Return the token of a prompt whose choice was clearest, a whole word where there is one."""
     found = ask(view, tokens, prompt_id=prompt_id)
     if found.empty:
         return None
@@ -130,10 +140,15 @@ def _example(view: View) -> "pd.Series | None":
     whole = ~text.shift(-1, fill_value="").map(lambda word: bool(_GOES_ON.match(word)))
     words = middle & whole & text.map(lambda word: bool(_WORD.fullmatch(word)))
     choices = next((found[which] for which in (words, middle) if which.any()), found)
-    margins = view.here(ask(view, token_quantity, prompt_id=prompt_id, quantity="margin"))
-    margin = margins.set_index("token_id")["value"].reindex(choices["token_id"])
-    at = margin.idxmax() if margin.notna().any() else choices["token_id"].iloc[0]
-    row = found[found["token_id"] == at].iloc[0].copy()
+    margin, entropy = (
+        view.here(ask(view, token_quantity, prompt_id=prompt_id, quantity=name))
+        .set_index("token_id")["value"]
+        .reindex(choices["token_id"])
+        for name in ("margin", "entropy")
+    )
+    clear = (1 - entropy).where(margin >= _AHEAD).fillna(0.0)
+    row = found[found["token_id"] == clear.idxmax()].iloc[0].copy()
+    row["clear"], row["is_word"] = float(clear.max()), bool(words.any())
     row["before"] = "".join(text[found["position"] < row["position"]])
     return row
 
