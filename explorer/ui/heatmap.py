@@ -110,25 +110,30 @@ def clickable_heatmap(
             f"Expected at most {MAX_CELLS:,} cells in a heatmap, got {rows:,} x {columns:,}. "
             "Show a part of the rows or columns."
         )
-    figure = go.Figure(
-        go.Heatmap(
-            z=z,
-            x=_centres(columns, cell),
-            y=_centres(rows, cell),
-            colorscale=theme.SEQUENTIAL if scale.neutral is None else theme.diverging(dark),
-            zmin=scale.low,
-            zmax=scale.high,
-            hoverinfo="skip",
-            colorbar=_colorbar(scale),
-        )
+    heatmap = go.Heatmap(
+        z=z,
+        x=_centres(columns, cell),
+        y=_centres(rows, cell),
+        colorscale=theme.SEQUENTIAL if scale.neutral is None else theme.diverging(dark),
+        zmin=scale.low,
+        zmax=scale.high,
+        hoverinfo="skip",
+        colorbar=_colorbar(scale),
     )
-    figure.add_traces(list(_click_layers(z, ids, hover, missing_hover, hover_text, cell)))
-    figure.update_xaxes(title=x_title, range=[-0.5, columns * cell - 0.5], **ticks(x_labels))
-    figure.update_yaxes(title=y_title, range=[rows * cell - 0.5, -0.5], **ticks(y_labels))
-    figure.update_layout(
-        clickmode="event+select", dragmode="zoom", hovermode="closest", hoverdistance=_CLICK_REACH
+    x_axis = {"title": x_title, "range": [-0.5, columns * cell - 0.5], **ticks(x_labels)}
+    y_axis = {"title": y_title, "range": [rows * cell - 0.5, -0.5], **ticks(y_labels)}
+    # plotly checks what a figure is made with once, and what is added to it several times
+    return go.Figure(
+        [heatmap, *_click_layers(z, ids, hover, missing_hover, hover_text, cell)],
+        layout={
+            "xaxis": x_axis,
+            "yaxis": y_axis,
+            "clickmode": "event+select",
+            "dragmode": "zoom",
+            "hovermode": "closest",
+            "hoverdistance": _CLICK_REACH,
+        },
     )
-    return figure
 
 
 def expert_heatmap(

@@ -5,6 +5,7 @@ to orange (more); named things have a hue, at most eight at a time. All of them 
 with the common colour vision deficiencies, and hues are seen on their ground (3:1 at least).
 """
 
+import functools
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 from plotly.colors import sample_colorscale
 
 from explorer.ui.wording import Caption, escaped, site_name
 
+# figures carry the template below; to make plotly's own for each first takes as long as the rest
+pio.templates.default = None
 SEQUENTIAL = "cividis"
 # ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the
 # cells that stand out are the ones far from neutral on either ground
@@ -176,6 +180,7 @@ def pin_colors(pins: Sequence[PinKey], dark: bool) -> dict[PinKey, str]:
     return dict(zip(dict.fromkeys(pins), hues(dark), strict=False))
 
 
+@functools.cache
 def template(dark: bool) -> go.layout.Template:
     """Return the plotly template; figures carry it, so that an export looks like the screen."""
     axis = {
@@ -234,20 +239,19 @@ def finish(
     caption_width : int, characters
         Of a line; less for a narrow figure.
     """
+    layout = figure.layout  # each attribute once and whole: `update_layout` takes five times as long
     if isinstance(caption, Caption):
         # exports say what chose their numbers
         filters = {name: escaped(value) for name, value in caption.filters.items()}
-        figure.update_layout(meta={"filters": filters})
+        layout.meta = {"filters": filters}
     lines = wrapped(caption, caption_width)
     extra = _LINE * (len(lines) - 1) + (_LEGEND if legend else 0)
-    figure.update_layout(
-        template=template(dark),
-        title={"text": title, "subtitle": {"text": "<br>".join(lines), "font": {"size": 12}}},
-        height=height + extra,
-        margin={"t": _TOP + extra},
-        # without it, plotly forgets the zoom whenever a page is drawn again
-        uirevision="keep",
-    )
+    layout.template = template(dark)
+    layout.title = {"text": title, "subtitle": {"text": "<br>".join(lines), "font": {"size": 12}}}
+    layout.height = height + extra
+    layout.margin = layout.margin.to_plotly_json() | {"t": _TOP + extra}
+    # without it, plotly forgets the zoom whenever a page is drawn again
+    layout.uirevision = "keep"
     return figure
 
 
