@@ -56,9 +56,17 @@ def attended(show):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_opens_with_a_run(attended, page):
-    app = opened(page)
+    app = opened(page, prompt="4", layer="1.0", expert="0")
     assert not app.error
     assert app.title[0].value
+    drawn = charts(app)
+    assert bool(drawn) == (page in SHOWN)
+    # every figure has a text for those who do not see it, and a table
+    assert all(chart.alt for chart in drawn)
+    assert sum(e.label == "Table" for e in app.expander) == len(drawn)
+    # no untrusted text reaches HTML or a figure unescaped
+    assert not any("<script" in chart.spec for chart in drawn)
+    assert not [m for m in app.markdown if m.allow_html and "<script" in m.value]
 
 
 @pytest.mark.parametrize("written", [with_totals, with_scores], ids=["stats", "scores"])
@@ -143,36 +151,46 @@ def test_a_link_names_a_run_inside_the_folder_and_never_a_path(written, runs, na
 @pytest.mark.parametrize(
     ("page", "query", "named"),
     [
-        ("overview", {"layer": "99"}, "layer"),
-        ("overview", {"domain": "nowhere"}, "domain"),
-        ("overview", {"phase": "dreamt"}, "phase"),
-        ("overview", {"order": "random()"}, "order"),
-        ("tokens", {"prompt": "77"}, "prompt"),
-        ("tokens", {"prompt": "1e9"}, "prompt"),
-        ("tokens", {"token": "99999999999999999999"}, "token"),
-        ("tokens", {"color": "javascript:alert(1)"}, "colour"),
-        ("tokens", {"expert": "600"}, "expert"),
-        ("tokens", {"color": "pinned_weight", "pins": "1.0.1,9.9.9"}, "pinned"),
-        ("load_balance", {"metric": "luck"}, "measure"),
-        ("load_balance", {"factor": "9"}, "capacity factor"),
-        ("attention", {"head": "1.1"}, "head"),
-        ("attention", {"head": "0.0"}, "head"),
-        ("attention", {"head": "<b>"}, "head"),
-        ("attention", {"measure": "beauty"}, "every head"),
-        ("attention", {"prompt": "3"}, "Attention was not recorded"),
-        ("attention", {"prompt": "x<b>"}, "Attention was not recorded"),
-        ("attention", {"prompt": "0", "token": "99999999999999999999"}, "token"),
-        ("attention", {"window": "100000"}, "tokens shown"),
-        ("attention", {"prompt": "0", "show": "all"}, "show"),
-        ("flow", {"steps": "9"}, "steps"),
-        ("flow", {"flows": "100000"}, "flows"),
-        ("flow", {"layer": "1.0", "pair": "flow.1.0.6.0"}, "pair"),
-        ("flow", {"layer": "1.0", "pair": "flow.1.0.1e9.0"}, "pair"),
+        (
+            "overview",
+            {"layer": "99", "domain": "nowhere", "phase": "dreamt", "order": "random()"},
+            ["layer", "domain", "phase", "order"],
+        ),
+        (
+            "tokens",
+            {"prompt": "77", "token": "9" * 20, "color": "javascript:alert(1)", "expert": "600"},
+            ["prompt", "token", "colour", "expert"],
+        ),
+        (
+            "tokens",
+            {"prompt": "1e9", "color": "pinned_weight", "pins": "1.0.1,9.9.9"},
+            ["prompt", "pinned"],
+        ),
+        ("load_balance", {"metric": "luck", "factor": "9"}, ["measure", "capacity factor"]),
+        (
+            "attention",
+            {"head": "1.1", "measure": "beauty", "prompt": "3"},
+            ["head", "every head", "Attention was not recorded"],
+        ),
+        (
+            "attention",
+            {"head": "0.0", "prompt": "x<b>", "window": "100000"},
+            ["head", "Attention was not recorded", "tokens shown"],
+        ),
+        (
+            "attention",
+            {"head": "<b>", "prompt": "0", "token": "9" * 20, "show": "all"},
+            ["head", "token", "show"],
+        ),
+        ("flow", {"steps": "9", "flows": "100000"}, ["steps", "flows"]),
+        ("flow", {"layer": "1.0", "pair": "flow.1.0.6.0"}, ["pair"]),
+        ("flow", {"layer": "1.0", "pair": "flow.1.0.1e9.0"}, ["pair"]),
     ],
 )
 def test_bad_values_of_a_link_fall_back_with_a_note(attended, page, query, named):
     app = opened(page, **query)
-    assert named.lower() in (notes(app) + captions(app)).lower()
+    said = (notes(app) + captions(app)).lower()
+    assert [word for word in named if word.lower() not in said] == []
     assert not app.error
 
 
@@ -337,23 +355,6 @@ def test_scores_that_were_not_recorded_are_said_to_be_missing(runs):
 def test_tokens_of_an_expert_that_nobody_visited(known):
     app = opened("tokens", layer="1.0", expert="5")
     assert any("None of these tokens went to **L1.0.E5**" in m.value for m in app.markdown)
-
-
-@pytest.mark.parametrize("page", SHOWN)
-def test_every_figure_has_alternative_text_and_a_table(attended, page):
-    app = opened(page, layer="1.0")
-    drawn = charts(app)
-    assert drawn
-    assert all(chart.alt for chart in drawn)
-    assert sum(e.label == "Table" for e in app.expander) == len(drawn)
-
-
-@pytest.mark.parametrize("page", SHOWN)
-def test_no_untrusted_text_reaches_html_or_a_figure_unescaped(attended, page):
-    app = opened(page, prompt="4", layer="1.0", expert="0")
-    for chart in charts(app):
-        assert "<script" not in chart.spec
-    assert not [m for m in app.markdown if m.allow_html and "<script" in m.value]
 
 
 def captions(app):

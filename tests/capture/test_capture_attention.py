@@ -103,9 +103,14 @@ def check_run(path, model, prompts, *, bins=64, layers=None, heads=None):
 
 
 def check_answers(ask, model, prompts, bins, layers, heads):
-    """Compare what an open run answers; to open it for every question takes most of the time."""
+    """Compare what an open run answers, each table asked for once and parted here."""
     kept = ask("SELECT * FROM attention_prompts ORDER BY prompt_id")
     sites = ask("SELECT * FROM attention_layers WHERE kind = 'attention' ORDER BY layer")
+    all_stats, all_maps, all_received = (
+        parted(ask(f"SELECT * FROM {name} ORDER BY head"), "prompt_id", "layer")
+        for name in ("attention_stats", "attention_maps", "attention_received")
+    )
+    keys = parted(ask("SELECT * FROM attention_top_keys"), "token_id", "layer")
     chosen = [layer for layer in sites["layer"] if layers is None or layer in layers]
     first = np.concatenate([[0], np.cumsum([len(p) for p in prompts])])
     assert kept["prompt_id"] and chosen
@@ -116,11 +121,10 @@ def check_answers(ask, model, prompts, bins, layers, heads):
         if len(shown) > len(sites["layer"]):  # a model that shows its other layers as well
             shown = [shown[layer] for layer in sites["layer"]]
         for layer, weights in zip(sites["layer"], shown, strict=True):
-            here = f"WHERE prompt_id = {prompt_id} AND layer = {layer} ORDER BY head"
-            stats = ask(f"SELECT * FROM attention_stats {here}")
             if layer not in chosen:
-                assert stats["head"] == []
+                assert (prompt_id, layer) not in all_stats
                 continue
+            stats, found = all_stats[prompt_id, layer], all_maps[prompt_id, layer]
             assert stats["head"] == list(range(len(weights)) if heads is None else heads)
             weights = weights[stats["head"]]
             want, maps, received = expected(weights, bins)
@@ -129,30 +133,35 @@ def check_answers(ask, model, prompts, bins, layers, heads):
                 want, ("entropy", "sink_mass", "mean_distance", "window_mass"), strict=True
             ):
                 np.testing.assert_allclose(stats[column], want[name], atol=EXACT, rtol=EXACT)
-            found = ask(f"SELECT bins, map FROM attention_maps {here}")
             got = np.array(found["map"]).reshape(-1, found["bins"][0], found["bins"][0])
             np.testing.assert_allclose(got, maps, atol=EXACT)
             np.testing.assert_allclose(got.sum(axis=-1), 1, atol=1e-6)
-            got = ask(f"SELECT received FROM attention_received {here}")["received"]
+            got = all_received[prompt_id, layer]["received"]
             np.testing.assert_allclose(got, received, atol=EXACT * len(prompt))
-            check_keys(ask, weights, stats["head"], layer, first[prompt_id])
+            for query in range(len(prompt)):
+                rows = keys[first[prompt_id] + query, layer]
+                check_keys(rows, weights[:, query], stats["head"], first[prompt_id])
 
 
-def check_keys(ask, weights, heads, layer, first):
-    """Compare the heaviest keys; equal weights may come in any order."""
-    last = first + weights.shape[1]
-    rows = ask(
-        f"SELECT * FROM attention_top_keys WHERE layer = {layer} AND token_id >= {first} "
-        f"AND token_id < {last} ORDER BY token_id, head, rank",
-    )
-    expected_rows = 0
-    for token in range(first, last):
-        expected_rows += len(heads) * min(4, token - first + 1)
-    assert len(rows["rank"]) == expected_rows
-    for token, head, rank, key, weight in zip(
-        *(rows[c] for c in ("token_id", "head", "rank", "key_token_id", "weight")), strict=True
+def parted(rows, *by):
+    """Part the rows of a table {column: values} by what they say in some columns."""
+    found = {}
+    for at, place in enumerate(zip(*(rows[name] for name in by), strict=True)):
+        found.setdefault(place, []).append(at)
+    return {
+        place: {name: [column[at] for at in places] for name, column in rows.items()}
+        for place, places in found.items()
+    }
+
+
+def check_keys(rows, weights, heads, first):
+    """Compare one token's heaviest keys of weights [H, T]; equal weights may come in any order."""
+    query = rows["token_id"][0] - first
+    assert len(rows["rank"]) == len(heads) * min(4, query + 1)
+    for head, rank, key, weight in zip(
+        *(rows[c] for c in ("head", "rank", "key_token_id", "weight")), strict=True
     ):
-        row = weights[heads.index(head), token - first]
+        row = weights[heads.index(head)]
         assert abs(row[key - first] - weight) < 1e-3
         assert abs(np.sort(row)[::-1][rank] - weight) < 1e-3
 
