@@ -239,7 +239,7 @@ def finish(
     caption_width : int, characters
         Of a line; less for a narrow figure.
     """
-    layout = figure.layout  # each attribute once and whole: `update_layout` takes five times as long
+    layout = figure.layout  # set attribute by attribute: `update_layout` takes five times as long
     if isinstance(caption, Caption):
         # exports say what chose their numbers
         filters = {name: escaped(value) for name, value in caption.filters.items()}
