@@ -16,7 +16,13 @@ import numpy as np
 
 from capture.errors import TraceError, first_line, quoted
 from capture.paths import given_path
-from capture.traces.counts import COUNT_FORMATS, CountTrace, count_columns, recognised_counts
+from capture.traces.counts import (
+    COUNT_FORMATS,
+    CountTrace,
+    count_columns,
+    load_pt,
+    recognised_counts,
+)
 from capture.traces.sequences import (
     Ids,
     Record,
@@ -26,6 +32,7 @@ from capture.traces.sequences import (
     is_choice,
     records,
     top_k_of,
+    without_fakes,
 )
 from capture.traces.tables import columns_of, read_table, reader_of, select_columns
 
@@ -129,7 +136,10 @@ def _recognised(path: Path) -> str:
     if head.startswith(b"PAR1"):
         return _recognised_table(columns_of(path)) or "table"
     if head.startswith(b"PK"):
-        return "sglang-recorder" if b"/data.pkl" in head[:_ENTRY] else "npz"
+        if b"/data.pkl" not in head[:_ENTRY]:
+            return "npz"
+        saved = load_pt(path)
+        return "slime" if isinstance(saved, Mapping) and "samples" in saved else "sglang-recorder"
     if head.startswith(b"\x93NUMPY"):
         return "npy"
     if head.startswith(b"GGUF"):
@@ -538,9 +548,11 @@ def _npy(files: list[Path], top_k: int | None) -> Trace:
 def _of_arrays(arrays: Mapping[str, "np.ndarray[Any, Any]"]) -> Trace:
     def sequences() -> Iterator[Sequence]:
         for name, array in arrays.items():
-            if array.ndim == 4:  # rollouts: padding is rows of zeros or of -1, at either end
+            if (
+                array.ndim == 4
+            ):  # rollouts: padding is rows of zeros or of -1 at either end, or fakes
                 for row, one in enumerate(array):
-                    ids = _as_ids(one, name)
+                    ids = without_fakes(_as_ids(one, name))
                     used = np.flatnonzero(is_choice(ids).any(1))
                     if len(used):
                         yield Sequence(f"{name}, row {row}", ids[used[0] : used[-1] + 1])
@@ -548,6 +560,26 @@ def _of_arrays(arrays: Mapping[str, "np.ndarray[Any, Any]"]) -> Trace:
                 yield Sequence(name, _as_ids(array, name))
 
     return Trace("arrays", sequences)
+
+
+def _slime(files: list[Path], top_k: int | None) -> Trace:
+    """Read rollouts of slime: samples with tokens and rollout_routed_experts [tokens - 1, L, K]."""
+    samples = load_pt(files[0])["samples"]
+
+    def sequences() -> Iterator[Sequence]:
+        for number, sample in enumerate(samples):
+            where = f"{files[0].name}, sample {number}"
+            ids = _as_ids(np.asarray(sample["rollout_routed_experts"]), where)
+            tokens = np.asarray(sample["tokens"], np.int32)
+            answer = sample.get("response_length")
+            yield Sequence(
+                where,
+                without_fakes(ids[: max(0, len(tokens) - 1)]),
+                n_prompt=None if answer is None else len(tokens) - int(answer),
+                tokens=tokens,
+            )
+
+    return Trace("slime rollouts", sequences)
 
 
 FORMATS: dict[str, Callable[[list[Path], int | None], Trace]] = {
@@ -558,6 +590,7 @@ FORMATS: dict[str, Callable[[list[Path], int | None], Trace]] = {
     "policylang": _policylang,
     "esft": _esft,
     "npz": _npz,
+    "slime": _slime,
     "npy": _npy,
     "table": _table,
 }

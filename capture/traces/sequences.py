@@ -188,6 +188,22 @@ def _check(sequence: Sequence, found: Survey) -> None:
         )
 
 
+def without_fakes(ids: Ids) -> Ids:
+    """Return rows [T, L, K] without those at the end that count experts up, ``arange % E``.
+
+    slime fills padding so, for each expert to get as much of it.
+    """
+    flat = ids.reshape(-1).astype(np.int64)
+    n_experts, width = int(ids.max(initial=0)) + 1, ids[:1].size
+    up = np.diff(flat) % n_experts == 1
+    run = len(up) if up.all() else int(np.argmax(~up[::-1]))  # numbers that count up to the end
+    rows = (run + 1) // width if width else 0
+    # from 0 on, and enough of them for it to be no chance
+    while rows and (flat[-rows * width] or rows * width < 8):
+        rows -= 1
+    return ids[: len(ids) - rows]
+
+
 def top_k_of(flat: npt.NDArray[np.integer[Any]], width: int | None = None) -> int:
     """Return how many experts a token has, from ids that stand in one row.
 

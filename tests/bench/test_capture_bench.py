@@ -27,6 +27,16 @@ def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.duckdb"]
 
 
+def test_imports_are_measured_in_rows_and_memory(capsys):
+    small = "--mb 0 --layers 2 --experts 8 --top-k 2 --formats token-log"
+    assert command.main(["import", *small.split()]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "token-log" in line]
+    cells = [float(cell.replace(",", "")) for cell in line.split("|")[3:-1]]
+    # 512 tokens of warm-up before the first sequence of 256, at 2 layers
+    assert cells[:4] == [2 * (512 + 256), 2 * 256, 0, 2 * 512]
+    assert cells[-1] > 50  # MB
+
+
 def test_a_slow_capture_does_not_grow_with_its_commits(monkeypatch, tmp_path):
     shape = store.Shape(layers=12, experts=128, slots=8, tokens=512)
     pool = store.make_forwards(shape, count=2, seed=0)

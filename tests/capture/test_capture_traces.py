@@ -9,6 +9,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from capture.__main__ import main
@@ -263,6 +264,26 @@ def test_rollouts_whose_padding_is_zeros(random, out):
     second = np.delete(second, 2, 0)
     assert set(found[1, 3, 0]) == set(second[2, 0].tolist())
     assert set(found[0, 0, 0]) == set(first[0, 0].tolist())
+
+
+def test_rollouts_of_slime_whose_padding_is_fake_experts(random, out, tmp_path):
+    """Its samples come with their tokens; ``arange % E`` at the end is no choice."""
+    real = [routing(random, n)[0] for n in (11, 7)]
+    fakes = np.arange(5 * LAYERS * TOP_K).reshape(5, LAYERS, TOP_K) % EXPERTS
+    samples = [
+        {"tokens": list(range(40, 40 + len(ids) + 1)), "response_length": 4}
+        | {"rollout_routed_experts": torch.tensor(np.concatenate([ids, fakes]))}
+        for ids in real
+    ]
+    samples[1]["tokens"] += [0] * 5  # tokens are padded, too
+    torch.save({"rollout_id": 3, "samples": samples}, tmp_path / "rollout.pt")
+    made = import_routing(tmp_path / "rollout.pt", out)
+    same(out, [(ids, None) for ids in real])
+    assert (made.format, made.sequences, made.tokens) == ("slime rollouts", 2, 12 + 13)
+    other = tmp_path / "other.duckdb"
+    padded = np.stack([np.concatenate([one, fakes[: 12 - len(one)]]) for one in real])
+    import_routing(padded, other)
+    same(other, [(ids, None) for ids in real])
 
 
 def test_esft_files(random, out, tmp_path):
