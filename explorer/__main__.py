@@ -37,6 +37,21 @@ examples:
   python -m explorer conditions demo --conditions "precision(parts='router+experts')" --json
 """
 
+ATLAS_EXAMPLES = """\
+examples:
+  python -m explorer atlas demo
+      what the loss becomes without each expert, beside an expert of about equal load
+  python -m explorer atlas runs/mine.duckdb --screen --out atlas.parquet
+      one gradient instead, for models with thousands of experts
+"""
+PRUNE_EXAMPLES = """\
+examples:
+  python -m explorer prune demo --condition "prune_reap(keep=0.5)" --out mask.json
+      which half of the experts to keep, and what the loss is without the others
+  python -m explorer prune demo --checkpoint smaller
+      a model of the same class with a quarter of its experts less, loaded again and measured
+"""
+
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``compare``."""
@@ -126,6 +141,52 @@ def _findings_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="with effects, intervals and p values")
 
 
+def _atlas_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``atlas``."""
+    parser.epilog = ATLAS_EXAMPLES
+    add = parser.add_argument
+    add("run", type=path_argument, metavar="RUN", help=f"{RUN_HELP}, or demo")
+    add("--tokens", type=int, default=8_000, metavar="N", help="at most so many (default: 8000)")
+    add("--seed", type=int, default=0, help="draws texts, halves and controls (default: 0)")
+    add(
+        "--screen",
+        action="store_true",
+        help="only estimate, by one gradient: for models with thousands of experts",
+    )
+    add("--model", metavar="MODEL", help="default: the model that the run was recorded from")
+    add(
+        "--out",
+        type=path_argument,
+        metavar="FILE",
+        help=".json, .parquet or .duckdb; never overwritten",
+    )
+    add("--quiet", action="store_true", help="do not say what is measured")
+
+
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``prune``."""
+    parser.epilog = PRUNE_EXAMPLES
+    add = parser.add_argument
+    add("run", type=path_argument, metavar="RUN", help=f"{RUN_HELP}, or demo")
+    add(
+        "--condition",
+        default="prune_atlas(keep=0.75)",
+        metavar="NAME",
+        help="how to choose: prune_atlas, prune_frequency, prune_reap, prune_naee or prune_random, "
+        "with arguments (default: prune_atlas(keep=0.75))",
+    )
+    add("--fit-tokens", type=int, default=20_000, metavar="N", help="to choose on (default: 20000)")
+    add("--tokens", type=int, default=20_000, metavar="N", help="to judge on (default: 20000)")
+    add("--model", metavar="MODEL", help="default: the model that the run was recorded from")
+    add("--out", type=path_argument, metavar="FILE", help="write the mask as JSON")
+    add(
+        "--checkpoint",
+        type=path_argument,
+        metavar="FOLDER",
+        help="write the model without the experts, load it again and measure its loss",
+    )
+
+
 def _routers_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``routers``."""
     parser.add_argument("--family", metavar="FAMILY", help="only one family")
@@ -185,6 +246,17 @@ COMMANDS = {
         "simulate caches of experts, and list the experts that are worth keeping in fast memory",
         cache.arguments,
         "explorer.commands.cache",
+    ),
+    "atlas": Command(
+        "knock every expert out of the model in turn and see what the loss becomes",
+        _atlas_arguments,
+        "explorer.commands.atlas",
+    ),
+    "prune": Command(
+        "drop experts, and write the mask and the smaller model",
+        _prune_arguments,
+        "explorer.commands.atlas",
+        "prune",
     ),
     "routers": Command(
         "list the routers there are", _routers_arguments, "explorer.commands.routers"

@@ -18,8 +18,8 @@ from explorer.ui.wording import distinct
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
-    "experts": ("id", "about", "find"),
-    "tokens": ("prompt", "token", "color", "scope", "pins", "expert"),
+    "experts": ("id", "about", "find", "way"),
+    "tokens": (*("prompt", "token", "color", "scope", "pins", "expert", "mode", "edits", "rule"),),
     "load-balance": (
         "topic",
         "metric",
@@ -55,7 +55,20 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
 OF_A_RUN = (
     *GLOBAL_NAMES[1:],
     *("prompt", "token", "pins", "expert", "id", "head", "pair", "value", "region", "comparison"),
-    *("families", "router", "beside", "told", "a", "b", "text", "at", "shared", "spot", "learner"),
+    *(
+        "families",
+        "router",
+        "beside",
+        "told",
+        "a",
+        "b",
+        "text",
+        "at",
+        "shared",
+        "spot",
+        "learner",
+        "edits",
+    ),
 )
 _NO_DOMAIN = "(none)"
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"

@@ -132,6 +132,12 @@ TERMS: Registry[Term] = Registry(
         "0 = the same mix.",
         ("specialisation",),
     ),
+    knock_out=Term(
+        "Knock-out",
+        "What the model's loss becomes without one expert. Its control is another expert of the "
+        "layer with about its load: what taking out any expert that busy would cost.",
+        ("specialisation", "interval"),
+    ),
     coactivation=Term(
         "Co-activation", "Two experts of a layer that serve the same token.", ("by_chance",)
     ),
@@ -251,6 +257,9 @@ FIGURES = {
     "divergence map": "divergence",
     "information": "by_chance",
     "experts of text": "specialisation",
+    "need and use": "knock_out",
+    "loss without": "knock_out",
+    "what if": "knock_out",
     "alike": "expert",
     "sankey": "transition",
     "flow map": "transition",

@@ -6,6 +6,7 @@ from typing import cast
 
 from capture.errors import quoted
 from capture.progress import Progress
+from explorer.comparison.atlas import measure_atlas
 from explorer.comparison.compare import compare
 from explorer.comparison.conditions.effects import measure_conditions
 from explorer.errors import ComparisonError, JobCancelled
@@ -15,19 +16,40 @@ from explorer.maps.point_clusters import Method
 from explorer.maps.rerouted import make_rerouted
 from explorer.run import open_run
 from explorer.worker.expert_weights import measure_cosines
-from explorer.worker.requests import DEMO_MODEL, CompareRequest, CosinesRequest, ProjectRequest
+from explorer.worker.requests import (
+    DEMO_MODEL,
+    AtlasRequest,
+    CompareRequest,
+    CosinesRequest,
+    ProjectRequest,
+    WhatIfRequest,
+)
+from explorer.worker.what_if import answer_what_if, forget
 
 Report = Callable[[Progress], None]
 
 
 def run_job(
-    request: CompareRequest | CosinesRequest | ProjectRequest,
+    request: AtlasRequest | CompareRequest | CosinesRequest | ProjectRequest | WhatIfRequest,
     report: Report,
     cancelled: Callable[[], bool],
 ) -> Path:
     """Do what a request asks; see :func:`explorer.worker.__main__.run_job`."""
+    if isinstance(request, WhatIfRequest):
+        _refuse_unnamed_model(request)
+        return answer_what_if(request, report, cancelled)
+    forget()
     if isinstance(request, CompareRequest):
         return _compare(request, report, cancelled)
+    if isinstance(request, AtlasRequest):
+        _refuse_unnamed_model(request)
+        return measure_atlas(
+            request.run,
+            tokens=request.tokens,
+            screen=request.screen,
+            progress=report,
+            cancelled=cancelled,
+        )
 
     def on_progress(message: str, part: float) -> None:
         if cancelled():
@@ -47,7 +69,8 @@ def run_job(
 
 
 def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bool]) -> Path:
-    _refuse_unnamed_model(request)
+    if request.live or request.layers or request.oracle or request.conditions:
+        _refuse_unnamed_model(request)
     with compare(
         request.run,
         request.routers or None,
@@ -82,14 +105,12 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
     return path
 
 
-def _refuse_unnamed_model(request: CompareRequest) -> None:
+def _refuse_unnamed_model(request: AtlasRequest | CompareRequest | WhatIfRequest) -> None:
     """Refuse to load a model that only the run names, and not whoever started the job."""
-    if not (request.live or request.layers or request.oracle or request.conditions):
-        return
     with open_run(request.run) as run:
         named = str(run.info["model"])
     if named not in (DEMO_MODEL, request.model):
         raise ComparisonError(
             f"This needs the model that the run names, {quoted(named)}, and nobody said that it "
-            "may be loaded. Tick the box that names it, or compare by replay only."
+            "may be loaded. Tick the box that names it."
         )

@@ -176,7 +176,81 @@ class CosinesRequest:
         return f"Weights of {model_name(self.model)}"
 
 
-Request = CaptureRequest | RecoverRequest | ProjectRequest | CompareRequest | CosinesRequest
+@dataclass(frozen=True, slots=True)
+class AtlasRequest:
+    """Knock every expert of a run's model out in turn; the file goes beside the run.
+
+    Attributes
+    ----------
+    run : str
+        Path of the run file.
+    model : str
+        The model that may be loaded, as for :class:`CompareRequest`.
+    tokens : int
+        Of texts, at most.
+    screen : bool
+        Only estimate by one gradient.
+    """
+
+    run: str
+    model: str = ""
+    tokens: int = 8_000
+    screen: bool = False
+
+    @property
+    def out(self) -> str:
+        """What tells jobs apart: a run has one atlas made at a time."""
+        return f"{self.run}.atlas"
+
+    @property
+    def title(self) -> str:
+        """Name of the work, for messages."""
+        return f"Atlas of {Path(self.run).stem}"
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIfRequest:
+    """Run a recorded text with its routing changed and keep the answer in the cache.
+
+    Attributes
+    ----------
+    out : str
+        Path in the cache, from ``explorer.worker.interventions.answer_path``.
+    run : str
+        Path of the run file.
+    prompt_id, position : int
+        The text, and the token whose next token is looked at.
+    edits : str
+        As in an address, see :mod:`explorer.worker.interventions`.
+    router : str
+        Another router for all layers; ``""`` = the model's own.
+    model : str
+        The model that may be loaded, as for :class:`CompareRequest`.
+    """
+
+    out: str
+    run: str
+    prompt_id: int
+    position: int
+    edits: str = ""
+    router: str = ""
+    model: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name of the work, for messages."""
+        return f"What if, on {Path(self.run).stem}"
+
+
+Request = (
+    CaptureRequest
+    | RecoverRequest
+    | ProjectRequest
+    | CompareRequest
+    | CosinesRequest
+    | AtlasRequest
+    | WhatIfRequest
+)
 
 
 class JobOutcome(NamedTuple):

@@ -8,10 +8,12 @@ from app_pages import charts, notes, opened, query
 from synthetic import IDLE, write_run
 
 from explorer import writing
+from explorer.comparison.atlas_file import write_atlas
 from explorer.maps import map_cache
 from explorer.run import open_run
 from explorer.slices import load_slice
 from explorer.worker import CosinesRequest
+from explorer.worker.interventions import answer_path, write_answer
 
 
 @pytest.fixture
@@ -158,3 +160,67 @@ def test_a_run_of_totals_says_what_it_lacks(runs, tmp_path, monkeypatch):
     for about in ("expert", "all", "text"):
         app = opened("experts", about=about, layer="1.0")
         assert not app.error and "--level ids" in notes(app)
+
+
+def test_an_atlas_is_offered_and_then_shown(known, runs):
+    app = opened("experts", about="all", layer="1.0")
+    assert "Counts say how busy an expert is" in notes(app)
+    (button,) = [one for one in app.button if one.label == "Make an atlas"]
+    assert button.disabled  # until somebody says that the model may be loaded
+    with open_run(runs / "known.duckdb") as run:
+        sites, fingerprint = [(s.layer, s.site, s.n_experts) for s in run.sites], run.fingerprint
+    facts = {
+        **{"format_version": 1, "created_at": "2026-12-01", "run_name": "known", "seed": 0},
+        **{"run_fingerprint": fingerprint, "model": "m", "model_fingerprint": "g", "texts": "t"},
+        **{"n_texts": 4, "n_tokens": 40, "native_loss": 2.0, "complete": True},
+    }
+    rows = [
+        {
+            **{"layer": layer, "site": site, "expert_id": expert, "way": "rerouted"},
+            **{"domain": domain, "tokens": 40, "texts": 4, "load": (expert + 1) / 10},
+            **{"loss_change": 1 / (expert + 1), "loss_margin": 0.01, "half_a": expert * 0.1},
+            **{"half_b": expert * 0.2, "control_id": 0, "control_load": 0.1},
+            **{"control_change": 0.5, "over_control": 0.1, "over_margin": 0.2},
+        }
+        for layer, site, n_experts in sites
+        for expert in range(n_experts)
+        for domain in (None, "law")
+    ]
+    write_atlas(runs / "known.0.atlas", facts, rows)
+    app = opened("experts", about="all", layer="1.0")
+    assert any(title.startswith("Need and use of every expert") for title in titles(app))
+    assert app.dataframe[0].value["news"].isin(["rare but needed", "busy but idle"]).all()
+    assert any(t.startswith("Loss without the expert") for t in titles(opened("experts")))
+
+
+def test_what_if_shows_kept_answers_and_runs_nothing_for_viewers(
+    known, runs, worker, monkeypatch
+):
+    link = {"mode": "what-if", "layer": "1.0", "prompt": "0", "edits": "forbid/1.0/2/all"}
+    app = opened("tokens", **link)
+    assert "Forbid L1.0.E2 for all tokens" in " ".join(
+        one.value.replace("\\", "") for one in app.markdown
+    )
+    with open_run(runs / "known.duckdb") as run:
+        rows = run.query("SELECT token_id, position, token FROM tokens WHERE prompt_id = 0 "
+                         "ORDER BY position")  # fmt: skip
+        chosen = rows.iloc[min(len(rows) - 1, 5)]
+        path = answer_path(run, 0, int(chosen["position"]), link["edits"], "")
+    n = len(rows)
+    write_answer(path, {
+        "tokens": rows["token"].tolist(), "position": int(chosen["position"]),
+        "losses": {"before": [1.0] * (n - 1), "after": [2.0] * (n - 1)},
+        "next": [{"text": "<b>a", "before": 0.5, "after": 0.25}],
+        "written": {"before": "one", "after": "*two*"}, "seconds": 0.5, "cpu_seconds": 0.25,
+        "routing": [{"layer": 1, "site": 0, "before": [[2, 1]] * n, "after": [[3, 1]] * n}],
+    })  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["app.py", "--read-only", "--runs", str(runs)])
+    app = opened("tokens", **link)
+    assert tile(app, "Loss, after").value == "2.000"
+    assert tile(app, "Tokens rerouted").value == str(n)
+    assert "Which routing changed (share of a token's experts)" in titles(app)
+    other = opened("tokens", **{**link, "edits": "forbid/1.0/3/all"})
+    assert "Not available" in notes(other)
+    assert not worker.jobs()
+    broken = opened("tokens", **{**link, "edits": "boil/1.0/2/all", "rule": "<b>"})
+    assert "could not be followed" in notes(broken)

@@ -54,12 +54,7 @@ def collect(
     ConditionError
         If there is no text of two tokens.
     """
-    usable = [one for one in sequences if len(one) > 1]
-    if not usable:
-        raise ConditionError("Texts of at least two tokens were expected in the fit split.")
-    order = np.random.default_rng(seed).permutation(len(usable))
-    ends = np.cumsum([len(usable[i]) for i in order])
-    picked = [usable[i] for i in order[: int(np.searchsorted(ends, tokens)) + 1]]
+    picked = drawn(sequences, tokens, seed)
     parts: dict[Place, list[RouterInputs]] = {site_key(site): [] for site in subject.sites}
 
     def keep(inputs: RouterInputs, _: Choice) -> None:
@@ -73,6 +68,22 @@ def collect(
         site_key(site): SeenSite(site, _first(parts[site_key(site)], tokens))
         for site in subject.sites
     }
+
+
+def drawn(sequences: Sequence[Sequence_], tokens: int, seed: int) -> list[Sequence_]:
+    """Draw whole texts until there are enough tokens.
+
+    Raises
+    ------
+    ConditionError
+        If there is no text of two tokens.
+    """
+    usable = [one for one in sequences if len(one) > 1]
+    if not usable:
+        raise ConditionError("Texts of at least two tokens were expected in the fit split.")
+    order = np.random.default_rng(seed).permutation(len(usable))
+    ends = np.cumsum([len(usable[i]) for i in order])
+    return [usable[i] for i in order[: int(np.searchsorted(ends, tokens)) + 1]]
 
 
 def _first(parts: Sequence[RouterInputs], tokens: int) -> RouterInputs:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,12 @@ from capture.model.flops import expert_parameters
 from capture.store.records import Place
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import RouterInputs, Routing
-from explorer.comparison.conditions.calibration import SeenSite, collect, expert_outputs
+from explorer.comparison.conditions.calibration import (
+    SeenSite,
+    collect,
+    drawn,
+    expert_outputs,
+)
 from explorer.comparison.conditions.condition import (
     CONDITIONS,
     Applied,
@@ -22,11 +27,11 @@ from explorer.comparison.conditions.condition import (
     PartsKept,
     Subject,
 )
+from explorer.comparison.conditions.knock_out import routed_without, worth
 from explorer.errors import ConditionError
 from explorer.router_cards import RouterInfo
 from explorer.routers.live_rule import LiveRule
-from explorer.routers.native import GateRouter, host_best
-from explorer.routers.scores import slots, weigh
+from explorer.routers.native import GateRouter
 from explorer.routers.subsets import MOST_SUBSETS, Dropped, best_to_drop
 
 CALIBRATION_TOKENS = 16_384
@@ -62,30 +67,9 @@ class KeptExperts(GateRouter):
         self.pruned = dict(self.pruned)
 
     def _route(self, inputs: RouterInputs) -> Routing:
-        logits = inputs.tensor("logits")
-        gone = torch.zeros(inputs.n_experts, dtype=torch.bool, device=logits.device)
+        gone = torch.zeros(inputs.n_experts, dtype=torch.bool)
         gone[list(self.pruned.get(inputs.place, ()))] = True
-        inputs = replace(inputs, logits=logits_without(logits, gone, inputs))
-        bias = inputs.selection_bias
-        if bias is not None:
-            inputs = replace(
-                inputs, selection_bias=bias.to(gone.device).masked_fill(gone, -torch.inf)
-            )
-        scores, ids = host_best(inputs)
-        # a pruned expert could still tie with others whose scores have run down to 0
-        ids = ids.where(~gone[ids.clamp_min(0)], -1)
-        return slots(scores, ids, weigh(scores, ids, inputs))
-
-
-def logits_without(logits: torch.Tensor, gone: torch.Tensor, inputs: RouterInputs) -> torch.Tensor:
-    """Return the model's logits [T, E], of which experts that are gone [E] score 0."""
-    if inputs.score_function != "probabilities":
-        return logits.masked_fill(gone, -torch.inf)
-    left = logits.masked_fill(gone, 0.0)
-    # with the sum that they had; where nothing is gone, they are what they were
-    return left * (
-        logits.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-    )
+        return routed_without(inputs, gone.to(inputs.tensor("logits").device))
 
 
 @dataclass(eq=False)
@@ -106,6 +90,13 @@ class ExpertPruning(PartsKept):
             size = sum(p.numel() * p.element_size() for p in expert_parameters(site))
             applied.weight_bytes -= size * len(gone) / site.info.n_experts
             applied.chosen[f"layer {site.info.layer}"] = list(gone)
+        return self.masked(subject, pruned)
+
+    @staticmethod
+    def masked(
+        subject: Subject, pruned: Mapping[Place, tuple[int, ...]]
+    ) -> AbstractContextManager[Any]:
+        """Run the model without some experts until the block is left."""
         return swap(subject.model, subject.sites, LiveRule(KeptExperts(pruned)))
 
     @abstractmethod
@@ -305,6 +296,58 @@ def combined(outputs: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Return the weighted sum [T, D] of expert outputs [T, E, D]."""
     ids = routing.expert_ids.clamp_min(0)[..., None].expand(-1, -1, outputs.shape[-1])
     return (outputs.gather(1, ids) * routing.weights[..., None]).sum(dim=1)
+
+
+@CONDITIONS.add("prune_atlas")
+@dataclass(eq=False)
+class KnockOutPruning(ExpertPruning):
+    """Prune the experts whose absence costs the model least, measured one by one.
+
+    Parameters
+    ----------
+    keep : float
+    seed : int
+        Draws the calibration texts.
+    by : {"rerouted", "removed", "fisher"}
+        How an expert is taken out, see :mod:`explorer.comparison.conditions.knock_out`; ``fisher``
+        estimates all of them by one gradient.
+    tokens : int
+        Of the fit split; whole texts.
+    """
+
+    info = ConditionInfo(
+        name="prune_atlas",
+        kind="pruning",
+        title="Knock-out",
+        summary=(
+            "Drops the experts without which the loss rises least when each is taken out alone. "
+            "Experts that stand in for each other both look dispensable."
+        ),
+        formula="score_e = loss(model without e) - loss(model)",
+        calibrated=True,
+        simulated=False,
+        keeps_experts=False,
+    )
+
+    _: KW_ONLY
+    by: str = "rerouted"
+    tokens: int = 8192
+
+    @property
+    def label(self) -> str:
+        """Name and share, and the score where it is not the usual one."""
+        return super().label + ("" if self.by == "rerouted" else f" by {self.by}")
+
+    def choose(self, subject: Subject, applied: Applied) -> dict[Place, tuple[int, ...]]:
+        """Knock every expert out and name those that are missed least, ties by the lower id."""
+        texts = drawn(subject.calibration_tokens(), self.tokens, self.seed)
+        top_k = {site_key(site): site.info.top_k for site in subject.sites}
+        found = {}
+        for place, scores in worth(subject, texts, self.by).items():
+            n = self.n_pruned(len(scores), top_k[place])
+            found[place] = tuple(sorted(np.argsort(scores, kind="stable")[:n].tolist()))
+        applied.method = f"least missed of {sum(map(len, texts)):,} tokens, {self.by}"
+        return found
 
 
 @CONDITIONS.add("prune_random")

@@ -14,6 +14,7 @@ from explorer.ui.wording import Scope, domain_label
 
 _ROW = 24  # pixels of a row of dots
 _CAPTION_WIDTH = 75  # characters on half a page
+_LABELLED = 30  # experts that are named in a figure
 
 
 class DotsAxis(NamedTuple):
@@ -216,4 +217,59 @@ def layer_lines(
         height=340,
         legend=True,
         caption_width=_CAPTION_WIDTH,
+    )
+
+
+LEAST_SHOWN = 1e-4  # nats a token; less is drawn here, as an axis of logarithms has no 0
+_NEWS = {"": ("circle", "grey"), "rare but needed": ("diamond", "vermillion"),
+         "busy but idle": ("square", "blue")}  # fmt: skip
+
+
+def need_and_use(rows: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
+    """Draw how much every expert is missed against how much it is used.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``layer``, ``site``, ``expert_id``, ``expert`` (name), ``fair`` (load as a multiple of a
+        fair share), ``loss_change`` (nats a token), ``news`` and ``hover`` (escaped).
+
+    Returns
+    -------
+    Figure
+        A click returns ``customdata`` [layer, site, expert].
+    """
+    figure = go.Figure()
+    for news, (symbol, hue) in _NEWS.items():
+        part = rows[rows["news"] == news]
+        color = theme.hue(hue, dark)
+        figure.add_trace(
+            go.Scatter(
+                x=part["fair"].to_numpy(dtype=np.float64),
+                y=part["loss_change"].clip(lower=LEAST_SHOWN).to_numpy(dtype=np.float64),
+                mode="markers+text" if news and len(part) <= _LABELLED else "markers",
+                marker={"symbol": symbol, "size": 11 if news else 8, "color": color,
+                        "line": {"width": 1, "color": theme.foreground(dark)}},
+                text=part["expert"].tolist(),
+                textposition="top center",
+                hovertext=part["hover"].tolist(),
+                hovertemplate="%{hovertext}<extra></extra>",
+                customdata=part[["layer", "site", "expert_id"]].to_numpy(dtype=np.float64),
+                name=news or "as its load says",
+            )
+        )  # fmt: skip
+    figure.update_xaxes(title="load (× fair share)", rangemode="tozero")
+    figure.update_yaxes(title="loss without it (nats a token)", type="log", dtick=1)
+    figure.update_layout(clickmode="event+select", hovermode="closest")
+    return theme.finish(
+        figure,
+        title="Need and use of every expert (change in loss, nats a token)",
+        caption=scope.caption(
+            f"changes below {LEAST_SHOWN:g} are drawn there",
+            "news: thirds of a layer by load and by loss that do not match",
+            "click a dot for the expert",
+        ),
+        dark=dark,
+        height=460,
+        legend=True,
     )

@@ -8,6 +8,7 @@ import streamlit as st
 from explorer.errors import RunError
 from explorer.metrics.coactivation import pair_uplift
 from explorer.metrics.specialization import MIN_COUNT, MIN_PROMPTS, wilson
+from explorer.pages.experts.atlas import atlas_section, expert_section
 from explorer.pages.experts.data import (
     MIN_HITS,
     divergences,
@@ -65,6 +66,7 @@ def _one_expert(view: View) -> None:
     _tiles(view, load, row)
     if not row["assignments"]:
         instead(f"None of these tokens went to {name}. Change the filters, or choose another one.")
+        expert_section(view, expert)
         weights_section(view, expert)
         return
     left, right = st.columns(2, gap="large")
@@ -76,6 +78,7 @@ def _one_expert(view: View) -> None:
         _vocabulary(view, expert, name)
     with right:
         _partners(view, expert)
+    expert_section(view, expert)
     st.subheader(f"Tokens of {name} in their contexts", anchor=False)
     if not without_ids(view.run, "This list"):
         expert_lines(view, expert, name, address.jump_to_token, shown=30)
@@ -316,6 +319,7 @@ def all_experts_section(view: View) -> None:
         )
     else:
         _divergence_map(view)
+    atlas_section(view)
     if without_ids(view.run, "Vocabulary specialisation"):
         return
     with st.spinner("Reading the routes of all layers"):

@@ -12,7 +12,7 @@ from explorer.errors import ExplorerError
 from explorer.pages.tokens.data import Quantity
 from explorer.ui import theme
 from explorer.ui.heatmap import MAX_CELLS, MAX_LABELS, Scale, clickable_heatmap, ground
-from explorer.ui.wording import Scope, label, number, site_hover, site_name
+from explorer.ui.wording import Scope, label, labels, number, site_hover, site_name
 
 # more tokens than this are too narrow to be clicked, and slow to draw
 MAX_TOKENS = 256
@@ -340,3 +340,102 @@ def token_routes(
             np.clip(130 + (_ROW if len(sites) <= _MANY_ROWS else _LOW_ROW) * len(sites), 260, 1400)
         ),
     )
+
+
+def loss_lines(losses: pd.DataFrame, *, place: int, scope: Scope, dark: bool = False) -> go.Figure:
+    """Draw the loss of predicting every token, before and after a change of the routing.
+
+    Parameters
+    ----------
+    losses : DataFrame
+        ``position``, ``text`` (as recorded), ``before``, ``after`` (nats).
+    place : int
+        The chosen token, whose next token's loss is marked.
+    """
+    names = [f"token {row.position}: {label(row.text, spaces=True)}" for row in losses.itertuples()]
+    figure = go.Figure(
+        [
+            theme.line(
+                losses["position"], losses[name], name, form=form,
+                hover="%{text}<br>%{y:.3f} nats", text=names,
+            )
+            for name, form in (
+                ("before", theme.dotted(dark, 2)),
+                ("after", {"color": theme.accent(dark)}),
+            )
+        ]
+    )  # fmt: skip
+    figure.add_vline(place + 1, line=theme.dotted(dark))
+    figure.update_xaxes(title="position of the token that is predicted")
+    figure.update_yaxes(title="nats", rangemode="tozero")
+    figure.update_layout(hovermode="x unified")
+    return theme.finish(
+        figure,
+        title="Loss of each token, before and after (nats)",
+        caption=scope.caption("dotted line: the token after the chosen one"),
+        dark=dark,
+        height=320,
+        legend=True,
+    )
+
+
+def next_token_bars(rows: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.Figure:
+    """Draw the likeliest next tokens before and after a change of the routing.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``text``, ``before``, ``after`` (probabilities), most likely first.
+    """
+    y = np.arange(len(rows))
+    names = labels(rows["text"].tolist(), limit=18, spaces=True)
+    figure = go.Figure(
+        [
+            go.Bar(
+                x=rows[name],
+                y=y,
+                orientation="h",
+                name=name,
+                marker={"color": color},
+                text=names,
+                textposition="none",
+                hovertemplate="%{text}: %{x:.1%}<extra>%{fullData.name}</extra>",
+            )
+            for name, color in (
+                ("after", theme.accent(dark)),
+                ("before", theme.hue("grey", dark)),
+            )
+        ]
+    )
+    figure.update_xaxes(title="probability", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(
+        range=[len(rows) - 0.5, -0.5], tickmode="array", tickvals=y, ticktext=names, showgrid=False
+    )
+    figure.update_layout(barmode="group", bargap=0.25, legend_traceorder="reversed")
+    return theme.finish(
+        figure,
+        title="Next token after the chosen one (probability)",
+        caption=scope.caption(),
+        dark=dark,
+        height=int(np.clip(150 + _ROW * len(rows), 260, 560)),
+        legend=True,
+        caption_width=_NARROW,
+    )
+
+
+def changed_routing(
+    changed: pd.DataFrame, *, scope: Scope, start: int = 0, dark: bool = False
+) -> go.Figure:
+    """Draw which tokens went to other experts at which layers after a change of the routing.
+
+    Parameters
+    ----------
+    changed : DataFrame
+        ``layer``, ``site``, ``token_id``, ``position``, ``text``, ``value`` (share of the token's
+        experts that are others now), site after site.
+    """
+    quantity = Quantity("share of experts that changed", "", 0.0, 1.0, "", "")
+    figure = token_layer_heatmap(changed, quantity, scope=scope, start=start, dark=dark)
+    figure.update_traces(colorbar_title_text="", selector={"type": "heatmap"})
+    figure.update_layout(title_text="Which routing changed (share of a token's experts)")
+    return figure

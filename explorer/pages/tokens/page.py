@@ -27,6 +27,7 @@ from explorer.pages.tokens.figures import (
     token_routes,
     tokens_shown,
 )
+from explorer.pages.tokens.what_if import what_if_section
 from explorer.queries.load import expert_load_by_domain
 from explorer.queries.overview import prompt, prompt_count, prompts
 from explorer.text import counted, plain
@@ -65,6 +66,7 @@ _COLORS = {
     "pinned_weight": "Pinned experts",
 }
 _TAKES = 3  # domains of an expert that are named
+_MODES = {"look": "As it was", "what-if": "What if"}
 _SCOPES = {"layer": "This layer", "mean": "Mean of layers"}
 
 
@@ -92,13 +94,21 @@ def render() -> None:
     if without_ids(view.run, "This page"):
         return
     token_id = _selected(listed, view)
+    mode = address.choose(
+        st.segmented_control, "mode", "Routing", _MODES, label_visibility="collapsed"
+    )
     quantity, pins, values = _colouring(view, chosen)
+    token = listed[listed["token_id"] == token_id].iloc[0]
+    if mode == "what-if":
+        _strip(view, listed, values, quantity, pins, token_id)
+        what_if_section(view, listed, token)
+        return
     left, right = st.columns([3, 2], gap="large")
     with left:
         _strip(view, listed, values, quantity, pins, token_id)
         _heatmap(view, chosen, values, quantity, token_id, listed)
     with right, st.container(key="token panel"):
-        token_panel(view, listed[listed["token_id"] == token_id].iloc[0], pins)
+        token_panel(view, token, pins)
 
 
 def _text_left_out(view: View) -> None:
