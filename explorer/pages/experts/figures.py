@@ -259,7 +259,9 @@ def need_and_use(rows: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.
             )
         )  # fmt: skip
     figure.update_xaxes(title="load (× fair share)", rangemode="tozero")
-    figure.update_yaxes(title="loss without it (nats a token)", type="log", dtick=1)
+    figure.update_yaxes(
+        title="loss without it (nats a token)", type="log", dtick=1, tickformat=".4~f"
+    )
     figure.update_layout(clickmode="event+select", hovermode="closest")
     return theme.finish(
         figure,

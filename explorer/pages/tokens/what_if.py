@@ -328,8 +328,9 @@ def _show(view: View, listed: pd.DataFrame, answer: dict[str, Any]) -> None:
             changed_routing(changed, scope=scope, start=max(0, place - 60), dark=is_dark()),
             key="what if routing",
             alt="Heatmap of tokens by layers: the share of each token's experts that changed, "
-            f"{span(changed['value'], '.0%')}.",
+            f"{span(changed['value'], '.0%')}. Click: the token.",
             table=changed.drop(columns="token_id"),
+            on_click=lambda data: address.write("token", str(int(data[2]))),
         )
     with right:
         likely = pd.DataFrame(answer["next"]).sort_values("before", ascending=False)
