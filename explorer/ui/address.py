@@ -55,20 +55,8 @@ PAGE_NAMES: dict[str, tuple[str, ...]] = {
 OF_A_RUN = (
     *GLOBAL_NAMES[1:],
     *("prompt", "token", "pins", "expert", "id", "head", "pair", "value", "region", "comparison"),
-    *(
-        "families",
-        "router",
-        "beside",
-        "told",
-        "a",
-        "b",
-        "text",
-        "at",
-        "shared",
-        "spot",
-        "learner",
-        "edits",
-    ),
+    *("families", "router", "beside", "told", "a", "b", "text", "at", "shared", "spot", "learner"),
+    "edits",
 )
 _NO_DOMAIN = "(none)"
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
