@@ -193,9 +193,7 @@ def test_an_atlas_is_offered_and_then_shown(known, runs):
     assert any(t.startswith("Loss without the expert") for t in titles(opened("experts")))
 
 
-def test_what_if_shows_kept_answers_and_runs_nothing_for_viewers(
-    known, runs, worker, monkeypatch
-):
+def test_what_if_shows_kept_answers_and_runs_nothing_for_viewers(known, runs, worker, monkeypatch):
     link = {"mode": "what-if", "layer": "1.0", "prompt": "0", "edits": "forbid/1.0/2/all"}
     app = opened("tokens", **link)
     assert "Forbid L1.0.E2 for all tokens" in " ".join(

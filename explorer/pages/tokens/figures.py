@@ -434,7 +434,7 @@ def changed_routing(
         ``layer``, ``site``, ``token_id``, ``position``, ``text``, ``value`` (share of the token's
         experts that are others now), site after site.
     """
-    quantity = Quantity("share of experts that changed", "", 0.0, 1.0, "", "")
+    quantity = Quantity("share of experts that changed", "", "", "")
     figure = token_layer_heatmap(changed, quantity, scope=scope, start=start, dark=dark)
     figure.update_traces(colorbar_title_text="", selector={"type": "heatmap"})
     figure.update_layout(title_text="Which routing changed (share of a token's experts)")
