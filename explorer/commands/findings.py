@@ -6,6 +6,7 @@ from urllib.parse import urlencode
 from explorer.commands import Output, run_file
 from explorer.findings import findings
 from explorer.run import open_run
+from explorer.text import counted
 
 
 def run(options: argparse.Namespace) -> Output:
@@ -16,7 +17,8 @@ def run(options: argparse.Namespace) -> Output:
     if options.json:
         return Output(found.to_json())
     lines = [
-        f"- {one.sentence}  [{one.page}?{urlencode({'run': path.stem} | one.address)}]"
+        f"- {one.sentence} n = {counted(one.n, 'prompt')}.  "
+        f"[{one.page}?{urlencode({'run': path.stem} | one.address)}]"
         for one in found.found
     ]
     return Output("\n".join([*lines, found.summary]))

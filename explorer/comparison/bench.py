@@ -1,17 +1,21 @@
-"""Time replay of many routers, and forward passes with rules in the routers' place.
+"""Time replay of many routers, forward passes with rules in the routers' place, and expert caches.
 
 ``python -m explorer.comparison.bench replay`` routes a million synthetic rows by linear routers.
 ``python -m explorer.comparison.bench rules demo`` prints, for some lengths, what a forward pass
 takes with each router, over what it takes without, in turns, in CPU seconds. Beside them stands the
 model itself with another number of experts where it can be told so: what a rule of that name would
 cost for nothing.
+``python -m explorer.comparison.bench caches`` runs every cache policy over a million tokens of 48
+layers, and LRU over some of them in a plain dictionary.
 """
 
 import argparse
 import os
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +34,7 @@ from explorer.comparison.live import LiveModel
 from explorer.comparison.replay import RecordedSplit, replay_router
 from explorer.comparison.text_split import FitAndReport, TokenTexts
 from explorer.errors import RouterError
+from explorer.metrics.cache import POLICIES, hit_rate
 from explorer.router_cards import RouterSpec, parse_router, split_routers
 from explorer.routers import ROUTERS, Router, RouterInputs
 from explorer.routers.native import TopKRouter
@@ -92,6 +97,44 @@ def time_replay(options: argparse.Namespace) -> None:
         f"{len(routers)} routers on {options.rows:,} rows: {wall:.1f} s, {cpu:.1f} s of CPU "
         f"(fits included), load average {os.getloadavg()[0]:.1f}"
     )
+
+
+def time_caches(options: argparse.Namespace) -> None:
+    """Print the CPU seconds of each policy, and of a plain dictionary on a part of the tokens."""
+    random = np.random.default_rng(0)
+    taste = random.normal(size=options.experts)
+    # a twentieth of the tokens, again and again: drawing them all would take longer than to count
+    drawn = taste + random.gumbel(size=(options.tokens // 20, options.experts))
+    ids = np.argpartition(-drawn, options.top_k, axis=1)[:, : options.top_k]
+    ids = np.tile(ids, (20, 1))
+    for policy in POLICIES:
+        hit_rate(ids[:100], slots=options.slots, policy=policy)  # compiled
+        begun, used = time.perf_counter(), time.process_time()
+        with ThreadPoolExecutor(options.threads) as pool:
+            rates = list(
+                pool.map(
+                    lambda _, policy=policy: hit_rate(ids, slots=options.slots, policy=policy),
+                    range(options.layers),
+                )
+            )
+        wall, cpu = time.perf_counter() - begun, time.process_time() - used
+        _say(
+            f"{policy}: {len(ids):,} tokens x {options.layers} layers, {options.slots} of "
+            f"{options.experts} experts: {cpu:.1f} s of CPU, {wall:.1f} s, hit rate {rates[0]:.3f}"
+        )
+    part = ids[: options.tokens // 100].ravel().tolist()
+    used, hits = time.process_time(), 0
+    held: OrderedDict[int, None] = OrderedDict()
+    for expert in part:
+        if expert in held:
+            hits += 1
+            held.move_to_end(expert)
+        else:
+            if len(held) == options.slots:
+                held.popitem(last=False)
+            held[expert] = None
+    cpu = (time.process_time() - used) * ids.size / len(part) * options.layers
+    _say(f"LRU in an OrderedDict, from one token in 100 of a layer: {cpu:,.0f} s of CPU for all")
 
 
 def _say(line: str) -> None:
@@ -186,7 +229,7 @@ def time_rules(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one of the two measurements."""
+    """Run one of the measurements."""
     parser = argparse.ArgumentParser(prog="python -m explorer.comparison.bench",
                                      description=__doc__.splitlines()[0])  # fmt: skip
     words = parser.add_subparsers(required=True)
@@ -203,7 +246,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rules.add_argument("--routers", default=ROUTERS_TIMED)
     rules.add_argument("--tokens", default="256,1024", help="of a pass, two texts side by side")
     rules.add_argument("--repeats", type=int, default=60, help="pairs; the median is reported")
-    for command in (replay, rules):
+    caches = words.add_parser("caches", help="caches of experts over synthetic lookups")
+    caches.set_defaults(run=time_caches, threads=2)
+    caches.add_argument("--tokens", type=int, default=1_000_000)
+    caches.add_argument("--layers", type=int, default=48)
+    caches.add_argument("--experts", type=int, default=128)
+    caches.add_argument("--top-k", type=int, default=8)
+    caches.add_argument("--slots", type=int, default=32)
+    for command in (replay, rules, caches):
         command.add_argument("--threads", type=int, help="of torch")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

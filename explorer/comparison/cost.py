@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 from capture.model.flops import LayerFlops, ModelFlops
 from capture.store.records import Place
+from explorer.metrics.cache import hit_rate
+from explorer.metrics.load import max_violation
+from explorer.metrics.placement import draft_windows
 
 # sequences that are decoded side by side: weights of an expert are read once for all of them
 DECODED = 16
@@ -20,6 +23,40 @@ DECODED = 16
 # picojoule; and a 32-bit word from memory
 OPERATION = {4: (3.7 + 0.9) / 2, 2: (1.1 + 0.4) / 2}
 MEMORY = 640.0 / 4  # a byte
+
+
+CACHE_SHARE = 4  # a cache of 1 in so many experts a layer
+DRAFT = 4  # tokens that speculative decoding checks in one pass
+
+
+def memory_reads(
+    expert_ids: npt.ArrayLike, texts: npt.ArrayLike, n_experts: int
+) -> dict[str, float]:
+    """Return what a site's choices ask of memory, by the names of a comparison's columns.
+
+    Parameters
+    ----------
+    expert_ids : array [T, K], int
+        Of tokens in any order of texts, in their order within each; -1 = empty slot.
+    texts : array [T], int
+
+    Returns
+    -------
+    dict
+        ``hit_rate``: lookups that an LRU cache of a quarter of the experts answers, text after
+        text. ``draft_experts``: different experts of ``DRAFT`` consecutive tokens of a text, mean
+        over windows. ``max_violation``: of the load.
+    """
+    order = np.argsort(np.asarray(texts), kind="stable")
+    # a token's experts are looked up in the order of their ids: not all that choose rank them
+    ids, of = np.sort(np.asarray(expert_ids)[order], axis=1), np.asarray(texts)[order]
+    windows = draft_windows(ids, of, DRAFT)
+    load = np.bincount(ids[ids >= 0].astype(np.int64), minlength=n_experts)
+    return {
+        "hit_rate": hit_rate(ids, slots=max(1, n_experts // CACHE_SHARE)),
+        "draft_experts": float(windows.mean()) if len(windows) else float("nan"),
+        "max_violation": max_violation(load),
+    }
 
 
 class TokenCost(NamedTuple):

@@ -22,7 +22,7 @@ from capture.swap.measure import Kept, Latency, latency, summed, token_losses
 from capture.swap.part_gates import gate_parts
 from capture.swap.routers import SiteCount, swap
 from capture.swap.rules import Choice, NativeRule, RouterInputs, Rule, reads_of
-from explorer.comparison.cost import TokenCost, Usage, cost_of
+from explorer.comparison.cost import TokenCost, Usage, cost_of, memory_reads
 from explorer.comparison.fit import FitData, Fitted, LivePart
 from explorer.comparison.text_split import FitAndReport, TokenTexts, shared_texts
 from explorer.errors import ComparisonCancelled
@@ -121,6 +121,8 @@ class Watcher:
         self.chosen: dict[Place, list[WatchedChoice]] = {}
         self.spies: dict[Place, Spy] = {}
         self.between: dict[Place, dict[int, npt.NDArray[np.bool_]]] = {}
+        # of every pass the experts of all tokens, their texts and positions
+        self.reads: dict[Place, list[tuple[npt.NDArray[Any], ...]]] = {}
         self._spanning = spanning
         self._batch: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._passes: dict[Place, int] = {}
@@ -147,6 +149,18 @@ class Watcher:
         if key in self.spies and self.spies[key].between is not None:
             self._note_between(key, found, self.spies[key].between)
         self.chosen.setdefault(key, []).append(self._kept(found))
+        self.reads.setdefault(key, []).append((found.expert_ids, found.sequences, found.positions))
+
+    def memory_reads(self, key: Place, n_experts: int) -> dict[str, float]:
+        """Return what the choices of one site ask of memory."""
+        chosen, texts, positions = zip(*self.reads[key], strict=True)
+        width = max(ids.shape[1] for ids in chosen)  # passes of a rule with a variable k differ
+        ids = np.concatenate(
+            [np.pad(i, ((0, 0), (0, width - i.shape[1])), constant_values=-1) for i in chosen]
+        )
+        of = np.concatenate(texts)
+        order = np.lexsort((np.concatenate(positions), of))
+        return memory_reads(ids[order], of[order], n_experts)
 
     def _note_between(self, key: Place, found: WatchedChoice, between: Any) -> None:
         """Keep the flags of each sequence, in the order of its tokens."""
@@ -292,6 +306,8 @@ class Outcome:
     gates : dict of layer to Tensor [T, P]
         Of a router that has gates, as they were applied.
     seconds : float
+    reads : dict of (layer, site) to dict of str to float
+        What choices ask of memory, see ``cost.memory_reads``; empty where parts were gated.
     between : dict of (layer, site) to list of array [S], bool
         Tokens of each text that lie between clusters, where one site alone was swapped for a
         router that has clusters.
@@ -307,6 +323,7 @@ class Outcome:
     shares: dict[int, float]
     gates: dict[int, torch.Tensor]
     seconds: float
+    reads: dict[Place, dict[str, float]] = field(default_factory=dict)
     between: dict[Place, list[npt.NDArray[np.bool_]]] = field(default_factory=dict)
 
     @cached_property
@@ -435,6 +452,7 @@ class LiveModel:
             shares={},
             gates={k[0]: torch.cat(spy.gates) for k, spy in watcher.spies.items() if spy.gates},
             seconds=time.perf_counter() - begun,
+            reads={key: watcher.memory_reads(key, len(counts[key].load)) for key in watcher.reads},
             between={
                 key: [flags[number] for number in range(n_texts)]
                 for key, flags in watcher.between.items()

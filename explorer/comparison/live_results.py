@@ -21,6 +21,7 @@ GATE_BINS = 20
 _MEANS = (
     *("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "entropy"),
     *("max_violation", "max_violation_floor", "cv", "gini", "dead_experts", "load_entropy"),
+    *("hit_rate", "draft_experts"),
 )
 
 
@@ -201,6 +202,7 @@ def _site(outcome: Outcome, key: Place) -> dict[str, Any]:
         **found,
         "experts_per_token": outcome.experts[key],
         "distinct_experts": outcome.distinct[key],
+        **outcome.reads.get(key, {}),
         **balance(outcome.load[key], outcome.reached[key], n_draws=50),
     }
 

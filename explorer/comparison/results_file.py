@@ -28,7 +28,7 @@ from explorer.run import frame
 
 TableRows = dict[str, list[dict[str, Any]]]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # what older files lack, by the first format that has it: columns, which read as NULL, and tables,
 # which read as empty
 COLUMNS_SINCE: dict[tuple[str, str], int] = {
@@ -38,6 +38,11 @@ COLUMNS_SINCE: dict[tuple[str, str], int] = {
     ("results", "loss_se_domain"): 5,
     ("comparison", "head_flops_share"): 5,
     ("comparison", "expert_flops_share"): 5,
+    ("results", "hit_rate"): 6,
+    ("results", "draft_experts"): 6,
+    ("conditions", "hit_rate"): 6,
+    ("conditions", "draft_experts"): 6,
+    ("conditions", "max_violation"): 6,
 }
 TABLES_SINCE = {"oracle": 2, "spanning": 3, "gate_values": 3}
 
@@ -92,7 +97,7 @@ TABLES: dict[str, dict[str, str]] = {
             max_violation_floor cv gini dead_experts load_entropy
         BOOLEAN: causal batch_dependent simulated
         BIGINT: fit_tokens tokens sequences
-        DOUBLE: fit_seconds seconds spanning_rate loss_margin loss_se_domain
+        DOUBLE: fit_seconds seconds spanning_rate loss_margin loss_se_domain hit_rate draft_experts
     """),
     "domains": UNIT | _typed("""
         VARCHAR: domain
@@ -133,6 +138,7 @@ TABLES: dict[str, dict[str, str]] = {
         VARCHAR: method
         BOOLEAN: calibrated simulated
         VARCHAR: fingerprint
+        DOUBLE: hit_rate draft_experts max_violation
     """),
     "flips": _typed("""
         VARCHAR: condition

@@ -53,7 +53,7 @@ from explorer.run import Run
 
 # Part of every file's key. Raise it when the same run, model and settings would give other numbers
 # than before: a rule, a fit, a metric, a choice of texts. Not for a new router, words or speed.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 BLOCK, BLOCKS = 2**16, 1024  # of a file of weights: bytes at a time, and how often
 SAMPLED = 256  # values of each weight that are looked at
 

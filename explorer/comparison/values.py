@@ -32,7 +32,7 @@ _MOST = dict.fromkeys(("routers", "students", "conditions"), 10_000) | dict.from
 _SHARES = frozenset({
     *("agreement", "jaccard", "exact_set", "top_1", "weighted_overlap", "gini", "parts_share"),
     *("head_flops_share", "expert_flops_share", "spanning_rate", "set_flips", "top1_flips"),
-    *("slot_flips", "margin_auc", "native_best", "gate_rate", "low", "high", "chance"),
+    *("slot_flips", "margin_auc", "native_best", "gate_rate", "low", "high", "chance", "hit_rate"),
 })  # fmt: skip
 _LOSSES = frozenset({"loss", "loss_change", "native_loss"})
 _SIGNED = frozenset({"reward", "margin_low", "margin_high", "lambda"})

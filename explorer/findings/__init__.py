@@ -35,6 +35,8 @@ class Finding(NamedTuple):
         In the unit that the sentence gives it, from the prompts that test.
     p, q : float
         One-sided; ``q`` is adjusted for all kinds that were tested.
+    n : int
+        Prompts that tested it: the unit, as tokens of a prompt are alike.
     page : str
         Where it is seen, as pages are called in addresses.
     address : dict of str
@@ -48,6 +50,7 @@ class Finding(NamedTuple):
     high: float
     p: float
     q: float
+    n: int
     page: str
     address: dict[str, str]
 
@@ -143,7 +146,14 @@ def judge(suggests: Half, tests: Half) -> Findings:
             tested[kind] = result
     rates = adjusted([one.p for one in tested.values()])
     found = [
-        Finding(kind, *one[:5], float(q), one.page, one.address)
+        Finding(
+            kind,
+            *one[:5],
+            float(q),
+            len(tests.tokens) if one.prompts is None else one.prompts,
+            one.page,
+            one.address,
+        )
         for (kind, one), q in zip(tested.items(), rates, strict=True)
         if q <= RATE
     ]

@@ -42,6 +42,7 @@ class Tested(NamedTuple):
     p: float
     page: str
     address: dict[str, str]
+    prompts: int | None = None  # that the test is of, where they are not all of the half
 
 
 def _ratio(part: Floats, whole: Floats, null: float = 1.0) -> tuple[float, float, float, float]:
@@ -230,34 +231,34 @@ def _of_a_word(half: Half) -> Iterator[Candidate]:
 
 
 def _hesitates(half: Half) -> Iterator[Candidate]:
-    """Suggest the domain in which routers are least sure."""
-    if np.isnan(half.entropy).any():
-        return
-    sums = _sums(half, half.entropy)
-    for domain in sorted(set(half.domain)):
-        inside = half.domain == domain
-        if inside.sum() < 2 or inside.all():
+    """Suggest a router and the domain in which it is least sure."""
+    for at in range(len(half.sites)):
+        if np.isnan(half.entropy[:, at]).any():
             continue
-        gain = float(_shares(sums, half.tokens, inside))
+        sums = _sums(half, half.entropy[:, at])
+        for domain in sorted(set(half.domain)):
+            inside = half.domain == domain
+            if inside.sum() < 2 or inside.all():
+                continue
 
-        def test(other: Half, domain: str = domain) -> Tested | None:
-            inside = other.domain == domain
-            if inside.sum() < 2 or np.isnan(other.entropy).any():
-                return None
-            sums = _sums(other, other.entropy)
-            mine, low, high, _ = _ratio_or_sum(sums[inside], other.tokens[inside])
-            rest = float(sums[~inside].sum() / other.tokens[~inside].sum())
-            interval = f" ({low:.0%} to {high:.0%})" if np.isfinite(low) else ""
-            sentence = (
-                f"Routers hesitate most in {_named(domain)}: the gate entropy is {mine:.0%} of its "
-                f"largest value there{interval} and {rest:.0%} elsewhere."
-            )
-            p = _permuted(sums, other.tokens, inside)
-            return Tested(
-                sentence, mine, low, high, p, "tokens", {"domain": domain, "color": "entropy"}
-            )
+            def test(other: Half, at: int = at, domain: str = domain) -> Tested | None:
+                inside = other.domain == domain
+                if inside.sum() < 2 or np.isnan(other.entropy[:, at]).any():
+                    return None
+                sums = _sums(other, other.entropy[:, at])
+                mine, low, high, _ = _ratio_or_sum(sums[inside], other.tokens[inside])
+                rest = float(sums[~inside].sum() / other.tokens[~inside].sum())
+                interval = f" ({low:.0%} to {high:.0%})" if np.isfinite(low) else ""
+                name = other.sites[at].name
+                sentence = (
+                    f"The router of layer {name} hesitates in {_named(domain)}: its gate entropy "
+                    f"is {mine:.0%} of its largest value there{interval} and {rest:.0%} elsewhere."
+                )
+                p = _permuted(sums, other.tokens, inside)
+                address = {"layer": name, "domain": domain, "color": "entropy"}
+                return Tested(sentence, mine - rest, low - rest, high - rest, p, "tokens", address)
 
-        yield Candidate(gain, test)
+            yield Candidate(float(_shares(sums, half.tokens, inside)), test)
 
 
 def _unspecialised(half: Half) -> Iterator[Candidate]:
@@ -430,6 +431,75 @@ def _repetition(half: Half, site: RouterChoices) -> tuple[Floats, Floats, Floats
     return common(site.ids), common(site.ids[order]), pairs
 
 
+def _attends(half: Half) -> Iterator[Candidate]:
+    """Suggest a head whose tokens share experts with the tokens that they attend to."""
+    for name, sums in half.attended.items():
+        shared, chance = sums.sum(0).T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            strength = np.where(chance > 0, (shared - chance) / np.sqrt(chance), -np.inf)
+        head = int(strength.argmax())
+        if not np.isfinite(strength[head]):
+            continue
+
+        def test(other: Half, name: str = name, head: int = head) -> Tested | None:
+            if name not in other.attended:
+                return None
+            shared, chance = other.attended[name][:, head].T
+            ratio, low, high, p = _ratio(shared, chance)
+            if not np.isfinite(ratio):
+                return None
+            sentence = (
+                f"Tokens share an expert of layer {name} with those that its head {head} attends "
+                f"to {ratio:.2f} times as often as with others at the same distance ({low:.2f} to "
+                f"{high:.2f})."
+            )
+            address = {"layer": name, "head": f"{name.partition('.')[0]}.{head}"}
+            n = int((chance > 0).sum())
+            return Tested(sentence, ratio, low, high, p, "attention", address, n)
+
+        yield Candidate(float(strength[head]), test)
+
+
+def _settles(half: Half) -> Iterator[Candidate]:
+    """Suggest the checkpoint up to which the routing changed fast, and after which it did not.
+
+    What it gains a checkpoint until then, less what it gains a checkpoint afterwards, up to the
+    last but one: the last one agrees with itself. Under a steady drift, and without any learning,
+    both are the same.
+    """
+    if half.saturation is None:
+        return
+    for at in range(1, len(half.checkpoints) - 2):
+
+        def test(other: Half, at: int = at) -> Tested | None:
+            if other.saturation is None:
+                return None
+            known = other.saturation[~np.isnan(other.saturation).any(1)]
+            if len(known) < MIN_PROMPTS:
+                return None
+            gain, low, high, p = _ratio(_knee(known, at), np.ones(len(known)), 0.0)
+            first, here, last = (float(known[:, i].mean()) for i in (0, at, -2))
+            names = other.checkpoints
+            sentence = (
+                f"Routing settled at {visible(names[at])}: for the same tokens it chose {here:.0%} "
+                f"of the last checkpoint's experts, from {first:.0%} at {visible(names[0])}, and "
+                f"gained {100 * (last - here):.0f} points more until {visible(names[-2])}."
+            )
+            address = {"source": "folder", "trend": "saturation", "runs": ",".join(names)}
+            return Tested(sentence, gain, low, high, p, "trends", address, len(known))
+
+        seen = half.saturation[~np.isnan(half.saturation).any(1)]
+        if len(seen):
+            yield Candidate(float(_knee(seen, at).mean()), test)
+
+
+def _knee(saturation: Floats, at: int) -> Floats:
+    """Return each prompt's gain a checkpoint up to ``at`` less that after it, [P]."""
+    before = (saturation[:, at] - saturation[:, 0]) / at
+    after = (saturation[:, -2] - saturation[:, at]) / (saturation.shape[1] - 2 - at)
+    return np.asarray(before - after)
+
+
 KINDS: dict[str, Callable[[Half], Iterator[Candidate]]] = {
     "dead experts": _dead,
     "overloaded expert": _overloaded,
@@ -437,6 +507,8 @@ KINDS: dict[str, Callable[[Half], Iterator[Candidate]]] = {
     "expert of a word": _of_a_word,
     "hesitation": _hesitates,
     "unspecialised layer": _unspecialised,
+    "attention partners": _attends,
+    "settled routing": _settles,
     "experts together": _together,
     "experts in a row": _follows,
     "repetition": _repeats,

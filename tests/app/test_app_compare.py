@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from base64 import b64decode
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from app_pages import charts, notes, opened, query
 from synthetic import SITES, write_run
@@ -477,9 +479,19 @@ def test_a_file_with_conditions_draws_the_two_by_two_and_the_flips(runs):
         for place, flips in enumerate((0.5, 0.1))
     ]  # fmt: skip
     rows["students"] = [{"student": "cosine", "agreement": 0.9, "loss_change": 0.01}]
+    # quality against bytes: routers and conditions on one plot, the condition with its own routing
+    for row in rows["results"]:
+        row |= {"hit_rate": 0.5, "draft_experts": 3.0} if row["mode"] == "live" else {}
+    rows["conditions"][0] |= {"hit_rate": 0.75, "draft_experts": 2.5, "max_violation": 0.5}
     write_comparison(path, rows)
-    app = opened("compare", run="known")
+    app = opened("compare", run="known", axis="hit_rate")
     specs = [chart.spec for chart in charts(app)]
+    front = next(json.loads(spec) for spec in specs if "What routers cost" in spec)
+    points = {one["name"]: one for one in front["data"] if one.get("mode") != "lines"}
+    at = {name: np.frombuffer(b64decode(points[name]["x"]["bdata"])).tolist()
+          for name in ("condition", "literature")}  # fmt: skip
+    assert at == {"condition": [0.75], "literature": [0.5, 0.5, 0.5]}
+    assert "cache hits 75.0%, experts of a draft 2.50" in points["condition"]["hovertext"][0]
     assert any("What conditions cost" in spec for spec in specs)
     assert any("AUC 0.900" in spec for spec in specs)
     assert any("student" in frame.value.columns for frame in app.dataframe)

@@ -8,7 +8,7 @@ import torch
 from capture.model.flops import LayerFlops, ModelFlops, model_flops
 from capture.model.selftest import attach
 from explorer.comparison import cost
-from explorer.comparison.cost import DECODED, Usage, cost_of
+from explorer.comparison.cost import DECODED, Usage, cost_of, memory_reads
 
 KEY = (0, 0)
 NOTHING = Usage(keys=0, experts={}, load={})
@@ -49,3 +49,16 @@ def test_energy_counts_a_read_as_many_operations():
     assert cost_of(one_weight, NOTHING, itemsize=4).energy == pytest.approx(4.6 + 640 / DECODED)
     halves = cost_of(one_weight, NOTHING, itemsize=2).energy
     assert halves == pytest.approx(1.5 + 320 / DECODED)
+
+
+def test_what_choices_ask_of_memory():
+    """Two texts whose rows lie mixed; a cache of 2 of 8 experts, text after text."""
+    ids = np.array([[1, 0], [4, 5], [0, 1], [5, 4], [2, -1], [4, 6], [0, 1], [4, 7]])
+    texts = [1, 2, 1, 2, 1, 2, 1, 2]
+    found = memory_reads(ids, texts, 8)
+    # 0 1 | 0 1 | 2 | 0 1 || 4 5 | 4 5 | 4 6 | 4 7: least recently used goes
+    # hits: 0 and 1 again, until 2 evicts 0; 4 and 5 again, and 4 twice more
+    assert found["hit_rate"] == pytest.approx((2 + 4) / 15)
+    assert found["draft_experts"] == pytest.approx((3 + 4) / 2)
+    assert found["max_violation"] == pytest.approx(4 / (15 / 8) - 1)
+    assert np.isnan(memory_reads(ids[:3], texts[:3], 8)["draft_experts"])

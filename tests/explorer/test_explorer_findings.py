@@ -11,9 +11,10 @@ from explorer.errors import RunError
 from explorer.findings import RATE, findings, judge
 from explorer.findings.halves import Half, RouterChoices, read_halves
 from explorer.findings.kinds import KINDS
+from explorer.metrics.attention import pair_totals
 from explorer.run import open_run
 
-EXPERTS, TOP_K, LAYERS, PROMPTS, LENGTH = 8, 2, 3, 24, 30
+EXPERTS, TOP_K, LAYERS, PROMPTS, LENGTH = 8, 2, 3, 32, 30
 DOMAINS = ("law", "code", "text", "")
 
 
@@ -31,9 +32,36 @@ def half(random, choose=None, *, domains=None, entropy=None):
         load = np.zeros((PROMPTS, EXPERTS))
         np.add.at(load, (prompt[:, None], ids), 1)
         sites.append(RouterChoices(str(layer), EXPERTS, TOP_K, ids, load))
-    gate = random.random(len(prompt)) if entropy is None else entropy(domains[prompt])
+    gate = random.random((len(prompt), LAYERS)) if entropy is None else entropy(domains[prompt])
     sizes = np.full(PROMPTS, float(LENGTH))
-    return Half(token, {t: f"w{t}" for t in range(12)}, prompt, sizes, domains, gate, sites)
+    return Half(
+        token,
+        {t: f"w{t}" for t in range(12)},
+        prompt,
+        sizes,
+        domains,
+        gate,
+        sites,
+        attended={"0": attended(random, sites[0].ids)},
+        checkpoints=STEPS,
+        # nothing was learned: every checkpoint chooses at random, the last one as itself
+        saturation=np.column_stack([random.normal(0.25, 0.05, (PROMPTS, 5)), np.ones(PROMPTS)]),
+    )
+
+
+STEPS = [f"step_{n}" for n in (0, 100, 200, 300, 400, 500)]
+
+
+def attended(random, ids, key=None):
+    """Let two heads attend to an earlier token, by default to any; [P, 2, 2]."""
+    query = np.arange(1, LENGTH)
+    sums = []
+    for mine in ids.reshape(PROMPTS, LENGTH, TOP_K):
+        keys = [random.integers(0, query) if key is None else key(mine, head) for head in (0, 1)]
+        one = pair_totals(mine, np.tile(query, 2), np.concatenate(keys), np.ones(2 * len(query)),
+                          np.repeat([0, 1], len(query)), n_heads=2)  # fmt: skip
+        sums.append(np.stack([one.shared, one.at_distance], axis=-1))
+    return np.stack(sums)
 
 
 def kinds_of(found):
@@ -114,15 +142,73 @@ def test_pairs_rows_repetition_and_hesitation_are_found():
         )  # fmt: skip
 
     def entropy(domain):
-        return 0.5 + 0.2 * (domain == "law") + random.normal(0, 0.05, len(domain))
+        sure = np.full((len(domain), LAYERS), 0.5)
+        sure[:, 1] += 0.2 * (domain == "law")  # the router of one layer
+        return sure + random.normal(0, 0.05, sure.shape)
 
     found = judge(*(half(random, choose, entropy=entropy) for _ in range(2)))
     assert {"experts in a row", "repetition", "hesitation"} <= kinds_of(found)
     by_kind = {one.kind: one for one in found.found}
-    assert by_kind["hesitation"].address == {"domain": "law", "color": "entropy"}
-    assert "70% of its largest value there" in by_kind["hesitation"].sentence
+    one = by_kind["hesitation"]
+    assert one.address == {"layer": "1", "domain": "law", "color": "entropy"}
+    assert "layer 1 hesitates" in one.sentence and "70% of its largest value there" in one.sentence
+    assert one.effect == pytest.approx(0.2, abs=0.02) and one.n == PROMPTS
     assert by_kind["repetition"].sentence.startswith("Layer 2 keeps an expert")
     assert by_kind["repetition"].low > 0.2
+
+
+def test_attention_partners_and_the_checkpoint_at_which_routing_settled():
+    random = np.random.default_rng(6)
+    halves = [half(random), half(random)]
+
+    def partner(mine, head):
+        """Head 1 looks for a token with an expert in common."""
+        keys = []
+        for at in range(1, LENGTH):
+            same = np.flatnonzero(np.isin(mine[:at], mine[at]).any(1))
+            keys.append(random.choice(same if head and len(same) else np.arange(at)))
+        return np.array(keys)
+
+    curve = np.array([0.2, 0.55, 0.8, 0.81, 0.82, 1.0])
+    planted = [
+        one._replace(
+            attended={"2": attended(random, one.sites[2].ids, partner)},
+            saturation=np.clip(curve + random.normal(0, 0.05, (PROMPTS, 6)), 0, 1),
+        )
+        for one in halves
+    ]
+    by_kind = {one.kind: one for one in judge(*planted).found}
+    one = by_kind["attention partners"]
+    assert "expert of layer 2 with those that its head 1 attends to" in one.sentence
+    assert (
+        one.low > 1.3 and one.address == {"layer": "2", "head": "2.1"} and one.page == "attention"
+    )
+    one = by_kind["settled routing"]
+    assert one.sentence.startswith("Routing settled at step_200: for the same tokens it chose 79%")
+    assert one.address["runs"].split(",") == STEPS and one.n == PROMPTS
+    # a steady drift settles nowhere
+    steady = np.linspace(0.2, 0.8, 5)
+    drift = [
+        one._replace(saturation=np.column_stack(
+            [steady + random.normal(0, 0.05, (PROMPTS, 5)), np.ones(PROMPTS)]))
+        for one in halves
+    ]  # fmt: skip
+    assert "settled routing" not in kinds_of(judge(*drift))
+
+
+def test_a_training_is_read_from_the_runs_beside_it(tmp_path):
+    for step in (10, 20, 300, 4000):
+        write_run(tmp_path / f"step_{step}.duckdb", level="attention")
+    write_run(tmp_path / "step_5.duckdb", seed=1)  # of other tokens
+    write_run(tmp_path / "other_step_1.duckdb")
+    with open_run(tmp_path / "step_300.duckdb") as run:
+        first, second = read_halves(run)
+    assert first.checkpoints == ["step_10", "step_20", "step_300", "step_4000"]
+    for one in (first, second):
+        assert (one.saturation == 1).all() and one.saturation.shape == (len(one.tokens), 4)
+        assert set(one.attended) == {"1.0", "3.0", "3.1"}
+    shared = sum(one.attended["3.0"][:, :, 0].sum() for one in (first, second))
+    assert shared > 0 and first.attended["3.0"].shape[1:] == (2, 2)
 
 
 def test_a_layer_that_does_not_specialise_is_named():

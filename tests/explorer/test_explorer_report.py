@@ -167,9 +167,16 @@ def whole(written):
     return written.read_text(encoding="utf-8")
 
 
-def test_a_report_of_a_run_has_both_topics_of_load_balance(whole):
+def test_a_report_of_a_run_has_the_topics_of_load_balance(whole):
     words = Reader(whole).words
     assert "Capacity limit" in words and "Balancedness over all layers" in words
+    assert "Calibration coverage" in words
+
+
+def test_a_report_begins_with_what_is_worth_knowing(whole):
+    words = Reader(whole).words
+    assert "each half needs 8" in words  # the same list as on the Overview, here of six prompts
+    assert words.index("Worth knowing") < words.index("Dead experts")
 
 
 def test_a_report_of_a_run_has_its_maps_and_says_which(whole):

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from capture.model.forward import plan_batches
 from capture.model.load import load_model, loading_bars
 from capture.swap.losses import SequenceLosses, loss_change
-from capture.swap.measure import Kept, sequence_losses
-from capture.swap.routers import swap
+from capture.swap.measure import BATCH_TOKENS, Kept, sequence_losses
+from capture.swap.routers import site_key, swap
 from explorer.comparison.compare import compare, demo_run
 from explorer.comparison.conditions import USUAL
 from explorer.comparison.conditions.catalogue import make_conditions
@@ -33,6 +34,7 @@ from explorer.comparison.conditions.routing_changes import (
     margin_rows,
     traced,
 )
+from explorer.comparison.cost import memory_reads
 from explorer.comparison.results_file import CONDITION_TABLES, open_comparison, write_comparison
 from explorer.comparison.session import fingerprint
 from explorer.comparison.text_split import split_texts
@@ -43,7 +45,7 @@ from explorer.run import open_run
 CONDITION_COLUMNS = (
     *("condition", "name", "kind", "weights", "routing", "loss", "loss_change", "loss_se"),
     *("perplexity_ratio", "tokens", "sequences", "draws", "draw_spread", "weight_bytes_ratio"),
-    *("method", "calibrated", "simulated"),
+    *("method", "calibrated", "simulated", "hit_rate", "draft_experts", "max_violation"),
 )
 FLIP_COLUMNS = (
     *("condition", "layer", "site", "tokens", "set_flips", "top1_flips", "slot_flips"),
@@ -68,9 +70,10 @@ class ConditionTables(NamedTuple):
         the base, ``loss_se`` (paired, by sequence), ``perplexity_ratio``, ``tokens``,
         ``sequences``, ``draws`` (averaged over), ``draw_spread`` (standard deviation of the loss
         between them, nats; NaN for one), ``weight_bytes_ratio`` (as stored, 1 = the base's),
-        ``method`` (how a choice was made, what is tested), ``calibrated``, ``simulated``. A
-        condition that takes experts away has no row with weights ``"condition"`` and routing
-        ``"base"``.
+        ``method`` (how a choice was made, what is tested), ``calibrated``, ``simulated``; of own
+        weights and own routing ``hit_rate``, ``draft_experts`` and ``max_violation``, see
+        ``cost.memory_reads``, mean of routers. A condition that takes experts away has no row
+        with weights ``"condition"`` and routing ``"base"``.
     flips : DataFrame
         One row for each router: ``condition``, ``layer``, ``site``, ``tokens``; shares of tokens
         whose set of experts (``set_flips``) or heaviest expert (``top1_flips``) changed, of
@@ -152,7 +155,11 @@ def measure(
         progress("base")
         base = run_texts(subject, texts)
     bytes_ = float(model_bytes(subject.model))
-    rows = [_row("base", None, base.losses, base.losses, ("base", "base"), {})]
+    rows = [
+        _row(
+            "base", None, base.losses, base.losses, ("base", "base"), _reads(subject, [base], texts)
+        )
+    ]
     flips: list[dict[str, Any]] = []
     margins: list[dict[str, Any]] = []
     for condition in conditions:
@@ -162,6 +169,8 @@ def measure(
         for place in each[0][1]:
             losses = [cells[place].losses for _, cells in each]
             facts = {**details, "draws": len(each), "draw_spread": _spread(losses)}
+            if place == ("condition", "condition"):
+                facts |= _reads(subject, [cells[place] for _, cells in each], texts)
             rows.append(_row(condition.label, condition, _mean(losses), base.losses, place, facts))
         traces = [cells["condition", "condition"].trace for _, cells in each]
         flips += flip_rows(condition.label, base.trace, traces)
@@ -171,6 +180,22 @@ def measure(
         pd.DataFrame(flips, columns=list(FLIP_COLUMNS)),
         pd.DataFrame(margins, columns=list(MARGIN_COLUMNS)),
     )
+
+
+def _reads(
+    subject: Subject, cells: Sequence[ConditionCell], texts: Sequence[npt.ArrayLike]
+) -> dict[str, float]:
+    """Return what choices ask of memory, mean of routers and draws."""
+    lengths = [len(np.asarray(text)) for text in texts]
+    # rows of a trace are those of the passes, whose batches depend on the lengths only
+    order = np.concatenate(list(plan_batches(lengths, BATCH_TOKENS)))
+    of = np.repeat(order, np.array(lengths)[order])
+    found = [
+        memory_reads(cell.trace.sets(site_key(site)), of, site.info.n_experts)
+        for cell in cells
+        for site in subject.sites
+    ]
+    return {name: float(np.nanmean([one[name] for one in found])) for name in found[0]}
 
 
 def _check_apart(subject: Subject, texts: Sequence[npt.ArrayLike]) -> None:
@@ -248,7 +273,7 @@ def _spread(losses: Sequence[SequenceLosses]) -> float:
 
 
 # As ``RESULTS_VERSION`` of explorer.comparison.session, for rows about conditions and students.
-CONDITIONS_VERSION = 1
+CONDITIONS_VERSION = 2
 
 Records = dict[str, list[dict[str, Any]]]
 

@@ -20,7 +20,9 @@ FAMILIES = {
     "rl": ("purple", "star"),
     "literature": ("sky", "triangle-up"),
     "control": ("grey", "x-thin-open"),
+    "condition": ("vermillion", "pentagon"),
 }
+CONDITION = "condition"  # changed weights with their own routing, beside routers
 FAMILY_NAMES = {"rl": "reinforcement learning"}
 _FLAGS = ("causal", "batch_dependent", "simulated")
 _MARKER = 11
@@ -41,12 +43,15 @@ class CostAxis(NamedTuple):
         One sentence for a newcomer.
     add : float
         To the column, for what is shown.
+    more : bool
+        More is better.
     """
 
     title: str
     native: float
     meaning: str
     add: float = 0.0
+    more: bool = False
 
 
 AXES: Registry[CostAxis] = Registry(
@@ -73,6 +78,19 @@ AXES: Registry[CostAxis] = Registry(
         "Load of a layer's busiest expert, 1 = even: with a GPU for each, how much longer the "
         "layer takes. MaxVio in papers is this less 1.",
         add=1.0,
+    ),
+    hit_rate=CostAxis(
+        "hit rate of an LRU cache of a quarter of the experts (mean of layers)",
+        float("nan"),
+        "Memory: lookups that a small cache answers, text after text; more is better. Routers and "
+        "conditions on the same tokens.",
+        more=True,
+    ),
+    draft_experts=CostAxis(
+        "different experts of four consecutive tokens (mean of layers)",
+        float("nan"),
+        "Memory: experts that a draft of speculative decoding reads in one pass; fewer is better. "
+        "Routers and conditions on the same tokens.",
     ),
     agreement=CostAxis(
         "agreement (share of the model's own experts that were chosen)",
@@ -160,7 +178,7 @@ def front(
     figure.add_hline(0.0, line=theme.dotted(dark))
     if not np.isnan(axis.native):
         figure.add_vline(axis.native, line=theme.dotted(dark))
-    best = pareto(results, cost)
+    best = pareto(results, cost, more=axis.more)
     figure.add_trace(
         go.Scatter(
             x=best[cost].to_numpy(dtype=np.float64),
@@ -210,13 +228,20 @@ def _margin(rows: pd.DataFrame) -> "pd.Series[float]":
     return rows["loss_margin"].astype(float).fillna(twice) if "loss_margin" in rows else twice
 
 
-def pareto(results: pd.DataFrame, cost: str) -> pd.DataFrame:
+def pareto(results: pd.DataFrame, cost: str, *, more: bool = False) -> pd.DataFrame:
     """Return the rows that no other row beats in both cost and loss, cheapest first.
+
+    Parameters
+    ----------
+    more : bool
+        Rows with more of ``cost`` are the cheaper ones.
 
     Controls and rules whose loss cannot be compared (not causal) take no part.
     """
     rows = results[(results["family"] != "control") & ~results["causal"].eq(False)]
-    rows = rows.dropna(subset=[cost, "loss_change"]).sort_values([cost, "loss_change"])
+    rows = rows.dropna(subset=[cost, "loss_change"]).sort_values(
+        [cost, "loss_change"], ascending=[not more, True]
+    )
     lowest = rows["loss_change"].cummin()
     return rows[(rows["loss_change"] == lowest) & ~lowest.duplicated()]
 
@@ -233,6 +258,11 @@ def _hover(row: "pd.Series[object]") -> str:
         f"agreement {_number(row['agreement'], '.3f')}, busiest expert "
         f"{_number(row['max_violation'] + 1, '.2f')} × fair share",
     ]
+    if not pd.isna(row.get("hit_rate")):
+        lines.append(
+            f"cache hits {_number(row['hit_rate'], '.1%')}, experts of a draft "
+            f"{_number(row['draft_experts'], '.2f')}"
+        )
     kind = row.get("harder")
     if isinstance(kind, str) and kind:
         lines.append(f"harder control (chance, {CONTROLS[kind]}) {_number(row[kind], '+.4f')}")

@@ -14,6 +14,7 @@ from explorer.errors import ComparisonError
 from explorer.pages.compare.conditions import conditions_section
 from explorer.pages.compare.figures import (
     AXES,
+    CONDITION,
     CURVES,
     badges,
     by_domain,
@@ -76,7 +77,9 @@ _AXIS_LABELS = {
     "flops_ratio": "FLOPs",
     "expert_flops_ratio": "Expert FLOPs",
     "latency_ratio": "Measured time",
-    "max_violation": "Balance",
+    "max_violation": "Straggler factor",
+    "hit_rate": "Cache hits",
+    "draft_experts": "Experts of a draft",
     "agreement": "Agreement",
 }
 _BADGE_TEXTS = {
@@ -152,7 +155,7 @@ def _live(comparison: Comparison, results: pd.DataFrame) -> None:
     """Draw what the model itself said of routers; ``results`` are of all layers."""
     info, live = comparison.info, with_controls(results)
     shown = _filtered(live)
-    _front(shown, info)
+    _front(_with_conditions(shown, comparison.rows("conditions")), info)
     _table(shown)
     st.caption(reach(info))
     router_card(comparison, live)
@@ -212,6 +215,20 @@ def _filtered(live: pd.DataFrame) -> pd.DataFrame:
     return shown.reset_index(drop=True)
 
 
+def _with_conditions(shown: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Add conditions with their own routing: points where memory or balance is the cost."""
+    own = cells[(cells["weights"] == "condition") & (cells["routing"] == "condition")]
+    names = ["loss", "loss_change", "loss_se", "hit_rate", "draft_experts", "max_violation"]
+    added = (
+        own[names]
+        .astype(float)
+        .assign(router=own["condition"], family=CONDITION, simulated=own["simulated"])
+    )
+    if added[names[3:]].isna().all(axis=None):
+        return shown  # measured before this was
+    return pd.concat([shown, added], ignore_index=True)
+
+
 @section("Loss against compute")
 def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     measured = [name for name in _AXIS_LABELS if shown[name].notna().any()]
@@ -224,7 +241,9 @@ def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     st.caption(AXES[axis].meaning)
 
     def go_to(data: list[float]) -> None:
-        address.write("router", str(shown["router"].iloc[int(data[0])]))
+        row = shown.iloc[int(data[0])]
+        if row["family"] != CONDITION:  # which has no card
+            address.write("router", str(row["router"]))
 
     chart(
         front(
@@ -235,7 +254,7 @@ def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
             dark=is_dark(),
         ),
         key="front",
-        alt=f"Change in loss of {counted(shown['router'].nunique(), 'router')} against "
+        alt=f"Change in loss of {counted(shown['router'].nunique(), 'rule')} against "
         f"{AXES[axis].title}; loss changes from {shown['loss_change'].min():+.3f} to "
         f"{shown['loss_change'].max():+.3f} nats a token. Click: the router's card.",
         table=shown,

@@ -62,7 +62,8 @@ def _findings(view: View) -> None:
             link.page_link(
                 f"explorer/pages/{one.page.replace('-', '_')}/page.py",
                 label="Show",
-                help=f"p = {one.p:.2g}, corrected for {len(found.tested)} tests {one.q:.2g}",
+                help=f"n = {counted(one.n, 'prompt')}, p = {one.p:.2g}, corrected for "
+                f"{len(found.tested)} tests {one.q:.2g}",
                 query_params={"run": view.name} | there,
             )
         if found.tested and not found.found:
