@@ -95,7 +95,7 @@ class Run:
         """A short name for what was recorded; a copy of the file has it, another recording not."""
         names = ("model", "architecture", "dtype", "level", "started_at", "seconds")
         facts = [self.info[name] for name in (*names, "n_prompts", "n_tokens", "complete")]
-        text = repr((*map(str, facts), *map(tuple, self.sites)))
+        text = repr((*map(str, facts), *(tuple(site[:7]) for site in self.sites)))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property

@@ -34,10 +34,9 @@ from capture.model.tokens import TokenizedPrompt, tokenize
 from capture.progress import Reporter
 from capture.prompts import Prompt, read_prompts
 from capture.recorder.config import CaptureConfig
-from capture.recorder.engine import CallStep, Sender
+from capture.recorder.engine import CallStep, senders_of
 from capture.recorder.estimate import plan_sample
 from capture.recorder.loop import CapturePlan, DecodeCall, HiddenRows, Recording
-from capture.recorder.observe import PairCounter
 from capture.recorder.session import (
     AttentionPlan,
     Stopper,
@@ -47,7 +46,7 @@ from capture.recorder.session import (
     plan_attention,
     plan_recording,
 )
-from capture.recorder.transfer import Staging, WriterThread
+from capture.recorder.transfer import WriterThread
 from capture.store import RECORDED_LEVELS, PromptInfo, RunWriter
 
 STATUS = Path("/proc/self/status")
@@ -456,7 +455,7 @@ def _loop(bench: Bench) -> None:
             runner=Runner(model, head),
             taps=Taps(()),
             hidden_rows=HiddenRows(),
-            sender=Sender((), bench.config.level, thread, Staging(), PairCounter((), ())),
+            senders=senders_of((), bench.config.level, thread),
             plan=bench.plan,
             advance=lambda: None,
             check=lambda: None,

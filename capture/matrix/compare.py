@@ -14,9 +14,11 @@ from torch import nn
 from capture.errors import CaptureCancelled, CaptureError
 from capture.matrix import tiny
 from capture.matrix.found import Architecture
-from capture.matrix.truth import NoTruth, Pass, Place, decoding, greedy, measure
+from capture.matrix.truth import NoTruth, Pass, Place, answering, decoding, greedy, measure
 from capture.model.forward import cache_of, with_cache
+from capture.model.inputs import has_two_sides
 from capture.recorder.record import record
+from capture.store.records import PHASES
 
 EXACT, REFUSED, UNTESTED, WRONG = "exact", "refused", "untested", "wrong"
 LENGTHS = (7, 11, 5)  # unequal, so that batches are padded
@@ -25,6 +27,7 @@ LARGEST = 30_000_000  # parameters; a tiny model that is not tiny says nothing
 # sums of at most 48 products in another order, and a weight stored within 0.1 %
 ABSOLUTE, RELATIVE = 2e-5, 2e-3
 NOTHING = 1e-7
+SIDES = {"encoder": "prompt", "decoder": "generated"}  # which tokens each reads
 SAME = 1e-3  # logits with a cache and without, relative
 
 
@@ -70,6 +73,12 @@ class _Recorded:
     choices: dict[tuple[int, int, int, int], dict[int, float]]
     scores: dict[tuple[int, int, int, int], list[float]] = field(default_factory=dict)
     load: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    def n_tokens(self, phases: Sequence[str]) -> int:
+        """Count the tokens of some phases."""
+        generated = sum(map(len, self.generated.values()))
+        counts = {"generated": generated, "prompt": sum(map(len, self.tokens.values())) - generated}
+        return sum(counts[phase] for phase in phases)
 
 
 def check(found: Architecture, changes: dict[str, Any] | None = None) -> Verdict:
@@ -150,8 +159,12 @@ def _compared(whole: Any, folder: Path, n_experts: int, *, saved: bool) -> list[
     options: dict[str, Any] = {"generate": GENERATE, "progress": False}
     path = record(whole, texts, folder / "scores.duckdb", level="scores", **options)
     run = _read(path)
-    for prompt, start, seen in _passes(model, run, texts, n_experts):
-        for site, place in _paired(run.sites, seen.places):
+    two_sides = has_two_sides(model)
+    passes = _both_sides if two_sides else _passes
+    for prompt, start, seen in passes(model, run, texts, n_experts):
+        side = ("decoder" if start else "encoder") if two_sides else None
+        sites = [site for site in run.sites if site["side"] == side]
+        for site, place in _paired(sites, seen.places):
             _Comparison(run, prompt, start, site, place, seen).all()
     _same_load(run, run, "level scores")
     stats = record(whole, texts, folder / "stats.duckdb", level="stats", **options)
@@ -183,6 +196,7 @@ class _Comparison:
 
     def all(self) -> None:
         """Compare ids, weights through the experts, and scores."""
+        self._kinds()
         weights = self._weights()
         given, rest = self.place.gave()
         self._ids(weights, given)
@@ -191,6 +205,15 @@ class _Comparison:
 
     def _key(self, row: int) -> tuple[int, int, int, int]:
         return self.prompt, self.start + row, self.site["layer"], self.site["site"]
+
+    def _kinds(self) -> None:
+        """Compare which experts are said to compute with which have parameters."""
+        computing = [kind == "routed" for kind in self.site["expert_kinds"]]
+        n_experts = self.place.bank.n_experts
+        if computing != [number < n_experts for number in range(self.site["n_experts"])]:
+            raise self._wrong(
+                f"{n_experts} experts have parameters, kinds are {self.site['expert_kinds']}"
+            )
 
     def _weights(self) -> torch.Tensor:
         """Return the recorded weights [T, E], nan where an expert was not chosen."""
@@ -305,6 +328,22 @@ def _passes(
             start = max(start + 1, len(text))
 
 
+def _both_sides(
+    model: Any, run: _Recorded, texts: list[list[int]], n_experts: int
+) -> Iterator[tuple[int, int, Pass]]:
+    """As :func:`_passes`, of an encoder-decoder: what each side read of each prompt alone."""
+    for prompt, text in enumerate(texts):
+        own = model.generate(torch.tensor([text]), max_new_tokens=GENERATE, do_sample=False)
+        written = own[0].tolist()
+        if run.tokens[prompt] != text + written or run.generated[prompt] != written:
+            raise Wrong(
+                f"the decoder should read {written} after prompt {prompt}, recorded is "
+                f"{run.generated[prompt]}"
+            )
+        for start, seen in answering(model, text, written, n_experts):
+            yield prompt, start, seen
+
+
 @torch.no_grad()
 def _reads_as_it_writes(model: Any, text: list[int], recorded: list[int]) -> bool:
     """Whether the last token has the same logits with a cache and without."""
@@ -319,12 +358,16 @@ def _reads_as_it_writes(model: Any, text: list[int], recorded: list[int]) -> boo
 
 def _same_load(run: _Recorded, truth: _Recorded, what: str) -> None:
     """Compare the assignments of every expert with those counted from the choices."""
-    for site in truth.sites:
+    for site in run.sites:
         place = site["layer"], site["site"]
         counts = [0] * site["n_experts"]
         for (_, _, *here), chosen in truth.choices.items():
             for expert in chosen if tuple(here) == place else ():
                 counts[expert] += 1
+        phases = [phase for phase in PHASES if SIDES.get(site["side"], phase) == phase]
+        dropped = run.n_tokens(phases) * site["top_k"] - sum(counts)
+        if site["dropped"] != dropped:
+            raise Wrong(f"{what}: {site['module']} dropped {dropped}, not {site['dropped']}")
         if run.load.get(place) != counts:
             raise Wrong(f"{what}: {site['module']} counts {run.load.get(place)}, not {counts}")
 

@@ -154,7 +154,12 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {**_MLA, "routed_scaling_factor": 2.5},
     "deepseek_v32": _MLA,
-    "deepseek_v4": {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8},
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "o_groups": 2,
+        "o_lora_rank": 8,
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    },
     "doge": {"is_moe": True, "num_experts": 16},
     "dots3_note_text": {
         **_MLA,
@@ -205,6 +210,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"routed_scaling_factor": 1.7},
     "mistral4": _MLA,
     "mistral_large4_text": _MLA,
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 2},
     "muse_spark": {"projector_hidden_size": 16},
     "muse_spark_audio": {
         "num_hidden_layers": 4,
@@ -230,6 +236,12 @@ KNOWN: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "step3p5": {**_SPARSE, "moe_router_scaling_factor": 1.7},
+    "switch_transformers": {
+        "decoder_start_token_id": 0,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 2,
+    },
     "unlimited_ocr_text": _MLA,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }

@@ -9,6 +9,7 @@ expert at a time, and has to give the same.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -116,13 +117,13 @@ class Place:
         """Return what the model's own code makes of one expert with weights [T], or None."""
         hidden = self.hidden
         module: Any = self.module
+        owner: Any = self.bank.owner
+        if isinstance(owner, nn.ModuleList | nn.ModuleDict):
+            return list(owner.children())[expert](hidden) * weights[:, None]  # type: ignore[no-any-return]
         told = self._told(expert, weights)
         if told is not None:
             args, kwargs = told
             return rows_of(self.module.forward(*args, **kwargs))
-        owner: Any = self.bank.owner
-        if isinstance(owner, nn.ModuleList | nn.ModuleDict):
-            return list(owner.children())[expert](hidden) * weights[:, None]  # type: ignore[no-any-return]
         is_scaled = getattr(module, "experts", None) is owner
         if is_scaled:  # weights scale what goes in
             blocks = hidden.new_zeros(self.bank.n_experts, *hidden.shape)
@@ -161,7 +162,8 @@ def banks(model: nn.Module, n_experts: int) -> list[Bank]:
         if isinstance(module, nn.modules.conv._ConvNd):
             continue
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            if "expert" in name and len(module) == n_experts:
+            parts = sum(not isinstance(part, nn.Dropout) for part in module.children())
+            if "expert" in name and parts == n_experts:
                 found.append(Bank(name, module, n_experts))
             continue
         own = list(module.parameters(recurse=False))
@@ -172,7 +174,14 @@ def banks(model: nn.Module, n_experts: int) -> list[Bank]:
     return found
 
 
-def measure(model: nn.Module, ids: torch.Tensor, n_experts: int, **arguments: Any) -> "Pass":
+def measure(
+    model: nn.Module,
+    ids: torch.Tensor,
+    n_experts: int,
+    *,
+    call: Callable[[], Any] | None = None,
+    **arguments: Any,
+) -> "Pass":
     """Run one text [1, T] and return what was seen of its experts.
 
     Parameters
@@ -180,6 +189,8 @@ def measure(model: nn.Module, ids: torch.Tensor, n_experts: int, **arguments: An
     model : PreTrainedModel
     ids : Tensor [1, T]
     n_experts : int
+    call : callable, optional
+        What runs the model on the text, where it is not called with its ids.
     **arguments : Any
         Further ones of the model's call, such as a cache.
 
@@ -208,7 +219,8 @@ def measure(model: nn.Module, ids: torch.Tensor, n_experts: int, **arguments: An
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(_outputs(seen, name, ids.numel())).remove)
         with torch.no_grad():
-            output = model(input_ids=ids, **{"use_cache": False, **arguments})
+            given = {"use_cache": False, **arguments}
+            output = model(input_ids=ids, **given) if call is None else call()
     places = {}
     for bank in known:
         if calls.keys().isdisjoint((bank.owner, *bank.owner.children())):
@@ -267,6 +279,22 @@ def decoding(
         cache = with_cache(model, cache_of(one.output))
         one = measure(model, torch.tensor([[token]]), n_experts, **cache)
         yield one
+
+
+def answering(
+    model: Any, prompt: list[int], written: list[int], n_experts: int
+) -> Iterator[tuple[int, Pass]]:
+    """Yield where in the text a pass begins: an encoder's prompt, then each token of a decoder."""
+    ids = torch.tensor([prompt])
+    one = measure(model, ids, n_experts, call=lambda: model.get_encoder()(input_ids=ids))
+    yield 0, one
+    encoded, cache = one.output, None
+    for number, token in enumerate(written):
+        new = torch.tensor([[token]])
+        given = {"encoder_outputs": encoded, "decoder_input_ids": new, **with_cache(model, cache)}
+        one = measure(model, new, n_experts, call=partial(model, **given))
+        cache = cache_of(one.output)
+        yield len(prompt) + number, one
 
 
 def greedy(model: nn.Module, ids: list[int], n_tokens: int, ends: set[int]) -> list[int]:

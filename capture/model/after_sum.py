@@ -1,4 +1,4 @@
-"""The factor between what experts sum up to and what their block adds: measured, not read."""
+"""What experts give: what kind each is, and the factor of their sum; measured, not read."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from capture.errors import SiteError
+from capture.model import attributes
 from capture.model.attributes import flat_rows
 from capture.model.sites import Site
 
 # of the largest change, in 32 bits and fewer
 NEAR, HALF_NEAR = 1e-3, 3e-2
+IDENTICAL = 1e-2  # of tokens between -1 and 1, in any dtype
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -64,6 +67,50 @@ def with_factor(site: Site, call: Call | None) -> Site:
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return replace(site, factor=None)  # it cannot run by itself
     return replace(site, factor=_factor(twice - once, summed))
+
+
+@torch.no_grad()
+def with_kinds(site: Site) -> Site:
+    """Return the site with what kind each of its experts is.
+
+    Experts without the parameters of the others are asked for what they make of some tokens:
+    nothing (``zero``), the token itself (``identity``), or something else, as those that mix in a
+    learned constant do (``constant``). A choice to leave out the block is ``skip``.
+    """
+    n_experts = site.info.n_experts
+    kinds = ["routed"] * n_experts
+    if site.parts.skips:
+        kinds[-1] = "skip"
+    for expert in attributes.odd_experts(site.experts, n_experts - site.parts.skips):
+        kinds[expert] = _kind(site, expert)
+    return replace(site, info=site.info._replace(expert_kinds=tuple(kinds)))
+
+
+def _kind(site: Site, expert: int) -> str:
+    experts: Any = attributes.inner(site.experts)
+    weight = next(p for p in experts.parameters() if p.is_floating_point())
+    width = max(weight.shape)
+    gate = next((p for p in site.router.parameters() if p.ndim == len(("E", "D"))), None)
+    if gate is not None:
+        width = gate.shape[-1]
+    hidden = torch.linspace(-1, 1, 2 * width, device=weight.device, dtype=weight.dtype)
+    hidden = hidden.reshape(2, width)
+    try:
+        if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+            given = _rows(list(experts.children())[expert](hidden))
+        else:
+            # a second slot without weight: some cannot be called with one
+            ids = torch.tensor([[expert, 0]], device=weight.device).expand(2, 2)
+            weights = torch.tensor([[1.0, 0.0]], device=weight.device, dtype=weight.dtype)
+            given = _rows(experts.forward(hidden, ids, weights.expand(2, 2)))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise SiteError(
+            f"{site.info.module}: expert {expert} is built otherwise than the others, and what it "
+            f"does cannot be told ({type(error).__name__}). This architecture is not supported."
+        ) from error
+    if not bool(given.any()):
+        return "zero"
+    return "identity" if torch.allclose(given, hidden, atol=IDENTICAL) else "constant"
 
 
 def _factor(change: torch.Tensor, summed: list[torch.Tensor]) -> float | None:

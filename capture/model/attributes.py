@@ -146,5 +146,16 @@ def gate_matrix(
 
 def n_computing(experts: nn.Module, n_experts: int) -> int:
     """Return how many of the experts have weights: the others pass a token on or skip it."""
+    return n_experts - len(odd_experts(experts, n_experts))
+
+
+def odd_experts(experts: nn.Module, n_experts: int) -> list[int]:
+    """Return the experts that have not the parameters of the others, ascending."""
+    held = inner(experts)
+    if isinstance(held, nn.ModuleList | nn.ModuleDict):
+        parts = [one for one in held.children() if not isinstance(one, nn.Dropout)]
+        shapes = [tuple(p.shape for p in one.parameters()) for one in parts]
+        usual = max(shapes, key=lambda one: sum(shape.numel() for shape in one), default=())
+        return [number for number, one in enumerate(shapes) if one != usual]
     stacks = [p.shape[0] for p in experts.parameters() if p.ndim == len(("E", "out", "in"))]
-    return min([n_experts, *stacks])
+    return list(range(min([n_experts, *stacks]), n_experts))

@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 from capture.errors import ModelError
-from capture.model.inputs import input_device, plain_forward, without_gradients
+from capture.model.inputs import (
+    decoder_inputs,
+    input_device,
+    plain_forward,
+    without_gradients,
+)
 from capture.model.sites import text_config
 
 Ints = npt.NDArray[np.int64]
@@ -228,8 +233,12 @@ class Head:
     def _probe(self, ids: torch.Tensor) -> Finish | None:
         """Return what the model does after its output layer, or None when that is unknown."""
         with without_gradients(self._model):
+            mask = torch.ones_like(ids)
             output = self._model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+                input_ids=ids,
+                attention_mask=mask,
+                use_cache=False,
+                **decoder_inputs(self._model, ids, mask),
             )
             hidden, logits = self._hidden, self._checked(getattr(output, "logits", None), ids)
             weight = getattr(self._module, "weight", None)
@@ -316,7 +325,7 @@ class PromptPass(NamedTuple):
     taken : Tensor [R, ...]
         What ``Head.logits`` takes, one row per place of the batch.
     cache : object or None
-        Keys and values, when they were asked for.
+        Keys and values, when they were asked for; of an encoder, its output.
     """
 
     loss: torch.Tensor
@@ -365,6 +374,29 @@ class Runner:
         loss = self.head.losses(taken, rows, targets)
         return PromptPass(loss, taken, cache_of(output))
 
+    def encode(self, batch: PaddedBatch) -> PromptPass:
+        """Run the prompts of a batch, padded on their right, through an encoder.
+
+        It predicts no token: the losses are infinite, which is stored as NULL.
+        """
+        ids, mask = (to_device(a, self.device) for a in (batch.input_ids, batch.mask))
+        output = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+        loss = torch.full((int(next_in_prompt(batch).sum()),), torch.inf, device=self.device)
+        hidden: torch.Tensor = output.last_hidden_state
+        return PromptPass(loss, hidden.reshape(-1, hidden.shape[-1]), output)
+
+    def answer(
+        self, token: torch.Tensor, encoded: Any, mask: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Feed one token per row [B] to a decoder; return the logits [B, V] and its cache."""
+        output = self.model(
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            decoder_input_ids=token[:, None],
+            **with_cache(self.model, cache),
+        )
+        return self.head.logits(self.head.take(output)), cache_of(output)
+
     def again(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, V] after texts [B, S] that are read from their start.
 
@@ -378,6 +410,30 @@ class Runner:
     def positions(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the argument for positions, where the model takes one."""
         return {"position_ids": position_ids} if self._takes_positions else {}
+
+
+def start_of(model: Any) -> tuple[int, int | None]:
+    """Return the token that a decoder reads first, and the one that has to follow it, if any.
+
+    Raises
+    ------
+    ModelError
+        If neither the generation configuration nor the model's names the first.
+    """
+
+    def named(name: str) -> int | None:
+        owners = (getattr(model, "generation_config", None), model.config)
+        found = (getattr(owner, name, None) for owner in owners)
+        return next((value for value in found if isinstance(value, int)), None)
+
+    first = named("decoder_start_token_id")
+    first = named("bos_token_id") if first is None else first
+    if first is None:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder, and its configuration does not say "
+            "which token its decoder begins with. Set model.config.decoder_start_token_id."
+        )
+    return first, named("forced_bos_token_id")
 
 
 def cache_of(output: Any) -> Any:

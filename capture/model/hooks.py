@@ -51,6 +51,13 @@ class Taps:
     def take(self) -> list[SiteObservation]:
         """Return what every site did since the last call, in the order of the sites.
 
+        As :meth:`take_of`, of all of them.
+        """
+        return list(self.take_of(None).values())
+
+    def take_of(self, phase: str | None) -> dict[int, SiteObservation]:
+        """Return what the sites that read tokens of a phase did since the last call, by number.
+
         Nothing here waits for the device: only shapes are looked at.
 
         Raises
@@ -59,10 +66,13 @@ class Taps:
             If a site did not run, ran more than once, or gave shapes that do not fit.
         """
         try:
-            return [
-                _observe(site, channel, self._training)
-                for site, channel in zip(self.sites, self._channels, strict=True)
-            ]
+            return {
+                number: _observe(site, channel, self._training)
+                for number, (site, channel) in enumerate(
+                    zip(self.sites, self._channels, strict=True)
+                )
+                if phase is None or site.info.reads(phase)
+            }
         finally:
             self.discard()
 

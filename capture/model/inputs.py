@@ -90,6 +90,23 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
                 reshard()
 
 
+def has_two_sides(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def decoder_inputs(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None
+) -> dict[str, torch.Tensor | None]:
+    """Return the arguments that let a decoder read ids [B, S] too; none where there is no encoder.
+
+    For tests of a model, which need no sense in what is read.
+    """
+    if not has_two_sides(model):
+        return {}
+    return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+
 @contextmanager
 def plain_forward(model: nn.Module) -> Iterator[None]:
     """Switch off what a configuration adds to the forward pass, until the block is left.
@@ -108,8 +125,12 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
     combinations, such as attention maps beside a fast implementation, that a user may have made.
     """
     changed: list[tuple[dict[str, Any], str, Any]] = []
+    # an encoder refuses a cache
+    left = {"use_cache"} if has_two_sides(model) else set()
     for owner in _owners(model):
         for name, plain in PLAIN.items():
+            if name in left:
+                continue
             for key in (name, f"_{name}"):  # configurations keep some behind a property
                 value = owner.get(key)
                 if (isinstance(value, bool | int | list) or value is None) and key in owner:

@@ -243,6 +243,7 @@ def _load(
             library.AutoModelForCausalLM,
             library.AutoModelForImageTextToText,
             library.AutoModelForMultimodalLM,
+            library.AutoModelForSeq2SeqLM,
         )
         for kind in kinds:
             try:

@@ -1,6 +1,8 @@
 """Find out which rule turned a router's scores into its choice and its weights."""
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import NamedTuple, cast
 
 import torch
 
@@ -9,6 +11,15 @@ from kernels.ops.gate import ScoreFunction, gate
 # Llama 4 and Kolibri take the sigmoid of each chosen logit; a rule that nobody knows is measured by
 # the softmax of its scores, which is defined for any finite scores
 _STAND_IN = {"sigmoid_topk": "sigmoid", "other": "softmax"}
+
+# what some routers choose by, where that is neither their scores nor what their weights are made of
+RANKINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scores": lambda scores: scores,  # Kolibri: logits plus bias
+    "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt(),  # DeepSeek-V4
+}
+# the gate takes these as they are
+RANKED: ScoreFunction = "probabilities"
+NO_GROUPS = (None, None)
 
 # relative error of a weight: rounding to 8 (bfloat16) or 11 bits and the router's own arithmetic
 HALF_TOLERANCE = 2e-2
@@ -97,6 +108,58 @@ def explains_choice(
     return bool(close.all()) and float(rounded) <= (DECIDED_BY_ROUNDING if half else 0.0)
 
 
+class Rule(NamedTuple):
+    """What explains every choice: bias and groups, beside a score function or a ranking.
+
+    Attributes
+    ----------
+    score_function : str
+    selection_bias : Tensor [E] or None
+    groups : tuple of int, or of None
+        How many there are, and how many of them are kept.
+    ranking : str or None
+        Of ``RANKINGS``.
+    """
+
+    score_function: str
+    selection_bias: torch.Tensor | None
+    groups: tuple[int | None, int | None]
+    ranking: str | None = None
+
+
+def rule_of(
+    scores: torch.Tensor,
+    expert_ids: torch.Tensor,
+    score_functions: Sequence[str],
+    *,
+    selection_bias: torch.Tensor | None,
+    groups: tuple[int | None, int | None],
+    half: bool,
+) -> Rule | None:
+    """Return the first rule that explains the ids [T, K] by the scores [T, E], if one does.
+
+    Parameters are those of :func:`explains_choice`; a router may carry a bias or groups that its
+    configuration switches off.
+    """
+    tried = [(selection_bias, groups), (selection_bias, NO_GROUPS), (None, NO_GROUPS)]
+    if selection_bias is None and groups != NO_GROUPS:
+        # groups count by their best two, as they do beside a bias, and there is none (Mistral 4)
+        tried.insert(1, (scores.new_zeros(scores.shape[-1]), groups))
+    rules = [Rule(name, *one) for one, name in product(tried, score_functions)]
+    rules += [Rule(score_functions[0], *one, name) for one, name in product(tried, RANKINGS)]
+    for rule in rules:
+        if explains_choice(
+            scores if rule.ranking is None else RANKINGS[rule.ranking](scores),
+            expert_ids,
+            rule.score_function if rule.ranking is None else RANKED,
+            selection_bias=rule.selection_bias,
+            groups=rule.groups,
+            half=half,
+        ):
+            return rule
+    return None
+
+
 def are_weights(scores: torch.Tensor, expert_ids: torch.Tensor) -> bool:
     """Whether scores [T, E] are what was applied: 0 wherever an expert was not chosen [T, K]."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
@@ -123,12 +186,6 @@ def n_renumbered(scores: torch.Tensor, expert_ids: torch.Tensor, weights: torch.
     # seen once, a pair says nothing
     is_known = bool((counts > 1).float().mean() > MOSTLY)
     return int((kinds[0] != kinds[1]).sum()) if one_to_one and is_known else 0
-
-
-def best_by(ranked: torch.Tensor, expert_ids: torch.Tensor) -> bool:
-    """Whether the ids [T, K] are the best of each row of ``ranked`` [T, E], in any order."""
-    best = ranked.topk(expert_ids.shape[-1]).indices
-    return torch.equal(best.sort(dim=-1).values, expert_ids.long().sort(dim=-1).values)
 
 
 def _misfit(values: torch.Tensor, weights: torch.Tensor, used: torch.Tensor) -> float:

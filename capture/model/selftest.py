@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +14,22 @@ from torch import nn
 
 from capture.errors import SiteError
 from capture.model import attributes as probe
-from capture.model.after_sum import calls_kept, with_factor
+from capture.model.after_sum import calls_kept, with_factor, with_kinds
 from capture.model.forward import cache_of, keeps, takes_positions, with_cache
 from capture.model.hooks import SiteObservation, tap
-from capture.model.inputs import input_device, plain_forward, vocabulary, without_gradients
+from capture.model.inputs import (
+    decoder_inputs,
+    has_two_sides,
+    input_device,
+    plain_forward,
+    vocabulary,
+    without_gradients,
+)
 from capture.model.scoring import (
     are_all_one,
     are_weights,
-    best_by,
-    explains_choice,
     n_renumbered,
+    rule_of,
     score_function_of,
 )
 from capture.model.sites import Site, find_sites, text_config
@@ -32,7 +37,6 @@ from capture.model.sites import Site, find_sites, text_config
 # enough tokens that a rule which does not explain the choice is caught, few enough to be quick
 ROWS, LENGTH = 4, 16
 SEED = 0
-NO_GROUPS = (None, None)
 # a row differs from the same row alone by rounding, which may flip a near tie now and then;
 # another token's row lies as far away as tokens lie from each other
 NEAR = 0.5
@@ -43,9 +47,12 @@ STEPS = 2  # decoded
 DRIFT, HALF_DRIFT = 1e-3, 5e-2
 
 
-def attach(model: nn.Module) -> list[Site]:
-    """Find a model's sites and self-test them: the way to get sites that are safe to record."""
-    return self_test(model, find_sites(model))
+def attach(model: nn.Module, *, two_sides: bool = False) -> list[Site]:
+    """Find a model's sites and self-test them: the way to get sites that are safe to record.
+
+    ``two_sides`` says whether the model may be an encoder-decoder.
+    """
+    return self_test(model, find_sites(model, two_sides=two_sides))
 
 
 def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
@@ -85,7 +92,9 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         with calls_kept(sites) as calls:
             batch = run_sites(model, sites, ids, mask)
         measured = [
-            with_factor(_measured(site, observation, mask.flatten().bool()), calls.get(number))
+            with_factor(
+                with_kinds(_measured(site, observation, mask.flatten().bool())), calls.get(number)
+            )
             for number, (site, observation) in enumerate(zip(sites, batch.sites, strict=True))
         ]
         check_rows(model, measured, ids, mask, batch)
@@ -154,23 +163,17 @@ def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
         # a share of one: the weights say nothing, the choice may, and else the code does
         said = probe.said_of_scores((site.router, site.parent))
         labels = ["sigmoid", "softmax"] if "sigmoid" in said else ["softmax", "sigmoid"]
-    bias, groups = site.selection_bias, (site.n_groups, site.top_groups)
-    # a router may carry a bias or groups that its configuration switches off
-    for (use_bias, use_groups), label in product(
-        ((bias, groups), (bias, NO_GROUPS), (None, NO_GROUPS)), labels
-    ):
-        if explains_choice(
-            scores,
-            ids,
-            label,
-            selection_bias=use_bias,
-            groups=use_groups,
-            half=seen.scores.dtype != torch.float32,
-        ):
-            bias, groups, known = use_bias, use_groups, True
-            break
-    else:
-        known, label = False, labels[0] if len(labels) == 1 else "other"
+    half_scores = seen.scores.dtype != torch.float32
+    found = rule_of(
+        scores,
+        ids,
+        labels,
+        selection_bias=site.selection_bias,
+        groups=(site.n_groups, site.top_groups),
+        half=half_scores,
+    )
+    if found is None:
+        label = labels[0] if len(labels) == 1 else "other"
         moved = n_renumbered(scores, ids, weights)
         if moved:
             raise SiteError(
@@ -178,15 +181,18 @@ def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
                 f"under, always the same ones ({moved} of {site.info.n_experts} moved): physical "
                 "ids of a placement. Undo the placement (EPLB) before recording."
             )
-        if label == "sigmoid" and bias is not None and best_by(scores + bias.float().cpu(), ids):
-            label, groups = "sigmoid_topk", NO_GROUPS
+        return replace(site, info=site.info._replace(score_function=label))
+    label = found.score_function
+    if label == "sigmoid" and found.ranking is not None:
+        label = "sigmoid_topk"  # chosen before they are squashed
     return replace(
         site,
         info=site.info._replace(score_function=label),
-        selection_bias=bias,
-        n_groups=groups[0],
-        top_groups=groups[1],
-        margin_known=known,
+        selection_bias=found.selection_bias,
+        n_groups=found.groups[0],
+        top_groups=found.groups[1],
+        ranking=found.ranking,
+        margin_known=True,
     )
 
 
@@ -263,7 +269,8 @@ def run_sites(
         for number, site in enumerate(sites):
             stack.callback(_keep_input(site.router, inputs, number))
         given = torch.ones_like(ids) if mask is None else mask
-        output = model(input_ids=ids, attention_mask=given, **{"use_cache": False, **arguments})
+        arguments = {**decoder_inputs(model, ids, given), "use_cache": False, **arguments}
+        output = model(input_ids=ids, attention_mask=given, **arguments)
         cache = cache_of(output)
         return Seen(taps.take(), inputs, _output(output, ids), cache)
 
@@ -390,6 +397,8 @@ def writes_as_it_reads(model: nn.Module, sites: Sequence[Site]) -> bool:
     SiteError
         If it is neither.
     """
+    if has_two_sides(model):
+        return _answers_as_it_reads(model)
     ids, following = probe_tokens(model)[:1], probe_tokens(model)[2:3, :STEPS]
     positions = {"position_ids": takes_positions(model)}
     with without_gradients(model), plain_forward(model):
@@ -411,15 +420,47 @@ def writes_as_it_reads(model: nn.Module, sites: Sequence[Site]) -> bool:
         )
     if given and same and None not in given:
         return False
-    raise SiteError(
+    raise _decodes_otherwise(model)
+
+
+def _answers_as_it_reads(model: Any) -> bool:
+    """As :func:`writes_as_it_reads`, of an encoder-decoder: what its decoder reads and writes."""
+    ids = probe_tokens(model)[:1]
+    with without_gradients(model), plain_forward(model):
+        written, logits = _generated(model, ids, start=True)
+        encoded, cache, given = model.get_encoder()(input_ids=ids), None, []
+        for step in range(written.shape[1]):
+            one = model(
+                encoder_outputs=encoded,
+                decoder_input_ids=written[:, step : step + 1],
+                **with_cache(model, cache),
+            )
+            cache = cache_of(one)
+            given.append(one.logits[:, -1].float().cpu())
+        whole = model(encoder_outputs=encoded, decoder_input_ids=written, use_cache=False).logits
+        at_once = list(whole.float().cpu().unbind(1))
+    if _is_near(model, list(zip(given, at_once, strict=True))):
+        return True
+    if given and _is_near(model, list(zip(given, logits, strict=True))):
+        return False
+    raise _decodes_otherwise(model)
+
+
+def _decodes_otherwise(model: nn.Module) -> SiteError:
+    return SiteError(
         f"Decoding {type(model).__name__} token by token should give what reading the text gives, "
         f"or what its own generate() gives, but after {STEPS} tokens it gives neither: its routers "
         "see other states. Record it without generate, on texts that it has written."
     )
 
 
-def _generated(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return what a model's own decoding writes first [B, n], and its logits [B, V] behind it."""
+def _generated(
+    model: Any, ids: torch.Tensor, *, start: bool = False
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return what a model's own decoding writes first [B, n], and its logits [B, V] behind it.
+
+    ``start`` gives what a decoder reads: its own first token before what it writes.
+    """
     if not callable(getattr(model, "generate", None)):
         return ids[:, :0], []  # of a class of one's own
     with warnings.catch_warnings():
@@ -434,8 +475,10 @@ def _generated(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.
             output_logits=True,
             return_dict_in_generate=True,
         )
-    written = done.sequences[:, ids.shape[1] : ids.shape[1] + STEPS]
-    return written, [values.float().cpu() for values in done.logits[1 : STEPS + 1]]
+    first = 0 if start else ids.shape[1]
+    written = done.sequences[:, first : first + STEPS]
+    behind = done.logits[: len(written[0])] if start else done.logits[1 : STEPS + 1]
+    return written, [values.float().cpu() for values in behind]
 
 
 def _is_near(model: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:

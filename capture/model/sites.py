@@ -19,9 +19,13 @@ from torch import nn
 from capture.errors import SiteError, SwapError
 from capture.model import attributes
 from capture.model.adapters import ADAPTERS, Adapter, Decider, Parts, Replacing, Seat
+from capture.model.adapters.expert_list import is_called
+from capture.model.inputs import has_two_sides
 from capture.store.records import SiteInfo
+from capture.store.schema import SIDES
 
 STACK, MATRIX = 3, 2  # axes
+ENCODER, DECODER = SIDES
 # lists of layers are stacks too, but nothing chooses among them
 LAYER_LISTS = ("layers", "layer", "blocks", "block", "h")
 log = logging.getLogger(__name__)
@@ -38,6 +42,11 @@ LIST = (
     ": its experts are a list of modules, each called with tokens of its own, as in code for "
     "transformers 4, and no known rule makes its gate's output the weights of their sum. Load the "
     "model with the class that transformers has for it (trust_remote_code=False)"
+)
+MASKED = (
+    ": its experts are told by a mask whom to work on, and work on others than it says. In "
+    "transformers 5.23 and 5.24 those of NLLB-MoE take the mask for ids, so that experts 0 and 1 "
+    "do the work of all, whatever the router chose"
 )
 
 PRODUCT_KEYS = (
@@ -160,6 +169,9 @@ class Site:
         Added to the scores for the choice only. The model's own tensor: read it, never write.
     n_groups, top_groups : int or None
         The choice is made within the best ``top_groups`` of ``n_groups`` equal groups.
+    ranking : str or None
+        What the choice is made by, of ``capture.model.scoring.RANKINGS``; None = the score
+        function.
     margin_known : bool
         Whether the self-test could explain every choice by scores, bias and groups. Where it is
         False, margins are not known (hash routing, families with a rule of their own).
@@ -178,6 +190,7 @@ class Site:
     selection_bias: torch.Tensor | None = None
     n_groups: int | None = None
     top_groups: int | None = None
+    ranking: str | None = None
     margin_known: bool = False
     scores_known: bool = True
     factor: float | None = 1.0
@@ -247,26 +260,31 @@ class Site:
         return self.parts.experts
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module, *, two_sides: bool = False) -> list[Site]:
     """Return the MoE sites of a text model, in the order of its layers.
 
     Parameters
     ----------
     model : PreTrainedModel
         A decoder-only language model.
+    two_sides : bool
+        Whether it may be an encoder-decoder. The decoder's layers are then counted on from the
+        encoder's.
 
     Raises
     ------
     SiteError
-        If there is no MoE layer, the model is an encoder-decoder, or a block that routes has no
-        place where ids and weights can be read.
+        If there is no MoE layer, the model is an encoder-decoder and may not be, or a block that
+        routes has no place where ids and weights can be read.
     """
     name = type(model).__name__
     config = text_config(model)
-    _check_kind(model)
+    _check_kind(model, two_sides=two_sides)
+    before = _encoder_layers(model)
     found = []
     for module, parent, adapter, parts in _blocks(model, config):
-        found.append((layer_of(module), module, parent, adapter, parts))
+        layer = layer_of(module) + (before if _side(model, module) == DECODER else 0)
+        found.append((layer, module, parent, adapter, parts))
     if not found:
         raise SiteError(
             f"A mixture-of-experts model was expected, but {name} has no MoE layers: no block "
@@ -281,11 +299,25 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sorted(sites, key=lambda s: (s.info.layer, s.info.site))
 
 
-def _check_kind(model: nn.Module) -> None:
+def _side(model: nn.Module, module: str) -> str | None:
+    """Return the side of an encoder-decoder that a module is on, None in any other model."""
+    if not has_two_sides(model):
+        return None
+    return next((word for word in module.split(".") if word in (ENCODER, DECODER)), DECODER)
+
+
+def _encoder_layers(model: nn.Module) -> int:
+    """Return how many layers an encoder has, 0 without one."""
+    names = [name for name, _ in model.named_modules() if _side(model, name) == ENCODER]
+    return 1 + max((layer_of(name) for name in names if re.search(r"\.\d", name)), default=-1)
+
+
+def _check_kind(model: nn.Module, *, two_sides: bool) -> None:
     """Refuse a model that does not write one token after another behind its prompt."""
     name, problem = type(model).__name__, None
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        problem = "is an encoder-decoder, which capture cannot run on prompts alone"
+    if has_two_sides(model):
+        if not two_sides:
+            problem = "is an encoder-decoder, which capture.record alone can record"
     elif "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
         problem = (
             "writes a block of tokens at once into a canvas (decoder_input_ids), as diffusion "
@@ -340,8 +372,10 @@ def _blocks(model: nn.Module, config: object) -> Iterator[tuple[str, nn.Module, 
                 unknown.append((module, parent))
     for module, parent in unknown:
         if parent not in known and (known | blocks).isdisjoint(parent.children()):
-            is_list = isinstance(getattr(parent, "experts", None), nn.ModuleList | nn.ModuleDict)
-            why = LIST if is_list else PRODUCT_KEYS if hasattr(parent, "num_keys") else ""
+            experts = getattr(parent, "experts", None)
+            why = PRODUCT_KEYS if hasattr(parent, "num_keys") else ""
+            if isinstance(experts, nn.ModuleList | nn.ModuleDict):
+                why = MASKED if is_called(experts) else LIST
             raise SiteError(
                 f"{module} ({type(parent).__name__}) routes to experts, but no place was found "
                 f"where ids and weights can be read{why}. This architecture is not supported."
@@ -373,6 +407,7 @@ def _site(
         top_k=parts.top_k,
         n_shared_experts=_n_shared(model, config, module, parent),
         score_function=parts.score_function or "other",
+        side=_side(model, module),
     )
     router = attributes.inner(parts.router)
     groups = attributes.groups(router, parts.n_experts)

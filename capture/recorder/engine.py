@@ -16,20 +16,29 @@ import numpy.typing as npt
 import torch
 
 from capture.model.forward import Ints
-from capture.model.hooks import SiteObservation
 from capture.model.sites import Site
 from capture.recorder.attention.summary import PackedAttention
-from capture.recorder.observe import PairCounter, RealRows, SiteGroup, StretchSums, observe
+from capture.recorder.observe import (
+    Observed,
+    PairCounter,
+    RealRows,
+    SiteGroup,
+    StretchSums,
+    group_sites,
+    observe,
+)
 from capture.recorder.transfer import Parcel, Staging, WriterThread
 from capture.store import RunWriter
 from capture.store.codec import decode_weights
 from capture.store.records import (
     LEVELS,
+    PHASES,
     Array,
     Block,
     ForwardRows,
     Level,
     PairSums,
+    Phase,
     SiteBlock,
 )
 from capture.store.schema import STATISTICS
@@ -120,9 +129,7 @@ class Sender:
         self._torn = False  # whether a call is handed over, but not its pairs
 
     @torch.no_grad()
-    def send(
-        self, seen: Sequence[SiteObservation], rows: RealRows, about: object, **more: Any
-    ) -> None:
+    def send(self, seen: Observed, rows: RealRows, about: object, **more: Any) -> None:
         """Send one call; ``more`` are fields of :class:`CallResult`."""
         blocks, expert_ids = [], []
         for group in self._groups:
@@ -152,6 +159,21 @@ class Sender:
         if not self._torn:
             with suppress(Exception):  # the first error is the one to tell
                 self.send_pairs()
+
+
+def senders_of(
+    sites: Sequence[Site], level: Level, thread: WriterThread[Any]
+) -> dict[Phase, Sender]:
+    """Return what sends the calls of each phase: one, or an encoder's and its decoder's."""
+    staging, groups, made = Staging(), group_sites(sites), dict[str | None, Sender]()
+    found: dict[Phase, Sender] = {}
+    for phase in PHASES:
+        here = [group for group in groups if sites[group.members[0]].info.reads(phase)]
+        side = here[0].side if here else phase
+        if side not in made:
+            made[side] = Sender(here, level, thread, staging, PairCounter(sites, here))
+        found[phase] = made[side]
+    return found
 
 
 class Follower(Protocol):
@@ -208,7 +230,8 @@ class Ledger:
     def finish(self, seconds: float, notes: dict[str, Any], *, complete: bool) -> Path:
         """Close the file; ``notes`` say what else a reader should know."""
         notes = {"forward_passes": self.forwards, **notes}
-        if any(site.selection_bias is not None for site in self._sites):
+        biases = (site.selection_bias for site in self._sites)
+        if any(bias is not None and bool(bias.any()) for bias in biases):
             notes["selection_bias"] = "Margins include the bias that routers add for the choice."
         choices = [choice for site in self._sites if (choice := site.choice()) is not None]
         if choices:

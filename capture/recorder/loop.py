@@ -1,7 +1,7 @@
 """Capture's own loop: prompts through a tapped model in batches, and what each row of them is."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +37,7 @@ from capture.recorder.attention.summary import (
 from capture.recorder.engine import CallResult, CallStep, Ledger, Sender, next_losses, picked
 from capture.recorder.estimate import Sample
 from capture.recorder.observe import RealRows
-from capture.store.records import ForwardRows, Level, TokenRows
+from capture.store.records import ForwardRows, Level, Phase, TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
 Numbers = npt.NDArray[Any]
 # the last steps wait for the next ones: a character has at most 4 bytes, each a token at most
 OPEN_STEPS = 4
+TWO_SIDES = (
+    "An encoder-decoder: prompt tokens are what the encoder read, generated ones what the decoder "
+    "read, first its start token, which nobody wrote, then what it wrote."
+)
 
 
 @dataclass
@@ -79,6 +83,8 @@ class CapturePlan:
         Batches hold prompts of one length, for a model that does not heed padding.
     cache_differs : bool
         With a cache, the model computes otherwise than when it reads the text at once.
+    start : tuple of int and int or None, or None
+        Of an encoder-decoder: what its decoder reads first, and what has to follow, if anything.
     """
 
     prompts: Sequence[TokenizedPrompt]
@@ -91,6 +97,12 @@ class CapturePlan:
     attended: npt.NDArray[np.bool_] | None = None
     same_length: bool = False
     cache_differs: bool = False
+    start: tuple[int, int | None] | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many tokens are decoded after a prompt; a decoder reads one more than it writes."""
+        return self.generate + (self.start is not None)
 
     def batches(self, limit: int | None = None) -> list[Ints]:
         """Return the numbers of the prompts of each forward pass.
@@ -151,7 +163,9 @@ class Recording:
 
     Attributes
     ----------
-    runner, taps, hidden_rows, sender : as the session made them
+    runner, taps, hidden_rows : as the session made them
+    senders : mapping of str to Sender
+        Of each phase.
     plan : CapturePlan
     advance : callable
         Called after every forward pass.
@@ -164,7 +178,7 @@ class Recording:
     runner: Runner
     taps: Taps
     hidden_rows: HiddenRows
-    sender: Sender
+    senders: Mapping[Phase, Sender]
     plan: CapturePlan
     advance: Callable[[], None]
     check: Callable[[], None]
@@ -181,7 +195,9 @@ class Recording:
 
     def run(self) -> None:
         """Record every batch of the plan."""
-        side: Literal["left", "right"] = "left" if self.plan.generate else "right"
+        # an encoder's prompts have nothing behind them
+        decodes_on = self.plan.generate and self.plan.start is None
+        side: Literal["left", "right"] = "left" if decodes_on else "right"
         model = self.runner.model
         limit = self.runner.head.limit(vocabulary(model))
         with without_gradients(model):
@@ -189,14 +205,16 @@ class Recording:
                 for prompts in self.plan.batches(limit):
                     batch = pad_batch(prompts, self._ids, side=side, pad_id=self.plan.pad_id)
                     self.check()
-                    if self.plan.generate:
+                    if self.plan.steps:
                         self._generate(batch, self._prompts(batch))
                     else:
                         self._prompts(batch)
             except BaseException:
-                self.sender.rescue_pairs()
+                for sender in dict.fromkeys(self.senders.values()):
+                    sender.rescue_pairs()
                 raise
-            self.sender.send_pairs()
+            for sender in dict.fromkeys(self.senders.values()):
+                sender.send_pairs()
 
     def _prompts(self, batch: PaddedBatch) -> PromptPass:
         device = self.runner.device
@@ -208,7 +226,10 @@ class Recording:
         if self.attention is not None:
             self.attention.rows = attended
         try:
-            done = self.runner.prompts(batch, keep_cache=self.plan.generate > 0)
+            if self.plan.start is None:
+                done = self.runner.prompts(batch, keep_cache=self.plan.generate > 0)
+            else:
+                done = self.runner.encode(batch)
         finally:
             self.hidden_rows.rows = None
         domains, of_prompt = self._local_domains(batch)
@@ -219,8 +240,8 @@ class Recording:
             sampled=sampled,
             sampled_here=to_device(sampled, device) if len(sampled) else None,
         )
-        self.sender.send(
-            self.taps.take(),
+        self.senders["prompt"].send(
+            self.taps.take_of("prompt"),
             rows,
             PromptCall(batch, domains, len(sampled), attended),
             loss=done.loss,
@@ -248,30 +269,42 @@ class Recording:
         domains, of_prompt = self._local_domains(batch)
         domain = to_device(of_prompt, device)
         end_ids = to_device(np.array(self.plan.end_ids, dtype=np.int64), device)
-        last = to_device((np.arange(len(batch.prompts)) + 1) * width - 1, device)
-        token = self.runner.head.logits(done.taken.index_select(0, last)).argmax(dim=-1)  # [B]
+        forced = None
+        if self.plan.start is None:
+            last = to_device((np.arange(len(batch.prompts)) + 1) * width - 1, device)
+            token = self.runner.head.logits(done.taken.index_select(0, last)).argmax(dim=-1)  # [B]
+        else:
+            first, forced = self.plan.start
+            token = torch.full((len(batch.prompts),), first, device=device)
         state: dict[str, Any] = {
             "cache": done.cache,
             "mask": to_device(batch.mask, self.runner.device),
             "position": to_device(batch.lengths, self.runner.device),
         }
-        if not keeps(done.cache):
+        if self.plan.start is not None:
+            state["encoded"], state["cache"] = done.cache, None
+        elif not keeps(done.cache):
             state["ids"] = to_device(batch.input_ids, self.runner.device)
         del done  # its hidden states are as large as the cache
         valid = torch.ones_like(token, dtype=torch.bool)
         all_ended = threading.Event()
-        for number in range(self.plan.generate):
+        for number in range(self.plan.steps):
             if all_ended.is_set():
                 return
             self.check()
             logits = self._decode(token, state)
             following = logits.argmax(dim=-1)
-            goes_on = valid & ~(token[:, None] == end_ids).any(dim=-1)
-            if number == self.plan.generate - 1:
+            if number == 0 and forced is not None:
+                following = torch.full_like(following, forced)
+            goes_on = valid
+            # some decoders begin with the token that ends a text
+            if number or self.plan.start is None:
+                goes_on = valid & ~(token[:, None] == end_ids).any(dim=-1)
+            if number == self.plan.steps - 1:
                 goes_on = torch.zeros_like(goes_on)
             loss = torch.nn.functional.cross_entropy(logits, following, reduction="none")
-            self.sender.send(
-                self.taps.take(),
+            self.senders["generated"].send(
+                self.taps.take_of("generated"),
                 RealRows(self._last_places(state), domain, len(domains), valid=valid),
                 DecodeCall(batch, domains, number, all_ended),
                 tokens=token,
@@ -286,6 +319,11 @@ class Recording:
     def _decode(self, token: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
         """Feed one token per row and return the logits of the next, [B, V] float32."""
         mask = state["mask"]
+        if "encoded" in state:
+            logits, state["cache"] = self.runner.answer(
+                token, state["encoded"], mask, state["cache"]
+            )
+            return logits
         state["mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if "ids" in state:
             following = token.to(mask.device)[:, None]
@@ -344,6 +382,8 @@ class PlannedTexts:
         None leaves the text of tokens unknown.
     attention : AttentionTaps or None
         Which sites and options the attention comes from.
+    goes_on : bool
+        Whether what is generated goes on the text of its prompt; a decoder begins anew.
     prompt_tokens, generated_tokens, sampled_tokens : int
         Handed over so far.
     """
@@ -352,6 +392,7 @@ class PlannedTexts:
     prompts: Sequence[TokenizedPrompt]
     tokenizer: "PreTrainedTokenizerBase | None"
     attention: AttentionTaps | None = None
+    goes_on: bool = True
     prompt_tokens: int = 0
     generated_tokens: int = 0
     sampled_tokens: int = 0
@@ -460,7 +501,8 @@ class PlannedTexts:
         start = max(0, first - OPEN_STEPS)
         texts: dict[tuple[int, int], str] = {}
         for prompt, generated in self._generated.items():
-            context = [*self.prompts[prompt].ids.tolist(), *generated[:start]]
+            before = self.prompts[prompt].ids.tolist() if self.goes_on else []
+            context = [*before, *generated[:start]]
             pieces = decode_pieces(self.tokenizer, generated[start:], context)
             texts |= {(prompt, number): piece for number, piece in enumerate(pieces, start)}
         return texts

@@ -4,7 +4,8 @@ And counts of experts that tokens choose together or one after the other, which 
 until many tokens have been counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from capture.model.forward import Ints
 from capture.model.hooks import SiteObservation
-from capture.model.scoring import statistics_by
+from capture.model.scoring import RANKED, RANKINGS, statistics_by
 from capture.model.sites import Site
 from capture.store.records import LEVELS, Array, Level, SiteBlock, Vectors, next_sites
 from kernels.ops.coactivation import coactivation
@@ -25,6 +26,9 @@ COUNT_TOKENS = 4096
 SEND_TOKENS = 65_536
 
 
+Observed = Mapping[int, SiteObservation] | Sequence[SiteObservation]  # by the number of the site
+
+
 class SiteGroup(NamedTuple):
     """Sites that are computed together: of equal shape, rule and device.
 
@@ -32,23 +36,29 @@ class SiteGroup(NamedTuple):
     ----------
     members : tuple of int
         Indices of the sites.
+    side : str or None
+        Of an encoder-decoder.
     n_experts, top_k : int
     score_function : str
         By which the statistics are taken.
     selection_bias : tuple of Tensor [E] or None, or None
         The sites' biases; None where no site has one.
     n_groups, top_groups : int or None
+    ranking : str or None
+        What margins compare, see :class:`capture.model.sites.Site`.
     margin_known : bool
     logsumexp_known : bool
     """
 
     members: tuple[int, ...]
+    side: str | None
     n_experts: int
     top_k: int
     score_function: ScoreFunction
     selection_bias: tuple[torch.Tensor | None, ...] | None
     n_groups: int | None
     top_groups: int | None
+    ranking: str | None
     margin_known: bool
     logsumexp_known: bool
 
@@ -97,8 +107,8 @@ def group_sites(sites: Sequence[Site]) -> list[SiteGroup]:
         info = site.info
         device = next((p.device for p in site.parent.parameters()), None)
         key = (
-            info.n_experts, info.top_k, info.score_function, site.margin_known, site.n_groups,
-            site.top_groups, str(device),
+            info.side, info.n_experts, info.top_k, info.score_function, site.margin_known,
+            site.n_groups, site.top_groups, site.ranking, str(device),
         )  # fmt: skip
         groups.setdefault(key, []).append(index)
     return [_group(tuple(members), sites) for members in groups.values()]
@@ -111,19 +121,21 @@ def _group(members: tuple[int, ...], sites: Sequence[Site]) -> SiteGroup:
     score_function = statistics_by(site.info.score_function)
     return SiteGroup(
         members=members,
+        side=site.info.side,
         n_experts=site.info.n_experts,
         top_k=site.info.top_k,
         score_function=score_function,
         selection_bias=None if all(bias is None for bias in biases) else biases,
         n_groups=site.n_groups,
         top_groups=site.top_groups,
+        ranking=site.ranking,
         margin_known=site.margin_known and site.info.top_k < site.info.n_experts,
         logsumexp_known=score_function != "probabilities",
     )
 
 
 def observe(
-    group: SiteGroup, seen: Sequence[SiteObservation], rows: RealRows, level: Level
+    group: SiteGroup, seen: Observed, rows: RealRows, level: Level
 ) -> tuple[SiteBlock[torch.Tensor], torch.Tensor]:
     """Reduce what the sites of one group did to what the run file keeps, in one launch.
 
@@ -140,14 +152,13 @@ def observe(
     picked = [seen[i] for i in group.members]
     scores = [o.scores for o in picked if o.scores is not None]
     known = len(scores) == len(picked)
-    out = gate_batch(
-        scores if known else None,
+    gate = partial(
+        gate_batch,
         expert_ids=[o.expert_ids for o in picked],
         weights=[o.weights for o in picked],
         rows=rows.rows,
         n_experts=group.n_experts,
         top_k=group.top_k,
-        score_function=group.score_function,
         selection_bias=group.selection_bias if known else None,
         n_groups=group.n_groups,
         top_groups=group.top_groups,
@@ -156,7 +167,12 @@ def observe(
         n_segments=rows.n_domains,
         packed=True,
     )
+    out = gate(scores if known else None, score_function=group.score_function)
     routed = LEVELS.index(level) >= LEVELS.index("ids")
+    margin = out.margin
+    if routed and known and group.ranking is not None:
+        ranked = [RANKINGS[group.ranking](values.float()) for values in scores]
+        margin = gate(ranked, score_function=RANKED, importance=False).margin
     hidden = [o.hidden for o in picked if o.hidden is not None]
     sampled = rows.sampled_here is not None
     block = SiteBlock(
@@ -167,7 +183,7 @@ def observe(
         expert_ids=out.expert_ids if routed else None,
         weights=out.weights if routed else None,
         entropy=out.entropy if routed else None,
-        margin=out.margin if routed and group.margin_known else None,
+        margin=margin if routed and group.margin_known else None,
         logsumexp=out.logsumexp if routed and group.logsumexp_known else None,
         topk_mass=out.topk_mass if routed else None,
         scores=_scores(scores, rows, level) if known else None,
@@ -239,7 +255,7 @@ def stretches(sites: Sequence[Site], groups: Sequence[SiteGroup]) -> list[Stretc
     }
     following = next_sites([site.info for site in sites])
     found: dict[tuple[int, int | None], list[int]] = {}
-    for index in range(len(sites)):
+    for index in sorted(place):
         target = following[index]
         key = (place[index][0], None if target is None else place[target][0])
         found.setdefault(key, []).append(index)
@@ -278,7 +294,9 @@ class PairCounter:
     Parameters
     ----------
     sites : sequence of Site
+        All of the model.
     groups : sequence of SiteGroup
+        Those that see the same tokens.
     """
 
     def __init__(self, sites: Sequence[Site], groups: Sequence[SiteGroup]) -> None:

@@ -20,9 +20,9 @@ import torch
 from capture.errors import CaptureCancelled, CaptureError, ConfigError
 from capture.interrupts import Interrupts, Terminated
 from capture.model.compiled import compiled, default_compiler, suspended
-from capture.model.forward import Head, Runner
+from capture.model.forward import Head, Runner, start_of
 from capture.model.hooks import tap
-from capture.model.inputs import input_device, vocabulary, width
+from capture.model.inputs import has_two_sides, input_device, vocabulary, width
 from capture.model.load import LoadedModel, load_model, loading_bars, own_device
 from capture.model.selftest import attach, heeds_padding, probe_tokens, writes_as_it_reads
 from capture.model.sites import Site, text_config
@@ -33,7 +33,7 @@ from capture.prompts import PromptList
 from capture.recorder.attention.layers import FoundAttention, attach_attention
 from capture.recorder.attention.summary import AttentionOptions, AttentionTaps
 from capture.recorder.config import CaptureConfig
-from capture.recorder.engine import Ledger, Sender
+from capture.recorder.engine import Ledger, senders_of
 from capture.recorder.estimate import (
     Attended,
     AttentionSize,
@@ -44,10 +44,9 @@ from capture.recorder.estimate import (
     estimate,
     plan_sample,
 )
-from capture.recorder.loop import CapturePlan, HiddenRows, PlannedTexts, Recording
-from capture.recorder.observe import PairCounter, group_sites
+from capture.recorder.loop import TWO_SIDES, CapturePlan, HiddenRows, PlannedTexts, Recording
 from capture.recorder.parts import Part
-from capture.recorder.transfer import Staging, WriterThread
+from capture.recorder.transfer import WriterThread
 from capture.store import PromptInfo, RunInfo, RunWriter
 from capture.store.merge import PART
 from kernels.dispatch import backend_for
@@ -146,7 +145,7 @@ def _capture(
         answers=config.generate > 0,
     )
     reporter.enter("self-test", "Testing that every router can be tapped.")
-    sites = attach(loaded.model)
+    sites = attach(loaded.model, two_sides=True)
     sample = plan_sample(
         [p.domain for p in prompts],
         [len(p.ids) for p in prompts],
@@ -276,6 +275,12 @@ def plan_attention(
     ConfigError
         If no layer has attention that can be recorded, or one asked for has none.
     """
+    if has_two_sides(loaded.model) and (config.level == "attention" or loaded.compiler):
+        asked = "level='attention'" if config.level == "attention" else "compile"
+        raise ConfigError(
+            f"{asked} is for decoder-only models, and {type(loaded.model).__name__} is an "
+            "encoder-decoder. Leave it out: its routers are recorded without."
+        )
     if config.level != "attention":
         return None
     lengths = [len(prompt.ids) for prompt in prompts]
@@ -330,7 +335,8 @@ def cost_of(
     attention: AttentionPlan | None = None,
 ) -> Estimate:
     """Estimate the size of the run."""
-    n_tokens = sum(len(prompt.ids) for prompt in prompts) + config.generate * len(prompts)
+    steps = config.generate + has_two_sides(loaded.model)
+    n_tokens = sum(len(prompt.ids) for prompt in prompts) + steps * len(prompts)
     return estimate(
         n_tokens=n_tokens,
         sites=[site.info for site in sites],
@@ -351,8 +357,8 @@ def plan_recording(
     sites: list[Site] | None = None,
 ) -> CapturePlan:
     """Settle what the loop over batches needs to know; ``sites`` are needed for decoding."""
+    start = start_of(loaded.model) if has_two_sides(loaded.model) else None
     padded = config.generate > 0 and len({len(prompt.ids) for prompt in prompts}) > 1
-
     budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
     pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
     return CapturePlan(
@@ -364,7 +370,8 @@ def plan_recording(
         pad_id=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocabulary(loaded.model) else 0,
         end_ids=_end_ids(loaded),
         attended=attention.attended.is_attended if attention is not None else None,
-        same_length=padded and not heeds_padding(loaded.model, sites or []),
+        start=start,
+        same_length=padded and start is None and not heeds_padding(loaded.model, sites or []),
         cache_differs=config.generate > 0 and not writes_as_it_reads(loaded.model, sites or []),
     )
 
@@ -444,6 +451,7 @@ class _Session:
             plan.prompts,
             loaded.tokenizer if can_decode(loaded.tokenizer) else None,
             attention.taps if attention is not None else None,
+            goes_on=plan.start is None,
         )
         self.ledger.follower = self.texts
 
@@ -510,13 +518,11 @@ class _Session:
         ):
             if self.attention is not None:
                 stack.enter_context(self.attention.taps.open())
-            groups = group_sites(self.sites)
-            pairs = PairCounter(self.sites, groups)
             Recording(
                 runner=Runner(model, head),
                 taps=taps,
                 hidden_rows=hidden_rows,
-                sender=Sender(groups, self.plan.level, thread, Staging(), pairs),
+                senders=senders_of(self.sites, self.plan.level, thread),
                 plan=self.plan,
                 advance=lambda: self.reporter.reach(self.writer.stored_tokens),
                 check=stop.check,
@@ -540,6 +546,8 @@ class _Session:
         notes |= self._text_notes()
         if self.plan.same_length:
             notes["padding"] = SAME_LENGTH
+        if self.plan.start is not None:
+            notes["two_sides"] = TWO_SIDES
         if self.plan.cache_differs:
             notes["cache"] = CACHE_DIFFERS
         if self.attention is not None and self.attention.without:

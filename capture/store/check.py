@@ -26,7 +26,7 @@ from capture.prompts import MAX_DOMAINS, MAX_PROMPT, MAX_SOURCE
 from capture.store import schema
 from capture.store.codec import Layout, unpack_ids
 from capture.store.files import Identity, identity, not_a_run
-from capture.store.records import LEVELS, SiteInfo
+from capture.store.records import LEVELS, SiteInfo, sites_of
 from capture.store.schema import (
     ANY_PHASE,
     ATTENTION_STATISTICS,
@@ -135,6 +135,7 @@ _ONCE = {
     "prompt": "prompt_id",
     "batch": "batch_id",
     "site": "layer, site",
+    schema.SITE_FACT: "layer, site",
     "token": "token_id",
     "sample": "token_id",
     "rollup": "layer, site, domain, phase",
@@ -158,6 +159,19 @@ _FACTS += " FROM packed.run) AS facts"
 _MOST_WEIGHT = f"{MAX_WEIGHT}.0 * (n_all + 1)"
 
 QUESTIONS = (
+    Question(
+        f"packed.site FULL JOIN packed.{schema.SITE_FACT} AS fact USING (layer, site), {_FACTS}",
+        {
+            "facts of a router that it does not have": "n_experts IS NULL",
+            "a router on a side that is none": "side IS NOT NULL AND side NOT IN"
+            f" ({', '.join(map(repr, schema.SIDES))})",
+            "experts of a kind that is none": "expert_kinds IS NOT NULL AND (len(expert_kinds) <>"
+            " n_experts OR len(list_filter(expert_kinds, lambda kind: kind IN"
+            f" ({', '.join(map(repr, schema.KINDS))}))) <> n_experts)",
+            "dropped assignments that cannot be": "dropped IS NOT NULL AND dropped NOT BETWEEN 0"
+            " AND n_all * top_k::HUGEINT",
+        },
+    ),
     Question(
         "packed.prompt",
         {
@@ -535,17 +549,18 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
     """Refuse routes that are not one for each token and router, or that lead to no expert."""
     layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
     salt = secrets.randbits(_SALT_BITS)
-    n_tokens, tokens = connection.sql(
-        f"SELECT count(*), {_hashed('token_id', salt)} FROM packed.token"
-    ).fetchall()[0]
-    sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
-    known = {(site.layer, site.site) for site in sites}
+    by_phase = connection.sql(
+        f"SELECT phase, count(*), {_hashed('token_id', salt)} FROM packed.token GROUP BY phase"
+    ).fetchall()
+    n_tokens = sum(count for _, count, _ in by_phase)
+    sites = sites_of(connection.sql(schema.SELECT_SITES).fetchall())
+    known = {(site.layer, site.site): site for site in sites}
     rows_of = connection.sql(_vectors("route", salt)).fetchall()
     routed = LEVELS.index(level) >= LEVELS.index("ids") and n_tokens > 0
     for layer, site, rows, found in rows_of:
         if (layer, site) not in known:
             raise not_a_run(path, "it has choices of a router that it does not have")
-        if (rows, found) != (n_tokens, tokens):
+        if (rows, found) != _reached(known[layer, site], by_phase):
             raise not_a_run(
                 path, f"layer {layer} does not have one row for each of the {n_tokens:,} tokens"
             )
@@ -556,10 +571,17 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
         _check_experts(path, connection, layout, sites)
     for table in ("score", "hidden"):
         for layer, site, rows, found in connection.sql(_vectors(table, salt)).fetchall():
-            if (rows, found) == (n_tokens, tokens):
+            here = known.get((layer, site))
+            if here is not None and (rows, found) == _reached(here, by_phase):
                 continue
             if connection.execute(_repeated(table), [layer, site]).fetchall() != [(0,)]:
                 raise not_a_run(path, f"it holds rows of packed.{table} twice")
+
+
+def _reached(site: SiteInfo, by_phase: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
+    """Return how many tokens get to a site, and the sum of their hashes."""
+    here = [(count, hashes) for phase, count, hashes in by_phase if site.reads(phase)]
+    return sum(count for count, _ in here), sum(hashes for _, hashes in here)
 
 
 def _check_experts(

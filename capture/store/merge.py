@@ -253,7 +253,8 @@ class _Merge:
             numbers = pa.array(part.note.numbers, pa.int32())
             rows.append(table.set_column(0, "prompt_id", numbers))
         self._insert("prompt", pa.concat_tables(rows).sort_by("prompt_id"))
-        self._insert("site", self._readers[0].query("SELECT * FROM packed.site"))
+        for table in ("site", schema.SITE_FACT):
+            self._insert(table, self._readers[0].query(f"SELECT * FROM packed.{table}"))
         layers = self._readers[0].query("SELECT * FROM packed.attention_layer")
         self._insert("attention_layer", layers)
         of_part = [lengths[p.note.number :: p.note.of].tolist() for p in self._parts]
@@ -311,6 +312,7 @@ class _Merge:
             totals.add(_pairs(reader))
         store_pairs(self._connection, totals, self._tables)
         self._connection.execute(schema.STORE_GATE_SUMS)
+        self._connection.execute(schema.STORE_DROPPED)
 
     def _run_row(self) -> None:
         """Write the facts: those that parts share, and of the others what holds for all."""
@@ -349,7 +351,10 @@ class _Merge:
             layout=self._layout,
             sites=self._sites,
             routed=self._routed,
-            n_tokens=sum(part.info["n_tokens"] for part in self._parts),
+            tokens={
+                "prompt": sum(p.info["n_tokens"] - p.info["n_generated"] for p in self._parts),
+                "generated": sum(part.info["n_generated"] for part in self._parts),
+            },
             assignments=assignments,
             vectors=vectors,
             attention=attention,

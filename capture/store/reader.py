@@ -23,7 +23,7 @@ from capture.store import check, schema
 from capture.store.check import UNREADABLE, check_values, limited
 from capture.store.codec import Layout
 from capture.store.files import SAFE, cannot_open, check_file, not_a_run
-from capture.store.records import SiteInfo
+from capture.store.records import sites_of
 
 SECONDS = 120.0  # what a query may take
 MEMORY = "1GB"  # of one connection; what does not fit is spilled
@@ -293,7 +293,7 @@ class RunReader:
         self._lock = threading.Lock()
         run = connection.sql(schema.SELECT_RUN).to_arrow_table()
         self.info: dict[str, Any] = run.to_pylist()[0]
-        self.sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
+        self.sites = sites_of(connection.sql(schema.SELECT_SITES).fetchall())
 
     @classmethod
     def open(cls, path: str | Path, *, checked: bool = False) -> Self:

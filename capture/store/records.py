@@ -21,6 +21,7 @@ LEVELS: tuple[Level, ...] = ("counts", "stats", "ids", "scores", "attention")
 RECORDED_LEVELS = LEVELS[1:]  # those of a capture
 DTYPES = ("float32", "bfloat16", "float16")
 Phase = Literal["prompt", "generated"]
+PHASES: tuple[Phase, ...] = ("prompt", "generated")
 Place = tuple[int, int]  # decoder layer, router within it
 Array = TypeVar("Array")  # of torch where the sites ran, of numpy where it is stored
 # row numbers [M] into N, and one array [M, E or D] a site, or one of all sites
@@ -37,6 +38,28 @@ class SiteInfo(NamedTuple):
     top_k: int
     n_shared_experts: int
     score_function: str  # softmax | sigmoid | softmax_topk | sigmoid_topk | probabilities | other
+    side: str | None = None  # encoder | decoder, in a model that has both
+    # a word of ``schema.KINDS`` for each expert; None = the experts were not seen
+    expert_kinds: tuple[str, ...] | None = None
+
+    @property
+    def n_routed(self) -> int:
+        """How many experts compute: the others pass a token on, give nothing or skip."""
+        kinds = self.expert_kinds
+        return self.n_experts if kinds is None else kinds.count("routed")
+
+    def reads(self, phase: str) -> bool:
+        """Whether tokens of a phase get here: an encoder reads prompts, its decoder the rest."""
+        return self.side is None or (self.side == "encoder") == (phase == "prompt")
+
+
+def sites_of(rows: Sequence[Sequence[Any]]) -> list[SiteInfo]:
+    """Return the sites in the rows of ``schema.SELECT_SITES`` or ``SELECT_PACKED_SITES``."""
+    found = [SiteInfo(*row) for row in rows]
+    return [
+        site if site.expert_kinds is None else site._replace(expert_kinds=tuple(site.expert_kinds))
+        for site in found
+    ]
 
 
 class PromptInfo(NamedTuple):
@@ -147,14 +170,15 @@ class PairSums:
 def next_sites(sites: Sequence[SiteInfo]) -> list[int | None]:
     """Return for every site which site its transitions lead to, or None.
 
-    From the last site of a layer to the last site of the next layer that has experts.
+    From the last site of a layer to the last site of the next layer that has experts. An encoder's
+    last layer leads nowhere: the decoder reads other tokens.
     """
     last: dict[int, int] = {}
     for index, site in enumerate(sites):
         if site.layer not in last or sites[last[site.layer]].site < site.site:
             last[site.layer] = index
     order = [last[layer] for layer in sorted(last)]
-    following = dict(pairwise(order))
+    following = {a: b for a, b in pairwise(order) if sites[a].side == sites[b].side}
     return [following.get(index) for index in range(len(sites))]
 
 

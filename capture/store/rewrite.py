@@ -44,7 +44,7 @@ from capture.store.files import (
     publish,
 )
 from capture.store.reader import FILE, RunReader, check_old, in_file, open_sandbox
-from capture.store.records import LEVELS, SiteInfo
+from capture.store.records import LEVELS, sites_of
 from capture.store.sums import check_counts, pairs_of_rows, store_pairs, summed
 from capture.store.writer import BLOCK_SIZE
 
@@ -60,6 +60,7 @@ _TOKENS = (
 )
 _COPIED = {
     "site": "SELECT * FROM packed.site",
+    schema.SITE_FACT: f"SELECT * FROM packed.{schema.SITE_FACT}",
     "token": _TOKENS,
     "batch": "SELECT * FROM packed.batch",
     "run": "SELECT * REPLACE ('stats' AS level, '{}' AS sample, $notes AS notes, $model AS model,"
@@ -136,7 +137,7 @@ def _is_closed(connection: duckdb.DuckDBPyConnection) -> bool:
 
 def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
     """Check what was committed and write down that the run is incomplete."""
-    sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
+    sites = sites_of(connection.sql(schema.SELECT_SITES).fetchall())
     level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
     layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
     if level not in LEVELS:
@@ -150,7 +151,7 @@ def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
         layout=layout,
         sites=sites,
         routed=routed,
-        n_tokens=connection.sql(schema.COUNT_BATCH_TOKENS).fetchall()[0][0],
+        tokens=dict(connection.sql(schema.COUNT_BATCH_TOKENS).fetchall()),
         assignments=[load[site.layer, site.site] for site in sites],
         vectors={},
         attention={},
@@ -164,6 +165,7 @@ def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
     seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
     connection.execute("BEGIN")
     connection.execute(in_file(schema.STORE_GATE_SUMS))
+    connection.execute(in_file(schema.STORE_DROPPED))
     connection.execute(in_file(schema.CLOSE_RUN), [seconds, False])
     connection.execute("COMMIT")
     connection.execute(f"CHECKPOINT {FILE}")
@@ -184,7 +186,7 @@ def _add_pairs_and_attention(connection: duckdb.DuckDBPyConnection) -> None:
     level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
     if LEVELS.index(level) < LEVELS.index("ids"):
         return
-    sites = [SiteInfo(*row) for row in connection.sql(schema.SELECT_SITES).fetchall()]
+    sites = sites_of(connection.sql(schema.SELECT_PACKED_SITES).fetchall())
     layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
     store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
 
@@ -201,11 +203,27 @@ def _add_load_windows(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(statement)
 
 
+def _add_site_facts(connection: duckdb.DuckDBPyConnection) -> None:
+    """Add what version 5 tells of routers: not known of those that were recorded before."""
+    for statement in (schema.SITE_FACT_TABLE, schema.STORE_SITE_FACTS):
+        connection.execute(statement)
+    shown = connection.sql(
+        "SELECT sql FROM duckdb_views() WHERE view_name = 'expert_load'"
+    ).fetchall()
+    statements = schema.views_of_version_5()
+    if "count(weight_sum)" in shown[0][0]:  # of a run whose weights are not known
+        layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+        statements = [*statements, *schema.views_without_weights(layout)]
+    for statement in statements:
+        connection.execute(statement)
+
+
 # one entry for every version that was ever released, oldest first
 STEPS: tuple[Step, ...] = (
     Step(1, "add pairs and attention", _add_pairs_and_attention),
     Step(2, "add sums of the gates", _add_gate_sums),
     Step(3, "add loads of windows", _add_load_windows),
+    Step(4, "add sides, kinds of experts and drops", _add_site_facts),
 )
 
 

@@ -20,7 +20,7 @@ from capture.store.codec import (
     sql_weight_code,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OLDEST_READ = 2  # files of older versions have to be migrated
 STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
 # the phase of sums that do not tell prompts from what was generated after them
@@ -160,6 +160,25 @@ def tables(layout: Layout) -> dict[str, list[Column]]:
     }
 
 
+# Beside the table ``site``, which older files have too. ``side`` is NULL in a model without both;
+# ``expert_kinds`` has a word for every expert, and is NULL where the experts were not seen, as is
+# ``dropped``.
+SITE_FACT = "site_fact"
+KINDS = ("routed", "identity", "zero", "constant", "skip")
+SIDES = ("encoder", "decoder")
+
+SITE_FACT_TABLE = f"""
+CREATE TABLE packed.{SITE_FACT} (
+    layer INTEGER NOT NULL, site INTEGER NOT NULL, side VARCHAR, expert_kinds VARCHAR[],
+    dropped BIGINT, PRIMARY KEY (layer, site)
+);
+"""
+SELECT_SITE_FACTS = (
+    "SELECT layer, site, NULL::VARCHAR AS side, NULL::VARCHAR[] AS expert_kinds,"
+    " NULL::BIGINT AS dropped FROM packed.site"
+)
+STORE_SITE_FACTS = f"INSERT INTO packed.{SITE_FACT} {SELECT_SITE_FACTS}"
+
 # text in a JSON column is valid JSON; times are UTC
 _FIXED_TABLES = """
 CREATE SCHEMA packed;
@@ -191,15 +210,27 @@ CREATE TABLE packed.attention_layer (
 );
 """
 
-_EXPERT_LOAD = """
+_EXPERT_LOAD = f"""
 CREATE VIEW expert_load AS
     SELECT layer, site, expert_id,
         coalesce(sum(assignments), 0)::BIGINT AS assignments,
         coalesce(sum(weight_sum), 0)::DOUBLE AS weight_sum,
-        CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum
-    FROM (SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id FROM packed.site)
+        CASE WHEN count(prob_sum) = count(*) THEN sum(prob_sum) END AS prob_sum,
+        any_value(kind) AS kind
+    FROM (
+        SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id,
+            unnest(list_resize(coalesce(expert_kinds, []::VARCHAR[]), n_experts)) AS kind
+        FROM packed.site LEFT JOIN packed.{SITE_FACT} USING (layer, site)
+    )
     LEFT JOIN expert_load_by USING (layer, site, expert_id)
     GROUP BY layer, site, expert_id;
+"""
+
+SITES_VIEW = f"""
+CREATE VIEW sites AS
+    SELECT layer, site, module, n_experts, top_k, n_shared_experts, score_function, side,
+        expert_kinds, dropped
+    FROM packed.site LEFT JOIN packed.{SITE_FACT} USING (layer, site);
 """
 
 _FIXED_VIEWS = f"""
@@ -209,10 +240,7 @@ CREATE VIEW prompts AS SELECT prompt_id, text, domain, source FROM packed.prompt
 CREATE VIEW prompt_sizes AS SELECT prompt_id, n_tokens, truncated FROM packed.prompt;
 CREATE VIEW scores AS SELECT token_id, layer, site, scores FROM packed.score;
 CREATE VIEW hidden AS SELECT token_id, layer, site, hidden FROM packed.hidden;
-CREATE VIEW sites AS
-    SELECT layer, site, module, n_experts, top_k, n_shared_experts, score_function
-    FROM packed.site;
-CREATE VIEW batches AS SELECT batch_id, phase, tokens FROM packed.batch;
+{SITES_VIEW}CREATE VIEW batches AS SELECT batch_id, phase, tokens FROM packed.batch;
 CREATE VIEW token_batches AS SELECT token_id, batch_id, row_in_batch FROM packed.token;
 CREATE VIEW sampled_tokens AS
     SELECT token_id, domain FROM packed.sample
@@ -339,12 +367,13 @@ STAND_INS = {
         "SELECT NULL::BIGINT AS step, NULL::INTEGER AS layer, NULL::INTEGER AS site,"
         " NULL::BIGINT[] AS assignments WHERE false",
     ),
+    SITE_FACT: (5, SELECT_SITE_FACTS),
 }
 
 # the accounting check compares these with what was handed in
 COUNT_TOKENS = "SELECT count(*), count(DISTINCT token_id) FROM packed.token"
 TOKEN_RANGE = "SELECT coalesce(min(token_id), 0), coalesce(max(token_id), -1) FROM packed.token"
-COUNT_BATCH_TOKENS = "SELECT coalesce(sum(tokens), 0)::BIGINT FROM packed.batch"
+COUNT_BATCH_TOKENS = "SELECT phase, sum(tokens)::BIGINT FROM packed.batch GROUP BY phase"
 COUNT_LOAD = "SELECT layer, site, sum(assignments)::BIGINT FROM expert_load GROUP BY layer, site"
 COUNT_DIAGONAL = (
     "SELECT layer, site, sum(tokens)::BIGINT FROM coactivation WHERE expert_a = expert_b"
@@ -356,7 +385,8 @@ RUN_TABLE = "packed.run"
 SELECT_LEVEL = "SELECT level FROM packed.run"
 SELECT_COMPLETE = "SELECT complete FROM packed.run"
 SELECT_LAYOUT = "SELECT id_bits, slots FROM packed.run"
-SELECT_SITES = "SELECT * FROM sites ORDER BY layer, site"
+SELECT_SITES = "SELECT * EXCLUDE (dropped) FROM sites ORDER BY layer, site"
+SELECT_PACKED_SITES = "SELECT * FROM packed.site ORDER BY layer, site"  # of any version
 LAST_SECOND = "SELECT coalesce(max(seconds), 0) FROM packed.batch"
 
 CLEAR_PAIRS = "DELETE FROM packed.coactivation; DELETE FROM packed.transition"
@@ -368,6 +398,23 @@ INSERT_RUN = (
     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '{}', ?, ?, ?, ?, false)"
 )
 INSERT_SITES = "INSERT INTO packed.site VALUES (?, ?, ?, ?, ?, ?, ?)"
+INSERT_SITE_FACTS = f"INSERT INTO packed.{SITE_FACT} VALUES (?, ?, ?, ?, NULL)"
+# slots of all tokens that get to a router, without those that are filled
+STORE_DROPPED = f"""
+UPDATE packed.{SITE_FACT} AS fact SET dropped = found.slots - found.filled FROM (
+    SELECT layer, site, coalesce(tokens, 0) * top_k AS slots, coalesce(filled, 0) AS filled
+    FROM packed.site JOIN packed.{SITE_FACT} AS known USING (layer, site) LEFT JOIN (
+        SELECT layer, site, sum(list_sum(assignments)) AS filled FROM packed.rollup
+        GROUP BY layer, site
+    ) USING (layer, site) LEFT JOIN (
+        SELECT side, sum(tokens) AS tokens FROM packed.batch
+        JOIN (VALUES ('', 'prompt'), ('', 'generated'), ('encoder', 'prompt'),
+            ('decoder', 'generated')) AS reads(side, phase) USING (phase)
+        GROUP BY side
+    ) AS read ON read.side = coalesce(known.side, '')
+) AS found
+WHERE found.layer = fact.layer AND found.site = fact.site AND expert_kinds IS NOT NULL
+"""
 INSERT_ATTENTION_LAYERS = "INSERT INTO packed.attention_layer VALUES (?, ?, ?, ?, ?, ?)"
 CLOSE_RUN = "UPDATE packed.run SET seconds = ?, complete = ?"
 SET_BACKENDS = "UPDATE packed.run SET backends = ?"
@@ -475,8 +522,14 @@ def statements_of_version_4() -> Sequence[str]:
 def create_statements(layout: Layout) -> Sequence[str]:
     """Write the statements that make an empty run file."""
     growing = _create(tables(layout))
-    fixed = [_FIXED_TABLES, _ATTENTION_LAYERS, GATE_SUM_TABLE]
+    fixed = [_FIXED_TABLES, _ATTENTION_LAYERS, GATE_SUM_TABLE, SITE_FACT_TABLE]
     return [*fixed, *growing, *view_statements(layout)]
+
+
+def views_of_version_5() -> Sequence[str]:
+    """Write the views that version 5 shows more columns in, in place of those of a file."""
+    views = (SITES_VIEW, _EXPERT_LOAD)
+    return [view.replace("CREATE VIEW", "CREATE OR REPLACE VIEW") for view in views]
 
 
 def view_statements(layout: Layout) -> Sequence[str]:

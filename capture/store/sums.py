@@ -238,14 +238,24 @@ def pairs_of_rows(
     for start in range(first, last + 1, CHUNK_TOKENS):
         bounds = [start, start + CHUNK_TOKENS]
         rows = connection.sql(schema.routed_tokens(layout), params=bounds).to_arrow_table()
-        if rows.num_rows % len(sites):
-            raise StoreError(
-                f"Every token has a row at each of the {len(sites)} sites, got {rows.num_rows} "
-                "rows. The file is damaged; record the run again."
-            )
         words = np.stack([rows[f"ids{word}"].to_numpy() for word in range(layout.id_words)], axis=1)
-        ids = unpack_ids(words, layout).reshape(len(sites), -1, layout.slots)
-        of_site = {site: ids[row] for row, site in enumerate(places)}
+        ids = unpack_ids(words, layout)
+        at = np.stack([rows[name].to_numpy() for name in ("layer", "site")], axis=1)
+        # rows come site after site; a site has as many as the others of its side
+        starts = np.flatnonzero(np.any(np.diff(at, axis=0, prepend=-1) != 0, axis=1))
+        parts = {
+            (int(at[start, 0]), int(at[start, 1])): part
+            for start, part in zip(starts, np.split(ids, starts[1:]), strict=True)
+        }
+        nothing = ids[:0]
+        of_site = {i: parts.get((sites[i].layer, sites[i].site), nothing) for i in places}
+        for side in {site.side for site in sites}:
+            counts = {len(of_site[i]) for i in places if sites[i].side == side}
+            if len(counts) > 1:
+                raise StoreError(
+                    f"Every token has a row at each of the {len(sites)} sites, got "
+                    f"{min(counts)} to {max(counts)}. The file is damaged; record the run again."
+                )
         totals.add(count_pairs(of_site, sites))
     return totals
 
@@ -282,7 +292,7 @@ def check_counts(
     layout: Layout,
     sites: Sequence[SiteInfo],
     routed: bool,
-    n_tokens: int,
+    tokens: Mapping[str, int],
     assignments: Sequence[int],
     vectors: Mapping[str, Sequence[int]],
     attention: Mapping[str, int],
@@ -293,6 +303,8 @@ def check_counts(
     ----------
     routed : bool
         Whether the level stores a row per token and site.
+    tokens : mapping of int
+        How many were handed in of each phase.
     assignments : sequence of int
         Assignments of every site, summed while the forward passes came in.
     vectors : mapping of sequences of int
@@ -305,6 +317,7 @@ def check_counts(
     StoreError
         If a count differs; the message names the site.
     """
+    n_tokens = sum(tokens.values())
     rows, distinct = connection.sql(schema.COUNT_TOKENS).fetchall()[0]
     if rows != n_tokens or distinct != n_tokens:
         raise StoreError(
@@ -319,7 +332,8 @@ def check_counts(
                 f"{_ADVICE}"
             )
     load = _by_site(connection, schema.COUNT_LOAD)
-    expected_rows = {"route": [n_tokens if routed else 0] * len(sites), **vectors}
+    reached = [sum(n for phase, n in tokens.items() if site.reads(phase)) for site in sites]
+    expected_rows = {"route": reached if routed else [0] * len(sites), **vectors}
     for table, wanted in expected_rows.items():
         stored = _by_site(connection, schema.count_rows(table))
         for site, count in zip(sites, wanted, strict=True):

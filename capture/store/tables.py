@@ -126,15 +126,15 @@ class RowBuilder:
         StoreError
             If a site is missing, or its arrays hold what a run file must not.
         """
-        n_sites = len(self.sites)
+        wanted = [i for i, site in enumerate(self.sites) if site.reads(forward.tokens.phase)]
         given = [
             index
             for rows in forward.sites
             for index in (rows.site_indices if isinstance(rows, SiteBlock) else (rows.site_index,))
         ]
-        if sorted(given) != list(range(n_sites)):
+        if sorted(given) != wanted:
             raise StoreError(
-                f"A forward pass needs the rows of each of the {n_sites} sites once, got "
+                f"A forward pass needs the rows of each of the {len(wanted)} sites once, got "
                 f"site indices {sorted(given)}. Check that every site fired."
             )
         blocks = []

@@ -130,7 +130,8 @@ class RunWriter:
         self._attention_counts = dict.fromkeys(schema.ATTENTION_TABLES, 0)
         self._pending: list[dict[str, pa.Table]] = []
         self._pending_rows = self._pending_bytes = 0
-        self._n_tokens = self._n_batches = 0
+        self._n_batches = 0
+        self._tokens: dict[str, int] = {}
         self._has_unknown_tokens = self._has_unknown_weights = False
         self.stored_tokens = 0
         self._vectors = {"score": [0] * len(sites), "hidden": [0] * len(sites)}
@@ -201,7 +202,9 @@ class RunWriter:
         for statement in schema.create_statements(self._layout):
             connection.execute(statement)
         connection.execute(schema.INSERT_RUN, [*facts, started_at, schema.SCHEMA_VERSION])
-        connection.executemany(schema.INSERT_SITES, [list(site) for site in self._sites])
+        connection.executemany(schema.INSERT_SITES, [list(site[:7]) for site in self._sites])
+        facts_of = [[s.layer, s.site, s.side, s.expert_kinds] for s in self._sites]
+        connection.executemany(schema.INSERT_SITE_FACTS, facts_of)
         if layers:
             connection.executemany(schema.INSERT_ATTENTION_LAYERS, layer_rows(layers))
         if prompts:
@@ -233,7 +236,8 @@ class RunWriter:
         tables = self._builder.build(forward, blocks, self._n_batches, now - self._started)
         self._rollup.add(forward, blocks)
         self._n_batches += 1
-        self._n_tokens += len(forward.tokens.token_id)
+        phase, n_tokens = forward.tokens.phase, len(forward.tokens.token_id)
+        self._tokens[phase] = self._tokens.get(phase, 0) + n_tokens
         self._has_unknown_tokens |= bool((forward.tokens.token == schema.NO_TOKEN).any())
         for block in blocks:
             self._has_unknown_weights |= bool(np.isnan(block.weight_sum).all())
@@ -367,7 +371,7 @@ class RunWriter:
             self._pending.clear()
             self._pending_rows = self._pending_bytes = 0
             self._new_load = False
-            self.stored_tokens = self._n_tokens
+            self.stored_tokens = sum(self._tokens.values())
         self._committed = time.monotonic()
 
     @contextmanager
@@ -431,7 +435,7 @@ class RunWriter:
             layout=self._layout,
             sites=self._sites,
             routed=self._routed,
-            n_tokens=self._n_tokens,
+            tokens=self._tokens,
             assignments=self._rollup.assignments(),
             vectors=self._vectors,
             attention=self._attention_counts,
@@ -446,6 +450,7 @@ class RunWriter:
             check_diagonal(connection, self._sites)
         with self._transaction():
             connection.execute(schema.STORE_GATE_SUMS)
+            connection.execute(schema.STORE_DROPPED)
             if self._has_unknown_tokens:
                 connection.execute(schema.TOKENS_WITHOUT_IDS)
             if self._has_unknown_weights:
@@ -465,7 +470,7 @@ class RunWriter:
             ) from error
         self.abandon()
         publish(self.partial, self.out)
-        _log.info("%s holds %d tokens", self.out, self._n_tokens)
+        _log.info("%s holds %d tokens", self.out, sum(self._tokens.values()))
         return self.out
 
     def abandon(self) -> None:

@@ -1,5 +1,6 @@
 """How much work every expert got. Only ``routing`` reads rows per token."""
 
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -7,10 +8,44 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from capture.store import SiteInfo
 from explorer.errors import RunError
 from explorer.metrics.load import LOAD_METRICS, sampling_floor
 from explorer.queries.where import Params, Part, conditions
 from explorer.run import Run
+
+# experts whose kind was not recorded count as routed
+_ROUTED = """(
+    SELECT layer, site, expert_id FROM (
+        SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id, unnest(
+            list_resize(coalesce(expert_kinds, []::VARCHAR[]), n_experts, 'routed')) AS kind
+        FROM sites
+    ) WHERE kind = 'routed'
+) AS routed"""
+
+
+def left_out(run: Run) -> str:
+    """Return a sentence on what the figures of load leave out; empty where that is nothing."""
+    kinds = Counter(
+        kind for site in run.sites for kind in site.expert_kinds or () if kind != "routed"
+    )
+    lost = int(run.query("SELECT coalesce(sum(dropped), 0) AS n FROM sites")["n"].iloc[0])
+    said = []
+    if kinds:
+        total = sum(site.n_experts for site in run.sites)
+        named = ", ".join(f"{count} {_NOTHING[kind]}" for kind, count in sorted(kinds.items()))
+        said.append(f"Load counts routed experts only; of {total} in all layers, {named}.")
+    if lost:
+        said.append(f"{lost:,} assignments were dropped: no expert took them.")
+    return " ".join(said)
+
+
+_NOTHING = {
+    "constant": "mix in a constant",
+    "identity": "pass a token on as it is",
+    "skip": "stand for leaving out the block",
+    "zero": "give nothing",
+}
 
 
 def expert_load(
@@ -23,7 +58,10 @@ def expert_load(
     part: Part | None = None,
     weights: bool = True,
 ) -> pd.DataFrame:
-    """Return the load of every expert, idle experts included.
+    """Return the load of every routed expert, idle experts included.
+
+    Experts that compute nothing, such as those that pass a token on, have no load: shares are of
+    the assignments to the others, see :func:`left_out`.
 
     Parameters
     ----------
@@ -35,12 +73,12 @@ def expert_load(
     Returns
     -------
     DataFrame
-        One row per layer, site and expert, in this order: ``layer``, ``site``, ``expert_id``,
-        ``n_experts``, ``top_k``, ``assignments``, ``weight_sum``, ``prob_sum``; ``share`` =
-        assignments / the site's assignments, and ``ratio`` = share / uniform share, so 1 is a
-        fair load. ``share`` and ``ratio`` are missing where the site has no assignment,
-        ``weight_sum`` where weights were not recorded, ``prob_sum`` where the router's scores were
-        not known, and of a part.
+        One row per layer, site and routed expert, in this order: ``layer``, ``site``,
+        ``expert_id``, ``n_experts`` (routed ones), ``top_k``, ``assignments``, ``weight_sum``,
+        ``prob_sum``; ``share`` = assignments / the site's assignments, and ``ratio`` = share /
+        uniform share, so 1 is a fair load. ``share`` and ``ratio`` are missing where the site has
+        no assignment, ``weight_sum`` where weights were not recorded, ``prob_sum`` where the
+        router's scores were not known, and of a part.
 
     Raises
     ------
@@ -56,8 +94,9 @@ def expert_load(
     return run.query(
         f"""
         WITH experts AS (
-            SELECT layer, site, n_experts, top_k, unnest(range(n_experts))::INTEGER AS expert_id
-            FROM sites WHERE {place}
+            SELECT layer, site, count(*) OVER of_site AS n_experts, top_k, expert_id
+            FROM {_ROUTED} JOIN sites USING (layer, site) WHERE {place}
+            WINDOW of_site AS (PARTITION BY layer, site)
         ), load AS (
             SELECT layer, site, expert_id, sum(assignments)::BIGINT AS assignments,
                 {"sum(weight_sum)" if known else "NULL::DOUBLE"} AS weight_sum,
@@ -143,8 +182,9 @@ def _load_by(
             SELECT {key} AS part, layer, site, expert_id, sum(assignments)::BIGINT AS assignments
             FROM {source} WHERE {where} GROUP BY ALL
         ), experts AS (
-            SELECT part, layer, site, n_experts, unnest(range(n_experts))::INTEGER AS expert_id
-            FROM (SELECT DISTINCT part, layer, site FROM load) JOIN sites USING (layer, site)
+            SELECT part, layer, site, count(*) OVER of_part AS n_experts, expert_id
+            FROM (SELECT DISTINCT part, layer, site FROM load) JOIN {_ROUTED} USING (layer, site)
+            WINDOW of_part AS (PARTITION BY part, layer, site)
         )
         SELECT part AS {name}, layer, site, expert_id, n_experts,
             coalesce(load.assignments, 0) AS assignments,
@@ -206,7 +246,7 @@ def expert_load_by_step(run: Run, layer: int, *, site: int = 0, most: int = 24) 
     DataFrame
         As by domain; ``step`` is the window's first and last one.
     """
-    n_experts = run.site_info(layer, site).n_experts
+    n_experts = run.site_info(layer, site).n_routed
     steps = steps_of(run)
     found = window_loads(run, "time", min(most, len(steps)), n_experts=n_experts)
     loads = found.loads[:, found.sites.index((layer, site))]
@@ -275,7 +315,7 @@ def window_loads(
         How many, with about equally many tokens or, at level counts, steps, unless they are
         domains. Windows without a token are left out.
     n_experts : int, optional
-        Of the routers that are wanted; needed where a run has routers of several sizes.
+        Routed ones, of the routers that are wanted; needed where a run has several sizes.
 
     Raises
     ------
@@ -285,7 +325,7 @@ def window_loads(
     """
     if by not in WINDOWS:
         raise RunError(f"Windows are of {', '.join(WINDOWS)}, got {by!r}.")
-    sizes = sorted({site.n_experts for site in run.sites})
+    sizes = sorted({site.n_routed for site in run.sites})
     if n_experts is None:
         if len(sizes) > 1:
             raise RunError(
@@ -293,7 +333,8 @@ def window_loads(
                 "these sizes is meant."
             )
         n_experts = sizes[0]
-    sites = [(one.layer, one.site) for one in run.sites if one.n_experts == n_experts]
+    infos = [one for one in run.sites if one.n_routed == n_experts]
+    sites = [(one.layer, one.site) for one in infos]
     where, params = conditions(domain=domain, phase=phase)
     if by == "domains":
         source = "SELECT *, coalesce(domain, '') AS part FROM expert_load_by"
@@ -318,12 +359,22 @@ def window_loads(
     at = [index.get(place, -1) for place in zip(table["layer"], table["site"], strict=True)]
     kept = np.array(at, dtype=np.int64) >= 0
     number = table["part"].map({part: i for i, part in enumerate(found)}).to_numpy(np.int64)
-    loads = np.zeros((len(found), len(sites), n_experts))
-    loads[number[kept], np.array(at, dtype=np.int64)[kept], table["expert_id"].to_numpy()[kept]] = (
-        table["assignments"].to_numpy()[kept]
-    )
+    loads = np.zeros((len(found), len(sites), n_experts + 1))
+    # one cell more takes what is not routed
+    place = np.array(at, dtype=np.int64)[kept]
+    numbers = np.stack([routed_numbers(one) for one in infos])
+    expert = numbers[place, table["expert_id"].to_numpy()[kept]]
+    loads[number[kept], place, expert] = table["assignments"].to_numpy()[kept]
+    loads = loads[..., :-1]
     names = [str(p) if by == "domains" else str(p + 1) for p in found]
     return WindowLoads(by, names, sites, loads)
+
+
+def routed_numbers(info: SiteInfo) -> npt.NDArray[np.int64]:
+    """Return each expert's number among the routed ones; -1 for the others and for -1."""
+    kinds = info.expert_kinds or ("routed",) * info.n_experts
+    is_routed = np.array([*(kind == "routed" for kind in kinds), False])
+    return np.where(is_routed, is_routed.cumsum() - 1, -1)
 
 
 def hidden_layers(run: Run, given: int | None = None) -> int:
@@ -384,8 +435,7 @@ def calibration(
                 sum(assignments)::BIGINT AS tokens
             FROM expert_load_by WHERE {where} GROUP BY ALL
         ), experts AS (
-            SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id FROM sites
-            WHERE {place}
+            SELECT layer, site, expert_id FROM {_ROUTED} WHERE {place}
         )
         SELECT domain, layer, site, expert_id, coalesce(tokens, 0) AS tokens, texts
         FROM texts CROSS JOIN experts LEFT JOIN load USING (domain, layer, site, expert_id)
@@ -424,7 +474,7 @@ class BatchRouting(NamedTuple):
         The forward pass of each token.
     prompt_id : array [T]
     expert_ids : array [T, K], int32
-        -1 = empty slot.
+        Numbers among the routed experts; -1 = empty slot, or an expert that computes nothing.
     weights : array [T, K], float32
     n_tokens : int
         Tokens that the run has at this site under the filters; more than T when ``max_tokens``
@@ -511,7 +561,8 @@ def routing(
         order[name].to_numpy().astype(np.int64) for name in ("batch_id", "prompt_id")
     )
     n_tokens = int(sizes["tokens"].sum())
-    return BatchRouting(token_id, batch, prompt_id, ids, weights, n_tokens)
+    numbers = routed_numbers(info)[ids].astype(np.int32)
+    return BatchRouting(token_id, batch, prompt_id, numbers, weights, n_tokens)
 
 
 def balance_table(load: pd.DataFrame, *, n_tokens: int) -> pd.DataFrame:

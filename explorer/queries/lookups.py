@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from explorer.errors import RunError
 from explorer.metrics.cache import LayerLookups
+from explorer.queries.load import routed_numbers
 from explorer.queries.where import conditions
 from explorer.run import Run
 
@@ -17,7 +18,7 @@ class Lookups(NamedTuple):
     Attributes
     ----------
     expert_ids : array [T, K], int64
-        -1 = empty slot.
+        Numbers among the routed experts; -1 = empty slot, or an expert that computes nothing.
     prompt_id : array [T]
     """
 
@@ -78,7 +79,7 @@ def trace(
     chosen = rows["slot"].is_valid().to_numpy()
     slot = rows["slot"].fill_null(0).to_numpy()
     ids[at[chosen], slot[chosen]] = rows["expert_id"].fill_null(-1).to_numpy()[chosen]
-    return Lookups(ids, prompt_id)
+    return Lookups(routed_numbers(info)[ids], prompt_id)
 
 
 def cache_lookups(
@@ -98,7 +99,7 @@ def cache_lookups(
     RunError
         If layers differ in size, or there are not two prompts with such tokens.
     """
-    if len({(one.n_experts, one.site) for one in run.sites}) > 1:
+    if len({(one.n_routed, one.site) for one in run.sites}) > 1:
         raise RunError(
             "The layers of this run have different numbers of experts, or several routers. A "
             "budget that they share counts experts of one size."
@@ -120,5 +121,5 @@ def cache_lookups(
                 "prompts with such tokens. Take other filters, or record more prompts."
             )
         ids, of = found.expert_ids, found.prompt_id
-        layers.append(LayerLookups(info.layer, info.n_experts, ids[even], ids[~even], of[~even]))
+        layers.append(LayerLookups(info.layer, info.n_routed, ids[even], ids[~even], of[~even]))
     return layers

@@ -49,7 +49,7 @@ OTHERS = {
     "deepseek_ocr2": ("softmax", 3, 8, 1, True),
     "deepseek_v32": ("sigmoid", 3, 8, 1, True),
     # sqrt(softplus), and the first layers look experts up in a table of tokens
-    "deepseek_v4": ("other", 3, 8, 1, False),
+    "deepseek_v4": ("other", 3, 8, 1, (False, True, True)),
     "diffusion_gemma": ("probabilities", 3, 8, 0, True),
     "dots1": ("sigmoid", 3, 8, 1, True),
     "dots3_note_text": ("sigmoid", 3, 8, 1, True),
@@ -74,7 +74,7 @@ OTHERS = {
     "jamba": ("softmax", 3, 8, 0, True),
     "kimi_linear": ("sigmoid", 3, 8, 1, True),
     # adds its bias to logits, not to scores
-    "kolibri1": ("sigmoid_topk", 3, 8, 1, False),
+    "kolibri1": ("sigmoid_topk", 3, 8, 1, True),
     "laguna": ("sigmoid", 3, 8, 1, True),
     "lfm2_moe": ("sigmoid", 3, 8, 0, True),
     # eight experts and two that pass the token through
@@ -84,8 +84,8 @@ OTHERS = {
     "minimax": ("softmax", 3, 8, 0, True),
     "minimax_m3_vl_text": ("sigmoid", 3, 8, 1, True),
     # groups without a bias that still count by their two best scores
-    "mistral4": ("softmax", 3, 8, 1, False),
-    "mistral_large4": ("softmax", 3, 8, 1, False),
+    "mistral4": ("softmax", 3, 8, 1, True),
+    "mistral_large4": ("softmax", 3, 8, 1, True),
     "muse_spark": ("sigmoid", 3, 8, 0, True),
     "nemotron_h": ("sigmoid", 3, 8, 1, True),
     "openai_privacy_filter": ("softmax", 3, 8, 0, True),
@@ -242,7 +242,8 @@ def test_other_architectures(name):
     with Watch(*(s.experts for s in sites)) as watch:
         seen = record(model, sites)
     function, top_k, n_experts, shared, margin = OTHERS[name]
-    for site, observation in zip(sites, seen, strict=True):
+    margins = margin if isinstance(margin, tuple) else [margin] * len(sites)
+    for site, observation, margin in zip(sites, seen, margins, strict=True):
         info = site.info
         assert (info.score_function, info.top_k) == (function, top_k)
         assert (info.n_experts, info.n_shared_experts) == (n_experts, shared)

@@ -1,6 +1,7 @@
 """Blocks of code for transformers 4: a gate beside a list of modules, recorded or refused."""
 
 import duckdb
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -9,9 +10,13 @@ from torch.nn.functional import linear
 
 import capture
 from capture.errors import SiteError
+from capture.matrix import tiny
 from capture.matrix.compare import EXACT, REFUSED, check_model
+from capture.matrix.found import architecture
 from capture.model.hooks import tap
 from capture.model.selftest import attach
+from explorer import open_run
+from explorer.queries.load import expert_load, left_out, routing, window_loads
 
 WIDTH, N_EXPERTS, TOP_K = 32, 8, 3
 
@@ -131,6 +136,29 @@ class Everywhere(Mixtral4):
         return sum(e(x) * dense[:, n, None] for n, e in enumerate(self.experts))
 
 
+class Zero(nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.constant, self.wg = nn.Parameter(torch.randn(WIDTH)), nn.Linear(WIDTH, 2, bias=False)
+
+    def forward(self, x):
+        shares = self.wg(x).softmax(-1)
+        return shares[:, :1] * x + shares[:, 1:] * self.constant
+
+
+class PlusPlus(Mixtral4):
+    """Experts of MoE++: some compute nothing, in any place among the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts[2], self.experts[6], self.experts[7] = nn.Identity(), Zero(), Constant()
+
+
 def with_blocks(kind):
     """Return a Mixtral whose blocks are of one kind."""
     model = tiny_models.build("mixtral")
@@ -165,6 +193,55 @@ def test_what_no_rule_explains_is_refused_by_name(kind):
     assert verdict.outcome == REFUSED
     assert f"model.layers.0.mlp ({kind.__name__}) routes to experts" in verdict.reason
     assert "its experts are a list of modules" in verdict.reason
+
+
+def test_what_experts_without_weights_do_is_told_apart(tmp_path):
+    """In the run, and by the figures of load, which count the routed ones alone."""
+    out = capture.record(
+        with_blocks(PlusPlus), [list(range(3, 40))], tmp_path / "r.duckdb", progress=False
+    )
+    kinds = ["routed"] * N_EXPERTS
+    kinds[2], kinds[6], kinds[7] = "identity", "zero", "constant"
+    with open_run(out) as run:
+        assert [list(site.expert_kinds) for site in run.sites] == [kinds] * 3
+        assert run.query("SELECT DISTINCT dropped FROM sites")["dropped"].tolist() == [0]
+        rows = run.query("SELECT * FROM expert_load WHERE layer = 0 ORDER BY expert_id")
+        assert rows["kind"].tolist() == kinds
+        load = expert_load(run, layer=0)
+        assert load["expert_id"].tolist() == [0, 1, 3, 4, 5]
+        routed = rows[rows["kind"] == "routed"]["assignments"]
+        assert load["assignments"].tolist() == routed.tolist()
+        assert 0 < routed.sum() < rows["assignments"].sum() == 37 * TOP_K
+        assert load["share"].sum() == pytest.approx(1)
+        assert load["ratio"].tolist() == pytest.approx((5 * load["share"]).tolist())
+        # numbers among the routed: expert 3 is the third
+        chosen = routing(run, 0).expert_ids
+        counts = np.bincount(chosen[chosen >= 0], minlength=5)
+        assert counts.tolist() == routed.tolist()
+        loads = window_loads(run, "domains").loads
+        assert loads[0, 0].tolist() == routed.tolist() and loads.shape == (1, 3, 5)
+        assert left_out(run) == (
+            "Load counts routed experts only; of 24 in all layers, 3 mix in a constant, 3 pass a "
+            "token on as it is, 3 give nothing."
+        )
+
+
+def test_a_mask_that_the_experts_heed_is_recorded(monkeypatch):
+    """NLLB's experts as they were in transformers 4; as they are now they read it as ids."""
+
+    def heed(self, hidden, mask, probs):
+        out = torch.zeros_like(hidden)
+        for number in range(self.num_experts):
+            rows = probs[:, number].nonzero().flatten()
+            if len(rows):
+                worked = self[f"expert_{number}"](hidden[rows]) * probs[rows, number, None]
+                out[rows] += worked * (1 - self.moe_token_dropout)
+        return out
+
+    model = tiny.tiny(architecture("nllb-moe"))
+    monkeypatch.setattr(type(model.model.encoder.layers[0].ffn.experts), "forward", heed)
+    verdict = check_model(model, ("nllb-moe", "heeding"))
+    assert (verdict.outcome, verdict.reason, verdict.n_sites) == (EXACT, "", 3)
 
 
 def test_the_model_computes_what_it_computes_without(tmp_path):

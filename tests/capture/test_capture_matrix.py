@@ -21,7 +21,7 @@ PAPER = Path(__file__).parents[2] / "capture" / "README.md"
 # every kind of block, of rule and of refusal
 SPREAD = (
     *("mixtral", "deepseek_v3", "gpt_oss", "gemma4_text", "jetmoe", "llama4_text", "zaya"),
-    *("longcat_flash", "dbrx", "qwen3_omni_moe", "ernie4_5_vl_moe", "doge"),
+    *("longcat_flash", "dbrx", "qwen3_omni_moe", "switch_transformers", "doge"),
 )
 FOUND = {one.model_type for one in architectures()}
 

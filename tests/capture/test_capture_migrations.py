@@ -8,6 +8,7 @@ from store_runs import make_forward, make_site, write
 
 from capture.errors import SchemaVersionError, StoreError
 from capture.store import RunReader, migrate, schema
+from capture.store.codec import Layout
 from capture.store.rewrite import STEPS, Step
 
 SITES = [make_site(1, 5, 2)]
@@ -200,3 +201,31 @@ def test_a_changed_schema_has_a_new_version(tmp_path):
     fresh = write(tmp_path / "fresh.duckdb", FIRST, [])
     # if this fails: raise SCHEMA_VERSION, add a step to migrations.py and a file of the new version
     assert described(released) == described(fresh)
+
+
+def test_what_older_files_do_not_tell_of_routers_is_null(tmp_path):
+    """Of version 4, read as it is and brought up to date; NULL weights stay NULL."""
+    old = unpacked(4, tmp_path)
+    new = migrate(old, tmp_path / "new.duckdb")
+    for path in (old, new):
+        with RunReader.open(path) as run:
+            rows = run.query("SELECT side, expert_kinds, dropped FROM sites").to_pylist()
+            kinds = run.query("SELECT DISTINCT kind FROM expert_load").to_pylist()
+        assert rows == [{"side": None, "expert_kinds": None, "dropped": None}] * 2
+        assert kinds == [{"kind": None}]
+    with duckdb.connect(str(old)) as connection:
+        connection.execute("UPDATE packed.rollup SET weight_sum = [NULL FOR x IN weight_sum]")
+        for statement in schema.views_without_weights(Layout(16, 9)):
+            if "VIEW expert_load" in statement:
+                # as version 4 wrote it
+                before = statement.replace(",\n        any_value(kind) AS kind", "")
+                cut = before.index("unnest(range(n_experts))::INTEGER AS expert_id")
+                end = before.index("USING (layer, site)", cut)
+                plain = "unnest(range(n_experts))::INTEGER AS expert_id FROM packed.site"
+                connection.execute(
+                    before[:cut] + plain + before[end + len("USING (layer, site)") :]
+                )
+    migrate(old, tmp_path / "unknown.duckdb")
+    with duckdb.connect(str(tmp_path / "unknown.duckdb"), read_only=True) as run:
+        taken = run.sql("SELECT count(weight_sum) FROM expert_load WHERE assignments > 0")
+        assert taken.fetchall() == [(0,)]

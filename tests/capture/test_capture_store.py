@@ -32,9 +32,10 @@ PROMISED = {
     "scores": "token_id INTEGER, layer INTEGER, site INTEGER, scores FLOAT[]",
     "hidden": "token_id INTEGER, layer INTEGER, site INTEGER, hidden FLOAT[]",
     "sites": "layer INTEGER, site INTEGER, module VARCHAR, n_experts INTEGER, top_k INTEGER, "
-    "n_shared_experts INTEGER, score_function VARCHAR",
+    "n_shared_experts INTEGER, score_function VARCHAR, side VARCHAR, expert_kinds VARCHAR[], "
+    "dropped BIGINT",
     "expert_load": "layer INTEGER, site INTEGER, expert_id INTEGER, assignments BIGINT, "
-    "weight_sum DOUBLE, prob_sum DOUBLE",
+    "weight_sum DOUBLE, prob_sum DOUBLE, kind VARCHAR",
     "expert_load_by": "layer INTEGER, site INTEGER, domain VARCHAR, phase VARCHAR, "
     "expert_id INTEGER, assignments BIGINT, weight_sum DOUBLE, prob_sum DOUBLE",
     "gate_sums": "layer INTEGER, site INTEGER, domain VARCHAR, phase VARCHAR, statistic VARCHAR, "

@@ -111,6 +111,8 @@ class Parts(NamedTuple):
         Experts per token.
     score_function : str or None
         Fixed by the family, or None: the self-test measures it.
+    skips : bool
+        Whether the last of the experts is the choice to leave out the block.
     """
 
     router: nn.Module
@@ -118,6 +120,7 @@ class Parts(NamedTuple):
     n_experts: int
     top_k: int
     score_function: str | None = None
+    skips: bool = False
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sigmoid": lambda scores, chosen: scores.sigmoid() * chosen,
     "sigmoid of the chosen": lambda scores, chosen: _shares(scores.sigmoid() * chosen),
 }
-DENSE, TOLD = "weights of all experts", "ids and weights"
+DENSE, TOLD, MASK = "weights of all experts", "ids and weights", "a mask"
 
 
 class _Rule(NamedTuple):
@@ -51,6 +51,9 @@ class ExpertListAdapter:
     scores by one of a few rules. Which one is tried out when the block is found: the experts' own
     outputs, weighted so, have to add up to what the block adds. Where none does, the block is not
     recognised, and refused by name.
+
+    Where the list is a module that is called with a mask and weights (Switch), these are what is
+    recorded: a token over an expert's capacity is in no mask, and has an empty slot.
     """
 
     name = "expert-list"
@@ -63,16 +66,15 @@ class ExpertListAdapter:
         router, experts = router_of(block), child(block, "experts")
         if router is None or not isinstance(experts, nn.ModuleList | nn.ModuleDict):
             return None
-        scorer, n_experts = inner(router), len(experts)
+        scorer, n_experts = inner(router), len(_modules(experts))
         owners = (scorer, block, getattr(scorer, "config", None), config)
         top_k = probe.first_int(owners, probe.TOP_KS)
-        if top_k is None or probe.weight_rows(scorer) != n_experts:
+        if (top_k is None and not is_called(experts)) or probe.weight_rows(scorer) != n_experts:
             return None
-        parts = Parts(router, experts, n_experts, top_k)
-        rule = _tried(block, parts)
-        if rule is None:
+        tried = _tried(block, Parts(router, experts, n_experts, top_k or 0))
+        if tried is None:
             return None
-        self._rules[experts] = rule
+        parts, self._rules[experts] = tried
         return parts
 
     def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
@@ -81,6 +83,8 @@ class ExpertListAdapter:
         block = rule.block()
         assert block is not None
         calls = _Calls(parts)
+        if rule.name == MASK:
+            return _listen_to_masks(parts, rule, channel)
 
         def on_router(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -111,6 +115,51 @@ class ExpertListAdapter:
         ]
 
 
+def _modules(experts: nn.Module) -> list[nn.Module]:
+    """Return the experts in a list, which may hold a dropout of all beside them (NLLB)."""
+    return [one for one in experts.children() if not isinstance(one, nn.Dropout)]
+
+
+def is_called(experts: nn.Module) -> bool:
+    """Whether a list of experts is called as a whole, and tells each what to do."""
+    return type(experts).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
+
+
+def _listen_to_masks(parts: Parts, rule: _Rule, channel: Channel) -> Sequence[RemovableHandle]:
+    """Listen to what the whole list is told, and to the router's last scores."""
+
+    def on_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        dense = _by_mask((*args, *kwargs.values()), parts.n_experts)
+        if dense is None:
+            channel.problems.append("its experts were not told a mask [T, E] and weights")
+            return
+        kept, ids = (dense * rule.scale).topk(parts.top_k, dim=-1)
+        channel.put_choice(ids.masked_fill(kept == 0, -1), kept)
+
+    def on_router(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        outputs = output[::-1] if isinstance(output, tuple | list) else output
+        channel.put_scores(probe.scores_of(outputs, parts.n_experts), hidden)
+
+    return [
+        parts.experts.register_forward_pre_hook(on_experts, with_kwargs=True),
+        parts.router.register_forward_hook(on_router, with_kwargs=True),
+    ]
+
+
+def _by_mask(told: Sequence[Any], n_experts: int) -> torch.Tensor | None:
+    """Return weights of all experts [T, E] from hidden states, a mask [.., E] and weights."""
+    tensors = [value.detach() for value in told if isinstance(value, torch.Tensor)]
+    if len(tensors) != len(("hidden states", "mask", "weights")):
+        return None
+    _, mask, weights = tensors
+    if mask.is_floating_point() or mask.shape[-1] != n_experts:
+        return None
+    if weights.shape[-1] == n_experts:
+        return flat_rows(weights)
+    return flat_rows(mask) * flat_rows(weights) if weights.shape[-1] == 1 else None
+
+
 class _Calls:
     """What a gate and its experts were called with during one forward pass of the block."""
 
@@ -119,6 +168,7 @@ class _Calls:
         self.keys: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
         self.output: Any = None
+        self.told: Sequence[Any] = ()
         self.called: list[list[torch.Tensor]] = [[] for _ in range(parts.n_experts)]
 
     def start(self, hidden: torch.Tensor, output: Any) -> None:
@@ -136,8 +186,14 @@ class _Calls:
 
             return keep
 
-        modules = list(self.parts.experts.children())
-        return [m.register_forward_pre_hook(on_expert(n)) for n, m in enumerate(modules)]
+        def on_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.told = (*args, *kwargs.values())
+
+        modules = _modules(self.parts.experts)
+        return [
+            self.parts.experts.register_forward_pre_hook(on_experts, with_kwargs=True),
+            *(m.register_forward_pre_hook(on_expert(n)) for n, m in enumerate(modules)),
+        ]
 
     def chosen(self) -> torch.Tensor:
         """Return which expert was called with which token, [T, E]."""
@@ -195,8 +251,11 @@ def _keys(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _tried(block: nn.Module, parts: Parts) -> _Rule | None:
-    """Run the block on its own and return the rule that explains its output, if one does."""
+def _tried(block: nn.Module, parts: Parts) -> tuple[Parts, _Rule] | None:
+    """Run the block on its own and return the rule that explains its output, if one does.
+
+    Where ``top_k`` is 0 it is not known, and the most experts of a token count.
+    """
     weight = next((p for p in parts.router.parameters() if p.ndim == 2), None)
     if weight is None or weight.is_meta or not weight.is_floating_point() or block.training:
         return None
@@ -217,14 +276,21 @@ def _tried(block: nn.Module, parts: Parts) -> _Rule | None:
                 stack.callback(handle.remove)
             full = _rows(block.forward(hidden))
         with ExitStack() as stack:
-            for module in parts.experts.children():
+            for module in _modules(parts.experts):
                 silent = module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
                 stack.callback(silent.remove)
             rest = _rows(block.forward(hidden))
         chosen, keys = calls.chosen(), calls.keys
     except (TypeError, ValueError, IndexError, AttributeError, RuntimeError, AssertionError):
         return None  # the block takes more than hidden states, or calls something else
-    if keys is None or bool((chosen.sum(dim=-1) != parts.top_k).any()):
+    if keys is None:
+        return None
+    n_chosen, masked = chosen.sum(dim=-1), _by_mask(calls.told, parts.n_experts)
+    if not parts.top_k:
+        parts = parts._replace(top_k=int(n_chosen.max()))
+    # who is told a mask may drop tokens
+    least = parts.top_k if masked is None else 0
+    if not parts.top_k or bool(((n_chosen < least) | (n_chosen > parts.top_k)).any()):
         return None
     for number, (rows, out) in enumerate(zip(calls.called, outputs, strict=True)):
         if rows:
@@ -233,20 +299,20 @@ def _tried(block: nn.Module, parts: Parts) -> _Rule | None:
     routed, stack_of = (full - rest).float(), torch.stack(given, dim=1).float()  # [T, E, D]
     half = hidden.element_size() < torch.float32.itemsize
     limit = (HALF_TOLERANCE if half else TOLERANCE) * float(routed.norm(dim=-1).max())
-    for name in (TOLD, DENSE, *RULES):
-        dense = _dense(name, calls.output, calls.scores, chosen)
+    for name in (MASK,) if masked is not None else (TOLD, DENSE, *RULES):
+        dense = _dense(name, calls.output, calls.scores, chosen) if masked is None else masked
         if dense is None or not bool(((dense != 0) == chosen).all()):
             continue
         summed = (dense.float()[..., None] * stack_of).sum(dim=1)
         scale = float((summed * routed).sum() / summed.square().sum())
         if scale > 0 and float((scale * summed - routed).norm(dim=-1).max()) <= limit:
             exact = 1.0 if abs(scale - 1) < TOLERANCE else scale
-            return _Rule(name, exact, weakref.ref(block))
+            return parts, _Rule(name, exact, weakref.ref(block))
     return None
 
 
 def _keep_outputs(parts: Parts, outputs: list[list[torch.Tensor]]) -> Iterator[RemovableHandle]:
-    for number, module in enumerate(parts.experts.children()):
+    for number, module in enumerate(_modules(parts.experts)):
 
         def keep(_: nn.Module, __: Any, out: Any, number: int = number) -> None:
             outputs[number].append(flat_rows(out.detach()))

@@ -31,7 +31,7 @@ class SkipExpertAdapter:
         experts = getattr(scorer, "num_experts", None)
         if parts is None or not isinstance(experts, int) or classes != experts + 1:
             return None
-        return parts._replace(n_experts=classes)
+        return parts._replace(n_experts=classes, skips=True)
 
     def listen(self, parts: Parts, channel: Channel) -> Sequence[RemovableHandle]:
         """Listen as usual, and name the skipped slots."""

@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from capture.model.context import Passes
 from capture.model.hooks import SiteObservation, tap
-from capture.model.scoring import statistics_by
+from capture.model.scoring import RANKED, RANKINGS, statistics_by
 from capture.model.sites import Site
 from capture.store.records import Place
 from capture.swap.playback import RoutingTape
@@ -114,11 +114,11 @@ def margin(site: Site, scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.
         kept.scatter_(-1, expert_ids.clamp_min(0), expert_ids >= 0)
         last = scores.masked_fill(~kept, torch.inf).amin(dim=-1)
         return last - scores.masked_fill(kept, -torch.inf).amax(dim=-1)
-    bias = site.selection_bias
+    bias, ranking = site.selection_bias, site.ranking
     return gate(
-        scores,
+        scores if ranking is None else RANKINGS[ranking](scores),
         top_k=expert_ids.shape[-1],
-        score_function=statistics_by(site.info.score_function),
+        score_function=statistics_by(site.info.score_function) if ranking is None else RANKED,
         selection_bias=None if bias is None else bias.float(),
         n_groups=site.n_groups,
         top_groups=site.top_groups,

@@ -487,7 +487,7 @@ def capacity_of(
 ) -> tuple[pd.DataFrame, float, int, int, int]:
     """Return the capacity curve of a site, the safe factor, batches, tokens used, and all."""
     chosen = routing(run, layer, site=site, phase=phase, max_tokens=MAX_CAPACITY_TOKENS)
-    n_experts = run.site_info(layer, site).n_experts
+    n_experts = run.site_info(layer, site).n_routed
     safe = smallest_safe_factor(chosen, n_experts)
     return (
         capacity_table(chosen, n_experts, factors_to(safe)),

@@ -23,6 +23,7 @@ from explorer.queries.load import (
     expert_load_by_domain,
     expert_load_by_phase,
     expert_load_by_step,
+    left_out,
     steps_of,
 )
 from explorer.text import counted
@@ -61,6 +62,8 @@ def render() -> None:
         "another and none is wasted. A finite number of tokens is never perfectly even: "
         "**by chance** is what uniform random routing of as many tokens would show."
     )
+    if said := ask(view, left_out):
+        st.caption(said)
     # a link to a placement shows it
     serves = any(address.read(name) for name in _PLACEMENT)
     topic = address.choose(

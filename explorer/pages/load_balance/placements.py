@@ -45,7 +45,7 @@ def placements_section(view: View, **sizes: int) -> None:
     """
     st.subheader("Placements on traffic that they were not made from", anchor=False)
     by, windows = _windows(view)
-    layers = sum(site.n_experts == sizes["n_experts"] for site in view.run.sites)
+    layers = sum(site.n_routed == sizes["n_experts"] for site in view.run.sites)
     seconds = data.seconds_to_judge(windows, layers, sizes["replicas"])
     if seconds > PATIENCE and not st.toggle(
         f"Judge placements (about {seconds:,.0f} s)", key="judge placements"

@@ -82,7 +82,7 @@ def _hot_and_cold(view: View, load: pd.DataFrame) -> None:
 
 @section("Load of GPUs")
 def _gpus(view: View, load: pd.DataFrame) -> None:
-    experts = view.run.site_info(view.layer, view.site).n_experts
+    experts = view.run.site_info(view.layer, view.site).n_routed
     same = load[load["n_experts"] == experts]
     gpus, nodes, groups, replicas = _controls(experts)
     table = data.gpu_table(same, gpus=gpus, nodes=nodes, groups=groups, replicas=replicas)
@@ -180,7 +180,7 @@ def _batches(view: View) -> None:
     if not len(chosen.token_id):
         instead("None of these tokens is in a batch. Change the filters at the side.")
         return
-    n_experts = view.run.site_info(view.layer, view.site).n_experts
+    n_experts = view.run.site_info(view.layer, view.site).n_routed
     ids, note = _together(chosen, phase, decoded="generated" in view.run.phases)
     table = data.decode_reads(ids, n_experts)
     # what was read, which the view's phase and sample need not be

@@ -6,7 +6,7 @@ import streamlit as st
 from capture.paths import model_name
 from explorer.findings import findings
 from explorer.pages.load_balance.figures import load_heatmap
-from explorer.queries.load import expert_load, steps_of
+from explorer.queries.load import expert_load, left_out, steps_of
 from explorer.queries.overview import domain_counts, gate_means, prompt_count
 from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
@@ -87,9 +87,18 @@ def _introduction(view: View) -> str:
         if any(s.n_shared_experts for s in sites)
         else ""
     )
+    first_of = {site.side: site.layer for site in reversed(sites)}
+    sides = (
+        f" Layers before {first_of['decoder']} are the encoder's, which reads the prompts; from "
+        "there on they are the decoder's, which reads what it writes (phase *generated*)."
+        if {"encoder", "decoder"} <= set(first_of)
+        else ""
+    )
+    without = ask(view, left_out)
     return (
         f"Each token visits {many}; a small **router** in every layer chooses which. This page "
-        f"shows how the work was shared: click a cell to see what that expert is for.{shared}"
+        "shows how the work was shared: click a cell to see what that expert is for."
+        f"{shared}{sides}{' ' if without else ''}{without}"
     )
 
 
