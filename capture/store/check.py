@@ -12,8 +12,7 @@ as the file stays the same.
 import json
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from capture.errors import StoreError, quoted
 from capture.prompts import MAX_DOMAINS, MAX_PROMPT, MAX_SOURCE
 from capture.store import schema
 from capture.store.codec import Layout, unpack_ids
-from capture.store.files import Identity, identity, not_a_run
+from capture.store.files import Identity, identity, limited, not_a_run
 from capture.store.records import LEVELS, SiteInfo, sites_of
 from capture.store.schema import (
     ANY_PHASE,
@@ -155,7 +154,6 @@ _RECORDED = (
 )
 _FACTS = "(SELECT level, vocab_size, hidden_size, (SELECT count(*) FROM packed.token) AS n_all"
 _FACTS += " FROM packed.run) AS facts"
-
 _MOST_WEIGHT = f"{MAX_WEIGHT}.0 * (n_all + 1)"
 
 QUESTIONS = (
@@ -464,24 +462,6 @@ def check_values(
         raise type(verdict)(*verdict.args)
 
 
-@contextmanager
-def limited(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
-    """Interrupt what the connection does when it takes longer.
-
-    Raises
-    ------
-    duckdb.InterruptException
-        Where the block was interrupted.
-    """
-    alarm = threading.Timer(seconds, connection.interrupt)
-    alarm.daemon = True
-    alarm.start()
-    try:
-        yield
-    finally:
-        alarm.cancel()
-
-
 def contradiction(
     path: Path, connection: duckdb.DuckDBPyConnection, *, seconds: float = SECONDS
 ) -> StoreError | None:
@@ -580,8 +560,8 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
 
 def _reached(site: SiteInfo, by_phase: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
     """Return how many tokens get to a site, and the sum of their hashes."""
-    here = [(count, hashes) for phase, count, hashes in by_phase if site.reads(phase)]
-    return sum(count for count, _ in here), sum(hashes for _, hashes in here)
+    here = [one for one in by_phase if site.reads(one[0])]
+    return sum(count for _, count, _ in here), sum(hashes for *_, hashes in here)
 
 
 def _check_experts(

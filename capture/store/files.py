@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,24 @@ LOCKED = SAFE | {"enable_external_access": "false", "lock_configuration": "true"
 # what a system says when a write finds no room
 _NO_ROOM = ("No space left", "File too large", "quota exceeded")
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def limited(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupt what the connection does when it takes longer.
+
+    Raises
+    ------
+    duckdb.InterruptException
+        Where the block was interrupted.
+    """
+    alarm = threading.Timer(seconds, connection.interrupt)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
 
 
 def partial_of(out: Path) -> Path:

@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from capture.errors import SchemaVersionError, StoreError, first_line, quoted
 from capture.store import check, schema
-from capture.store.check import UNREADABLE, check_values, limited
+from capture.store.check import UNREADABLE, check_values
 from capture.store.codec import Layout
-from capture.store.files import SAFE, cannot_open, check_file, not_a_run
+from capture.store.files import SAFE, cannot_open, check_file, limited, not_a_run
 from capture.store.records import sites_of
 
 SECONDS = 120.0  # what a query may take

@@ -48,6 +48,12 @@ class SiteInfo(NamedTuple):
         kinds = self.expert_kinds
         return self.n_experts if kinds is None else kinds.count("routed")
 
+    def routed_numbers(self) -> npt.NDArray[np.int64]:
+        """Return each expert's number among the routed ones [E + 1]; -1 for the others, and -1."""
+        kinds = self.expert_kinds or ("routed",) * self.n_experts
+        is_routed = np.array([*(kind == "routed" for kind in kinds), False])
+        return np.where(is_routed, is_routed.cumsum() - 1, -1)
+
     def reads(self, phase: str) -> bool:
         """Whether tokens of a phase get here: an encoder reads prompts, its decoder the rest."""
         return self.side is None or (self.side == "encoder") == (phase == "prompt")

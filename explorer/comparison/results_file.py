@@ -19,8 +19,8 @@ import pandas as pd
 import pyarrow as pa
 
 from capture.errors import first_line, quoted
-from capture.store.check import UNREADABLE, limited
-from capture.store.files import LOCKED, is_own_file
+from capture.store.check import UNREADABLE
+from capture.store.files import LOCKED, is_own_file, limited
 from capture.store.reader import attach, tables_in
 from explorer.comparison.values import wrong_values
 from explorer.errors import ComparisonError

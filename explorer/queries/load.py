@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.store import SiteInfo
 from explorer.errors import RunError
 from explorer.metrics.load import LOAD_METRICS, sampling_floor
 from explorer.queries.where import Params, Part, conditions
@@ -362,19 +361,12 @@ def window_loads(
     loads = np.zeros((len(found), len(sites), n_experts + 1))
     # one cell more takes what is not routed
     place = np.array(at, dtype=np.int64)[kept]
-    numbers = np.stack([routed_numbers(one) for one in infos])
+    numbers = np.stack([one.routed_numbers() for one in infos])
     expert = numbers[place, table["expert_id"].to_numpy()[kept]]
     loads[number[kept], place, expert] = table["assignments"].to_numpy()[kept]
     loads = loads[..., :-1]
     names = [str(p) if by == "domains" else str(p + 1) for p in found]
     return WindowLoads(by, names, sites, loads)
-
-
-def routed_numbers(info: SiteInfo) -> npt.NDArray[np.int64]:
-    """Return each expert's number among the routed ones; -1 for the others and for -1."""
-    kinds = info.expert_kinds or ("routed",) * info.n_experts
-    is_routed = np.array([*(kind == "routed" for kind in kinds), False])
-    return np.where(is_routed, is_routed.cumsum() - 1, -1)
 
 
 def hidden_layers(run: Run, given: int | None = None) -> int:
@@ -561,7 +553,7 @@ def routing(
         order[name].to_numpy().astype(np.int64) for name in ("batch_id", "prompt_id")
     )
     n_tokens = int(sizes["tokens"].sum())
-    numbers = routed_numbers(info)[ids].astype(np.int32)
+    numbers = info.routed_numbers()[ids].astype(np.int32)
     return BatchRouting(token_id, batch, prompt_id, numbers, weights, n_tokens)
 
 

@@ -7,7 +7,6 @@ import numpy.typing as npt
 
 from explorer.errors import RunError
 from explorer.metrics.cache import LayerLookups
-from explorer.queries.load import routed_numbers
 from explorer.queries.where import conditions
 from explorer.run import Run
 
@@ -79,7 +78,7 @@ def trace(
     chosen = rows["slot"].is_valid().to_numpy()
     slot = rows["slot"].fill_null(0).to_numpy()
     ids[at[chosen], slot[chosen]] = rows["expert_id"].fill_null(-1).to_numpy()[chosen]
-    return Lookups(routed_numbers(info)[ids], prompt_id)
+    return Lookups(info.routed_numbers()[ids], prompt_id)
 
 
 def cache_lookups(
