@@ -525,8 +525,8 @@ def _offer(data: bytes, at: int, said: str) -> str:
         begin = max(before - 15, text.rfind("\n", 0, before) + 1)
         shown = quoted(text[begin : before + 15].split("\n")[0].strip(), 40)
         return (
-            f"As {candidate} it reads {shown}; if that is right, say --encoding {candidate} "
-            f"(in Python encoding={candidate!r})."
+            f"As {candidate} it reads {shown}; if that is right, choose this encoding "
+            f"(--encoding {candidate}, in Python encoding={candidate!r})."
         )
     return ""
 

@@ -357,8 +357,8 @@ def _evident(where: str, names: list[str], strings: list[str]) -> str:
     example = (named or candidates or ["NAME"])[0]
     raise PromptError(
         f"{where}: expected a column 'text' (and perhaps 'domain'), or a record with 'text', "
-        f"'ids', 'messages', 'prompt' or 'instruction'; found {shown}. Say which holds the "
-        f"prompts: --text-column {cut(example, 40)} (in Python text_column=...), or add a header."
+        f"'ids', 'messages', 'prompt' or 'instruction'; found {shown}. Choose the column "
+        f"of the prompts (--text-column {cut(example, 40)}, in Python text_column=...)."
     )
 
 

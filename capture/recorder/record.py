@@ -93,15 +93,8 @@ def record(
         )
         name = model if isinstance(model, str | Path) else type(model).__name__
         started = time.monotonic()
-        reporter.enter(
-            "loading",
-            " ".join(
-                [
-                    f"Loading {name} and {len(given):,} prompt{'s' * (len(given) != 1)}.",
-                    *given.notes,
-                ]
-            ),
-        )
+        loading = f"Loading {name} and {len(given):,} prompt{'s' * (len(given) != 1)}."
+        reporter.enter("loading", " ".join([loading, *given.notes]))
         from capture.recorder.session import Stopper, capture  # torch takes seconds
 
         stop = Stopper(interrupts, cancel)

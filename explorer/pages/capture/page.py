@@ -300,6 +300,8 @@ def _problem(plan: Plan) -> str:
         return "Give at least one prompt to start."
     if not plan.model:
         return "Name a model to start."
+    if plan.model == _DEMO and any(prompt.messages for prompt in plan.prompts):
+        return "The demo model has no template for conversations. Name a chat model to start."
     if plan.problem:
         return plan.problem
     if not is_run_name(plan.name):
