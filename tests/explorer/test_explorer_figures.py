@@ -164,6 +164,9 @@ def test_axes_are_titled_and_zoom_is_kept(figures):
     for name, figure in figures.items():
         assert figure.layout.xaxis.title.text and figure.layout.yaxis.title.text, name
         assert figure.layout.uirevision, name
+    # what a figure was given before stays, too
+    given = theme.finish(go.Figure(layout={"margin": {"b": 16}}), title="", caption="", dark=False)
+    assert given.layout.margin.b == 16 and given.layout.margin.t > 0
 
 
 def test_an_unfinished_capture_is_named():
