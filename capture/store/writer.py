@@ -185,6 +185,8 @@ class RunWriter:
         """Open the partial file, which has all its tables."""
         try:
             self._connection = duckdb.connect(str(self.partial), config=CONFIG)
+            # closing a large run takes seconds, which DuckDB would fill with a bar on stdout
+            self._connection.execute("SET enable_progress_bar = false")
         except BaseException:
             remove_partial(self.out)
             raise

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from capture.errors import TraceError, first_line, quoted
 from capture.traces.sequences import MAX_TOP_K, Record, first_record, is_choice, records
-from capture.traces.tables import ALIASES, MEMORY, columns_of, reader_of
+from capture.traces.tables import ALIASES, bounded, columns_of, reader_of
 
 Counts = npt.NDArray[np.int64]
 COUNT_ALIASES = {
@@ -127,7 +127,7 @@ def count_table(path: Path, columns: Mapping[str, str], source: str) -> CountTra
         What reads the table, in SQL, of ``$path``.
     """
     step, domain = (columns.get(name, "NULL") for name in ("step", "domain"))
-    connection = duckdb.connect(config={"memory_limit": MEMORY})
+    connection = bounded()
     try:
         connection.execute(
             f"CREATE TABLE counted AS SELECT {step}::BIGINT AS step, {domain}::VARCHAR AS domain,"

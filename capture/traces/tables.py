@@ -108,6 +108,13 @@ def _padded(lists: pa.ChunkedArray, width: int, filler: float) -> npt.NDArray[np
     return rows
 
 
+def bounded(path: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """Return a temporary database that takes so much memory, and prints no bar of its progress."""
+    connection = duckdb.connect(path or ":memory:", config={"memory_limit": MEMORY})
+    connection.execute("SET enable_progress_bar = false")
+    return connection
+
+
 def read_table(path: Path, select: str, *, in_order: bool) -> OrderedRows:
     """Put rows in order.
 
@@ -128,9 +135,7 @@ def read_table(path: Path, select: str, *, in_order: bool) -> OrderedRows:
         With what DuckDB says, or what the rows lack.
     """
     folder = tempfile.TemporaryDirectory(prefix="routing-")
-    connection = duckdb.connect(
-        str(Path(folder.name) / "rows.duckdb"), config={"memory_limit": MEMORY}
-    )
+    connection = bounded(Path(folder.name) / "rows.duckdb")
     try:
         layers, top_k, weighted = _ordered(connection, path, select, in_order=in_order)
     except BaseException:
