@@ -27,7 +27,6 @@ from explorer.run import Run, open_run
 BY_DOMAIN = "domain"
 N_WINDOWS = 8
 MAX_TOKENS = 20_000  # whose experts are looked at, a layer
-STATE_BYTES = 2  # of a hidden state's number as it is sent: bfloat16
 EXAMPLES = """\
 examples:
   python -m explorer place runs/demo.duckdb --gpus 4 --slots 20 --windows domain
@@ -93,7 +92,7 @@ def run(options: argparse.Namespace) -> Output:
         found = window_loads(opened, by, _number_of_windows(options.windows), phase=options.phase)
         layers = hidden_layers(opened, options.model_layers)
         tokens = _tokens(opened, found, options.phase)
-        token_bytes = STATE_BYTES * int(opened.info["hidden_size"])
+        token_bytes = placement.STATE_BYTES * int(opened.info["hidden_size"])
     n_experts = found.loads.shape[-1]
     sizes = {
         "gpus": options.gpus,

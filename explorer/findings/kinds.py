@@ -438,7 +438,7 @@ def _attends(half: Half) -> Iterator[Candidate]:
         with np.errstate(invalid="ignore", divide="ignore"):
             strength = np.where(chance > 0, (shared - chance) / np.sqrt(chance), -np.inf)
         head = int(strength.argmax())
-        if not np.isfinite(strength[head]):
+        if not strength[head] > 0:
             continue
 
         def test(other: Half, name: str = name, head: int = head) -> Tested | None:
@@ -489,8 +489,8 @@ def _settles(half: Half) -> Iterator[Candidate]:
             return Tested(sentence, gain, low, high, p, "trends", address, len(known))
 
         seen = half.saturation[~np.isnan(half.saturation).any(1)]
-        if len(seen):
-            yield Candidate(float(_knee(seen, at).mean()), test)
+        if len(seen) and (gain := float(_knee(seen, at).mean())) > 0:
+            yield Candidate(gain, test)
 
 
 def _knee(saturation: Floats, at: int) -> Floats:

@@ -24,6 +24,7 @@ PLACEMENTS: Mapping[str, str] = {
     GLOBAL: "copies of hot experts, anywhere",
     ACROSS_WINDOWS: "copies as EPLB makes them; experts that are hot at the same time lie apart",
 }
+STATE_BYTES = 2  # of a number of a hidden state as it is sent: bfloat16
 DRAFTS = (1, 2, 3, 4, 6, 8)  # tokens that speculative decoding checks in one pass
 _SWEEPS = 20  # over all pairs of copies; two or three change something
 

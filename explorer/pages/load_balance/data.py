@@ -22,7 +22,6 @@ from explorer.queries.lookups import cache_lookups
 from explorer.run import Run
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-STATE_BYTES = 2  # of a hidden state's number as it is sent: bfloat16
 MAX_DISPATCHED = 20_000  # tokens a layer whose ways are followed
 
 
@@ -237,7 +236,7 @@ def placed(
         files, refused = {}, str(error)
     if not run.records_ids:
         return Placed(files, refused, None)
-    token_bytes = STATE_BYTES * int(run.info["hidden_size"])
+    token_bytes = placement.STATE_BYTES * int(run.info["hidden_size"])
     sent, on_gpus, on_nodes, tokens = np.zeros((gpus, gpus)), [], [], 0
     for row, (layer, site) in enumerate(found.sites):
         one = routing(run, layer, site=site, phase=phase, max_tokens=MAX_DISPATCHED)
