@@ -54,6 +54,8 @@ def open_trace(
     source: Any, format: str | None, top_k: int | None, n_experts: int | None
 ) -> Trace | CountTrace:
     """Return a trace of whatever people have; see ``import_routing``."""
+    if isinstance(source, Trace):
+        return source
     if isinstance(source, (str, Path)):
         source = [source]
     if isinstance(source, np.ndarray):
