@@ -51,7 +51,7 @@ class Row(NamedTuple):
     value: Any
 
 
-class Opened(NamedTuple):
+class PromptFile(NamedTuple):
     """What a file holds: its name and ending without those of a compression, and its bytes."""
 
     name: str
@@ -66,7 +66,7 @@ def suffixes(name: str) -> tuple[str, str]:
     return parts[-1], compression
 
 
-def unpack(name: str, file: BinaryIO, most: int) -> Opened:
+def unpack(name: str, file: BinaryIO, most: int) -> PromptFile:
     """Read a file, unpacked; a few kilobytes can stand for gigabytes.
 
     Nothing is unpacked far beyond ``most`` bytes.
@@ -92,10 +92,10 @@ def unpack(name: str, file: BinaryIO, most: int) -> Opened:
         what = "unpacked" if error.strerror is None else "read"
         reason = error.strerror or first_line(error)
         raise PromptError(f"{name} cannot be {what}: {reason}.") from None
-    return Opened(name, ending, bytes(found))
+    return PromptFile(name, ending, bytes(found))
 
 
-def recognised(name: str, file: BinaryIO, most: int) -> Opened:
+def recognised(name: str, file: BinaryIO, most: int) -> PromptFile:
     """Read a stream without an ending: compression and format are found in what it holds.
 
     Raises
@@ -117,7 +117,7 @@ def recognised(name: str, file: BinaryIO, most: int) -> Opened:
         cells = next(csv.reader([header], delimiter=_delimiter(header)), [])
         is_table = len(cells) > 1 and "text" in [cell.strip().lower() for cell in cells]
         ending = ".csv" if is_table else ".txt"
-    return Opened(name, ending, data)
+    return PromptFile(name, ending, data)
 
 
 def _is_lines(head: bytes) -> bool:
@@ -130,7 +130,9 @@ def _is_lines(head: bytes) -> bool:
     return bool(rest.strip())
 
 
-def read_rows(opened: Opened, *, most: int, encoding: str | None, choose: Choose) -> Iterator[Row]:
+def read_rows(
+    opened: PromptFile, *, most: int, encoding: str | None, choose: Choose
+) -> Iterator[Row]:
     """Yield the rows of a file; those of Parquet and tables with the columns of ``choose``.
 
     Raises

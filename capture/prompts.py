@@ -19,7 +19,7 @@ from capture.prompt_rows import (
     IDS,
     MAX_BYTES,
     TABLES,
-    Opened,
+    PromptFile,
     Row,
     known_encoding,
     names_of,
@@ -556,7 +556,7 @@ def _read_files(files: Iterable[Path], columns: Columns) -> PromptList:
     return _checked(found, "the files")
 
 
-def _parse(opened: Opened, columns: Columns, most: int) -> PromptList:
+def _parse(opened: PromptFile, columns: Columns, most: int) -> PromptList:
     is_csv = opened.ending in TABLES
     if is_csv:  # whose header is read in lower case
         text, domain = (name and name.lower() for name in columns[:2])

@@ -323,11 +323,11 @@ def counted_flops(model: nn.Module) -> Iterator[CountedFlops]:
 
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(_Counter(counted.modules, running))
+        stack.enter_context(_FlopCounter(counted.modules, running))
         yield counted
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds every product's operations to all the modules that run it."""
 
     def __init__(self, modules: dict[str, int], running: Sequence[str]) -> None:

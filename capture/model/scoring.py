@@ -108,7 +108,7 @@ def explains_choice(
     return bool(close.all()) and float(rounded) <= (DECIDED_BY_ROUNDING if half else 0.0)
 
 
-class Rule(NamedTuple):
+class ExplainedRule(NamedTuple):
     """What explains every choice: bias and groups, beside a score function or a ranking.
 
     Attributes
@@ -135,7 +135,7 @@ def rule_of(
     selection_bias: torch.Tensor | None,
     groups: tuple[int | None, int | None],
     half: bool,
-) -> Rule | None:
+) -> ExplainedRule | None:
     """Return the first rule that explains the ids [T, K] by the scores [T, E], if one does.
 
     Parameters are those of :func:`explains_choice`; a router may carry a bias or groups that its
@@ -145,8 +145,10 @@ def rule_of(
     if selection_bias is None and groups != NO_GROUPS:
         # groups count by their best two, as they do beside a bias, and there is none (Mistral 4)
         tried.insert(1, (scores.new_zeros(scores.shape[-1]), groups))
-    rules = [Rule(name, *one) for one, name in product(tried, score_functions)]
-    rules += [Rule(score_functions[0], *one, name) for one, name in product(tried, RANKINGS)]
+    rules = [ExplainedRule(name, *one) for one, name in product(tried, score_functions)]
+    rules += [
+        ExplainedRule(score_functions[0], *one, name) for one, name in product(tried, RANKINGS)
+    ]
     for rule in rules:
         if explains_choice(
             scores if rule.ranking is None else RANKINGS[rule.ranking](scores),

@@ -36,7 +36,7 @@ class Shard(NamedTuple):
     size: int
 
 
-class Part(NamedTuple):
+class RunPart(NamedTuple):
     """One part of a capture: where it lies once it is whole, and which prompts it holds."""
 
     path: Path
@@ -114,7 +114,7 @@ def shard_of(asked: str | None, out: Path) -> Shard | None:
 
 def plan_parts(
     model: str, prompts: Sequence[Prompt], config: CaptureConfig, out: Path, size: int
-) -> list[Part]:
+) -> list[RunPart]:
     """Return all parts of a capture by so many processes, in their order.
 
     Every name has a digest of the part's prompts, of all prompts, and of what is recorded of them
@@ -130,7 +130,7 @@ def plan_parts(
     for index in range(of):
         own = _digest([whole, digests[index::of]])[:16]
         path = folder / f"part-{index}-of-{of}-{own}{RUN_SUFFIX}"
-        parts.append(Part(path, PartNote(whole, index, of, len(prompts))))
+        parts.append(RunPart(path, PartNote(whole, index, of, len(prompts))))
     return parts
 
 
@@ -138,7 +138,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def is_whole(part: Part) -> bool:
+def is_whole(part: RunPart) -> bool:
     """Whether the part is there, complete, and what its name says."""
     found = note_of(part.path)
     if found is None and part.path.exists():
@@ -148,7 +148,7 @@ def is_whole(part: Part) -> bool:
     return found == part.note
 
 
-def put_together(parts: Sequence[Part], out: Path) -> Path | None:
+def put_together(parts: Sequence[RunPart], out: Path) -> Path | None:
     """Merge the parts once they are all there; None while one is missing.
 
     Raises

@@ -45,7 +45,7 @@ from capture.recorder.estimate import (
     plan_sample,
 )
 from capture.recorder.loop import TWO_SIDES, CapturePlan, HiddenRows, PlannedTexts, Recording
-from capture.recorder.parts import Part
+from capture.recorder.parts import RunPart
 from capture.recorder.transfer import WriterThread
 from capture.store import PromptInfo, RunInfo, RunWriter
 from capture.store.merge import PART
@@ -112,7 +112,7 @@ def capture(
     reporter: Reporter,
     stop: Stopper,
     started: float,
-    parts: Sequence[Part] = (),
+    parts: Sequence[RunPart] = (),
 ) -> Path:
     """Load the model and record; see :func:`capture.record`, which checks what it is given.
 
@@ -133,7 +133,7 @@ def _capture(
     reporter: Reporter,
     stop: Stopper,
     started: float,
-    parts: Sequence[Part],
+    parts: Sequence[RunPart],
 ) -> Path:
     """Record with a model that is loaded, and not compiled yet."""
     prompts = tokenize(

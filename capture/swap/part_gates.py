@@ -40,7 +40,7 @@ OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptRows:
     """Rows of a batch [B, S] packed into [B', S'], sequences without a kept token left out.
 
     Attributes
@@ -80,7 +80,7 @@ class Kept:
         return whole[self.sequences[:, None], self.index]
 
 
-def kept_rows(keep: torch.Tensor, shape: torch.Size, *, flat: bool) -> Kept:
+def kept_rows(keep: torch.Tensor, shape: torch.Size, *, flat: bool) -> KeptRows:
     """Pack the rows to keep.
 
     Parameters
@@ -101,12 +101,12 @@ def kept_rows(keep: torch.Tensor, shape: torch.Size, *, flat: bool) -> Kept:
     order = (~grid).to(torch.uint8).sort(dim=-1, stable=True).indices[:, :longest]
     last = order.gather(-1, (counts - 1).clamp_min(0)[:, None])
     filled = torch.arange(longest, device=keep.device) < counts[:, None]
-    return Kept((batch, length), sequences, torch.where(filled, order, last), filled)
+    return KeptRows((batch, length), sequences, torch.where(filled, order, last), filled)
 
 
 def on_kept_rows(
     stock: Callable[..., Any],
-    kept: Kept,
+    kept: KeptRows,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
@@ -140,7 +140,7 @@ def on_kept_rows(
 class _Take:
     """Takes the kept rows out of one argument, by its shape."""
 
-    kept: Kept
+    kept: KeptRows
     place: str
 
     def __call__(self, name: str, value: Any) -> Any:
@@ -243,7 +243,7 @@ class Reached:
         self.rows: torch.Tensor | None = None
 
     @contextmanager
-    def only(self, kept: Kept) -> Iterator[None]:
+    def only(self, kept: KeptRows) -> Iterator[None]:
         """Take it that only some tokens come, until the block is left."""
         self.rows = kept.filled.flatten()
         try:
@@ -260,12 +260,12 @@ def count_experts(gated: Gated, sites: Sequence[Site], reached: Reached, stack: 
     """Count in ``gated.sites`` what experts execute, until the stack is left."""
     for site in sites:
         if site.can_be_replaced:
-            counter = _Counter(SiteCount.of(site), reached)
+            counter = _CountedChoice(SiteCount.of(site), reached)
             gated.sites[site_key(site)] = counter.count
             stack.enter_context(site.replaced(counter))
 
 
-class _Counter:
+class _CountedChoice:
     """Leaves the model's own choice as it is, and counts it."""
 
     replays = True
@@ -350,7 +350,7 @@ def gate_parts(
         shapes = {} if part == "head" else _outputs(model, {n: modules[n] for n in wanted})
         passes = stack.enter_context(Passes().follow(model))
         own = part == "block" and attention != "before"
-        run = _Run(passes, back=0 if own else 1, reached=Reached(passes))
+        run = _GatedPass(passes, back=0 if own else 1, reached=Reached(passes))
         if attention:
             layers = {layer - run.back for layer in wanted}
             live = LiveAttention(model, sites, layers)
@@ -371,7 +371,7 @@ def gate_parts(
 
 
 @dataclass
-class _Run:
+class _GatedPass:
     """What the gates of one forward pass share."""
 
     passes: Passes
@@ -390,7 +390,7 @@ class _Gate:
     name: str
     sites: Sequence[Site]
     rule: Rule
-    run: _Run
+    run: _GatedPass
     count: PartCount = field(default_factory=PartCount)
 
     def ask(self, hidden: torch.Tensor, *, columns: int, part: str) -> torch.Tensor:
@@ -487,7 +487,7 @@ class _Skip:
 
         return forward
 
-    def _put_back(self, output: Any, first: torch.Tensor, kept: Kept) -> torch.Tensor:
+    def _put_back(self, output: Any, first: torch.Tensor, kept: KeptRows) -> torch.Tensor:
         """Return ``first`` [..., D] with the kept rows replaced by the output's."""
         rows = output[0] if isinstance(output, tuple) else output
         flat = first.reshape(-1, first.shape[-1])

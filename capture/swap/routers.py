@@ -228,7 +228,7 @@ def swap(
         if attention:
             layers = {layer for layer, _ in (*rules, *watched)}
             live = stack.enter_context(LiveAttention(model, sites, layers).open(passes))
-        run = _Run(passes, on_choice, checked, live)
+        run = _SwappedPass(passes, on_choice, checked, live)
         for site in sites:
             key = site_key(site)
             place = _Place(site, run, rules.get(key), watched.get(key))
@@ -245,7 +245,7 @@ def site_key(site: Site) -> Place:
 
 
 @dataclass
-class _Run:
+class _SwappedPass:
     """What the sites of a swap share; the previous site's part of it lasts one pass."""
 
     passes: Passes
@@ -268,7 +268,7 @@ class _Place:
     """One site of a swap: asks the rule, counts, and hands on to the next site."""
 
     def __init__(
-        self, site: Site, run: _Run, rule: Rule | RoutingTape | None, watched: Rule | None
+        self, site: Site, run: _SwappedPass, rule: Rule | RoutingTape | None, watched: Rule | None
     ) -> None:
         self.site, self.run, self.rule, self.watched = site, run, rule, watched
         self.replays = rule is None or isinstance(rule, RoutingTape)

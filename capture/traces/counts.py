@@ -35,7 +35,7 @@ _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(\w*)exps\.weight\.counts")
 _SHARES = "Shares do not say how many tokens they are of"
 
 
-class Part(NamedTuple):
+class CountsPart(NamedTuple):
     """Counts that belong together.
 
     Attributes
@@ -69,7 +69,7 @@ class CountTrace(NamedTuple):
     """
 
     format: str
-    parts: Callable[[], Iterator[Part]]
+    parts: Callable[[], Iterator[CountsPart]]
     layers: tuple[int, ...]
     top_k: int | None = None
     model: str | None = None
@@ -97,7 +97,9 @@ def whole(values: Any, where: str) -> Counts:
     return given.astype(np.int64)
 
 
-def _fixed(parts: Sequence[Part], format: str, layers: Iterable[int], **more: Any) -> CountTrace:
+def _fixed(
+    parts: Sequence[CountsPart], format: str, layers: Iterable[int], **more: Any
+) -> CountTrace:
     return CountTrace(format, lambda: iter(parts), tuple(layers), **more)
 
 
@@ -163,7 +165,7 @@ def count_table(path: Path, columns: Mapping[str, str], source: str) -> CountTra
 
 def _table_parts(
     connection: duckdb.DuckDBPyConnection, name: str, layers: Sequence[int], n_experts: int
-) -> Iterator[Part]:
+) -> Iterator[CountsPart]:
     place = {layer: index for index, layer in enumerate(layers)}
     cursor = connection.cursor()
     rows = cursor.execute(
@@ -175,7 +177,7 @@ def _table_parts(
         counts = np.zeros((len(layers), n_experts), np.int64)
         for _, _, layer, experts, found in group:
             counts[place[layer], experts] = whole(found, f"{name}, layer {layer}")
-        yield Part(counts, step, domain)
+        yield CountsPart(counts, step, domain)
 
 
 def count_json(path: Path, document: Record) -> CountTrace | None:
@@ -207,7 +209,7 @@ def count_json(path: Path, document: Record) -> CountTrace | None:
             )
             at = [int(e) for e in given] if isinstance(given, Mapping) else slice(len(values))
             counts[layers.index(int(key)), at] = values
-        parts.append(Part(counts, domain=domain))
+        parts.append(CountsPart(counts, domain=domain))
     return _fixed(parts, "counts by layer", layers)
 
 
@@ -227,7 +229,7 @@ def expert_location(path: Path, document: Record) -> CountTrace:
     counts = _three(whole(document["logical_count"], f"{path.name}, logical_count"), path.name)
     steps = [None] if len(counts) == 1 else range(len(counts))
     return _fixed(
-        [Part(one, step) for one, step in zip(counts, steps, strict=True)],
+        [CountsPart(one, step) for one, step in zip(counts, steps, strict=True)],
         "SGLang expert location",
         range(counts.shape[1]),
         facts={} if len(counts) == 1 else {"step": "step"},
@@ -249,7 +251,7 @@ def heat(path: Path, document: Record) -> CountTrace:
     rows = [whole(one["heat"], f"{path.name}, layers[{n}].heat") for n, one in enumerate(tables)]
     if len({len(row) for row in rows}) != 1:
         raise TraceError(f"{path.name}: the layers count different numbers of experts.")
-    part = Part(np.stack(rows))
+    part = CountsPart(np.stack(rows))
     facts = {"left_out": ["pairs, of which the table has the frequent ones only"]}
     return _fixed([part], "co-activation table", layers, facts=facts)
 
@@ -314,11 +316,11 @@ def _statistics(files: Sequence[Path], dumps: Sequence[Any]) -> CountTrace:
     if not any(one.any() for one in filled):
         raise TraceError(f"{files[0].name}: every step of the recorder is empty.")
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[CountsPart]:
         before = 0
         for (name, counts), used in zip(kept, filled, strict=True):
             for step in np.flatnonzero(used):
-                yield Part(whole(counts[step], f"{name}, step {step}"), before + int(step))
+                yield CountsPart(whole(counts[step], f"{name}, step {step}"), before + int(step))
             before += len(counts)
 
     # a ring that is full goes on at its beginning: its first step may be any
@@ -350,7 +352,7 @@ def _passes(files: Sequence[Path], dumps: Sequence[Any]) -> CountTrace:
         raise TraceError(f"{files[0].name}: the recorder holds no pass.")
     n_layers = len(dumps[0]["last_physical_to_logical_map"])
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[CountsPart]:
         for step in sorted(where):
             seen: set[bytes] = set()
             total = np.zeros((n_layers, n_experts), np.int64)
@@ -366,7 +368,7 @@ def _passes(files: Sequence[Path], dumps: Sequence[Any]) -> CountTrace:
                         n_experts,
                         name,
                     )
-            yield Part(total, step)
+            yield CountsPart(total, step)
 
     kind = "per_token" if most else "per_pass"
     facts: dict[str, Any] = {"step": "forward pass", "files": len(files)}
@@ -401,7 +403,7 @@ def _reap(path: Path, dump: Mapping[int, Any]) -> CountTrace:
     ]
     tokens = [int(dump[layer]["total_tokens"]) for layer in layers]
     return _fixed(
-        [Part(np.stack(rows))],
+        [CountsPart(np.stack(rows))],
         "REAP observer",
         layers,
         top_k=_per_token([int(row.sum()) for row in rows], tokens),
@@ -437,7 +439,7 @@ def tensorrt_llm(files: Sequence[Path]) -> CountTrace:
             total[place] = total.get(place, 0) + counts
     layers = sorted({layer for _, layer in total})
     parts = [
-        Part(np.stack([total[at, layer] for layer in layers]), at)
+        CountsPart(np.stack([total[at, layer] for layer in layers]), at)
         for at in sorted({at for at, _ in total})
     ]
     k = about.get("num_experts_per_token")
@@ -479,13 +481,13 @@ def tokens_per_expert(files: Sequence[Path], n_experts: int | None) -> CountTrac
     if len(set(layers)) < len(layers):
         layers = list(range(len(places)))
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[CountsPart]:
         for step in sorted({step for step, _ in total}):
             counts = np.zeros((len(places), parallel, width), np.int64)
             for at, place in enumerate(places):
                 for rank, found in total.get((step, place), {}).items():
                     counts[at, rank % parallel] += found
-            yield Part(counts.reshape(len(places), -1), step)
+            yield CountsPart(counts.reshape(len(places), -1), step)
 
     parallel, rest = divmod(n_experts or width, width)
     if rest or not parallel or len(files) % parallel:
@@ -530,7 +532,7 @@ def imatrix(path: Path) -> CountTrace:
     )
     sums = [int(rows[layer].sum()) for layer in layers]
     return _fixed(
-        [Part(np.stack([rows[layer] for layer in layers]))],
+        [CountsPart(np.stack([rows[layer] for layer in layers]))],
         "llama.cpp imatrix",
         layers,
         top_k=_per_token(sums, [chunks * size] * len(sums)),

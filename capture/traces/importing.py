@@ -24,7 +24,7 @@ from capture.store import (
 )
 from capture.store.files import check_new
 from capture.store.schema import NO_TOKEN
-from capture.traces.counts import CountTrace, Part
+from capture.traces.counts import CountsPart, CountTrace
 from capture.traces.formats import open_trace
 from capture.traces.sequences import MAX_TOP_K, Ids, Sequence, Survey, Trace, is_choice, survey
 
@@ -359,7 +359,7 @@ def _import_counts(
     )
 
 
-def _windows(parts: Iterator[Part]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+def _windows(parts: Iterator[CountsPart]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
     """Return the sum of each step; parts come in their order."""
     for step, of_step in groupby(parts, lambda part: part.step):
         if step is not None:

@@ -13,7 +13,7 @@ from explorer.engine_files import PLACEMENT_FORMATS, placement_file
 from explorer.errors import ExplorerError
 from explorer.metrics import placement, traffic
 from explorer.metrics.placement import Placement
-from explorer.metrics.traffic import Choice, HeldOut, mean_interval
+from explorer.metrics.traffic import ChosenPolicy, HeldOut, mean_interval
 from explorer.queries.load import (
     WINDOWS,
     BatchRouting,
@@ -160,7 +160,7 @@ def _header(found: WindowLoads, sizes: dict[str, int]) -> str:
     )
 
 
-def _table(judged: Mapping[str, HeldOut], chosen: Choice | None, in_time: bool) -> list[str]:
+def _table(judged: Mapping[str, HeldOut], chosen: ChosenPolicy | None, in_time: bool) -> list[str]:
     """Return the lines of a table with 95 % intervals over windows."""
     rows = [("placement", "own", "", "held out", "", "worst", "slowest GPU", "minus EPLB", "")]
     usual = judged[placement.GLOBAL].held_out
@@ -196,7 +196,7 @@ def _interval(values: placement.Floats, in_time: bool, sign: str = "") -> str:
     return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def _said(chosen: Choice | None) -> str:
+def _said(chosen: ChosenPolicy | None) -> str:
     """Say which figure holds for the policy that won, which was chosen by these windows."""
     if chosen is None:
         return (

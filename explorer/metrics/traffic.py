@@ -81,7 +81,7 @@ def held_out(
     return HeldOut(np.array(own), np.array(held), np.array(validation), np.asarray(known))
 
 
-class Choice(NamedTuple):
+class ChosenPolicy(NamedTuple):
     """What comes of taking the policy that is best on other windows.
 
     Attributes
@@ -96,7 +96,7 @@ class Choice(NamedTuple):
     held_out: Floats
 
 
-def choose(judged: Mapping[str, HeldOut]) -> Choice | None:
+def choose(judged: Mapping[str, HeldOut]) -> ChosenPolicy | None:
     """Choose a policy for each window without looking at it; None with two windows."""
     names = list(judged)
     scores = np.array([judged[name].validation for name in names])
@@ -104,7 +104,7 @@ def choose(judged: Mapping[str, HeldOut]) -> Choice | None:
         return None
     best = np.where(np.isnan(scores), -np.inf, scores).argmax(0)
     held = np.array([judged[name].held_out for name in names])
-    return Choice([names[i] for i in best], held[best, np.arange(held.shape[1])])
+    return ChosenPolicy([names[i] for i in best], held[best, np.arange(held.shape[1])])
 
 
 def rebalanced_later(

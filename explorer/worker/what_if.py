@@ -67,7 +67,7 @@ class Reading(NamedTuple):
 
 
 @dataclass
-class Opened:
+class OpenModel:
     """A loaded model and what was found out about it."""
 
     key: tuple[str, str | None]
@@ -89,7 +89,7 @@ class Opened:
         return self.kinds
 
 
-_opened: list[Opened] = []  # one at most
+_opened: list[OpenModel] = []  # one at most
 
 
 def forget() -> None:
@@ -186,7 +186,7 @@ def _text(run: Run, request: WhatIfRequest) -> Ids:
     return np.asarray(found, dtype=np.int32)
 
 
-def _open(run: Run, on: Callable[[str], None]) -> Opened:
+def _open(run: Run, on: Callable[[str], None]) -> OpenModel:
     """Return the loaded model of a run: the last one, if it is the same."""
     key = str(run.info["model"]), run.info["revision"]
     if not _opened or _opened[0].key != key:
@@ -195,7 +195,7 @@ def _open(run: Run, on: Callable[[str], None]) -> Opened:
         revision = None if key[0] == "demo" else key[1]
         with loading_bars(shown=False), torch.inference_mode(False):
             loaded = load_model(key[0], revision=revision)
-            opened = Opened(key, loaded, list(attach(loaded.model)))
+            opened = OpenModel(key, loaded, list(attach(loaded.model)))
         recorded = sorted((s.layer, s.site, s.n_experts) for s in run.sites)
         if recorded != sorted((s.info.layer, s.info.site, s.info.n_experts) for s in opened.sites):
             raise ExplorerError(
@@ -206,7 +206,9 @@ def _open(run: Run, on: Callable[[str], None]) -> Opened:
     return _opened[0]
 
 
-def _router(opened: Opened, run: Run, text: str, on: Callable[[str], None]) -> Mapping[Place, Any]:
+def _router(
+    opened: OpenModel, run: Run, text: str, on: Callable[[str], None]
+) -> Mapping[Place, Any]:
     """Return another router for every place, fitted where it learns."""
     key = text, run.fingerprint
     if key not in opened.routers:
@@ -225,7 +227,7 @@ def _router(opened: Opened, run: Run, text: str, on: Callable[[str], None]) -> M
 
 
 def _read(
-    opened: Opened,
+    opened: OpenModel,
     ids: Ids,
     position: int,
     rules: Mapping[Place, Any],
@@ -299,7 +301,7 @@ def _decoder(loaded: LoadedModel) -> Callable[[list[int]], str]:
 
 
 def _rules(
-    opened: Opened,
+    opened: OpenModel,
     edits: Sequence[Edit],
     router: Mapping[Place, Any],
     ids: Ids,
@@ -334,7 +336,7 @@ class EditedRule:
         Another router, for the tokens that no edit changes; None = the model's own.
     convention : Convention or None
         How the model weighs its experts.
-    opened : Opened
+    opened : OpenModel
     ids : array [S]
         Of the text, which tokens are called by their place in.
     """
@@ -346,7 +348,7 @@ class EditedRule:
         edits: Sequence[Edit],
         base: LiveRule | None,
         convention: Convention | None,
-        opened: Opened,
+        opened: OpenModel,
         ids: Ids,
     ) -> None:
         self.edits, self.base, self.convention = edits, base, convention

@@ -29,7 +29,7 @@ from explorer.comparison.conditions.knock_out import knocked_out, screened, whol
 from explorer.comparison.conditions.pruned_checkpoint import write_pruned
 from explorer.errors import ComparisonError, ConditionError
 from explorer.worker.interventions import Edit, kind_of, read_edits, write_edits
-from explorer.worker.what_if import Opened, _read, _rules
+from explorer.worker.what_if import OpenModel, _read, _rules
 
 PLACE = (1, 0)
 
@@ -210,7 +210,7 @@ def test_edits_are_read_as_they_are_written(subject):
 
 def test_edits_change_the_tokens_that_they_are_about_and_no_others(subject):
     ids = np.concatenate(TEXTS)[:12]
-    opened = Opened(("tiny", None), LoadedModel(subject.model, None, "tiny", None),
+    opened = OpenModel(("tiny", None), LoadedModel(subject.model, None, "tiny", None),
                     list(subject.sites))  # fmt: skip
 
     def read(text):

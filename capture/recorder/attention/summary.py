@@ -475,7 +475,7 @@ def unpack_attention(
             "window, so its weights cannot be recorded from queries and keys. Record the layers "
             "that have a plain mask (attention_layers), or level 'scores'."
         )
-    floats, ids = _Reader(packed.floats), _Reader(packed.ids)
+    floats, ids = _PieceReader(packed.floats), _PieceReader(packed.ids)
     layers: list[list[LayerAttention]] = [[] for _ in rows]
     for site in sites:
         for place, row in enumerate(rows):
@@ -493,7 +493,7 @@ def unpack_attention(
     ]
 
 
-class _Reader(Generic[Number]):
+class _PieceReader(Generic[Number]):
     """Hands out one array piece by piece."""
 
     def __init__(self, values: npt.NDArray[Number]) -> None:
@@ -510,8 +510,8 @@ def _layer(
     site: AttentionSite,
     row: PromptRow,
     options: AttentionOptions,
-    floats: _Reader[np.float32],
-    ids: _Reader[np.int32],
+    floats: _PieceReader[np.float32],
+    ids: _PieceReader[np.int32],
 ) -> LayerAttention:
     n_heads, bins = len(site.heads), n_bins(row.length, options.bins)
     queries = used_queries(row.length, row.length, options.every).numpy()
