@@ -172,7 +172,7 @@ def keep_upload(folder: Path, name: str, data: IO[bytes]) -> Path:
     number, hidden = tempfile.mkstemp(prefix=".upload-", dir=folder)
     try:
         with os.fdopen(number, "wb") as file:
-            _copy(data, file)
+            _copy(data, file, int(MAX_UPLOAD * 10**6))
         check_run(hidden)
         os.chmod(hidden, 0o644)
         os.link(hidden, out)
@@ -303,7 +303,8 @@ def run_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _copy(data: IO[bytes], file: IO[bytes], most: int = MAX_UPLOAD * 10**6) -> None:
+def _copy(data: IO[bytes], file: IO[bytes], most: int) -> None:
+    """Copy an upload of at most so many bytes."""
     size = 0
     while chunk := data.read(_CHUNK):
         size += len(chunk)

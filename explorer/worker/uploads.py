@@ -133,7 +133,7 @@ def answer(name: str, data: bytes, **options: str | None) -> str:
     return json.dumps({"prompts": prompts, "notes": prompts.notes})
 
 
-def limit_memory(most: int = MEMORY) -> None:
+def limit_memory(most: int) -> None:
     """Let this process take so much memory and no more."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
@@ -145,7 +145,7 @@ def main() -> None:
         limit_memory(TRACE_MEMORY)
         sys.stdout.write(answer_trace(**json.loads(sys.argv[2])))
         return
-    limit_memory()
+    limit_memory(MEMORY)
     options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     sys.stdout.write(answer(sys.argv[1], sys.stdin.buffer.read(), **options))
 

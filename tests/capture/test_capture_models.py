@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from capture.errors import ModelError
+from capture.errors import ModelError, SiteError
 from capture.model.load import DEMO, load_model, refuse_kernels_package
 from capture.model.selftest import attach
 
@@ -206,13 +206,13 @@ def test_a_broken_file(saved, tmp_path):
         load_model(tmp_path, device="cpu")
 
 
-def test_an_encoder_decoder_is_no_causal_model(tmp_path):
+def test_an_encoder_decoder_without_experts_is_refused(tmp_path):
     from transformers import T5Config, T5Model
 
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=16)
     T5Model(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="A causal language model was expected"):
-        load_model(tmp_path)
+    with pytest.raises(SiteError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        attach(load_model(tmp_path).model)
 
 
 def test_a_hub_id_that_cannot_be_reached(offline):

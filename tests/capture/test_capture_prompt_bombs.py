@@ -129,14 +129,14 @@ def test_an_upload_is_read_in_another_process(tmp_path):
 
 def test_an_upload_that_gets_past_the_readers_ends_its_own_process(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_AS)
-    # 60 MB of brackets: the parser nests no value that deep, the list of prompts is too long
-    data = b'"a"\n' * (15 * MB)
+    # the list of prompts is too long for what the process may have
+    data = b'"a"\n' * (4 * MB)
     monkeypatch.setattr(uploads, "SECONDS", 60.0)
     script = uploads.__file__.replace(".py", "")
     assert script.endswith("uploads")
     limited = [sys.executable, "-c", _LIMITED]
     done = subprocess.run(limited, input=data, capture_output=True, cwd=uploads.ROOT, check=False)
-    assert done.returncode != 0 or b"memory" in done.stdout
+    assert done.returncode != 0 or b"memory" in done.stdout, done.stdout[:200]
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 

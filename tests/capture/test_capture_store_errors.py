@@ -261,7 +261,11 @@ def test_places_where_no_run_can_be_written(tmp_path):
         ([SITES[0], SITES[0]], make_info(), r"different \(layer, site\)"),
         ([make_site(0, 2, 3)], make_info(), "1 <= top_k <= n_experts <= 65535, got top_k=3"),
         ([make_site(0, 65536, 3)], make_info(), "n_experts=65536"),
-        (SITES, make_info("ID"), "level must be one of stats, ids, scores, attention, got 'ID'"),
+        (
+            SITES,
+            make_info("ID"),
+            "level must be one of counts, stats, ids, scores, attention, got 'ID'",
+        ),
         (SITES, make_info(config={"x": float("nan")}), "must be plain JSON"),
     ],
 )

@@ -189,6 +189,14 @@ def test_files_of_older_formats_are_read(tmp_path):
     path = tmp_path / "r.0123abcd.comparison"
     write_comparison(path, some_rows())
     with duckdb.connect(str(path)) as connection:
+        for column in ("hit_rate", "draft_experts"):
+            connection.execute(f"ALTER TABLE results DROP {column}")
+            connection.execute(f"ALTER TABLE conditions DROP {column}")
+        connection.execute("ALTER TABLE conditions DROP max_violation")
+        connection.execute("UPDATE comparison SET format_version = 5")
+    with open_comparison(path) as comparison:
+        assert comparison.table["hit_rate"].isna().all()
+    with duckdb.connect(str(path)) as connection:
         for column in ("loss_margin", "loss_se_domain"):
             connection.execute(f"ALTER TABLE results DROP {column}")
         for column in ("head_flops_share", "expert_flops_share"):

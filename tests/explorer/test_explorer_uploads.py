@@ -23,7 +23,7 @@ import json, resource, sys
 import pyarrow.parquet, capture.prompts
 from malformed_prompts import malformed
 from explorer.worker import uploads
-uploads.limit_memory()
+uploads.limit_memory(uploads.MEMORY)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 for name, data in malformed(int(sys.argv[1])):

@@ -53,6 +53,9 @@ CALLS = {
     "write_new": lambda folder: writing.write_new(folder / "new", b"1", what="Writing"),
     "write_json": lambda folder: writing.write_json(folder / "new", {"a": 1}, what="Writing"),
     "keep_upload": lambda folder: writing.keep_upload(folder, "up", io.BytesIO(RUN.read_bytes())),
+    "read_trace": lambda folder: writing.read_trace(
+        folder, "t", [("t.csv", io.BytesIO(b"layer,expert,count\n0,0,5\n0,1,7\n"))], top_k=1
+    ),
     "export_counts": lambda folder: writing.export_counts(RUN, folder / "counts.duckdb"),
     "remove": lambda folder: writing.remove(folder / "kept", what="Removing"),
 }
@@ -238,7 +241,7 @@ def test_a_run_of_the_folder_is_found_whatever_its_name(tmp_path):
 
 def test_an_upload_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "MAX_UPLOAD", 0.01)
-    with pytest.raises(ExplorerError, match=r"more than 0\.01 MB"):
+    with pytest.raises(ExplorerError, match=r"at most 0\.01 MB"):
         writing.keep_upload(tmp_path, "theirs", io.BytesIO(RUN.read_bytes()))
     assert not list(tmp_path.iterdir())
 

@@ -243,11 +243,12 @@ def _sides(view: View, other: View) -> None:
     said += f"; n = {sides.tokens:,}{of} tokens"
     if sides.one_sided:
         said += f"; {sides.one_sided:,} (token, layer) recorded in one run only, left out"
+    said += "; no filters"
+    if view.layers is not None:
+        said += f" but layers {view.layers[0]} to {view.layers[1]}"
     table = pd.DataFrame(sides.layers, columns=["layer", "site"]).assign(mismatched=found.by_layer)
     chart(
-        mismatch_over_layers(
-            view.of_layers(table), caption=Caption(f"{said}; no filters", {}), dark=is_dark()
-        ),
+        mismatch_over_layers(view.of_layers(table), caption=Caption(said, {}), dark=is_dark()),
         key="divergence of sides",
         alt=f"Share of tokens whose experts differ over {counted(len(table), 'layer')}, "
         f"{number(table['mismatched'].max(), '.1%')} at most.",
