@@ -238,6 +238,8 @@ def pairs_of_rows(
     for start in range(first, last + 1, CHUNK_TOKENS):
         bounds = [start, start + CHUNK_TOKENS]
         rows = connection.sql(schema.routed_tokens(layout), params=bounds).to_arrow_table()
+        if not rows.num_rows:
+            continue  # prompts that an interrupted capture had not come to
         words = np.stack([rows[f"ids{word}"].to_numpy() for word in range(layout.id_words)], axis=1)
         ids = unpack_ids(words, layout)
         at = np.stack([rows[name].to_numpy() for name in ("layer", "site")], axis=1)
