@@ -153,11 +153,13 @@ def prune(options: argparse.Namespace) -> Output:
     change = loss_change(whole, masked)
     lines = [
         f"{condition.label}: {applied.method}",
-        *(f"layer {layer}: without {', '.join(map(str, gone))}" for layer, gone in
-          mask["pruned"].items()),
+        *(
+            f"layer {layer}: without {', '.join(map(str, gone))}"
+            for layer, gone in mask["pruned"].items()
+        ),
         f"Loss on {split.report.source}: {whole.mean:.4f} whole, {masked.mean:.4f} without them "
         f"({change.change:+.4f} ± {change.margin:.4f} nats a token, 95 %).",
-    ]  # fmt: skip
+    ]
     if options.checkpoint is not None:
         write_pruned(loaded, subject, pruned, options.checkpoint)
         with loading_bars(shown=False):

@@ -20,7 +20,7 @@ from scipy.stats import rankdata, spearmanr
 
 from capture.errors import first_line
 from capture.store.check import MAX_LAYER, MAX_LOSS, MAX_NAME
-from capture.store.files import is_own_file
+from explorer.comparison.results_file import files_beside
 from explorer.errors import ComparisonError
 
 SUFFIX = ".atlas"
@@ -29,19 +29,21 @@ EXACT = ("rerouted", "removed")
 ESTIMATES = ("fisher", "first_order")
 _FACTS = b"routescope atlas"
 _MAKE = "Make one with: python -m explorer atlas RUN"
-COLUMNS = pa.schema([
-    *((name, pa.int32()) for name in ("layer", "site", "expert_id")),
-    ("way", pa.string()),  # of EXACT or ESTIMATES
-    ("domain", pa.string()),  # NULL = all texts
-    *((name, pa.int64()) for name in ("tokens", "texts")),
-    ("load", pa.float64()),  # share of the tokens that chose the expert, 0..1
-    # nats a token; margins are half of the 95 % interval, paired by text
-    *((name, pa.float64()) for name in ("loss_change", "loss_margin", "half_a", "half_b")),
-    # another expert of the layer that about as many of these tokens chose; NULL = there is none
-    ("control_id", pa.int32()),
-    *((name, pa.float64()) for name in ("control_load", "control_change")),
-    *((name, pa.float64()) for name in ("over_control", "over_margin")),
-])  # fmt: skip
+COLUMNS = pa.schema(
+    [
+        *((name, pa.int32()) for name in ("layer", "site", "expert_id")),
+        ("way", pa.string()),  # of EXACT or ESTIMATES
+        ("domain", pa.string()),  # NULL = all texts
+        *((name, pa.int64()) for name in ("tokens", "texts")),
+        ("load", pa.float64()),  # share of the tokens that chose the expert, 0..1
+        # nats a token; margins are half of the 95 % interval, paired by text
+        *((name, pa.float64()) for name in ("loss_change", "loss_margin", "half_a", "half_b")),
+        # another expert of the layer that about as many of these tokens chose; NULL = there is none
+        ("control_id", pa.int32()),
+        *((name, pa.float64()) for name in ("control_load", "control_change")),
+        *((name, pa.float64()) for name in ("over_control", "over_margin")),
+    ]
+)
 FACTS = {
     "format_version": int,
     "created_at": str,
@@ -167,14 +169,7 @@ def _places(values: "pd.Series[float]") -> npt.NDArray[np.float64]:
 
 def atlases_of(run: str | Path) -> list[Path]:
     """Return the atlas files that lie beside a run file, newest first."""
-    run = Path(run)
-    stem = run.name.removesuffix(run.suffix)
-    found = [
-        path
-        for path in run.parent.glob(f"*{SUFFIX}")
-        if is_own_file(path) and path.name.removesuffix(SUFFIX).rpartition(".")[0] == stem
-    ]
-    return sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name))
+    return files_beside(run, SUFFIX)
 
 
 def read_atlas(path: str | Path) -> Atlas:

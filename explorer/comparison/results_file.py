@@ -417,12 +417,17 @@ def _statements(version: int = FORMAT_VERSION) -> list[str]:
 
 def comparisons_of(run: str | Path) -> list[Path]:
     """Return the comparison files that lie beside a run file, newest first."""
+    return files_beside(run, SUFFIX)
+
+
+def files_beside(run: str | Path, suffix: str) -> list[Path]:
+    """Return the files ``RUN.KEY`` with a suffix that lie beside a run file, newest first."""
     run = Path(run)
     stem = run.name.removesuffix(run.suffix)
     found = [
         path
-        for path in run.parent.glob(f"*{SUFFIX}")
-        if is_own_file(path) and path.name.removesuffix(SUFFIX).rpartition(".")[0] == stem
+        for path in run.parent.glob(f"*{suffix}")
+        if is_own_file(path) and path.name.removesuffix(suffix).rpartition(".")[0] == stem
     ]
     return sorted(found, key=lambda path: (-path.stat().st_mtime_ns, path.name))
 

@@ -283,8 +283,12 @@ def screened(subject: Subject, texts: Sequence[Sequence_], told: Told = lambda _
     vocabulary = int(getattr(text_config(model), "vocab_size", 1))
     budget = max(1, min(BATCH_TOKENS, LOGITS // vocabulary))
     pad = getattr(text_config(model), "pad_token_id", None) or 0
-    found = Screened(*({site_key(s): np.zeros((len(texts), s.info.n_experts))
-                        for s in subject.sites} for _ in range(2)))  # fmt: skip
+    found = Screened(
+        *(
+            {site_key(s): np.zeros((len(texts), s.info.n_experts)) for s in subject.sites}
+            for _ in range(2)
+        )
+    )
     rules = {place: _Scaled([]) for place in found.fisher}
     device = input_device(model)
     with (

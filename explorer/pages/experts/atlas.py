@@ -149,10 +149,13 @@ def expert_section(view: View, expert: int) -> None:
         DotsAxis("change in loss, nats a token", 0.0, "0 = nobody misses it", percent=False),
         title="Loss without the expert (change, nats a token)",
         scope=_scope(atlas),
-        notes=[_WAYS.get(way, way).lower(), "95 % intervals, paired by text",
-               "diamonds: another expert of the layer with about its load"],
+        notes=[
+            _WAYS.get(way, way).lower(),
+            "95 % intervals, paired by text",
+            "diamonds: another expert of the layer with about its load",
+        ],
         dark=is_dark(),
-    )  # fmt: skip
+    )
     figure.update_traces(name="its control", selector={"name": "by chance"})
     chart(
         figure,

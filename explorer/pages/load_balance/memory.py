@@ -148,12 +148,16 @@ def _drafts(found: data.CacheTables, scope: Scope, phase: str) -> None:
     figure = go.Figure(
         [
             theme.line(
-                rows["tokens"], rows[name], title, form=form, symbol="circle",
+                rows["tokens"],
+                rows[name],
+                title,
+                form=form,
+                symbol="circle",
                 hover="%{x} tokens: %{y:.2f} experts",
             )
             for name, title, form in lines
         ]
-    )  # fmt: skip
+    )
     figure.update_xaxes(title="tokens that are checked together", tickvals=rows["tokens"].tolist())
     figure.update_yaxes(title=f"different experts (of {found.n_experts})", rangemode="tozero")
     theme.finish(
@@ -177,13 +181,17 @@ def _drafts(found: data.CacheTables, scope: Scope, phase: str) -> None:
 def _pins(view: View, found: data.CacheTables, phase: str) -> None:
     """Offer the experts that are worth keeping in fast memory, as files."""
     budgets = [str(budget) for budget in found.pins]
-    budget = address.choose(
-        st.select_slider,
-        "budget",
-        f"Experts of all layers to keep in fast memory, by their load in {phase} tokens",
-        budgets,
-        default=budgets[len(budgets) // 2],
-    ) if phase == (view.phase or view.run.phases[0]) else address.read("budget")  # fmt: skip
+    budget = (
+        address.choose(
+            st.select_slider,
+            "budget",
+            f"Experts of all layers to keep in fast memory, by their load in {phase} tokens",
+            budgets,
+            default=budgets[len(budgets) // 2],
+        )
+        if phase == (view.phase or view.run.phases[0])
+        else address.read("budget")
+    )
     files = found.pins.get(int(budget or budgets[len(budgets) // 2]), {})
     with st.container(horizontal=True):
         for kind, text in files.items():

@@ -65,9 +65,14 @@ def what_if_section(view: View, listed: pd.DataFrame, token: pd.Series) -> None:
     router = _router(may)
     named = str(view.run.info["model"])
     asked = WhatIfRequest(
-        "", str(view.run.path), int(listed.attrs["prompt_id"]), position, write_edits(edits),
-        router, named,
-    )  # fmt: skip
+        "",
+        str(view.run.path),
+        int(listed.attrs["prompt_id"]),
+        position,
+        write_edits(edits),
+        router,
+        named,
+    )
     allowed = may and (
         named == DEMO_MODEL
         or st.checkbox(
@@ -97,9 +102,11 @@ def _router(may: bool) -> str:
     offered = [
         name
         for name, card in sorted(CARDS.items(), key=lambda item: (item[1].family, item[0]))
-        if card.part == "expert" and card.fits != "trained" and not card.shelved
+        if card.part == "expert"
+        and card.fits != "trained"
+        and not card.shelved
         and name != "native"
-    ]  # fmt: skip
+    ]
     asked = address.read("rule")[:_LONGEST]
     if asked:
         try:
@@ -145,9 +152,12 @@ def _add(
     position, info = int(token["position"]), view.run.site_info(view.layer, view.site)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         action = st.selectbox(
-            "Change", list(_ACTIONS), format_func=_ACTIONS.__getitem__, key="what if action",
+            "Change",
+            list(_ACTIONS),
+            format_func=_ACTIONS.__getitem__,
+            key="what if action",
             width=180,
-        )  # fmt: skip
+        )
         value, other, layer = _what(view, asked.prompt_id, token, action, info.n_experts)
         words = {
             f"t{position}": f"this token ({position})",
@@ -174,9 +184,12 @@ def _what(
     """Draw the choice of experts, or of their number; return it with the layer."""
     if action == "k":
         layer = st.selectbox(
-            "In", [view.site_name, "*"], key="what if layers", width=140,
+            "In",
+            [view.site_name, "*"],
+            key="what if layers",
+            width=140,
             format_func=lambda name: "all layers" if name == "*" else f"layer {name}",
-        )  # fmt: skip
+        )
         top_k = view.run.site_info(view.layer, view.site).top_k
         k = st.number_input(
             "Experts a token", 1, n_experts, max(1, top_k - 1), key="what if k", width=140
@@ -222,9 +235,13 @@ def _listed(
         if may:
             rest = edits[:at] + edits[at + 1 :]
             right.button(
-                "", icon=":material/close:", help="Take this change out", key=f"what if out {at}",
-                on_click=_change, args=(view, asked, rest, allowed),
-            )  # fmt: skip
+                "",
+                icon=":material/close:",
+                help="Take this change out",
+                key=f"what if out {at}",
+                on_click=_change,
+                args=(view, asked, rest, allowed),
+            )
 
 
 def _said(edit: Edit, listed: pd.DataFrame) -> str:
@@ -266,14 +283,22 @@ def _change(view: View, asked: WhatIfRequest, edits: list[Edit], run: bool) -> N
 
 @in_callback
 def _run(view: View, asked: WhatIfRequest, text: str) -> None:
-    changed = WhatIfRequest("", asked.run, asked.prompt_id, asked.position, text, asked.router,
-                            asked.model)  # fmt: skip
+    changed = WhatIfRequest(
+        "", asked.run, asked.prompt_id, asked.position, text, asked.router, asked.model
+    )
     path = _path(view, changed)
     if read_answer(path) is None:
         writing.submit(
-            WhatIfRequest(str(path), changed.run, changed.prompt_id, changed.position, text,
-                          changed.router, changed.model)
-        )  # fmt: skip
+            WhatIfRequest(
+                str(path),
+                changed.run,
+                changed.prompt_id,
+                changed.position,
+                text,
+                changed.router,
+                changed.model,
+            )
+        )
 
 
 def _missing(view: View, asked: WhatIfRequest, *, may: bool, allowed: bool) -> None:
@@ -303,15 +328,34 @@ def _show(view: View, listed: pd.DataFrame, answer: dict[str, Any]) -> None:
     changed = _changed(answer, rows)
     sets = changed.groupby("position")["value"].max() > 0
     tiles = st.columns(4)
-    tile(tiles[0], "Loss, before", number(before.mean(), ".3f"), "nats a token", about="Of all "
-         "tokens of the text that follow another.")  # fmt: skip
-    tile(tiles[1], "Loss, after", number(after.mean(), ".3f"),
-         f"{after.mean() - before.mean():+.3f} nats a token", about="The same tokens.")  # fmt: skip
-    tile(tiles[2], "Tokens rerouted", f"{int(sets.sum()):,}", f"of {n_tokens:,}, in any layer",
-         about="Whose set of experts is another one in at least one layer.")  # fmt: skip
-    tile(tiles[3], "Time to answer", f"{answer['seconds']:.2f} s",
-         f"{answer['cpu_seconds']:.2f} s of computing",
-         about="In the worker. The first answer loads the model.")  # fmt: skip
+    tile(
+        tiles[0],
+        "Loss, before",
+        number(before.mean(), ".3f"),
+        "nats a token",
+        about="Of all tokens of the text that follow another.",
+    )
+    tile(
+        tiles[1],
+        "Loss, after",
+        number(after.mean(), ".3f"),
+        f"{after.mean() - before.mean():+.3f} nats a token",
+        about="The same tokens.",
+    )
+    tile(
+        tiles[2],
+        "Tokens rerouted",
+        f"{int(sets.sum()):,}",
+        f"of {n_tokens:,}, in any layer",
+        about="Whose set of experts is another one in at least one layer.",
+    )
+    tile(
+        tiles[3],
+        "Time to answer",
+        f"{answer['seconds']:.2f} s",
+        f"{answer['cpu_seconds']:.2f} s of computing",
+        about="In the worker. The first answer loads the model.",
+    )
     left, right = st.columns([3, 2], gap="large")
     with left:
         losses = rows.iloc[1:].assign(before=before, after=after)
@@ -355,6 +399,9 @@ def _changed(answer: dict[str, Any], rows: pd.DataFrame) -> pd.DataFrame:
         for old, new in zip(site["before"], site["after"], strict=True):
             was, now = ({e for e in one if e >= 0} for one in (old, new))
             shares.append(1 - len(was & now) / max(len(was), len(now), 1))
-        parts.append(rows[["token_id", "position", "text"]].assign(
-            layer=site["layer"], site=site["site"], value=shares))  # fmt: skip
+        parts.append(
+            rows[["token_id", "position", "text"]].assign(
+                layer=site["layer"], site=site["site"], value=shares
+            )
+        )
     return pd.concat(parts, ignore_index=True)
