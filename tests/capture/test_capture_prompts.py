@@ -380,6 +380,7 @@ def test_files_as_people_have_them(name, data, options, expected):
         (packed(b'{"text": "a"}', ".zst"), ["a"]),
         (parquet({"text": ["a"]}), ["a"]),
     ],
+    ids=["jsonl", "json", "text", "gzip", "zstd", "parquet"],  # not the bytes: gzip holds the time
 )
 def test_standard_input_and_pipes_say_by_themselves_what_they_are(data, expected, monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
