@@ -53,7 +53,7 @@ def _compile(options: argparse.Namespace) -> int:
     for row in rows:
         print(*vars(row).values(), sep="  ")
     if not options.no_write:
-        results.write(rows, results.COMPILED)
+        results.write_compiled(rows)
         print(f"Wrote {results.COMPILED}.")
     return 0
 

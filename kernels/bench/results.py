@@ -5,6 +5,7 @@ of times are of one run.
 """
 
 import csv
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -21,6 +22,7 @@ from kernels.bench.cases import Problem
 
 RESULTS = Path(__file__).parent / "results.csv"
 COMPILED = Path(__file__).parent / "compile.csv"
+COMPILED_FROM = COMPILED.with_suffix(".sha256")  # what the table was made from
 README = Path(__file__).parent.parent / "README.md"
 COPY = "copy"  # the baseline whose bandwidth the others are a share of
 COUNTED = "sm_90"  # the target whose instructions are counted
@@ -264,6 +266,26 @@ def read_compiled(path: Path = COMPILED) -> list[dict[str, str]]:
     """Return the lines of a file of compiled kernels, as text."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def fingerprint(table: Path = COMPILED) -> str:
+    """Return the SHA-256 of all that a table of compiled kernels follows from, and of the table.
+
+    That is the code of the ops, of what measures them, and the version of Triton, which brings its
+    compilers along. Equal to :data:`COMPILED_FROM`, there is nothing to be compiled again.
+    """
+    package = COMPILED.parent.parent
+    sources = [*sorted((package / "ops").rglob("*.py")), COMPILED.with_suffix(".py")]
+    found = hashlib.sha256(importlib.metadata.version("triton").encode())
+    for path in (*sources, table):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def write_compiled(rows: Sequence[Compiled]) -> None:
+    """Write the table anew, and beside it what it was made from."""
+    write(rows, COMPILED)
+    COMPILED_FROM.write_text(f"{fingerprint()}\n", encoding="utf-8")
 
 
 def compiled_markdown(rows: Sequence[dict[str, str]]) -> str:

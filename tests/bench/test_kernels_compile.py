@@ -1,5 +1,7 @@
 """Every Triton kernel compiled for every target without a GPU, held to its limits."""
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -19,9 +21,15 @@ def name(case):
     return f"{case.kernel}-{case.name}"
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return {(row.kernel, row.case, row.target): row for row in matrix.measure_all()}
+def read(line):
+    """Return a line of the table as the measurement that it was."""
+    texts = ("kernel", "case", "target")
+    numbers = {name: float(value) if value else None for name, value in line.items()
+               if name not in texts}  # fmt: skip
+    return results.Compiled(**{name: line[name] for name in texts}, **numbers)
+
+
+ROWS = list(map(read, results.read_compiled()))
 
 
 def broken_limits(row, case):
@@ -46,9 +54,9 @@ def broken_limits(row, case):
             yield f"{name(case)} for {row.target}: {said}"
 
 
-@pytest.mark.slow(seconds=90)
-def test_every_kernel_keeps_its_limits_on_every_target(rows):
-    assert set(rows) == {(case.kernel, case.name, target) for case in CASES for target in TARGETS}
+def test_every_kernel_keeps_its_limits_on_every_target():
+    rows = {(row.kernel, row.case, row.target): row for row in ROWS}
+    assert list(rows) == [(case.kernel, case.name, target) for case in CASES for target in TARGETS]
     found = [
         said
         for case in CASES
@@ -56,6 +64,45 @@ def test_every_kernel_keeps_its_limits_on_every_target(rows):
         for said in broken_limits(rows[case.kernel, case.name, target], case)
     ]
     assert found == []
+
+
+def test_the_table_is_what_the_compiler_gives():
+    """Compiling all takes a minute, so the table says what it was made from; one is compiled."""
+    assert results.COMPILED_FROM.read_text().strip() == results.fingerprint(), (
+        "A kernel, Triton or the table was changed: run `python -m kernels.bench --compile`."
+    )
+    case = next(case for case in CASES if case.budget)
+    assert matrix.measure(case, results.COUNTED) in ROWS
+
+
+def test_whatever_the_table_follows_from_changes_its_fingerprint(monkeypatch, tmp_path):
+    """The kernels' code, what measures it, the rows and the compiler, each on its own."""
+    package = tmp_path / "kernels"
+    shutil.copytree(results.COMPILED.parent.parent, package)
+    table = package / "bench" / "compile.csv"
+    monkeypatch.setattr(results, "COMPILED", table)
+    seen = {results.fingerprint(table)}
+    for name in ("ops/gate/_triton.py", "bench/compile.py", "bench/compile.csv"):
+        with (package / name).open("a") as file:
+            file.write("\n")
+        seen.add(results.fingerprint(table))
+    monkeypatch.setattr(results.importlib.metadata, "version", lambda name: "0")
+    assert len(seen | {results.fingerprint(table)}) == 5
+
+
+def stand_in(monkeypatch, tmp_path, code):
+    """Have another interpreter compile: one that does what `code` says."""
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable} -Xfaulthandler\n{code}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+
+
+def test_each_target_is_compiled_by_its_process(monkeypatch, tmp_path):
+    printed = json.dumps({t: [vars(row) for row in ROWS if row.target == t] for t in TARGETS})
+    code = f"import json, sys\nfor row in json.loads({printed!r})[sys.argv[-1]]:"
+    stand_in(monkeypatch, tmp_path, f"{code} print(json.dumps(row))")
+    assert matrix.measure_all() == ROWS
 
 
 def test_a_broken_limit_is_said():
@@ -86,13 +133,6 @@ def test_the_limits_are_those_promised():
     assert all(case.wide for case in gate if case.kernel != "gate_rows")
 
 
-@pytest.mark.slow  # compiles, where it runs alone
-def test_the_table_is_what_the_compiler_gives(rows, tmp_path):
-    """Run `python -m kernels.bench --compile` after a change of a kernel."""
-    results.write(list(rows.values()), tmp_path / "compile.csv")
-    assert results.read_compiled() == results.read_compiled(tmp_path / "compile.csv")
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -102,13 +142,9 @@ def test_the_table_is_what_the_compiler_gives(rows, tmp_path):
 )
 def test_a_compiler_that_dies_says_how(monkeypatch, tmp_path, code, message):
     """The stand-in interpreter notes each start, then does what `code` says."""
-    starts, fake = tmp_path / "starts", tmp_path / "python"
-    fake.write_text(
-        f"#!{sys.executable} -Xfaulthandler\nopen({str(starts)!r}, 'a').write('x')\n{code}\n"
-    )
-    fake.chmod(0o755)
+    starts = tmp_path / "starts"
+    stand_in(monkeypatch, tmp_path, f"open({str(starts)!r}, 'a').write('x')\n{code}")
     monkeypatch.setattr(matrix, "TARGETS", {"gfx942": TARGETS["gfx942"]})
-    monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(matrix.CompileError, match=message):
         matrix.measure_all()
     # what a signal ended is tried again, alone; an error is not
