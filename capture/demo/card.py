@@ -35,7 +35,7 @@ lawyer. No text of persons' mail or chats is in it.
 
 {table}
 
-4 % of the documents of every domain, chosen by a hash of the document's name, were never trained
+4% of the documents of every domain, chosen by a hash of the document's name, were never trained
 on. `fit.jsonl.xz` and `heldout.jsonl.xz` hold the part of those that is in the public domain or
 CC0, disjoint by document; the corpus script rebuilds the rest. sqlite3.c and set.mm are one file
 each, split in stretches of 64 KB: held-out stretches lie between trained ones, which flatters
@@ -65,7 +65,7 @@ python -m capture.demo.train --work LAST --init FIRST/result/weights --minutes 2
 The result is alike, not identical: a clock-driven schedule takes as many steps as the machine
 allows, and today's first stage has long windows as well. `python -m capture.demo.train` alone
 trains from random weights in one stage; each part of it was run, the whole never to the end.
-`trends/` holds the routing of the demo prompts through a random start, at 1, 5, 20, 60 and 100 % of
+`trends/` holds the routing of the demo prompts through a random start, at 1, 5, 20, 60 and 100% of
 the time of the first stage (the step is in the name of each file), and at the end of the last one.
 They were recorded from snapshots after the training; the trainer now records them itself.
 """
@@ -129,7 +129,7 @@ def _language(figures: dict[str, Any]) -> str:
         cells.append(f"{row['error']:.3f}")
         if earlier:
             before = earlier["domains"][name]
-            cells += [f"{before:.3f}", f"{100 * (row['bits_per_byte'] / before - 1):+.1f} %"]
+            cells += [f"{before:.3f}", f"{100 * (row['bits_per_byte'] / before - 1):+.1f}%"]
         rows.append(cells)
     header = ["domain", "loss, nats a token", "bits per byte", "standard error"]
     text = "## Held-out loss\n\n"
@@ -141,7 +141,7 @@ def _language(figures: dict[str, Any]) -> str:
         header += ["earlier run", "change"]
         text += f" The earlier run has {earlier['mean_bits_per_byte']:.3f} on the same windows;"
         change = 100 * (earlier["worst_ratio"] - 1)
-        text += f" the domain that fared worst is {earlier['worst_domain']} ({change:+.1f} %)."
+        text += f" the domain that fared worst is {earlier['worst_domain']} ({change:+.1f}%)."
     return f"{text}\n\n{_table(header, rows)}\n"
 
 
@@ -210,9 +210,9 @@ def _information(routing: dict[str, Any]) -> str:
         f" and so tells more about the domain.{short}\n\n{_table(header, rows)}\n\n"
         "Domain of a window of 256 tokens, told from its expert histogram alone (nearest centroid;"
         " centroids from the first half of each domain's windows, judged on the second; chance is"
-        f" 5.3 %): **{100 * routing['window_accuracy']:.1f} %**, random-init"
-        f" {100 * routing['window_accuracy_random_init']:.1f} %, stock init"
-        f" {100 * routing['window_accuracy_stock_init']:.1f} %.\n"
+        f" 5.3%): **{100 * routing['window_accuracy']:.1f}%**, random-init"
+        f" {100 * routing['window_accuracy_random_init']:.1f}%, stock init"
+        f" {100 * routing['window_accuracy_stock_init']:.1f}%.\n"
     )
 
 

@@ -24,7 +24,7 @@ EXACT, REFUSED, UNTESTED, WRONG = "exact", "refused", "untested", "wrong"
 LENGTHS = (7, 11, 5)  # unequal, so that batches are padded
 GENERATE = 3
 LARGEST = 30_000_000  # parameters; a tiny model that is not tiny says nothing
-# sums of at most 48 products in another order, and a weight stored within 0.1 %
+# sums of at most 48 products in another order, and a weight stored within 0.1%
 ABSOLUTE, RELATIVE = 2e-5, 2e-3
 NOTHING = 1e-7
 SIDES = {"encoder": "prompt", "decoder": "generated"}  # which tokens each reads

@@ -14,7 +14,7 @@ CERTAIN = 0.95  # of intervals, two-sided
 
 
 def critical(degrees: float) -> float:
-    """Return how many standard errors the 95 % interval of Student's t reaches to each side.
+    """Return how many standard errors the 95% interval of Student's t reaches to each side.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class LossChange(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """Half of the 95 % interval of the change, nats a token; nan for a single sequence."""
+        """Half of the 95% interval of the change, nats a token; nan for a single sequence."""
         return critical(self.degrees) * self.standard_error
 
 

@@ -158,7 +158,7 @@ def prune(options: argparse.Namespace) -> Output:
             for layer, gone in mask["pruned"].items()
         ),
         f"Loss on {split.report.source}: {whole.mean:.4f} whole, {masked.mean:.4f} without them "
-        f"({change.change:+.4f} ± {change.margin:.4f} nats a token, 95 %).",
+        f"({change.change:+.4f} ± {change.margin:.4f} nats a token, 95%).",
     ]
     if options.checkpoint is not None:
         write_pruned(loaded, subject, pruned, options.checkpoint)

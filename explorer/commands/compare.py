@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> Output:
     if len(pairs):
         parts.append(
             "Loss of each router minus that of another, nats a token, paired by text, and by seed "
-            "where rules were drawn. The verdict is that of the 95 % interval, difference ± "
+            "where rules were drawn. The verdict is that of the 95% interval, difference ± "
             "margin. Of two controls the harder one is the one to beat:"
         )
         parts.append(plain_table(pairs))

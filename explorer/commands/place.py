@@ -155,13 +155,13 @@ def _header(found: WindowLoads, sizes: dict[str, int]) -> str:
         f"{found.loads.shape[-1]} experts, {sizes['replicas']} slots on {sizes['gpus']} GPUs in "
         f"{nodes}.\nBalancedness of a window: mean over largest GPU load, summed over layers. Own: "
         "under the placement made from\nall windows; held out: under the one made from all others; "
-        "in brackets: 95 % of bootstrap draws of "
+        "in brackets: 95% of bootstrap draws of "
         f"{'blocks of windows' if found.in_time else 'windows'}."
     )
 
 
 def _table(judged: Mapping[str, HeldOut], chosen: ChosenPolicy | None, in_time: bool) -> list[str]:
-    """Return the lines of a table with 95 % intervals over windows."""
+    """Return the lines of a table with 95% intervals over windows."""
     rows = [("placement", "own", "", "held out", "", "worst", "slowest GPU", "minus EPLB", "")]
     usual = judged[placement.GLOBAL].held_out
     lines: list[tuple[str, placement.Floats | None, placement.Floats]] = [

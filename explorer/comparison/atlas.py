@@ -277,6 +277,6 @@ def _effects(
 def _paired(
     before: Floats, after: Floats, tokens: npt.NDArray[np.int64]
 ) -> tuple[float, float | None]:
-    """Return a difference a token and half of its 95 % interval, None for a single text."""
+    """Return a difference a token and half of its 95% interval, None for a single text."""
     found = loss_change(SequenceLosses(before, tokens), SequenceLosses(after, tokens))
     return float(found.change), None if np.isnan(found.margin) else float(found.margin)

@@ -36,7 +36,7 @@ COLUMNS = pa.schema(
         ("domain", pa.string()),  # NULL = all texts
         *((name, pa.int64()) for name in ("tokens", "texts")),
         ("load", pa.float64()),  # share of the tokens that chose the expert, 0..1
-        # nats a token; margins are half of the 95 % interval, paired by text
+        # nats a token; margins are half of the 95% interval, paired by text
         *((name, pa.float64()) for name in ("loss_change", "loss_margin", "half_a", "half_b")),
         # another expert of the layer that about as many of these tokens chose; NULL = there is none
         ("control_id", pa.int32()),

@@ -43,7 +43,7 @@ class Paired(NamedTuple):
     seed_error : float, nats a token
         Standard error of the differences between seeds; nan where no rule was drawn twice.
     margin : float, nats a token
-        Half of the 95 % interval of the difference, of texts and seeds; nan = from
+        Half of the 95% interval of the difference, of texts and seeds; nan = from
         ``standard_error`` and ``texts`` alone, as for texts of one length.
     steady : bool
         Whether the difference has one sign in all seeds.
@@ -63,7 +63,7 @@ class Paired(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Return "better" or "worse" where the 95 % interval leaves out 0, else "not told apart".
+        """Return "better" or "worse" where the 95% interval leaves out 0, else "not told apart".
 
         The interval is Student's t over texts, and over seeds where rules were drawn with several;
         a difference that changes its sign from seed to seed is not told apart.

@@ -30,7 +30,7 @@ class Finding(NamedTuple):
     ----------
     kind : str
     sentence : str
-        Plain text, with the effect and its 95 % interval.
+        Plain text, with the effect and its 95% interval.
     effect, low, high : float
         In the unit that the sentence gives it, from the prompts that test.
     p, q : float

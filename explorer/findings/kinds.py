@@ -48,7 +48,7 @@ class Tested(NamedTuple):
 def _ratio(part: Floats, whole: Floats, null: float = 1.0) -> tuple[float, float, float, float]:
     """Test whether a ratio of sums over prompts exceeds its null; the prompt is the unit.
 
-    Returns the ratio, its 95 % interval, and the one-sided p of Student's t (Cochran 1977,
+    Returns the ratio, its 95% interval, and the one-sided p of Student's t (Cochran 1977,
     "Sampling Techniques", ch. 6).
     """
     used = whole > 0

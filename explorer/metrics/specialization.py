@@ -27,7 +27,7 @@ _CELLS = 4_000_000
 
 
 class Interval(NamedTuple):
-    """The middle 90 % of where a share may lie.
+    """The middle 90% of where a share may lie.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class Interval(NamedTuple):
 
 
 def wilson(hits: npt.ArrayLike, n: npt.ArrayLike) -> Interval:
-    """Return Wilson's 90 % interval of a share, for tokens taken as independent.
+    """Return Wilson's 90% interval of a share, for tokens taken as independent.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def wilson(hits: npt.ArrayLike, n: npt.ArrayLike) -> Interval:
 
 
 def by_prompt(hits: npt.ArrayLike, tokens: npt.ArrayLike, *, seed: int = 0) -> Interval:
-    """Return the 90 % interval of a share, from prompts drawn again and again.
+    """Return the 90% interval of a share, from prompts drawn again and again.
 
     Tokens of a prompt are alike, so that an interval from single tokens is too narrow.
 
@@ -272,7 +272,7 @@ class Lift(NamedTuple):
     Attributes
     ----------
     lift, low, high : array [M]
-        Share in the part over share in the whole, and its 90 % interval; nan where the whole has
+        Share in the part over share in the whole, and its 90% interval; nan where the whole has
         fewer than ``MIN_WHOLE``.
     part, whole : array [M], counts
     """

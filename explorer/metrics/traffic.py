@@ -226,7 +226,7 @@ def moved(before: Placement, after: Placement, num_gpus: int) -> Ints:
 def mean_interval(
     values: npt.ArrayLike, *, in_time: bool, n_draws: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean of windows [W].
+    """Return the 95% bootstrap interval of the mean of windows [W].
 
     Parameters
     ----------

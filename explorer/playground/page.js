@@ -11,7 +11,7 @@ const SAMPLES = {
 const CLEAR = 0.25; // margin whose line is as wide as the cell
 const SHOWN = 8; // next tokens
 const byId = (id) => document.getElementById(id);
-const percent = (x) => (x < 0.0005 ? "< 0.1 %" : `${(100 * x).toFixed(1)} %`);
+const percent = (x) => (x < 0.0005 ? "< 0.1%" : `${(100 * x).toFixed(1)}%`);
 const color = (expert) => `oklch(${expert % 2 ? 70 : 85}% ${expert % 2 ? 0.13 : 0.09} ${(expert >> 1) * 45 + 20})`;
 const seen = (piece) => piece.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 

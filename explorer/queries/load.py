@@ -408,7 +408,7 @@ def calibration(
         ``site`` and ``expert_id``: ``tokens`` that reach it, ``texts`` of the domain, ``missing``
         tokens, and ``more_texts`` like these that bring them at the rate seen so far. Of an expert
         that no token reached the rate is not known: ``more_texts`` is what it takes at least, with
-        95 % confidence (its rate is under 3 tokens in ``texts`` texts), and ``unseen`` is true.
+        95% confidence (its rate is under 3 tokens in ``texts`` texts), and ``unseen`` is true.
     """
     if at_least < 1:
         raise RunError(f"Expected a number of tokens of 1 or more, got {at_least}.")

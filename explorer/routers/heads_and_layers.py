@@ -256,7 +256,7 @@ class AttentionGivenRouter(_KeptTokens):
         Share of the fit split's tokens.
     selector : Selector, optional
         Another way to choose, on the share of the fit split's tokens that score lower, 0..1;
-        replaces ``keep``. ``Threshold(0.25)`` keeps about 75 % of the tokens. See
+        replaces ``keep``. ``Threshold(0.25)`` keeps about 75% of the tokens. See
         :func:`explorer.routers.sequences.choose_tokens`.
     statistic : str
         Which statistic of a token's own row of attention decides.

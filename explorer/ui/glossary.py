@@ -88,7 +88,7 @@ TERMS: Registry[Term] = Registry(
     ),
     gate_entropy=Term(
         "Gate entropy",
-        "How undecided the router was for a token: 0 % = sure of one expert, 100 % = all experts "
+        "How undecided the router was for a token: 0% = sure of one expert, 100% = all experts "
         "alike.",
         ("router", "margin"),
     ),
@@ -99,7 +99,7 @@ TERMS: Registry[Term] = Registry(
     ),
     load_entropy=Term(
         "Load entropy",
-        "How evenly a layer's experts share the work: 100 % = all the same, 0 % = one does all.",
+        "How evenly a layer's experts share the work: 100% = all the same, 0% = one does all.",
         ("load",),
     ),
     max_violation=Term(

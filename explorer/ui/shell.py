@@ -1,6 +1,8 @@
 """The frame around every page, and what is shown while there is no run yet."""
 
+import gc
 import lzma
+import sys
 from pathlib import Path
 
 import streamlit as st
@@ -57,6 +59,7 @@ _CONTRAST = """<style>
 }
 [data-testid="stBaseButton-primary"]:not(:disabled), [data-tag] { color: ON_PRIMARY; }
 </style>"""
+_frozen = 0  # modules of which nothing is garbage any more
 _SOFT = {False: "#4d5a69", True: "#a9b4c2"}
 _ON_PRIMARY = {False: "#ffffff", True: "#0e1117"}
 
@@ -74,6 +77,7 @@ def page(name: str, title: str, icon: str) -> StreamlitPage:
 
 def frame(title: str) -> None:
     """Draw the page's title and the bar at the side; remember the view for the page."""
+    _spare_collector()
     st.logo(str(LOGO), size="large")
     dark = state.is_dark()
     st.html(_STYLE)
@@ -96,6 +100,17 @@ def frame(title: str) -> None:
         with st.sidebar:
             jobs = counted(len(active), "job")
             st.caption(f":material/progress_activity: {jobs} in progress")
+
+
+def _spare_collector() -> None:
+    """Leave what was imported out of the search for garbage, which ends every run of the script.
+
+    Streamlit searches all that lives, a tenth of a second and more, before it takes the next click.
+    """
+    global _frozen
+    if len(sys.modules) > _frozen:
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 def current_view() -> state.View:

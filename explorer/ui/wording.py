@@ -350,7 +350,7 @@ def certainty_sentence(
         return "With one expert there is no choice: gate entropy and margin are not defined."
     if math.isnan(normalized_entropy):
         return "How sure it was is not known: its gate entropy was not recorded."
-    amount = f"(gate entropy {normalized_entropy:.0%}; 0 % = sure, 100 % = all experts alike)"
+    amount = f"(gate entropy {normalized_entropy:.0%}; 0% = sure, 100% = all experts alike)"
     if normalized_entropy < _SURE:
         text = f"It was sure {amount}"
     elif normalized_entropy < _LEANING:

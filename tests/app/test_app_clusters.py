@@ -84,7 +84,7 @@ def test_a_kept_map_is_shown_with_its_quality(known, worker):
     shown = numbers(app)
     assert (shown["Trustworthiness"], shown["NMI with domains"]) == ("0.93", "0.42")
     said = " ".join(caption.value for caption in app.caption)
-    assert "By chance 0.11 (95 % below 0.15)" in said and "of the PCA: 0.61" in said
+    assert "By chance 0.11 (95% below 0.15)" in said and "of the PCA: 0.61" in said
     assert "click a point to go to it" in said
 
 

@@ -161,7 +161,7 @@ class TestFigures:
         assert f"{figures['held_out']['mean_bits_per_byte']:.3f}" in CARD.read_text("utf-8")
 
     def test_beats_the_earlier_run(self, figures):
-        """Issue: a lower mean of bits per byte, no domain more than 2 % worse."""
+        """Issue: a lower mean of bits per byte, no domain more than 2% worse."""
         earlier = figures["earlier"]
         assert figures["held_out"]["mean_bits_per_byte"] < earlier["mean_bits_per_byte"]
         for name, row in figures["held_out"]["domains"].items():
@@ -201,7 +201,7 @@ class TestFigures:
             nats -= float(scores.gather(1, ids[0, 1:, None]).sum())
             size += len(text.encode())
         stated = figures["held_out"]["domains"][domain]["bits_per_byte"]
-        # every third piece, each with a fresh context of half the length: measured + 3 %
+        # every third piece, each with a fresh context of half the length: measured + 3%
         assert nats / math.log(2) / size == pytest.approx(stated, rel=0.07)
 
     def test_trend_runs(self):

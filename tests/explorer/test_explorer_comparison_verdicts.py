@@ -59,7 +59,7 @@ def test_noise_is_called_a_difference_once_in_twenty(n, noise):
         found = Paired("a", "b", change.change, change.standard_error, math.nan, 1, n,
                        margin=change.margin)  # fmt: skip
         told += found.verdict != UNCLEAR
-    # 2,000 draws of a chance of 5 %: three standard errors are 1.5 %
+    # 2,000 draws of a chance of 5%: three standard errors are 1.5%
     assert 0.025 < told / DRAWS < 0.07
 
 

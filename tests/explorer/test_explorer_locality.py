@@ -23,7 +23,7 @@ def test_by_hand():
 
 
 def test_independent_tokens_repeat_by_chance():
-    """With Mixtral's 8 experts, 2 a token: 12.5 % and 46.4 %, the paper's own anchors."""
+    """With Mixtral's 8 experts, 2 a token: 12.5% and 46.4%, the paper's own anchors."""
     random = np.random.default_rng(0)
     ids = random.random((40_000, 8)).argsort(axis=1)[:, :2]
     found = repetition(ids, np.zeros(len(ids), np.int64))

@@ -5,7 +5,7 @@ import pytest
 
 from explorer.metrics.parting import VERDICTS, parting
 
-CASES, RIGHT = 40, 38  # 95 %
+CASES, RIGHT = 40, 38  # 95%
 WIDTH = 24
 
 

@@ -24,7 +24,7 @@ WEIGHT_SCALE = Scale(
     title="share of the query's attention",
     low=_LOG_LOW,
     high=0,
-    ticks={-3: "≤ 0.1 %", -2: "1 %", -1: "10 %", 0: "100 %"},
+    ticks={-3: "≤ 0.1%", -2: "1%", -1: "10%", 0: "100%"},
 )
 MAX_WINDOW = 256  # tokens
 # cells whose hover says both texts; more would be megabytes

@@ -375,7 +375,7 @@ def quality_panel(
     if domains.get("nmi") is not None:
         st.caption(
             f"By chance {_number(domains.get('floor'))} "
-            f"(95 % below {_number(domains.get('floor_high'))})"
+            f"(95% below {_number(domains.get('floor_high'))})"
         )
     elif source.unit == "experts":
         st.caption("An expert has no domain of its own.")

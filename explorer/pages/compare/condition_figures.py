@@ -54,7 +54,7 @@ def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> 
     return theme.finish(
         figure,
         title="What conditions cost, and how much of it is routing",
-        caption=f"n = {tokens:,} held-out tokens; bars: 95 % interval of the paired "
+        caption=f"n = {tokens:,} held-out tokens; bars: 95% interval of the paired "
         "difference over texts",
         dark=dark,
         height=150 + 26 * max(4, len(names)),
@@ -63,7 +63,7 @@ def loss_two_by_two(cells: pd.DataFrame, *, tokens: int, dark: bool = False) -> 
 
 
 def _margins(rows: pd.DataFrame) -> npt.NDArray[np.float64]:
-    """Return half of the 95 % intervals: Student's t over as many texts as there are."""
+    """Return half of the 95% intervals: Student's t over as many texts as there are."""
     degrees = rows["sequences"].fillna(0) - 1
     return np.asarray(degrees.map(critical) * rows["loss_se"], dtype=np.float64)
 

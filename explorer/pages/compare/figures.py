@@ -199,7 +199,7 @@ def front(
     return theme.finish(
         figure,
         title="What routers cost and what they save",
-        caption=f"n = {tokens:,} held-out tokens; bars: 95 % interval of the paired "
+        caption=f"n = {tokens:,} held-out tokens; bars: 95% interval of the paired "
         f"difference over texts; the model's own loss is {native_loss:.3f}"
         + (
             f"; {above} {'point lies' if above == 1 else 'points lie'} above: double-click to see "
@@ -223,7 +223,7 @@ def _extent(rows: pd.DataFrame) -> tuple[float, float]:
 
 
 def _margin(rows: pd.DataFrame) -> "pd.Series[float]":
-    """Return half of the 95 % interval; files of older formats hold the standard error only."""
+    """Return half of the 95% interval; files of older formats hold the standard error only."""
     twice = 2 * rows["loss_se"].astype(float)
     return rows["loss_margin"].astype(float).fillna(twice) if "loss_margin" in rows else twice
 

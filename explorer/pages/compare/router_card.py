@@ -119,7 +119,7 @@ def _said(found: Paired) -> str:
         parts.append(f", by domain ± {found.domain_error:.4f}")
     if not pd.isna(found.seed_error):
         parts.append(f", by seed ± {found.seed_error:.4f}")
-    parts.append(f"; 95 % interval over {unit}: ± {found.margin:.4f}")
+    parts.append(f"; 95% interval over {unit}: ± {found.margin:.4f}")
     return "".join(parts) + ("" if found.steady else "; its sign changes from seed to seed") + ")"
 
 

@@ -151,7 +151,7 @@ def expert_section(view: View, expert: int) -> None:
         scope=_scope(atlas),
         notes=[
             _WAYS.get(way, way).lower(),
-            "95 % intervals, paired by text",
+            "95% intervals, paired by text",
             "diamonds: another expert of the layer with about its load",
         ],
         dark=is_dark(),

@@ -279,7 +279,7 @@ def shares_of(run: Run, layer: int, expert_id: int, *, by: str, **filters: Any) 
     -------
     DataFrame
         ``by``, ``prompts``, ``tokens``, ``hits``, ``share`` = hits / tokens, ``low``, ``high``
-        (90 % interval), ``interval`` (``prompts`` or ``tokens``: what was taken as independent);
+        (90% interval), ``interval`` (``prompts`` or ``tokens``: what was taken as independent);
         largest share first. The last row, with ``by`` missing, is of all together.
     """
     rows = expert_hits(run, layer, expert_id, **filters)
@@ -315,7 +315,7 @@ def vocabulary_of(
     Returns
     -------
     DataFrame
-        Of ``queries.experts.expert_vocabulary``, with ``low`` and ``high`` (90 %, tokens taken as
+        Of ``queries.experts.expert_vocabulary``, with ``low`` and ``high`` (90%, tokens taken as
         independent).
     Floor
         The largest share of any entry when as many tokens are drawn at random.
@@ -456,7 +456,7 @@ def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, 
         Every (layer, site, expert) that took at least ``MIN_HITS`` of these tokens: ``layer``,
         ``site``, ``expert_id``, ``hits``, ``tokens``, ``share`` = hits / tokens, ``base`` (share
         of all tokens of the filters), ``lift`` = share / base, ``low``, ``high`` (of the lift,
-        90 %, tokens taken as independent). Those whose lift is surely largest come first.
+        90%, tokens taken as independent). Those whose lift is surely largest come first.
     TextTokens
         The tokens, from ``tokens_of_text``.
     """

@@ -124,7 +124,7 @@ def _tiles(view: View, load: pd.DataFrame, row: pd.Series) -> None:
         number(share, ".2%"),
         f"{number(float(low), '.2%')} to {number(float(high), '.2%')}; "
         f"uniform {top_k / len(load):.2%}",
-        about="With the 90 % interval of Wilson, for tokens taken as independent. A router that "
+        about="With the 90% interval of Wilson, for tokens taken as independent. A router that "
         "chose at random would give every expert top-k / experts of the tokens.",
     )
     tile(
@@ -161,13 +161,13 @@ def _shares(view: View, expert: int, by: str) -> None:
         label=names,
         value=rows["share"],
         hover=[
-            f"{n}: {row.hits:,} of {row.tokens:,} tokens = {row.share:.1%}<br>90 % interval "
+            f"{n}: {row.hits:,} of {row.tokens:,} tokens = {row.share:.1%}<br>90% interval "
             f"{row.low:.1%} to {row.high:.1%}, from {row.interval}"
             for n, row in zip(names, rows.itertuples(), strict=True)
         ],
     )
     few = (rows["interval"] == "tokens").any()
-    how = f"90 % intervals from {'tokens where prompts are few' if few else 'prompts'}"
+    how = f"90% intervals from {'tokens where prompts are few' if few else 'prompts'}"
     more = len(table) - 1 - len(rows)
     chart(
         interval_dots(
@@ -234,7 +234,7 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
             ),
             title="Vocabulary specialisation (share of an entry's occurrences)",
             scope=view.scope(),
-            notes=[f"entries that occur at least {MIN_COUNT} times", "90 % intervals from tokens"],
+            notes=[f"entries that occur at least {MIN_COUNT} times", "90% intervals from tokens"],
             y_title="vocabulary entry",
             dark=is_dark(),
         ),
@@ -468,7 +468,7 @@ def text_section(view: View) -> None:
             scope=view.scope(len(found.token_ids), over_layers=True),
             notes=[
                 f"experts with at least {MIN_HITS} of the tokens",
-                "90 % intervals from tokens, surest first",
+                "90% intervals from tokens, surest first",
             ],
             y_title="expert",
             dark=is_dark(),

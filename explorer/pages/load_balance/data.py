@@ -73,7 +73,7 @@ class Judgement(NamedTuple):
         ``policy`` (the last row may be ``CHOSEN``: the policy that was best on the other windows),
         ``own`` (mean over windows of the overall balancedness under the placement made from all of
         them), ``own_low, own_high``, ``held_out`` (under that made from all others), ``low, high``
-        (95 % intervals over windows), ``worst``. No rows with fewer than two windows.
+        (95% intervals over windows), ``worst``. No rows with fewer than two windows.
     best : str
         The policy that is best on held-out windows; "" without any.
     stragglers : DataFrame

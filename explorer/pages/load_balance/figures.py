@@ -291,7 +291,7 @@ METRIC_TEXTS: Registry[MetricText] = Registry(
         "Twice the area between the Lorenz curve and the diagonal.",
     ),
     normalized_entropy=MetricText(
-        "load entropy (100 % = even)",
+        "load entropy (100% = even)",
         "Entropy of the experts' shares, over its largest value.",
         form=".1%",
     ),
@@ -323,7 +323,7 @@ def balance_over_layers(
     text = METRIC_TEXTS[metric]
     several = bool((table["site"] > 0).any())
     x = np.arange(len(table))
-    uniform = "uniform routing of as many tokens (mean, 5–95 %)"
+    uniform = "uniform routing of as many tokens (mean, 5–95%)"
     floor, low, high = (table[f"{metric}_floor{part}"] + text.add for part in ("", "_low", "_high"))
     figure = go.Figure(
         [

@@ -25,10 +25,10 @@ _BY = {"domains": "Domains", "prompts": "Prompts", "time": "Time"}
 _COLUMNS = {
     "policy": "Placement",
     "own": ("Made from all windows", "%.3f"),
-    "own_low": ("95 % from", "%.3f"),
+    "own_low": ("95% from", "%.3f"),
     "own_high": ("to", "%.3f"),
     "held_out": ("Window held out", "%.3f"),
-    "low": ("95 % from ", "%.3f"),
+    "low": ("95% from ", "%.3f"),
     "high": ("to ", "%.3f"),
     "worst": ("Worst window", "%.3f"),
 }
@@ -120,7 +120,7 @@ def _explained(found: data.Judgement, by: str) -> str:
     kinds = {"domains": "domains", "prompts": "windows of prompts", "time": "windows in time"}
     text = (
         f"Balancedness (mean over largest GPU load, all layers), mean over {found.windows} "
-        f"{kinds[by]}, with 95 % intervals of a bootstrap over "
+        f"{kinds[by]}, with 95% intervals of a bootstrap over "
         f"{'windows' if by == 'domains' else 'blocks of windows'}. *Across windows* makes copies "
         "as EPLB does and keeps experts that are hot in the same windows apart."
     )
@@ -157,7 +157,7 @@ def _ageing(found: data.Judgement, scope: Scope) -> None:
     theme.finish(
         figure,
         title=f"Predicted and realised: {found.best}, made from one window",
-        caption=scope.caption("at 0 as predicted; grey: 95 % interval over windows"),
+        caption=scope.caption("at 0 as predicted; grey: 95% interval over windows"),
         dark=dark,
         caption_width=HALF_PAGE,
     )
@@ -186,7 +186,7 @@ def _renewals(found: data.Judgement) -> None:
         {
             "every": "Made again after",
             "held_out": ("Balancedness", "%.3f"),
-            "low": ("95 % from", "%.3f"),
+            "low": ("95% from", "%.3f"),
             "high": ("to", "%.3f"),
             "copies": ("Experts loaded", "%.0f"),
             "most": ("Loaded by the busiest GPU", "%.1f"),

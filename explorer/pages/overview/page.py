@@ -157,7 +157,7 @@ def _key_figures(view: View, load: pd.DataFrame) -> None:
         tiles[4],
         "Gate entropy",
         ABSENT if alone else "not recorded" if pd.isna(entropy) else f"{entropy:.0%}",
-        undefined_load(1) if alone else "" if pd.isna(entropy) else "0 % = sure",
+        undefined_load(1) if alone else "" if pd.isna(entropy) else "0% = sure",
         about=help_text("gate_entropy")
         + "  \nHere the mean over tokens and layers, over its largest value, ln(experts).",
     )

@@ -282,7 +282,7 @@ def judge(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float
     standard_error : float
         Of that mean, from the spread of the seeds; nan for a single one.
     verdict : str
-        "met" or "not met" if the 95 % interval of the difference leaves out 0, else "not told
+        "met" or "not met" if the 95% interval of the difference leaves out 0, else "not told
         apart".
     """
     paired = np.asarray(better, np.float64) - np.asarray(worse, np.float64)
