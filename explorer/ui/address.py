@@ -18,7 +18,7 @@ from explorer.ui.wording import distinct
 GLOBAL_NAMES = ("run", "phase", "domain", "search", "slice", "from", "to", "layer")
 PAGE_NAMES: dict[str, tuple[str, ...]] = {
     "overview": ("order",),
-    "experts": ("id", "about", "find", "way"),
+    "experts": ("id", "about", "find", "among", "way"),
     "tokens": (*("prompt", "token", "color", "scope", "pins", "expert", "mode", "edits", "rule"),),
     "load-balance": (
         "topic",
@@ -56,7 +56,7 @@ OF_A_RUN = (
     *GLOBAL_NAMES[1:],
     *("prompt", "token", "pins", "expert", "id", "head", "pair", "value", "region", "comparison"),
     *("families", "router", "beside", "told", "a", "b", "text", "at", "shared", "spot", "learner"),
-    "edits",
+    *("edits", "among"),
 )
 _NO_DOMAIN = "(none)"
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"

@@ -256,7 +256,7 @@ FIGURES = {
     "partners": "coactivation",
     "divergence map": "divergence",
     "information": "by_chance",
-    "experts of text": "specialisation",
+    "experts of": "specialisation",
     "need and use": "knock_out",
     "loss without": "knock_out",
     "what if": "knock_out",

@@ -89,6 +89,20 @@ def test_the_experts_of_a_text(known, monkeypatch):
     assert "does not occur" in notes(app)
 
 
+def test_the_experts_of_several_domains_lead_on(known, monkeypatch):
+    monkeypatch.setattr("explorer.metrics.specialization.MIN_WHOLE", 1)
+    app = opened("experts", about="domain", among="law,(none),maths")
+    assert titles(app) == ["Experts of law + (no domain) (share of the domains / share of all)"]
+    assert "“maths”, which is not here" in notes(app)
+    (listed,) = app.dataframe
+    assert listed.value["low"].is_monotonic_decreasing
+    first = listed.value["name"].iloc[0]
+    app.session_state["experts of domains listed"] = {"selection": {"rows": [0], "columns": []}}
+    app.pills(key="address:among").set_value(["law", "code", "text", "(none)"]).run()
+    assert "These are all domains" in notes(app)
+    assert first.startswith("L") and query(app, "among") == "law,code,text,(none)"
+
+
 def test_weights_are_compared_in_the_background_and_then_shown(known, worker):
     app = opened("experts", layer="1.0", id="0")
     (button,) = (b for b in app.button if b.label == "Compare the weights")

@@ -4,11 +4,13 @@ from collections import Counter
 from math import log
 
 import numpy as np
+import pandas as pd
 import pytest
 from synthetic import PROMPTS, SITES, write_run
 
 from explorer.errors import ExplorerError
 from explorer.maps import map_cache
+from explorer.metrics import specialization
 from explorer.metrics.specialization import wilson
 from explorer.pages.experts import data
 from explorer.queries.where import Part
@@ -218,6 +220,53 @@ def test_experts_of_a_text_against_all_tokens(run, known, monkeypatch):
         assert row.lift == pytest.approx((hits / len(ids)) / (every / len(known.tokens)))
         assert row.low < row.lift < row.high
     assert data.experts_of_text(run, "no such text")[0].empty
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("filters", [{}, {"phase": "prompt"}, {"part": Part(search="a")}], ids=str)
+def test_experts_of_domains_together_against_all_tokens(run, known, monkeypatch, filters, few):
+    monkeypatch.setattr(specialization, "MIN_WHOLE", 1)
+    monkeypatch.setattr(data, "MIN_PROMPTS", 99 if few else 2)
+    table, step = data.experts_of_domains(run, ["law", ""], **filters)
+    tokens = [token for token in known.tokens if kept(token, **filters)]
+    mine = [token for token in tokens if token["domain"] in ("law", None)]
+    assert step == 1 and table["low"].is_monotonic_decreasing
+    prompts = {token["prompt_id"] for token in mine}
+    assert set(table["interval"]) == {"tokens" if few or len(prompts) < 2 else "prompts"}
+    for row in table.itertuples():
+        place = row.layer, row.site
+        here, every = (
+            Counter(
+                expert
+                for token in listed
+                for expert, _ in known.routes[token["token_id"], *place]["experts"]
+            )
+            for listed in (mine, tokens)
+        )
+        share, base = here[row.expert_id] / here.total(), every[row.expert_id] / every.total()
+        assert row.hits == here[row.expert_id]
+        assert (row.share, row.base) == pytest.approx((share, base))
+        assert row.lift == pytest.approx(share / base)
+        assert row.low <= row.lift + 1e-9 and row.lift <= row.high + 1e-9
+    ids = {token["token_id"] for token in tokens}
+    used = {
+        (*place, expert)
+        for (token_id, *place), route in known.routes.items()
+        if token_id in ids
+        for expert, _ in route["experts"]
+    }
+    assert {(r.layer, r.site, r.expert_id) for r in table.itertuples()} == used
+
+
+def test_experts_of_domains_from_sums_and_from_a_sample(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(specialization, "MIN_WHOLE", 1)
+    whole, _ = data.experts_of_domains(run, ["law"])
+    write_run(tmp_path / "stats.duckdb", level="stats")
+    with open_run(tmp_path / "stats.duckdb") as counted:
+        pd.testing.assert_frame_equal(data.experts_of_domains(counted, ["law"])[0], whole)
+    monkeypatch.setattr(data, "MAX_ASSIGNMENTS", 20)
+    sampled, step = data.experts_of_domains(run, ["law"])
+    assert step > 1 and 0 < sampled["hits"].sum() < whole["hits"].sum()
 
 
 # ---- weights

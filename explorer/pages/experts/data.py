@@ -1,7 +1,7 @@
 """What an expert's tokens are: prompt by prompt, by the text they are part of, and in a sample."""
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from explorer.metrics.specialization import (
     divergence,
     favourite_share,
     information,
+    lift,
     shuffled_favourite,
     shuffled_information,
     shuffled_top,
@@ -482,3 +483,83 @@ def experts_of_text(run: Run, text: str, **filters: Any) -> tuple[pd.DataFrame, 
     )
     ordered = table.sort_values(["low", "layer", "expert_id"], ascending=[False, True, True])
     return ordered.reset_index(drop=True)[names], found
+
+
+def experts_of_domains(
+    run: Run, domains: Sequence[str], *, phase: str | None = None, part: Part | None = None
+) -> tuple[pd.DataFrame, int]:
+    """Return which experts the tokens of some domains, taken together, go to more than others.
+
+    Returns
+    -------
+    DataFrame
+        Every (layer, site, expert) with at least ``specialization.MIN_WHOLE`` assignments in all
+        domains:
+        ``layer``, ``site``, ``expert_id``, ``hits`` (assignments from these domains), ``share``
+        of the router's assignments from these domains, ``base`` (share of those from all
+        domains), ``lift`` = share / base, ``low``, ``high`` (of the lift, 90%) and ``interval``
+        (``prompts`` or ``tokens``: what was taken as independent). Those whose lift is surely
+        largest come first.
+    int
+        Every n-th token of the domains was looked at; this n.
+    """
+    every = expert_load(run, phase=phase, part=part, weights=False)
+    counts, step = _by_prompt(run, domains, phase=phase, part=part)
+    tables = []
+    for (layer, site), whole in every.groupby(["layer", "site"]):
+        mine = counts[(counts["layer"] == layer) & (counts["site"] == site)]
+        columns = pd.Index(whole["expert_id"])
+        mine = mine[mine["expert_id"].isin(columns)]
+        prompts, rows = np.unique(mine["prompt_id"].to_numpy(dtype=np.int64), return_inverse=True)
+        table = np.zeros((len(prompts), len(columns)))
+        table[rows, columns.get_indexer(mine["expert_id"])] = mine["assignments"]
+        known = run.records_ids and len(prompts) >= MIN_PROMPTS
+        found = lift(table, whole["assignments"])
+        base = whole["share"].to_numpy(dtype=np.float64)
+        total = table.sum()
+        low, high = found.low, found.high
+        if not known and total:
+            ends = wilson(found.part, total)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                low, high = ends.low / base, ends.high / base
+        tables.append(
+            whole[["layer", "site", "expert_id"]].assign(
+                hits=found.part.astype(np.int64),
+                share=found.part / total if total else np.nan,
+                base=base,
+                lift=found.lift,
+                low=low,
+                high=high,
+                interval="prompts" if known else "tokens",
+            )
+        )
+    joined = pd.concat(tables, ignore_index=True).dropna(subset=["lift"])
+    ordered = joined.sort_values(["low", "layer", "expert_id"], ascending=[False, True, True])
+    return ordered.reset_index(drop=True), step
+
+
+def _by_prompt(
+    run: Run, domains: Sequence[str], *, phase: str | None, part: Part | None
+) -> tuple[pd.DataFrame, int]:
+    """Count assignments by prompt; by domain, with its number for a prompt, without ids."""
+    if not run.records_ids:
+        loads = loads_by_domain(run, phase=phase, part=part)
+        loads = loads[loads["domain"].isin(domains)]
+        return loads.assign(prompt_id=loads["domain"].factorize()[0]), 1
+    where, params = conditions(phase=phase, part=part)
+    params |= {"domains": list(domains)}
+    source = (
+        "FROM tokens JOIN prompts USING (prompt_id) "
+        f"WHERE list_contains($domains::VARCHAR[], coalesce(domain, '')) AND {where}"
+    )
+    n_tokens = int(run.query(f"SELECT count(*) AS n {source}", params)["n"].iloc[0])
+    step = max(1, -(-n_tokens * sum(site.top_k for site in run.sites) // MAX_ASSIGNMENTS))
+    counts = run.query(
+        f"""
+        SELECT layer, site, expert_id, prompt_id, count(*) AS assignments FROM assignments JOIN (
+            SELECT token_id, prompt_id {source} AND token_id % $step = 0
+        ) USING (token_id) GROUP BY ALL ORDER BY ALL
+        """,
+        params | {"step": step},
+    )
+    return counts, step

@@ -9,6 +9,7 @@ from explorer.errors import RunError
 from explorer.metrics.coactivation import pair_uplift
 from explorer.metrics.specialization import MIN_COUNT, MIN_PROMPTS, wilson
 from explorer.pages.experts.atlas import atlas_section, expert_section
+from explorer.pages.experts.by_domain import domain_section
 from explorer.pages.experts.data import (
     MIN_HITS,
     divergences,
@@ -32,7 +33,12 @@ from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import domain_labels, expert_label, labels, number, span
 
-_ABOUT = {"expert": "One expert", "all": "All experts", "text": "Find by text"}
+_ABOUT = {
+    "expert": "One expert",
+    "all": "All experts",
+    "text": "Find by text",
+    "domain": "Find by domain",
+}
 _LISTED = 30  # domains in a figure
 _WORDS = 18
 _PARTNERS = 12
@@ -54,6 +60,8 @@ def render() -> None:
         all_experts_section(view)
     elif about == "text":
         text_section(view)
+    elif about == "domain":
+        domain_section(view)
     else:
         _one_expert(view)
 
