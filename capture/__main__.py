@@ -2,13 +2,14 @@
 
 import argparse
 import importlib
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from capture.errors import CaptureCancelled, CaptureError, PromptError
+from capture.errors import CaptureCancelled, CaptureError, ConfigError, PromptError
 from capture.interrupts import Terminated
 from capture.paths import RUN_SUFFIX, given_path, path_argument, suggested_name
 from capture.recorder.config import CaptureConfig, described
@@ -33,6 +34,8 @@ examples:
       also pooled attention maps, head statistics and heaviest keys of 20 prompts
   python -m capture import responses.jsonl --out runs/served.duckdb
       routing that vLLM, SGLang, Megatron or another program recorded
+  python -m capture MODEL --engine vllm --prompts mine.txt
+      inside vLLM, in its environment: ids and weights of its own forward passes
   torchrun --nproc-per-node 8 -m capture MODEL --prompts big.jsonl --out runs/big.duckdb
       eight processes, a share of the prompts each; --shard I/N does the same on many machines
   python -m capture merge runs/big.parts --out runs/big.duckdb
@@ -86,7 +89,16 @@ def _capture(arguments: Sequence[str]) -> int:
     else:
         prompts = [given_path(name, "the prompts", PromptError) for name in prompts]
     out = _default_out(model) if out is None else out
-    print(record(model, prompts, out, progress=progress, **options))
+    engine, more = options.pop("engine"), options.pop("engine_options")
+    if engine:
+        # torch takes seconds, and vLLM is in an environment of its own
+        from capture.engines import vllm
+
+        print(vllm.record(model, prompts, out, progress=progress, engine=more, **options))
+    elif more is not None:
+        raise ConfigError("--engine-options are for an engine. Give --engine vllm as well.")
+    else:
+        print(record(model, prompts, out, progress=progress, **options))
     return 0
 
 
@@ -112,8 +124,30 @@ def _capture_parser() -> argparse.ArgumentParser:
         help="the run file, never overwritten (default: runs/MODEL-TIME.duckdb)",
     )
     _add_options(parser)
+    group = parser.add_argument_group("engines")
+    group.add_argument(
+        "--engine",
+        choices=("vllm",),
+        help="record inside vLLM, which is installed (capture/engines/requirements-vllm.txt)",
+    )
+    group.add_argument(
+        "--engine-options",
+        type=_mapping,
+        metavar="JSON",
+        help="more arguments of vllm.LLM, such as '{\"max_model_len\": 4096}'",
+    )
     add("--quiet", action="store_true", help="print only the path of the run")
     return parser
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object was expected, got {text!r}")
+    return found
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,9 @@
-"""``capture.engines.vllm.recording``: the routing of vLLM's own forward passes in a run file.
+"""``capture.engines.vllm``: the routing of vLLM's own forward passes in a run file.
 
     with capture.engines.vllm.recording(llm, "run.duckdb") as run:
         llm.generate(prompts, sampling)
+
+or, on the command line, ``python -m capture MODEL --engine vllm``, which is ``record``.
 
 Every router of vLLM decides in ``BaseRouter._compute_routing``, before ids of experts become those
 of replicas: that call is followed, and the batch of the model runner says which row is which token
@@ -9,8 +11,11 @@ of which request, in prefill, chunked prefill and decoding. Both are private to 
 versions that were tried are named here, and what was seen is counted against what was scheduled.
 """
 
+import importlib.util
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +24,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from capture.demo import WEIGHTS
 from capture.errors import CaptureError, ConfigError, SiteError, TraceError, first_line
+from capture.model.tokens import TokenizedPrompt, tokenize
 from capture.paths import given_path
+from capture.progress import Reporter
+from capture.prompts import PromptSource, read_prompts
+from capture.recorder.config import CaptureConfig, described
+from capture.recorder.record import template_of
 from capture.store.files import check_new
 from capture.traces.importing import Imported, import_routing
 from capture.traces.sequences import Sequence, Trace
 
 TRIED = ("0.32.0",)
+# options of a capture that mean something here
+OPTIONS = (
+    *("generate", "max_length", "dtype", "revision", "trust_remote_code", "seed"),
+    *("text_column", "domain_column", "encoding", "chat_template"),
+)
 _IN_PROCESS = (
     "vLLM's engine runs in another process, where nothing can be followed. Set the environment "
     "variable VLLM_ENABLE_V1_MULTIPROCESSING=0 before vllm is imported."
@@ -80,6 +96,9 @@ class _Request:
             n_prompt=int(self.state.num_prompt_tokens),
             tokens=tokens if len(tokens) == len(known) and len(known) >= last else None,
         )
+
+
+_Dress = Callable[[Iterator[Sequence]], Iterator[Sequence]]
 
 
 class _Follower:
@@ -182,11 +201,11 @@ class _Follower:
         self.scheduled += total
         self.passes += 1
 
-    def trace(self, model: str, version: str) -> Trace:
+    def trace(self, model: str, version: str, dress: "_Dress") -> Trace:
         """Return what was followed, as traces of other programs come."""
         return Trace(
             "vLLM",
-            lambda: (request.sequence(name) for name, request in self.requests.items()),
+            lambda: dress(request.sequence(name) for name, request in self.requests.items()),
             layers=self.layers,
             n_experts=self.n_experts,
             model=model,
@@ -234,6 +253,137 @@ def recording(llm: Any, out: str | Path, *, text: bool = True) -> Iterator[Engin
     StoreError
         If ``out`` exists or cannot be written.
     """
+    with _recording(llm, out, text=text, dress=iter) as run:
+        yield run
+
+
+def record(
+    model: str | Path,
+    prompts: PromptSource,
+    out: str | Path,
+    *,
+    progress: bool = True,
+    engine: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """Record the routing of a model that vLLM loads and runs, as ``capture.record`` does its own.
+
+    Parameters
+    ----------
+    model : str or Path
+        ``"demo"``, a Hugging Face id, or a local folder.
+    prompts : str, Path or iterable
+        As ``capture.record`` takes them.
+    out : str or Path
+        The run file; it must not exist.
+    progress : bool
+        Whether to say on standard error what is being done.
+    engine : mapping, optional
+        More arguments of ``vllm.LLM``, such as ``{"max_model_len": 4096}``.
+    **options
+        Those of :class:`capture.CaptureConfig` that :data:`OPTIONS` names. Decoding is greedy.
+
+    Raises
+    ------
+    ConfigError
+        If vLLM is not installed, an option is not for it, or it cannot load the model.
+    CaptureError
+        If the prompts or the file cannot work, or routing was not seen.
+    """
+    config, path = CaptureConfig(**options), given_path(out, "the run file")
+    _refuse_options(config)
+    check_new(path)
+    given = read_prompts(
+        prompts,
+        text_column=config.text_column,
+        domain_column=config.domain_column,
+        encoding=config.encoding,
+    )
+    reporter = Reporter(progress)
+    reporter.enter("loading", f"Loading {model} into vLLM, and {len(given):,} prompts.")
+    llm, sampling = _load(model, config, engine or {})
+    tokenizer = None if llm.llm_engine.model_config.skip_tokenizer_init else llm.get_tokenizer()
+    asked = tokenize(
+        given,
+        tokenizer,
+        vocab_size=llm.llm_engine.model_config.get_vocab_size(),
+        max_length=config.max_length,
+        chat_template=config.chat_template and template_of(config.chat_template),
+        answers=config.generate > 0,
+    )
+    reporter.enter("recording", f"vLLM runs {sum(len(one.ids) for one in asked):,} tokens.")
+    dress = _dressed(asked, generated=config.generate > 0)
+    with _recording(llm, path, text=True, dress=dress) as run:
+        llm.generate(
+            [{"prompt_token_ids": one.ids.tolist()} for one in asked],
+            sampling(max_tokens=max(1, config.generate), temperature=0.0, detokenize=False),
+            use_tqdm=progress,
+        )
+    return run.path
+
+
+def _refuse_options(config: CaptureConfig) -> None:
+    """Refuse what a recording inside vLLM does not know, rather than leave it undone."""
+    for name, _, default, _ in described(CaptureConfig):
+        if name not in OPTIONS and getattr(config, name) != default:
+            raise ConfigError(
+                f"Inside vLLM ids and combine weights are recorded, with the options "
+                f"{', '.join(OPTIONS)}; {name}={getattr(config, name)!r} is not for it. Leave it "
+                "out, or record without an engine."
+            )
+
+
+def _load(model: str | Path, config: CaptureConfig, engine: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return a ``vllm.LLM`` in this process, and vLLM's class of sampling parameters."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed in this environment. In one of its own, run: pip install vllm "
+            "-r capture/engines/requirements-vllm.txt"
+        )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
+    import vllm
+
+    arguments = {
+        **{"dtype": config.dtype or "auto", "seed": config.seed, "revision": config.revision},
+        # what a cache of prefixes spares would be missing
+        **{"trust_remote_code": config.trust_remote_code, "enable_prefix_caching": False},
+        **engine,
+    }
+    try:
+        llm = vllm.LLM(
+            str(WEIGHTS if model == "demo" else model), **arguments | {"enforce_eager": True}
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"vLLM cannot load {model}: {first_line(error)}. Arguments of vllm.LLM can be given "
+            "(--engine-options '{\"max_model_len\": 4096}')."
+        ) from error
+    return llm, vllm.SamplingParams
+
+
+def _dressed(asked: list[TokenizedPrompt], *, generated: bool) -> _Dress:
+    """Return what puts requests into the order of their prompts and gives them their domains."""
+
+    def dress(sequences: Iterator[Sequence]) -> Iterator[Sequence]:
+        waiting = defaultdict(list)  # equal prompts are taken in turn
+        for number, prompt in enumerate(asked):
+            waiting[tuple(prompt.ids.tolist())].append(number)
+        found = {}
+        for one in sequences:
+            if one.tokens is None or one.n_prompt is None:
+                raise TraceError(f"vLLM does not know all tokens of its request {one.name}.")
+            number = waiting[tuple(one.tokens[: one.n_prompt].tolist())].pop(0)
+            tokens = one.tokens if generated else one.tokens[: one.n_prompt]
+            found[number] = one._replace(
+                name=str(number), tokens=tokens, domain=asked[number].domain
+            )
+        return (found[number] for number in sorted(found))
+
+    return dress
+
+
+@contextmanager
+def _recording(llm: Any, out: str | Path, *, text: bool, dress: _Dress) -> Iterator[EngineRun]:
     version = _checked(llm)
     path = given_path(out, "the run file")
     check_new(path)
@@ -251,7 +401,7 @@ def recording(llm: Any, out: str | Path, *, text: bool = True) -> Iterator[Engin
         raise TraceError("vLLM computed nothing inside the block, so there is nothing to store.")
     config = llm.llm_engine.model_config
     run.result = import_routing(
-        follower.trace(str(config.model), version),
+        follower.trace(str(config.model), version, dress),
         path,
         keep_warm_up=True,
         tokenizer=llm.get_tokenizer() if text and not config.skip_tokenizer_init else None,

@@ -70,7 +70,7 @@ def record(
     """
     config = CaptureConfig(**options)
     if config.chat_template is not None:
-        config = replace(config, chat_template=_template(config.chat_template))
+        config = replace(config, chat_template=template_of(config.chat_template))
     path = given_path(out, "the run file")
     shard = shard_of(config.shard, path)
     # several bars would overwrite each other
@@ -113,7 +113,7 @@ def record(
         return put_together(plan, path) or plan[0].path.parent
 
 
-def _template(given: str) -> str:
+def template_of(given: str) -> str:
     """Return a chat template, given as itself or as the file that holds it."""
     if "{{" in given or "{%" in given:
         return given

@@ -53,6 +53,8 @@ def test_help_explains_itself(capsys):
         (["./nothing", "--prompts", "p.txt"], "error: A model folder was expected"),
         (["demo", "--out", "p.txt"], "error: p.txt already exists"),
         (["demo", "--out", "no/folder/run.duckdb"], "does not exist. Create it first"),
+        (["demo", "--engine-options", "{}"], "error: --engine-options are for an engine"),
+        (["demo", "--engine", "vllm", "--level", "scores"], "level='scores' is not for it"),
         (["recover", "p.txt"], "error: recover takes the .partial file"),
         (["migrate", "p.txt", "q.duckdb"], "error: A run file was expected at p.txt"),
     ],

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from capture.__main__ import main
 from capture.engines.vllm import recording
 from capture.errors import ConfigError, StoreError, TraceError
 
@@ -219,3 +220,34 @@ def test_what_cannot_be_followed_is_refused_and_leaves_no_file(vllm, model, tmp_
     with pytest.raises(ConfigError, match="enforce_eager"), recording(llm, tmp_path / "b.duckdb"):
         generate(vllm, llm)
     assert np.isfinite([w for _, weights in rows.values() for w in weights]).all()
+
+
+def test_the_command_records_the_demo_model_with_its_prompts(vllm, tmp_path, monkeypatch, capsys):
+    """Texts, domains and the order of prompts are those of the command without an engine.
+
+    vLLM's OLMoE leaves out ``norm_topk_prob``, which the demo was trained with: the first router
+    chooses alike, its weights differ by their sum, and later layers route another residual stream.
+    """
+    prompts = tmp_path / "p.csv"
+    prompts.write_text("text,domain\nThe fox runs.,a\nx = 12,\nThe fox runs.,b\n")
+    given = ["demo", "--prompts", str(prompts), "--quiet", "--dtype", "float32", "--out"]
+    engine = {"max_model_len": 256, "kv_cache_memory_bytes": 2**27, "gpu_memory_utilization": 0.1}
+    inside = ["--engine", "vllm", "--engine-options", json.dumps(engine)]
+    assert main([*given, str(tmp_path / "vllm.duckdb"), *inside]) == 0
+    assert main([*given, str(tmp_path / "own.duckdb")]) == 0
+    (tokens, rows), (own_tokens, own_rows) = (
+        rows_of(tmp_path / f"{name}.duckdb") for name in ("vllm", "own")
+    )
+    assert tokens == own_tokens and rows.keys() == own_rows.keys()
+    first = [key for key in rows if key[-1] == 0]
+    assert len(first) == sum(map(len, tokens.values()))
+    for key in first:
+        (ids, weights), (own_ids, own_weights) = rows[key], own_rows[key]
+        assert ids == own_ids
+        assert [w / sum(weights) for w in weights] == pytest.approx(own_weights, abs=2e-3)
+    for name in ("vllm", "own"):
+        with duckdb.connect(str(tmp_path / f"{name}.duckdb"), read_only=True) as db:
+            said = db.execute("SELECT text, domain FROM prompts ORDER BY prompt_id").fetchall()
+        assert said == [("The fox runs.", "a"), ("x = 12", None), ("The fox runs.", "b")]
+    assert main([*given, str(tmp_path / "c.duckdb"), *inside, "--level", "scores"]) == 2
+    assert "level='scores' is not for it" in capsys.readouterr().err
