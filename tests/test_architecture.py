@@ -19,7 +19,7 @@ MAX_LINES = 600
 ORDER = {
     "capture": (
         *("errors", "interrupts", "paths", "progress", "prompt_rows", "prompts", "store"),
-        *("model", "traces", "engines", "recorder", "swap", "demo", "matrix", "bench", "__main__"),
+        *("model", "traces", "recorder", "swap", "demo", "engines", "matrix", "bench", "__main__"),
     ),
     "explorer": (
         *(
