@@ -1,5 +1,6 @@
 """A job of the worker on a page: prompts for it, how far it is, and how it ended."""
 
+import time
 from typing import Any
 
 import streamlit as st
@@ -16,6 +17,7 @@ from explorer.worker import Job, shared_worker
 from explorer.worker.uploads import read_upload
 
 POLL_SECONDS = 0.5
+_LOOK_SECONDS = 0.02  # between two looks at a job that is waited for
 # offered to choose from; what fits is named where a file is not UTF-8
 _ENCODINGS = (
     *("utf-8", "windows-1252", "utf-16", "utf-16-le", "utf-16-be", "gb18030", "shift_jis"),
@@ -47,6 +49,20 @@ def follow(job_id: int, *, key: str) -> Job | None:
         return None
     _show_end(job)
     return job
+
+
+def wait_for(job_id: int, *, seconds: float) -> None:
+    """Wait until a job that runs has ended, or for some seconds.
+
+    For jobs that answer in a moment: whoever waits here shows the answer in the same run of the
+    script, and the browser draws once.
+    """
+    worker, until = shared_worker(), time.monotonic() + seconds
+    while time.monotonic() < until:
+        job = worker.job(job_id)
+        if job is None or job.state != "running":
+            return
+        time.sleep(_LOOK_SECONDS)
 
 
 @st.fragment(run_every=POLL_SECONDS)

@@ -44,6 +44,11 @@ def follow(pages: Sequence[StreamlitPage]) -> None:
     st.switch_page(target, query_params={**there, _ADDRESS: view_id})
 
 
+def is_open() -> bool:
+    """Return whether the page says at its top which saved view it is."""
+    return _ADDRESS in st.query_params
+
+
 def banner() -> None:
     """Say which saved view this is, and whether its choices or its data changed since then."""
     problem = st.session_state.pop(_PROBLEM, "")

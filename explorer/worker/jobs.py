@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from capture.errors import quoted
 from capture.progress import Progress
 from explorer.comparison.atlas import measure_atlas
 from explorer.comparison.compare import compare
 from explorer.comparison.conditions.effects import measure_conditions
-from explorer.errors import ComparisonError, JobCancelled
+from explorer.errors import JobCancelled
 from explorer.maps.make import make_clusters, make_map
 from explorer.maps.map_cache import MapOptions
 from explorer.maps.point_clusters import Method
@@ -17,12 +16,12 @@ from explorer.maps.rerouted import make_rerouted
 from explorer.run import open_run
 from explorer.worker.expert_weights import measure_cosines
 from explorer.worker.requests import (
-    DEMO_MODEL,
     AtlasRequest,
     CompareRequest,
     CosinesRequest,
     ProjectRequest,
     WhatIfRequest,
+    refuse_unnamed_model,
 )
 from explorer.worker.what_if import answer_what_if, forget
 
@@ -36,7 +35,6 @@ def run_job(
 ) -> Path:
     """Do what a request asks; see :func:`explorer.worker.__main__.run_job`."""
     if isinstance(request, WhatIfRequest):
-        _refuse_unnamed_model(request)
         return answer_what_if(request, report, cancelled)
     forget()
     if isinstance(request, CompareRequest):
@@ -105,12 +103,6 @@ def _compare(request: CompareRequest, report: Report, cancelled: Callable[[], bo
     return path
 
 
-def _refuse_unnamed_model(request: AtlasRequest | CompareRequest | WhatIfRequest) -> None:
-    """Refuse to load a model that only the run names, and not whoever started the job."""
+def _refuse_unnamed_model(request: AtlasRequest | CompareRequest) -> None:
     with open_run(request.run) as run:
-        named = str(run.info["model"])
-    if named not in (DEMO_MODEL, request.model):
-        raise ComparisonError(
-            f"This needs the model that the run names, {quoted(named)}, and nobody said that it "
-            "may be loaded. Tick the box that names it."
-        )
+        refuse_unnamed_model(str(run.info["model"]), request.model)

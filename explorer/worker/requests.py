@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from capture.errors import quoted
 from capture.paths import model_name
 from capture.recorder.config import RecordingOptions
+from explorer.errors import ComparisonError
 from explorer.maps.data import Source
 
 DEMO_MODEL = "demo"  # what runs of the embedded model call it
@@ -268,3 +270,17 @@ class JobOutcome(NamedTuple):
     state: Literal["done", "failed", "cancelled"]
     path: str | None = None
     error: str = ""
+
+
+def refuse_unnamed_model(named: str, allowed: str) -> None:
+    """Refuse to load a model that only the run names, and not whoever started the job.
+
+    Raises
+    ------
+    ComparisonError
+    """
+    if named not in (DEMO_MODEL, allowed):
+        raise ComparisonError(
+            f"This needs the model that the run names, {quoted(named)}, and nobody said that it "
+            "may be loaded. Tick the box that names it."
+        )

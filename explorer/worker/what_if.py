@@ -34,7 +34,7 @@ from explorer.routers.native import host_choice
 from explorer.routers.scores import weigh
 from explorer.run import Run, open_run
 from explorer.worker.interventions import KINDS, Edit, kind_of, read_edits, write_answer
-from explorer.worker.requests import WhatIfRequest
+from explorer.worker.requests import WhatIfRequest, refuse_unnamed_model
 
 SHOWN = 8  # next tokens of each distribution
 WRITTEN = 16  # tokens of a continuation
@@ -126,6 +126,7 @@ def answer_what_if(
         report(Progress("mapping", message=message))
 
     with open_run(request.run) as run, torch.inference_mode():
+        refuse_unnamed_model(str(run.info["model"]), request.model)
         ids = _text(run, request)
         opened = _open(run, on)
         edits = read_edits(request.edits, [s.info for s in opened.sites], n_tokens=len(ids))

@@ -10,10 +10,12 @@ from synthetic import IDLE, write_run
 from explorer import writing
 from explorer.comparison.atlas_file import write_atlas
 from explorer.maps import map_cache
+from explorer.pages.tokens import what_if
 from explorer.run import open_run
 from explorer.slices import load_slice
-from explorer.worker import CosinesRequest
+from explorer.worker import CosinesRequest, WhatIfRequest
 from explorer.worker.interventions import answer_path, write_answer
+from explorer.worker.requests import JobOutcome
 
 
 @pytest.fixture
@@ -207,7 +209,7 @@ def test_an_atlas_is_offered_and_then_shown(known, runs):
     assert any(t.startswith("Loss without the expert") for t in titles(opened("experts")))
 
 
-def test_what_if_shows_kept_answers_and_runs_nothing_for_viewers(known, runs, worker, monkeypatch):
+def test_what_if_shows_answers_and_runs_nothing_for_viewers(known, runs, worker, monkeypatch):
     link = {"mode": "what-if", "layer": "1.0", "prompt": "0", "edits": "forbid/1.0/2/all"}
     app = opened("tokens", **link)
     assert "Forbid L1.0.E2 for all tokens" in " ".join(
@@ -219,13 +221,28 @@ def test_what_if_shows_kept_answers_and_runs_nothing_for_viewers(known, runs, wo
         chosen = rows.iloc[min(len(rows) - 1, 5)]
         path = answer_path(run, 0, int(chosen["position"]), link["edits"], "")
     n = len(rows)
-    write_answer(path, {
+    answer = {
         "tokens": rows["token"].tolist(), "position": int(chosen["position"]),
         "losses": {"before": [1.0] * (n - 1), "after": [2.0] * (n - 1)},
         "next": [{"text": "<b>a", "before": 0.5, "after": 0.25}],
         "written": {"before": "one", "after": "*two*"}, "seconds": 0.5, "cpu_seconds": 0.25,
         "routing": [{"layer": 1, "site": 0, "before": [[2, 1]] * n, "after": [[3, 1]] * n}],
-    })  # fmt: skip
+    }  # fmt: skip
+    job = worker.submit(WhatIfRequest(str(path), "known", 0, 5, link["edits"], "", ""))
+    worker._jobs[job.job_id].state = "running"
+    look = worker.job
+
+    def ends_when_looked_at(number):
+        seen = look(number)
+        write_answer(path, answer)
+        worker._end(worker._jobs[number], JobOutcome("done", str(path)))
+        return seen
+
+    # an answer that comes in a moment is waited for, and no progress is drawn before it
+    with monkeypatch.context() as moment:
+        moment.setattr(worker, "job", ends_when_looked_at)
+        moment.setattr(what_if, "follow", lambda *_, **__: pytest.fail("progress was drawn"))
+        assert tile(opened("tokens", **link), "Loss, after").value == "2.000"
     monkeypatch.setattr("sys.argv", ["app.py", "--read-only", "--runs", str(runs)])
     app = opened("tokens", **link)
     assert tile(app, "Loss, after").value == "2.000"
@@ -233,6 +250,6 @@ def test_what_if_shows_kept_answers_and_runs_nothing_for_viewers(known, runs, wo
     assert "Which routing changed (share of a token's experts)" in titles(app)
     other = opened("tokens", **{**link, "edits": "forbid/1.0/3/all"})
     assert "Not available" in notes(other)
-    assert not worker.jobs()
+    assert worker.jobs()[0].job_id == job.job_id  # nothing else was asked for
     broken = opened("tokens", **{**link, "edits": "boil/1.0/2/all", "rule": "<b>"})
     assert "could not be followed" in notes(broken)

@@ -27,7 +27,7 @@ from explorer.pages.tokens.figures import (
     token_routes,
     tokens_shown,
 )
-from explorer.pages.tokens.what_if import what_if_section
+from explorer.pages.tokens.what_if import what_if_section, what_is_asked
 from explorer.queries.load import expert_load_by_domain
 from explorer.queries.overview import prompt, prompt_count, prompts
 from explorer.text import counted, plain
@@ -101,7 +101,7 @@ def render() -> None:
     token = listed[listed["token_id"] == token_id].iloc[0]
     if mode == "what-if":
         _strip(view, listed, values, quantity, pins, token_id)
-        what_if_section(view, listed, token)
+        what_if_section(view, listed, token, what_is_asked())
         return
     left, right = st.columns([3, 2], gap="large")
     with left:

@@ -14,13 +14,13 @@ from explorer.pages.tokens.data import prompt_experts
 from explorer.pages.tokens.figures import changed_routing, loss_lines, next_token_bars
 from explorer.router_cards import CARDS, parse_router
 from explorer.text import counted, plain, visible
-from explorer.ui import address
+from explorer.ui import address, problems, saved
 from explorer.ui.chart import chart, tile
-from explorer.ui.job import follow
+from explorer.ui.job import follow, wait_for
 from explorer.ui.problems import in_callback, instead, section
 from explorer.ui.state import View, ask, is_dark
 from explorer.ui.wording import Scope, expert_label, number, span, token_name
-from explorer.worker import WhatIfRequest, shared_worker
+from explorer.worker import Job, WhatIfRequest, shared_worker
 from explorer.worker.interventions import (
     KINDS,
     Edit,
@@ -34,12 +34,22 @@ from explorer.worker.requests import DEMO_MODEL
 
 _OWN = "the model's own"
 _ACTIONS = {"forbid": "Forbid", "force": "Force", "swap": "Swap", "k": "Number of experts"}
+_MOMENT = 2.0  # seconds that an answer is waited for before its progress is shown
 _LONGEST = 200  # characters of a router with its arguments
 
 
-@section("What if")
-def what_if_section(view: View, listed: pd.DataFrame, token: pd.Series) -> None:
+def what_is_asked() -> dict[str, str]:
+    """Return what of the address this part of the page changes."""
+    return {name: address.read(name) for name in ("token", "edits", "rule")}
+
+
+@st.fragment
+def what_if_section(
+    view: View, listed: pd.DataFrame, token: pd.Series, asked: dict[str, str]
+) -> None:
     """Draw the controls, and the answer where there is one.
+
+    A change is answered in this part alone: the rest of the page shows what was recorded.
 
     Parameters
     ----------
@@ -47,7 +57,20 @@ def what_if_section(view: View, listed: pd.DataFrame, token: pd.Series) -> None:
         All tokens of the prompt, from ``data.tokens``.
     token : Series
         The chosen one of them.
+    asked : dict of str to str
+        From ``what_is_asked``, when the page was drawn.
     """
+    now = what_is_asked()
+    # the text above shows the chosen token, and the top of the page which saved view this is
+    if now["token"] != asked["token"] or (saved.is_open() and now != asked):
+        st.rerun()
+    # a part that is drawn alone is not within the page's own
+    with problems.shown():
+        _what_if(view, listed, token)
+
+
+@section("What if")
+def _what_if(view: View, listed: pd.DataFrame, token: pd.Series) -> None:
     st.subheader("What if its routing were another?", anchor=False)
     position = int(token["position"])
     st.markdown(
@@ -89,6 +112,9 @@ def what_if_section(view: View, listed: pd.DataFrame, token: pd.Series) -> None:
         instead("Nothing is changed yet.")
         return
     answer = read_answer(_path(view, asked))
+    if answer is None and (job := _job(view, asked)) is not None:
+        wait_for(job.job_id, seconds=_MOMENT)
+        answer = read_answer(_path(view, asked))
     if answer is None:
         _missing(view, asked, may=may, allowed=allowed)
     elif answer["tokens"] != listed["token"].tolist()[: len(answer["tokens"])]:
@@ -169,12 +195,13 @@ def _add(
         where = st.selectbox(
             "For", list(words), format_func=words.__getitem__, key="what if where", width=230
         )
+        new = Edit(action, layer, value, other, where)
         st.button(
             "Add and run" if allowed else "Add",
             type="primary",
             on_click=_change,
-            args=(view, asked, [*edits, Edit(action, layer, value, other, where)], allowed),
-            disabled=other == value,
+            args=(view, asked, [*edits, new], allowed),
+            disabled=other == value or new in edits,
         )
 
 
@@ -301,13 +328,18 @@ def _run(view: View, asked: WhatIfRequest, text: str) -> None:
         )
 
 
+def _job(view: View, asked: WhatIfRequest) -> Job | None:
+    """Return the newest job that answers, if there was one."""
+    path = str(_path(view, asked))
+    return next((job for job in shared_worker().jobs() if job.request.out == path), None)
+
+
 def _missing(view: View, asked: WhatIfRequest, *, may: bool, allowed: bool) -> None:
     """Follow the job that answers, or say what is needed for one."""
-    path = str(_path(view, asked))
-    jobs = [job for job in shared_worker().jobs() if job.request.out == path]
-    if jobs:
-        follow(jobs[0].job_id, key="what if")
-        if jobs[0].active:
+    job = _job(view, asked)
+    if job is not None:
+        follow(job.job_id, key="what if")
+        if job.active:
             return
     if not may:
         instead(
