@@ -54,6 +54,10 @@ class SiteInfo(NamedTuple):
         is_routed = np.array([*(kind == "routed" for kind in kinds), False])
         return np.where(is_routed, is_routed.cumsum() - 1, -1)
 
+    def routed_ids(self) -> npt.NDArray[np.int64]:
+        """Return the ids of the routed ones, rising."""
+        return np.flatnonzero(self.routed_numbers()[:-1] >= 0)
+
     def reads(self, phase: str) -> bool:
         """Whether tokens of a phase get here: an encoder reads prompts, its decoder the rest."""
         return self.side is None or (self.side == "encoder") == (phase == "prompt")

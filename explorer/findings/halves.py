@@ -39,6 +39,7 @@ class RouterChoices(NamedTuple):
     top_k: int
     ids: Ids  # [T, K], -1 = empty slot
     load: Floats  # [P, E], assignments of each prompt
+    routed: Ids  # those that compute: the others are never dead and have no fair share
 
 
 class Half(NamedTuple):
@@ -84,7 +85,7 @@ def read_halves(run: Run) -> tuple[Half, Half]:
     row_of = np.full(int(tokens["token_id"].max()) + 1 if len(tokens) else 0, -1, dtype=np.int64)
     row_of[tokens["token_id"].to_numpy()] = np.arange(len(tokens))
     several = any(site.site for site in run.sites)
-    ids = []
+    ids, routed = [], []
     for site in run.sites:
         where, params = conditions(layer=site.layer, site=site.site)
         rows = run.table(
@@ -97,6 +98,7 @@ def read_halves(run: Run) -> tuple[Half, Half]:
         table[at, rows["slot"].to_numpy()] = rows["expert_id"].to_numpy()
         name = f"{site.layer}.{site.site}" if several else str(site.layer)
         ids.append((name, site.n_experts, site.top_k, table))
+        routed.append(site.routed_ids())
     entropy = _entropy(run, step, row_of, len(tokens))
     attended = _attended(run, tokens, ids)
     series, saturation = _checkpoints(run, tokens, ids)
@@ -108,7 +110,7 @@ def read_halves(run: Run) -> tuple[Half, Half]:
     found = []
     for kept in (~is_odd, is_odd):
         prompts_of = tokens["prompt_id"][kept].drop_duplicates().to_numpy()
-        half = _half(tokens, kept, words, ids, entropy)._replace(
+        half = _half(tokens, kept, words, ids, routed, entropy)._replace(
             attended={
                 name: np.stack([sums[prompt] for prompt in prompts_of if prompt in sums])
                 for name, sums in attended.items()
@@ -269,18 +271,19 @@ def _half(
     kept: npt.NDArray[np.bool_],
     words: dict[int, str],
     sites: Choices,
+    routed: list[Ids],
     entropy: Floats,
 ) -> Half:
     rows = tokens[kept]
     prompt, names = pd.factorize(rows["prompt_id"])
     domain = rows.drop_duplicates("prompt_id")["domain"].to_numpy(dtype=object)
     found = []
-    for name, n_experts, top_k, table in sites:
+    for (name, n_experts, top_k, table), computing in zip(sites, routed, strict=True):
         ids = table[kept]
         load = np.zeros((len(names), n_experts))
         at, slot = np.nonzero(ids >= 0)
         np.add.at(load, (prompt[at], ids[at, slot]), 1)
-        found.append(RouterChoices(name, n_experts, top_k, ids, load))
+        found.append(RouterChoices(name, n_experts, top_k, ids, load, computing))
     sizes = np.bincount(prompt, minlength=len(names)).astype(np.float64)
     token = rows["token"].to_numpy(dtype=np.int64)
     return Half(token, words, prompt.astype(np.int64), sizes, domain, entropy[kept], found)

@@ -100,7 +100,7 @@ def _named(domain: str) -> str:
 
 def _dead(half: Half) -> Iterator[Candidate]:
     """Suggest experts that nothing chose, where uniform routing would have missed none."""
-    idle = [np.flatnonzero(site.load.sum(0) == 0) for site in half.sites]
+    idle = [site.routed[site.load[:, site.routed].sum(0) == 0] for site in half.sites]
     if not any(map(len, idle)):
         return
 
@@ -119,7 +119,7 @@ def _dead(half: Half) -> Iterator[Candidate]:
         shown = ", ".join(f"L{name}.E{e}" for name, e in dead[:6])
         more = f" and {len(dead) - 6} more" if len(dead) > 6 else ""
         many = f"{len(dead)} experts are" if len(dead) > 1 else "1 expert is"
-        total = sum(site.n_experts for site in other.sites)
+        total = sum(len(site.routed) for site in other.sites)
         sentence = f"{many} never chosen, of {total}: {shown}{more}."
         n = float(len(dead))
         page, address = _expert(*dead[0])
@@ -131,17 +131,17 @@ def _dead(half: Half) -> Iterator[Candidate]:
 def _overloaded(half: Half) -> Iterator[Candidate]:
     """Suggest the busiest expert of every layer."""
     for at, site in enumerate(half.sites):
-        loads = site.load.sum(0)
-        if site.n_experts < 2 or not loads.sum():
+        loads = site.load[:, site.routed].sum(0)
+        if len(loads) < 2 or not loads.sum():
             continue
-        expert = int(loads.argmax())
+        expert = int(site.routed[loads.argmax()])
         ratio = float(loads[expert] / loads.mean())
         if ratio < 1.5:
             continue
 
         def test(other: Half, at: int = at, expert: int = expert) -> Tested:
             there = other.sites[at]
-            fair = there.load.sum(1) / there.n_experts
+            fair = there.load[:, there.routed].mean(1)
             ratio, low, high, p = _ratio(there.load[:, expert], fair)
             sentence = (
                 f"Expert {expert} of layer {there.name} gets {ratio:.1f} times its fair share of "

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from explorer.errors import RunError
 from explorer.maps.pca import Floats, Ids, has_umap, pca
+from explorer.queries.routed import ROUTED
 from explorer.queries.where import Part, conditions, prompt_conditions
 from explorer.run import Run
 
@@ -278,12 +279,14 @@ def expert_facts(run: Run) -> pa.Table:
     Returns
     -------
     Table
-        ``layer``, ``site``, ``expert_id``, ``assignments``, ``ratio`` (share of its router's
-        assignments over the uniform share), ``domain``: the one whose assignments go to this
-        expert most often, against all domains; and ``lift``, how much more often.
+        ``layer``, ``site``, ``expert_id``, ``kind`` (missing where it was not seen),
+        ``assignments``, ``ratio`` (share of its router's assignments to routed experts over the
+        uniform share; missing for others, which have no load), ``domain``: the one whose
+        assignments go to this expert most often, against all domains; and ``lift``, how much more
+        often.
     """
     return run.table(
-        """
+        f"""
         WITH by_domain AS (
             SELECT layer, site, expert_id, coalesce(domain, '') AS domain,
                 sum(assignments) AS n
@@ -298,13 +301,15 @@ def expert_facts(run: Run) -> pa.Table:
                 max(of_domain) / nullif(any_value(assignments / of_site), 0) AS lift
             FROM shares WHERE assignments > 0 GROUP BY ALL
         )
-        SELECT e.layer, e.site, e.expert_id, e.assignments,
-            e.assignments * n_experts
-                / nullif(sum(e.assignments) OVER (PARTITION BY e.layer, e.site), 0) AS ratio,
+        SELECT layer, site, expert_id, e.kind, e.assignments,
+            CASE WHEN routed.layer IS NOT NULL THEN e.assignments * count(routed.layer) OVER of_site
+                / nullif(sum(e.assignments) FILTER (routed.layer IS NOT NULL) OVER of_site, 0)
+                END AS ratio,
             domain, lift
-        FROM expert_load e JOIN sites USING (layer, site)
+        FROM expert_load e LEFT JOIN {ROUTED} USING (layer, site, expert_id)
             LEFT JOIN typical USING (layer, site, expert_id)
-        ORDER BY ALL
+        WINDOW of_site AS (PARTITION BY layer, site)
+        ORDER BY layer, site, expert_id
         """
     )
 

@@ -1,6 +1,5 @@
 """How much work every expert got. Only ``routing`` reads rows per token."""
 
-from collections import Counter
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -10,41 +9,9 @@ import pandas as pd
 
 from explorer.errors import RunError
 from explorer.metrics.load import LOAD_METRICS, sampling_floor
+from explorer.queries.routed import ROUTED
 from explorer.queries.where import Params, Part, conditions
 from explorer.run import Run
-
-# experts whose kind was not recorded count as routed
-_ROUTED = """(
-    SELECT layer, site, expert_id FROM (
-        SELECT layer, site, unnest(range(n_experts))::INTEGER AS expert_id, unnest(
-            list_resize(coalesce(expert_kinds, []::VARCHAR[]), n_experts, 'routed')) AS kind
-        FROM sites
-    ) WHERE kind = 'routed'
-) AS routed"""
-
-
-def left_out(run: Run) -> str:
-    """Return a sentence on what the figures of load leave out; empty where that is nothing."""
-    kinds = Counter(
-        kind for site in run.sites for kind in site.expert_kinds or () if kind != "routed"
-    )
-    lost = int(run.query("SELECT coalesce(sum(dropped), 0) AS n FROM sites")["n"].iloc[0])
-    said = []
-    if kinds:
-        total = sum(site.n_experts for site in run.sites)
-        named = ", ".join(f"{count} {_NOTHING[kind]}" for kind, count in sorted(kinds.items()))
-        said.append(f"Load counts routed experts only; of {total} in all layers, {named}.")
-    if lost:
-        said.append(f"{lost:,} assignments were dropped: no expert took them.")
-    return " ".join(said)
-
-
-_NOTHING = {
-    "constant": "mix in a constant",
-    "identity": "pass a token on as it is",
-    "skip": "stand for leaving out the block",
-    "zero": "give nothing",
-}
 
 
 def expert_load(
@@ -60,7 +27,8 @@ def expert_load(
     """Return the load of every routed expert, idle experts included.
 
     Experts that compute nothing, such as those that pass a token on, have no load: shares are of
-    the assignments to the others, see :func:`left_out`.
+    the assignments to the others, see
+    :func:`explorer.queries.routed.left_out`.
 
     Parameters
     ----------
@@ -94,7 +62,7 @@ def expert_load(
         f"""
         WITH experts AS (
             SELECT layer, site, count(*) OVER of_site AS n_experts, top_k, expert_id
-            FROM {_ROUTED} JOIN sites USING (layer, site) WHERE {place}
+            FROM {ROUTED} JOIN sites USING (layer, site) WHERE {place}
             WINDOW of_site AS (PARTITION BY layer, site)
         ), load AS (
             SELECT layer, site, expert_id, sum(assignments)::BIGINT AS assignments,
@@ -182,7 +150,7 @@ def _load_by(
             FROM {source} WHERE {where} GROUP BY ALL
         ), experts AS (
             SELECT part, layer, site, count(*) OVER of_part AS n_experts, expert_id
-            FROM (SELECT DISTINCT part, layer, site FROM load) JOIN {_ROUTED} USING (layer, site)
+            FROM (SELECT DISTINCT part, layer, site FROM load) JOIN {ROUTED} USING (layer, site)
             WINDOW of_part AS (PARTITION BY part, layer, site)
         )
         SELECT part AS {name}, layer, site, expert_id, n_experts,
@@ -427,7 +395,7 @@ def calibration(
                 sum(assignments)::BIGINT AS tokens
             FROM expert_load_by WHERE {where} GROUP BY ALL
         ), experts AS (
-            SELECT layer, site, expert_id FROM {_ROUTED} WHERE {place}
+            SELECT layer, site, expert_id FROM {ROUTED} WHERE {place}
         )
         SELECT domain, layer, site, expert_id, coalesce(tokens, 0) AS tokens, texts
         FROM texts CROSS JOIN experts LEFT JOIN load USING (domain, layer, site, expert_id)

@@ -16,7 +16,11 @@ from capture.matrix.found import architecture
 from capture.model.hooks import tap
 from capture.model.selftest import attach
 from explorer import open_run
-from explorer.queries.load import expert_load, left_out, routing, window_loads
+from explorer.findings.halves import read_halves
+from explorer.maps.data import expert_facts
+from explorer.pages.experts.data import loads_by_domain
+from explorer.queries.load import expert_load, routing, window_loads
+from explorer.queries.routed import left_out
 
 WIDTH, N_EXPERTS, TOP_K = 32, 8, 3
 
@@ -220,6 +224,14 @@ def test_what_experts_without_weights_do_is_told_apart(tmp_path):
         assert counts.tolist() == routed.tolist()
         loads = window_loads(run, "domains").loads
         assert loads[0, 0].tolist() == routed.tolist() and loads.shape == (1, 3, 5)
+        # who is dead, who has a fair share, whose domains are compared: of the routed alone
+        facts = expert_facts(run).to_pandas().set_index(["layer", "expert_id"]).loc[0]
+        assert facts["kind"].tolist() == kinds
+        assert facts["ratio"].dropna().to_dict() == pytest.approx(
+            dict(zip(load["expert_id"], load["ratio"], strict=True))
+        )
+        assert {*loads_by_domain(run)["expert_id"]} <= {0, 1, 3, 4, 5}
+        assert read_halves(run)[0].sites[0].routed.tolist() == [0, 1, 3, 4, 5]
         assert left_out(run) == (
             "Load counts routed experts only; of 24 in all layers, 3 mix in a constant, 3 pass a "
             "token on as it is, 3 give nothing."

@@ -31,7 +31,7 @@ def half(random, choose=None, *, domains=None, entropy=None):
         ids = np.argsort(-scores, axis=1)[:, :TOP_K]
         load = np.zeros((PROMPTS, EXPERTS))
         np.add.at(load, (prompt[:, None], ids), 1)
-        sites.append(RouterChoices(str(layer), EXPERTS, TOP_K, ids, load))
+        sites.append(RouterChoices(str(layer), EXPERTS, TOP_K, ids, load, np.arange(EXPERTS)))
     gate = random.random((len(prompt), LAYERS)) if entropy is None else entropy(domains[prompt])
     sizes = np.full(PROMPTS, float(LENGTH))
     return Half(
@@ -129,6 +129,17 @@ def test_what_was_planted_is_found_and_where(kind):
     one = next(one for one in found.found if one.kind == kind)
     assert words in one.sentence and one.address == address and one.q <= RATE
     assert found.summary.startswith(f"In {2 * PROMPTS * LENGTH:,} tokens of {2 * PROMPTS} prompts")
+
+
+def test_an_expert_that_computes_nothing_is_never_dead():
+    random = np.random.default_rng(3)
+    halves = [half(random, PLANTED["dead experts"][0]) for _ in range(2)]
+    assert any(KINDS["dead experts"](halves[0]))
+    skips = [
+        one._replace(sites=[site._replace(routed=np.delete(site.routed, 5)) for site in one.sites])
+        for one in halves
+    ]
+    assert not any(KINDS["dead experts"](skips[0]))
 
 
 def test_pairs_rows_repetition_and_hesitation_are_found():

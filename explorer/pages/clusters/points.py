@@ -24,6 +24,7 @@ from explorer.maps.data import (
 from explorer.maps.map_cache import MapOptions
 from explorer.maps.point_table import PointTable
 from explorer.pages.clusters.figures import COLORED, Amount, Group
+from explorer.queries.routed import NOTHING
 from explorer.queries.where import Part
 from explorer.run import Run
 from explorer.text import counted, plain
@@ -187,7 +188,7 @@ def drawn_points(table: PointTable, source: Source, hue: Hue, view: View) -> Dra
     names = {
         "tokens": "text, domain, prompt_id, position",
         "prompts": "text, domain, prompt_id, tokens",
-        "experts": "layer, site, expert_id, ratio, domain",
+        "experts": "layer, site, expert_id, kind, ratio, domain",
     }[source.unit]
     known = ", ".join(["x, y, shown", names, PICKED[source.unit], hue.column])
     columns = ", ".join(dict.fromkeys(known.split(", ")))
@@ -211,7 +212,8 @@ def hover_texts(rows: pd.DataFrame, unit: str) -> list[str]:
     if unit == "experts":
         return [
             f"{expert_label(str(r.layer) if not r.site else f'{r.layer}.{r.site}', r.expert_id)}: "
-            f"load {number(r.ratio, '.2f')}×, typical: {domain_label(r.domain)}"
+            + (NOTHING[r.kind].one if r.kind in NOTHING else f"load {number(r.ratio, '.2f')}×")
+            + f", typical: {domain_label(r.domain)}"
             for r in rows.itertuples()
         ]
     if unit == "prompts":

@@ -13,6 +13,7 @@ from explorer.metrics.specialization import MIN_WHOLE, Lift, lift
 from explorer.pages.clusters.figures import lift_bars
 from explorer.pages.clusters.points import id_names
 from explorer.queries.overview import prompt_tokens
+from explorer.queries.routed import NOTHING
 from explorer.text import ABSENT, visible
 from explorer.ui import address, printing
 from explorer.ui.chart import chart, explain_dash
@@ -25,7 +26,7 @@ LISTED = 1_000  # rows of the table; the browser gets no more
 _COLUMNS = {
     "tokens": "text, domain, expert, weight, entropy, prompt_id, position, phase, token_id",
     "prompts": "text, domain, tokens, expert, entropy, prompt_id",
-    "experts": "layer, site, expert_id, ratio, assignments, domain, lift",
+    "experts": "layer, site, expert_id, kind, ratio, assignments, domain, lift",
 }
 
 
@@ -93,7 +94,11 @@ def _readable(view: View, source: Source, found: pd.DataFrame) -> pd.DataFrame:
         places = zip(found["layer"], found["site"], found["expert_id"], strict=True)
         return pd.DataFrame(
             {
-                "Expert": [_unit_label(view, *place) for place in places],
+                "Expert": [
+                    _unit_label(view, *place)
+                    + (f", {NOTHING[kind].one}" if kind in NOTHING else "")
+                    for place, kind in zip(places, found["kind"], strict=True)
+                ],
                 "Load": found["ratio"],
                 "Assignments": found["assignments"],
                 "Typical domain": domain,

@@ -25,6 +25,7 @@ from explorer.metrics.specialization import (
 from explorer.queries.experts import expert_vocabulary
 from explorer.queries.load import expert_load, load_of
 from explorer.queries.overview import token_count
+from explorer.queries.routed import ROUTED
 from explorer.queries.where import Part, conditions
 from explorer.run import Run
 
@@ -109,7 +110,7 @@ def occurrences(
 def loads_by_domain(
     run: Run, *, domain: str | None = None, phase: str | None = None, part: Part | None = None
 ) -> pd.DataFrame:
-    """Return the load of every expert in every domain.
+    """Return the load of every routed expert in every domain.
 
     Returns
     -------
@@ -122,7 +123,8 @@ def loads_by_domain(
         f"""
         SELECT layer, site, expert_id, coalesce(domain, '') AS domain,
             sum(assignments)::BIGINT AS assignments
-        FROM {source} WHERE {where} GROUP BY ALL ORDER BY layer, site, expert_id, domain
+        FROM {source} SEMI JOIN {ROUTED} USING (layer, site, expert_id)
+        WHERE {where} GROUP BY ALL ORDER BY layer, site, expert_id, domain
         """,
         params | more,
     )
@@ -333,7 +335,7 @@ def vocabulary_of(
 
 
 def divergences(run: Run, **filters: Any) -> pd.DataFrame:
-    """Return how far the domains of every expert's tokens are from those of all tokens.
+    """Return how far the domains of every routed expert's tokens are from those of all tokens.
 
     Returns
     -------
@@ -347,7 +349,7 @@ def divergences(run: Run, **filters: Any) -> pd.DataFrame:
     for (layer, site), part in counts.groupby(["layer", "site"]):
         table = part.pivot_table(
             index="domain", columns="expert_id", values="assignments", aggfunc="sum", fill_value=0
-        ).reindex(columns=range(run.site_info(layer, site).n_experts), fill_value=0)
+        ).reindex(columns=run.site_info(layer, site).routed_ids(), fill_value=0)
         if len(table) < 2:
             continue
         values = table.to_numpy(dtype=np.float64)
@@ -361,7 +363,7 @@ def divergences(run: Run, **filters: Any) -> pd.DataFrame:
                 {
                     "layer": layer,
                     "site": site,
-                    "expert_id": range(values.shape[1]),
+                    "expert_id": table.columns,
                     "assignments": values.sum(axis=0).astype(np.int64),
                     "divergence": divergence(values),
                     "domain": table.index.to_numpy()[best],

@@ -22,6 +22,7 @@ from explorer.pages.experts.figures import DotsAxis, divergence_heatmap, interva
 from explorer.pages.experts.weights import weights_section
 from explorer.pages.flow.data import coactivation
 from explorer.queries.load import expert_load
+from explorer.queries.routed import NOTHING, left_out
 from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, tile
@@ -69,13 +70,24 @@ def render() -> None:
 def _one_expert(view: View) -> None:
     load = ask(view, expert_load, **view.place, **view.filters)
     expert = _choose_expert(view, load)
-    row = load[load["expert_id"] == expert].iloc[0]
     name = expert_label(view.site_name, expert)
-    _tiles(view, load, row)
-    if not row["assignments"]:
+    nothing = _idle_kinds(view).get(expert)
+    if nothing:
+        every = ask(view, shares_of, expert_id=expert, by="phase", **view.place, **view.filters)
+        hits = int(every["hits"].iloc[-1])
+        st.info(
+            f"{name} computes nothing: it {nothing}. {counted(hits, 'token')} of "
+            f"{view.scope().n_tokens:,} chose it; it is in no load and never dead."
+        )
+    else:
+        row = load[load["expert_id"] == expert].iloc[0]
+        _tiles(view, load, row)
+        hits = int(row["assignments"])
+    if not hits:
         instead(f"None of these tokens went to {name}. Change the filters, or choose another one.")
-        expert_section(view, expert)
-        weights_section(view, expert)
+        if not nothing:
+            expert_section(view, expert)
+            weights_section(view, expert)
         return
     left, right = st.columns(2, gap="large")
     with left:
@@ -86,11 +98,19 @@ def _one_expert(view: View) -> None:
         _vocabulary(view, expert, name)
     with right:
         _partners(view, expert)
-    expert_section(view, expert)
+    if not nothing:
+        expert_section(view, expert)
     st.subheader(f"Tokens of {name} in their contexts", anchor=False)
     if not without_ids(view.run, "This list"):
         expert_lines(view, expert, name, address.jump_to_token, shown=30)
-    weights_section(view, expert)
+    if not nothing:
+        weights_section(view, expert)
+
+
+def _idle_kinds(view: View) -> dict[int, str]:
+    """Return what the experts do that compute nothing."""
+    kinds = view.run.site_info(view.layer, view.site).expert_kinds or ()
+    return {expert: NOTHING[kind].one for expert, kind in enumerate(kinds) if kind in NOTHING}
 
 
 def _choose_expert(view: View, load: pd.DataFrame) -> int:
@@ -99,6 +119,10 @@ def _choose_expert(view: View, load: pd.DataFrame) -> int:
         str(expert): expert_label(view.site_name, expert)
         + ("" if math.isnan(ratio) else f" · {ratio:.2f}× fair share")
         for expert, ratio in ratios.items()
+    }
+    names |= {
+        str(expert): f"{expert_label(view.site_name, expert)} · {does}"
+        for expert, does in _idle_kinds(view).items()
     }
     busiest = str(load.loc[load["assignments"].idxmax(), "expert_id"])
     chosen = address.choose(
@@ -327,6 +351,8 @@ def all_experts_section(view: View) -> None:
         )
     else:
         _divergence_map(view)
+    if said := ask(view, left_out):
+        st.caption(said)
     atlas_section(view)
     if without_ids(view.run, "Vocabulary specialisation"):
         return

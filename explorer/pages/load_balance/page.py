@@ -23,9 +23,9 @@ from explorer.queries.load import (
     expert_load_by_domain,
     expert_load_by_phase,
     expert_load_by_step,
-    left_out,
     steps_of,
 )
+from explorer.queries.routed import left_out
 from explorer.text import counted
 from explorer.ui import address, problems
 from explorer.ui.address import domain_key

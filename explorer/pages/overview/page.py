@@ -6,8 +6,9 @@ import streamlit as st
 from capture.paths import model_name
 from explorer.findings import findings
 from explorer.pages.load_balance.figures import load_heatmap
-from explorer.queries.load import expert_load, left_out, steps_of
+from explorer.queries.load import expert_load, steps_of
 from explorer.queries.overview import domain_counts, gate_means, prompt_count
+from explorer.queries.routed import left_out
 from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
 from explorer.ui.chart import chart, listing, tile

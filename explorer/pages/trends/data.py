@@ -158,11 +158,12 @@ def steps_table(run: Run, *, most: int = 48) -> pd.DataFrame:
 
 
 def _counts(load: pd.DataFrame, site: SiteInfo) -> npt.NDArray[np.float64]:
-    """Return the assignments of every domain and expert of a site, [D, E]."""
+    """Return the assignments of every domain and routed expert of a site, [D, E]."""
     here = load[(load["layer"] == site.layer) & (load["site"] == site.site)]
     names, row = np.unique(here["domain"].to_numpy(dtype=str), return_inverse=True)
-    counts = np.zeros((len(names), site.n_experts))
-    counts[row, here["expert_id"].to_numpy(dtype=np.int64)] = here["assignments"]
+    counts = np.zeros((len(names), site.n_routed))
+    column = site.routed_numbers()[here["expert_id"].to_numpy(dtype=np.int64)]
+    counts[row, column] = here["assignments"]
     return counts
 
 
