@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,33 @@ def delete_view(folder: Path, view_id: str) -> None:
     if not _ID.fullmatch(view_id):
         raise ExplorerError(f"Expected the id of a saved view, got {quoted(view_id)}.")
     writing.remove(_path(folder, view_id), what="Deleting a view")
+
+
+def follow(
+    folder: Path, view: SavedView, old: str, new: str, files: Mapping[str, str]
+) -> SavedView:
+    """Let a view go on showing a run that was renamed.
+
+    Parameters
+    ----------
+    old, new : str
+        Names of the run.
+    files : mapping
+        Old to new names of the files beside it, such as its comparisons.
+    """
+    params = dict(view.params)
+    for name in ("run", "against"):
+        if params.get(name) == old:
+            params[name] = new
+    if params.get("runs"):
+        params["runs"] = join(new if name == old else name for name in split(params["runs"]))
+    if params.get("comparison") in files:
+        params["comparison"] = files[params["comparison"]]
+    known = {(new if name == old else name): was for name, was in view.fingerprints.items()}
+    renamed = replace(view, params=params, fingerprints=known)
+    path = _path(folder, view.view_id)
+    writing.rewrite_json(path, asdict(renamed), what="Changing a view")
+    return renamed
 
 
 def digest(path: Path) -> str:

@@ -118,7 +118,7 @@ def save_slice(
 
 def list_slices(run: Run) -> list[SliceInfo]:
     """Return the slices of a run, newest first; those that cannot be used say why."""
-    infos = [_info(run, path) for path in writing.own_files(_folder(run.path), "*.parquet")]
+    infos = [_info(run, path) for path in writing.own_files(slices_folder(run.path), "*.parquet")]
     return sorted(infos, key=lambda info: (info.created, info.name), reverse=True)
 
 
@@ -173,7 +173,7 @@ def content(path: Path) -> str:
 def version(run: Run) -> int:
     """Return a number that changes when slices of the run are saved or deleted."""
     try:
-        return _folder(run.path).stat().st_mtime_ns
+        return slices_folder(run.path).stat().st_mtime_ns
     except OSError:
         return 0
 
@@ -183,10 +183,11 @@ def slice_path(run_path: Path, name: str) -> Path:
     # the name is free text: the file's name is what is harmless of it, and a digest of all of it
     harmless = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()
-    return _folder(run_path) / f"{harmless or 'slice'}-{digest}.parquet"
+    return slices_folder(run_path) / f"{harmless or 'slice'}-{digest}.parquet"
 
 
-def _folder(run_path: Path) -> Path:
+def slices_folder(run_path: Path) -> Path:
+    """Return the folder of a run's slices, given the run's file; it need not exist."""
     return run_path.with_suffix(".slices")
 
 

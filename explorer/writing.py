@@ -5,6 +5,7 @@ or `refuse_if_read_only` first thing, and nothing else in the app writes. The co
 them too; nobody has configured a policy there, so that it may write.
 """
 
+import errno
 import json
 import os
 import re
@@ -140,11 +141,47 @@ def write_json(path: Path, values: Mapping[str, Any], *, what: str) -> Path:
     return write_new(path, text.encode(), what=what)
 
 
-def remove(path: Path, *, what: str) -> None:
-    """Remove a file that the app wrote; one that is gone already is no error."""
+def rewrite_json(path: Path, values: Mapping[str, Any], *, what: str) -> Path:
+    """Write a small file of settings in the place of the one that is there, in one step."""
+    refuse_if_read_only(what)
+    text = json.dumps(values, ensure_ascii=False, indent=1, sort_keys=True)
+    newer = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        newer.write_text(text, encoding="utf-8")
+        os.replace(newer, path)
+    except OSError as error:
+        newer.unlink(missing_ok=True)
+        raise ExplorerError(f"{path} could not be written: {error.strerror}.") from error
+    return path
+
+
+def move(path: Path, out: Path, *, what: str) -> Path:
+    """Give a file or a folder another name in its folder; what has that name is never replaced."""
     refuse_if_read_only(what)
     try:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            if os.path.lexists(out):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            path.rename(out)
+        else:
+            os.link(path, out)  # unlike a rename, a link never replaces what is there
+            path.unlink()
+    except OSError as error:
+        raise ExplorerError(
+            f"{path.name} could not be renamed to {out.name}: {error.strerror}. Choose another "
+            "name."
+        ) from error
+    return out
+
+
+def remove(path: Path, *, what: str) -> None:
+    """Remove a file that the app wrote, or an empty folder; one that is gone is no error."""
+    refuse_if_read_only(what)
+    try:
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise ExplorerError(f"{path} could not be removed: {error.strerror}.") from error
 

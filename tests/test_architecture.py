@@ -35,8 +35,8 @@ ORDER = {
             "routers",
             "comparison",
         ),
-        *("maps", "survey", "worker", "writing", "slices", "saved_views", "report", "playground"),
-        *("ui", "pages", "commands", "__main__"),
+        *("maps", "survey", "worker", "writing", "slices", "saved_views", "run_files", "report"),
+        *("playground", "ui", "pages", "commands", "__main__"),
     ),
 }
 SOURCES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))

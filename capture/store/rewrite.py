@@ -52,7 +52,6 @@ from capture.store.writer import BLOCK_SIZE
 NOTE = "counts_only"
 MIN_TOKENS = 100
 MIN_PROMPTS = 5
-TOGETHER = "(domains put together)"
 _TOKENS = (
     f"SELECT token_id, prompt_id, position, phase, {schema.NO_TOKEN}::INTEGER AS token,"
     " NULL::VARCHAR AS text, NULL::FLOAT AS loss, batch_id, row_in_batch"
@@ -320,11 +319,11 @@ class _Given(NamedTuple):
 
     def name(self, domain: str | None) -> str | None:
         """Return what a domain of prompts is called in the new file."""
-        return TOGETHER if domain in self.lost else domain
+        return schema.TOGETHER if domain in self.lost else domain
 
     def name_in(self, phase: str, domain: str | None) -> str | None:
         """Return what a domain is called in the sums of a phase."""
-        return domain if domain in self.named[phase] else TOGETHER
+        return domain if domain in self.named[phase] else schema.TOGETHER
 
 
 _Sizes = Mapping[str | None, Mapping[str, _Size]]
@@ -347,7 +346,9 @@ def _decide(sizes: _Sizes) -> _Given:
 def _named(sizes: _Sizes, phase: str) -> frozenset[str | None]:
     """Return the domains whose sums are given by themselves in a phase."""
     here = {domain: by_phase[phase] for domain, by_phase in sizes.items() if phase in by_phase}
-    together = {domain for domain, size in here.items() if domain == TOGETHER or size.is_small}
+    together = {
+        domain for domain, size in here.items() if domain == schema.TOGETHER or size.is_small
+    }
     others = sorted(set(here) - together, key=lambda domain: here[domain].tokens)
     while others and _size(sizes, together, phase).is_small:
         together.add(others.pop(0))

@@ -25,6 +25,8 @@ OLDEST_READ = 2  # files of older versions have to be migrated
 STATISTICS = ("entropy", "margin", "logsumexp", "topk_mass")
 # the phase of sums that do not tell prompts from what was generated after them
 ANY_PHASE = "any"
+# of the sums of a counts-only run: small domains under one name, which no prompt need have
+TOGETHER = "(domains put together)"
 NO_TOKEN = -1  # a token id that is not known or was left out; the views show it as NULL
 
 

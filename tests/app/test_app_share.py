@@ -213,6 +213,32 @@ def test_a_view_is_saved_listed_and_deleted(monkeypatch, tmp_path):
     assert saved_views.list_views(tmp_path) == ([], [])
 
 
+def test_a_run_is_renamed_copied_and_deleted_on_the_page(monkeypatch, tmp_path):
+    write_run(tmp_path / "known.duckdb")
+    results = write_results(tmp_path)
+    app = opened(monkeypatch, tmp_path, page="share", run="known", layer="3.0")
+    next(b for b in app.button if b.label == "Make the copy").click().run()
+    (copied,) = app.get("download_button")
+    assert copied.proto.label.startswith("Download known-counts.duckdb · ")
+    app.text_input(key="new name of known").set_value("known-counts")
+    next(b for b in app.button if b.label == "Rename the run").click().run()
+    assert "There is a run named known-counts already" in said(app.error)
+    app.text_input(key="new name of known").set_value("new")
+    next(b for b in app.button if b.label == "Rename the run").click().run()
+    assert not app.exception and not app.error
+    assert (query(app, "run"), query(app, "layer")) == ("new", "3.0")
+    beside = tmp_path / results.name.replace("known.", "new.")
+    assert beside.exists() and not results.exists()
+    assert "the run **new**" in said(app.markdown) and "- 1 comparison" in said(app.markdown)
+    next(b for b in app.button if b.label == "Delete for good").click().run()
+    assert not app.exception and not app.error
+    assert not beside.exists() and not (tmp_path / "new.duckdb").exists()
+    # who may only look may take the copy that holds no text, and change nothing
+    app = opened(monkeypatch, tmp_path, "--read-only", page="share", run="known-counts")
+    (copied,) = app.get("download_button")
+    assert not {"Rename the run", "Delete for good"} & {button.label for button in app.button}
+
+
 def test_a_report_that_fails_says_why_on_the_page(monkeypatch, tmp_path):
     write_run(tmp_path / "known.duckdb")
     bad = tmp_path / "bad.duckdb"

@@ -10,7 +10,7 @@ from tiny_models import build
 
 import capture
 from capture.paths import model_name
-from capture.store import MIN_PROMPTS, MIN_TOKENS, counts_only
+from capture.store import MIN_PROMPTS, MIN_TOKENS, RunReader, counts_only
 
 TOGETHER = "(domains put together)"
 
@@ -63,6 +63,7 @@ def of_subjects(**sizes):
 
 def exported(path):
     out = counts_only(path, path.with_name("counts.duckdb"))
+    RunReader.open(out, checked=True).close()
     with duckdb.connect(str(out), read_only=True) as con:
         sums = con.sql(
             "SELECT domain, phase, layer, expert_id, assignments, weight_sum FROM expert_load_by"
@@ -133,6 +134,15 @@ def test_a_token_of_one_person_is_not_read_back(
     top_k = np.count_nonzero(known[0, -1])
     assert told.sum() == top_k * sum(len(prompt["ids"]) for prompt in prompts)
     assert set(told.index) == set(sizes["domain"]) == named | {TOGETHER}
+
+
+def test_a_phase_may_have_no_domain_of_its_own(model, tmp_path):
+    prompts = of_subjects(law=(15, 10), code=(15, 10))
+    path = record(model, prompts, tmp_path / "run.duckdb", generate=5)
+    sums, sizes, *_ = exported(path)
+    found = {phase: set(part["domain"]) for phase, part in sums.groupby("phase")}
+    assert found == {"prompt": {"law", "code"}, "generated": {TOGETHER}}
+    assert set(sizes["domain"]) == {"law", "code"}
 
 
 def test_large_domains_keep_names_and_sums(model, tmp_path):

@@ -13,11 +13,11 @@ import pytest
 from synthetic import NASTY, PROMPTS, write_run
 
 from capture.errors import StoreError
-from explorer import writing
+from explorer import run_files, saved_views, slices, writing
 from explorer.errors import ExplorerError, NotAllowedError
 from explorer.run import open_run
 from explorer.ui.access import viewer_of
-from explorer.worker import CaptureRequest, RecoverRequest
+from explorer.worker import CaptureRequest, CosinesRequest, RecoverRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +52,10 @@ CALLS = {
     "cancel": lambda folder: writing.cancel(1),
     "write_new": lambda folder: writing.write_new(folder / "new", b"1", what="Writing"),
     "write_json": lambda folder: writing.write_json(folder / "new", {"a": 1}, what="Writing"),
+    "rewrite_json": lambda folder: writing.rewrite_json(folder / "new", {"a": 1}, what="Writing"),
+    "move": lambda folder: writing.move(
+        Path(shutil.copy(RUN, f"{RUN}.copy")), folder / "new", what="Renaming"
+    ),
     "keep_upload": lambda folder: writing.keep_upload(folder, "up", io.BytesIO(RUN.read_bytes())),
     "read_trace": lambda folder: writing.read_trace(
         folder, "t", [("t.csv", io.BytesIO(b"layer,expert,count\n0,0,5\n0,1,7\n"))], top_k=1
@@ -82,6 +86,58 @@ def test_a_write_service_called_directly_is_refused(refusing, worker, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert not worker.jobs()
     assert not writing.may_write()
+
+
+def full_folder(folder):
+    """Write a run with everything that lies beside it, and a stranger of nearly its name."""
+    path = write_run(folder / "a.duckdb").path
+    write_run(folder / "a.b.duckdb")
+    for name in ("a.0011223344.comparison", "a.0011223344.atlas", "a.b.0011223344.comparison"):
+        (folder / name).write_text(name)
+    with open_run(path) as run:
+        slices.save_slice(run, "rare", [0, 1])
+    params = {"run": "a", "slice": "rare", "comparison": "a.0011223344.comparison"}
+    view = saved_views.save_view(folder, "V", page="compare", params=params, runs={"a": path})
+    both = {"source": "chosen", "runs": "a,a.b"}
+    saved_views.save_view(folder, "T", page="trends", params=both, runs={"a": path})
+    return view
+
+
+def names_in(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.parent.name != "views"}
+
+
+def test_a_run_is_renamed_and_deleted_with_what_lies_beside_it(tmp_path, worker):
+    view = full_folder(tmp_path)
+    before = names_in(tmp_path)
+    for refused in ({"read_only": True}, {"role": lambda: "viewer"}):
+        writing.configure(writing.Policy(**refused))
+        for act in (run_files.delete_run, lambda *a: run_files.rename_run(*a, "new")):
+            with pytest.raises(NotAllowedError):
+                act(tmp_path, "a")
+    writing.configure(writing.Policy())
+    # what has the new name stays, and so does everything else
+    (tmp_path / "new.0011223344.atlas").write_text("other")
+    for taken in ("a.b", "new"):
+        with pytest.raises(ExplorerError, match=r"There is a run|could not be renamed"):
+            run_files.rename_run(tmp_path, "a", taken)
+        assert names_in(tmp_path) == before | {"new.0011223344.atlas"}
+    (tmp_path / "new.0011223344.atlas").unlink()
+    run_files.rename_run(tmp_path, "a", "new")
+    renamed = {name for name in before if name[:2] == "a." and name[:4] != "a.b."}
+    assert names_in(tmp_path) == (before - renamed) | {"new" + name[1:] for name in renamed}
+    followed = saved_views.load_view(tmp_path, view.view_id)
+    assert followed.params["comparison"] == "new.0011223344.comparison"
+    views, _ = saved_views.list_views(tmp_path)
+    assert all(not saved_views.changed(view, tmp_path) for view in views)
+    assert {view.params.get("runs") for view in views} == {None, "new,a.b"}
+    writing.submit(CosinesRequest("x", str(tmp_path / "new.duckdb"), "m"))
+    with pytest.raises(ExplorerError, match="A job works on new"):
+        run_files.delete_run(tmp_path, "new")
+    worker.cancel(1)
+    run_files.delete_run(tmp_path, "new")
+    assert names_in(tmp_path) == before - renamed
+    assert len(saved_views.list_views(tmp_path)[0]) == 2
 
 
 @pytest.mark.parametrize("name", CALLS)

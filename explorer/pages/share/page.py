@@ -5,19 +5,21 @@ import streamlit as st
 from capture.errors import CaptureError
 from capture.paths import RUN_SUFFIX, suggested_name
 from capture.store import MIN_PROMPTS, MIN_TOKENS
-from explorer import saved_views, writing
+from explorer import run_files, saved_views, writing
 from explorer.errors import ExplorerError
 from explorer.report import make_report
 from explorer.saved_views import SavedView
-from explorer.text import plain
-from explorer.ui import access, problems, saved
+from explorer.text import counted, plain
+from explorer.ui import access, address, problems, saved
 from explorer.ui.problems import section
 from explorer.ui.shell import current_view
-from explorer.ui.state import View, new_name, run_names, runs_folder
+from explorer.ui.state import View, close_runs, new_name, run_names, runs_folder
+from explorer.ui.wording import listed
 
 # a longer list makes the page slow to draw
 MAX_LISTED = 50
 _SAID = "said on the share page"
+_COPY = "copy made on the share page"
 # the newest report of the session: of which button, why it failed, its bytes
 _REPORT = "report of the share page"
 
@@ -38,8 +40,10 @@ def render() -> None:
     view = current_view()
     with right:
         _run_report(view)
-        if writing.may_write():
+        if writing.may_write() or view.run.counts_only:
             _without_text(view)
+        if writing.may_write():
+            _this_run(view)
             _upload()
         if access.has_login():
             _account()
@@ -156,6 +160,7 @@ def _without_text(view: View) -> None:
     st.subheader("Counts only", anchor=False)
     if view.run.counts_only:
         st.markdown("This run is such an export: it holds no text.")
+        _download(view.name)
         return
     if view.run.sums_only:
         st.markdown("This run is imported from counts and holds no text. Share the file as it is.")
@@ -171,6 +176,22 @@ def _without_text(view: View) -> None:
     st.text_input("Name of the copy", new_name(runs_folder(), f"{view.name}-counts"), key=key)
     st.button("Make the copy", icon=":material/visibility_off:", on_click=_export, args=(view, key))
     _say_problem(key)
+    copy = st.session_state.get(_COPY, "")
+    if copy in run_names():
+        _download(copy)
+
+
+def _download(name: str) -> None:
+    path = writing.run_file(runs_folder(), name)
+    st.download_button(
+        f"Download {name}{RUN_SUFFIX} · {path.stat().st_size / 1e6:.1f} MB",
+        path.read_bytes,
+        file_name=path.name,
+        mime="application/octet-stream",
+        icon=":material/download:",
+        on_click="ignore",
+        key=f"download the copy {name}",
+    )
 
 
 def _export(view: View, key: str) -> None:
@@ -182,6 +203,63 @@ def _export(view: View, key: str) -> None:
         st.session_state[f"problem of {key}"] = str(error)
         return
     st.session_state[_SAID] = f"The run {name} holds the counts of {view.name}, and no text."
+    st.session_state[_COPY] = name
+
+
+@section("This run")
+def _this_run(view: View) -> None:
+    st.subheader("Rename or delete", anchor=False)
+    files = run_files.files_of(runs_folder(), view.name)
+    kinds = (
+        counted(len(files.comparisons), "comparison"),
+        counted(len(files.atlases), "atlas", "atlases"),
+        counted(len(files.slices), "slice"),
+    )
+    beside = [said for said in kinds if not said.startswith("0 ")]
+    views = counted(len(files.views), "saved view")
+    with st.container(horizontal=True):
+        with st.popover("Rename", icon=":material/edit:"):
+            with_it = f" What lies beside it goes along: {listed(beside)}." if beside else ""
+            st.markdown(
+                f"**{plain(view.name)}** gets another name.{with_it} "
+                + (f"{views} will show it under that name; " if files.views else "")
+                + ("links" if files.views else "Links")
+                + " to pages of it that were sent will not find it."
+            )
+            key = f"new name of {view.name}"
+            st.text_input("New name", view.name, key=key)
+            st.button("Rename the run", type="primary", on_click=_rename, args=(view.name, key))
+        with st.popover("Delete", icon=":material/delete:"):
+            size = files.run.stat().st_size / 1e6
+            goes = [f"the run **{plain(view.name)}**, {size:,.1f} MB", *beside]
+            st.markdown(
+                "For good go:\n\n"
+                + "\n".join(f"- {what}" for what in goes)
+                + (f"\n\n{views} will say that the run is gone." if files.views else "")
+            )
+            st.button("Delete for good", type="primary", on_click=_delete_run, args=(view.name,))
+    _say_problem(f"new name of {view.name}")
+
+
+def _rename(old: str, key: str) -> None:
+    new = str(st.session_state[key]).strip()
+    close_runs()
+    try:
+        run_files.rename_run(runs_folder(), old, new)
+    except (CaptureError, ExplorerError) as error:
+        st.session_state[f"problem of {key}"] = str(error)
+        return
+    # what is chosen at the side is of the same run still
+    address.write("run", new)
+    st.session_state[_SAID] = f"The run {old} is called {new} now."
+
+
+@problems.in_callback
+def _delete_run(name: str) -> None:
+    close_runs()
+    run_files.delete_run(runs_folder(), name)
+    address.write_run("")
+    st.session_state[_SAID] = f"The run {name} was deleted."
 
 
 @section("Upload")
