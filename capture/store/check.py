@@ -234,15 +234,13 @@ QUESTIONS = (
         },
     ),
     Question(
-        "packed.rollup LEFT JOIN packed.site USING (layer, site) LEFT JOIN"
-        " (SELECT DISTINCT coalesce(domain, '') AS domain, true AS known FROM packed.prompt)"
-        " AS named ON coalesce(rollup.domain, '') = named.domain,"
-        f" {_FACTS}",
+        "packed.rollup LEFT JOIN packed.site USING (layer, site) LEFT JOIN (SELECT DISTINCT"
+        " coalesce(domain, '') AS domain, true AS known FROM packed.prompt) AS named"
+        f" ON coalesce(rollup.domain, '') = named.domain, {_FACTS}",
         {
             "sums of a router that it does not have": "n_experts IS NULL"
             " OR len(assignments) <> n_experts OR len(weight_sum) <> n_experts"
             " OR coalesce(len(prob_sum), n_experts) <> n_experts",
-            # in a phase with few tokens all domains may be put together
             "sums of a domain that no prompt has": "named.known IS NULL AND level <> 'counts'"
             f" AND NOT (level = 'stats' AND rollup.domain = '{schema.TOGETHER}')",
             "a domain of sums with a name that is too long": long("rollup.domain"),
