@@ -99,6 +99,8 @@ def attach(path: Path, name: str, *, read_only: bool = True) -> duckdb.DuckDBPyC
         connection.execute("SET temp_directory = ?", [str(spill)])
         connection.execute(f"SET memory_limit = '{MEMORY}'")
         connection.execute(f"SET max_temp_directory_size = '{SPILLED}'")
+        # a query of seconds would draw it into what a command prints
+        connection.execute("SET enable_progress_bar = false")
         quoted = str(path.absolute()).replace("'", "''")
         connection.execute(f"ATTACH '{quoted}' AS {name}{' (READ_ONLY)' if read_only else ''}")
         connection.execute(_LOCK)

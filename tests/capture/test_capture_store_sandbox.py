@@ -189,6 +189,9 @@ def test_a_run_is_read_as_before(written):
     with RunReader.open(written.path) as run:
         assert run.sites == list(SITES)
         assert run.info["n_prompts"] == len(PROMPTS)
+        # a command's output is not mixed with DuckDB's progress
+        (shown,) = run.query("SELECT current_setting('enable_progress_bar') AS it")["it"]
+        assert not shown
     assert [path.name for path in written.path.parent.iterdir()] == ["run.duckdb"]
 
 

@@ -14,7 +14,7 @@ from explorer.pages.tokens.data import prompt_experts
 from explorer.pages.tokens.figures import changed_routing, loss_lines, next_token_bars
 from explorer.router_cards import CARDS, parse_router
 from explorer.text import counted, plain, visible
-from explorer.ui import address, problems, saved
+from explorer.ui import address, printing, problems, saved
 from explorer.ui.chart import chart, tile
 from explorer.ui.job import follow, wait_for
 from explorer.ui.problems import in_callback, instead, section
@@ -344,7 +344,7 @@ def _missing(view: View, asked: WhatIfRequest, *, may: bool, allowed: bool) -> N
     if not may:
         instead(
             "Not available: nobody who may run the model here has looked at this change yet. "
-            "Answers that were made once are shown to everybody."
+            "Answers that were made once are shown to everybody, and in reports made after that."
         )
         return
     st.button("Run it", on_click=_run, args=(view, asked, asked.edits), disabled=not allowed)
@@ -359,7 +359,9 @@ def _show(view: View, listed: pd.DataFrame, answer: dict[str, Any]) -> None:
     scope = Scope(n_tokens, complete=bool(view.run.info["complete"]))
     changed = _changed(answer, rows)
     sets = changed.groupby("position")["value"].max() > 0
-    tiles = st.columns(4)
+    # how long it took says nothing on paper
+    on_screen = printing.theme() is None
+    tiles = st.columns(4 if on_screen else 3)
     tile(
         tiles[0],
         "Loss, before",
@@ -381,13 +383,14 @@ def _show(view: View, listed: pd.DataFrame, answer: dict[str, Any]) -> None:
         f"of {n_tokens:,}, in any layer",
         about="Whose set of experts is another one in at least one layer.",
     )
-    tile(
-        tiles[3],
-        "Time to answer",
-        f"{answer['seconds']:.2f} s",
-        f"{answer['cpu_seconds']:.2f} s of computing",
-        about="In the worker. The first answer loads the model.",
-    )
+    if on_screen:
+        tile(
+            tiles[3],
+            "Time to answer",
+            f"{answer['seconds']:.2f} s",
+            f"{answer['cpu_seconds']:.2f} s of computing",
+            about="In the worker. The first answer loads the model.",
+        )
     left, right = st.columns([3, 2], gap="large")
     with left:
         losses = rows.iloc[1:].assign(before=before, after=after)
