@@ -49,6 +49,8 @@ TOGETHER = {
     for name in (
         "capture/test_capture_buffer",
         "capture/test_capture_cli",
+        "capture/test_capture_own_loop_ways",
+        "capture/test_capture_shards",
         "capture/test_capture_stopping",
         "capture/test_capture_store_processes",
         "explorer/test_explorer_killed",

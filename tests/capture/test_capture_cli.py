@@ -1,33 +1,15 @@
 """The command line: what it prints, how it ends, and that Ctrl-C loses nothing."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from capture.__main__ import main
 from capture.store import RunReader, RunWriter
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(arguments, folder, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "capture", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # whoever runs the tests in the background has them ignore Ctrl-C, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
 
 
 def test_help_explains_itself(capsys):
@@ -121,29 +103,31 @@ def test_recover_closes_what_a_killed_capture_left(tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "code", "word"),
-    [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")],
+    ("sent", "code", "word", "start"),
+    [
+        (signal.SIGINT, 130, "Interrupted", processes.start_anew),
+        (signal.SIGTERM, 143, "Terminated", processes.start),
+    ],
 )
-def test_a_signal_ends_cleanly_and_keeps_what_was_recorded(tmp_path, sent, code, word):
+def test_a_signal_ends_cleanly_and_keeps_what_was_recorded(tmp_path, sent, code, word, start):
     line = "The quick brown fox jumps over the lazy dog. " * 8 + "\n"
-    (tmp_path / "p.txt").write_text(line * 5000, encoding="utf-8")
+    (tmp_path / "p.txt").write_text(line * 2000, encoding="utf-8")
     process = start(
-        ["demo", "--prompts", "p.txt", "--out", "r.duckdb", "--batch-tokens", "400"], tmp_path
+        tmp_path, ["demo", "--prompts", "p.txt", "--out", "r.duckdb", "--batch-tokens", "400"]
     )
-    seen = ""
-    while "tok/s" not in seen:
-        seen += process.stderr.read(64)
-        assert process.poll() is None, seen
-    time.sleep(1.5)
+    while "tok/s" not in process.stderr:
+        assert process.poll() is None, process.stderr
+        time.sleep(0.1)
+    time.sleep(0.5)
     process.send_signal(sent)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == code, rest
+    assert process.wait(60) == code, process.stderr
+    rest = process.stderr
     assert f"{word}: " in rest and "incomplete run r.duckdb" in rest
     assert "Traceback" not in rest
     with RunReader.open(tmp_path / "r.duckdb") as run:
         assert not run.info["complete"]
         n_tokens = run.info["n_tokens"]
-        assert 0 < n_tokens < 5000 * 80
+        assert 0 < n_tokens < 2000 * 80
         gates = run.query("SELECT count(*) n FROM gates").to_pydict()
         assert gates["n"] == [n_tokens * run.info["n_layers"]]
     assert not (tmp_path / "r.duckdb.partial").exists()

@@ -2,14 +2,12 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
+import socket
 import threading
 import warnings
-from pathlib import Path
 
 import accelerate
+import processes
 import pytest
 import tiny_models
 import torch
@@ -24,7 +22,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
     import peft
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [[5, 6, 7, 9, 11], [8, 9], [20, 21, 22, 23]]
 LONG = [5, 6, 7, 9, 11, 30, 31, 32]
 
@@ -351,17 +348,15 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_processes_that_train_together(tmp_path):
     """Gradients that are averaged, and weights that are sharded: a part each, training the same."""
-    script = tmp_path / "train.py"
-    script.write_text(PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2", script, tmp_path],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert not done.returncode, done.stderr
+    with socket.create_server(("localhost", 0)) as free:
+        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    started = [
+        processes.start(
+            tmp_path, [tmp_path], code=PARALLEL, RANK=str(rank), WORLD_SIZE="2", **group
+        )
+        for rank in range(2)
+    ]
+    assert not any([process.wait() for process in started]), [one.stderr for one in started]
     own = model("mixtral", num_hidden_layers=2)
     for how in ("ddp", "fsdp"):
         for rank, rows in enumerate(([[5, 6, 7, 9, 11], [8, 9]], [[20, 21, 22], [30]])):

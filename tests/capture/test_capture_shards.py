@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import duckdb
+import processes
 import pytest
 import tiny_models
 
@@ -131,36 +132,46 @@ def test_which_share_is_a_process_s_own(tmp_path, monkeypatch):
         capture.record("demo", "-", out, progress=False)
 
 
-def start(*options, module="capture"):
-    command = [sys.executable, "-m", *module.split(), "demo", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+# the command, but in its second part it records one forward pass and stays there
+STAYS = """
+import time
+from capture.__main__ import main
+from capture.store import RunWriter
+append, writers = RunWriter.append, []
+def stays(self, *args, **kwargs):
+    append(self, *args, **kwargs)
+    if self not in writers:
+        writers.append(self)
+    if len(writers) > 1:
+        time.sleep(600)
+RunWriter.append = stays
+main()
+"""
 
 
-@pytest.mark.slow(seconds=60)
+@pytest.mark.slow
 def test_one_of_four_processes_is_killed_and_comes_again(tmp_path):
     out, folder = tmp_path / "run.duckdb", tmp_path / "run.parts"
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"The {n} quick brown foxes.\n" for n in range(32)))
-    options = ["--prompts", str(prompts), "--out", str(out), "--parts", "8", "--generate", "32"]
-    options += ["--quiet"]
-    processes = [start(*options, "--shard", f"{rank}/4") for rank in range(4)]
+    prompts.write_text("".join(f"The {n} quick brown foxes.\n" for n in range(16)))
+    options = ["demo", "--prompts", prompts, "--out", out, "--parts", "8", "--generate", "4"]
+    options += ["--quiet", "--shard"]
+    killed = processes.start(tmp_path, [*options, "1/4"], code=STAYS)
+    others = [processes.start(tmp_path, [*options, f"{rank}/4"]) for rank in (0, 2, 3)]
     # its second part is begun, and the first one is whole
     deadline = time.monotonic() + 300
     while not list(folder.glob("part-5-of-8-*.partial")):
-        assert time.monotonic() < deadline and processes[1].poll() is None
+        assert time.monotonic() < deadline and killed.poll() is None, killed.stderr
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGKILL)
-    ends = [(process.communicate(), process.returncode) for process in processes]
-    assert [code for _, code in ends] == [0, -signal.SIGKILL, 0, 0], ends
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert [(other.wait(), other.stderr) for other in others] == [(0, "")] * 3
     assert not out.exists() and list(folder.glob("part-5-*.attempt-*"))
     before = {name: time for name, time in files(folder).items() if "attempt" not in name}
     assert len(before) == 7
-    again = start(*options, "--shard", "1/4")
-    said, errors = again.communicate()
-    assert again.returncode == 0 and said.strip() == str(out), errors
+    again = processes.start(tmp_path, [*options, "1/4"])
+    assert again.wait() == 0, again.stderr
+    assert again.stdout.strip() == str(out)
     after = files(folder)
     assert len(after) == 8 and before.items() <= after.items()
     check_run(out)
@@ -173,16 +184,23 @@ def test_one_of_four_processes_is_killed_and_comes_again(tmp_path):
             "SELECT count(*) FROM prompt_sizes JOIN (SELECT prompt_id, count(*) AS n FROM tokens"
             " WHERE phase = 'prompt' GROUP BY prompt_id) USING (prompt_id) WHERE n = n_tokens"
         ).fetchone()
-    assert counts[0] == counts[1] and counts[2] == read[0] == 32
+    assert counts[0] == counts[1] and counts[2] == read[0] == 16
 
 
 @pytest.mark.slow(seconds=30)
 def test_torchrun_gives_one_run(tmp_path):
-    out = tmp_path / "run.duckdb"
-    module = "torch.distributed.run --nproc-per-node 2 -m capture"
-    process = start("--out", str(out), "--quiet", module=module)
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert str(out) in said
+    out, prompts = tmp_path / "run.duckdb", tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"The {n} quick brown foxes.\n" for n in range(6)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("-m", "capture", "demo", "--prompts", prompts, "--out", out, "--quiet"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
     with duckdb.connect(str(out), read_only=True) as run:
-        assert run.execute("SELECT n_prompts, complete FROM run").fetchone() == (162, True)
+        assert run.execute("SELECT n_prompts, complete FROM run").fetchone() == (6, True)

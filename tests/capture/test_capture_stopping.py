@@ -4,14 +4,13 @@ import errno
 import gzip
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import duckdb
 import numpy as np
+import processes
 import pytest
 import tiny_models
 from store_runs import make_forward, make_site, start, write
@@ -200,29 +199,25 @@ from capture.store import writer
 writer.COMMIT_SECONDS = 0.05
 model = tiny_models.build("olmoe")
 model.model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-capture.record(model, [[3, 4, 5]] * 5000, sys.argv[1], batch_tokens=1, sample_tokens=0,
+capture.record(model, [[3, 4, 5]] * 1000, sys.argv[1], batch_tokens=1, sample_tokens=0,
                progress=lambda r: print(r.tokens_done, flush=True))
 """
 
 
-@pytest.mark.slow
 def test_what_the_bar_has_counted_survives_a_kill(tmp_path):
     out = tmp_path / "a.duckdb"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", COUNTING, out],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    with process:
-        counted = 0
-        while counted < 60:
-            counted = int(process.stdout.readline())
-        process.kill()
-        rest = process.stdout.read().split("\n")
-    counted = max(counted, *(int(line) for line in rest[:-1] if line), 0)
-    assert n_tokens(recover(files.partial_of(out)))[0] >= counted
+    process = processes.start(tmp_path, [out], code=COUNTING)
+
+    def counted():
+        # the line that is being printed may be half there
+        return max(map(int, process.stdout.rpartition("\n")[0].split()), default=0)
+
+    while counted() < 60:
+        assert process.poll() is None, process.stderr
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert n_tokens(recover(files.partial_of(out)))[0] >= counted()
 
 
 def test_an_idle_writer_thread_keeps_up_and_tells_what_went_wrong():
@@ -353,12 +348,8 @@ def test_recover_on_a_full_disk_says_so_and_loses_nothing(tmp_path):
     writer.flush()
     writer.abandon()
     room = writer.partial.stat().st_size
-    said = subprocess.run(
-        [sys.executable, "-c", LIMITED, writer.partial, str(room)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    said = processes.start(tmp_path, [writer.partial, room], code=LIMITED)
+    assert said.wait() == 0
     assert "could not be" in said.stdout and "a run file was expected" not in said.stdout.lower()
     assert "space" in said.stdout and not said.stderr
     assert n_tokens(recover(writer.partial)) == (8000, False)
