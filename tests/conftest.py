@@ -58,6 +58,8 @@ TOGETHER = {
     )
 }
 
+# the code of UMAP is compiled once a process, which takes ten seconds
+MAPPED = {f"tests/explorer/test_explorer_{name}.py" for name in ("clusters", "degenerate")}
 # other files with tests in a browser
 BROWSED = {"tests/app/test_app_share.py", "tests/app/test_app_text.py"}
 
@@ -82,7 +84,9 @@ def pytest_xdist_make_scheduler(config, log):
             file = super()._split_scope(nodeid)
             # one Chromium and one app are started, and they have compiled what the next page needs
             browsed = file.endswith("_browser.py") or file in BROWSED
-            return "together" if file in TOGETHER else "browsed" if browsed else file
+            if file in TOGETHER:
+                return "together"
+            return "browsed" if browsed else "mapped" if file in MAPPED else file
 
     return ByFile(config, log)
 

@@ -1,8 +1,6 @@
 """Maps: vectors, layout, clusters, quality, cache, and the questions asked of their points."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import duckdb
@@ -396,17 +394,6 @@ def test_the_worker_makes_a_map_and_clusters_beside_nothing(run, tmp_path, monke
     assert Path(os.environ["XDG_CACHE_HOME"]) in path.parents
     with pytest.raises(RunError, match="changed since"):
         make_map(str(run.path), source, tmp_path / "map-of-others", FAST, lambda *_: None)
-
-
-def test_maps_need_no_torch():
-    code = (
-        "import sys, explorer.maps.make, explorer.pages.clusters.points, "
-        "umap, sklearn.cluster; print('torch' in sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.stdout.strip() == "False", result.stderr
 
 
 # ---- regions and points

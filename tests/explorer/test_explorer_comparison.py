@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import router_checks
 import tiny_models
+from synthetic import write_run
 
 import capture
 from capture.model.flops import model_flops
@@ -289,8 +290,10 @@ def rows_of_texts(losses, tokens=(10, 30)):
     return rows
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    command = [sys.executable, "-m", "explorer", "routers", "--json"]
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    path = write_run(tmp_path / "known.duckdb").path
+    # a command that loads no model
+    command = [sys.executable, "-m", "explorer", "findings", str(path)]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdout=-1, stderr=-1) as process:
         process.stdout.close()

@@ -235,6 +235,8 @@ def test_load_heatmap_holds_the_load(run):
     # the third router has 4 experts: no value and no click beyond
     assert np.isnan(z[2, 4:]).all() and (4, 2) not in points
     assert figure.layout.yaxis.ticktext == ("1.0", "3.0", "3.1")
+    # the first layer at the top, and all of every cell
+    assert figure.layout.yaxis.range == (2.5, -0.5) and figure.layout.xaxis.range == (-0.5, 5.5)
     # neutral in the middle of a fixed, symmetric range
     assert (heat(figure).zmin, heat(figure).zmax) == (-3, 3)
     assert heat(figure).colorscale[3][0] == 0.5

@@ -1,17 +1,15 @@
 """Reports: whole, self-contained, escaped, in both themes; and saved views."""
 
-import ast
 import html
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from streamlit.testing.v1 import AppTest
 from synthetic import NASTY, write_run
 from test_app_clusters import keep
 
@@ -24,7 +22,7 @@ from explorer.report import build, build_report, write_report
 from explorer.report.build import RUN_PAGES
 from explorer.report.document import rich, section
 from explorer.run import open_run
-from explorer.ui import theme
+from explorer.ui import printing, theme
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,7 +96,6 @@ def test_texts_are_escaped_and_there(report):
     # the prompt itself, token by token
     strip = report.split('<div class="strip"')[1].split("</div>")[0]
     assert html.escape(NASTY) in strip and 'dir="auto"' in strip
-    assert len(re.findall('class="token[^"]* chosen"', strip)) == 1
 
 
 def drawn(text):
@@ -206,11 +203,18 @@ def test_a_report_has_the_map_that_somebody_had_made(runs, tmp_path, monkeypatch
     assert sum(len(trace["text"]) for trace in light["data"]) == len(places)
 
 
-def test_a_report_of_a_changed_run_says_so(runs, view, tmp_path):
-    shutil.copytree(runs, tmp_path / "runs")
-    (tmp_path / "runs" / "known.duckdb").unlink()
-    path = write_run(tmp_path / "runs" / "known.duckdb", level="attention", seed=1).path
-    assert "Changed since the view was saved: known" in Reader(build_report(path, view)).words
+def test_a_report_says_what_changed_since_its_view_and_what_the_page_could_not_show(tmp_path):
+    path = write_run(tmp_path / "known.duckdb", level="attention").path
+    params = {"run": "known", "domain": "gone", "layer": "3.1"}
+    view = saved_views.save_view(
+        tmp_path, "z", page="overview", params=params, runs={"known": path}
+    )
+    path.unlink()
+    write_run(path, level="attention", seed=1)
+    words = Reader(build_report(path, view)).words
+    assert "Changed since the view was saved: known" in words
+    assert "The page could not show domain = gone." in words
+    assert "run = known, layer = 3.1" in words and "domain = gone, layer" not in words
 
 
 def test_the_command_writes_a_whole_run_and_nothing_twice(runs, written, whole, capsys):
@@ -280,35 +284,23 @@ def test_what_is_missing_is_said_and_never_0():
     assert text.count("– = not recorded, or not defined there") == 1
 
 
-def test_numbers_of_a_table_are_written_as_on_the_page(tmp_path):
-    # in a process of its own, as AppTest takes the place of a server
-    script = """if True:
+def test_numbers_of_a_table_are_written_as_on_the_page():
+    def page():
         import pandas as pd
-        from streamlit.testing.v1 import AppTest
-        from explorer.ui import printing
+        import streamlit as st
 
-        def page():
-            import pandas as pd
-            import streamlit as st
-            number = st.column_config.NumberColumn
-            st.dataframe(
-                pd.DataFrame({"a": [12.345, None], "b": [1234, 5], "c": [0.5, 0.25], "d": [7, 8]}),
-                column_config={
-                    "a": number("Share", format="%.1f%%"),
-                    "b": number("Count", format="localized"),
-                    "c": None,
-                },
-            )
+        number = st.column_config.NumberColumn
+        st.dataframe(
+            pd.DataFrame({"a": [12.345, None], "b": [1234, 5], "c": [0.5, 0.25], "d": [7, 8]}),
+            column_config={
+                "a": number("Share", format="%.1f%%"),
+                "b": number("Count", format="localized"),
+                "c": None,
+            },
+        )
 
-        (block,) = printing._blocks(AppTest.from_function(page).run().main)
-        print({name: block[name] for name in ("columns", "numbers", "rows")})
-    """
-    path = tmp_path / "page.py"
-    path.write_text(script)
-    command = [sys.executable, str(path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    block = ast.literal_eval(done.stdout)
+    (found,) = printing._blocks(AppTest.from_function(page).run().main)
+    block = {name: found[name] for name in ("columns", "numbers", "rows")}
     assert block == {
         "columns": ["Share", "Count", "d"],
         "numbers": [True, True, False],
@@ -419,58 +411,51 @@ def test_a_view_file_from_a_stranger_is_not_believed(tmp_path, runs, view, chang
     assert saved_views.list_views(tmp_path) == ([], ["0123456789"])
 
 
-def test_printing_needs_no_torch():
-    code = "import sys, explorer.ui.printing, explorer.report; print('torch' in sys.modules)"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert re.fullmatch(r"False\n", found.stdout)
-
-
 # ---- one part that fails, and the run that a view is of
 
 BREAK = """
 import explorer.pages.load_balance.figures as figures
-def broken(*_, **__):
+def broken(*_, layer="", **__):
     raise {error}
 figures.lorenz = broken
 from explorer.ui.printing import main
 main()
 """
+# of one layer an error of the code, which may name places, of another one a message for readers
+ERRORS = """{
+    "1.0": ZeroDivisionError("of /home/ann/secret/x.duckdb"),
+    "3.0": __import__("explorer").errors.RunError("No <b> here."),
+}[layer]"""
+SAID = {
+    "Load balance": "Lorenz curve: this part could not be drawn (ZeroDivisionError: of x.duckdb).",
+    "Load balance: layer 3.0": "Lorenz curve: No <b> here.",
+}
 
 
-def broken_printing(error):
-    return (sys.executable, "-c", BREAK.format(error=error))
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            "ZeroDivisionError('of /home/ann/secret/x.duckdb')",
-            "Lorenz curve: this part could not be drawn (ZeroDivisionError: of x.duckdb).",
-        ),
-        ("__import__('explorer').errors.RunError('No <b> here.')", "Lorenz curve: No <b> here."),
-    ],
-)
 def test_a_section_that_fails_is_named_and_the_others_are_there(
-    runs, tmp_path, monkeypatch, capsys, error, said
+    runs, tmp_path, monkeypatch, capsys
 ):
     pages = [page for page in RUN_PAGES if page[0] in ("overview", "load-balance")]
+    pages.append(("load-balance", {"layer": "3.0"}, "layer 3.0"))
     monkeypatch.setattr(build, "RUN_PAGES", pages)
-    monkeypatch.setattr(build, "_PRINT", broken_printing(error))
+    command = (sys.executable, "-c", BREAK.format(error=ERRORS))
+    monkeypatch.setattr(build, "_PRINT", command)
     out = tmp_path / "report.html"
     assert main(["report", str(runs / "known.duckdb"), "--out", str(out)]) == 0
     text = out.read_text(encoding="utf-8")
     words = Reader(text).words
-    assert f"Load balance: {said}" in words  # at the top
-    assert f"This section could not be made whole. {said}" in words
-    assert f"warning: Load balance could not be made whole: {said}" in capsys.readouterr().err
-    for title in ("Overview", "Load balance", "Load balance: serving"):
+    warned = capsys.readouterr().err
+    for title, said in SAID.items():
+        assert f"{title}: {said}" in words  # at the top
+        assert f"This section could not be made whole. {said}" in words
+        assert f"warning: {title} could not be made whole: {said}" in warned
+    assert warned.count("could not be made whole") == 2
+    for title in ("Overview", "Load balance", "Load balance: serving", "Load balance: layer 3.0"):
         assert f"<h2>{title}</h2>" in text
     titles = [light["layout"]["title"]["text"] for light, _ in drawn(text)]
-    # the other figures of the page, before and after, and those of the other pages
-    for figure in ("Load of the experts of layer 1", "Load by domain", "Load of every expert"):
+    # the other figures of the pages, before and after, and those of the other pages
+    layers = [f"Load of the experts of layer {layer}" for layer in (1, 3)]
+    for figure in (*layers, "Load by domain", "Load of every expert"):
         assert any(figure in title for title in titles)
     assert not any("Lorenz" in title for title in titles)
     assert "/home/ann" not in text and str(runs) not in text
@@ -493,11 +478,21 @@ def test_a_page_that_fails_as_a_whole_takes_no_other_one_down(runs, monkeypatch)
     assert any("Load of each GPU" in title for title in titles)
 
 
+ENDS = """
+import io, os, sys
+asked = sys.stdin.read()
+if "load-balance" in asked:
+    os._exit(9)
+sys.stdin = io.StringIO(asked)
+from explorer.ui.printing import main
+main()
+"""
+
+
 def test_a_page_that_ends_its_process_takes_no_other_one_down(runs, monkeypatch):
     pages = [page for page in RUN_PAGES if page[0] in ("overview", "load-balance")]
     monkeypatch.setattr(build, "RUN_PAGES", pages[:2])
-    ends = BREAK.replace("raise {error}", "__import__('os')._exit(9)")
-    monkeypatch.setattr(build, "_PRINT", (sys.executable, "-c", ends))
+    monkeypatch.setattr(build, "_PRINT", (sys.executable, "-c", ENDS))
     made = build.make_report(runs / "known.duckdb")
     assert list(made.failed) == ["Load balance"] and "The process that draws it ended" in made.text
     assert drawn(made.text)
@@ -538,12 +533,3 @@ def test_a_report_of_a_view_is_of_its_run_or_refused(two_runs, there):
     if there:
         words = Reader(build_report(path["b"], against)).words
         assert f"a (fingerprint {saved_views.fingerprint(path['a'])})" in words
-
-
-def test_what_a_page_could_not_show_of_a_view_is_said(runs):
-    params = {"run": "known", "domain": "gone", "layer": "3.1"}
-    view = saved_views.save_view(runs, "z", page="overview", params=params, runs={})
-    words = Reader(build_report(runs / "known.duckdb", view)).words
-    saved_views.delete_view(runs, view.view_id)
-    assert "The page could not show domain = gone." in words
-    assert "run = known, layer = 3.1" in words and "domain = gone, layer" not in words
