@@ -96,6 +96,7 @@ def test_texts_are_escaped_and_there(report):
     # the prompt itself, token by token
     strip = report.split('<div class="strip"')[1].split("</div>")[0]
     assert html.escape(NASTY) in strip and 'dir="auto"' in strip
+    assert len(re.findall('class="token[^"]* chosen"', strip)) == 1
 
 
 def drawn(text):
