@@ -14,7 +14,8 @@ from capture.interrupts import Terminated
 from capture.paths import RUN_SUFFIX, given_path, path_argument, suggested_name
 from capture.recorder.config import CaptureConfig, described
 from capture.recorder.record import record
-from capture.store import merge, migrate, recover
+from capture.store import merge, migrate, partition, recover
+from capture.store.partition import TOKENS
 from capture.traces import import_routing
 from capture.traces.formats import NAMES
 
@@ -42,6 +43,8 @@ examples:
       their parts as one run, where the last process did not do it
   python -m capture recover runs/olmoe.duckdb.partial
       close the file of a capture that was killed; everything committed is kept
+  python -m capture partition runs/big.duckdb --out runs/big-parts.duckdb
+      the same run with its rows in partitioned Parquet, for more than one file should hold
   python -m capture migrate runs/old.duckdb runs/new.duckdb
       write a run of an older version as a new file
   python -m capture matrix mixtral gpt_oss
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {
         **{"import": _import, "merge": _merge, "recover": _recover, "migrate": _migrate},
-        "matrix": _matrix,
+        **{"partition": _partition, "matrix": _matrix},
     }
     run = commands.get(given[0], _capture) if given else _capture
     try:
@@ -213,6 +216,21 @@ def _merge(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, metavar="RUN", help="never overwritten")
     options = parser.parse_args(arguments[1:])
     print(merge(options.part, options.out))
+    return 0
+
+
+def _partition(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m capture partition",
+        description="Write a run with its rows in partitioned Parquet beside it, in NEW's name.",
+    )
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--out", required=True, metavar="NEW", help="never overwritten")
+    parser.add_argument(
+        "--tokens", type=int, default=TOKENS, metavar="N", help="of a part (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments[1:])
+    print(partition(options.run, options.out, tokens=options.tokens))
     return 0
 
 

@@ -1,6 +1,7 @@
 """The run file: one DuckDB database per capture, written once, read by many."""
 
 from capture.store.merge import merge
+from capture.store.partition import partition
 from capture.store.reader import RunReader, check_run
 from capture.store.records import (
     RECORDED_LEVELS,
@@ -48,5 +49,6 @@ __all__ = [
     "merge",
     "migrate",
     "next_sites",
+    "partition",
     "recover",
 ]

@@ -60,6 +60,7 @@ MAX_TOKENS = 10**9  # of a prompt
 MAX_LOAD = 2**53  # assignments of an expert that no token is known of; doubles count so far
 # DuckDB knows moments that Python does not
 _MOMENT = "isfinite(started_at) AND started_at BETWEEN '1970-01-01' AND '2200-01-01'"
+PARTITIONED = "partitioned"  # what a run says in ``run.notes`` whose rows lie beside its file
 PHASE = "phase NOT IN ('prompt', 'generated')"
 
 
@@ -486,6 +487,8 @@ def _check(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     if connection.sql("SELECT count(*) FROM packed.site").fetchall() == [(0,)]:
         raise not_a_run(path, "it has no router")
     level = _check_documents(path, connection)
+    if is_partitioned(*connection.sql(schema.SELECT_NOTES).fetchall()[0]):
+        return  # its rows were looked at when it was written, and are too many for every start
     for table, wrong in connection.sql(TWICE).fetchall():
         if wrong:
             raise not_a_run(path, f"it holds rows of packed.{table} twice")
@@ -516,6 +519,11 @@ def _check_documents(path: Path, connection: duckdb.DuckDBPyConnection) -> str:
         if not _is_object(text):
             raise not_a_run(path, f"its {name} is not a JSON object")
     return str(level)
+
+
+def is_partitioned(notes: str) -> bool:
+    """Whether a run says in its notes that its rows lie in Parquet files beside it."""
+    return _is_object(notes) and json.loads(notes).get(PARTITIONED) is True
 
 
 def _is_object(text: str) -> bool:

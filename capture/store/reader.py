@@ -10,7 +10,7 @@ runs on it are limited, and what is wrong with a file is one kind of error.
 import functools
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from capture.errors import SchemaVersionError, StoreError, first_line, quoted
 from capture.store import check, schema
-from capture.store.check import UNREADABLE, check_values
+from capture.store.check import UNREADABLE, check_values, is_partitioned
 from capture.store.codec import Layout
 from capture.store.files import SAFE, cannot_open, check_file, limited, not_a_run
 from capture.store.records import sites_of
@@ -38,6 +38,8 @@ _TABLES = (
 _INDEXES = "SELECT count(*) FROM system.main.duckdb_indexes() WHERE database_name = ?"
 _MACROS = "SELECT count(*) FROM system.main.duckdb_functions() WHERE database_name = ?"
 _SCHEMA = "packed"
+# tables that grow with the tokens: of a partitioned run they lie in Parquet files, not in the file
+ROW_TABLES = ("token", "route", "score", "hidden")
 FIRST_RELEASED = 1  # schema version
 # columns that are not read as they are stored
 _READ = {("token", "token"): f"nullif(token, {schema.NO_TOKEN}) AS token"}
@@ -85,7 +87,8 @@ def read_version(
 def attach(path: Path, name: str, *, read_only: bool = True) -> duckdb.DuckDBPyConnection:
     """Attach a file, whoever made it, as ``name`` to an empty database in memory.
 
-    Its tables are read under their whole names, ``name.schema.table``; no other file can be read.
+    Its tables are read under their whole names, ``name.schema.table``; no other file can be read,
+    except those of the folder of a partitioned run.
 
     Raises
     ------
@@ -101,13 +104,24 @@ def attach(path: Path, name: str, *, read_only: bool = True) -> duckdb.DuckDBPyC
         connection.execute(f"SET max_temp_directory_size = '{SPILLED}'")
         # a query of seconds would draw it into what a command prints
         connection.execute("SET enable_progress_bar = false")
-        quoted = str(path.absolute()).replace("'", "''")
-        connection.execute(f"ATTACH '{quoted}' AS {name}{' (READ_ONLY)' if read_only else ''}")
+        here = _quoted(path.absolute())
+        connection.execute(f"ATTACH {here} AS {name}{' (READ_ONLY)' if read_only else ''}")
+        if read_only and (rows := rows_folder(path)).is_dir() and not rows.is_symlink():
+            connection.execute(f"SET allowed_directories = [{_quoted(rows.absolute())}]")
         connection.execute(_LOCK)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def rows_folder(path: Path) -> Path:
+    """Return where the rows of a partitioned run lie: beside its file, under its name."""
+    return path.with_suffix(".parquet")
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
 
 
 def tables_in(
@@ -142,7 +156,10 @@ def open_sandbox(
         missing = _check_tables(path, connection, oldest)
         if not read_only:
             _check_indexes(path, connection)
-        for statement in _views(_layout(path, connection), missing):
+        layout = _layout(path, connection)
+        (notes,) = connection.sql(in_file(schema.SELECT_NOTES)).fetchall()[0]
+        rows = _partitions(path, connection, layout) if is_partitioned(notes) else {}
+        for statement in _views(layout, missing, rows):
             connection.execute(statement)
         _check_sites(path, connection)
     except duckdb.Error as error:
@@ -216,6 +233,33 @@ def _check_tables(path: Path, connection: duckdb.DuckDBPyConnection, oldest: int
     return missing
 
 
+def _partitions(
+    path: Path, connection: duckdb.DuckDBPyConnection, layout: Layout
+) -> dict[str, str]:
+    """Return what to read in the place of each table of rows; refuse what are not its rows."""
+    folder = rows_folder(path.absolute())
+    if not folder.is_dir() or folder.is_symlink():
+        raise StoreError(
+            f"The rows of {path.name} lie in the folder {folder.name}, which is not beside it. Put "
+            "it back there, or open the run that both were made of."
+        )
+    found = {table: f"read_parquet({_files(folder, table)})" for table in ROW_TABLES}
+    for table, rows in found.items():
+        columns = dict(
+            row[:2] for row in connection.sql(f"DESCRIBE SELECT * FROM {rows}").fetchall()
+        )
+        if columns != expected_tables(layout)[table].types:
+            raise not_a_run(
+                path, f"its rows in {folder.name}/{table} are not as RouteScope makes them"
+            )
+    return found
+
+
+def _files(folder: Path, table: str) -> str:
+    """Write the files of a table, and that the name of a folder is no column."""
+    return f"{_quoted(folder / table / 'part=*' / 'rows.parquet')}, hive_partitioning = false"
+
+
 def _refuse_strange(path: Path, names: list[str]) -> None:
     if names:
         raise not_a_run(path, f"its table packed.{min(names)} is not as RouteScope makes it")
@@ -249,6 +293,7 @@ class PackedTable(NamedTuple):
 
     sql: str
     columns: list[str]
+    types: dict[str, str]
 
 
 @functools.cache
@@ -258,23 +303,39 @@ def expected_tables(layout: Layout) -> dict[str, PackedTable]:
         for statement in schema.create_statements(layout):
             connection.execute(statement)
         return {
-            name: PackedTable(sql, connection.table(f"{_SCHEMA}.{name}").columns)
+            name: PackedTable(
+                sql, table.columns, dict(zip(table.columns, map(str, table.types), strict=True))
+            )
             for name, sql in tables_in(connection, "memory", _SCHEMA).items()
+            for table in [connection.table(f"{_SCHEMA}.{name}")]
         }
 
 
-def _views(layout: Layout, missing: frozenset[str]) -> list[str]:
-    """Write our views, over views that stand for the tables of the file."""
+def _views(layout: Layout, missing: frozenset[str], rows: Mapping[str, str]) -> list[str]:
+    """Write our views, over views that stand for the tables of the file, or for its ``rows``."""
     tables = []
     for name, table in expected_tables(layout).items():
         if name in missing:
             continue
         columns = ", ".join(_READ.get((name, column), column) for column in table.columns)
-        tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {FILE}.packed.{name}")
+        place = rows.get(name, f"{FILE}.packed.{name}")
+        tables.append(f"CREATE VIEW packed.{name} AS SELECT {columns} FROM {place}")
     for name in sorted(missing):
         tables.append(f"CREATE VIEW packed.{name} AS {schema.STAND_INS[name][1]}")
     ours = (*schema.view_statements(layout), *schema.views_without_weights(layout))
     return ["CREATE SCHEMA packed", *tables, *ours]
+
+
+def view_script(layout: Layout, name: str) -> str:
+    """Write the documented views of a partitioned run for DuckDB, started where the file lies."""
+    folder = rows_folder(Path(name))
+    rows = {table: f"read_parquet({_files(folder, table)})" for table in ROW_TABLES}
+    statements = [
+        f"-- duckdb -init '{folder}/views.sql', in the folder of {name}",
+        f"ATTACH {_quoted(Path(name))} AS {FILE} (READ_ONLY)",
+        *_views(layout, frozenset(), rows),
+    ]
+    return ";\n".join(part.strip().rstrip(";") for part in statements) + ";\n"
 
 
 class RunReader:

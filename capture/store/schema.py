@@ -386,6 +386,7 @@ SELECT_RUN = "SELECT * FROM run"
 RUN_TABLE = "packed.run"
 SELECT_LEVEL = "SELECT level FROM packed.run"
 SELECT_COMPLETE = "SELECT complete FROM packed.run"
+SELECT_NOTES = "SELECT notes FROM packed.run"
 SELECT_LAYOUT = "SELECT id_bits, slots FROM packed.run"
 SELECT_SITES = "SELECT * EXCLUDE (dropped) FROM sites ORDER BY layer, site"
 SELECT_PACKED_SITES = "SELECT * FROM packed.site ORDER BY layer, site"  # of any version
