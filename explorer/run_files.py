@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from capture.store.files import rows_folder
 from explorer import saved_views, slices, worker, writing
 from explorer.comparison import atlas_file, results_file
 from explorer.errors import ExplorerError
@@ -16,6 +17,8 @@ class RunFiles(NamedTuple):
     Attributes
     ----------
     run : Path
+    rows : list of Path
+        Of a partitioned run, its files and folders of Parquet, those inside before what holds them.
     comparisons, atlases, slices : list of Path
         Files beside it that say nothing without it.
     views : list of SavedView
@@ -23,6 +26,7 @@ class RunFiles(NamedTuple):
     """
 
     run: Path
+    rows: list[Path]
     comparisons: list[Path]
     atlases: list[Path]
     slices: list[Path]
@@ -42,8 +46,10 @@ def files_of(folder: Path, name: str) -> RunFiles:
     """
     run = writing.run_file(folder, name)
     views, _ = saved_views.list_views(folder)
+    rows = rows_folder(run)
     return RunFiles(
         run,
+        [*sorted(rows.rglob("*"), reverse=True), rows] if _is_folder(rows) else [],
         results_file.comparisons_of(run),
         atlas_file.atlases_of(run),
         writing.own_files(slices.slices_folder(run), "*.parquet"),
@@ -68,6 +74,8 @@ def rename_run(folder: Path, name: str, new: str) -> Path:
     out = writing.run_path(folder, new)
     old = slices.slices_folder(files.run)
     moves = [(files.run, out)]
+    if files.rows:
+        moves.append((rows_folder(files.run), rows_folder(out)))
     if files.slices:
         moves.append((old, slices.slices_folder(out)))
     for path in (*files.comparisons, *files.atlases):
@@ -102,12 +110,16 @@ def delete_run(folder: Path, name: str) -> None:
     files = files_of(folder, name)
     _refuse_in_use(files.run)
     # the run last: what is beside it is not found without it
-    for path in (*files.comparisons, *files.atlases, *files.slices):
+    for path in (*files.comparisons, *files.atlases, *files.slices, *files.rows):
         writing.remove(path, what="Deleting a run")
     kept = slices.slices_folder(files.run)
-    if kept.is_dir() and not kept.is_symlink() and not any(kept.iterdir()):
+    if _is_folder(kept) and not any(kept.iterdir()):
         writing.remove(kept, what="Deleting a run")
     writing.remove(files.run, what="Deleting a run")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _refuse_in_use(run: Path) -> None:

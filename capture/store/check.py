@@ -24,7 +24,7 @@ from capture.errors import StoreError, quoted
 from capture.prompts import MAX_DOMAINS, MAX_PROMPT, MAX_SOURCE
 from capture.store import schema
 from capture.store.codec import Layout, unpack_ids
-from capture.store.files import Identity, identity, limited, not_a_run
+from capture.store.files import Identity, identity, is_partitioned, limited, not_a_run
 from capture.store.records import LEVELS, SiteInfo, sites_of
 from capture.store.schema import (
     ANY_PHASE,
@@ -60,7 +60,6 @@ MAX_TOKENS = 10**9  # of a prompt
 MAX_LOAD = 2**53  # assignments of an expert that no token is known of; doubles count so far
 # DuckDB knows moments that Python does not
 _MOMENT = "isfinite(started_at) AND started_at BETWEEN '1970-01-01' AND '2200-01-01'"
-PARTITIONED = "partitioned"  # what a run says in ``run.notes`` whose rows lie beside its file
 PHASE = "phase NOT IN ('prompt', 'generated')"
 
 
@@ -521,11 +520,6 @@ def _check_documents(path: Path, connection: duckdb.DuckDBPyConnection) -> str:
     return str(level)
 
 
-def is_partitioned(notes: str) -> bool:
-    """Whether a run says in its notes that its rows lie in Parquet files beside it."""
-    return _is_object(notes) and json.loads(notes).get(PARTITIONED) is True
-
-
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
@@ -573,10 +567,7 @@ def _reached(site: SiteInfo, by_phase: Sequence[tuple[str, int, int]]) -> tuple[
 
 
 def _check_experts(
-    path: Path,
-    connection: duckdb.DuckDBPyConnection,
-    layout: Layout,
-    sites: Sequence[SiteInfo],
+    path: Path, connection: duckdb.DuckDBPyConnection, layout: Layout, sites: Sequence[SiteInfo]
 ) -> None:
     """Refuse choices of experts that their router does not have, and totals that are not theirs."""
     load = {(layer, s): n or 0 for layer, s, n in connection.sql(schema.COUNT_LOAD).fetchall()}

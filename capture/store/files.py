@@ -3,6 +3,7 @@
 Every name is taken once, and a file gets it whole or not at all.
 """
 
+import json
 import logging
 import os
 import secrets
@@ -31,6 +32,7 @@ SAFE = {
     "autoload_known_extensions": "false",
 }
 LOCKED = SAFE | {"enable_external_access": "false", "lock_configuration": "true"}
+PARTITIONED = "partitioned"  # the note of a run whose rows lie beside its file
 # what a system says when a write finds no room
 _NO_ROOM = ("No space left", "File too large", "quota exceeded")
 _log = logging.getLogger(__name__)
@@ -306,6 +308,20 @@ def not_a_run(path: Path, reason: Exception | str) -> StoreError:
         f"A run file was expected at {path}, but it is not one ({first_line(reason)}). "
         "Record one with: python -m capture MODEL --prompts FILE --out RUN"
     )
+
+
+def rows_folder(path: Path) -> Path:
+    """Return where the rows of a partitioned run lie: beside its file, under its name."""
+    return path.with_suffix(".parquet")
+
+
+def is_partitioned(notes: str) -> bool:
+    """Whether a run says in its notes that its rows lie in Parquet files beside it."""
+    try:
+        said = json.loads(notes)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and said.get(PARTITIONED) is True
 
 
 class Identity(NamedTuple):

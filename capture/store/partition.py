@@ -18,14 +18,13 @@ from capture.errors import StoreError, first_line
 from capture.interrupts import as_keyboard_interrupt
 from capture.paths import given_path
 from capture.store import schema
-from capture.store.check import PARTITIONED, check_values
+from capture.store.check import check_values
 from capture.store.codec import Layout
-from capture.store.files import SAFE, check_new, made_whole
+from capture.store.files import PARTITIONED, SAFE, check_new, made_whole, rows_folder
 from capture.store.reader import (
     ROW_TABLES,
     expected_tables,
     open_sandbox,
-    rows_folder,
     view_script,
 )
 from capture.store.writer import BLOCK_SIZE

@@ -20,9 +20,17 @@ import pyarrow as pa
 
 from capture.errors import SchemaVersionError, StoreError, first_line, quoted
 from capture.store import check, schema
-from capture.store.check import UNREADABLE, check_values, is_partitioned
+from capture.store.check import UNREADABLE, check_values
 from capture.store.codec import Layout
-from capture.store.files import SAFE, cannot_open, check_file, limited, not_a_run
+from capture.store.files import (
+    SAFE,
+    cannot_open,
+    check_file,
+    is_partitioned,
+    limited,
+    not_a_run,
+    rows_folder,
+)
 from capture.store.records import sites_of
 
 SECONDS = 120.0  # what a query may take
@@ -113,11 +121,6 @@ def attach(path: Path, name: str, *, read_only: bool = True) -> duckdb.DuckDBPyC
         connection.close()
         raise
     return connection
-
-
-def rows_folder(path: Path) -> Path:
-    """Return where the rows of a partitioned run lie: beside its file, under its name."""
-    return path.with_suffix(".parquet")
 
 
 def _quoted(path: Path) -> str:

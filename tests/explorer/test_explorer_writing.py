@@ -94,6 +94,9 @@ def full_folder(folder):
     write_run(folder / "a.b.duckdb")
     for name in ("a.0011223344.comparison", "a.0011223344.atlas", "a.b.0011223344.comparison"):
         (folder / name).write_text(name)
+    rows = folder / "a.parquet" / "token" / "part=00000"  # as of a partitioned run
+    rows.mkdir(parents=True)
+    (rows / "rows.parquet").write_text("rows")
     with open_run(path) as run:
         slices.save_slice(run, "rare", [0, 1])
     params = {"run": "a", "slice": "rare", "comparison": "a.0011223344.comparison"}
