@@ -211,7 +211,8 @@ class TestFigures:
         losses = []
         for path in [TRENDS / "random_init.duckdb", *stage, last]:
             assert path.stat().st_size < 5e6
-            with RunReader.open(path) as run:
+            # the page Trends opens them without asking
+            with RunReader.open(path, checked=True) as run:
                 assert run.info["model"] == path.stem
                 mean = run.query("select avg(loss) as loss from tokens")
                 losses.append(mean["loss"][0].as_py())

@@ -9,11 +9,12 @@ import streamlit as st
 
 from capture.demo import TRENDS as DEMO_TRENDS
 from capture.errors import CaptureError
+from capture.store import RunReader
 from explorer.errors import ExplorerError, RunError
 from explorer.pages.trends.data import MAX_TOKENS, in_order, steps_table, trend_table
 from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
 from explorer.queries.load import steps_of
-from explorer.run import Run, open_run
+from explorer.run import Run
 from explorer.saved_views import join
 from explorer.text import counted, plain
 from explorer.ui import address, problems, state
@@ -233,8 +234,9 @@ def _close(runs: list[Run]) -> None:
 
 @st.cache_resource(show_spinner=False, on_release=_close)
 def _opened(paths: tuple[Path, ...]) -> list[Run]:
+    # a part of this package: the values of strangers' files are questioned, which takes most of it
     with ThreadPoolExecutor() as pool:  # DuckDB opens files side by side
-        return list(pool.map(open_run, paths))
+        return [Run(reader) for reader in pool.map(RunReader.open, paths)]
 
 
 @st.cache_data(max_entries=10, show_spinner=False)
