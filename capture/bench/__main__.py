@@ -3,13 +3,15 @@
 ``python -m capture.bench store`` prints how fast routing rows reach a run file and what one row
 takes on disk. ``overhead`` prints how much longer a model takes while it is recorded, ``levels``
 the same for every level, ``own-loop`` that of somebody's own loop, ``import`` how fast traces of
-other programs come in, ``attention-memory`` how much memory recorded attention takes. A further
+other programs come in, ``attention-memory`` how much memory recorded attention takes.
+``arithmetic`` measures nothing: it works out a capture that is too large to try. A further
 measurement is one more entry of ``COMMANDS``.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 
+from capture.bench.arithmetic import arithmetic, arithmetic_options
 from capture.bench.import_rate import import_options, import_rate
 from capture.bench.overhead import (
     attention_memory,
@@ -47,6 +49,7 @@ COMMANDS: dict[
     "own-loop": (own_loop_options, own_loop),
     "import": (import_options, import_rate),
     "attention-memory": (attention_memory_options, attention_memory),
+    "arithmetic": (arithmetic_options, arithmetic),
 }
 
 

@@ -27,6 +27,23 @@ def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.duckdb"]
 
 
+def test_a_capture_too_large_to_try_is_worked_out(capsys):
+    few = "--tokens 7.2e6 --layers 2 --experts 16 --top-k 2 --hidden 10 --processes 2 --sample 9"
+    rates = "--tokens-per-second 1000 --rows-per-second 10000"
+    assert command.main(["arithmetic", *few.split(), *rates.split()]) == 0
+    first, *table, last = capsys.readouterr().out.splitlines()
+    # 7.2 M tokens at 2 x 1,000 tokens/s; 2 layers of rows
+    assert "1.00 h of the model alone, 2,000 rows/s for a writer that does 10,000." in first
+    rows = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table
+    }
+    # a token: 15; a row: 2 of place, 8 of statistics, 8 of ids and 8 of weights; a score: 4, and 2
+    assert [rows[level][0] for level in ("stats", "ids", "scores")] == ["15", "67", "199"]
+    assert rows["ids"][3:] == ["67.0 kB/s", "20%"] and rows["scores"][4] == ""
+    # of each of the 9: its scores at 2 layers, and 10 inputs
+    assert last.startswith(f"At levels stats and ids {9 * (132 + 2 * 42) / 1000:.1f} kB of it")
+
+
 def test_imports_are_measured_in_rows_and_memory(capsys):
     small = "--mb 0 --layers 2 --experts 8 --top-k 2 --formats token-log"
     assert command.main(["import", *small.split()]) == 0
