@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from capture.errors import CaptureCancelled, CaptureError
+from capture.errors import CaptureCancelled, CaptureError, ConfigError
 from capture.matrix import tiny
 from capture.matrix.found import Architecture
 from capture.matrix.truth import NoTruth, Pass, Place, answering, decoding, greedy, measure
@@ -29,6 +30,9 @@ ABSOLUTE, RELATIVE = 2e-5, 2e-3
 NOTHING = 1e-7
 SIDES = {"encoder": "prompt", "decoder": "generated"}  # which tokens each reads
 SAME = 1e-3  # logits with a cache and without, relative
+# what is compared, see capture/README.md; the last three are not possible everywhere
+CHECKS = ("ids", "padding", "generate", "reload", "levels", "weights", "scores", "attention")
+MAP = 2e-5  # shares of a map are stored in steps of 4e-6
 
 
 class Verdict(NamedTuple):
@@ -44,6 +48,8 @@ class Verdict(NamedTuple):
     rules : tuple of str
         ``score_function`` of its sites.
     n_sites : int
+    checks : tuple of str
+        Those of ``CHECKS`` that were made, where it is exact.
     """
 
     model_type: str
@@ -52,6 +58,7 @@ class Verdict(NamedTuple):
     reason: str = ""
     rules: tuple[str, ...] = ()
     n_sites: int = 0
+    checks: tuple[str, ...] = ()
 
     @property
     def is_wrong(self) -> bool:
@@ -121,7 +128,7 @@ def check_model(model: nn.Module, names: tuple[str, str], *, saved: bool = True)
     """
     with tempfile.TemporaryDirectory(prefix="routescope-") as folder, torch.no_grad():
         try:
-            sites = _compared(model, Path(folder), tiny.N_EXPERTS, saved=saved)
+            sites, checks = _compared(model, Path(folder), tiny.N_EXPERTS, saved=saved)
         except CaptureCancelled:
             raise
         except CaptureError as error:
@@ -136,7 +143,8 @@ def check_model(model: nn.Module, names: tuple[str, str], *, saved: bool = True)
                 return Verdict(*names, WRONG, f"ends with {said}")
             return Verdict(*names, UNTESTED, f"the model itself does not run: {said}")
     rules = tuple(sorted({site["score_function"] for site in sites}))
-    return Verdict(*names, EXACT, "", rules, len(sites))
+    made = tuple(check for check in CHECKS if check in checks)
+    return Verdict(*names, EXACT, "", rules, len(sites), made)
 
 
 def _runs(model: Any) -> bool:
@@ -154,19 +162,25 @@ def prompts() -> list[list[int]]:
     return [random.integers(3, tiny.VOCABULARY, length).tolist() for length in LENGTHS]
 
 
-def _compared(whole: Any, folder: Path, n_experts: int, *, saved: bool) -> list[dict[str, Any]]:
+def _compared(
+    whole: Any, folder: Path, n_experts: int, *, saved: bool
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Return the sites of a model and what was compared there."""
     texts, model = prompts(), getattr(whole, "thinker", whole)  # the part that reads and writes
     options: dict[str, Any] = {"generate": GENERATE, "progress": False}
-    path = record(whole, texts, folder / "scores.duckdb", level="scores", **options)
-    run = _read(path)
     two_sides = has_two_sides(model)
+    path = _most(whole, texts, folder, options, attention=not two_sides)
+    run = _read(path)
+    checks = set(CHECKS) - (set() if saved else {"reload"})
     passes = _both_sides if two_sides else _passes
     for prompt, start, seen in passes(model, run, texts, n_experts):
         side = ("decoder" if start else "encoder") if two_sides else None
         sites = [site for site in run.sites if site["side"] == side]
         for site, place in _paired(sites, seen.places):
-            _Comparison(run, prompt, start, site, place, seen).all()
-    _same_load(run, run, "level scores")
+            checks -= _Comparison(run, prompt, start, site, place, seen).all()
+    _same_load(run, run, "the highest level")
+    if not _same_attention(path, model, texts):
+        checks.remove("attention")
     stats = record(whole, texts, folder / "stats.duckdb", level="stats", **options)
     _same_load(_read(stats), run, "level stats")
     if saved:
@@ -176,7 +190,54 @@ def _compared(whole: Any, folder: Path, n_experts: int, *, saved: bool) -> list[
     _same_load(again, run, "its folder")
     if again.choices != run.choices or again.tokens != run.tokens:
         raise Wrong("loaded from a folder, other tokens, ids or weights are recorded")
-    return run.sites
+    return run.sites, checks
+
+
+def _most(
+    whole: Any, texts: list[list[int]], folder: Path, options: dict[str, Any], *, attention: bool
+) -> Path:
+    """Record at level attention, which holds all others, or at scores where no layer has a map."""
+    if attention:
+        try:
+            return record(whole, texts, folder / "attention.duckdb", level="attention", **options)
+        except ConfigError:
+            pass
+    return record(whole, texts, folder / "scores.duckdb", level="scores", **options)
+
+
+def _same_attention(path: Path, model: Any, texts: list[list[int]]) -> bool:
+    """Compare every map with the weights that the model's eager function returns, if it does.
+
+    The texts are short, so that a map has a bin for each token.
+    """
+    with duckdb.connect(path, read_only=True) as run:
+        maps = run.execute(
+            "SELECT prompt_id, module, head, bins, map FROM attention_maps "
+            "JOIN attention_layers USING (layer) WHERE kind = 'attention' AND map IS NOT NULL"
+        ).fetchall()
+    if not maps:
+        return False
+    eager, seen = deepcopy(model), {}
+    eager.set_attn_implementation("eager")
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            seen[name] = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+
+        return hook
+
+    for name in {module for _, module, *_ in maps}:
+        eager.get_submodule(name).register_forward_hook(keep(name))
+    for prompt, text in enumerate(texts):
+        eager(input_ids=torch.tensor([text]), use_cache=False)
+        for _, module, head, bins, values in (row for row in maps if row[0] == prompt):
+            shown = seen[module]
+            if shown is None or shown.shape[2:] != (bins, bins):
+                return False
+            weights = shown[0, head] / shown[0, head].sum(dim=-1, keepdim=True)  # less a sink's
+            if (weights - torch.tensor(values).view(bins, bins)).abs().max() > MAP:
+                raise Wrong(f"{module}, prompt {prompt}, head {head}: its map is another")
+    return True
 
 
 @dataclass
@@ -194,14 +255,14 @@ class _Comparison:
         """Count the tokens."""
         self.length = len(self.place.hidden)
 
-    def all(self) -> None:
-        """Compare ids, weights through the experts, and scores."""
+    def all(self) -> set[str]:
+        """Compare ids, weights through the experts, and scores; return what could not be."""
         self._kinds()
         weights = self._weights()
         given, rest = self.place.gave()
         self._ids(weights, given)
-        self._replay(weights, given, rest)
-        self._scores()
+        done = {"weights": self._replay(weights, given, rest), "scores": self._scores()}
+        return {check for check, was_made in done.items() if not was_made}
 
     def _key(self, row: int) -> tuple[int, int, int, int]:
         return self.prompt, self.start + row, self.site["layer"], self.site["site"]
@@ -240,29 +301,30 @@ class _Comparison:
                 f"{chosen[row].nonzero().flatten().tolist()}"
             )
 
-    def _replay(self, weights: torch.Tensor, given: torch.Tensor, rest: torch.Tensor) -> None:
-        """Compare what experts gave with what they give under the recorded weights."""
+    def _replay(self, weights: torch.Tensor, given: torch.Tensor, rest: torch.Tensor) -> bool:
+        """Compare what experts gave with what they give under the recorded weights, if told."""
         weights, computing = weights.nan_to_num(0.0), self.place.bank.n_experts
         size = float(given.abs().max())
         for expert in range(computing):
             replayed = self.place.alone(expert, weights[:, expert])
             if replayed is None:
-                return
+                return False
             self._close(replayed, given[expert], size, f"expert {expert} under recorded weights")
         passed = weights[:, computing:].sum(dim=-1, keepdim=True) * self.place.hidden
         if len(weights[0]) > computing:
             self._close(passed, rest, size, "tokens that pass through")
+        return True
 
     def _close(self, got: torch.Tensor, want: torch.Tensor, size: float, what: str) -> None:
         error = float((got - want).abs().max())
         if error > ABSOLUTE + RELATIVE * size:
             raise self._wrong(f"{what} differ by {error:g} of {size:g}")
 
-    def _scores(self) -> None:
-        """Compare scores with what a module of the block put out."""
+    def _scores(self) -> bool:
+        """Compare scores with what a module of the block put out, unless its router hides them."""
         kept = [self.run.scores.get(self._key(row)) for row in range(self.length)]
         if kept == [None] * self.length and self.site["score_function"] == "other":
-            return  # a router that hides its scores
+            return False
         if None in kept:
             raise self._wrong("tokens without scores")
         scores, inside = torch.tensor(kept), f"{self.site['module']}."
@@ -275,6 +337,7 @@ class _Comparison:
         errors = [float((rows - scores).abs().max()) for rows in seen]
         if not errors or min(errors) > ABSOLUTE + RELATIVE * float(scores.abs().max()):
             raise self._wrong("its scores are what no module of the block puts out")
+        return True
 
     def _wrong(self, what: str) -> Wrong:
         return Wrong(f"{self.site['module']}, prompt {self.prompt}: {what}")

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 from capture.errors import ConfigError
-from capture.matrix.compare import EXACT, REFUSED, UNTESTED, WRONG, Verdict, check
+from capture.matrix.compare import CHECKS, EXACT, REFUSED, UNTESTED, WRONG, Verdict, check
 from capture.matrix.found import architectures
 from capture.model.load import loading_bars, transformers_library
 
 OUTCOMES = (EXACT, WRONG, REFUSED, UNTESTED)
-HEAD = "| result | `score_function`, or why | model types |\n|---|---|---|\n"
+HEAD = "| result | `score_function`, or why | compared | model types |\n|---|---|---|---|\n"
 
 
 def check_all(names: Sequence[str] = ()) -> Iterator[Verdict]:
@@ -43,7 +43,9 @@ def check_all(names: Sequence[str] = ()) -> Iterator[Verdict]:
 
 def line(verdict: Verdict) -> str:
     """Return one line about one architecture."""
-    said = verdict.reason or f"{', '.join(verdict.rules)}; sites: {verdict.n_sites}"
+    said = verdict.reason or (
+        f"{', '.join(verdict.rules)}; sites: {verdict.n_sites}; compared: {compared(verdict)}"
+    )
     return f"{verdict.outcome:8} {verdict.model_type}: {said}"
 
 
@@ -56,18 +58,28 @@ def summary(verdicts: Sequence[Verdict], seconds: float) -> str:
 
 def markdown(verdicts: Iterable[Verdict]) -> str:
     """Return the table: a row for what is recorded by one rule, and for each other reason."""
-    rows: dict[tuple[int, str], list[str]] = {}
+    rows: dict[tuple[int, str, str], list[str]] = {}
     for verdict in verdicts:
         why = verdict.reason or ", ".join(f"`{rule}`" for rule in verdict.rules)
-        key = OUTCOMES.index(verdict.outcome), why.replace("|", "\\|").replace("\n", " ")
+        why = why.replace("|", "\\|").replace("\n", " ")
+        key = OUTCOMES.index(verdict.outcome), why, compared(verdict)
         rows.setdefault(key, []).append(verdict.model_type)
     lines = [
-        f"| {OUTCOMES[place]} | {why} | {', '.join(f'`{name}`' for name in sorted(names))} |\n"
-        for (place, why), names in sorted(rows.items(), key=_most_first)
+        f"| {OUTCOMES[place]} | {why} | {made} | "
+        f"{', '.join(f'`{name}`' for name in sorted(names))} |\n"
+        for (place, why, made), names in sorted(rows.items(), key=_most_first)
     ]
     return HEAD + "".join(lines)
 
 
-def _most_first(row: tuple[tuple[int, str], list[str]]) -> tuple[int, int, str]:
-    (place, why), names = row
-    return place, -len(names), why
+def compared(verdict: Verdict) -> str:
+    """Return which checks were made of an exact one: all, or all but some."""
+    if verdict.outcome != EXACT:
+        return "-"
+    missing = [check for check in CHECKS if check not in verdict.checks]
+    return f"all but {', '.join(missing)}" if missing else "all"
+
+
+def _most_first(row: tuple[tuple[int, str, str], list[str]]) -> tuple[int, int, str, str]:
+    (place, why, made), names = row
+    return place, -len(names), why, made

@@ -10,7 +10,16 @@ from torch import nn
 from capture.__main__ import main
 from capture.errors import CaptureCancelled, ConfigError
 from capture.matrix import compare, tiny
-from capture.matrix.compare import EXACT, REFUSED, UNTESTED, WRONG, Verdict, check, check_model
+from capture.matrix.compare import (
+    CHECKS,
+    EXACT,
+    REFUSED,
+    UNTESTED,
+    WRONG,
+    Verdict,
+    check,
+    check_model,
+)
 from capture.matrix.found import Architecture, architecture, architectures
 from capture.matrix.table import check_all, line, markdown, summary
 from capture.matrix.truth import banks, measure
@@ -100,6 +109,19 @@ def test_wrong_scores_are_seen(monkeypatch):
     )
     verdict = check(architecture("mixtral"))
     assert verdict.outcome == WRONG and "its scores are what no module" in verdict.reason
+
+
+def test_another_map_is_seen(tmp_path):
+    """A run of one model beside the attention of another, whose queries are twice as large."""
+    model, texts = tiny.tiny(architecture("mixtral")), compare.prompts()
+    path = compare.record(
+        model, texts, tmp_path / "r.duckdb", level="attention", sample_tokens=0, progress=False
+    )
+    assert compare._same_attention(path, model, texts)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+    with pytest.raises(compare.Wrong, match=r"layers.1.self_attn, prompt 0, head \d: its map"):
+        compare._same_attention(path, model, texts)
 
 
 def test_a_block_without_a_site_is_seen(monkeypatch):
@@ -208,24 +230,24 @@ def test_rules_of_tiny_models_are_not_trivial():
 
 def test_the_table_has_a_row_for_each_rule_and_each_reason():
     verdicts = [
-        Verdict("b", "B", EXACT, "", ("softmax",), 3),
-        Verdict("a", "A", EXACT, "", ("softmax",), 3),
-        Verdict("c", "C", EXACT, "", ("other", "softmax"), 3),
+        Verdict("b", "B", EXACT, "", ("softmax",), 3, CHECKS),
+        Verdict("a", "A", EXACT, "", ("softmax",), 3, CHECKS),
+        Verdict("c", "C", EXACT, "", ("other", "softmax"), 3, CHECKS[:-2]),
         Verdict("d", "D", REFUSED, "no|place"),
     ]
     assert markdown(verdicts).splitlines()[2:] == [
-        "| exact | `softmax` | `a`, `b` |",
-        "| exact | `other`, `softmax` | `c` |",
-        r"| refused | no\|place | `d` |",
+        "| exact | `softmax` | all | `a`, `b` |",
+        "| exact | `other`, `softmax` | all but scores, attention | `c` |",
+        r"| refused | no\|place | - | `d` |",
     ]
     assert summary(verdicts, 3.4) == "4 architectures: 3 exact, 1 refused, 0 untested. 3 s."
-    assert line(verdicts[0]) == "exact    b: softmax; sites: 3"
+    assert line(verdicts[0]) == "exact    b: softmax; sites: 3; compared: all"
 
 
 def test_the_command(capsys):
     assert main(["matrix", "mixtral", "doge", "--markdown"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("| result |") and "| exact | `softmax` | `mixtral` |" in out
+    assert out.startswith("| result |") and "| exact | `softmax` | all | `mixtral` |" in out
     assert "2 architectures: 1 exact, 1 refused, 0 untested." in err
     assert main(["matrix", "mixtrall"]) == 2
     assert "Did you mean: mixtral" in capsys.readouterr().err
