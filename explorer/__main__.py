@@ -41,8 +41,8 @@ ATLAS_EXAMPLES = """\
 examples:
   python -m explorer atlas demo
       what the loss becomes without each expert, beside an expert of about equal load
-  python -m explorer atlas runs/mine.duckdb --screen --out atlas.parquet
-      one gradient instead, for models with thousands of experts
+  python -m explorer atlas runs/mine.duckdb --screen --check 128 --out atlas.parquet
+      one gradient instead, for models with thousands of experts; 128 taken out to check it
 """
 PRUNE_EXAMPLES = """\
 examples:
@@ -148,10 +148,21 @@ def _atlas_arguments(parser: argparse.ArgumentParser) -> None:
     add("run", type=path_argument, metavar="RUN", help=f"{RUN_HELP}, or demo")
     add("--tokens", type=int, default=8_000, metavar="N", help="at most so many (default: 8000)")
     add("--seed", type=int, default=0, help="draws texts, halves and controls (default: 0)")
-    add(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--screen",
         action="store_true",
-        help="only estimate, by one gradient: for models with thousands of experts",
+        help="only estimate, by one gradient: as is done by itself with more than 512 experts",
+    )
+    how.add_argument(
+        "--exact", action="store_true", help="take every expert out, however many there are"
+    )
+    add(
+        "--check",
+        type=int,
+        default=64,
+        metavar="N",
+        help="experts to take out beside an estimate, which says how it ranks them (default: 64)",
     )
     add("--model", metavar="MODEL", help="default: the model that the run was recorded from")
     add(

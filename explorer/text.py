@@ -200,6 +200,14 @@ def cell(value: object) -> object:
     return text
 
 
+def duration(seconds: float) -> str:
+    """Return a time as somebody would say it, such as ``"12 minutes"``."""
+    for size, unit in ((86_400, "day"), (3_600, "hour"), (60, "minute")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}s"
+    return counted(max(1, round(seconds)), "second")
+
+
 def counted(amount: float, what: str, many: str = "") -> str:
     """Return a number of things, such as 1 prompt or 1,200 prompts.
 

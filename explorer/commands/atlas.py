@@ -23,6 +23,7 @@ from explorer.comparison.atlas import measure_atlas
 from explorer.comparison.atlas_file import (
     ESTIMATES,
     EXACT,
+    MANY,
     Atlas,
     agreement,
     read_atlas,
@@ -37,6 +38,7 @@ from explorer.comparison.conditions.pruned_checkpoint import write_pruned
 from explorer.comparison.text_split import split_texts
 from explorer.errors import ConditionError, ExplorerError
 from explorer.run import open_run
+from explorer.text import duration
 
 SHOWN = 12  # experts in the table
 MASK_VERSION = 1
@@ -58,12 +60,17 @@ def run(options: argparse.Namespace) -> Output:
             done = "" if now.part is None else f" ({now.part:.0%} done)"
             sys.stderr.write(f"{last}{done}\n")
 
+    run = _run(options.run)
+    with open_run(run) as opened:
+        n_experts = sum(site.n_experts for site in opened.sites)
+    screen = options.screen or (n_experts > MANY and not options.exact)
     path = measure_atlas(
-        _run(options.run),
+        run,
         model=options.model,
         tokens=options.tokens,
         seed=options.seed,
-        screen=options.screen,
+        screen=screen,
+        check=options.check if screen else 0,
         progress=say,
     )
     atlas = read_atlas(path)
@@ -83,7 +90,7 @@ def as_text(atlas: Atlas) -> str:
     lines = [
         f"{len(rows)} experts, {facts['n_tokens']:,} tokens of {facts['n_texts']} texts "
         f"({facts['texts']}), loss of the whole model {facts['native_loss']:.3f} nats a token.",
-        *("The gradient alone was looked at." for _ in range(way in ESTIMATES)),
+        *(_estimated(facts, len(rows)) if way in ESTIMATES else ()),
         "",
         "Rank agreement of experts (Spearman): all layers / within a layer",
     ]
@@ -101,6 +108,22 @@ def as_text(atlas: Atlas) -> str:
         named = [f"L{r.layer}.E{r.expert_id}" for r in rows[rows["news"] == news].itertuples()]
         lines.append(f"{news.capitalize()}: {', '.join(named) or 'none'}")
     return "\n".join(lines)
+
+
+def _estimated(facts: Mapping[str, Any], n_experts: int) -> list[str]:
+    """Return what is known of an atlas that is only estimated."""
+    lines = ["Estimated by one gradient; no expert's row is of a knock-out."]
+    if facts.get("checked"):
+        found = facts.get("checked_agreement")
+        said = "–, all alike" if found is None else f"{found:.3f}"
+        lines.append(
+            f"{facts['checked']} experts drawn by chance were taken out: Fisher ranks them as "
+            f"removing them does with a correlation of {said} (Spearman)."
+        )
+    if "exact_seconds" in facts:
+        about = duration(facts["exact_seconds"])
+        lines.append(f"Taking all {n_experts:,} out in two ways would take about {about}: --exact.")
+    return lines
 
 
 def exported(atlas: Atlas, suffix: str) -> bytes:

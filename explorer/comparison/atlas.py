@@ -1,6 +1,7 @@
 """A causal atlas: what the model's loss becomes without each of its experts, on texts of a run."""
 
 import datetime
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,17 +15,20 @@ from capture.progress import Progress
 from capture.store.records import Place
 from capture.swap.losses import SequenceLosses, loss_change
 from explorer.comparison.atlas_file import (
+    CHECK_FACTS,
     ESTIMATES,
     EXACT,
     FORMAT_VERSION,
     SUFFIX,
     Atlas,
     read_atlas,
+    spearman,
     write_atlas,
 )
 from explorer.comparison.conditions.condition import Subject
 from explorer.comparison.conditions.knock_out import (
     Way,
+    Whole,
     knocked_out,
     screened,
     whole_model,
@@ -33,6 +37,7 @@ from explorer.comparison.session import key_of, source_fingerprint
 from explorer.comparison.text_split import TokenTexts, split_texts
 from explorer.errors import ComparisonCancelled, ConditionError
 from explorer.run import Run, open_run
+from explorer.text import counted, duration
 
 # raised when the same run, model and settings would give other numbers than before
 ATLAS_VERSION = 1
@@ -51,6 +56,7 @@ def measure_atlas(
     tokens: int = TOKENS,
     seed: int = 0,
     screen: bool = False,
+    check: int = 0,
     progress: Callable[[Progress], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Path:
@@ -71,6 +77,8 @@ def measure_atlas(
         Draws texts, halves and controls.
     screen : bool
         Only estimate, by one gradient, what removing experts does: for models with thousands.
+    check : int
+        Take so many experts out, drawn by chance, to say how the estimate ranks them.
     progress, cancelled : callable, optional
         Told how far it is; asked between forward passes.
 
@@ -95,7 +103,9 @@ def measure_atlas(
         }
         out = path.parent / f"{path.stem}.{key_of(facts)}{SUFFIX}"
         known = read_atlas(out) if out.is_file() else None
-        if known is not None and (known.facts["complete"] or screen):
+        if known is not None and (
+            known.facts["complete"] or (screen and known.facts.get("checked", 0) >= check)
+        ):
             return out
         progress(Progress("loading", message="loading the model"))
         local = model is not None or name == "demo"
@@ -105,7 +115,7 @@ def measure_atlas(
         texts = split.fit if split.fit.sequences else split.report
         work = _Measuring(opened, loaded.model, texts, seed, out, progress, cancelled)
         work.head |= {"model": model_name(str(name)), "model_fingerprint": facts["model"]}
-        work.go(known, exact=not screen)
+        work.go(known, exact=not screen, check=check)
     return out
 
 
@@ -137,15 +147,21 @@ class _Measuring:
             "seed": seed,
         }
 
-    def go(self, known: Atlas | None, *, exact: bool) -> None:
+    def go(self, known: Atlas | None, *, exact: bool, check: int) -> None:
         """Measure what an earlier atlas of the same key has not, and write after each layer."""
+        began = time.perf_counter()
         whole = whole_model(self.subject, self.texts.sequences, self._told("whole model", 1, 0))
+        took = time.perf_counter() - began
         self.head["native_loss"] = whole.losses.mean
         lengths = np.array([len(one) for one in self.texts.sequences])
+        # a pass for each pair of a text and an expert that it uses, in each way
+        again = sum(int(lengths @ (hits > 0).sum(axis=1)) for hits in whole.hits.values())
+        self.head["exact_seconds"] = took / lengths.sum() * again * len(EXACT)
         done: set[tuple[int, int, str]] = set()
         if known is not None:
             self.rows = known.rows.astype(object).where(known.rows.notna(), None).to_dict("records")
             done = {(row["layer"], row["site"], row["way"]) for row in self.rows}
+            self.head |= {name: known.facts[name] for name in CHECK_FACTS if name in known.facts}
         steps: list[tuple[Place, str]] = []
         if not any(way in ESTIMATES for *_, way in done):
             told = self._told("gradient", 1, 0)
@@ -155,7 +171,13 @@ class _Measuring:
             ):
                 for place, change in found.items():
                     self._add(place, way, change, whole.hits[place], lengths)
+        if not exact and check:
+            self._write(complete=False)
+            self._check(whole, check)
         if exact:
+            said = counted(sum(hits.shape[1] for hits in whole.hits.values()), "expert")
+            about = duration(self.head["exact_seconds"])
+            self.progress(Progress("mapping", message=f"{said} taken out in turn: about {about}"))
             steps = [(p, w) for p in whole.hits for w in EXACT if (*p, w) not in done]
         self._write(complete=not steps and exact)
         for number, (place, way) in enumerate(steps):
@@ -173,6 +195,34 @@ class _Measuring:
                 continue  # its router cannot choose again; removing its experts says enough
             self._add(place, way, change, whole.hits[place], lengths)
             self._write(complete=number + 1 == len(steps))
+
+    def _check(self, whole: Whole, n_experts: int) -> None:
+        """Take experts out that are drawn by chance, and say how the estimate ranks them."""
+        used = [(p, e) for p, hits in whole.hits.items() for e in np.flatnonzero(hits.sum(axis=0))]
+        random = np.random.default_rng(self.seed)
+        drawn = [used[n] for n in random.permutation(len(used))[:n_experts]]
+        guess = {
+            (row["layer"], row["site"], row["expert_id"]): row["loss_change"]
+            for row in self.rows
+            if row["way"] == "fisher" and row["domain"] is None
+        }
+        pairs: list[tuple[float, float]] = []
+        for number, place in enumerate(whole.hits):
+            mine = sorted(int(expert) for at, expert in drawn if at == place)
+            of = int((whole.hits[place][:, mine] > 0).sum())
+            told = self._told(
+                f"layer {place[0]}, check", of, number / len(whole.hits), 1 / len(whole.hits)
+            )
+            change = knocked_out(
+                self.subject, self.texts.sequences, whole, place, "removed", told, experts=mine
+            )
+            pairs += [(guess[*place, expert], change[:, expert].sum()) for expert in mine]
+        found = spearman(*np.array(pairs).reshape(-1, 2).T)
+        self.head["checked"] = len(pairs)
+        self.head.pop("checked_agreement", None)
+        if not np.isnan(found):
+            self.head["checked_agreement"] = found
+        self._write(complete=False)
 
     def _told(self, said: str, of: int, begun: float, part: float = 0.0) -> Callable[[int], None]:
         done = 0

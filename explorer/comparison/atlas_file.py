@@ -58,8 +58,14 @@ FACTS = {
     "seed": int,
     "complete": bool,
 }
+# not in every file: experts that the estimate was held against, how it ranks them (Spearman), and
+# how long taking every expert out would take
+CHECK_FACTS = ("checked", "checked_agreement")
+MAY_HOLD = {"checked": int, "checked_agreement": float, "exact_seconds": float}
 MAX_ROWS = 4_000_000
 THIRD = 1 / 3
+MANY = 512  # experts of all layers: with more, taking each out takes hours
+CHECKED = 64  # experts that an estimate is held against
 
 
 class Atlas(NamedTuple):
@@ -122,13 +128,14 @@ def agreement(atlas: Atlas, one: str, other: str) -> Agreement:
 def _agreement(rows: pd.DataFrame, a: "pd.Series[float]", b: "pd.Series[float]") -> Agreement:
     known = a.notna() & b.notna()
     places = rows[known].groupby(["layer", "site"]).groups
-    within = [_spearman(a.loc[at], b.loc[at]) for at in places.values()]
+    within = [spearman(a.loc[at], b.loc[at]) for at in places.values()]
     real = [one for one in within if one == one]
-    return Agreement(_spearman(a[known], b[known]), float(np.mean(real)) if real else np.nan)
+    return Agreement(spearman(a[known], b[known]), float(np.mean(real)) if real else np.nan)
 
 
-def _spearman(a: "pd.Series[float]", b: "pd.Series[float]") -> float:
-    if len(a) < 3 or a.nunique() < 2 or b.nunique() < 2:
+def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Return the rank correlation of two lists, nan where there is none."""
+    if len(np.unique(np.asarray(a))) < 2 or len(np.unique(np.asarray(b))) < 2 or np.size(a) < 3:
         return float("nan")
     return float(spearmanr(a, b).statistic)
 
@@ -204,6 +211,9 @@ def _check(facts: Any, rows: pd.DataFrame) -> None:
         value = facts.get(name)
         if type(value) is not kind or (isinstance(value, str) and len(value) > MAX_NAME):
             raise ValueError(f"no {name}")
+    for name, kind in MAY_HOLD.items():
+        if type(facts.get(name, kind())) is not kind or not np.isfinite(facts.get(name, 0)):
+            raise ValueError(f"a strange {name}")
     known = ["layer", "site", "expert_id", "tokens", "texts"]
     numbers = [n for n in COLUMNS.names if pa.types.is_floating(COLUMNS.field(n).type)]
     values = rows[numbers].to_numpy(dtype=np.float64)

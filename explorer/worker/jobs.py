@@ -6,6 +6,7 @@ from typing import cast
 
 from capture.progress import Progress
 from explorer.comparison.atlas import measure_atlas
+from explorer.comparison.atlas_file import CHECKED
 from explorer.comparison.compare import compare
 from explorer.comparison.conditions.effects import measure_conditions
 from explorer.errors import JobCancelled
@@ -45,6 +46,7 @@ def run_job(
             request.run,
             tokens=request.tokens,
             screen=request.screen,
+            check=CHECKED if request.screen else 0,
             progress=report,
             cancelled=cancelled,
         )

@@ -188,7 +188,7 @@ def test_an_atlas_is_offered_and_then_shown(known, runs):
     facts = {
         **{"format_version": 1, "created_at": "2026-12-01", "run_name": "known", "seed": 0},
         **{"run_fingerprint": fingerprint, "model": "m", "model_fingerprint": "g", "texts": "t"},
-        **{"n_texts": 4, "n_tokens": 40, "native_loss": 2.0, "complete": True},
+        **{"n_texts": 4, "n_tokens": 40, "native_loss": 2.0, "complete": False},
     }
     rows = [
         {
@@ -206,6 +206,9 @@ def test_an_atlas_is_offered_and_then_shown(known, runs):
     app = opened("experts", about="all", layer="1.0")
     assert any(title.startswith("Need and use of every expert") for title in titles(app))
     assert app.dataframe[0].value["news"].isin(["rare but needed", "busy but idle"]).all()
+    steps = 2 * len(sites)  # of which the file holds one way
+    assert any(f"{steps // 2} of {steps} steps" in one.value for one in app.caption)
+    assert [one for one in app.button if one.label == "Go on with the atlas"]
     assert any(t.startswith("Loss without the expert") for t in titles(opened("experts")))
 
 

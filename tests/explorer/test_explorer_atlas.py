@@ -12,6 +12,7 @@ from capture.model.load import LoadedModel, load_model
 from capture.swap.measure import sequence_losses, token_losses
 from capture.swap.routers import swap
 from capture.swap.rules import OWN_ROUTER, Choice
+from explorer.commands.atlas import as_text
 from explorer.comparison.atlas import _effects, _halves
 from explorer.comparison.atlas_file import (
     FORMAT_VERSION,
@@ -56,6 +57,9 @@ def whole(subject):
 def test_an_expert_is_taken_out_as_if_its_weights_were_gone(subject, whole):
     removed = knocked_out(subject, TEXTS, whole, PLACE, "removed")
     assert (removed[whole.hits[PLACE] == 0] == 0).all() and (whole.hits[PLACE] == 0).any()
+    only = knocked_out(subject, TEXTS, whole, PLACE, "removed", experts=[2])
+    np.testing.assert_array_equal(np.delete(only, 2, axis=1), 0.0)
+    np.testing.assert_allclose(only[:, 2], removed[:, 2], atol=2e-5)
     for expert in range(removed.shape[1]):
         model = copy.deepcopy(subject.model)
         with torch.no_grad():
@@ -173,6 +177,14 @@ def test_an_atlas_on_paper(tmp_path):
     assert rows["over_control"].tolist() == pytest.approx(own.tolist())
     assert reliability(atlas, "removed").overall == pytest.approx(1)
     assert agreement(atlas, "fisher", "removed").within == pytest.approx(-1)
+    some = {"complete": False, "checked": 2, "checked_agreement": -1.0, "exact_seconds": 1e4}
+    write_atlas(path, FACTS | some, estimate)
+    said = as_text(read_atlas(path))
+    assert "2 experts drawn by chance" in said and "correlation of -1.000" in said
+    assert "Taking all 3 out in two ways would take about 3 hours" in said
+    write_atlas(path, FACTS | {"checked_agreement": float("nan")}, estimate)
+    with pytest.raises(ComparisonError, match="a strange checked_agreement"):
+        read_atlas(path)
 
 
 @pytest.mark.parametrize(

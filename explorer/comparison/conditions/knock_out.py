@@ -174,6 +174,8 @@ def knocked_out(
     place: Place,
     way: Way,
     told: Told = lambda _: None,
+    *,
+    experts: Sequence[int] | None = None,
 ) -> Floats:
     """Return by how much each text's loss changes without each expert of a site.
 
@@ -187,6 +189,8 @@ def knocked_out(
     way : {"rerouted", "removed"}
     told : callable, optional
         Told before each forward pass how many pairs of text and expert it holds.
+    experts : sequence of int, optional
+        Only these are taken out, in turn; the change without any other one is left at 0.
 
     Returns
     -------
@@ -200,6 +204,8 @@ def knocked_out(
     """
     _check(subject, place, way)
     pairs = np.argwhere(whole.hits[place] > 0)
+    if experts is not None:
+        pairs = pairs[np.isin(pairs[:, 1], np.asarray(experts))]
     change = np.zeros(whole.hits[place].shape)
     if not len(pairs):
         return change

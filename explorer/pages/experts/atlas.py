@@ -11,6 +11,7 @@ from explorer import writing
 from explorer.comparison.atlas_file import (
     ESTIMATES,
     EXACT,
+    MANY,
     Atlas,
     agreement,
     atlases_of,
@@ -64,8 +65,9 @@ def atlas_section(view: View) -> None:
     """Draw need beside use for all experts, or what is needed for it."""
     st.subheader("Need beside use", anchor=False)
     atlas = of_run(view)
+    if atlas is None or not atlas.facts["complete"]:
+        _offer(view, atlas)
     if atlas is None:
-        _offer(view)
         return
     way = _way(atlas)
     rows = view.of_layers(_described(view, atlas, way))
@@ -182,7 +184,14 @@ def _estimated(atlas: Atlas, way: str) -> str:
     if way not in ESTIMATES:
         return ""
     if not set(EXACT) & set(atlas.ways):
-        return " No expert was taken out yet: these are estimates by one gradient."
+        said = " These are estimates by one gradient."
+        if way == "fisher" and atlas.facts.get("checked"):
+            said += (
+                f" Of {counted(atlas.facts['checked'], 'expert')} drawn by chance that were taken "
+                "out, they give the order with a correlation of "
+                f"{number(atlas.facts.get('checked_agreement'), '.2f')}."
+            )
+        return said
     found = agreement(atlas, way, "removed")
     return (
         " These are estimates by one gradient; they rank the experts as leaving out their output "
@@ -215,8 +224,8 @@ def _scope(atlas: Atlas) -> Scope:
     return Scope(atlas.facts["n_tokens"])
 
 
-def _offer(view: View) -> None:
-    """Say that there is no atlas yet, and how to make one."""
+def _offer(view: View, begun: Atlas | None) -> None:
+    """Say that there is no atlas yet, or not all of it, and how to make it."""
     out = AtlasRequest(str(view.run.path)).out
     jobs = [job for job in shared_worker().jobs() if job.request.out == out]
     if jobs and jobs[0].state != "done":
@@ -224,29 +233,52 @@ def _offer(view: View) -> None:
         if jobs[0].active:
             return
     named = str(view.run.info["model"])
-    if not writing.may_write():
+    if begun is not None and not writing.may_write():
+        return
+    if begun is not None:
+        exact = begun.rows[begun.rows["way"].isin(EXACT)]
+        done = len(exact[["layer", "site", "way"]].drop_duplicates())
+        steps = counted(len(view.run.sites) * len(EXACT), "step")
+        st.caption(
+            f"This atlas is not whole: {done} of {steps} are done, one for each layer and way. "
+            "Going on keeps them."
+        )
+    elif not writing.may_write():
         instead(
             "Not available: nobody has taken the experts out of this run's model one by one yet. "
             "That runs the model, which this server does not do for viewers."
         )
         return
-    instead(
-        "Counts say how busy an expert is, not whether it is needed. An atlas takes every expert "
-        f"out of {plain(cut(named, 120))} alone and measures the loss: minutes for the demo model, "
-        "in the background; the result is kept."
-    )
+    else:
+        instead(
+            "Counts say how busy an expert is, not whether it is needed. An atlas takes every "
+            f"expert out of {plain(cut(named, 120))} alone and measures the loss: minutes for the "
+            "demo model, in the background; the result is kept."
+        )
     allowed = named == DEMO_MODEL or st.checkbox(
         f"Load the model {plain(cut(named, 120))}",
         help="The run names it. It is loaded on the machine that runs this app, and downloaded "
         "first if it is not there.",
         key=f"atlas loads {named}",
     )
-    screen = st.checkbox(
+    screen = begun is None and _estimates_only(view)
+    st.button(
+        "Make an atlas" if begun is None else "Go on with the atlas",
+        on_click=_start,
+        args=(view, named, screen),
+        disabled=not allowed,
+    )
+
+
+def _estimates_only(view: View) -> bool:
+    n_experts = sum(info.n_experts for info in view.run.sites)
+    return st.checkbox(
         "Estimate only",
-        help="One gradient for all experts instead of one run for each: for models with thousands.",
+        value=n_experts > MANY,
+        help="One gradient for all experts instead of one run for each, and a few experts taken "
+        f"out to check it: for models with thousands. This one has {n_experts:,}.",
         key="atlas screens",
     )
-    st.button("Make an atlas", on_click=_start, args=(view, named, screen), disabled=not allowed)
 
 
 @in_callback
