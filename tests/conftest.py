@@ -22,6 +22,7 @@ arithmetic is silently wrong in the interpreter: kernels convert to float32 righ
 
 import gc
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -195,6 +196,36 @@ def poisoned_memory(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETING)
+def language_replaced_once_a_launch():
+    """Let the interpreter replace Triton's language when a kernel is launched, and only then.
+
+    It does so again at every call of a function inside a kernel, which finds everything replaced
+    but sorts and reads whole modules for it: a third of the time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    replace, replaced, used = interpreter._patch_lang, set(), {}
+
+    def replace_once(function):
+        if function not in used:
+            modules = filter(inspect.ismodule, function.__globals__.values())
+            used[function] = {module for module in modules if module in (tl, tl.core)}
+        if used[function] and used[function] <= replaced:
+            return None  # what is put back is what the launch replaced
+        scope = replace(function)
+        if not replaced:
+            put_back = scope.restore
+            scope.restore = lambda: (replaced.clear(), put_back())
+        replaced.update(used[function])
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
+import json
 import re
 
+import processes
 import pytest
 
 from capture.bench import __main__ as command
@@ -95,8 +97,17 @@ def test_an_unknown_measurement_lists_the_known_ones(capsys):
     assert "store" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_memory_of_attention_is_measured_beside_a_capture_without(capsys):
+MEASURE = "import runpy; runpy.run_module('capture.bench.overhead', run_name='__main__')"
+
+
+def test_memory_of_attention_is_measured_beside_a_capture_without(capsys, tmp_path, monkeypatch):
+    def in_own_process(cell):
+        process = processes.start(tmp_path, [json.dumps(cell._asdict())], code=MEASURE)
+        assert process.wait() == 0, process.stderr
+        return json.loads(process.stdout.splitlines()[-1])
+
+    # as the one below, without importing everything twice more
+    monkeypatch.setattr(overhead, "_in_own_process", in_own_process)
     assert command.main(["attention-memory", "--tokens", "200"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     tokens, plain, attention, more, *_ = (float(n) for n in re.findall(r"-?[\d.]+", line))

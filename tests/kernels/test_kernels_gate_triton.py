@@ -18,7 +18,7 @@ def test_the_kernels_agree_with_the_reference(cases):
 
 
 @given(st.integers(0, 40), st.integers(1, 20), st.data())
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_the_kernels_agree_with_the_reference_on_any_shape(n_tokens, n_experts, data):
     n_experts *= data.draw(st.sampled_from([1, 8]))
     top_k = data.draw(st.integers(1, min(n_experts, 9)))
@@ -37,7 +37,7 @@ def test_the_kernels_agree_with_the_reference_on_any_shape(n_tokens, n_experts, 
 
 
 @pytest.mark.parametrize("observed", [True, False])
-@pytest.mark.parametrize("n_tokens", [127, 128, 129, 257])
+@pytest.mark.parametrize("n_tokens", [127, 128, 257])
 def test_blocks_meet_without_a_gap(n_tokens, observed):
     logits = random_logits(n_tokens, 8, dtype=torch.bfloat16)
     options = {
