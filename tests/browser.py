@@ -64,6 +64,56 @@ PLACE = """([which, place, x, y]) => {
 # whether a figure knows what is under the mouse
 OVER = "(which) => document.querySelectorAll('.js-plotly-plot')[which]._hoverdata?.length"
 
+# each text with a contrast below WCAG's 4.5 (1.4.3): [contrast, element, text]
+FAINT = """() => {
+    const found = [];
+    const rgba = (text) => {
+        const parts = (text.match(/[\\d.]+/g) ?? []).map(Number);
+        const unit = text.startsWith('color(srgb') ? 255 : 1;
+        return parts.length < 3 ? [0, 0, 0, 0]
+            : [...parts.slice(0, 3).map((part) => part * unit), parts[3] ?? 1];
+    };
+    const over = (upper, lower) =>
+        [0, 1, 2].map((i) => upper[i] * upper[3] + lower[i] * (1 - upper[3])).concat(1);
+    const linear = (c) => (c / 255 <= 0.04045 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+    const luminance = ([r, g, b]) =>
+        0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) + 0.05;
+    const above = (node) => node.parentElement ?? node.getRootNode().host;
+    const chain = (node) => { const all = []; for (; node; node = above(node)) all.push(node);
+                              return all; };
+    const ground = (node) => chain(node).map((one) => rgba(getComputedStyle(one).backgroundColor))
+        .reverse().reduce((lower, upper) => over(upper, lower), [255, 255, 255, 1]);
+    const look = (root) => {
+        for (const node of root.querySelectorAll('*')) {
+            if (node.shadowRoot) look(node.shadowRoot);
+            const words = [...node.childNodes].filter((child) => child.nodeType === 3)
+                .map((child) => child.textContent.trim()).join(' ').trim();
+            // WCAG exempts what is disabled; icons are no text; a slider's number is beside its
+            // thumb, and text on a bar or a node is on another ground than the figure's
+            const exempt = ':disabled, script, style, [data-testid=stIconMaterial], .bars, .sankey,'
+                + '[data-testid=stSlider]';
+            if (!words || node.closest(exempt) || !node.getClientRects().length) continue;
+            const style = getComputedStyle(node);
+            const faded = chain(node)
+                .reduce((part, one) => part * getComputedStyle(one).opacity, 1);
+            const plot = node.ownerSVGElement && node.closest('.js-plotly-plot');
+            if (style.visibility === 'hidden' || faded < 0.05) continue;
+            const color = rgba(plot ? style.fill : style.color);
+            color[3] *= faded;
+            const lower = plot ? rgba(plot._fullLayout.paper_bgcolor.replace(/#(..)(..)(..)/,
+                (_, ...hex) => hex.slice(0, 3).map((part) => parseInt(part, 16)).join(' ')))
+                : ground(node);
+            const [dim, bright] = [luminance(over(color, lower)), luminance(lower)]
+                .sort((a, b) => a - b);
+            if (bright / dim < 4.5) {
+                found.push([(bright / dim).toFixed(2), node.tagName, words.slice(0, 40)]);
+            }
+        }
+    };
+    look(document);
+    return found;
+}"""
+
 
 def chromium_path():
     """Return the installed Chromium, or None."""
@@ -172,3 +222,21 @@ def click_cell(page, x, y, which=0):
 
 def token(page, text):
     return page.locator(".strip .token", has_text=re.compile(f"^{re.escape(text)}$")).first
+
+
+def faint(page):
+    """Return each text that is not read on its ground, see `FAINT`, which must find a heading."""
+    found = page.evaluate(FAINT)
+    heading = page.locator("h1")
+    heading.evaluate("heading => { heading.style.opacity = 0.4; }")
+    assert heading.inner_text() in [words for *_, words in page.evaluate(FAINT)]
+    heading.evaluate("heading => { heading.style.opacity = 1; }")
+    return found
+
+
+def has_run_nothing(page):
+    """Check that no text of a stranger became a part of the page, and that nothing failed."""
+    assert not page.locator("img[src=x]").count()
+    assert not page.locator(".strip b, .strip script, .hoverlayer script").count()
+    assert not page.locator("[data-testid=stException]").count()
+    assert not page.troubles

@@ -20,6 +20,7 @@ Write such tests with small shapes (a program takes 10 to 20 ms), and remember t
 arithmetic is silently wrong in the interpreter: kernels convert to float32 right after the load.
 """
 
+import contextlib
 import gc
 import importlib.util
 import inspect
@@ -61,8 +62,8 @@ TOGETHER = {
 
 # the code of UMAP is compiled once a process, which takes ten seconds
 MAPPED = {f"tests/explorer/test_explorer_{name}.py" for name in ("clusters", "degenerate")}
-# other files with tests in a browser
-BROWSED = {"tests/app/test_app_share.py", "tests/app/test_app_text.py"}
+# other files with tests in a browser, or of a served app
+BROWSED = {f"tests/app/test_app_{name}.py" for name in ("access", "share", "text")}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -274,12 +275,34 @@ def served_runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def address(served_runs, tmp_path_factory):
+def served_cache(tmp_path_factory):
+    """Make a folder for the maps of the served app."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def address(served_runs, served_cache, tmp_path_factory):
     """Serve the app; its address."""
     from browser import serve
 
-    with serve(served_runs, log=tmp_path_factory.mktemp("log") / "server.log") as url:
+    served = serve(served_runs, log=tmp_path_factory.mktemp("log") / "server.log")
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(served_cache))
+            url = stack.enter_context(served)
         yield url
+
+
+@pytest.fixture(scope="session")
+def read_only(tmp_path_factory):
+    """Serve a folder with a run to readers only; its address and the folder."""
+    from browser import serve
+    from synthetic import write_run
+
+    folder = tmp_path_factory.mktemp("team")
+    write_run(folder / "known.duckdb", level="attention")
+    with serve(folder, options=["--read-only"]) as url:
+        yield url, folder
 
 
 @pytest.fixture(scope="session")

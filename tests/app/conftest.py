@@ -38,6 +38,15 @@ def scripts_waited_for():
 
 
 @pytest.fixture(scope="session")
+def compared(served_runs):
+    """Put runs that are compared, and a comparison, beside what is served; return the folder."""
+    from test_app_compare_browser import write_compared
+
+    write_compared(served_runs)
+    return served_runs
+
+
+@pytest.fixture(scope="session")
 def _folders(tmp_path_factory):
     """Keep the folders of `show`."""
     return {}, tmp_path_factory

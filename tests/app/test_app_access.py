@@ -365,62 +365,56 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def open_server(folder):
-    with serve(folder) as url:
-        yield url
-
-
-def test_a_page_of_a_stranger_may_look_and_not_write(open_server):
-    tab = Tab(open_server)
+def test_a_page_of_a_stranger_may_look_and_not_write(address):
+    tab = Tab(address)
     assert tab.visit()["capture"]
-    assert put(open_server, tab) == [204, 204]
-    port = urlsplit(open_server).port
+    assert put(address, tab) == [204, 204]
+    port = urlsplit(address).port
     for host, headers in (
         (f"evil.example:{port}", []),
         (f"localhost:{port}", [("X-Forwarded-For", "10.0.0.7")]),
         (f"localhost:{port}", [("Forwarded", "for=10.0.0.7;host=localhost")]),
     ):
-        other = Tab(open_server, host=host, headers=headers)
+        other = Tab(address, host=host, headers=headers)
         found = other.visit()
         assert not found["capture"] and b"known" in found["said"]
-        assert put(open_server, other, [("Host", host), *headers]) == [403, 403]
+        assert put(address, other, [("Host", host), *headers]) == [403, 403]
         other.close()
     tab.close()
 
 
-def test_the_app_is_framed_by_nobody_else(open_server):
+def test_the_app_is_framed_by_nobody_else(address):
     for path in ("/", "/tokens", "/_stcore/health", "/nothing"):
-        _, headers = ask(open_server, "GET", path)
+        _, headers = ask(address, "GET", path)
         found = {name.lower(): value for name, value in headers}
         assert found["content-security-policy"] == "frame-ancestors 'self'", path
         assert found["x-frame-options"] == "SAMEORIGIN"
 
 
-def test_cookies_are_secure_behind_tls_only(open_server):
+def test_cookies_are_secure_behind_tls_only(address):
     def cookie(*headers):
-        _, given = ask(open_server, "GET", "/_stcore/health", headers)
+        _, given = ask(address, "GET", "/_stcore/health", headers)
         return next(v for k, v in given if k.lower() == "set-cookie")
 
     assert "secure" not in cookie().lower()
     assert cookie(("X-Forwarded-Proto", "https")).endswith("; Secure")
 
 
-def test_a_read_only_server_takes_no_file(folder):
-    with serve(folder, options=["--read-only"]) as url:
-        tab = Tab(url)
-        assert not tab.visit()["capture"]
-        assert put(url, tab) == [403, 403]
-        tab.close()
-        # what is sent all the same is not read
-        place, sent = urlsplit(url), 0
-        with socket.create_connection((place.hostname, place.port)) as connection:
-            head = "PUT /_stcore/upload_file/a/b HTTP/1.1\r\nHost: localhost\r\n"
-            connection.sendall(f"{head}Content-Length: {10**9}\r\n\r\n".encode())
-            with contextlib.suppress(ConnectionError):
-                while sent < 10**9:
-                    sent += connection.send(bytes(2**16))
-        assert sent < 10**8
+def test_a_read_only_server_takes_no_file(read_only):
+    url, _ = read_only
+    tab = Tab(url)
+    assert not tab.visit()["capture"]
+    assert put(url, tab) == [403, 403]
+    tab.close()
+    # what is sent all the same is not read
+    place, sent = urlsplit(url), 0
+    with socket.create_connection((place.hostname, place.port)) as connection:
+        head = "PUT /_stcore/upload_file/a/b HTTP/1.1\r\nHost: localhost\r\n"
+        connection.sendall(f"{head}Content-Length: {10**9}\r\n\r\n".encode())
+        with contextlib.suppress(ConnectionError):
+            while sent < 10**9:
+                sent += connection.send(bytes(2**16))
+    assert sent < 10**8
 
 
 def test_a_login_counts_until_it_ends(folder, tmp_path, monkeypatch):

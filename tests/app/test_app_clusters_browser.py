@@ -5,9 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from browser import click_cell, place, serve, visit
+from browser import click_cell, place, visit
 from store_runs import make_forward, make_site, start, with_site
-from synthetic import write_run
 from test_app_clusters import keep
 
 from capture.store import PromptInfo
@@ -24,16 +23,13 @@ MANY = 30_400
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Two runs whose maps are in the cache, the app that shows them, and where their points are."""
-    folder = tmp_path_factory.mktemp("runs")
+def made(address, served_runs, served_cache):
+    """The app, a run that it shows, and where the points are on its map and on one of many."""
+    known = served_runs / "known.duckdb"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        known = write_run(folder / "known.duckdb", level="scores")
-        _, places = keep(known.path)
-        many = write_many(folder / "many.duckdb")
-        with serve(folder, log=tmp_path_factory.mktemp("log") / "server.log") as url:
-            yield url, known.path, places, many
+        patch.setenv("XDG_CACHE_HOME", str(served_cache))
+        _, places = keep(known)
+        return address, known, places, write_many(served_runs / "many.duckdb")
 
 
 def write_many(path):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from browser import click_cell, serve, settle, token, visit
+from browser import click_cell, has_run_nothing, settle, token, visit
 from synthetic import NASTY, write_run
 from test_app_compare import write_results
 
@@ -16,11 +16,14 @@ EVIL = "step_5 <img src=x onerror=alert(1)> <b>x<"
 OURS = "top_k(k=1)"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two recordings of one model, two checkpoints, and a comparison of the first one."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "known.duckdb")
+@pytest.fixture(autouse=True)
+def _compared(compared):
+    """Let the app show what is compared."""
+
+
+def write_compared(folder):
+    """Write two recordings of one model, two checkpoints, and a comparison of the known run."""
+    write_run(folder / "plain.duckdb")
     # with this seed, the first token of prompt 4 is in both
     write_run(folder / "other.duckdb", seed=11)
     for step in (10, 200):
@@ -40,13 +43,6 @@ def runs(tmp_path_factory):
     ]
     rows["texts"][0]["text"] = NASTY
     write_comparison(path, rows)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(runs, tmp_path_factory):
-    with serve(runs, log=tmp_path_factory.mktemp("log") / "server.log") as url:
-        yield url
 
 
 def shown(page, which=0):
@@ -64,33 +60,11 @@ def choose(page, label):
     page.get_by_role("radio", name=label, exact=True).click()
 
 
-def has_run_nothing(page):
-    """Check that no text of a stranger became a part of the page."""
-    assert not page.locator("img[src=x]").count()
-    assert not page.locator(".strip b, .strip script, .hoverlayer script").count()
-    assert not page.locator("[data-testid=stException]").count()
-    assert not page.troubles
-
-
 # --- routers ------------------------------------------------------------------------------------
 
 
-def test_the_pages_that_compare_draw_in_both_themes(address, new_page, theme):
-    tab = new_page(theme)
-    for path in ("compare", "compare-runs", "trends"):
-        visit(tab, f"{address}/{path}?run=known&against=other&ids=same")
-        tab.wait_for_selector(".js-plotly-plot .plot-container")
-        papers = tab.evaluate(
-            "[...document.querySelectorAll('.js-plotly-plot')]"
-            ".map(p => p._fullLayout.paper_bgcolor)"
-        )
-        assert papers, path
-        assert all((paper.lower() == "#ffffff") == (theme == "light") for paper in papers), path
-        has_run_nothing(tab)
-
-
-def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):
-    visit(page, f"{address}/compare?run=known&axis=flops_ratio")
+def test_a_point_and_the_box_of_a_row_of_the_table_show_the_card_of_their_router(address, page):
+    visit(page, f"{address}/compare?run=known&axis=flops_ratio&controls=hidden")
     page.get_by_text(f"Title of {OURS}").wait_for()
     click_cell(page, 0.5, -0.5)
     page.get_by_text("Title of peeks<script>").wait_for()
@@ -98,12 +72,6 @@ def test_a_click_on_a_point_shows_the_card_of_that_router(address, page):
     settle(page)
     assert not page.get_by_text(f"Title of {OURS}").count()
     assert page.get_by_text(NASTY).count() == 2  # the summary, and the text under two routers
-    has_run_nothing(page)
-
-
-def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, page):
-    visit(page, f"{address}/compare?run=known&controls=hidden")
-    page.get_by_text(f"Title of {OURS}").wait_for()
     table = page.get_by_test_id("stDataFrame").first
     table.scroll_into_view_if_needed()
     # the first column holds the boxes, 35 pixels a row; the first row is the own router
@@ -111,6 +79,8 @@ def test_the_box_of_a_row_of_the_table_shows_the_card_of_its_router(address, pag
     page.wait_for_url(re.compile("router=native"))
     settle(page)
     assert not page.get_by_text(f"Title of {OURS}").count()
+    assert not page.get_by_text("Title of peeks<script>").count()
+    has_run_nothing(page)
 
 
 def test_texts_layers_and_the_axis_of_the_front_are_chosen_on_one_page(address, page):
@@ -144,7 +114,7 @@ def test_texts_layers_and_the_axis_of_the_front_are_chosen_on_one_page(address, 
     has_run_nothing(page)
 
 
-def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page, runs):
+def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page, compared):
     lines = [
         *("The cat sat on the mat.", "A court shall hear the case.", "In the beginning was light."),
         *("def add(a, b): return a + b", f"{NASTY} is text."),
@@ -159,13 +129,17 @@ def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page
     routers.press("Enter")
     page.get_by_text("Measure time").click()
     settle(page)
+    # as few tokens to fit on as there can be
+    for _ in range(2):
+        page.locator(".st-key-compare-tokens [role=slider]").press("ArrowLeft")
+        settle(page)
     page.get_by_role("button", name="Compare", exact=True).click()
     page.get_by_role("progressbar").wait_for()
     page.get_by_role("button", name="Open compared").click(timeout=240_000)
     page.wait_for_url(re.compile("run=compared"))
     page.get_by_role("heading", name="A router's card").wait_for()
     settle(page)
-    (path,) = runs.glob("compared.*.comparison")
+    (path,) = compared.glob("compared.*.comparison")
     with open_comparison(path) as found:
         live = found.table[(found.table["mode"] == "live") & (found.table["router"] == OURS)]
     change = live["loss_change"].iloc[0]
@@ -180,11 +154,13 @@ def test_typed_prompts_are_recorded_and_compared_by_the_real_model(address, page
 # --- two runs -----------------------------------------------------------------------------------
 
 
-def test_a_click_on_a_cell_of_two_runs_leads_to_the_expert_of_its_run(address, page):
-    visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
+def test_cells_of_two_runs_lead_to_the_expert_of_a_run_and_ids_mean_nothing_where_unrelated(
+    address, page
+):
+    visit(page, f"{address}/compare-runs?run=plain&against=other&ids=same")
     click_cell(page, 2, 1)
     page.wait_for_url(re.compile("/experts.*id=2"))
-    assert "layer=3.0" in page.url and "run=known" in page.url
+    assert "layer=3.0" in page.url and "run=plain" in page.url
     page.get_by_role("heading", name="Tokens of L3.0.E2").wait_for()
     page.go_back()
     page.wait_for_url(re.compile("/compare-runs"))
@@ -193,21 +169,9 @@ def test_a_click_on_a_cell_of_two_runs_leads_to_the_expert_of_its_run(address, p
     page.wait_for_url(re.compile("/experts.*run=other"))
     page.get_by_role("heading", name="Tokens of L1.0.E1").wait_for()
     has_run_nothing(page)
-
-
-def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):
-    visit(page, f"{address}/compare-runs?run=known&against=other&ids=same&shared=4")
-    token(page, NASTY).click()
-    page.get_by_text(re.compile("^Token 0: Jaccard")).wait_for()
-    page.wait_for_url(re.compile("spot=0"))
+    page.go_back()
+    page.wait_for_url(re.compile("/compare-runs"))
     settle(page)
-    assert token(page, NASTY).get_attribute("aria-pressed") == "true"
-    has_run_nothing(page)
-
-
-def test_runs_are_never_compared_by_ids_that_mean_nothing(address, page):
-    visit(page, f"{address}/compare-runs?run=known&against=other&ids=same")
-    page.wait_for_selector(".js-plotly-plot .plot-container")
     choose(page, "Token by token")
     page.get_by_text("The same tokens in both runs", exact=True).first.wait_for()
     choose(page, "Unrelated")
@@ -224,6 +188,16 @@ def test_runs_are_never_compared_by_ids_that_mean_nothing(address, page):
     settle(page)
     after = shown(page)
     assert "nats" in after[0] and "nats" not in before[0] and after[2] != before[2]
+
+
+def test_the_tokens_of_two_runs_are_picked_in_a_prompt_of_both(address, page):
+    visit(page, f"{address}/compare-runs?run=plain&against=other&ids=same&shared=4")
+    token(page, NASTY).click()
+    page.get_by_text(re.compile("^Token 0: Jaccard")).wait_for()
+    page.wait_for_url(re.compile("spot=0"))
+    settle(page)
+    assert token(page, NASTY).get_attribute("aria-pressed") == "true"
+    has_run_nothing(page)
 
 
 # --- checkpoints --------------------------------------------------------------------------------

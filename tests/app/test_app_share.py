@@ -13,7 +13,7 @@ import pytest
 import streamlit as st
 from app_pages import opened as opened_here
 from app_pages import query
-from browser import serve, settle, visit
+from browser import settle, visit
 from synthetic import NASTY, PROMPTS, write_run
 from test_app_compare import write_results
 
@@ -448,34 +448,32 @@ def test_the_data_of_a_figure_downloads(address, new_page, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_a_read_only_server_refuses_and_shows_strange_texts(runs, new_page, tmp_path):
-    folder = tmp_path / "team"
-    shutil.copytree(runs, folder)
+def test_a_read_only_server_refuses_and_shows_strange_texts(read_only, page):
+    url, folder = read_only
     before = listing(folder)
-    with serve(folder, options=["--read-only"]) as url:
-        pages = [new_page(), new_page("dark")]
-        for page in pages:
-            visit(page, f"{url}/share?run=known")
-            page.get_by_text("it was started read-only").wait_for()
-            assert not page.get_by_text("Save this view").count()
-            assert not page.locator("input[type=file]").count()
-            assert not page.get_by_role("link", name="Capture").count()
-            page.goto(f"{url}/capture")
-            page.get_by_text("Page not found").wait_for()
-            for prompt in (4, 5):
-                visit(page, f"{url}/tokens?run=known&prompt={prompt}&layer=1.0")
-                strip = page.locator(".strip")
-                text = strip.inner_text()
-                assert (NASTY if prompt == 4 else "מילה") in text
-                assert strip.get_attribute("dir") == "auto"
-            assert not page.troubles
+    for prompt in (4, 5):
+        visit(page, f"{url}/tokens?run=known&prompt={prompt}&layer=1.0")
+        strip = page.locator(".strip")
+        text = strip.inner_text()
+        assert (NASTY if prompt == 4 else "מילה") in text
+        assert strip.get_attribute("dir") == "auto"
+    page.locator("[data-testid=stSidebarNav] a[href$='/share']").click()
+    page.get_by_text("it was started read-only").wait_for()
+    settle(page)
+    assert not page.get_by_text("Save this view").count()
+    assert not page.locator("input[type=file]").count()
+    assert not page.get_by_role("link", name="Capture").count()
+    page.goto(f"{url}/capture")
+    page.get_by_text("Page not found").wait_for()
+    assert not page.troubles
     assert listing(folder) == before
 
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_a_run_is_uploaded_in_the_browser(address, new_page, runs, tmp_path):
-    page = new_page()
+def test_a_run_is_uploaded_in_the_browser(address, page, runs, tmp_path):
+    from playwright.sync_api import expect
+
     visit(page, f"{address}/share?run=known")
     page.locator("input[type=file]").set_input_files(
         {"name": "bad.duckdb", "mimeType": "application/octet-stream", "buffer": b"x" * 5000}
@@ -483,8 +481,8 @@ def test_a_run_is_uploaded_in_the_browser(address, new_page, runs, tmp_path):
     page.get_by_role("button", name="Keep the run").click()
     page.locator("[data-testid=stAlert]", has_text="bad was not kept").wait_for()
     shutil.copyfile(runs / "known.duckdb", tmp_path / "theirs.duckdb")
-    visit(page, f"{address}/share?run=known")
     page.locator("input[type=file]").set_input_files(str(tmp_path / "theirs.duckdb"))
+    expect(page.get_by_label("Its name here")).to_have_value("theirs")
     page.get_by_role("button", name="Keep the run").click()
     page.get_by_text("was checked and kept").wait_for()
     visit(page, f"{address}/?run=theirs")
