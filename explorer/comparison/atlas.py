@@ -232,10 +232,9 @@ class _Measuring:
             if self.cancelled():
                 kept = self.out if self.out.is_file() else None
                 raise ComparisonCancelled(
-                    "Stopped. Layers that were finished are kept; the same atlas again does only "
-                    "the rest."
+                    "Layers that were finished are kept; the same atlas again does only the rest."
                     if kept
-                    else "Stopped before the first layer was finished.",
+                    else "No layer was finished.",
                     kept,
                 )
             self.progress(Progress("mapping", message=said, part=begun + part * done / max(of, 1)))

@@ -35,6 +35,10 @@ _WAYS = {
     "removed": "Its output is left out",
     "fisher": "Estimated by the gradient",
 }
+_DID = {
+    False: "Each expert was taken out of the model alone",
+    True: "What the loss would be without each expert is estimated by one gradient",
+}
 _COLUMNS = {
     "expert": ("Expert", None),
     "news": ("News", None),
@@ -76,7 +80,7 @@ def atlas_section(view: View) -> None:
         return
     sure = reliability(atlas, way)
     st.markdown(
-        "Each expert was taken out of the model alone, on "
+        f"{_DID[way in ESTIMATES]}, on "
         f"{counted(atlas.facts['n_texts'], 'text')} ({plain(atlas.facts['texts'])}). Half of the "
         "texts ranks the experts as the other half does with a correlation of "
         f"**{number(sure.overall, '.2f')}**, within a layer {number(sure.within, '.2f')}. Counts "
@@ -184,17 +188,16 @@ def _estimated(atlas: Atlas, way: str) -> str:
     if way not in ESTIMATES:
         return ""
     if not set(EXACT) & set(atlas.ways):
-        said = " These are estimates by one gradient."
-        if way == "fisher" and atlas.facts.get("checked"):
-            said += (
-                f" Of {counted(atlas.facts['checked'], 'expert')} drawn by chance that were taken "
-                "out, they give the order with a correlation of "
-                f"{number(atlas.facts.get('checked_agreement'), '.2f')}."
-            )
-        return said
+        if way != "fisher" or not atlas.facts.get("checked"):
+            return ""
+        return (
+            f" Of {counted(atlas.facts['checked'], 'expert')} drawn by chance that were taken out, "
+            "the estimates give the order with a correlation of "
+            f"{number(atlas.facts.get('checked_agreement'), '.2f')}."
+        )
     found = agreement(atlas, way, "removed")
     return (
-        " These are estimates by one gradient; they rank the experts as leaving out their output "
+        " The estimates rank the experts as leaving out their output "
         f"does with a correlation of {number(found.overall, '.2f')}."
     )
 
