@@ -100,6 +100,7 @@ def test_an_unknown_measurement_lists_the_known_ones(capsys):
 MEASURE = "import runpy; runpy.run_module('capture.bench.overhead', run_name='__main__')"
 
 
+@pytest.mark.slow
 def test_memory_of_attention_is_measured_beside_a_capture_without(capsys, tmp_path, monkeypatch):
     def in_own_process(cell):
         process = processes.start(tmp_path, [json.dumps(cell._asdict())], code=MEASURE)

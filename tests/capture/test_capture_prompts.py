@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
@@ -254,6 +254,7 @@ def test_a_folder_is_read_file_by_file(tmp_path):
 
 
 @given(st.lists(st.text(min_size=1).filter(lambda s: s.isprintable()), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
 def test_jsonl_and_parquet_give_the_text_back(items):
     lines = "\n".join(json.dumps({"text": item}) for item in items).encode()
     assert texts(read_prompts_bytes("p.jsonl", lines)) == items

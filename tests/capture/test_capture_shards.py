@@ -149,7 +149,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 def test_one_of_four_processes_is_killed_and_comes_again(tmp_path):
     out, folder = tmp_path / "run.duckdb", tmp_path / "run.parts"
     prompts = tmp_path / "prompts.txt"
@@ -187,7 +187,7 @@ def test_one_of_four_processes_is_killed_and_comes_again(tmp_path):
     assert counts[0] == counts[1] and counts[2] == read[0] == 16
 
 
-@pytest.mark.slow(seconds=30)
+@pytest.mark.slow(seconds=20)
 def test_torchrun_gives_one_run(tmp_path):
     out, prompts = tmp_path / "run.duckdb", tmp_path / "prompts.txt"
     prompts.write_text("".join(f"The {n} quick brown foxes.\n" for n in range(6)))
