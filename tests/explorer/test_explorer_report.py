@@ -213,7 +213,7 @@ def test_a_report_says_what_changed_since_its_view_and_what_the_page_could_not_s
     path.unlink()
     write_run(path, level="attention", seed=1)
     words = Reader(build_report(path, view)).words
-    assert "Changed since the view was saved: known" in words
+    assert "WarningChanged since the view was saved: known" in words
     assert "The page could not show domain = gone." in words
     assert "run = known, layer = 3.1" in words and "domain = gone, layer" not in words
 
