@@ -14,7 +14,7 @@ import torch
 from own_loop import alone, assert_recorded, padded, texts
 
 import capture
-from capture.errors import CaptureError
+from capture.errors import CaptureError, ConfigError
 from capture.recorder.own_loop.call import CannotFollow, read_call
 from capture.store import check_run
 
@@ -307,6 +307,13 @@ def test_parallel_wrappers_and_ranks(tmp_path, monkeypatch):
         wrapped(torch.tensor([TEXTS[0]]))
     assert run.path == tmp_path / "a-rank1.duckdb"
     assert_recorded(own, run.path, [(TEXTS[0], 5)])
+
+    class FullyShardedDataParallel(DistributedDataParallel):
+        pass
+
+    refused = pytest.raises(ConfigError, match=r"got FSDP1 .*Shard it with FSDP2")
+    with refused, capture.recording(FullyShardedDataParallel(own), tmp_path / "b.duckdb"):
+        pass
 
 
 # two processes train on texts of their own, plainly and recorded

@@ -508,7 +508,22 @@ class _PieceTexts:
 
 
 def take(model: Any, tokenizer: "PreTrainedTokenizerBase | None") -> LoadedModel:
-    """Return a loaded model as capture knows it, whatever mode it is in."""
+    """Return a loaded model as capture knows it, whatever mode it is in.
+
+    Raises
+    ------
+    ConfigError
+        If FSDP1 holds its weights: it cuts them into flat pieces, which no longer look like routers
+        and experts.
+    """
+    if isinstance(model, nn.Module) and any(
+        type(one).__name__ == "FullyShardedDataParallel" for one in model.modules()
+    ):
+        raise ConfigError(
+            "A model whose modules hold their own weights was expected, got FSDP1 "
+            "(FullyShardedDataParallel), which cuts them into flat pieces. Shard it with FSDP2 "
+            "(torch.distributed.fsdp.fully_shard), or record a saved checkpoint."
+        )
     inside = model
     while isinstance(inside, nn.Module) and not hasattr(inside, "config"):
         deeper = innermost(inside)
