@@ -1,6 +1,7 @@
 """An open run file, as the explorer's questions see it."""
 
 import hashlib
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any, Self
 import pandas as pd
 import pyarrow as pa
 
-from capture.paths import given_path
+from capture.paths import given_path, model_name
 from capture.store import RunReader, SiteInfo
 from capture.store.rewrite import NOTE
 from explorer.errors import RunError
+from explorer.text import counted, visible
 
 # how a prompt without a domain is named in filters and results; NULL in the run file
 UNLABELLED = ""
@@ -159,6 +161,32 @@ class Run:
     def counts_only(self) -> bool:
         """Whether this is an export that leaves the text out, and all that is known per token."""
         return self.notes.get(NOTE) is True
+
+    def _repr_html_(self) -> str:
+        """Say in a notebook what the run is."""
+        info, sites = self.info, self.sites
+        experts, top_k = (
+            " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+            for numbers in ([s.n_experts for s in sites], [s.top_k for s in sites])
+        )
+        prompts = "" if self.sums_only else f" of {counted(info['n_prompts'], 'prompt')}"
+        layers = counted(len(self.layers), "layer")
+        rows = {
+            "Model": f"{model_name(str(info['model']))} ({info['architecture']})",
+            "Tokens": f"{info['n_tokens']:,}{prompts}",
+            "Routers": f"{len(sites)} in {layers}, each choosing {top_k} of {experts} experts",
+            "Level": info["level"],
+            "Domains": ", ".join(name or "(no domain)" for name in self.domains[:12])
+            + (f" and {len(self.domains) - 12} others" if len(self.domains) > 12 else "")
+            or "none",
+            "Complete": "yes" if info["complete"] else "no: the capture did not end",
+        }
+        body = "".join(
+            f"<tr><th style='text-align:left'>{name}</th>"
+            f"<td style='text-align:left'>{html.escape(visible(str(value)))}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<b>Run {html.escape(visible(self.path.stem))}</b><table>{body}</table>"
 
     def close(self) -> None:
         """Close the file."""

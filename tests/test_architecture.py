@@ -36,7 +36,7 @@ ORDER = {
             "comparison",
         ),
         *("maps", "survey", "worker", "writing", "slices", "saved_views", "run_files", "report"),
-        *("playground", "ui", "pages", "commands", "__main__"),
+        *("playground", "ui", "pages", "figures", "commands", "__main__"),
     ),
 }
 SOURCES = sorted(p for package in MAY_IMPORT for p in (ROOT / package).rglob("*.py"))

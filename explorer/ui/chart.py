@@ -12,9 +12,11 @@ import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from explorer.run import Run
 from explorer.text import ABSENT, ABSENT_NOTE, cell, counted
 from explorer.ui import address, printing, theme
 from explorer.ui.glossary import help_text, term_of
+from explorer.ui.recipe import Recipe, python, sql
 from explorer.ui.wording import escaped
 
 # of the picture that the camera above a figure saves; kept for all figures of a session
@@ -39,6 +41,7 @@ def chart(
     table: pd.DataFrame | Callable[[], pd.DataFrame],
     on_click: Callable[[list[float]], None] | None = None,
     on_region: Callable[[Any], None] | None = None,
+    made: tuple[Recipe, Run] | None = None,
 ) -> None:
     """Draw a figure and its table.
 
@@ -53,6 +56,8 @@ def chart(
     on_region : callable, optional
         Called instead with the selection, as Streamlit has it, when a box or a line was drawn or
         taken away, or a mark was clicked (see ``clicked``). The wheel zooms.
+    made : (Recipe, Run), optional
+        How the table is made of the run, to be copied as code.
     """
 
     def drawn() -> None:
@@ -135,6 +140,25 @@ def chart(
     if menu.open:
         with menu:
             _downloads(table() if callable(table) else table, key, source)
+    if made is not None and printing.theme() is None:
+        _code(row, *made, key)
+
+
+def _code(row: DeltaGenerator, recipe: Recipe, run: Run, key: str) -> None:
+    """Offer the code that makes the table of a figure, written only when somebody asks for it."""
+    menu = row.popover(
+        "",
+        icon=":material/code:",
+        help="Copy the data as Python or SQL",
+        key=f"code of {key}",
+        on_change="rerun",
+    )
+    if not menu.open:
+        return
+    menu.markdown("**Python** · makes `table`, the data of this figure")
+    menu.code(python(recipe, run.path.name), language="python")
+    menu.markdown("**SQL** · what is read from the run; with `run.query` or plain DuckDB")
+    menu.code(sql(recipe, run), language="sql", height=320)
 
 
 def explain_dash(table: pd.DataFrame, place: DeltaGenerator | None = None) -> None:

@@ -5,6 +5,7 @@ import lzma
 import sys
 from pathlib import Path
 
+import plotly.io as pio
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
@@ -19,6 +20,9 @@ from explorer.ui.job import follow
 from explorer.ui.problems import instead
 from explorer.worker import CaptureRequest, Job, shared_worker
 
+# figures carry a template (`ui.theme`); to make plotly's own for each first takes as long as the
+# rest. Only here: in a notebook, the figures of others keep theirs
+pio.templates.default = None
 _VIEW = "current view"
 _DEMO = "demo"
 _SAMPLE = "demo-sample"  # a run, until the demo's own takes its place
@@ -38,7 +42,9 @@ _STYLE = """<style>
 [class*="st-key-table-of-"]:not(:has(details[open])) { width: auto !important; flex: 0 0 auto; }
 [class*="st-key-table-of-"]:not(:has(details[open])) details { border-color: transparent; }
 [class*="st-key-chip-"] button { min-height: 1.8rem; padding: 0 0.6rem; border-radius: 1rem; }
-[class*="st-key-downloads-of-"] button { border-color: transparent; background: none; }
+[class*="st-key-downloads-of-"] button, [class*="st-key-code-of-"] button {
+  border-color: transparent; background: none;
+}
 /* as high as the lists to choose from that stand beside them */
 [data-testid="stHorizontalBlock"]:has(> * > [data-testid="stSelectbox"])
   > * > [data-testid="stButtonGroup"] button { min-height: 2.5rem; }

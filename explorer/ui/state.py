@@ -19,6 +19,7 @@ from explorer.queries.overview import token_count
 from explorer.queries.where import Part
 from explorer.run import Run, open_run
 from explorer.ui import printing
+from explorer.ui.recipe import Recipe
 from explorer.ui.wording import Scope, site_name
 
 T = TypeVar("T")
@@ -132,6 +133,19 @@ class View:
             step=part.step,
             layers=self.layers if over_layers else None,
         )
+
+    def recipe(
+        self,
+        question: Callable[..., Any],
+        *,
+        first: bool = False,
+        drop: tuple[str, ...] = (),
+        over_layers: bool = False,
+        **arguments: Any,
+    ) -> tuple[Recipe, Run]:
+        """Return how a figure's table is made, as ``chart`` takes it; see ``Recipe``."""
+        layers = self.layers if over_layers else None
+        return Recipe(question, arguments, first, drop, layers), self.run
 
 
 class RunProblem(NamedTuple):

@@ -14,13 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
-import plotly.io as pio
 from plotly.colors import sample_colorscale
 
 from explorer.ui.wording import Caption, escaped, site_name
 
-# figures carry the template below; to make plotly's own for each first takes as long as the rest
-pio.templates.default = None
 SEQUENTIAL = "cividis"
 # ColorBrewer PuOr, turned so that more is orange; on dark ground its middle is dark, so that the
 # cells that stand out are the ones far from neutral on either ground

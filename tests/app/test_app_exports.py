@@ -4,14 +4,18 @@ import io
 import json
 import sys
 
+import duckdb
 import pandas as pd
 import pytest
 import streamlit as st
 from synthetic import write_run
 from test_app_pages import charts, opened
 
+from explorer.run import open_run
+from explorer.slices import save_slice
 from explorer.ui import chart as module
 from explorer.ui.chart import csv, parquet, with_source
+from explorer.ui.recipe import python, sql
 from explorer.ui.wording import Scope
 
 
@@ -34,6 +38,62 @@ def exported(monkeypatch):
 
     monkeypatch.setattr(module, "_source", kept)
     return found
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Return the table of each figure of a page and the recipe of its code, by its key."""
+    found, chart = {}, module.chart
+
+    def drawn(figure, *, key, table, made=None, **options):
+        found[key] = table, made
+        return chart(figure, key=key, table=table, made=made, **options)
+
+    monkeypatch.setattr(module, "chart", drawn)
+    return found
+
+
+PAGES_OF_CODE = {
+    "load bars": ("load_balance", {"domain": "law", "search": "cOurt", "layer": "3.1"}),
+    "load map": ("overview", {"slice": "it's", "from": "3"}),
+    "token map": ("tokens", {"prompt": "1", "layer": "3.0"}),
+    "shares by domain": ("experts", {"layer": "1.0", "id": "0"}),
+}
+
+
+@pytest.mark.parametrize("key", PAGES_OF_CODE)
+def test_code_of_a_figure_makes_its_data(known, copied, monkeypatch, key):
+    with open_run(known.path) as run:
+        save_slice(run, "it's", [0, 1, 2, 5])
+        page, query = PAGES_OF_CODE[key]
+        opened(page, **query)
+        table, (recipe, _) = copied[key]
+        monkeypatch.chdir(known.path.parent)
+        names = {}
+        exec(python(recipe, known.path.name), names)
+        names["run"].close()
+        made = names["table"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(made, table.reset_index(drop=True))
+        statement = sql(recipe, run)
+    if not recipe.first and key != "shares by domain":
+        with duckdb.connect(str(known.path), read_only=True) as plain:
+            read = plain.sql(statement.removesuffix(";")).df()
+        columns = [name for name in table.columns if name in read]
+        assert set(columns) == set(table.columns)
+        if recipe.layers:
+            read = read[read["layer"].between(*recipe.layers)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            read[columns], table.reset_index(drop=True)[columns], check_dtype=False
+        )
+
+
+def test_the_code_is_written_when_its_menu_is_open(known):
+    app = opened()
+    assert not app.code
+    app.session_state["code of load map"] = True
+    app.run()
+    assert [block.language for block in app.code] == ["python", "sql"]
+    assert "expert_load(run, weights=False)" in app.code[0].value
 
 
 def test_an_export_without_filters_is_named_after_its_run_and_figure(known, exported):

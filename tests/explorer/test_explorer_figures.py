@@ -1,7 +1,9 @@
 """Figures: the data in the figure is the data in the frame, and nothing from outside is markup."""
 
 import html
+import importlib
 import re
+import sys
 import tomllib
 
 import numpy as np
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from plotly.colors import sample_colorscale, unlabel_rgb
 from synthetic import NASTY, write_run
 
-from explorer.errors import ExplorerError, UnknownNameError
+from explorer import figures as api
+from explorer.errors import ExplorerError, RunError, UnknownNameError
 from explorer.metrics import load as load_metrics
 from explorer.metrics.capacity import POLICIES
 from explorer.pages.load_balance import data
@@ -23,6 +26,7 @@ from explorer.pages.tokens import data as tokens
 from explorer.pages.tokens import figures as token_figures
 from explorer.pages.trends.figures import trend_lines
 from explorer.queries import load
+from explorer.queries.overview import token_count
 from explorer.run import open_run
 from explorer.text import visible
 from explorer.ui import heatmap, theme
@@ -603,3 +607,57 @@ def test_token_routes_hold_the_weights(run):
         assert (share, weight) == pytest.approx((row["weight_share"], row["weight"]))
         assert text == str(row["expert_id"])
         assert (color == theme.hues(False)[0]) == (key == (1, 0, 2))
+
+
+# ---- the same figures, of the Python API
+
+
+def test_figures_of_the_api_are_those_of_the_pages(run):
+    every = load.expert_load(run, domain="law", phase="prompt")
+    n_tokens = token_count(run, domain="law", phase="prompt")
+    scope = Scope(n_tokens, "law", "prompt")
+    chosen = {"domain": "law", "phase": "prompt", "dark": True}
+    table = load.balance_table(every, n_tokens=n_tokens)
+    here = load.expert_load(run, layer=3, site=1, domain="law", phase="prompt")
+    of_page = [
+        load_figures.load_heatmap(every, scope=scope, dark=True),
+        load_figures.load_bars(here, scope=scope, layer="3.1", dark=True),
+        load_figures.lorenz(here, scope=scope, layer="3.1", dark=True),
+        load_figures.balance_over_layers(table, "gini", scope=scope, dark=True),
+    ]
+    of_api = [
+        api.load_heatmap(run, **chosen),
+        api.load_bars(run, 3, site=1, **chosen),
+        api.lorenz(run, 3, site=1, **chosen),
+        api.load_over_layers(run, "gini", **chosen),
+    ]
+    for page, call in zip(of_page, of_api, strict=True):
+        assert page.to_json() == call.to_json()
+    assert "law" in caption(api.flow(run, domain="law"))
+    pairs = api.coactivation(run, 1)
+    assert title(pairs) and title(api.transitions(run, 1))
+    cells = api.token_heatmap(run, 0, "expert")
+    assert "8 tokens" in caption(cells) and "8 tokens" in caption(api.token_heatmap(run))
+    for wrong, reason in (
+        (lambda: api.coactivation(run, 3, site=1), "one expert per token"),
+        (lambda: api.flow(run, 3), "No router follows layer 3"),
+        (lambda: api.lorenz(run, 2), "no router 0"),
+        (lambda: api.token_heatmap(run, 99), "no tokens of prompt 99"),
+    ):
+        with pytest.raises(RunError, match=reason):
+            wrong()
+
+
+def test_figures_of_the_api_import_no_streamlit():
+    """They are for notebooks: modules are imported anew, with Streamlit out of reach."""
+    known = dict(sys.modules)
+    try:
+        for name in known:
+            if name.split(".")[0] in ("explorer", "streamlit"):
+                del sys.modules[name]
+        sys.modules["streamlit"] = None
+        fresh = importlib.import_module("explorer.figures")
+        assert fresh is not api and "explorer.ui.theme" in sys.modules
+    finally:
+        sys.modules.clear()
+        sys.modules.update(known)

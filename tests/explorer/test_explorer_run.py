@@ -28,6 +28,18 @@ def test_a_run_lists_what_it_holds(path):
             run.site_info(2)
 
 
+def test_a_run_shows_itself_in_a_notebook(path, tmp_path):
+    with open_run(write_run(tmp_path / "a.duckdb").path) as run:
+        run.info |= {"model": "<script>m</script>", "complete": False}
+        shown = run._repr_html_()
+    assert "<b>Run a</b>" in shown and "33 of 6 prompts" in shown
+    assert "3 in 2 layers, each choosing 1 to 2 of 4 to 6 experts" in shown
+    assert "code, law, text, (no domain)" in shown
+    assert f">{run.info['level']}<" in shown
+    assert "<script" not in shown and "&lt;script&gt;m" in shown
+    assert "no: the capture did not end" in shown
+
+
 def test_missing_values_stay_missing(path):
     with open_run(path) as run:
         frame = run.query(

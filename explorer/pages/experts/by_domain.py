@@ -1,5 +1,7 @@
 """Which experts of all layers take some domains, one or several together."""
 
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
@@ -58,7 +60,7 @@ def domain_section(view: View) -> None:
 
 @section("Experts of the domains")
 def _experts(view: View, domains: list[str]) -> None:
-    filters = {"phase": view.phase, "part": view.part}
+    filters: dict[str, Any] = {"phase": view.phase, "part": view.part}
     with st.spinner("Counting the routes of all layers"):
         table, step = ask(view, experts_of_domains, domains=tuple(domains), **filters)
     found = view.of_layers(table)
@@ -101,6 +103,9 @@ def _experts(view: View, domains: list[str]) -> None:
         f"their share of all tokens, up to {rows['lift'].max():.1f} times. Click: the expert.",
         table=found.assign(domains=", ".join(map(domain_name, domains))),
         on_click=lambda data: _go_to(view, rows, int(data[0])),
+        made=view.recipe(
+            experts_of_domains, domains=tuple(domains), **filters, first=True, over_layers=True
+        ),
     )
     if few:
         st.caption(

@@ -218,6 +218,7 @@ def _shares(view: View, expert: int, by: str) -> None:
         alt=f"Dots with intervals: the share of each {by}'s tokens that choose the expert, "
         f"{span(rows['share'], '.1%')}; of all tokens {number(every['share'], '.1%')}.",
         table=table,
+        made=view.recipe(shares_of, expert_id=expert, by=by, **view.place, **view.filters),
     )
     if few and by == "domain":
         st.caption(
@@ -275,6 +276,7 @@ def _vocabulary(view: View, expert: int, name: str) -> None:
         f"{span(rows['share'], '.0%')} of their occurrences; by chance the luckiest entry has "
         f"{number(floor.mean, '.0%')}.",
         table=table,
+        made=view.recipe(vocabulary_of, expert_id=expert, **view.place, **view.filters, first=True),
     )
     above = int((table["share"] > floor.high).sum())
     st.caption(
@@ -380,6 +382,7 @@ def _divergence_map(view: View) -> None:
         "domains of each expert's tokens are from those of all, "
         f"{span(found['divergence'], '.3f')} nats. Click: the expert.",
         table=found,
+        made=view.recipe(divergences, **sampled.filters, over_layers=True),
         on_click=lambda data: address.jump_to_expert(view, data),
     )
 
@@ -411,6 +414,7 @@ def _vocabulary_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
         f"go to its favourite expert, {span(table['vocabulary'], '.0%')}; with shuffled labels "
         f"{number(table['vocabulary_floor'].mean(), '.0%')}.",
         table=table,
+        made=view.recipe(layers_of, **view.filters, first=True, over_layers=True),
     )
 
 
@@ -435,6 +439,7 @@ def _information_of_layers(view: View, table: pd.DataFrame, step: int) -> None:
         f"{span(table['information'], '.3f')} nats; with shuffled labels "
         f"{number(table['information_floor'].mean(), '.3f')}.",
         table=table,
+        made=view.recipe(layers_of, **view.filters, first=True, over_layers=True),
     )
 
 
@@ -511,6 +516,7 @@ def text_section(view: View) -> None:
         alt=f"Dots with intervals: the {len(rows)} experts that take the text's tokens most above "
         f"their share of all tokens, up to {rows['lift'].max():.1f} times. Click: the expert.",
         table=table,
+        made=view.recipe(experts_of_text, text=text, **view.filters, first=True),
         on_click=lambda data: address.jump_to_expert(
             view, shown[["layer", "site", "expert_id"]].iloc[int(data[0])].tolist()
         ),

@@ -144,6 +144,9 @@ def _bars(view: View, here: pd.DataFrame) -> None:
         f"{here['share'].min():.1%}; a fair share is {1 / len(here):.1%}. Click: its tokens.",
         table=here.drop(columns=["n_experts", "top_k"]),
         on_click=lambda data: address.jump_to_expert(view, data),
+        made=view.recipe(
+            expert_load, weights=False, **view.place, **view.filters, drop=("n_experts", "top_k")
+        ),
     )
 
 

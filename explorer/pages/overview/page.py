@@ -181,6 +181,13 @@ def _load_map(view: View, load: pd.DataFrame) -> None:
         f"layer's assignments over the uniform share, {span(load['ratio'], '.2f')} times.",
         table=load.drop(columns=["n_experts", "top_k"]),
         on_click=lambda data: address.jump_to_expert(view, data),
+        made=view.recipe(
+            expert_load,
+            weights=False,
+            **view.filters,
+            drop=("n_experts", "top_k"),
+            over_layers=True,
+        ),
     )
 
 

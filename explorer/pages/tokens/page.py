@@ -405,6 +405,15 @@ def _heatmap(
         f"{counted(values['layer'].nunique(), 'layer')}: "
         f"{QUANTITIES[quantity].label}.",
         table=values.drop(columns="token_id"),
+        made=None
+        if quantity == "pinned_weight"
+        else view.recipe(
+            token_quantity,
+            prompt_id=int(chosen["prompt_id"]),
+            quantity=quantity,
+            drop=("token_id",),
+            over_layers=True,
+        ),
         on_click=lambda data: _go_to_cell(view, data),
     )
 
