@@ -49,6 +49,7 @@ TIMEOUT = 570  # seconds for one file; less than any test may take (.pytest.ini)
 TOGETHER = {
     f"tests/{name}.py"
     for name in (
+        "bench/test_capture_bench",
         "capture/test_capture_buffer",
         "capture/test_capture_cli",
         "capture/test_capture_own_loop_ways",
