@@ -79,6 +79,14 @@ def test_no_other_file_is_read(copied, tmp_path):
             name = str(place).replace("'", "''")
             with pytest.raises(StoreError, match="disabled by configuration"):
                 run.query(f"SELECT * FROM read_parquet('{name}')")
+    part = copied.with_suffix(".parquet") / "token" / PLACE
+    part.rename(tmp_path / "moved.parquet")
+    part.symlink_to(tmp_path / "moved.parquet")
+    with (
+        pytest.raises(StoreError, match="disabled by configuration"),
+        RunReader.open(copied) as run,
+    ):
+        rows(run, "tokens")
 
 
 def test_rows_that_are_gone_or_are_not_its_own_are_refused(made, copied, tmp_path):
