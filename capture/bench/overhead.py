@@ -24,11 +24,11 @@ import torch
 
 from capture.bench import say
 from capture.interrupts import Interrupts
-from capture.model.forward import Head, Runner, pad_batch
+from capture.model.forward import Head, Runner, pad_batch, probe_tokens
 from capture.model.hooks import Taps
 from capture.model.inputs import vocabulary
 from capture.model.load import DEMO, LoadedModel, load_model, transformers_library
-from capture.model.selftest import attach, probe_tokens
+from capture.model.selftest import attach
 from capture.model.sites import Site
 from capture.model.tokens import TokenizedPrompt, tokenize
 from capture.progress import Reporter

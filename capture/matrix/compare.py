@@ -139,7 +139,7 @@ def check_model(model: nn.Module, names: tuple[str, str], *, saved: bool = True)
             return Verdict(*names, UNTESTED, str(error))
         except Exception as error:
             said = f"{type(error).__name__}: {_told(error)}"
-            if _runs(model):
+            if _runs(_speaking(model)):
                 return Verdict(*names, WRONG, f"ends with {said}")
             return Verdict(*names, UNTESTED, f"the model itself does not run: {said}")
     rules = tuple(sorted({site["score_function"] for site in sites}))
@@ -150,10 +150,19 @@ def check_model(model: nn.Module, names: tuple[str, str], *, saved: bool = True)
 def _runs(model: Any) -> bool:
     """Whether a model reads text at all; some versions of transformers have one that does not."""
     try:
-        getattr(model, "thinker", model)(input_ids=torch.tensor([prompts()[0]]), use_cache=False)
+        model(input_ids=torch.tensor([prompts()[0]]), use_cache=False)
     except Exception:
         return False
     return True
+
+
+def _speaking(whole: Any) -> Any:
+    """Return the part of a model that reads and writes.
+
+    All of Llama 4 reads nothing in transformers 5.24, its language model alone does.
+    """
+    model = getattr(whole, "thinker", whole)
+    return model if _runs(model) else getattr(model, "language_model", model)
 
 
 def prompts() -> list[list[int]]:
@@ -166,7 +175,7 @@ def _compared(
     whole: Any, folder: Path, n_experts: int, *, saved: bool
 ) -> tuple[list[dict[str, Any]], set[str]]:
     """Return the sites of a model and what was compared there."""
-    texts, model = prompts(), getattr(whole, "thinker", whole)  # the part that reads and writes
+    texts, model = prompts(), _speaking(whole)
     options: dict[str, Any] = {"generate": GENERATE, "progress": False}
     two_sides = has_two_sides(model)
     path = _most(whole, texts, folder, options, attention=not two_sides)
@@ -329,10 +338,11 @@ class _Comparison:
             raise self._wrong("tokens without scores")
         scores, inside = torch.tensor(kept), f"{self.site['module']}."
         seen = [
-            rows
+            found
             for name, values in self.seen.seen.items()
             for rows in (values if f"{name}.".startswith(inside) else ())
-            if rows.shape == scores.shape
+            for found in (rows, _of_pairs(rows, scores.shape[1]))
+            if found.shape == scores.shape
         ]
         errors = [float((rows - scores).abs().max()) for rows in seen]
         if not errors or min(errors) > ABSOLUTE + RELATIVE * float(scores.abs().max()):
@@ -341,6 +351,18 @@ class _Comparison:
 
     def _wrong(self, what: str) -> Wrong:
         return Wrong(f"{self.site['module']}, prompt {self.prompt}: {what}")
+
+
+def _of_pairs(rows: torch.Tensor, n_experts: int) -> torch.Tensor:
+    """Return the scores [T, E] of pairs of keys where rows [T, 2n] are those of n * n = E pairs.
+
+    Doge takes its rows for all first halves and then all second ones.
+    """
+    n_keys = rows.shape[1] // 2
+    if n_keys**2 != n_experts:
+        return rows
+    first, second = rows.reshape(2, len(rows), n_keys)
+    return torch.cat([first[:, key, None] + second for key in range(n_keys)], dim=1)
 
 
 def _paired(

@@ -210,7 +210,11 @@ KNOWN: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"routed_scaling_factor": 1.7},
     "mistral4": _MLA,
     "mistral_large4_text": _MLA,
-    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 2},
+    "nllb-moe": {
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 2,
+        "moe_eval_capacity_token_fraction": 0.2,  # tokens are dropped
+    },
     "muse_spark": {"projector_hidden_size": 16},
     "muse_spark_audio": {
         "num_hidden_layers": 4,

@@ -47,6 +47,10 @@ class Bank:
 
     def slices(self, expert: int) -> Iterator[torch.Tensor]:
         """Yield everything that belongs to one expert."""
+        embeddings = _embeddings(self.owner)
+        if embeddings:
+            yield from (one.weight[expert] for one in embeddings)
+            return
         if isinstance(self.owner, nn.ModuleList | nn.ModuleDict):
             yield from list(self.owner.children())[expert].parameters()
             return
@@ -120,6 +124,10 @@ class Place:
         owner: Any = self.bank.owner
         if isinstance(owner, nn.ModuleList | nn.ModuleDict):
             return list(owner.children())[expert](hidden) * weights[:, None]  # type: ignore[no-any-return]
+        embeddings = _embeddings(owner)
+        if embeddings:
+            down, up = (one.weight[expert] for one in embeddings)
+            return (module.act_fn(hidden @ down) * weights)[:, None] * up  # type: ignore[no-any-return]
         told = self._told(expert, weights)
         if told is not None:
             args, kwargs = told
@@ -156,10 +164,17 @@ class Place:
 
 
 def banks(model: nn.Module, n_experts: int) -> list[Bank]:
-    """Return what a model has ``n_experts`` of in one shape, wherever it stands."""
+    """Return what a model has ``n_experts`` of in one shape, wherever it stands.
+
+    Of embeddings that are found by pairs of keys there are as many as they have rows.
+    """
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        embeddings = _embeddings(module)
+        if embeddings:
+            found.append(Bank(name, module, embeddings[0].num_embeddings))
             continue
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             parts = sum(not isinstance(part, nn.Dropout) for part in module.children())
@@ -322,6 +337,13 @@ def _first(output: Any) -> torch.Tensor | None:
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             return value
     return None
+
+
+def _embeddings(module: nn.Module) -> list[nn.Embedding]:
+    """Return the two embeddings that hold a row of each expert (Doge), if there are such."""
+    found = [one for one in module.children() if isinstance(one, nn.Embedding)]
+    rows = {one.weight.shape for one in found}
+    return found if len(found) == MATRIX and len(rows) == 1 and hasattr(module, "num_keys") else []
 
 
 def _is_flat(parameter: torch.Tensor, n_experts: int) -> bool:

@@ -1,7 +1,7 @@
 """Run a model over prompts in padded batches, and take the loss of every token."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +15,16 @@ from capture.model.inputs import (
     decoder_inputs,
     input_device,
     plain_forward,
+    vocabulary,
     without_gradients,
 )
 from capture.model.sites import text_config
 
 Ints = npt.NDArray[np.int64]
+# of a test: enough tokens that a rule which does not explain the choice is caught, few enough to be
+# quick
+ROWS, LENGTH = 4, 16
+SEED = 0
 Finish = Callable[[torch.Tensor], torch.Tensor]
 # logits held at a time; on a CPU they should stay within its caches
 LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
@@ -446,6 +451,27 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """Return the arguments that hand a model its cache, under the name that it takes."""
     name = "cache" if "cache" in _parameters(model) else "past_key_values"
     return {name: cache, "use_cache": True}
+
+
+def probe_tokens(model: nn.Module) -> torch.Tensor:
+    """Return token ids [4, 16] that a text model accepts, always the same ones."""
+    size = vocabulary(model)
+    special = set(_special_ids(model))
+    plain = torch.tensor([i for i in range(size) if i not in special] or [*range(size)])
+    positions = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
+    generator = torch.Generator().manual_seed(SEED)
+    chosen = torch.randint(len(plain), (ROWS, min(LENGTH, int(positions))), generator=generator)
+    return plain[chosen].to(input_device(model))
+
+
+def _special_ids(model: nn.Module) -> Iterable[int]:
+    """Yield ids that stand for something else than text: padding, images, audio."""
+    config = getattr(model, "config", None)
+    for owner in (config, text_config(model)):
+        for name, value in vars(owner).items() if owner is not None else ():
+            if name.endswith(("_token_id", "_token_index")):
+                values = value if isinstance(value, list | tuple) else [value]
+                yield from (v for v in values if isinstance(v, int))
 
 
 def takes_positions(model: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from capture.errors import ModelError, cut, first_line, quoted
 from capture.model.compiled import Compiler, unwrapped
 from capture.model.folder import check_model_folder, check_numbers, odd_one, read_document
-from capture.model.inputs import embedding_weight
+from capture.model.inputs import embedding_weight, input_device
 from capture.paths import given_path
 from capture.store.records import DTYPES
 
@@ -271,16 +271,28 @@ def _load(
 def speaking_part(model: Any) -> Any:
     """Return the part of a model that reads and writes text: the model itself, as a rule.
 
-    Models that also talk (Omni) have no forward pass of their own, only that of their parts.
+    Models that also talk (Omni) have no forward pass of their own, only that of their parts. That
+    of Llama 4 ends in an AttributeError in transformers 5.24, while its language model runs.
     """
     thinker = getattr(model, "thinker", None)
     if thinker is None:
-        return model
+        inner = getattr(model, "language_model", None)
+        return inner if hasattr(inner, "lm_head") and not _reads_text(model) else model
     try:
         embedding_weight(model)
     except ModelError:
         return thinker
     return model
+
+
+def _reads_text(model: Any) -> bool:
+    """Whether a forward pass over one token puts out what it should."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.ones((1, 1), dtype=torch.long, device=input_device(model)))
+    except AttributeError:
+        return False
+    return True
 
 
 def _device_map(place: str) -> Any:

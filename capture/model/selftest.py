@@ -4,9 +4,10 @@ Row ``b * S + s`` of a site has to be token ``s`` of prompt ``b``, padded or not
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +16,19 @@ from torch import nn
 from capture.errors import SiteError
 from capture.model import attributes as probe
 from capture.model.after_sum import calls_kept, with_factor, with_kinds
-from capture.model.forward import cache_of, keeps, takes_positions, with_cache
+from capture.model.forward import (
+    ROWS,
+    cache_of,
+    keeps,
+    probe_tokens,
+    takes_positions,
+    with_cache,
+)
 from capture.model.hooks import SiteObservation, tap
 from capture.model.inputs import (
     decoder_inputs,
     has_two_sides,
-    input_device,
     plain_forward,
-    vocabulary,
     without_gradients,
 )
 from capture.model.scoring import (
@@ -32,11 +38,8 @@ from capture.model.scoring import (
     rule_of,
     score_function_of,
 )
-from capture.model.sites import Site, find_sites, text_config
+from capture.model.sites import Site, find_sites
 
-# enough tokens that a rule which does not explain the choice is caught, few enough to be quick
-ROWS, LENGTH = 4, 16
-SEED = 0
 # a row differs from the same row alone by rounding, which may flip a near tie now and then;
 # another token's row lies as far away as tokens lie from each other
 NEAR = 0.5
@@ -47,15 +50,16 @@ STEPS = 2  # decoded
 DRIFT, HALF_DRIFT = 1e-3, 5e-2
 
 
-def attach(model: nn.Module, *, two_sides: bool = False) -> list[Site]:
+def attach(model: nn.Module, *, two_sides: bool = False, alone: bool = False) -> list[Site]:
     """Find a model's sites and self-test them: the way to get sites that are safe to record.
 
-    ``two_sides`` says whether the model may be an encoder-decoder.
+    ``two_sides`` says whether the model may be an encoder-decoder, ``alone`` whether its routing
+    may depend on the other texts of a batch: then ``Site.alone`` is set.
     """
-    return self_test(model, find_sites(model, two_sides=two_sides))
+    return self_test(model, find_sites(model, two_sides=two_sides), alone=alone)
 
 
-def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+def self_test(model: nn.Module, sites: Sequence[Site], *, alone: bool = False) -> list[Site]:
     """Run one short forward pass and return the sites with what it measured.
 
     Checks that every site ran exactly once, that ids and weights are [tokens, K], ids in range
@@ -68,6 +72,8 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         In evaluation mode; random generators are left as they are.
     sites : sequence of Site
         All sites of the model.
+    alone : bool
+        Whether a model may pass that has to read every text by itself.
 
     Returns
     -------
@@ -97,8 +103,17 @@ def self_test(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
             )
             for number, (site, observation) in enumerate(zip(sites, batch.sites, strict=True))
         ]
-        check_rows(model, measured, ids, mask, batch)
-    return measured
+        differs = first_mixed(model, measured, ids, mask, batch)
+        if differs is None:
+            return measured
+        if alone and reads_alone(model, measured, ids):
+            return [replace(site, alone=True) for site in measured]
+    raise SiteError(
+        f"{differs.info.module}: the rows of a padded batch should be those of each prompt alone, "
+        "in the order [prompt, token], but they are not: they come in another order, or a token's "
+        "routing depends on the other prompts or on chance. Such a model cannot be recorded token "
+        f"by token{'' if alone else ', unless by capture.record, which reads prompts one by one'}."
+    )
 
 
 def heeds_padding(model: nn.Module, sites: Sequence[Site]) -> bool:
@@ -114,27 +129,6 @@ def heeds_padding(model: nn.Module, sites: Sequence[Site]) -> bool:
         return heeds_left_padding(model, sites, ids, position_ids=takes) and decodes_padded(
             model, sites, ids, following, position_ids=takes
         )
-
-
-def probe_tokens(model: nn.Module) -> torch.Tensor:
-    """Return token ids [4, 16] that a text model accepts, always the same ones."""
-    size = vocabulary(model)
-    special = set(_special_ids(model))
-    plain = torch.tensor([i for i in range(size) if i not in special] or [*range(size)])
-    positions = getattr(text_config(model), "max_position_embeddings", None) or LENGTH
-    generator = torch.Generator().manual_seed(SEED)
-    chosen = torch.randint(len(plain), (ROWS, min(LENGTH, int(positions))), generator=generator)
-    return plain[chosen].to(input_device(model))
-
-
-def _special_ids(model: nn.Module) -> Iterable[int]:
-    """Yield ids that stand for something else than text: padding, images, audio."""
-    config = getattr(model, "config", None)
-    for owner in (config, text_config(model)):
-        for name, value in vars(owner).items() if owner is not None else ():
-            if name.endswith(("_token_id", "_token_index")):
-                values = value if isinstance(value, list | tuple) else [value]
-                yield from (v for v in values if isinstance(v, int))
 
 
 def _measured(site: Site, seen: SiteObservation, is_real: torch.Tensor) -> Site:
@@ -275,29 +269,16 @@ def run_sites(
         return Seen(taps.take(), inputs, _output(output, ids), cache)
 
 
-def check_rows(
+def first_mixed(
     model: nn.Module, sites: Sequence[Site], ids: torch.Tensor, mask: torch.Tensor, batch: Seen
-) -> None:
+) -> Site | None:
     """Compare a padded batch with two of its prompts alone, row by row, at every site.
 
     Of one prompt only the beginning runs alone: in a causal model its rows are the same. Where the
     model's own output is not, as in encoders, the whole prompt is compared instead.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-    sites : sequence of Site
-    ids : Tensor [B, S]
-        Plain tokens.
-    mask : Tensor [B, S]
-        From :func:`padded`.
-    batch : Seen
-        Of these.
-
-    Raises
-    ------
-    SiteError
-        If rows come in another order, or depend on what else is in the batch.
+    Returns the first site whose rows come in another order, or depend on what else is in the batch
+    of ids [B, S] under the mask [B, S].
     """
     rows, length = ids.shape
     together = _vectors(sites, batch, ids.numel())
@@ -313,12 +294,32 @@ def check_rows(
         single = _vectors(sites, alone, kept)
         differs = _first_difference(sites, together, single, here)
         if differs is not None:
-            raise SiteError(
-                f"{differs.info.module}: the rows of a padded batch should be those of each "
-                "prompt alone, in the order [prompt, token], but they are not: they come in "
-                "another order, or a token's routing depends on the other prompts. Such a "
-                "model cannot be recorded token by token."
-            )
+            return differs
+    return None
+
+
+def reads_alone(model: nn.Module, sites: Sequence[Site], ids: torch.Tensor) -> bool:
+    """Whether the rows of the first of ids [B, S] by itself are surely its tokens in their order.
+
+    That of a block's rows is known where its adapter has held them against the block's output; the
+    router's input moves most in the row of a token that is exchanged. And the routing must be the
+    same every time.
+    """
+    if not all(site.parts.is_proven for site in sites):
+        return False
+    text, others = ids[:1], ids[1]
+    first, again = (run_sites(model, sites, text) for _ in range(2))
+    once, twice = (_vectors(sites, seen, text.numel()) for seen in (first, again))
+    if not all(map(torch.equal, chain(*once), chain(*twice))):
+        return False
+    for place in range(0, text.shape[1], text.shape[1] // ROWS or 1):
+        other = text.clone()
+        other[0, place] = others[place]
+        moved = run_sites(model, sites, other).inputs
+        for number, rows in first.inputs.items():
+            if int((moved[number] - rows).norm(dim=-1).argmax()) != place:
+                return False
+    return True
 
 
 def heeds_left_padding(

@@ -43,16 +43,8 @@ LIST = (
     "transformers 4, and no known rule makes its gate's output the weights of their sum. Load the "
     "model with the class that transformers has for it (trust_remote_code=False)"
 )
-MASKED = (
-    ": its experts are told by a mask whom to work on, and work on others than it says. In "
-    "transformers 5.23 and 5.24 those of NLLB-MoE take the mask for ids, so that experts 0 and 1 "
-    "do the work of all, whatever the router chose"
-)
-
-PRODUCT_KEYS = (
-    ": it finds experts by product keys, and splits the keys' scores across all tokens of a "
-    "forward pass, so that a token's experts depend on what else is in the batch"
-)
+MASKED = ": its experts are told by a mask whom to work on, and work on others than it says"
+PRODUCT_KEYS = ": it finds experts by product keys, and no known rule makes them what it puts out"
 
 
 class Suspect(NamedTuple):
@@ -181,6 +173,9 @@ class Site:
     factor : float or None
         What the block multiplies the sum of its experts by, measured by the self-test; None = not
         known. It is not part of the weights.
+    alone : bool
+        Whether a token's routing depends on the other texts of a forward pass, so that only texts
+        by themselves can be recorded.
     """
 
     info: SiteInfo
@@ -194,6 +189,7 @@ class Site:
     margin_known: bool = False
     scores_known: bool = True
     factor: float | None = 1.0
+    alone: bool = False
 
     def choice(self) -> dict[str, Any] | None:
         """Return what besides the scores decides about the choice, for ``run.notes``.

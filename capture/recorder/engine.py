@@ -239,6 +239,9 @@ class Ledger:
         factors = [site.after_sum() for site in self._sites if site.factor != 1]
         if factors:
             notes["factor_after_sum"] = factors
+        told = dict.fromkeys(site.parts.note for site in self._sites if site.parts.note)
+        if told:
+            notes["routers"] = " ".join(told)
         return self.writer.finish(seconds=seconds, complete=complete, notes=notes)
 
     def abandon(self) -> str:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from capture.errors import ConfigError
 from capture.store.records import Level, SiteInfo
+from capture.store.sums import MAX_CELLS
 from capture.store.writer import CHECKPOINT_MB
 
 # measured on finished runs of the demo model, with the database's own compression
@@ -153,9 +154,20 @@ def estimate(
     n_domains : int
     attention : AttentionSize, optional
         What is kept at level attention.
+
+    Raises
+    ------
+    ConfigError
+        If there are more pairs of experts than are counted.
     """
+    cells, most = sum(s.n_experts**2 for s in sites), max((s.n_experts for s in sites), default=0)
+    if cells > MAX_CELLS:
+        raise ConfigError(
+            f"Pairs of experts are counted for up to {MAX_CELLS:,} pairs, but {len(sites)} routers "
+            f"of up to {most:,} experts have {cells:,}. Such a model cannot be recorded."
+        )
     slots = max((site.top_k for site in sites), default=0)
-    wide = max((site.n_experts for site in sites), default=0) > 255
+    wide = most > 255
     packed = 8 * -(-slots * (2 if wide else 1) // 8) + 8 * -(-slots * 2 // 8)
     ids = TOKEN_BYTES + len(sites) * (ROW_BYTES + STATISTICS_BYTES + packed)
     scores = sum(ROW_BYTES + FLOAT_BYTES * site.n_experts for site in sites)

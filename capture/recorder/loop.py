@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 Numbers = npt.NDArray[Any]
 # the last steps wait for the next ones: a character has at most 4 bytes, each a token at most
 OPEN_STEPS = 4
+ALONE = "A token's routing depends on what else is in a batch, so every prompt was read by itself."
 TWO_SIDES = (
     "An encoder-decoder: prompt tokens are what the encoder read, generated ones what the decoder "
     "read, first its start token, which nobody wrote, then what it wrote."

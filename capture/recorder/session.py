@@ -20,11 +20,11 @@ import torch
 from capture.errors import CaptureCancelled, CaptureError, ConfigError
 from capture.interrupts import Interrupts, Terminated
 from capture.model.compiled import compiled, default_compiler, suspended
-from capture.model.forward import Head, Runner, start_of
+from capture.model.forward import Head, Runner, probe_tokens, start_of
 from capture.model.hooks import tap
 from capture.model.inputs import has_two_sides, input_device, vocabulary, width
 from capture.model.load import LoadedModel, load_model, loading_bars, own_device
-from capture.model.selftest import attach, heeds_padding, probe_tokens, writes_as_it_reads
+from capture.model.selftest import attach, heeds_padding, writes_as_it_reads
 from capture.model.sites import Site, text_config
 from capture.model.token_text import can_decode, has_offsets
 from capture.model.tokens import TokenizedPrompt, tokenize
@@ -44,7 +44,7 @@ from capture.recorder.estimate import (
     estimate,
     plan_sample,
 )
-from capture.recorder.loop import TWO_SIDES, CapturePlan, HiddenRows, PlannedTexts, Recording
+from capture.recorder.loop import ALONE, TWO_SIDES, CapturePlan, HiddenRows, PlannedTexts, Recording
 from capture.recorder.parts import RunPart
 from capture.recorder.transfer import WriterThread
 from capture.store import PromptInfo, RunInfo, RunWriter
@@ -145,7 +145,7 @@ def _capture(
         answers=config.generate > 0,
     )
     reporter.enter("self-test", "Testing that every router can be tapped.")
-    sites = attach(loaded.model, two_sides=True)
+    sites = attach(loaded.model, two_sides=True, alone=True)
     sample = plan_sample(
         [p.domain for p in prompts],
         [len(p.ids) for p in prompts],
@@ -358,12 +358,13 @@ def plan_recording(
 ) -> CapturePlan:
     """Settle what the loop over batches needs to know; ``sites`` are needed for decoding."""
     start = start_of(loaded.model) if has_two_sides(loaded.model) else None
-    padded = config.generate > 0 and len({len(prompt.ids) for prompt in prompts}) > 1
+    alone = any(site.alone for site in sites or [])
+    padded = start is None and not alone and len({len(prompt.ids) for prompt in prompts}) > 1
     budget = config.batch_tokens or BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS["cpu"])
     pad_id = getattr(text_config(loaded.model), "pad_token_id", None)
     return CapturePlan(
         prompts=prompts,
-        batch_tokens=budget,
+        batch_tokens=1 if alone else budget,
         sample=sample,
         level=config.level,
         generate=config.generate,
@@ -371,7 +372,7 @@ def plan_recording(
         end_ids=_end_ids(loaded),
         attended=attention.attended.is_attended if attention is not None else None,
         start=start,
-        same_length=padded and start is None and not heeds_padding(loaded.model, sites or []),
+        same_length=config.generate > 0 and padded and not heeds_padding(loaded.model, sites or []),
         cache_differs=config.generate > 0 and not writes_as_it_reads(loaded.model, sites or []),
     )
 
@@ -544,12 +545,13 @@ class _Session:
             "sampled_tokens": self.texts.sampled_tokens,
         }
         notes |= self._text_notes()
-        if self.plan.same_length:
-            notes["padding"] = SAME_LENGTH
-        if self.plan.start is not None:
-            notes["two_sides"] = TWO_SIDES
-        if self.plan.cache_differs:
-            notes["cache"] = CACHE_DIFFERS
+        said = (
+            ("padding", SAME_LENGTH, self.plan.same_length),
+            ("batches", ALONE, any(site.alone for site in self.sites)),
+            ("two_sides", TWO_SIDES, self.plan.start is not None),
+            ("cache", CACHE_DIFFERS, self.plan.cache_differs),
+        )
+        notes |= {name: note for name, note, is_so in said if is_so}
         if self.attention is not None and self.attention.without:
             notes["attention"] = self.attention.without
         return self.ledger.finish(time.monotonic() - started, notes, complete=complete)

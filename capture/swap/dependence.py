@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from capture.model.forward import probe_tokens
 from capture.model.inputs import plain_forward
-from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import Choice, RouterInputs, Rule, choice_of

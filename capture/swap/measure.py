@@ -12,9 +12,15 @@ import torch
 from torch import nn
 
 from capture.errors import SwapError
-from capture.model.forward import Head, Runner, next_in_prompt, pad_batch, plan_batches
+from capture.model.forward import (
+    Head,
+    Runner,
+    next_in_prompt,
+    pad_batch,
+    plan_batches,
+    probe_tokens,
+)
 from capture.model.inputs import plain_forward
-from capture.model.selftest import probe_tokens
 from capture.model.sites import text_config
 from capture.swap.losses import SequenceLosses
 

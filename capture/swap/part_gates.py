@@ -17,8 +17,9 @@ from capture.errors import SwapError
 from capture.model.adapters.replacing import Forward, forward_replaced
 from capture.model.context import Passes, PassTokens
 from capture.model.flops import attention_modules, decoder_layers, head_count
+from capture.model.forward import probe_tokens
 from capture.model.inputs import plain_forward
-from capture.model.selftest import attach, probe_tokens
+from capture.model.selftest import attach
 from capture.model.sites import Site
 from capture.store.records import Place
 from capture.swap.attention import LiveAttention

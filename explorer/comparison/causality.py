@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from capture.model.forward import probe_tokens
 from capture.model.inputs import plain_forward
-from capture.model.selftest import probe_tokens
 from capture.model.sites import Site
 from capture.store.records import Place
 from capture.swap.dependence import MIDDLE, ROUNDING, dependence

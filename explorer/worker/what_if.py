@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 
 from capture.errors import quoted
-from capture.model.forward import Head, Runner, cache_of, keeps, with_cache
+from capture.model.forward import Head, Runner, cache_of, keeps, probe_tokens, with_cache
 from capture.model.inputs import input_device
 from capture.model.load import LoadedModel, load_model, loading_bars
-from capture.model.selftest import attach, probe_tokens
+from capture.model.selftest import attach
 from capture.model.sites import Site
 from capture.progress import Progress
 from capture.store.records import Place

@@ -351,10 +351,20 @@ def test_jetmoe_has_an_mlp_and_an_attention_site_in_every_layer():
         assert_close("output", summed + site.parent.bias, watch.rows_given(block), atol=ATOL)
 
 
-def test_doge_is_refused_by_name():
-    named = r"model\.layers\.0\.mlp \(DogeCDMoE\) routes to experts.*by product keys"
-    with pytest.raises(SiteError, match=named):
-        attach(tiny_models.build("doge"))
+def test_doge_is_refused_in_batches_and_where_its_sum_is_another():
+    """Product keys: a token's experts depend on the others, so that one text at a time is read."""
+    model = tiny_models.build("doge")
+    with pytest.raises(SiteError, match=r"rows of a padded batch.*unless by capture\.record"):
+        attach(model)
+    sites = attach(model, alone=True)
+    assert [(s.info.n_experts, s.info.score_function, s.alone) for s in sites] == [
+        (16, "softmax", True)
+    ] * 3
+    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()  # what is chosen is known, the sum as well
+    assert len(attach(model, alone=True)) == 3
+    model.model.layers[0].mlp.up_embed.register_forward_hook(lambda _, __, out: out.abs())
+    with pytest.raises(SiteError, match=r"layers\.0\.mlp \(DogeCDMoE\).*by product keys"):
+        attach(model, alone=True)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])

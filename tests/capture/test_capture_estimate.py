@@ -5,8 +5,10 @@ import pytest
 import tiny_models
 from test_capture_session import record, tiny, unequal
 
+from capture.errors import ConfigError
 from capture.model.selftest import attach
 from capture.recorder.estimate import AttentionSize, estimate, human_bytes
+from capture.store.records import SiteInfo
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,12 @@ def test_the_estimate_of_attention_is_near_what_it_adds(tmp_path, lengths, bins,
 )
 def test_bytes_read_like_bytes(count, text):
     assert human_bytes(count) == text
+
+
+def test_more_pairs_than_are_counted_are_refused_before_anything_is_counted():
+    """Product keys: 128 x 128 experts in each of two layers."""
+    sites = [SiteInfo(layer, 0, "", 128**2, 64, 1, "softmax") for layer in range(2)]
+    given = {"n_tokens": 9, "hidden_size": 32, "level": "ids", "sample_tokens": 0}
+    assert estimate(sites=sites[:1], **given).tokens == 9
+    with pytest.raises(ConfigError, match="2 routers of up to 16,384 experts have 536,870,912"):
+        estimate(sites=sites, **given)

@@ -256,6 +256,24 @@ def test_a_mask_that_the_experts_heed_is_recorded(monkeypatch):
     assert (verdict.outcome, verdict.reason, verdict.n_sites) == (EXACT, "", 3)
 
 
+def test_a_mask_that_is_taken_for_ids_is_recorded_as_it_is_taken(tmp_path):
+    """NLLB's experts as they are: 0 and 1 do all, and drop what a batch leaves no room for."""
+    model = tiny.tiny(architecture("nllb-moe"))
+    path = capture.record(
+        model, [[5, 6, 7, 8, 9], [10, 11, 12]], tmp_path / "r.duckdb", progress=False
+    )
+    with open_run(path) as run:
+        assert {*run.query("SELECT expert_id FROM assignments").expert_id} == {0, 1}
+        assert run.query("SELECT sum(dropped) AS n FROM sites").n[0] > 0
+        assert "take it for ids: experts 0 and 1" in run.notes["routers"]
+        assert run.notes["batches"].endswith("every prompt was read by itself.")
+        assert run.query("SELECT count(*) AS n FROM batches").n[0] >= 2
+    for block in model.modules():
+        vars(block).update({"second_expert_policy": "random"})
+    with pytest.raises(SiteError, match=r"or on chance\. Such a model cannot be recorded token by"):
+        attach(model, two_sides=True, alone=True)
+
+
 def test_the_model_computes_what_it_computes_without(tmp_path):
     model = with_blocks(Qwen2)
     ids = tiny_models.tokens()

@@ -245,7 +245,7 @@ def test_the_table_has_a_row_for_each_rule_and_each_reason():
 
 
 def test_the_command(capsys):
-    assert main(["matrix", "mixtral", "doge", "--markdown"]) == 0
+    assert main(["matrix", "mixtral", "openai_privacy_filter", "--markdown"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("| result |") and "| exact | `softmax` | all | `mixtral` |" in out
     assert "2 architectures: 1 exact, 1 refused, 0 untested." in err
@@ -271,7 +271,7 @@ def test_an_unknown_name_is_refused():
 
 @torch.no_grad()
 def test_experts_by_product_keys_depend_on_the_batch():
-    """Why Doge is refused: its first token's experts change with what stands in the middle."""
+    """Why Doge reads prompts by themselves: its first token changes with one in the middle."""
     model = tiny.tiny(architecture("doge"))
     block = model.model.layers[0].mlp
     hidden = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from capture.errors import SiteError
+from capture.model.forward import probe_tokens
 from capture.model.hooks import tap
 from capture.model.scoring import explains_choice, score_function_of
-from capture.model.selftest import attach, probe_tokens, self_test
+from capture.model.selftest import attach, self_test
 from capture.model.sites import find_sites, layer_of
 
 N_EXPERTS, TOP_K, WIDTH = 6, 2, 16

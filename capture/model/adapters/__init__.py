@@ -18,6 +18,7 @@ from capture.model.adapters.base import (
 from capture.model.adapters.expert_list import ExpertListAdapter
 from capture.model.adapters.jetmoe import SortedTokensAdapter
 from capture.model.adapters.llama4 import ScaledInputAdapter
+from capture.model.adapters.product_keys import ProductKeyAdapter
 from capture.model.adapters.standard import StandardAdapter
 from capture.model.adapters.zaya import SkipExpertAdapter
 
@@ -37,6 +38,7 @@ ADAPTERS: list[Adapter] = [
     SkipExpertAdapter(),
     ScaledInputAdapter(),
     SortedTokensAdapter(),
+    ProductKeyAdapter(),
     StandardAdapter(),
     ExpertListAdapter(),
 ]

@@ -113,6 +113,10 @@ class Parts(NamedTuple):
         Fixed by the family, or None: the self-test measures it.
     skips : bool
         Whether the last of the experts is the choice to leave out the block.
+    is_proven : bool
+        Whether the adapter held what it hears against what the block puts out, row by row.
+    note : str
+        What a reader of the run should know of this kind of block, or nothing.
     """
 
     router: nn.Module
@@ -121,6 +125,8 @@ class Parts(NamedTuple):
     top_k: int
     score_function: str | None = None
     skips: bool = False
+    is_proven: bool = False
+    note: str = ""
 
 
 @dataclass(slots=True)

@@ -23,7 +23,14 @@ RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sigmoid": lambda scores, chosen: scores.sigmoid() * chosen,
     "sigmoid of the chosen": lambda scores, chosen: _shares(scores.sigmoid() * chosen),
 }
-DENSE, TOLD, MASK = "weights of all experts", "ids and weights", "a mask"
+DENSE, TOLD = "weights of all experts", "ids and weights"
+# what a list is told that is called as a whole
+MASK, AS_IDS = "a mask", "a mask that is taken for ids"
+TAKEN_FOR_IDS = (
+    "The experts are told a mask of zeros and ones, and take it for ids: experts 0 and 1 do the "
+    "work of all, whatever the router chose. Recorded is what the experts did; what the router "
+    "scored is in the scores."
+)
 
 
 class _Rule(NamedTuple):
@@ -53,7 +60,8 @@ class ExpertListAdapter:
     recognised, and refused by name.
 
     Where the list is a module that is called with a mask and weights (Switch), these are what is
-    recorded: a token over an expert's capacity is in no mask, and has an empty slot.
+    recorded: a token over an expert's capacity is in no mask, and has an empty slot. NLLB-MoE's
+    experts take the mask for ids since transformers 5; the run says what they do, and notes it.
     """
 
     name = "expert-list"
@@ -83,7 +91,7 @@ class ExpertListAdapter:
         block = rule.block()
         assert block is not None
         calls = _Calls(parts)
-        if rule.name == MASK:
+        if rule.name in WHOLE:
             return _listen_to_masks(parts, rule, channel)
 
         def on_router(
@@ -129,7 +137,7 @@ def _listen_to_masks(parts: Parts, rule: _Rule, channel: Channel) -> Sequence[Re
     """Listen to what the whole list is told, and to the router's last scores."""
 
     def on_experts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        dense = _by_mask((*args, *kwargs.values()), parts.n_experts)
+        dense = WHOLE[rule.name]((*args, *kwargs.values()), parts.n_experts)
         if dense is None:
             channel.problems.append("its experts were not told a mask [T, E] and weights")
             return
@@ -158,6 +166,24 @@ def _by_mask(told: Sequence[Any], n_experts: int) -> torch.Tensor | None:
     if weights.shape[-1] == n_experts:
         return flat_rows(weights)
     return flat_rows(mask) * flat_rows(weights) if weights.shape[-1] == 1 else None
+
+
+def _by_ids(told: Sequence[Any], n_experts: int) -> torch.Tensor | None:
+    """Return weights of all experts [T, E] from hidden states, ids [.., S] and their weights.
+
+    Unlike ids of a choice they may repeat: an expert then works more than once on a token.
+    """
+    tensors = [value.detach() for value in told if isinstance(value, torch.Tensor)]
+    if len(tensors) != len(("hidden states", "ids", "weights")):
+        return None
+    _, ids, weights = tensors
+    if ids.is_floating_point() or ids.shape != weights.shape:
+        return None
+    ids, weights = flat_rows(ids).long().clamp(0, n_experts - 1), flat_rows(weights)
+    return weights.new_zeros(len(ids), n_experts).scatter_add(-1, ids, weights)
+
+
+WHOLE = {MASK: _by_mask, AS_IDS: _by_ids}
 
 
 class _Calls:
@@ -285,29 +311,57 @@ def _tried(block: nn.Module, parts: Parts) -> tuple[Parts, _Rule] | None:
         return None  # the block takes more than hidden states, or calls something else
     if keys is None:
         return None
-    n_chosen, masked = chosen.sum(dim=-1), _by_mask(calls.told, parts.n_experts)
     if not parts.top_k:
-        parts = parts._replace(top_k=int(n_chosen.max()))
-    # who is told a mask may drop tokens
-    least = parts.top_k if masked is None else 0
-    if not parts.top_k or bool(((n_chosen < least) | (n_chosen > parts.top_k)).any()):
-        return None
+        parts = parts._replace(top_k=int(chosen.sum(dim=-1).max()))
     for number, (rows, out) in enumerate(zip(calls.called, outputs, strict=True)):
         if rows:
             place = (torch.cat(rows)[:, None] == keys).int().argmax(dim=-1)
             given[number] = torch.zeros_like(given[number]).index_copy(0, place, torch.cat(out))
-    routed, stack_of = (full - rest).float(), torch.stack(given, dim=1).float()  # [T, E, D]
-    half = hidden.element_size() < torch.float32.itemsize
+    rule = _explains(parts, calls, (full - rest).float(), torch.stack(given, dim=1).float())
+    if rule is None:
+        return None
+    note = TAKEN_FOR_IDS if rule[0] == AS_IDS else ""
+    return parts._replace(is_proven=True, note=note), _Rule(*rule, weakref.ref(block))
+
+
+def _explains(
+    parts: Parts, calls: _Calls, routed: torch.Tensor, given: torch.Tensor
+) -> tuple[str, float] | None:
+    """Return the rule and the scale by which what experts gave adds up to what came out.
+
+    Parameters
+    ----------
+    parts : Parts
+    calls : _Calls
+    routed : Tensor [T, D]
+        What came out less what comes out without experts.
+    given : Tensor [T, E, D]
+        What each expert gave, unweighted.
+    """
+    chosen = calls.chosen()
+    n_chosen = chosen.sum(dim=-1)
+    # who is told as a whole may drop tokens
+    least = 0 if calls.told else parts.top_k
+    if not parts.top_k or bool(((n_chosen < least) | (n_chosen > parts.top_k)).any()):
+        return None
+    half = next(parts.experts.parameters()).element_size() < torch.float32.itemsize
     limit = (HALF_TOLERANCE if half else TOLERANCE) * float(routed.norm(dim=-1).max())
-    for name in (MASK,) if masked is not None else (TOLD, DENSE, *RULES):
-        dense = _dense(name, calls.output, calls.scores, chosen) if masked is None else masked
-        if dense is None or not bool(((dense != 0) == chosen).all()):
+    for name in WHOLE if calls.told else (TOLD, DENSE, *RULES):
+        dense = (
+            WHOLE[name](calls.told, parts.n_experts)
+            if calls.told
+            else _dense(name, calls.output, calls.scores, chosen)
+        )
+        if dense is None:
             continue
-        summed = (dense.float()[..., None] * stack_of).sum(dim=1)
+        weighed = dense != 0
+        # who is called as a whole may call an expert for nothing
+        if not torch.equal(weighed & chosen if calls.told else chosen, weighed):
+            continue
+        summed = (dense.float()[..., None] * given).sum(dim=1)
         scale = float((summed * routed).sum() / summed.square().sum())
         if scale > 0 and float((scale * summed - routed).norm(dim=-1).max()) <= limit:
-            exact = 1.0 if abs(scale - 1) < TOLERANCE else scale
-            return parts, _Rule(name, exact, weakref.ref(block))
+            return name, 1.0 if abs(scale - 1) < TOLERANCE else scale
     return None
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from capture.errors import ConfigError
+from capture.model.forward import probe_tokens
 from capture.model.inputs import plain_forward, without_gradients
-from capture.model.selftest import probe_tokens
 from capture.model.sites import Site, text_config
 from capture.recorder.attention.summary import (
     AttentionCall,

@@ -18,9 +18,16 @@ import numpy.typing as npt
 import torch
 
 from capture.model.flops import model_flops
-from capture.model.forward import Head, PaddedBatch, Runner, next_in_prompt, pad_batch, plan_batches
+from capture.model.forward import (
+    Head,
+    PaddedBatch,
+    Runner,
+    next_in_prompt,
+    pad_batch,
+    plan_batches,
+    probe_tokens,
+)
 from capture.model.inputs import input_device, plain_forward
-from capture.model.selftest import probe_tokens
 from capture.model.sites import text_config
 from capture.store.records import Place
 from capture.swap.routers import swap
