@@ -52,7 +52,7 @@ def follow(job_id: int, *, key: str) -> Job | None:
 
 
 def wait_for(job_id: int, *, seconds: float) -> None:
-    """Wait until a job that runs has ended, or for some seconds.
+    """Wait until a job has ended, or for some seconds.
 
     For jobs that answer in a moment: whoever waits here shows the answer in the same run of the
     script, and the browser draws once.
@@ -60,7 +60,7 @@ def wait_for(job_id: int, *, seconds: float) -> None:
     worker, until = shared_worker(), time.monotonic() + seconds
     while time.monotonic() < until:
         job = worker.job(job_id)
-        if job is None or job.state != "running":
+        if job is None or not job.active:
             return
         time.sleep(_LOOK_SECONDS)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from capture.errors import quoted
-from capture.model.forward import Head, Runner, cache_of, keeps, probe_tokens, with_cache
+from capture.model.forward import Head, cache_of, keeps, with_cache
 from capture.model.inputs import input_device
 from capture.model.load import LoadedModel, load_model, loading_bars
 from capture.model.selftest import attach
@@ -40,43 +40,61 @@ SHOWN = 8  # next tokens of each distribution
 WRITTEN = 16  # tokens of a continuation
 FIT_TOKENS = 8_000  # that another router is fitted on
 LONGEST = 1_024  # tokens of a text, unless the chosen one comes later
+PROBED = 16  # tokens that show what follows the output layer
+KEPT_BYTES = 256 * 2**20  # of what the unchanged model did; the newest text is always kept
 
 Routed = dict[Place, list[list[int]]]
 Ids = npt.NDArray[np.int32]
 
 
 class Reading(NamedTuple):
-    """What a model did on a text.
+    """What a model did on a text of S tokens.
 
     Attributes
     ----------
     losses : list of float, nats
         Of predicting each token from the second on.
-    probs : Tensor [V]
-        Of the token after the chosen one.
+    taken : Tensor [S, ...]
+        What ``Head.logits`` takes.
     routing : dict of (layer, site) to list of lists of int
         Experts of every token.
-    written : list of int
-        Most likely tokens after the chosen one, one after the other.
+    written : dict of int to list of int
+        The most likely tokens after a chosen one, one after the other.
     """
 
     losses: list[float]
-    probs: torch.Tensor
+    taken: torch.Tensor
     routing: Routed
-    written: list[int]
+    written: dict[int, list[int]]
 
 
 @dataclass
 class OpenModel:
-    """A loaded model and what was found out about it."""
+    """A loaded model and what was found out about it.
+
+    Attributes
+    ----------
+    texts : dict of tuple to array [S]
+        Tokens, by file and text: a run is opened only for what is not here.
+    readings : dict of bytes to Reading
+        What the unchanged model does on a text, oldest first.
+    """
 
     key: tuple[str, str | None]
     loaded: LoadedModel
     sites: list[Site]
     conventions: dict[Place, Convention] = field(default_factory=dict)
-    readings: dict[tuple[bytes, int], Reading] = field(default_factory=dict)
-    routers: dict[tuple[str, str], Mapping[Place, Any]] = field(default_factory=dict)
+    texts: dict[tuple[Any, ...], Ids] = field(default_factory=dict)
+    readings: dict[bytes, Reading] = field(default_factory=dict)
+    routers: dict[tuple[Any, ...], Mapping[Place, Any]] = field(default_factory=dict)
     kinds: torch.Tensor | None = None
+
+    def keep(self, ids: Ids, reading: Reading) -> None:
+        """Keep what the unchanged model does on a text, and let old texts go for it."""
+        self.readings[ids.tobytes()] = reading
+        for old in list(self.readings)[:-1]:
+            if sum(one.taken.nbytes for one in self.readings.values()) > KEPT_BYTES:
+                del self.readings[old]
 
     def kinds_of_vocabulary(self) -> torch.Tensor:
         """Return the number in ``KINDS`` of every vocabulary entry, [V]."""
@@ -104,6 +122,9 @@ def answer_what_if(
 ) -> Path:
     """Run a text with its routing changed and keep the answer.
 
+    A request that changes nothing makes ready for those that will: the model is loaded, the text
+    is read, and nothing is written.
+
     Returns
     -------
     Path
@@ -125,66 +146,96 @@ def answer_what_if(
             raise JobCancelled("Nothing was kept.")
         report(Progress("mapping", message=message))
 
-    with open_run(request.run) as run, torch.inference_mode():
-        refuse_unnamed_model(str(run.info["model"]), request.model)
-        ids = _text(run, request)
-        opened = _open(run, on)
+    with torch.inference_mode():
+        opened, ids, router = _prepared(request, on)
         edits = read_edits(request.edits, [s.info for s in opened.sites], n_tokens=len(ids))
-        router = _router(opened, run, request.router, on) if request.router else {}
-        key = (ids.tobytes(), request.position)
-        if key not in opened.readings:
-            on("the text as it was")
-            opened.readings[key] = _read(opened, ids, request.position, {})
-        before = opened.readings[key]
-        on("the text with its routing changed")
-        rules = _rules(opened, edits, router, ids)
-        after = _read(opened, ids, request.position, rules)
+        model: Any = opened.loaded.model
+        probe = torch.from_numpy(ids[None, :PROBED].astype(np.int64))
+        with Head(model).open(probe.to(input_device(model))) as head:
+            before = opened.readings.get(ids.tobytes())
+            if before is None:
+                on("the text as it was")
+                before = _read(opened, head, ids, {})
+                opened.keep(ids, before)
+            was = _write_on(opened, head, ids, request.position, before, {})
+            if not edits and not router:
+                return Path(request.out)
+            on("the text with its routing changed")
+            rules = _rules(opened, edits, router, ids)
+            after = _read(opened, head, ids, rules)
+            now = _write_on(opened, head, ids, request.position, after, rules)
         decode = _decoder(opened.loaded)
-        likely = [
-            torch.topk(one.probs, min(SHOWN, len(one.probs))).indices for one in (before, after)
-        ]
-        both = list(dict.fromkeys(torch.cat(likely).tolist()))
-        answer = {
-            "tokens": ids.tolist(),
-            "texts": [decode([token]) for token in ids.tolist()],
-            "position": request.position,
-            "losses": {"before": before.losses, "after": after.losses},
-            "next": [
-                {
-                    "text": decode([token]),
-                    "before": float(before.probs[token]),
-                    "after": float(after.probs[token]),
-                }
-                for token in both
-            ],
-            "written": {"before": decode(before.written), "after": decode(after.written)},
-            "routing": [
-                {
-                    "layer": p[0],
-                    "site": p[1],
-                    "before": before.routing[p],
-                    "after": after.routing[p],
-                }
-                for p in before.routing
-            ],
-            "seconds": time.perf_counter() - began[0],
-            "cpu_seconds": time.process_time() - began[1],
-        }
+        answer = {"position": request.position, "next": _likely(decode, was, now)}
+        answer |= _both(decode, ids, request.position, before, after)
+    answer["seconds"] = time.perf_counter() - began[0]
+    answer["cpu_seconds"] = time.process_time() - began[1]
     return write_answer(Path(request.out), answer)
 
 
-def _text(run: Run, request: WhatIfRequest) -> Ids:
-    """Return the token ids of a recorded text."""
-    found = run.query(
-        "SELECT token FROM tokens WHERE prompt_id = ? AND position < ? ORDER BY position",
-        [request.prompt_id, max(LONGEST, request.position + 1)],
-    )["token"]
-    if len(found) < 2 or found.isna().any() or not 0 <= request.position < len(found):
+def _likely(
+    decode: Callable[[list[int]], str], was: torch.Tensor, now: torch.Tensor
+) -> list[dict[str, Any]]:
+    """Return the likely next tokens of two distributions [V], with both probabilities."""
+    likely = [torch.topk(one, min(SHOWN, len(one))).indices for one in (was, now)]
+    return [
+        {"text": decode([token]), "before": float(was[token]), "after": float(now[token])}
+        for token in dict.fromkeys(torch.cat(likely).tolist())
+    ]
+
+
+def _both(
+    decode: Callable[[list[int]], str], ids: Ids, position: int, before: Reading, after: Reading
+) -> dict[str, Any]:
+    """Return what is kept of two readings, see :func:`answer_what_if`."""
+    readings = {"before": before, "after": after}
+    return {
+        "tokens": ids.tolist(),
+        "texts": [decode([token]) for token in ids.tolist()],
+        "losses": {name: one.losses for name, one in readings.items()},
+        "written": {name: decode(one.written[position]) for name, one in readings.items()},
+        "routing": [
+            {"layer": place[0], "site": place[1]}
+            | {name: one.routing[place] for name, one in readings.items()}
+            for place in before.routing
+        ],
+    }
+
+
+def _prepared(
+    request: WhatIfRequest, on: Callable[[str], None]
+) -> tuple[OpenModel, Ids, Mapping[Place, Any]]:
+    """Return the model, the text and the other router; open the run for what is not known yet."""
+    path = Path(request.run)
+    status = path.stat() if path.is_file() else None
+    file = request.run, status and status.st_mtime_ns, status and status.st_size
+    length = max(LONGEST, request.position + 1)
+    text = *file, request.model, request.prompt_id, length
+    other = *file, request.router
+    opened = _opened[0] if _opened and text in _opened[0].texts else None
+    if opened is None or (request.router and other not in opened.routers):
+        with open_run(request.run) as run:
+            refuse_unnamed_model(str(run.info["model"]), request.model)
+            ids = _text(run, request.prompt_id, length)
+            opened = _open(run, on)
+            opened.texts[text] = ids
+            if request.router and other not in opened.routers:
+                opened.routers[other] = _router(opened, run, request.router, on)
+    ids = opened.texts[text]
+    if len(ids) < 2 or not 0 <= request.position < len(ids):
         raise ExplorerError(
-            f"Text {request.prompt_id} has {len(found)} tokens with known ids, and the chosen one "
+            f"Text {request.prompt_id} has {len(ids)} tokens with known ids, and the chosen one "
             f"is number {request.position}: there is no next token to predict. Choose another."
         )
-    return np.asarray(found, dtype=np.int32)
+    return opened, ids, opened.routers[other] if request.router else {}
+
+
+def _text(run: Run, prompt_id: int, length: int) -> Ids:
+    """Return the token ids of a recorded text, none where some are not known."""
+    found = run.query(
+        "SELECT token FROM tokens WHERE prompt_id = ? AND position < ? ORDER BY position",
+        [prompt_id, length],
+    )["token"]
+    return np.asarray([] if found.isna().any() else found, dtype=np.int32)
 
 
 def _open(run: Run, on: Callable[[str], None]) -> OpenModel:
@@ -211,58 +262,51 @@ def _router(
     opened: OpenModel, run: Run, text: str, on: Callable[[str], None]
 ) -> Mapping[Place, Any]:
     """Return another router for every place, fitted where it learns."""
-    key = text, run.fingerprint
-    if key not in opened.routers:
-        on(f"fitting {text}")
-        model = opened.loaded.model
-        with torch.inference_mode(False):
-            split = split_texts(run, opened.loaded, fit_tokens=FIT_TOKENS, tokens=FIT_TOKENS)
-            fitted = FitData(model, opened.sites, split.fit).fit(parse_router(text), 0)
-        if fitted.part != "expert":
-            raise ExplorerError(
-                f"{text} decides about {fitted.part}s and not about experts. Compare it live on "
-                "the Compare page."
-            )
-        opened.routers[key] = fitted.routers
-    return opened.routers[key]
+    on(f"fitting {text}")
+    model = opened.loaded.model
+    with torch.inference_mode(False):
+        split = split_texts(run, opened.loaded, fit_tokens=FIT_TOKENS, tokens=FIT_TOKENS)
+        fitted = FitData(model, opened.sites, split.fit).fit(parse_router(text), 0)
+    if fitted.part != "expert":
+        raise ExplorerError(
+            f"{text} decides about {fitted.part}s and not about experts. Compare it live on "
+            "the Compare page."
+        )
+    return fitted.routers
 
 
-def _read(
-    opened: OpenModel,
-    ids: Ids,
-    position: int,
-    rules: Mapping[Place, Any],
-) -> Reading:
-    """Run a text, and write on from the chosen token."""
+def _read(opened: OpenModel, head: Head, ids: Ids, rules: Mapping[Place, Any]) -> Reading:
+    """Run a text."""
     model: Any = opened.loaded.model
     routing: Routed = {}
     first: dict[Place, RouterInputs] = {}
-    whole = any(frozenset(ATTENTION) & _needs(rule) for rule in rules.values())
 
     def keep(inputs: RouterInputs, choice: Choice) -> None:
-        if inputs.place not in routing:
-            first[inputs.place] = inputs
-            routing[inputs.place] = choice.expert_ids.tolist()
-
-    def swapped(**how: Any) -> AbstractContextManager[Any]:
-        every = {site_key(site): NativeRule() for site in opened.sites} | dict(rules)
-        return swap(model, opened.sites, every, attention=whole, **how)
+        first[inputs.place] = inputs
+        routing[inputs.place] = choice.expert_ids.tolist()
 
     text = torch.from_numpy(ids.astype(np.int64))[None].to(input_device(model))
-    with Head(model).open(probe_tokens(model)[:1]) as head:
-        runner = Runner(model, head)
-        with swapped(on_choice=keep):
-            output = model(input_ids=text, use_cache=False)
-            taken = head.take(output)
-        rows = torch.arange(text.shape[1] - 1, device=taken.device)
-        losses = head.losses(taken, rows, text.flatten()[1:].to(taken.device)).tolist()
-        probs = head.logits(taken[[position]])[0].softmax(dim=-1).cpu()
-        with swapped(checked=False) if rules else nullcontext():
-            written = _write_on(runner, head, text[:, : position + 1], probs, whole=whole)
+    with _swapped(opened, rules, on_choice=keep):
+        taken = head.take(model(input_ids=text, use_cache=False))
+    rows = torch.arange(text.shape[1] - 1, device=taken.device)
+    losses = head.losses(taken, rows, text.flatten()[1:].to(taken.device)).tolist()
     if not opened.conventions:
         known = {place: joined([inputs]) for place, inputs in first.items()}
         opened.conventions = {p: Convention(k.renormalize, k.scaling) for p, k in known.items()}
-    return Reading(losses, probs, routing, written)
+    return Reading(losses, taken, routing, {})
+
+
+def _swapped(
+    opened: OpenModel, rules: Mapping[Place, Any], **how: Any
+) -> AbstractContextManager[Any]:
+    """Put rules in the place of routers; the other sites keep theirs and are told of as well."""
+    every = {site_key(site): NativeRule() for site in opened.sites} | dict(rules)
+    return swap(opened.loaded.model, opened.sites, every, attention=_whole(rules), **how)
+
+
+def _whole(rules: Mapping[Place, Any]) -> bool:
+    """Whether a rule needs whole texts, because it looks at the attention."""
+    return any(frozenset(ATTENTION) & _needs(rule) for rule in rules.values())
 
 
 def _needs(rule: Any) -> frozenset[str]:
@@ -271,25 +315,40 @@ def _needs(rule: Any) -> frozenset[str]:
 
 
 def _write_on(
-    runner: Runner, head: Head, text: torch.Tensor, probs: torch.Tensor, *, whole: bool
-) -> list[int]:
-    """Return the most likely tokens after a text, one after the other."""
+    opened: OpenModel,
+    head: Head,
+    ids: Ids,
+    position: int,
+    reading: Reading,
+    rules: Mapping[Place, Any],
+) -> torch.Tensor:
+    """Return the probabilities [V] of the token after one; let the model write on from there.
+
+    What it writes is added to the reading, unless it is there.
+    """
+    model: Any = opened.loaded.model
+    probs = head.logits(reading.taken[[position]])[0].softmax(dim=-1).cpu()
+    if position in reading.written:
+        return probs
+    text = torch.from_numpy(ids[: position + 1].astype(np.int64))[None].to(input_device(model))
     written = [int(probs.argmax())]
     cache = None
-    if not whole:
-        output = runner.model(input_ids=text, use_cache=True)
-        head.take(output)
-        cache = cache_of(output)
-    while len(written) < WRITTEN:
-        new = torch.tensor([[written[-1]]], device=text.device)
-        if cache is not None and keeps(cache):
-            output = runner.model(input_ids=new, **with_cache(runner.model, cache))
+    with _swapped(opened, rules, checked=False) if rules else nullcontext():
+        if not _whole(rules):
+            output = model(input_ids=text, use_cache=True)
+            head.take(output)
             cache = cache_of(output)
-        else:
-            text = torch.cat((text, new), dim=1)
-            output = runner.model(input_ids=text, use_cache=False)
-        written.append(int(head.logits(head.take(output)[-1:])[0].argmax()))
-    return written
+        while len(written) < WRITTEN:
+            new = torch.tensor([[written[-1]]], device=text.device)
+            if cache is not None and keeps(cache):
+                output = model(input_ids=new, **with_cache(model, cache))
+                cache = cache_of(output)
+            else:
+                text = torch.cat((text, new), dim=1)
+                output = model(input_ids=text, use_cache=False)
+            written.append(int(head.logits(head.take(output)[-1:])[0].argmax()))
+    reading.written[position] = written
+    return probs
 
 
 def _decoder(loaded: LoadedModel) -> Callable[[list[int]], str]:

@@ -223,6 +223,7 @@ def test_what_if_shows_answers_and_runs_nothing_for_viewers(known, runs, worker,
                          "ORDER BY position")  # fmt: skip
         chosen = rows.iloc[min(len(rows) - 1, 5)]
         path = answer_path(run, 0, int(chosen["position"]), link["edits"], "")
+        model = str(run.info["model"])
     n = len(rows)
     answer = {
         "tokens": rows["token"].tolist(), "position": int(chosen["position"]),
@@ -231,7 +232,8 @@ def test_what_if_shows_answers_and_runs_nothing_for_viewers(known, runs, worker,
         "written": {"before": "one", "after": "*two*"}, "seconds": 0.5, "cpu_seconds": 0.25,
         "routing": [{"layer": 1, "site": 0, "before": [[2, 1]] * n, "after": [[3, 1]] * n}],
     }  # fmt: skip
-    job = worker.submit(WhatIfRequest(str(path), "known", 0, 5, link["edits"], "", ""))
+    place = 0, int(chosen["position"]), link["edits"], ""
+    job = worker.submit(WhatIfRequest(str(path), str(runs / "known.duckdb"), *place, model))
     worker._jobs[job.job_id].state = "running"
     look = worker.job
 
@@ -246,6 +248,19 @@ def test_what_if_shows_answers_and_runs_nothing_for_viewers(known, runs, worker,
         moment.setattr(worker, "job", ends_when_looked_at)
         moment.setattr(what_if, "follow", lambda *_, **__: pytest.fail("progress was drawn"))
         assert tile(opened("tokens", **link), "Loss, after").value == "2.000"
+    # where the model may be loaded, it is at once, and changes are answered at any token
+    monkeypatch.setattr(what_if, "DEMO_MODEL", model)
+    monkeypatch.setattr(what_if, "_MOMENT", 0.0)
+    opened("tokens", **link | {"prompt": "1"})
+    ready = worker.jobs()[0].request
+    assert (ready.prompt_id, ready.edits, ready.model) == (1, "", model)
+    worker._end(worker._jobs[2], JobOutcome("done"))
+    again = worker.submit(job.request)
+    worker._end(worker._jobs[again.job_id], JobOutcome("done", str(path)))
+    opened("tokens", **link, token=str(rows["token_id"].iloc[3]))
+    elsewhere = worker.jobs()[0].request
+    assert (elsewhere.position, elsewhere.edits) == (3, link["edits"])
+    asked = len(worker.jobs())
     monkeypatch.setattr("sys.argv", ["app.py", "--read-only", "--runs", str(runs)])
     app = opened("tokens", **link)
     assert tile(app, "Loss, after").value == "2.000"
@@ -253,6 +268,6 @@ def test_what_if_shows_answers_and_runs_nothing_for_viewers(known, runs, worker,
     assert "Which routing changed (share of a token's experts)" in titles(app)
     other = opened("tokens", **{**link, "edits": "forbid/1.0/3/all"})
     assert "Not available" in notes(other)
-    assert worker.jobs()[0].job_id == job.job_id  # nothing else was asked for
+    assert len(worker.jobs()) == asked  # nothing else was asked for
     broken = opened("tokens", **{**link, "edits": "boil/1.0/2/all", "rule": "<b>"})
     assert "could not be followed" in notes(broken)

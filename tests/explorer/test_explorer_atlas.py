@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 
+from capture.model.forward import Head, probe_tokens
 from capture.model.load import LoadedModel, load_model
 from capture.swap.measure import sequence_losses, token_losses
 from capture.swap.routers import swap
@@ -30,7 +31,7 @@ from explorer.comparison.conditions.knock_out import knocked_out, screened, whol
 from explorer.comparison.conditions.pruned_checkpoint import write_pruned
 from explorer.errors import ComparisonError, ConditionError
 from explorer.worker.interventions import Edit, kind_of, read_edits, write_edits
-from explorer.worker.what_if import OpenModel, _read, _rules
+from explorer.worker.what_if import OpenModel, _read, _rules, _write_on
 
 PLACE = (1, 0)
 
@@ -227,8 +228,13 @@ def test_edits_change_the_tokens_that_they_are_about_and_no_others(subject):
 
     def read(text):
         edits = read_edits(text, [s.info for s in subject.sites], n_tokens=len(ids))
-        with torch.inference_mode():
-            return _read(opened, ids, 6, _rules(opened, edits, {}, ids))
+        rules = _rules(opened, edits, {}, ids)
+        with torch.inference_mode(), Head(subject.model).open(probe_tokens(subject.model)) as head:
+            found = _read(opened, head, ids, rules)
+            for position in (6, 3):
+                probs = _write_on(opened, head, ids, position, found, rules)
+                assert probs[ids[position + 1]].log() == pytest.approx(-found.losses[position])
+        return found
 
     before = read("")
     np.testing.assert_allclose(before.losses, token_losses(subject.model, [ids])[0], atol=1e-5)
@@ -246,7 +252,7 @@ def test_edits_change_the_tokens_that_they_are_about_and_no_others(subject):
     assert [a for a in range(12) if sets[a] != own[a]] == [6]
     # a token before it is not touched by what comes later
     np.testing.assert_allclose(forbidden.losses[:6], before.losses[:6], atol=1e-5)
-    assert forbidden.losses[6] != before.losses[6] and len(forbidden.written) == 16
+    assert forbidden.losses[6] != before.losses[6] and len(forbidden.written[6]) == 16
     assert all(other in one for one in changed(f"force/1/{other}/all")[1])
     assert [len(one) for one in changed("k/1/1/from8")[1]] == [k] * 8 + [1] * 4
     _, sets = changed(f"swap/1/{expert}-{other}/all")

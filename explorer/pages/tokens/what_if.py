@@ -1,5 +1,6 @@
 """What if: change the routing of the text, and see what the model would have done."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,16 @@ def _what_if(view: View, listed: pd.DataFrame, token: pd.Series) -> None:
         )
     )
     if may:
+        if allowed:
+            _make_ready(view, asked)
         _add(view, listed, token, edits, asked, allowed=allowed)
     _listed(view, listed, edits, asked, may=may, allowed=allowed)
     if not edits and not router:
         instead("Nothing is changed yet.")
         return
     answer = read_answer(_path(view, asked))
+    if answer is None and allowed and _is_the_same_elsewhere(asked):
+        _ask(view, asked)
     if answer is None and (job := _job(view, asked)) is not None:
         wait_for(job.job_id, seconds=_MOMENT)
         answer = read_answer(_path(view, asked))
@@ -305,27 +310,38 @@ def _change(view: View, asked: WhatIfRequest, edits: list[Edit], run: bool) -> N
     text = write_edits(edits)
     address.write("edits", text)
     if run and (text or asked.router):
-        _run(view, asked, text)
+        _run(view, replace(asked, edits=text))
 
 
 @in_callback
-def _run(view: View, asked: WhatIfRequest, text: str) -> None:
-    changed = WhatIfRequest(
-        "", asked.run, asked.prompt_id, asked.position, text, asked.router, asked.model
-    )
-    path = _path(view, changed)
-    if read_answer(path) is None:
-        writing.submit(
-            WhatIfRequest(
-                str(path),
-                changed.run,
-                changed.prompt_id,
-                changed.position,
-                text,
-                changed.router,
-                changed.model,
-            )
-        )
+def _run(view: View, asked: WhatIfRequest) -> None:
+    if read_answer(_path(view, asked)) is None:
+        _ask(view, asked)
+
+
+def _ask(view: View, asked: WhatIfRequest) -> None:
+    writing.submit(replace(asked, out=str(_path(view, asked))))
+
+
+def _newest() -> WhatIfRequest | None:
+    """Return what the worker was asked last, if it was of this kind: its model is loaded still."""
+    jobs = shared_worker().jobs()
+    newest = jobs[0].request if jobs else None
+    return newest if isinstance(newest, WhatIfRequest) else None
+
+
+def _is_the_same_elsewhere(asked: WhatIfRequest) -> bool:
+    """Whether the changes were answered just now, and only another token is looked at."""
+    newest = _newest()
+    return newest is not None and replace(newest, out="", position=asked.position) == asked
+
+
+def _make_ready(view: View, asked: WhatIfRequest) -> None:
+    """Load the model and read the text while the first change is thought of."""
+    newest = _newest()
+    ready = newest is not None and (newest.run, newest.prompt_id) == (asked.run, asked.prompt_id)
+    if not ready and not any(job.active for job in shared_worker().jobs()):
+        _ask(view, replace(asked, edits="", router=""))
 
 
 def _job(view: View, asked: WhatIfRequest) -> Job | None:
@@ -347,7 +363,7 @@ def _missing(view: View, asked: WhatIfRequest, *, may: bool, allowed: bool) -> N
             "Answers that were made once are shown to everybody, and in reports made after that."
         )
         return
-    st.button("Run it", on_click=_run, args=(view, asked, asked.edits), disabled=not allowed)
+    st.button("Run it", on_click=_run, args=(view, asked), disabled=not allowed)
 
 
 def _show(view: View, listed: pd.DataFrame, answer: dict[str, Any]) -> None:
