@@ -65,17 +65,22 @@ class Findings(NamedTuple):
         Kinds of which there was a candidate.
     n_prompts, n_tokens : int
         That were read, both halves.
+    first : int or None
+        Tokens of each prompt that were read, of a run that is too large to be read whole.
     """
 
     found: list[Finding]
     tested: list[str]
     n_prompts: int
     n_tokens: int
+    first: int | None = None
 
     @property
     def summary(self) -> str:
         """How the sentences came about, in one."""
         read = f"{counted(self.n_tokens, 'token')} of {counted(self.n_prompts, 'prompt')}"
+        if self.first is not None:
+            read += f" (the first {self.first} of each, as the run is large)"
         if not self.tested:
             return (
                 f"Nothing can be tested in {read}: half of the prompts suggest and the others "
@@ -97,6 +102,7 @@ class Findings(NamedTuple):
                 "tested": self.tested,
                 "n_prompts": self.n_prompts,
                 "n_tokens": self.n_tokens,
+                "first": self.first,
             },
             indent=1,
         )
@@ -137,7 +143,7 @@ def judge(suggests: Half, tests: Half) -> Findings:
     n_prompts = sum(len(half.tokens) for half in halves)
     n_tokens = sum(len(half.token) for half in halves)
     if min(len(half.tokens) for half in halves) < MIN_PROMPTS:
-        return Findings([], [], n_prompts, n_tokens)
+        return Findings([], [], n_prompts, n_tokens, suggests.first)
     tested: dict[str, Tested] = {}
     for kind, suggest in KINDS.items():
         strongest = max(suggest(suggests), key=lambda one: one.strength, default=None)
@@ -157,4 +163,4 @@ def judge(suggests: Half, tests: Half) -> Findings:
         for (kind, one), q in zip(tested.items(), rates, strict=True)
         if q <= RATE
     ]
-    return Findings(found[:MOST], list(tested), n_prompts, n_tokens)
+    return Findings(found[:MOST], list(tested), n_prompts, n_tokens, suggests.first)

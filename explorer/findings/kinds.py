@@ -100,7 +100,10 @@ def _named(domain: str) -> str:
 
 def _dead(half: Half) -> Iterator[Candidate]:
     """Suggest experts that nothing chose, where uniform routing would have missed none."""
-    idle = [site.routed[site.load[:, site.routed].sum(0) == 0] for site in half.sites]
+    idle = [
+        np.setdiff1d(site.routed[site.load[:, site.routed].sum(0) == 0], site.used)
+        for site in half.sites
+    ]
     if not any(map(len, idle)):
         return
 
@@ -385,12 +388,10 @@ def _follows(half: Half) -> Iterator[Candidate]:
 
 
 def _met(here: RouterChoices, there: RouterChoices) -> Floats:
-    counts = np.zeros((here.n_experts, there.n_experts))
-    for one in here.ids.T:
-        for other in there.ids.T:
-            both = (one >= 0) & (other >= 0)
-            np.add.at(counts, (one[both], other[both]), 1)
-    return counts
+    one, other = here.ids[:, :, None], there.ids[:, None, :]
+    cells = (one * there.n_experts + other)[(one >= 0) & (other >= 0)]
+    counts = np.bincount(cells, minlength=here.n_experts * there.n_experts)
+    return counts.reshape(here.n_experts, there.n_experts).astype(np.float64)
 
 
 def _repeats(half: Half) -> Iterator[Candidate]:

@@ -8,7 +8,7 @@ from synthetic import write_run
 
 from explorer.__main__ import main
 from explorer.errors import RunError
-from explorer.findings import RATE, findings, judge
+from explorer.findings import RATE, findings, halves, judge
 from explorer.findings.halves import Half, RouterChoices, read_halves
 from explorer.findings.kinds import KINDS
 from explorer.metrics.attention import pair_totals
@@ -207,7 +207,7 @@ def test_attention_partners_and_the_checkpoint_at_which_routing_settled():
     assert "settled routing" not in kinds_of(judge(*drift))
 
 
-def test_a_training_is_read_from_the_runs_beside_it(tmp_path):
+def test_a_training_is_read_from_the_runs_beside_it(tmp_path, monkeypatch):
     for step in (10, 20, 300, 4000):
         write_run(tmp_path / f"step_{step}.duckdb", level="attention")
     write_run(tmp_path / "step_5.duckdb", seed=1)  # of other tokens
@@ -220,6 +220,22 @@ def test_a_training_is_read_from_the_runs_beside_it(tmp_path):
         assert set(one.attended) == {"1.0", "3.0", "3.1"}
     shared = sum(one.attended["3.0"][:, :, 0].sum() for one in (first, second))
     assert shared > 0 and first.attended["3.0"].shape[1:] == (2, 2)
+    # of a large run, beginnings of prompts of all domains are read, and all of it is of them alone
+    monkeypatch.setattr(halves, "LEAST_TOKENS", 3)
+    with open_run(tmp_path / "step_300.duckdb") as run:
+        fewer = halves._part(run, 9)
+        monkeypatch.setattr(halves, "MAX_ASSIGNMENTS", 18 * sum(site.top_k for site in run.sites))
+        begun = read_halves(run)
+    assert fewer.prompts["domain"].tolist() == ["", "code", "law"] and fewer.first == 3
+    for whole, one in zip((first, second), begun, strict=True):
+        rows = np.concatenate([np.flatnonzero(whole.prompt == p)[:3] for p in range(3)])
+        np.testing.assert_array_equal(whole.sites[1].ids[rows], one.sites[1].ids)
+        np.testing.assert_array_equal(whole.entropy[rows], one.entropy)
+        np.testing.assert_array_equal(whole.sites[1].used, one.sites[1].used)
+        assert one.domain.tolist() == whole.domain.tolist() and one.first == 3
+        assert (one.saturation == 1).all() and one.saturation.shape == (len(one.tokens), 4)
+        assert one.attended["3.0"][:, :, 0].sum() <= whole.attended["3.0"][:, :, 0].sum()
+    assert "(the first 3 of each, as the run is large)" in judge(*begun).summary
 
 
 def test_a_layer_that_does_not_specialise_is_named():
