@@ -225,7 +225,7 @@ class _Measuring:
         self._write(complete=False)
 
     def _told(self, said: str, of: int, begun: float, part: float = 0.0) -> Callable[[int], None]:
-        done = 0
+        done, since = 0, time.perf_counter()
 
         def told(pairs: int) -> None:
             nonlocal done
@@ -237,7 +237,11 @@ class _Measuring:
                     else "No layer was finished.",
                     kept,
                 )
-            self.progress(Progress("mapping", message=said, part=begun + part * done / max(of, 1)))
+            share = begun + part * done / max(of, 1)
+            # what is left goes on at the pace of this step
+            pace = (time.perf_counter() - since) / (share - begun) if share > begun else None
+            left = None if pace is None else pace * (1 - share)
+            self.progress(Progress("mapping", message=said, part=share, seconds_left=left))
             done += pairs
 
         return told

@@ -10,7 +10,7 @@ from capture.progress import Progress
 from capture.prompt_rows import COMPRESSIONS, FORMATS
 from capture.prompts import Prompt, PromptList, read_prompts_bytes
 from explorer import writing
-from explorer.text import counted, plain
+from explorer.text import counted, duration, plain
 from explorer.ui import problems
 from explorer.ui.problems import instead
 from explorer.worker import Job, shared_worker
@@ -112,13 +112,14 @@ def _headline(job: Job) -> str:
 
 
 def _figures(progress: Progress) -> str:
+    left = progress.seconds_left
     if progress.stage != "recording" or not progress.tokens_total:
-        return " "
+        return " " if left is None else f"about {duration(left)} left"
     text = f"{progress.tokens_done:,} of {counted(progress.tokens_total, 'token')}"
     if progress.tokens_per_second:
         text += f" · {progress.tokens_per_second:,.0f} tokens/s"
-    if progress.seconds_left is not None:
-        text += f" · about {progress.seconds_left:.0f} s left"
+    if left is not None:
+        text += f" · about {left:.0f} s left"
     return text
 
 

@@ -7,15 +7,17 @@ import pytest
 from app_pages import charts, notes, opened, query
 from synthetic import IDLE, write_run
 
+from capture.progress import Progress
 from explorer import writing
 from explorer.comparison.atlas_file import write_atlas
 from explorer.maps import map_cache
+from explorer.pages.experts.figures import _PLACES
 from explorer.pages.tokens import what_if
 from explorer.run import open_run
 from explorer.slices import load_slice
 from explorer.worker import CosinesRequest, WhatIfRequest
 from explorer.worker.interventions import answer_path, write_answer
-from explorer.worker.requests import JobOutcome
+from explorer.worker.requests import AtlasRequest, JobOutcome
 
 
 @pytest.fixture
@@ -178,11 +180,17 @@ def test_a_run_of_totals_says_what_it_lacks(runs, tmp_path, monkeypatch):
         assert not app.error and "--level ids" in notes(app)
 
 
-def test_an_atlas_is_offered_and_then_shown(known, runs):
+def test_an_atlas_is_offered_and_then_shown(known, runs, worker):
     app = opened("experts", about="all", layer="1.0")
     assert "Counts say how busy an expert is" in notes(app)
     (button,) = [one for one in app.button if one.label == "Make an atlas"]
     assert button.disabled  # until somebody says that the model may be loaded
+    job = worker._jobs[worker.submit(AtlasRequest(str(runs / "known.duckdb"))).job_id]
+    job.state = "running"
+    worker._handle(job.job_id, Progress("mapping", part=0.25, seconds_left=200.0))
+    (bar,) = opened("experts", about="all", layer="1.0").get("progress")
+    assert (bar.proto.value, bar.proto.text) == (25, "about 3 minutes left")
+    worker._end(job, JobOutcome("done"))
     with open_run(runs / "known.duckdb") as run:
         sites, fingerprint = [(s.layer, s.site, s.n_experts) for s in run.sites], run.fingerprint
     facts = {
@@ -209,6 +217,9 @@ def test_an_atlas_is_offered_and_then_shown(known, runs):
     steps = 2 * len(sites)  # of which the file holds one way
     assert any(f"{steps // 2} of {steps} steps" in one.value for one in app.caption)
     assert [one for one in app.button if one.label == "Go on with the atlas"]
+    named = next(json.loads(one.spec) for one in charts(app) if "Need and use" in one.spec)
+    places = [place for trace in named["data"][1:] for place in trace["textposition"]]
+    assert len(places) > 1 and set(places) <= set(_PLACES)
     assert any(t.startswith("Loss without the expert") for t in titles(opened("experts")))
 
 

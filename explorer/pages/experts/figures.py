@@ -240,18 +240,20 @@ def need_and_use(rows: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.
         A click returns ``customdata`` [layer, site, expert].
     """
     figure = go.Figure()
+    rows = rows.assign(shown=rows["loss_change"].clip(lower=LEAST_SHOWN))
+    places = _apart(rows)
     for news, (symbol, hue) in _NEWS.items():
         part = rows[rows["news"] == news]
         color = theme.hue(hue, dark)
         figure.add_trace(
             go.Scatter(
                 x=part["fair"].to_numpy(dtype=np.float64),
-                y=part["loss_change"].clip(lower=LEAST_SHOWN).to_numpy(dtype=np.float64),
+                y=part["shown"].to_numpy(dtype=np.float64),
                 mode="markers+text" if news and len(part) <= _LABELLED else "markers",
                 marker={"symbol": symbol, "size": 11 if news else 8, "color": color,
                         "line": {"width": 1, "color": theme.foreground(dark)}},
                 text=part["expert"].tolist(),
-                textposition="top center",
+                textposition=[places.get(row, "top center") for row in part.index],
                 hovertext=part["hover"].tolist(),
                 hovertemplate="%{hovertext}<extra></extra>",
                 customdata=part[["layer", "site", "expert_id"]].to_numpy(dtype=np.float64),
@@ -275,3 +277,31 @@ def need_and_use(rows: pd.DataFrame, *, scope: Scope, dark: bool = False) -> go.
         height=460,
         legend=True,
     )
+
+
+# where a label may stand, and how far its middle is from the mark, in pixels
+_PLACES = {"top center": (0, 15), "bottom center": (0, -15), "middle right": (36, 0),
+           "middle left": (-36, 0)}  # fmt: skip
+_WIDE, _HIGH = 52, 15  # of a label, which is taken for three marks in a row
+_X_PIXELS, _DECADE_PIXELS = 300, 75  # of a unit of load, and of a decade of loss
+
+
+def _apart(rows: pd.DataFrame) -> dict[int, str]:
+    """Return where the label of each row with news stands.
+
+    On no other label and no other mark with news, and on the fewest of the other marks.
+    """
+    load, loss = rows["fair"] * _X_PIXELS, np.log10(rows["shown"]) * _DECADE_PIXELS
+    marks = np.column_stack([load, loss])
+    news = (rows["news"] != "").to_numpy()
+    taken, cost = marks, np.where(news, len(marks), 1)
+    found: dict[int, str] = {}
+    for at in np.flatnonzero(news):
+        labels = marks[at] + list(_PLACES.values())  # [4, 2]
+        hit = (np.abs(taken - labels[:, None]) < (_WIDE / 2 + 5, _HIGH)).all(axis=2)
+        hit[:, at] = False
+        best = int((hit @ cost).argmin())
+        found[rows.index[at]] = list(_PLACES)[best]
+        taken = np.vstack([taken, labels[best], labels[best] - (20, 0), labels[best] + (20, 0)])
+        cost = np.append(cost, [len(marks)] * 3)
+    return found
