@@ -483,12 +483,12 @@ def contradiction(
 def _check(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     for question in (RUN, SITES):
         _ask(path, connection, question)
-    if connection.sql("SELECT count(*) FROM packed.site").fetchall() == [(0,)]:
+    if connection.execute("SELECT count(*) FROM packed.site").fetchall() == [(0,)]:
         raise not_a_run(path, "it has no router")
     level = _check_documents(path, connection)
-    if is_partitioned(*connection.sql(schema.SELECT_NOTES).fetchall()[0]):
+    if is_partitioned(*connection.execute(schema.SELECT_NOTES).fetchall()[0]):
         return  # its rows were looked at when it was written, and are too many for every start
-    for table, wrong in connection.sql(TWICE).fetchall():
+    for table, wrong in connection.execute(TWICE).fetchall():
         if wrong:
             raise not_a_run(path, f"it holds rows of packed.{table} twice")
     for question in QUESTIONS:
@@ -501,7 +501,7 @@ def _ask(path: Path, connection: duckdb.DuckDBPyConnection, question: Question) 
     counts = ", ".join(
         f"count(*) FILTER (coalesce({wrong}, true))" for wrong in question.wrong.values()
     )
-    found = connection.sql(f"SELECT {counts} FROM {question.rows}").fetchall()[0]
+    found = connection.execute(f"SELECT {counts} FROM {question.rows}").fetchall()[0]
     for what, wrong in zip(question.wrong, found, strict=True):
         if wrong:
             raise not_a_run(path, f"it has {what}, in {wrong:,} rows")
@@ -509,7 +509,7 @@ def _ask(path: Path, connection: duckdb.DuckDBPyConnection, question: Question) 
 
 def _check_documents(path: Path, connection: duckdb.DuckDBPyConnection) -> str:
     """Refuse an unknown level, and documents that are not JSON; return the level."""
-    level, *documents = connection.sql(
+    level, *documents = connection.execute(
         f"SELECT level, {', '.join(_DOCUMENTS)} FROM run"
     ).fetchall()[0]
     if level not in LEVELS:
@@ -529,15 +529,15 @@ def _is_object(text: str) -> bool:
 
 def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str) -> None:
     """Refuse routes that are not one for each token and router, or that lead to no expert."""
-    layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+    layout = Layout(*connection.execute(schema.SELECT_LAYOUT).fetchall()[0])
     salt = secrets.randbits(_SALT_BITS)
-    by_phase = connection.sql(
+    by_phase = connection.execute(
         f"SELECT phase, count(*), {_hashed('token_id', salt)} FROM packed.token GROUP BY phase"
     ).fetchall()
     n_tokens = sum(count for _, count, _ in by_phase)
-    sites = sites_of(connection.sql(schema.SELECT_SITES).fetchall())
+    sites = sites_of(connection.execute(schema.SELECT_SITES).fetchall())
     known = {(site.layer, site.site): site for site in sites}
-    rows_of = connection.sql(_vectors("route", salt)).fetchall()
+    rows_of = connection.execute(_vectors("route", salt)).fetchall()
     routed = LEVELS.index(level) >= LEVELS.index("ids") and n_tokens > 0
     for layer, site, rows, found in rows_of:
         if (layer, site) not in known:
@@ -552,7 +552,7 @@ def _check_routes(path: Path, connection: duckdb.DuckDBPyConnection, level: str)
             raise not_a_run(path, f"its level is {level}, and {len(rows_of)} routers have routes")
         _check_experts(path, connection, layout, sites)
     for table in ("score", "hidden"):
-        for layer, site, rows, found in connection.sql(_vectors(table, salt)).fetchall():
+        for layer, site, rows, found in connection.execute(_vectors(table, salt)).fetchall():
             here = known.get((layer, site))
             if here is not None and (rows, found) == _reached(here, by_phase):
                 continue
@@ -570,7 +570,7 @@ def _check_experts(
     path: Path, connection: duckdb.DuckDBPyConnection, layout: Layout, sites: Sequence[SiteInfo]
 ) -> None:
     """Refuse choices of experts that their router does not have, and totals that are not theirs."""
-    load = {(layer, s): n or 0 for layer, s, n in connection.sql(schema.COUNT_LOAD).fetchall()}
+    load = {(layer, s): n or 0 for layer, s, n in connection.execute(schema.COUNT_LOAD).fetchall()}
     n_experts = np.array([site.n_experts for site in sites], np.int32)
     top_k = np.array([site.top_k for site in sites])
     filled = np.zeros(len(sites), np.int64)
@@ -596,4 +596,4 @@ def _check_text(connection: duckdb.DuckDBPyConnection) -> None:
     """Read every text once: bytes that are not text raise an error."""
     for table, columns in _TEXTS.items():
         read = ", ".join(f"max(strlen(decode(encode({column}))))" for column in columns)
-        connection.sql(f"SELECT {read} FROM packed.{table}").fetchall()
+        connection.execute(f"SELECT {read} FROM packed.{table}").fetchall()

@@ -61,7 +61,7 @@ def partition(path: str | Path, out: str | Path, *, tokens: int = TOKENS) -> Pat
     connection = open_sandbox(path)
     try:
         check_values(path, connection)
-        layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+        layout = Layout(*connection.execute(schema.SELECT_LAYOUT).fetchall()[0])
         # a name that no other call has, in the same file system
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -88,7 +88,9 @@ def _write_rows(
     connection: duckdb.DuckDBPyConnection, table: str, folder: Path, tokens: int
 ) -> None:
     """Write the rows of a table, a file for every ``tokens`` tokens; an empty one makes a file."""
-    (most,) = connection.sql(f"SELECT coalesce(max(token_id), 0) FROM packed.{table}").fetchall()[0]
+    (most,) = connection.execute(
+        f"SELECT coalesce(max(token_id), 0) FROM packed.{table}"
+    ).fetchall()[0]
     for part in range(most // tokens + 1):
         rows = connection.sql(
             f"SELECT * FROM packed.{table} WHERE token_id >= {part * tokens}"
@@ -103,7 +105,7 @@ def _write_rows(
 
 def _write_rest(connection: duckdb.DuckDBPyConnection, layout: Layout, file: Path) -> None:
     """Write the tables that do not grow with the tokens, and the note of where the others are."""
-    (notes,) = connection.sql("SELECT notes FROM packed.run").fetchall()[0]
+    (notes,) = connection.execute("SELECT notes FROM packed.run").fetchall()[0]
     config = SAFE | {"default_block_size": str(BLOCK_SIZE)}
     with duckdb.connect(str(file), config=dict(config)) as target:
         for statement in schema.create_statements(layout):

@@ -84,7 +84,7 @@ def read_version(
 ) -> int:
     """Return the schema version of an open file."""
     try:
-        rows = connection.sql(schema.select_version(table)).fetchall()
+        rows = connection.execute(schema.select_version(table)).fetchall()
     except duckdb.Error as error:
         raise not_a_run(path, error) from error
     if len(rows) != 1:
@@ -160,7 +160,7 @@ def open_sandbox(
         if not read_only:
             _check_indexes(path, connection)
         layout = _layout(path, connection)
-        (notes,) = connection.sql(in_file(schema.SELECT_NOTES)).fetchall()[0]
+        (notes,) = connection.execute(in_file(schema.SELECT_NOTES)).fetchall()[0]
         rows = _partitions(path, connection, layout) if is_partitioned(notes) else {}
         for statement in _views(layout, missing, rows):
             connection.execute(statement)
@@ -249,7 +249,7 @@ def _partitions(
     found = {table: f"read_parquet({_files(folder, table)})" for table in ROW_TABLES}
     for table, rows in found.items():
         columns = dict(
-            row[:2] for row in connection.sql(f"DESCRIBE SELECT * FROM {rows}").fetchall()
+            row[:2] for row in connection.execute(f"DESCRIBE SELECT * FROM {rows}").fetchall()
         )
         if columns != expected_tables(layout)[table].types:
             raise not_a_run(
@@ -269,7 +269,7 @@ def _refuse_strange(path: Path, names: list[str]) -> None:
 
 
 def _layout(path: Path, connection: duckdb.DuckDBPyConnection) -> Layout:
-    row = connection.sql(in_file(schema.SELECT_LAYOUT)).fetchall()[0]
+    row = connection.execute(in_file(schema.SELECT_LAYOUT)).fetchall()[0]
     layout = Layout(*row)
     if layout.id_bits not in (8, 16) or not 1 <= layout.slots <= MAX_SLOTS:
         raise not_a_run(
@@ -280,7 +280,7 @@ def _layout(path: Path, connection: duckdb.DuckDBPyConnection) -> Layout:
 
 def _check_sites(path: Path, connection: duckdb.DuckDBPyConnection) -> None:
     """Refuse numbers of experts that would make every question on the run count for ever."""
-    count, most, fewest, in_all = connection.sql(
+    count, most, fewest, in_all = connection.execute(
         "SELECT count(*), coalesce(max(n_experts), 0), coalesce(min(n_experts), 1),"
         " coalesce(sum(n_experts), 0) FROM sites"
     ).fetchall()[0]
@@ -359,7 +359,7 @@ class RunReader:
         self._lock = threading.Lock()
         run = connection.sql(schema.SELECT_RUN).to_arrow_table()
         self.info: dict[str, Any] = run.to_pylist()[0]
-        self.sites = sites_of(connection.sql(schema.SELECT_SITES).fetchall())
+        self.sites = sites_of(connection.execute(schema.SELECT_SITES).fetchall())
 
     @classmethod
     def open(cls, path: str | Path, *, checked: bool = False) -> Self:

@@ -131,26 +131,27 @@ def recover(partial: str | Path) -> Path:
 
 def _is_closed(connection: duckdb.DuckDBPyConnection) -> bool:
     """Whether the capture came to its end, and only the file's name is not what it should be."""
-    return bool(connection.sql(schema.SELECT_COMPLETE).fetchall()[0][0])
+    return bool(connection.execute(schema.SELECT_COMPLETE).fetchall()[0][0])
 
 
 def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
     """Check what was committed and write down that the run is incomplete."""
-    sites = sites_of(connection.sql(schema.SELECT_SITES).fetchall())
-    level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
-    layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+    sites = sites_of(connection.execute(schema.SELECT_SITES).fetchall())
+    level = connection.execute(schema.SELECT_LEVEL).fetchall()[0][0]
+    layout = Layout(*connection.execute(schema.SELECT_LAYOUT).fetchall()[0])
     if level not in LEVELS:
         raise not_a_run(partial, f"its level is not one of {', '.join(LEVELS)}")
     routed = LEVELS.index(level) >= LEVELS.index("ids")
     load = {
-        (layer, site): count for layer, site, count in connection.sql(schema.COUNT_LOAD).fetchall()
+        (layer, site): count
+        for layer, site, count in connection.execute(schema.COUNT_LOAD).fetchall()
     }
     check_counts(
         connection,
         layout=layout,
         sites=sites,
         routed=routed,
-        tokens=dict(connection.sql(schema.COUNT_BATCH_TOKENS).fetchall()),
+        tokens=dict(connection.execute(schema.COUNT_BATCH_TOKENS).fetchall()),
         assignments=[load[site.layer, site.site] for site in sites],
         vectors={},
         attention={},
@@ -161,7 +162,7 @@ def _close(partial: Path, connection: duckdb.DuckDBPyConnection) -> None:
         pairs = pairs_of_rows(connection, layout, sites)
         store_pairs(connection, pairs, schema.tables(layout), rewrite=in_file)
         connection.execute("COMMIT")
-    seconds = connection.sql(schema.LAST_SECOND).fetchall()[0][0]
+    seconds = connection.execute(schema.LAST_SECOND).fetchall()[0][0]
     connection.execute("BEGIN")
     connection.execute(in_file(schema.STORE_GATE_SUMS))
     connection.execute(in_file(schema.STORE_DROPPED))
@@ -182,11 +183,11 @@ def _add_pairs_and_attention(connection: duckdb.DuckDBPyConnection) -> None:
     """Add the tables of version 2; pairs are counted from the rows, attention is not known."""
     for statement in schema.statements_of_version_2():
         connection.execute(statement)
-    level = connection.sql(schema.SELECT_LEVEL).fetchall()[0][0]
+    level = connection.execute(schema.SELECT_LEVEL).fetchall()[0][0]
     if LEVELS.index(level) < LEVELS.index("ids"):
         return
-    sites = sites_of(connection.sql(schema.SELECT_PACKED_SITES).fetchall())
-    layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+    sites = sites_of(connection.execute(schema.SELECT_PACKED_SITES).fetchall())
+    layout = Layout(*connection.execute(schema.SELECT_LAYOUT).fetchall()[0])
     store_pairs(connection, pairs_of_rows(connection, layout, sites), schema.tables(layout))
 
 
@@ -206,12 +207,12 @@ def _add_site_facts(connection: duckdb.DuckDBPyConnection) -> None:
     """Add what version 5 tells of routers: not known of those that were recorded before."""
     for statement in (schema.SITE_FACT_TABLE, schema.STORE_SITE_FACTS):
         connection.execute(statement)
-    shown = connection.sql(
+    shown = connection.execute(
         "SELECT sql FROM duckdb_views() WHERE view_name = 'expert_load'"
     ).fetchall()
     statements = schema.views_of_version_5()
     if "count(weight_sum)" in shown[0][0]:  # of a run whose weights are not known
-        layout = Layout(*connection.sql(schema.SELECT_LAYOUT).fetchall()[0])
+        layout = Layout(*connection.execute(schema.SELECT_LAYOUT).fetchall()[0])
         statements = [*statements, *schema.views_without_weights(layout)]
     for statement in statements:
         connection.execute(statement)

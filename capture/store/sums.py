@@ -234,7 +234,7 @@ def pairs_of_rows(
         )
     totals = PairTotals(sites)
     places = sorted(range(len(sites)), key=lambda i: (sites[i].layer, sites[i].site))
-    first, last = connection.sql(schema.TOKEN_RANGE).fetchall()[0]
+    first, last = connection.execute(schema.TOKEN_RANGE).fetchall()[0]
     for start in range(first, last + 1, CHUNK_TOKENS):
         bounds = [start, start + CHUNK_TOKENS]
         rows = connection.sql(schema.routed_tokens(layout), params=bounds).to_arrow_table()
@@ -320,14 +320,14 @@ def check_counts(
         If a count differs; the message names the site.
     """
     n_tokens = sum(tokens.values())
-    rows, distinct = connection.sql(schema.COUNT_TOKENS).fetchall()[0]
+    rows, distinct = connection.execute(schema.COUNT_TOKENS).fetchall()[0]
     if rows != n_tokens or distinct != n_tokens:
         raise StoreError(
             f"{n_tokens} tokens were handed in, but {rows} rows with {distinct} different token "
             f"ids are stored. {_ADVICE}"
         )
     for table, expected in attention.items():
-        count = connection.sql(schema.count_all(table)).fetchall()[0][0]
+        count = connection.execute(schema.count_all(table)).fetchall()[0][0]
         if count != expected:
             raise StoreError(
                 f"{expected} rows of the table {table} were handed in, and {count} are stored. "
@@ -374,5 +374,5 @@ def check_diagonal(connection: duckdb.DuckDBPyConnection, sites: Sequence[SiteIn
 
 
 def _by_site(connection: duckdb.DuckDBPyConnection, sql: str) -> dict[tuple[int, int], int]:
-    rows = connection.sql(sql).fetchall()
+    rows = connection.execute(sql).fetchall()
     return {(layer, site): count or 0 for layer, site, count in rows}

@@ -156,7 +156,8 @@ def count_table(path: Path, columns: Mapping[str, str], source: str) -> CountTra
             else f"{path.name} has no rows with experts 0 to {MAX_EXPERTS - 1}."
         )
     layers = [
-        row[0] for row in connection.sql("SELECT DISTINCT layer FROM counted ORDER BY 1").fetchall()
+        row[0]
+        for row in connection.execute("SELECT DISTINCT layer FROM counted ORDER BY 1").fetchall()
     ]
     read = partial(_table_parts, connection, path.name, layers, int(most) + 1)
     facts = {"step": columns["step"].strip('"')} if steps else {}

@@ -319,7 +319,9 @@ def open_comparison(path: str | Path) -> Comparison:
             spelled = [[v] for v in versions if _expected(v).items() <= found.items()]
             if not spelled:
                 raise ComparisonError(f"{path.name} has other tables than this code. {_MAKE}")
-            rows = connection.sql(f"SELECT format_version FROM {_table('comparison')}").fetchall()
+            rows = connection.execute(
+                f"SELECT format_version FROM {_table('comparison')}"
+            ).fetchall()
             version = [row[0] for row in rows]
             if version not in spelled:
                 raise ComparisonError(f"{path.name} has another format than this code. {_MAKE}")
@@ -345,7 +347,7 @@ def _check_rows(
 ) -> None:
     """Refuse a file that would not fit in memory: equal rows take nearly nothing on disk."""
     counts = " UNION ALL ".join(f"SELECT count(*) AS n FROM {_table(name)}" for name in there)
-    (rows,) = connection.sql(f"SELECT sum(n) FROM ({counts})").fetchall()[0]
+    (rows,) = connection.execute(f"SELECT sum(n) FROM ({counts})").fetchall()[0]
     if rows > MAX_ROWS:
         raise ComparisonError(
             f"{path.name} holds {rows:,} rows, and a comparison is read up to {MAX_ROWS:,}. {_MAKE}"
@@ -356,7 +358,7 @@ def _check_rows(
         sizes = " + ".join(f"coalesce(sum(strlen({column})), 0)" for column in written)
         if sizes:
             texts.append(f"SELECT {sizes} AS n FROM {_table(name)}")
-    (size,) = connection.sql(f"SELECT sum(n) FROM ({' UNION ALL '.join(texts)})").fetchall()[0]
+    (size,) = connection.execute(f"SELECT sum(n) FROM ({' UNION ALL '.join(texts)})").fetchall()[0]
     if size > MAX_TEXT:
         raise ComparisonError(
             f"{path.name} holds {size / 1e6:,.0f} MB of text, and a comparison is read up to "

@@ -65,7 +65,7 @@ def wrong_values(
         counted = ", ".join(
             f"count(*) FILTER (coalesce({condition}, false))" for condition in conditions.values()
         )
-        rows, *found = connection.sql(
+        rows, *found = connection.execute(
             f"SELECT count(*), {counted} FROM {prefix}{table}"
         ).fetchall()[0]
         if rows > _MOST.get(table, rows):
@@ -127,8 +127,8 @@ def _of_rows(table: str, known: Collection[str]) -> dict[str, str]:
 
 def _of_families(connection: duckdb.DuckDBPyConnection, prefix: str) -> Iterator[str]:
     """Yield that there is too much to choose from."""
-    (families,) = connection.sql(f"SELECT count(DISTINCT family) FROM {prefix}results").fetchall()[
-        0
-    ]
+    (families,) = connection.execute(
+        f"SELECT count(DISTINCT family) FROM {prefix}results"
+    ).fetchall()[0]
     if families > MAX_FAMILIES:
         yield f"{families:,} families of routers, where up to {MAX_FAMILIES} are shown"
