@@ -168,10 +168,10 @@ def _swapped(loads: Floats, first: Ints, gpus: int) -> Ints:
     windows, copies = loads.shape
     gpu = first.copy()
     total = np.zeros((windows, gpus))
-    for copy in range(copies):
-        total[:, gpu[copy]] += loads[:, copy]
     best = 0.0
     for window in range(windows):
+        for copy in range(copies):  # in loops: slices take seconds to compile
+            total[window, gpu[copy]] += loads[window, copy]
         best += total[window].max()
     for _ in range(_SWEEPS):
         changed = False
