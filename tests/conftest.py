@@ -110,7 +110,7 @@ def pytest_collection_modifyitems(config, items):
         slow = Counter()
         for item in items:
             if mark := item.get_closest_marker("slow"):
-                slow[item.path] += mark.kwargs.get("seconds", 5)
+                slow[item.path] += mark.kwargs.get("seconds", 0.5)
         items.sort(key=lambda item: -slow[item.path])
 
 
@@ -133,7 +133,7 @@ class InterpretedFile(pytest.File):
 
     def collect(self):
         run = InterpretedRun.from_parent(self, name="interpreted")
-        run.add_marker("slow")
+        run.add_marker(pytest.mark.slow(seconds=15))
         yield run
 
 

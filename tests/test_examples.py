@@ -13,6 +13,8 @@ import pytest
 
 from explorer.routers import ROUTERS
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / ".github" / "examples"
 # each makes what the next ones read
 SCRIPTS = {
@@ -62,7 +64,7 @@ def rows(lines):
     return {line.split()[0]: line.split()[1:] for line in lines[head + 1 :]}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_what_is_recorded_is_asked_and_compared(printed):
     (path,) = printed["record.py"]
     assert Path(path).is_file()
@@ -77,14 +79,14 @@ def test_what_is_recorded_is_asked_and_compared(printed):
     assert mode == "live" and float(change) != 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_router_of_ones_own_uses_more_experts_the_surer_it_has_to_be(printed):
     found = rows(printed["own_router.py"])
     few, more = (float(found[f"second_if_unsure(p={p})"][0]) for p in (0.3, 0.7))
     assert 1 < few < more < 2
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_an_adapter_of_ones_own_records_what_the_model_does(printed, tmp_path):
     import capture
     from capture.model.adapters import ADAPTERS
@@ -98,7 +100,7 @@ def test_an_adapter_of_ones_own_records_what_the_model_does(printed, tmp_path):
     assert choices(recorded.removeprefix("with: ")) == choices(usual)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_ones_own_loop_is_recorded(printed):
     (path,) = printed["own_loop.py"]
     with duckdb.connect(path, read_only=True) as run:
@@ -111,7 +113,7 @@ def test_ones_own_loop_is_recorded(printed):
     assert texts == [(fox, 2), (add, 2), (fox, 1), (fox, 0), (add, 0)]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_the_notebook_runs_from_top_to_bottom():
     notebook = json.loads((EXAMPLES / "walk.ipynb").read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4

@@ -270,7 +270,7 @@ def test_python_examples_compile(paper):
         compile(code, paper, "exec")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_python_examples_run_and_the_documented_views_are_the_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # the explorer's open the run that the capture's made

@@ -223,6 +223,7 @@ def run(tmp_path):
     return write_run(tmp_path / "given.duckdb").path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROLES)
 def test_every_role_at_every_write(monkeypatch, tmp_path, ended, run, name):
     from test_explorer_writing import CALLS
@@ -417,6 +418,7 @@ def test_a_read_only_server_takes_no_file(read_only):
     assert sent < 10**8
 
 
+@pytest.mark.slow
 def test_a_login_counts_until_it_ends(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     secrets = tmp_path / "secrets.toml"

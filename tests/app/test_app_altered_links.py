@@ -9,6 +9,8 @@ import pytest
 from app_pages import opened, query
 from synthetic import write_run
 
+pytestmark = pytest.mark.slow
+
 PAGES = (
     "overview", "tokens", "experts", "load_balance", "attention", "flow", "clusters", "compare",
     "compare_runs", "trends", "share", "capture", "learn",
@@ -47,7 +49,7 @@ def held():
     return len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_altered_links_break_no_page_and_leak_nothing(runs):
     write_run(runs / "known.duckdb", level="attention")
     choose = random.Random(7)

@@ -14,6 +14,8 @@ from explorer.maps.data import Source, prepare
 from explorer.maps.map_cache import MapOptions
 from explorer.slices import list_slices
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Source("tokens", "scores", 1)
 
 

@@ -99,6 +99,7 @@ def near(region, bounds, places):
     return region is not None and np.abs(np.subtract(region.bounds, bounds)).max() < size / 200
 
 
+@pytest.mark.slow
 def test_a_box_on_points_lists_them_and_is_saved_as_a_slice(made, page, new_page):
     url, path, places, _ = made
     visit(page, f"{url}/clusters?run=known&layer=1.0")

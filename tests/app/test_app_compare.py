@@ -24,6 +24,8 @@ from explorer.errors import ComparisonError
 from explorer.ui import address
 from explorer.worker import CompareRequest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def runs(runs):

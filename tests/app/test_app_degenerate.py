@@ -13,6 +13,8 @@ from capture.store import SiteInfo
 from explorer.errors import RunError
 from explorer.ui.wording import number, span
 
+pytestmark = pytest.mark.slow
+
 _UNDEFINED = re.compile(r"(?<![\w.])(nan|NaN|inf|None|NaT)(?![\w(])")
 ONE = (SiteInfo(0, 0, "model.layers.0.mlp", 1, 1, 0, "softmax"),)
 

@@ -19,6 +19,8 @@ from explorer.worker import CosinesRequest, WhatIfRequest
 from explorer.worker.interventions import answer_path, write_answer
 from explorer.worker.requests import AtlasRequest, JobOutcome
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def known(runs, tmp_path, monkeypatch):

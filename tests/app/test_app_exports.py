@@ -18,6 +18,8 @@ from explorer.ui.chart import csv, parquet, with_source
 from explorer.ui.recipe import python, sql
 from explorer.ui.wording import Scope
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def known(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from synthetic import SITES, write_run
 from explorer import slices, writing
 from explorer.run import open_run
 
+pytestmark = pytest.mark.slow
+
 PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
 NAME = "<b>rare</b> % words"
 IDS = [0, 2, 5, 20, 24]

@@ -13,6 +13,8 @@ from explorer.comparison.results_file import TABLES, open_comparison
 from explorer.comparison.values import wrong_values
 from explorer.errors import ComparisonError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -25,6 +25,8 @@ from explorer.run import open_run
 from explorer.text import plain
 from explorer.ui import state
 
+pytestmark = pytest.mark.slow
+
 PAGES = sorted(page.parent.name for page in Path(pages.__path__[0]).glob("*/page.py"))
 # a router's input for each stored score; the writer of the tests stores none
 HIDDEN = (

@@ -16,6 +16,8 @@ from explorer.pages.compare_runs.two_sides import two_sides
 from explorer.run import open_run
 from explorer.ui.wording import unnamed
 
+pytestmark = pytest.mark.slow
+
 PAGES = (
     *("overview", "tokens", "experts", "load_balance", "attention", "flow", "clusters"),
     *("compare", "compare_runs", "trends", "share", "learn", "capture"),
@@ -164,7 +166,7 @@ def test_sequences_are_matched_by_their_token_ids(tmp_path):
     assert (sides.matched_by, sides.tokens, sides.found.verdict) == ("token ids", 21, "same")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_trace_is_imported_on_the_page_capture(runs):
     app = opened("capture")
     app.segmented_control(key="what to do").set_value("Import routing").run()

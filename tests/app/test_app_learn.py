@@ -15,6 +15,8 @@ from explorer.ui import address
 from explorer.ui.glossary import FIGURES, TERMS, help_text, term_of
 from explorer.worker.client import ROOT
 
+pytestmark = pytest.mark.slow
+
 STEPS = ("router", "load", "specialisation", "path")
 FIGURED = ("overview", "tokens", "experts", "load_balance", "attention", "flow")
 

@@ -15,6 +15,8 @@ from explorer.text import visible
 from explorer.ui.address import domain_key
 from explorer.ui.wording import distinct, domain_labels, domain_name, labels, short
 
+pytestmark = pytest.mark.slow
+
 LONG = "a domain whose name is so long that it is cut, number "
 # none, what pages call none, all or the rest, and two that are alike for forty characters
 DOMAINS = (None, "(none)", "(no domain)", "All domains", LONG + "one", LONG + "two")

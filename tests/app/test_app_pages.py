@@ -19,6 +19,8 @@ from explorer.ui import wording
 from explorer.worker import Job
 from explorer.worker.client import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGES = ("overview", "tokens", "experts", "load_balance", "attention", "flow", "capture")
 SHOWN = PAGES[:-1]
 

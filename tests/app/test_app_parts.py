@@ -8,6 +8,8 @@ from app_pages import charts, opened
 from synthetic import write_run
 from test_app_compare import write_results
 
+pytestmark = pytest.mark.slow
+
 KEPT = {  # a figure's or a heading's words that are there all the same
     "learn": ("Glossary",),
     "tokens": ("Experts by layer",),

@@ -22,6 +22,8 @@ from explorer.run import open_run
 from explorer.ui import access
 from explorer.ui.chart import parquet
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -369,7 +371,7 @@ def figure(page, which=0):
 
 
 @pytest.mark.browser
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_view_saved_in_one_session_is_the_same_in_another(address, new_page):
     page = new_page()
     visit(page, f"{address}/load-balance?run=known&layer=3.1&domain=law")
@@ -391,7 +393,7 @@ def test_a_view_saved_in_one_session_is_the_same_in_another(address, new_page):
 
 
 @pytest.mark.browser
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_report_from_the_share_page_works_from_disk_without_a_network(
     address, new_page, tmp_path
 ):
@@ -425,7 +427,7 @@ def test_a_report_from_the_share_page_works_from_disk_without_a_network(
 
 
 @pytest.mark.browser
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_the_data_of_a_figure_downloads(address, new_page, tmp_path):
     page = new_page()
     visit(page, f"{address}/?run=known")
@@ -447,7 +449,7 @@ def test_the_data_of_a_figure_downloads(address, new_page, tmp_path):
 
 
 @pytest.mark.browser
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_read_only_server_refuses_and_shows_strange_texts(read_only, page):
     url, folder = read_only
     before = listing(folder)
@@ -470,7 +472,7 @@ def test_a_read_only_server_refuses_and_shows_strange_texts(read_only, page):
 
 
 @pytest.mark.browser
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_run_is_uploaded_in_the_browser(address, page, runs, tmp_path):
     from playwright.sync_api import expect
 

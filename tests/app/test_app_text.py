@@ -23,6 +23,8 @@ from explorer.run import open_run
 from explorer.text import one_line, plain, visible
 from explorer.ui.chart import csv
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 of_figures, of_pages = visible, partial(visible, running=True)
 # what Streamlit's Markdown makes something of, each beside the name that gives it away
@@ -273,7 +275,7 @@ DRAWN = ("a → b", "a ← b", "a ↔ b", "a — b", "a ≥ b", "a ≈ b", "💀
 
 
 @pytest.mark.browser
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_browser_makes_no_link_and_no_sign_of_a_text(tmp_path, page):
     """Compare what is drawn of each payload with the payload, where most texts are."""
     view = write_evil(tmp_path)

@@ -14,6 +14,8 @@ from explorer import open_run
 from explorer.pages.trends.data import in_order, trend_table
 from explorer.queries.overview import token_count
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):

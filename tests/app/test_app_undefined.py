@@ -41,6 +41,7 @@ def test_a_choice_of_all_experts_has_no_margin():
     assert "margin" not in said
 
 
+@pytest.mark.slow
 def test_tokens_of_one_expert_say_what_is_not_defined(runs):
     write_run(runs / "few.duckdb", sites=ONE)
     app = opened("tokens", run="few", color="entropy")

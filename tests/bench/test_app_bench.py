@@ -2,8 +2,11 @@
 
 import sys
 
+import pytest
 import time_pages as bench
 from synthetic import write_run
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_page_is_timed_with_and_without_filters(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from capture.bench import __main__ as command
 from capture.bench import overhead, store
 from capture.store import RunReader, writer
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_store_is_measured_against_plain_lists(capsys, tmp_path):
     small = "--rows 1500 --layers 3 --experts 16 --top-k 2 --batch-tokens 100 --repeats 1"
@@ -100,7 +102,7 @@ def test_an_unknown_measurement_lists_the_known_ones(capsys):
 MEASURE = "import runpy; runpy.run_module('capture.bench.overhead', run_name='__main__')"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_memory_of_attention_is_measured_beside_a_capture_without(capsys, tmp_path, monkeypatch):
     def in_own_process(cell):
         process = processes.start(tmp_path, [json.dumps(cell._asdict())], code=MEASURE)
@@ -134,7 +136,7 @@ def test_eager_attention_is_put_back():
     assert bench.loaded.model.config._attn_implementation == before != "eager"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_cell_is_measured_in_a_process_of_its_own(capsys):
     options = "levels --shape tiny --lengths 8 --tokens 16 --repeats 1 --decode 3 --rows ids"
     assert command.main(options.split()) == 0

@@ -26,6 +26,7 @@ TINY = cases.Size(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", kernels.__all__)
 def test_every_problem_runs_and_is_correct(op):
     """The problems of a GPU differ from these in their sizes and their type only."""

@@ -234,6 +234,7 @@ def test_the_tiny_rules_are_not_trivial(required):
     assert bool((chosen != naive).any()) == (biased or groups is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(OTHERS))
 def test_other_architectures(name):
     """The choice, fed back one expert at a time into the model's own experts, gives the output."""

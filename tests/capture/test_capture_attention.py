@@ -22,6 +22,8 @@ from capture.recorder.attention.summary import (
 from capture.recorder.estimate import choose_attended
 from capture.store import RunReader
 
+pytestmark = pytest.mark.slow
+
 # the run file rounds shares of a map to 4e-6; sums of float32 do the rest
 EXACT = 1e-5
 RECENT = 16  # written down again: what the README says

@@ -11,6 +11,8 @@ import pytest
 from capture.__main__ import main
 from capture.store import RunReader, RunWriter
 
+pytestmark = pytest.mark.slow
+
 
 def test_help_explains_itself(capsys):
     with pytest.raises(SystemExit) as caught:
@@ -101,7 +103,7 @@ def test_recover_closes_what_a_killed_capture_left(tmp_path, monkeypatch, capsys
         assert run.info["n_tokens"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 @pytest.mark.parametrize(
     ("sent", "code", "word", "start"),
     [

@@ -13,6 +13,8 @@ from capture.errors import ConfigError
 from capture.model.hooks import tap
 from capture.model.selftest import attach
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [{"ids": [*range(5, 5 + n)], "domain": "ab"[n % 2]} for n in (9, 7, 9, 3)]
 ROUTES = "SELECT token_id, layer, site, slot, expert_id FROM assignments ORDER BY ALL"
 NUMBERS = (
@@ -80,7 +82,7 @@ class Counting:
         return graph
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_compiled_model_is_recorded_like_the_model(tmp_path):
     model = small("qwen3_moe", layers=2)  # begins with a layer without experts
     expected = record(model, tmp_path, "plain")
@@ -91,7 +93,7 @@ def test_a_compiled_model_is_recorded_like_the_model(tmp_path):
     assert_same_run(run, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_model_that_was_compiled_before_is_traced_again_and_keeps_no_hook(tmp_path):
     """Code compiled without hooks would record nothing, and code with hooks would go on to."""
     model = small()
@@ -161,7 +163,7 @@ def test_level_attention_is_refused(tmp_path):
         record("demo", tmp_path, "run", level="attention", compile=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 @needs_compiler
 # PyTorch's own import of inductor
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")

@@ -20,6 +20,8 @@ from capture.store import check_run, counts_only
 from capture.traces import import_routing
 from explorer.run import open_run
 
+pytestmark = pytest.mark.slow
+
 LAYERS, EXPERTS, TOP_K = 4, 6, 2
 
 

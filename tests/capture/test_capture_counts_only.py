@@ -12,6 +12,8 @@ import capture
 from capture.paths import model_name
 from capture.store import MIN_PROMPTS, MIN_TOKENS, RunReader, counts_only
 
+pytestmark = pytest.mark.slow
+
 TOGETHER = "(domains put together)"
 
 PEOPLE = 60

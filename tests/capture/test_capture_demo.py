@@ -13,6 +13,8 @@ from capture.demo import FIGURES, FOLDER, SAMPLE, TRENDS, WEIGHTS
 from capture.prompts import DEMO_SETS
 from capture.store import RunReader
 
+pytestmark = pytest.mark.slow
+
 PUBLIC = {"public domain", "CC0-1.0"}
 CARD = FIGURES.with_name("MODEL_CARD.md")
 

@@ -47,6 +47,8 @@ from capture.demo.streams import (
 )
 from capture.demo.train import Recipe, Trainer, balance_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():

@@ -10,6 +10,8 @@ from capture.model.selftest import attach
 from capture.recorder.estimate import AttentionSize, estimate, human_bytes
 from capture.store.records import SiteInfo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("level", "sample_tokens"), [("stats", 0), ("ids", 0), ("scores", 0), ("ids", 2000)]

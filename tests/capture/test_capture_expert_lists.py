@@ -22,6 +22,8 @@ from explorer.pages.experts.data import loads_by_domain
 from explorer.queries.load import expert_load, routing, window_loads
 from explorer.queries.routed import left_out
 
+pytestmark = pytest.mark.slow
+
 WIDTH, N_EXPERTS, TOP_K = 32, 8, 3
 
 

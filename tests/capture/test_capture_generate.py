@@ -18,6 +18,8 @@ from test_capture_session import (
 
 from capture.store import RunReader
 
+pytestmark = pytest.mark.slow
+
 TOKENS = "SELECT prompt_id, position, token, text, loss, phase, token_id FROM tokens ORDER BY ALL"
 
 

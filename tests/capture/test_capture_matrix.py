@@ -26,6 +26,8 @@ from capture.matrix.truth import banks, measure
 from capture.model.adapters.base import Channel
 from capture.model.adapters.standard import StandardAdapter
 
+pytestmark = pytest.mark.slow
+
 PAPER = Path(__file__).parents[2] / "capture" / "README.md"
 # every kind of block, of rule and of refusal
 SPREAD = (

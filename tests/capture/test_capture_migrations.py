@@ -11,6 +11,8 @@ from capture.store import RunReader, migrate, schema
 from capture.store.codec import Layout
 from capture.store.rewrite import STEPS, Step
 
+pytestmark = pytest.mark.slow
+
 SITES = [make_site(1, 5, 2)]
 # one file of every version that was released; the first has the sites of FIRST
 FILES = sorted((Path(__file__).parents[1] / "data").glob("run_v*.duckdb.gz"))

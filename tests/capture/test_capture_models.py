@@ -180,6 +180,7 @@ def test_an_unknown_model_type(saved, tmp_path):
         load_model(folder)
 
 
+@pytest.mark.slow
 def test_a_model_that_also_sees_is_recorded_on_text(tmp_path):
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 

@@ -9,6 +9,8 @@ from own_loop import assert_recorded, padded
 import capture
 from capture.errors import CaptureError
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [[5, 6, 7, 9, 11], [8, 9], [20, 21, 22, 23]]
 
 

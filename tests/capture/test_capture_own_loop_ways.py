@@ -18,6 +18,8 @@ from capture.errors import CaptureError, ConfigError
 from capture.recorder.own_loop.call import CannotFollow, read_call
 from capture.store import check_run
 
+pytestmark = pytest.mark.slow
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
     import peft
@@ -264,7 +266,7 @@ def test_embeddings_have_no_token_ids(tmp_path):
     assert [text.tokens for text in found] == [[None] * 5, [None] * 5 + out[0, :-1].tolist()]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 @pytest.mark.parametrize("when", ["wrapper", "inside, in place"])
 def test_compiled_models(tmp_path, when):
     plain, own = (model("mixtral", num_hidden_layers=1) for _ in range(2))
@@ -352,7 +354,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_processes_that_train_together(tmp_path):
     """Gradients that are averaged, and weights that are sharded: a part each, training the same."""
     with socket.create_server(("localhost", 0)) as free:

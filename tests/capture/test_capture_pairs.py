@@ -15,6 +15,8 @@ from capture.recorder.observe import group_sites
 from capture.store import next_sites
 from capture.store.records import SiteInfo
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [{"ids": [*range(5, 5 + n)], "domain": "ab"[n % 2]} for n in (9, 7, 12, 3, 1)]
 
 

@@ -18,6 +18,8 @@ from capture.prompts import read_prompts, read_prompts_bytes
 from explorer.worker import uploads
 from explorer.worker.uploads import read_upload
 
+pytestmark = pytest.mark.slow
+
 MB = 2**20
 ZEROS = b"x" * (64 * MB)
 PACK = {

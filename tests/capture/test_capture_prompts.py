@@ -253,6 +253,7 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     assert [prompt.domain for prompt in found] == ["law", None, None]
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(min_size=1).filter(lambda s: s.isprintable()), min_size=1, max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_jsonl_and_parquet_give_the_text_back(items):

@@ -30,6 +30,8 @@ from capture.recorder.estimate import check_space
 from capture.store import RECORDED_LEVELS, RunReader, RunWriter, recover
 from capture.store import writer as writer_module
 
+pytestmark = pytest.mark.slow
+
 # batches of other shapes sum in another order; float32 keeps about seven digits
 TOLERANCE = 2e-4
 # a stored weight is rounded to 2**-11 relative, a stored statistic to half precision

@@ -18,6 +18,8 @@ from capture.errors import ConfigError, PromptError, StoreError
 from capture.recorder.parts import Shard, shard_of
 from capture.store import check_run, merge
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PROMPTS = [{"ids": list(range(2, 5 + n)), "domain": "ab"[n % 3 == 0]} for n in range(7)]
 # each view by what does not depend on how prompts were batched
@@ -51,7 +53,7 @@ def files(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_shares_of_three_processes_are_the_run_of_one(tmp_path):
     model = tiny_models.build("mixtral", num_hidden_layers=2)
     options = {"level": "attention", "attention_prompts": 3, "generate": 2, "progress": False}

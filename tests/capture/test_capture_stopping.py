@@ -25,6 +25,8 @@ from capture.recorder.transfer import WriterThread
 from capture.store import RunReader, RunWriter, counts_only, files, migrate, recover
 from capture.store import writer as writer_module
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SITES = [make_site(0, 5, 2), make_site(1, 4, 1)]
 
@@ -206,7 +208,7 @@ capture.record(model, [[3, 4, 5]] * 1000, sys.argv[1], batch_tokens=1, sample_to
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_what_the_bar_has_counted_survives_a_kill(tmp_path):
     out = tmp_path / "a.duckdb"
     process = processes.start(tmp_path, [out], code=COUNTING)

@@ -20,6 +20,8 @@ from capture.errors import StoreError
 from capture.store import RECORDED_LEVELS, PromptInfo, RunReader, RunWriter, schema
 from capture.store import writer as writer_module
 
+pytestmark = pytest.mark.slow
+
 # the columns that the issue promises to everybody, with the type a stranger's DuckDB reports
 PROMISED = {
     "assignments": "token_id INTEGER, layer INTEGER, site INTEGER, slot INTEGER, "

@@ -20,6 +20,8 @@ from capture.store import writer as writer_module
 from capture.store.sums import count_pairs
 from capture.store.tables import pack_maps
 
+pytestmark = pytest.mark.slow
+
 # two sites in layer 4: transitions lead to the last one of a layer
 SITES = [make_site(1, 5, 2), make_site(4, 300, 3), make_site(4, 3, 1, site=1), make_site(6, 7, 2)]
 BATCH = 7

@@ -13,6 +13,8 @@ from capture.demo import SAMPLE
 from capture.errors import StoreError
 from capture.store import RunReader, partition
 
+pytestmark = pytest.mark.slow
+
 TABLES = ("token", "route", "score", "hidden")
 VIEWS = ("tokens", "assignments", "gates", "scores", "hidden", "prompts", "expert_load", "sites")
 PLACE = "part=00001/rows.parquet"

@@ -18,6 +18,8 @@ from store_runs import make_forward, make_site, start, write
 from capture.errors import StoreError
 from capture.store import RunReader, recover
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SITES = [make_site(1, 5, 2), make_site(4, 300, 3)]
 BATCH = 7

@@ -10,6 +10,8 @@ from capture.errors import StoreError
 from capture.store import RunReader, migrate, recover
 from capture.store.reader import MAX_EXPERTS
 
+pytestmark = pytest.mark.slow
+
 FOREVER = "SELECT count(*) FROM range(1000000000000) AS a, range(1000000000000) AS b"
 
 

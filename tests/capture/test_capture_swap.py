@@ -85,6 +85,7 @@ class Broken:
         raise ZeroDivisionError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_architecture_takes_another_rule(name):
     model = tiny_models.build(name)

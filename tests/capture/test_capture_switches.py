@@ -18,6 +18,8 @@ from capture.swap.part_gates import gate_parts
 from capture.swap.routers import swap
 from capture.swap.rules import Choice
 
+pytestmark = pytest.mark.slow
+
 SWITCHES = {
     "output_router_logits": True,
     "_output_attentions": True,  # behind a setter that refuses it beside fast attention

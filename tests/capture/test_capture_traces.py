@@ -19,6 +19,8 @@ from capture.traces import import_routing
 from capture.traces.sequences import is_choice, top_k_of
 from explorer.run import open_run
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, TOP_K, LAYERS = 12, 3, 4
 
 

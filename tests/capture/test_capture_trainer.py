@@ -15,6 +15,8 @@ from capture.errors import ConfigError
 from explorer import open_run
 from explorer.pages.trends.data import in_order, trend_table
 
+pytestmark = pytest.mark.slow
+
 ROWS = [[5, 6, 7, 9, 11], [8, 9], [20, 21, 22, 23], [30, 31, 32], [40, 41], [50, 51, 52, 53, 54]]
 PROMPTS = [{"ids": [7, 8, 9]}, {"ids": [10, 11]}]
 

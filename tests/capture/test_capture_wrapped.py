@@ -23,6 +23,8 @@ from capture.model.sites import find_sites
 from capture.swap.routers import swap
 from capture.swap.rules import Choice
 
+pytestmark = pytest.mark.slow
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of its own imports
     import peft

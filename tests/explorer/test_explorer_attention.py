@@ -111,6 +111,7 @@ def test_every_map_is_the_one_that_was_written(run, known):
         assert found.weights.sum(axis=1) == pytest.approx(np.ones(len(found.weights)), abs=CLOSE)
 
 
+@pytest.mark.slow
 def test_keys_of_a_token(run, known):
     texts = {token["token_id"]: token for token in known.tokens}
     for (token_id, layer, head), expected in known.keys.items():

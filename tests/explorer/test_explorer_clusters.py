@@ -21,6 +21,8 @@ from explorer.maps.point_clusters import cluster, cluster_domain, trustworthines
 from explorer.maps.point_table import PointTable, Region, inside
 from explorer.metrics.specialization import MIN_WHOLE, lift
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # a hundred epochs of a few hundred points take a tenth of a second
 FAST = MapOptions(n_landmarks=300, n_epochs=100)
@@ -51,7 +53,7 @@ def laid_out(blobs):
     return project(blobs[0], FAST)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_separated_groups_stay_together_on_the_map(blobs, laid_out):
     values, truth = blobs
     assert laid_out.shape == (600, 2) and laid_out.dtype == np.float32
@@ -62,13 +64,13 @@ def test_separated_groups_stay_together_on_the_map(blobs, laid_out):
     assert (truth[distance.argmin(axis=1)] == truth).mean() > 0.98
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_the_same_seed_gives_the_same_map_and_another_seed_another(blobs, laid_out):
     assert np.array_equal(project(blobs[0], FAST), laid_out)
     assert not np.array_equal(project(blobs[0], FAST._replace(seed=1)), laid_out)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_landmarks_stay_where_umap_put_them(blobs):
     values = blobs[0][:300]
     few = np.sort(np.random.default_rng(0).choice(300, 100, replace=False))
@@ -80,7 +82,7 @@ def test_landmarks_stay_where_umap_put_them(blobs):
     assert (both.min(0) >= alone.min(0)).all() and (both.max(0) <= alone.max(0)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_progress_rises_and_an_error_in_it_ends_the_work(blobs):
     seen = []
     project(blobs[0], FAST, lambda text, part: seen.append((text, part)))
@@ -111,7 +113,7 @@ def test_pca_is_what_a_full_decomposition_says(blobs):
     "shape",
     [
         *((0, 5), (1, 5), (2, 5), (7, 1), (FEWEST - 1, 3)),
-        pytest.param((FEWEST, 2), marks=pytest.mark.slow),
+        pytest.param((FEWEST, 2), marks=pytest.mark.slow(seconds=5)),
     ],
 )
 def test_few_points_and_dimensions_have_a_map_too(shape):
@@ -373,7 +375,7 @@ def test_the_cache_gives_back_what_was_written_and_nothing_else(tmp_path, monkey
     assert map_cache.read(path, 5) is None
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_the_worker_makes_a_map_and_clusters_beside_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = run.path.read_bytes(), sorted(run.path.parent.iterdir())

@@ -35,6 +35,8 @@ from explorer.router_cards import parse_router, split_routers
 from explorer.routers import ROUTERS, TopP, fit_layers
 from explorer.routers.by_name import arguments_of, load_router_file, make_router, takes_seed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MY_ROUTER = '''
 """The heaviest expert of the token before, and the token's own."""

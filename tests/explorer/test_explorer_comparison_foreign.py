@@ -12,6 +12,8 @@ from explorer.comparison.results_file import (
 )
 from explorer.errors import ComparisonError
 
+pytestmark = pytest.mark.slow
+
 FOREVER = "(SELECT count(*) FROM range(3000000000) AS a, range(1000) AS b) > 5"
 
 

@@ -29,6 +29,8 @@ from explorer.routers.contract import PartRouter
 from explorer.routers.live_rule import LiveRule
 from explorer.routers.native import TopKRouter
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["native", "top_k(k=1)", "top_p(p=0.4)", "expert_choice", "cluster_linear"]
 TOP_K = 3
 
@@ -73,7 +75,7 @@ def lab(model):
     return LiveModel(load_model(model), attach(model), FitAndReport(*texts))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_the_model_itself_changes_nothing(comparison, run_path):
     native = whole(comparison).loc["native"]
     assert native["loss_change"] == 0 and native["loss_se"] == 0
@@ -99,7 +101,7 @@ def test_the_model_itself_changes_nothing(comparison, run_path):
     assert [set(ids) for ids in seen["expert_ids"]] == [set(ids) for ids in expected["ids"]]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_rows_say_what_ran(comparison):
     table = whole(comparison)
     assert table.loc["top_k(k=1)", "experts_per_token"] == 1
@@ -117,7 +119,7 @@ def test_rows_say_what_ran(comparison):
     assert 0 < comparison.info["head_flops_share"] < 1 - experts
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_sequences_and_domains_add_up(comparison):
     sequences = comparison.rows("sequences").query("router == 'top_k(k=1)' and mode == 'live'")
     tokens = sequences["tokens"].to_numpy(float)
@@ -143,7 +145,7 @@ def test_sequences_and_domains_add_up(comparison):
     assert losses["position"].tolist() == list(range(1, len(text)))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_layers_are_swapped_one_at_a_time(comparison):
     rows = comparison.table.query("router == 'top_k(k=1)' and mode == 'live-layer'")
     assert rows["layer"].tolist() == [0, 1, 2]
@@ -153,7 +155,7 @@ def test_layers_are_swapped_one_at_a_time(comparison):
     assert (rows["counted_flops_ratio"] < 1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_one_layer_has_its_own_control(comparison):
     table = comparison.table.query("mode == 'live-layer'")
     for name, control, kind in (
@@ -184,13 +186,13 @@ def test_one_layer_is_timed(run_path, model, tmp_path):
     assert timed["counted_flops_ratio"].between(0.5, 0.99).all()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_what_is_not_causal_is_not_in_one_layer_either(comparison):
     layers = comparison.table.query("mode == 'live-layer'").groupby("router")["causal"].agg(set)
     assert layers["expert_choice"] == {False} and layers["top_k(k=1)"] == {True}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_controls_compute_as_much(comparison):
     table = whole(comparison)
     own = table.loc["top_p(p=0.4)"]
@@ -212,7 +214,7 @@ def test_controls_compute_as_much(comparison):
     assert "random for cluster_linear" not in table.index and "random" in table.index
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_badges_are_found_out(comparison, lab):
     table = whole(comparison)
     assert (
@@ -410,7 +412,7 @@ def test_the_demo_models_texts_to_fit_on_are_not_those_to_report_on():
     assert not texts["demo-fit"] & (texts["demo-heldout"] | texts["demo"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_what_is_there_is_not_computed_again(run_path, model, comparison, monkeypatch):
     ran = []
     run = lab_module.LiveModel.run

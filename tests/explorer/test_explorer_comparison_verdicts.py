@@ -23,6 +23,8 @@ from explorer.comparison.verdicts import (
     with_controls,
 )
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 2000
 
 

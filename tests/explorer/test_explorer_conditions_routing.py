@@ -39,6 +39,8 @@ from explorer.survey.distil import (
     windows,
 )
 
+pytestmark = pytest.mark.slow
+
 # ---- flips
 
 

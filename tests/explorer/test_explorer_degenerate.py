@@ -61,7 +61,7 @@ def test_vectors_on_a_line_have_no_second_component(dims):
 @pytest.mark.parametrize(
     "different",
     # the first map of a process takes over five seconds, to compile UMAP
-    [2, FEWEST - 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (FEWEST, 30))],
+    [2, FEWEST - 1, *(pytest.param(n, marks=pytest.mark.slow(seconds=5)) for n in (FEWEST, 30))],
 )
 def test_equal_vectors_among_others_are_one_point_each(different):
     values = np.repeat(normal(different, 5), 20, axis=0)

@@ -14,6 +14,8 @@ from explorer.findings.kinds import KINDS
 from explorer.metrics.attention import pair_totals
 from explorer.run import open_run
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, TOP_K, LAYERS, PROMPTS, LENGTH = 8, 2, 3, 32, 30
 DOMAINS = ("law", "code", "text", "")
 

@@ -18,6 +18,8 @@ from explorer.run import open_run
 from explorer.worker import RecoverRequest, WorkerClient
 from explorer.worker.client import ROOT
 
+pytestmark = pytest.mark.slow
+
 # an app without its pages: a run is open, a capture runs; it says what its bar has counted
 SERVER = """
 import json, sys, time
@@ -49,7 +51,7 @@ def until(true):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 @pytest.mark.parametrize("killed", ["server", "both"])
 def test_a_kill_spares_open_runs_and_what_the_bar_had_counted(tmp_path, killed):
     mine, out = tmp_path / "mine.duckdb", tmp_path / "new.duckdb"

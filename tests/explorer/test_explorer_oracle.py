@@ -22,6 +22,8 @@ from explorer.pages.compare.figures import oracle_bound
 from explorer.routers.live_rule import LiveRule
 from explorer.routers.scores import host_scores, slots, weigh
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def lab():

@@ -5,6 +5,8 @@ import pytest
 
 from explorer.metrics.parting import VERDICTS, parting
 
+pytestmark = pytest.mark.slow
+
 CASES, RIGHT = 40, 38  # 95%
 WIDTH = 24
 

@@ -407,6 +407,7 @@ def tensorrt_llm_loads(path, *, experts, ep_size, moe_layers):
     return data["initial_global_assignments"]
 
 
+@pytest.mark.slow
 def test_files_follow_the_rules_of_the_engines_that_load_them(served, tmp_path, capsys):
     sizes = ["place", str(served), "--gpus", "2", "--slots", "8", "--windows", "domain"]
     files = {kind: tmp_path / f"{kind}{of.ending}" for kind, of in PLACEMENT_FORMATS.items()}

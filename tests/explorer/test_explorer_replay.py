@@ -12,6 +12,8 @@ from explorer.errors import RouterError, UnknownNameError
 from explorer.routers import ROUTERS
 from explorer.routers.recorded import choice_told
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("native", "top_k", "random", "static_best", "cluster_linear", "expert_choice")
 
 

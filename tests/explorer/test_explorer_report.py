@@ -24,6 +24,8 @@ from explorer.report.document import rich, section
 from explorer.run import open_run
 from explorer.ui import printing, theme
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -21,6 +21,8 @@ from explorer.routers.native import TopKRouter
 from explorer.routers.scores import slots, weigh
 from explorer.routers.selectors import top_ids
 
+pytestmark = pytest.mark.slow
+
 OURS = tuple(ROUTERS)
 if "ROUTER_FILE" in os.environ:
     load_router_file(os.environ["ROUTER_FILE"])

@@ -110,6 +110,7 @@ def test_the_cosine_gate_ignores_length_and_bounds_its_scale():
         assert float(network(hidden).abs().max()) <= 100 + 1e-3
 
 
+@pytest.mark.slow
 def test_selectors_choose_for_students():
     for selector in (TopK(3), Threshold(0.2), TopP(0.6)):
         router = student("expert_key_attention", selector=selector)

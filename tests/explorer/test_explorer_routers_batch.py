@@ -129,6 +129,7 @@ def test_sinkhorn_ignores_constants_per_row_and_column():
     assert_close("plan", plan.exp() * 800, shifted.exp() * 800, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sinkhorn_becomes_the_optimal_assignment_as_the_temperature_falls():
     logits = random_inputs(n_tokens=32, top_k=1).logits
     plan = log_sinkhorn(logits / 0.01, max_iterations=20_000, tolerance=1e-6)

@@ -72,6 +72,7 @@ def test_only_tokens_after_the_prefix_are_scored(texts):
         assert prefix == tokenizer.decode(whole[:PREFIX])
 
 
+@pytest.mark.slow
 def test_one_cluster_after_another_is_learned_and_compared(texts, tmp_path, monkeypatch, capsys):
     shape = ModelShape(vocabulary=280, width=16, layers=1, heads=2, expert_width=16, context=48)
     plan = EnsemblePlan(2, Setting(steps=80, windows=4, shape=shape))

@@ -205,6 +205,7 @@ def test_the_bias_evens_out_the_load_and_stays_out_of_the_weights(corpus):
     assert_close("weights", moe.routing.weights, scores, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_l1_loss_finds_the_wanted_number_of_experts(corpus):
     setting = dataclasses.replace(SETTING, steps=200)
     start = score(model_of("remoe", corpus), ARMS["remoe"], setting, corpus)

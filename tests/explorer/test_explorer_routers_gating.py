@@ -15,6 +15,8 @@ from explorer.routers import ROUTERS, fit_layers, route_layers
 from explorer.routers.gating import hard_concrete, straight_through
 from explorer.routers.recurrent import GTrXLGate
 
+pytestmark = pytest.mark.slow
+
 FIT = toy_layers(toy_tokens(30, 30, 1))
 HELD_OUT = toy_layers(toy_tokens(20, 30, 2))
 PLACE = (1, 0)

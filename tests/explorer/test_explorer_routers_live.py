@@ -51,6 +51,7 @@ def test_the_models_convention_is_found_and_kept(name, convention):
             assert_close(router, logits_of(model), own, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_rules_run_in_a_model_and_change_it():
     model = tiny_models.build("mixtral")
     own = logits_of(model)

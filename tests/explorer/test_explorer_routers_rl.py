@@ -36,6 +36,8 @@ from explorer.routers.learning.objectives import (
 )
 from explorer.routers.live_rule import LiveRule
 
+pytestmark = pytest.mark.slow
+
 RL = ("policy_gradient", "q_learning", "reinforce", "q_multistep")
 OFFLINE = RL[:2]
 

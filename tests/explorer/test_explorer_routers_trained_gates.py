@@ -16,6 +16,8 @@ from explorer.routers.controls import ClosedBlocks
 from explorer.routers.learning.gates import open_probability, weighed
 from explorer.routers.live_rule import LiveRule
 
+pytestmark = pytest.mark.slow
+
 GATES = ("layer_gate_trained", "head_gate_trained", "expert_gate_trained", "gtrxl_gate_trained")
 WHERE = {"layer": "block", "head": "head"}
 

@@ -12,6 +12,8 @@ from explorer import slices, writing
 from explorer.errors import ExplorerError, NotAllowedError, RunError
 from explorer.run import open_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(tmp_path):

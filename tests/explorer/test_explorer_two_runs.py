@@ -21,6 +21,8 @@ from explorer.pages.trends.figures import trend_lines
 from explorer.queries.load import expert_load_by_domain
 from explorer.queries.where import Part
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):

@@ -15,6 +15,8 @@ from explorer.errors import ExplorerError, NotAllowedError
 from explorer.worker import uploads
 from explorer.worker.client import ROOT
 
+pytestmark = pytest.mark.slow
+
 COUNT = 1000
 MB = 2**20
 # what the process of an upload does, for many files in turn
@@ -75,7 +77,7 @@ def test_the_mutations_are_the_same_each_time():
     assert list(malformed(40)) == list(malformed(40))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_trace_is_looked_at_and_kept_or_refused(tmp_path, monkeypatch):
     """In a process of its own; nothing of it stays beside the runs."""
     rows = "layer,expert,count\n0,0,3\n0,1,5\n2,3,8\n"

@@ -15,6 +15,8 @@ from explorer.errors import WorkerError
 from explorer.worker import CaptureRequest, RecoverRequest, WorkerClient
 from explorer.worker.capture_cost import CHARACTERS_PER_TOKEN, cost
 
+pytestmark = pytest.mark.slow
+
 # what a job does is told by its model name, so that no test needs a real model
 FAKE = """
     import os, sys, time
@@ -196,7 +198,7 @@ def test_the_cost_of_a_model_without_tokenizer_is_guessed(tmp_path):
     assert cost("no/such model!", read_prompts(["x"]), level="stats") is None
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=5)
 def test_a_real_capture_runs_in_the_worker_and_cancel_keeps_what_was_recorded(tmp_path):
     from capture.store import RunReader
 

@@ -17,6 +17,8 @@ from explorer.errors import (
 from explorer.worker import CaptureRequest, CompareRequest
 from explorer.worker.__main__ import run_job
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     {"text": "In the beginning God created the heaven and the earth.", "domain": "a"},
     {"text": "int main(void) { return 0; } /* a small program */", "domain": "b"},

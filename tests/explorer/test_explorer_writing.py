@@ -143,6 +143,7 @@ def test_a_run_is_renamed_and_deleted_with_what_lies_beside_it(tmp_path, worker)
     assert len(saved_views.list_views(tmp_path)[0]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_an_editor_may_do_all_of_it(worker, tmp_path, name):
     (tmp_path / "kept").write_text("kept")

@@ -114,6 +114,7 @@ def test_recent_means_sixteen_keys_the_query_included():
     assert_close("window_mass", out.window_mass[0, 0], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_sees_nothing_and_is_not_seen():
     query, key = keys_and_query([5.0, 0.0, 0.0, 9.0])
     valid = torch.tensor([[False, True, True, False]])
@@ -315,6 +316,7 @@ def calls(draw):
     return query, key, options
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(call=calls(), with_lse=st.booleans())
 def test_numba_does_what_the_definition_says(call, with_lse):

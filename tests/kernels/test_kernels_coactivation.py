@@ -30,6 +30,7 @@ def counted(ids, next_ids, n_experts, n_next, valid=None):
     return pairs, transitions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_three_tokens_on_paper(backend):
     """Tokens {0, 1}, {1}, {1, 2}; next to experts 0, 0 and 1 of two."""
@@ -41,6 +42,7 @@ def test_three_tokens_on_paper(backend):
     assert out.pairs.dtype == out.transitions.dtype == torch.int64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(st.data())

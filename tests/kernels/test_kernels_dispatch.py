@@ -10,6 +10,8 @@ import torch
 from kernels import dispatch
 from kernels.dispatch import KernelError, backend_for, resolve_backend
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
