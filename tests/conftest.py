@@ -1,8 +1,9 @@
 """How the tests are shared out, what several files of them use, and Triton without a GPU.
 
-Two processes run the tests (pytest-xdist); the tests of a file stay in one of them, where its
-fixtures are made once. Files that are named run in the process that was started. Plug-ins may be
-absent where only the tests of the GPU run.
+Three processes run the tests (pytest-xdist), as two of them wait half of the time, for a browser
+or for what they started; the tests of a file stay in one of them, where its fixtures are made once.
+Files that are named run in the process that was started. Plug-ins may be absent where only the
+tests of the GPU run.
 
 Triton decides when a kernel is *decorated* whether it is compiled or interpreted, so interpreted
 kernels need a process of their own. A file named ``test_kernels_<op>_triton.py`` gets one: here it
@@ -63,16 +64,24 @@ TOGETHER = {
 
 # the code of UMAP is compiled once a process, which takes ten seconds
 MAPPED = {f"tests/explorer/test_explorer_{name}.py" for name in ("clusters", "degenerate")}
-# other files with tests in a browser, or of a served app
-BROWSED = {f"tests/app/test_app_{name}.py" for name in ("access", "share", "text")}
+# files with tests in a browser, or of a served app: one Chromium and one app are started, and they
+# have compiled what the next page needs
+NAMES = ("access", "browser", "clusters_browser", "compare_browser", "share", "text")
+BROWSED = {f"tests/app/test_app_{name}.py" for name in NAMES}
+# what takes minutes in one process starts first; a long file at the end leaves the others idle
+GROUPS = {
+    **dict.fromkeys(sorted(BROWSED), "browsed"),
+    **dict.fromkeys(sorted(TOGETHER), "together"),
+    **dict.fromkeys(sorted(MAPPED), "mapped"),
+}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """Start two workers, or none where files are named: starting them takes seconds."""
+    """Start three workers, or none where files are named: starting them takes seconds."""
     if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None
-    return 0 if all(".py" in arg for arg in config.args) else 2
+    return 0 if all(".py" in arg for arg in config.args) else 3
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,11 +94,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            # one Chromium and one app are started, and they have compiled what the next page needs
-            browsed = file.endswith("_browser.py") or file in BROWSED
-            if file in TOGETHER:
-                return "together"
-            return "browsed" if browsed else "mapped" if file in MAPPED else file
+            return GROUPS.get(file, file)
 
     return ByFile(config, log)
 
@@ -106,12 +111,17 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=missing))
     if "matrix" not in (config.option.markexpr or ""):
         items[:] = [item for item in items if not item.get_closest_marker("matrix")]
-    if hasattr(config, "workerinput"):  # a long file at the end would leave the others idle
-        slow = Counter()
+    if hasattr(config, "workerinput"):
+        slow, order = Counter(), list(GROUPS)
         for item in items:
             if mark := item.get_closest_marker("slow"):
                 slow[item.path] += mark.kwargs.get("seconds", 0.5)
-        items.sort(key=lambda item: -slow[item.path])
+
+        def place(item):
+            file = item.nodeid.partition("::")[0]
+            return order.index(file) if file in GROUPS else len(order), -slow[item.path]
+
+        items.sort(key=place)
 
 
 def pytest_collection_finish():
