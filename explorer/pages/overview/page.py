@@ -56,15 +56,14 @@ def _findings(view: View) -> None:
         st.subheader("Worth knowing", anchor=False)
         for one in found.found:
             line, link = st.columns([12, 1], vertical_alignment="center")
-            line.markdown(f"- {plain(one.sentence)}")
+            line.markdown(f"- {plain(one.sentence)} n = {counted(one.n, 'prompt')}.")
             there = dict(one.address)
             if "domain" in there:
                 there["domain"] = address.domain_key(there["domain"])
             link.page_link(
                 f"explorer/pages/{one.page.replace('-', '_')}/page.py",
                 label="Show",
-                help=f"n = {counted(one.n, 'prompt')}, p = {one.p:.2g}, corrected for "
-                f"{len(found.tested)} tests {one.q:.2g}",
+                help=f"p = {one.p:.2g}, corrected for {len(found.tested)} tests {one.q:.2g}",
                 query_params={"run": view.name} | there,
             )
         if found.tested and not found.found:
