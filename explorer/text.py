@@ -7,8 +7,9 @@ as it is: no link, icon, emoji, arrow, formula or colour comes of it.
 
 import re
 import unicodedata
-from collections.abc import Callable
-from itertools import pairwise
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 
 ABSENT = "–"  # in the place of a value that is missing
 # under a table whose dashes are of several kinds
@@ -182,6 +183,18 @@ def _escaped(text: str) -> str:
 def unpieced(text: str) -> str:
     """Return a page's Markdown without what only the app needs to keep text in pieces."""
     return _PIECE.sub(r"\1", text)
+
+
+def covering(pieces: Sequence[str], text: str) -> Iterator[range]:
+    """Yield the pieces that each occurrence of a text covers, upper or lower case.
+
+    A word is not a token: the same letters are one here and three there, so the text is looked for
+    in what the pieces make together.
+    """
+    ends = list(accumulate(map(len, pieces)))
+    starts = [0, *ends[:-1]]
+    for match in re.finditer(re.escape(text), "".join(pieces), re.IGNORECASE):
+        yield range(bisect_right(ends, match.start()), bisect_left(starts, match.end()))
 
 
 def cell(value: object) -> object:

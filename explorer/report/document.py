@@ -209,11 +209,12 @@ def _side(number: bool) -> str:
 def _strip(block: Block) -> str:
     """Write coloured tokens."""
     spans = []
-    columns = ("texts", "hints", "levels", "hues", "dark_hues", "marks", "muted", "generated")
-    lists = [block.get(name) or [None] * len(block["texts"]) for name in (*columns, "ids")]
-    for text, hint, level, hue, dark, mark, muted, generated, number in zip(*lists, strict=True):
+    flagged = ("muted", "generated", "found")
+    columns = ("texts", "hints", "levels", "hues", "dark_hues", "marks", "ids", *flagged)
+    lists = [block.get(name) or [None] * len(block["texts"]) for name in columns]
+    for text, hint, level, hue, dark, mark, number, *more in zip(*lists, strict=True):
         paint = _paint(hue, dark)
-        flags = {"unknown": level is None, "muted": muted, "generated": generated, "hued": paint}
+        flags = dict(zip(flagged, more, strict=True)) | {"unknown": level is None, "hued": paint}
         flags["chosen"] = number is not None and number == block.get("selected")
         names = " ".join(["token", *(name for name, holds in flags.items() if holds)])
         style = f"--level:{float(level or 0):.3f}{paint}"

@@ -1,6 +1,6 @@
 const STEP_DELAY = 220; // ms: stepping with the arrow keys asks the server once, at the end
 
-function buildLegend(element, { legend, generated }) {
+function buildLegend(element, { legend, generated, found }) {
   const parts = [];
   const title = document.createElement("span");
   title.textContent = legend.title;
@@ -23,10 +23,14 @@ function buildLegend(element, { legend, generated }) {
     scale.append(legend.low, ramp, legend.high);
     parts.push(scale);
   }
-  if (generated.includes(true)) {
+  for (const [flags, name, words] of [
+    [generated, "generated", "written by the model"],
+    [found, "found", "searched for"],
+  ]) {
+    if (!flags.includes(true)) continue;
     const sign = document.createElement("span");
-    sign.className = "sign";
-    sign.textContent = "written by the model";
+    sign.className = name;
+    sign.textContent = words;
     parts.push(sign);
   }
   element.replaceChildren(...parts);
@@ -44,6 +48,7 @@ function buildTokens(strip, data) {
     token.setAttribute("aria-label", `${text.trim()}: ${data.hints[i]}`);
     token.classList.toggle("muted", data.muted[i]);
     token.classList.toggle("generated", data.generated[i]);
+    token.classList.toggle("found", data.found[i]);
     if (data.levels[i] === null) token.classList.add("unknown");
     else token.style.setProperty("--level", data.levels[i]);
     if (data.hues[i]) token.style.setProperty("--hue", data.hues[i]);

@@ -43,6 +43,8 @@ class Token(NamedTuple):
         Written by the model, not read; underlined.
     mark : str
         A few characters below the end of the token, which say what its colour says.
+    found : bool
+        Part of the text that was searched for.
     """
 
     token_id: int
@@ -52,6 +54,7 @@ class Token(NamedTuple):
     hue: str | None = None
     generated: bool = False
     mark: str = ""
+    found: bool = False
 
 
 class Legend(NamedTuple):
@@ -103,6 +106,7 @@ def token_strip(
         "hints": [token.hint for token in tokens],
         "generated": [token.generated for token in tokens],
         "marks": [token.mark for token in tokens],
+        "found": [token.found for token in tokens],
         "legend": legend._asdict(),
         "label": label,
     }

@@ -84,6 +84,14 @@ def test_the_counts_are_those_of_the_part(known):
     assert tokens_of(opened("overview")) == str(len(known.tokens))
 
 
+def test_what_was_searched_for_is_marked_in_the_text(known):
+    app = opened("tokens", search="T S", prompt="0")
+    strips = [json.loads(element.proto.json) for element in app.get("bidi_component")]
+    (strip,) = [strip for strip in strips if "levels" in strip]
+    marked = [text for text, found in zip(strip["texts"], strip["found"], strict=True) if found]
+    assert marked == [" court", " shall"]
+
+
 def test_a_part_without_tokens_is_told_and_can_be_left(known):
     app = opened("flow", search="court", domain="code")
     assert "No token matches all the filters" in notes(app)

@@ -332,6 +332,7 @@ def test_a_colour_that_is_none_stays_out():
         "hints": [""],
     }
     assert "script" not in section([strip])
+    assert 'class="token found' in section([strip | {"found": [True]}])
 
 
 def test_a_view_comes_back_as_it_was_saved(runs, view):

@@ -1,6 +1,5 @@
 """What an expert's tokens are: prompt by prompt, by the text they are part of, and in a sample."""
 
-import re
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from explorer.queries.overview import token_count
 from explorer.queries.routed import ROUTED
 from explorer.queries.where import Part, conditions
 from explorer.run import Run
+from explorer.text import covering
 
 Ids = npt.NDArray[np.int64]
 
@@ -161,8 +161,7 @@ def tokens_of_text(
 ) -> TextTokens:
     """Find the tokens that a word or phrase is made of, upper or lower case.
 
-    A word is not a token: the same letters are one token here and three there, so occurrences are
-    looked for in the text of whole prompts.
+    Looked for in the text of whole prompts, see :func:`~explorer.text.covering`.
     """
     where, params = conditions(domain=domain, phase=phase, part=part)
     listed = run.query(
@@ -197,21 +196,18 @@ def tokens_of_text(
 
 def _covered(rows: pd.DataFrame, text: str) -> tuple[list[int], list[str], int]:
     """Return the tokens that occurrences cover, their texts, and how many occurrences there are."""
-    pattern = re.compile(re.escape(text), re.IGNORECASE)
     ids: list[int] = []
     pieces: list[str] = []
-    occurrences = 0
+    n = 0
     for _, tokens in rows.groupby("prompt_id", sort=False):
         texts = [piece or "" for piece in tokens["text"]]
-        ends = np.cumsum([len(piece) for piece in texts])
-        starts = ends - [len(piece) for piece in texts]
-        token_ids, kept = tokens["token_id"].to_numpy(), tokens["kept"].to_numpy(dtype=bool)
-        for match in pattern.finditer("".join(texts)):
-            inside = (starts < match.end()) & (ends > match.start()) & kept
-            occurrences += bool(inside.any())
-            ids += token_ids[inside].tolist()
-            pieces += [texts[row] for row in np.flatnonzero(inside)]
-    return ids, pieces, occurrences
+        token_ids, kept = tokens["token_id"].tolist(), tokens["kept"].tolist()
+        for covered in covering(texts, text):
+            inside = [row for row in covered if kept[row]]
+            n += bool(inside)
+            ids += [token_ids[row] for row in inside]
+            pieces += [texts[row] for row in inside]
+    return ids, pieces, n
 
 
 class RouteSample(NamedTuple):

@@ -1,5 +1,6 @@
 """Tokens: a prompt's own text, coloured by what the routers did; a token's experts; an expert's."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ from explorer.pages.tokens.figures import (
 from explorer.pages.tokens.what_if import what_if_section, what_is_asked
 from explorer.queries.load import expert_load_by_domain
 from explorer.queries.overview import prompt, prompt_count, prompts
-from explorer.text import counted, plain
+from explorer.text import counted, covering, plain
 from explorer.ui import address, theme
 from explorer.ui.chart import chart
 from explorer.ui.concordance import expert_tokens_section
@@ -274,6 +275,7 @@ def _strip(
     shown = listed.iloc[start : start + MAX_STRIP]
     if len(shown) < len(listed):
         st.caption(f"Tokens {start:,} to {start + len(shown) - 1:,} of {len(listed):,} are shown.")
+    found = _found(view, listed)
     strip = []
     for row in shown.itertuples():
         value = float(level.get(row.token_id, float("nan")))
@@ -281,8 +283,18 @@ def _strip(
         part = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low))) if known else None
         text = row.text if row.text is not None else unnamed(row.token, row.position)
         hue = hues.get(row.token_id)
-        written, mark = row.phase == "generated", marks.get(row.token_id, "")
-        strip.append(Token(int(row.token_id), text, part, hints[row.token_id], hue, written, mark))
+        strip.append(
+            Token(
+                int(row.token_id),
+                text,
+                part,
+                hints[row.token_id],
+                hue,
+                generated=row.phase == "generated",
+                mark=marks.get(row.token_id, ""),
+                found=row.Index in found,
+            )
+        )
     token_strip(
         strip,
         selected=token_id,
@@ -291,6 +303,15 @@ def _strip(
         key="strip",
         on_pick=lambda picked: address.write("token", str(picked)),
     )
+
+
+def _found(view: View, listed: pd.DataFrame) -> set[int]:
+    """Return the rows of the tokens that the text of the search covers."""
+    if view.part is None or not view.part.search:
+        return set()
+    pieces = listed["text"].fillna("").tolist()
+    covered = itertools.chain.from_iterable(covering(pieces, view.part.search))
+    return set(listed.index[list(covered)])
 
 
 def _of_experts(view: View, here: pd.DataFrame) -> tuple[dict[int, str], dict[int, str], Legend]:
