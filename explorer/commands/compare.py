@@ -11,13 +11,21 @@ from explorer.commands import Output
 from explorer.comparison.compare import compare, pick
 from explorer.comparison.results_file import Comparison
 from explorer.comparison.session import read_specs
-from explorer.comparison.verdicts import against_controls, paired, reach, with_controls
+from explorer.comparison.verdicts import (
+    against_controls,
+    better_than_chance,
+    paired,
+    reach,
+    with_answers,
+    with_controls,
+)
 from explorer.errors import ComparisonError
 from explorer.router_cards import parse_router, split_routers
 from explorer.routers.by_name import load_router_file
 
 SHOWN = (
     *("router", "family", "mode", "layer", "loss_change", "loss_se", "loss_se_domain"),
+    *("better_than_chance", "chance_difference", "chance_low", "chance_high"),
     *("experts_per_token", "flops_ratio", "latency_ratio", "agreement", "jaccard"),
     *("max_violation", "max_violation_floor", "equal_compute", "matched_per_layer", "harder"),
     "badges",
@@ -56,7 +64,8 @@ def run(options: argparse.Namespace) -> Output:
         model=options.model,
         progress=not options.quiet,
     ) as comparison:
-        table = _asked(with_controls(comparison.table), names)
+        table = with_answers(with_controls(comparison.table), better_than_chance(comparison))
+        table = _asked(table, names)
         pairs = _paired(comparison, table, options.against)
         domains = comparison.domains
         domains = domains[domains["router"].isin(table["router"])]
@@ -157,7 +166,7 @@ def as_text(table: pd.DataFrame) -> str:
     whole["layer"] = whole["layer"].astype("string").fillna("all")
     # seeds and shares of heads or blocks only where there are some
     seed, parts = ([n] if whole[n].notna().any() else [] for n in ("seed", "parts_share"))
-    return plain_table(whole[[*SHOWN[:4], *seed, *SHOWN[4:8], *parts, *SHOWN[8:]]])
+    return plain_table(whole[[*SHOWN[:4], *seed, *SHOWN[4:12], *parts, *SHOWN[12:]]])
 
 
 def plain_table(table: pd.DataFrame) -> str:

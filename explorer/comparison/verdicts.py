@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from capture.errors import quoted
+from capture.errors import SwapError, quoted
 from capture.swap.losses import LossChange, SequenceLosses, critical, loss_change, ratio_variance
 from explorer.comparison.results_file import Comparison
 from explorer.errors import ComparisonError
@@ -19,6 +19,8 @@ CHANCE = "random"
 SAME = 1e-3  # experts a token: differences below are rounding
 # kinds of controls, and what people call them
 CONTROLS = {"equal_compute": "on average", "matched_per_layer": "layer by layer"}
+# a verdict on a router and the harder of its controls, as the answer to "better than chance?"
+ANSWERS = {"better": "yes", "worse": "worse", UNCLEAR: UNCLEAR}
 
 
 class Paired(NamedTuple):
@@ -199,6 +201,55 @@ def against_controls(comparison: Comparison, router: str | None = None) -> pd.Da
     # the larger difference is that to the control with the smaller loss
     hardest = table.groupby("router")["difference"].transform("max")
     return table.assign(harder=table["difference"] == hardest)
+
+
+def better_than_chance(comparison: Comparison) -> pd.DataFrame:
+    """Return whether each router that ran live loses less than the harder of its random controls.
+
+    Returns
+    -------
+    DataFrame
+        A row per router: ``router``; ``better_than_chance``, "yes", "not told apart" or "worse",
+        missing without an answer; ``chance_difference``, its loss minus that control's, nats a
+        token, means over seeds, with its 95% interval from ``chance_low`` to ``chance_high``, see
+        :func:`paired`; ``no_answer``, the reason where there is none, else "".
+    """
+    live = comparison.table.query("mode == 'live' and layer.isna()").drop_duplicates("router")
+    missing = "no control in this file"
+    try:
+        pairs = against_controls(comparison)
+    except (ComparisonError, SwapError):  # a file of somebody else's may lack texts
+        pairs = against_controls(comparison, "")
+        missing = "losses of texts are missing"
+    pairs = pairs[pairs["harder"].eq(True)].drop_duplicates("router")
+    table = live[["router", "family", "causal"]].merge(pairs, on="router", how="left")
+    reasons = [
+        (table["router"] == "native", "the model's own"),
+        (table["family"] == "control", "a control"),
+        (table["causal"].eq(False), "not causal"),
+        (table["verdict"].isna(), missing),
+    ]
+    reason = pd.Series("", table.index)
+    for wrong, said in reversed(reasons):
+        reason = reason.mask(wrong, said)
+    difference, margin = table["difference"].astype(float), table["margin"].astype(float)
+    return pd.DataFrame(
+        {
+            "router": table["router"],
+            "better_than_chance": table["verdict"].map(ANSWERS).where(reason == "", None),
+            "chance_difference": difference,
+            "chance_low": difference - margin,
+            "chance_high": difference + margin,
+            "no_answer": reason,
+        }
+    )
+
+
+def with_answers(table: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns of :func:`better_than_chance` to the rows of all layers swapped live."""
+    found = table[["router"]].merge(answers, on="router", how="left").drop(columns="router")
+    found = found.set_axis(table.index)
+    return table.join(found.where((table["mode"] == "live") & table["layer"].isna()))
 
 
 def with_controls(table: pd.DataFrame) -> pd.DataFrame:

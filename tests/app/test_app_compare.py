@@ -201,8 +201,13 @@ def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     said = " ".join(markdown.value for markdown in app.markdown)
     assert "as much on average, the harder control: this router's loss minus chance's -1.9" in said
     assert "3 texts: ± 0.0000): **better than chance**" in said
-    assert table.set_index("router").loc["top_k(k=1)", "harder"] == "on average"
-    assert table.set_index("router").loc["top_k(k=1)", "equal_compute"] == 2.0
+    table = table.set_index("router")
+    assert table.loc["top_k(k=1)", "harder"] == "on average"
+    assert table.loc["top_k(k=1)", "equal_compute"] == 2.0
+    assert table.loc["top_k(k=1)", "chance_high"] == pytest.approx(-1.9)
+    assert table["better_than_chance"].tolist() == [
+        "– the model's own", "yes", "– not causal", "– a control"
+    ]  # fmt: skip
     assert "12.5% of the recorded tokens lie between clusters" in said
     assert "gives 2.0000 nats a token in place of 3.0000" in said
     assert "best for 25.0% of the tokens (chance: 0.8%)" in said

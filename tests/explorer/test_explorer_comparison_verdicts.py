@@ -18,8 +18,10 @@ from explorer.comparison.verdicts import (
     UNCLEAR,
     Paired,
     against_controls,
+    better_than_chance,
     paired,
     reach,
+    with_answers,
     with_controls,
 )
 
@@ -178,6 +180,7 @@ def test_each_row_names_the_harder_of_its_controls(tmp_path):
         control("matched_per_layer", "y", 0.4),
         {"router": "z", "loss_change": 0.3},
         {"router": "less", "loss_change": 0.3, "experts_per_token": 1.0},
+        {"router": "peeks", "loss_change": 0.3, "causal": False},
         {"router": "random", "family": "control", "loss_change": 5.0},
     ]
     losses = {
@@ -187,6 +190,7 @@ def test_each_row_names_the_harder_of_its_controls(tmp_path):
     with compared(tmp_path, losses, [30] * 3, results=results) as comparison:
         table = with_controls(comparison.table).set_index("router")
         beside = against_controls(comparison).set_index(["router", "control"])
+        answers = better_than_chance(comparison)
     assert table.loc["x", ["equal_compute", "matched_per_layer"]].tolist() == [0.07, 0.12]
     assert table.loc[["x", "y", "z"], "harder"].tolist() == [
         "equal_compute", "matched_per_layer", "equal_compute"
@@ -200,7 +204,22 @@ def test_each_row_names_the_harder_of_its_controls(tmp_path):
     ]  # fmt: skip
     assert beside.loc[("x", "equal_compute"), ["verdict", "harder"]].tolist() == ["worse", True]
     assert beside.loc[("z", "equal_compute"), ["other", "verdict"]].tolist() == ["random", "better"]
-    assert len(beside) == 5
+    assert len(beside) == 6
+    one_layer = table.reset_index().assign(layer=0)
+    assert with_answers(one_layer, answers)["better_than_chance"].isna().all()
+    answers = answers.set_index("router")
+    hard = beside.loc[("x", "equal_compute")]
+    found = answers.loc["x"]
+    assert found["better_than_chance"] == "worse" and found["no_answer"] == ""
+    assert found["chance_difference"] == hard["difference"] == pytest.approx(0.01)
+    assert found["chance_high"] - found["chance_low"] == pytest.approx(2 * hard["margin"])
+    assert answers.loc["z", "better_than_chance"] == "yes"
+    # not causal, so that its loss proves nothing
+    reasons = answers["no_answer"]
+    assert reasons[["native", "less", "random", "peeks"]].tolist() == [
+        "the model's own", "no control in this file", "a control", "not causal"
+    ]  # fmt: skip
+    assert answers.loc[reasons != "", "better_than_chance"].isna().all()
 
 
 def test_what_a_comparison_can_show_is_said():

@@ -266,6 +266,12 @@ def _hover(row: "pd.Series[object]") -> str:
     kind = row.get("harder")
     if isinstance(kind, str) and kind:
         lines.append(f"harder control (chance, {CONTROLS[kind]}) {_number(row[kind], '+.4f')}")
+    if isinstance(row.get("better_than_chance"), str):
+        low, high = (_number(row[f"chance_{end}"], "+.4f") for end in ("low", "high"))
+        lines.append(
+            f"better than chance? {row['better_than_chance']}: "
+            f"{_number(row['chance_difference'], '+.4f')} (95%: {low} to {high})"
+        )
     if isinstance(row["control_of"], str):
         kind = str(row["control"]).replace("_", " ")
         lines.append(f"control, {kind} of {label(row['control_of'], limit=60)}")

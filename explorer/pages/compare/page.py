@@ -9,7 +9,13 @@ import streamlit as st
 from capture.paths import model_name
 from explorer import writing
 from explorer.comparison.results_file import Comparison, comparisons_of, open_comparison
-from explorer.comparison.verdicts import CONTROLS, reach, with_controls
+from explorer.comparison.verdicts import (
+    CONTROLS,
+    better_than_chance,
+    reach,
+    with_answers,
+    with_controls,
+)
 from explorer.errors import ComparisonError
 from explorer.pages.compare.conditions import conditions_section
 from explorer.pages.compare.figures import (
@@ -41,10 +47,14 @@ _COLUMNS = {
     "family": "Family",
     "loss_change": ("Δ loss (nats)", "%+.4f"),
     "loss_se": ("± SE", "%.4f"),
+    "better_than_chance": "Better than chance?",
+    "chance_difference": ("Δ loss to chance", "%+.4f"),
+    "chance_low": ("95% from", "%+.4f"),
+    "chance_high": ("95% to", "%+.4f"),
+    "harder": "Harder control",
     "loss_se_domain": ("± SE by domain", "%.4f"),
     "equal_compute": ("Chance, on average", "%+.3f"),
     "matched_per_layer": ("Chance, layer by layer", "%+.3f"),
-    "harder": "Harder control",
     "experts_per_token": ("Experts a token", "%.3f"),
     "parts_share": ("Heads or blocks ×", "%.3f"),
     "flops_ratio": ("FLOPs ×", "%.3f"),
@@ -130,6 +140,11 @@ def _opened(key: Key) -> Comparison:
     return open_comparison(Path(key[0]))
 
 
+@st.cache_data(max_entries=4, show_spinner=False)
+def _answers(key: Key, _comparison: Comparison) -> pd.DataFrame:
+    return better_than_chance(_comparison)
+
+
 def _show(view: View, comparison: Comparison) -> None:
     info = comparison.info
     table = comparison.table
@@ -153,7 +168,9 @@ def _show(view: View, comparison: Comparison) -> None:
 @section("Routers in the model")
 def _live(comparison: Comparison, results: pd.DataFrame) -> None:
     """Draw what the model itself said of routers; ``results`` are of all layers."""
-    info, live = comparison.info, with_controls(results)
+    info = comparison.info
+    answers = _answers(key_of(comparison.path), comparison)
+    live = with_answers(with_controls(results), answers)
     shown = _filtered(live)
     _front(_with_conditions(shown, comparison.rows("conditions")), info)
     _table(shown)
@@ -268,6 +285,7 @@ def _table(shown: pd.DataFrame) -> None:
         badges=[", ".join(badges(row)) for _, row in shown.iterrows()],
         family=[family_name(family) for family in shown["family"]],
         harder=shown["harder"].map(CONTROLS),
+        better_than_chance=shown["better_than_chance"].fillna(ABSENT + " " + shown["no_answer"]),
         **_busiest(shown),
     )[list(_COLUMNS)]
 
@@ -294,9 +312,11 @@ def _table(shown: pd.DataFrame) -> None:
         + "± SE: of the differences between texts, and between domains, as texts of one domain may "
         "be alike. Chance: the change in loss of random rules that compute as much on average, or "
         "in each layer; the harder control is the one that loses less, and is what a rule has to "
-        "beat. Where the number of experts varies, read Jaccard: agreement alone rewards choosing "
-        "more. Bytes and energy are estimates from published costs per operation, to be read "
-        "relative to the model's own router only."
+        "beat. Better than chance? *yes* or *worse* where the 95% interval of the difference to "
+        "it, paired by text, and by seed where rules draw, leaves out 0. Where the number of "
+        "experts varies, read Jaccard: agreement alone rewards choosing more. Bytes and energy are "
+        "estimates from published costs per operation, to be read relative to the model's own "
+        "router only."
     )
 
 

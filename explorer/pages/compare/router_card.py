@@ -52,7 +52,7 @@ def router_card(comparison: Comparison, live: pd.DataFrame) -> None:
         )
         _spanning(comparison, name)
         _gates(comparison, name)
-        _against_controls(comparison, name)
+        _against_controls(comparison, name, causal="not causal" not in wearing)
         _beside_another(comparison, name, names)
 
 
@@ -94,9 +94,9 @@ def _gates(comparison: Comparison, name: str) -> None:
     )
 
 
-def _against_controls(comparison: Comparison, name: str) -> None:
+def _against_controls(comparison: Comparison, name: str, *, causal: bool) -> None:
     told = {
-        "better": "better than chance",
+        "better": "better than chance" if causal else "not causal, so that it proves nothing",
         "worse": "worse than chance",
         "not told apart": "not to be told from chance",
     }
