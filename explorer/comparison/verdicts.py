@@ -14,6 +14,7 @@ from explorer.comparison.results_file import Comparison
 from explorer.errors import ComparisonError
 
 UNCLEAR = "not told apart"
+NATIVE = "native"  # the model's own router, as tables write it
 # the router that rules stand beside which give each token as many experts as the model
 CHANCE = "random"
 SAME = 1e-3  # experts a token: differences below are rounding
@@ -224,7 +225,7 @@ def better_than_chance(comparison: Comparison) -> pd.DataFrame:
     pairs = pairs[pairs["harder"].eq(True)].drop_duplicates("router")
     table = live[["router", "family", "causal"]].merge(pairs, on="router", how="left")
     reasons = [
-        (table["router"] == "native", "the model's own"),
+        (table["router"] == NATIVE, "the model's own"),
         (table["family"] == "control", "a control"),
         (table["causal"].eq(False), "not causal"),
         (table["verdict"].isna(), missing),
@@ -277,7 +278,7 @@ def with_controls(table: pd.DataFrame) -> pd.DataFrame:
         table[kind] = table[kind].fillna(drawn)
     table = table.merge(of_chance, on=place, how="left", suffixes=("", "_by_chance"))
     alone = table[list(CONTROLS)].isna().all(axis=1) & (table["part"].fillna("expert") == "expert")
-    alone &= (table["family"] != "control") & (table["router"] != "native")
+    alone &= (table["family"] != "control") & (table["router"] != NATIVE)
     alone &= (table["experts_per_token"] - table["experts_per_token_by_chance"]).abs() < SAME
     equal = table["equal_compute"].where(~alone, table["loss_change_by_chance"])
     table = table.drop(columns=["loss_change_by_chance", "experts_per_token_by_chance"])

@@ -48,6 +48,26 @@ def test_chance_does_not_stretch_the_axis_and_is_counted():
     assert trace.error_y.array[0] == pytest.approx(0.02) and trace.customdata[0][0] == 0
 
 
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_the_models_own_router_is_a_point_of_the_front(asked_for):
+    """At its cost, or where that is no share of itself, where it was measured."""
+    table = results(
+        router=["worse and dearer", "cheaper", "native"],
+        flops_ratio=[1.2, 0.8, 1.0],
+        loss_change=[0.05, 0.1, 0.0],
+    )
+    table = table if asked_for else table[:2]
+    figure = comparison.front(table, cost="flops_ratio", native_loss=3.0, tokens=10)
+    traces = {trace.name: trace for trace in figure.data}
+    own = traces["the model's own router"]
+    assert (own.x[0], own.y[0]) == (1.0, 0.0) and own.customdata[0][0] == (2 if asked_for else -1)
+    assert list(traces["literature"].x) == [1.2, 0.8]  # not drawn twice
+    assert list(traces["front: nothing is cheaper and better"].x) == [0.8, 1.0]
+    figure = comparison.front(table, cost="max_violation", native_loss=3.0, tokens=10)
+    drawn = [trace.x[0] for trace in figure.data if trace.name == own.name]
+    assert drawn == ([pytest.approx(1.1)] if asked_for else [])
+
+
 def test_badges():
     table = results(
         flops_ratio=[1.0] * 3,

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from explorer.comparison.verdicts import CONTROLS
+from explorer.comparison.verdicts import CONTROLS, NATIVE
 from explorer.registry import Registry
 from explorer.ui import theme
 from explorer.ui.heatmap import Scale, clickable_heatmap
@@ -137,11 +137,14 @@ def front(
     Returns
     -------
     Figure
-        A click returns ``customdata`` [row number in ``results``].
+        A click returns ``customdata`` [row number in ``results``], -1 for the model's own router
+        where ``results`` lack it.
     """
     axis = AXES[cost]
     results = results.assign(**{cost: results[cost].astype(float) + axis.add})
-    figure = go.Figure()
+    figure, index = go.Figure(), results.index
+    own = results[results["router"] == NATIVE]
+    results = results.drop(own.index)
     ours = results[results["family"] != "control"]
     named = len(ours) <= _LABELLED
     for family, (name, symbol) in FAMILIES.items():
@@ -149,7 +152,7 @@ def front(
         rows = results[results["family"] == family]
         if rows.empty:
             continue
-        numbers = results.index.get_indexer(rows.index)
+        numbers = index.get_indexer(rows.index)
         figure.add_trace(
             go.Scatter(
                 x=rows[cost].to_numpy(dtype=np.float64),
@@ -178,6 +181,12 @@ def front(
     figure.add_hline(0.0, line=theme.dotted(dark))
     if not np.isnan(axis.native):
         figure.add_vline(axis.native, line=theme.dotted(dark))
+    place = float(own[cost].mean()) if np.isnan(axis.native) else axis.native
+    if not np.isnan(place):
+        number = index.get_loc(own.index[0]) if len(own) else -1
+        figure.add_trace(_own_router(place, number, axis, dark))
+        reference = {"router": NATIVE, "family": "", cost: place, "loss_change": 0.0}
+        results = pd.concat([results, pd.DataFrame([{**reference, "causal": True}])])
     best = pareto(results, cost, more=axis.more)
     figure.add_trace(
         go.Scatter(
@@ -210,6 +219,24 @@ def front(
         dark=dark,
         height=480,
         legend=True,
+    )
+
+
+def _own_router(place: float, number: int, axis: CostAxis, dark: bool) -> go.Scatter:
+    """Draw the unchanged model: a change in loss of 0 at its own cost."""
+    return go.Scatter(
+        x=[place],
+        y=[0.0],
+        mode="markers",
+        customdata=[[number]],
+        hovertemplate=f"<b>the model's own router</b><br>{axis.title}: %{{x:.3g}}<extra></extra>",
+        marker={
+            "color": theme.foreground(dark),
+            "symbol": "circle-open-dot",
+            "size": _MARKER + 4,
+            "line": {"color": theme.foreground(dark), "width": 2},
+        },
+        name="the model's own router",
     )
 
 

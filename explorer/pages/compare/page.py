@@ -258,8 +258,8 @@ def _front(shown: pd.DataFrame, info: dict[str, Any]) -> None:
     st.caption(AXES[axis].meaning)
 
     def go_to(data: list[float]) -> None:
-        row = shown.iloc[int(data[0])]
-        if row["family"] != CONDITION:  # which has no card
+        # a condition has no card, nor has the model's own router where it was not asked for
+        if data[0] >= 0 and (row := shown.iloc[int(data[0])])["family"] != CONDITION:
             address.write("router", str(row["router"]))
 
     chart(

@@ -4,9 +4,8 @@ import pandas as pd
 import streamlit as st
 
 from explorer.comparison.results_file import Comparison
-from explorer.comparison.verdicts import CONTROLS, Paired, against_controls, paired
+from explorer.comparison.verdicts import CONTROLS, NATIVE, Paired, against_controls, paired
 from explorer.pages.compare.figures import badges, family_name, gate_histogram
-from explorer.pages.compare.two_routers import NATIVE
 from explorer.text import counted, plain
 from explorer.ui import address
 from explorer.ui.chart import chart

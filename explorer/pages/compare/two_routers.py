@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from explorer.comparison.results_file import Comparison
+from explorer.comparison.verdicts import NATIVE
 from explorer.pages.compare.figures import marked
 from explorer.text import counted
 from explorer.ui import address
@@ -13,7 +14,6 @@ from explorer.ui.chart import listing
 from explorer.ui.problems import instead, section
 from explorer.ui.token_strip import Legend, Token, reveal, token_strip
 
-NATIVE = "native"
 _ALL = "all"
 _MODES = ("live", "replay")
 
