@@ -26,9 +26,9 @@ from capture.store.records import Place
 from capture.swap.routers import site_key, swap
 from capture.swap.rules import OWN_ROUTER, Choice, NativeRule, RouterInputs
 from explorer.comparison.fit import ATTENTION, FitData
-from explorer.comparison.text_split import split_texts
+from explorer.comparison.text_split import TokenTexts, split_texts
 from explorer.errors import ExplorerError, JobCancelled
-from explorer.router_cards import parse_router
+from explorer.router_cards import CARDS, parse_router
 from explorer.routers.live_rule import Convention, LiveRule, completed, joined
 from explorer.routers.native import host_choice
 from explorer.routers.scores import weigh
@@ -86,6 +86,7 @@ class OpenModel:
     conventions: dict[Place, Convention] = field(default_factory=dict)
     texts: dict[tuple[Any, ...], Ids] = field(default_factory=dict)
     readings: dict[bytes, Reading] = field(default_factory=dict)
+    fit_texts: dict[tuple[Any, ...], TokenTexts] = field(default_factory=dict)
     routers: dict[tuple[Any, ...], Mapping[Place, Any]] = field(default_factory=dict)
     kinds: torch.Tensor | None = None
 
@@ -219,7 +220,7 @@ def _prepared(
             opened = _open(run, on)
             opened.texts[text] = ids
             if request.router and other not in opened.routers:
-                opened.routers[other] = _router(opened, run, request.router, on)
+                opened.routers[other] = _router(opened, run, file, request.router, on)
     ids = opened.texts[text]
     if len(ids) < 2 or not 0 <= request.position < len(ids):
         raise ExplorerError(
@@ -259,14 +260,18 @@ def _open(run: Run, on: Callable[[str], None]) -> OpenModel:
 
 
 def _router(
-    opened: OpenModel, run: Run, text: str, on: Callable[[str], None]
+    opened: OpenModel, run: Run, file: tuple[Any, ...], text: str, on: Callable[[str], None]
 ) -> Mapping[Place, Any]:
     """Return another router for every place, fitted where it learns."""
-    on(f"fitting {text}")
-    model = opened.loaded.model
+    spec, texts = parse_router(text), TokenTexts([], [], [], "")
     with torch.inference_mode(False):
-        split = split_texts(run, opened.loaded, fit_tokens=FIT_TOKENS, tokens=FIT_TOKENS)
-        fitted = FitData(model, opened.sites, split.fit).fit(parse_router(text), 0)
+        if CARDS[spec.name].fits is not None:
+            on(f"fitting {text}")
+            if file not in opened.fit_texts:
+                split = split_texts(run, opened.loaded, fit_tokens=FIT_TOKENS, tokens=FIT_TOKENS)
+                opened.fit_texts[file] = split.fit
+            texts = opened.fit_texts[file]
+        fitted = FitData(opened.loaded.model, opened.sites, texts).fit(spec, 0)
     if fitted.part != "expert":
         raise ExplorerError(
             f"{text} decides about {fitted.part}s and not about experts. Compare it live on "

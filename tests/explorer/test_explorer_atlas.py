@@ -31,7 +31,7 @@ from explorer.comparison.conditions.knock_out import knocked_out, screened, whol
 from explorer.comparison.conditions.pruned_checkpoint import write_pruned
 from explorer.errors import ComparisonError, ConditionError
 from explorer.worker.interventions import Edit, kind_of, read_edits, write_edits
-from explorer.worker.what_if import OpenModel, _read, _rules, _write_on
+from explorer.worker.what_if import OpenModel, _read, _router, _rules, _write_on
 
 PLACE = (1, 0)
 
@@ -226,9 +226,9 @@ def test_edits_change_the_tokens_that_they_are_about_and_no_others(subject):
     opened = OpenModel(("tiny", None), LoadedModel(subject.model, None, "tiny", None),
                     list(subject.sites))  # fmt: skip
 
-    def read(text):
+    def read(text, router=()):
         edits = read_edits(text, [s.info for s in subject.sites], n_tokens=len(ids))
-        rules = _rules(opened, edits, {}, ids)
+        rules = _rules(opened, edits, dict(router), ids)
         with torch.inference_mode(), Head(subject.model).open(probe_tokens(subject.model)) as head:
             found = _read(opened, head, ids, rules)
             for position in (6, 3):
@@ -237,6 +237,9 @@ def test_edits_change_the_tokens_that_they_are_about_and_no_others(subject):
         return found
 
     before = read("")
+    # a router that learns nothing reads no run
+    fewer = read("", _router(opened, None, (), "top_k(k=1)", str))
+    assert fewer.losses == pytest.approx(read("k/*/1/all").losses, abs=1e-5) != before.losses
     np.testing.assert_allclose(before.losses, token_losses(subject.model, [ids])[0], atol=1e-5)
     own = [set(one) for one in before.routing[PLACE]]
     expert = before.routing[PLACE][6][0]
