@@ -411,8 +411,9 @@ def test_the_runs_of_trends_are_in_the_address(runs):
 
 def test_trends_of_the_demo_models_training(runs):
     app = opened("trends", trend="domain_information")
-    (chart,) = charts(app)
-    assert "information between domain and expert" in chart.spec.lower()
+    quantity, experts = (chart.spec.lower() for chart in charts(app))
+    assert "information between domain and expert" in quantity
+    assert "load by checkpoint in layer 1 " in experts
 
 
 def test_two_checkpoints_at_least(runs, monkeypatch, tmp_path):

@@ -33,8 +33,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def shown(app):
-    (chart,) = charts(app)
-    figure = json.loads(chart.spec)
+    figure, experts = (json.loads(chart.spec) for chart in charts(app))
+    assert len(experts["data"][0]["z"]) == 3 and "checkpoint" in experts["layout"]["title"]["text"]
     caption = figure["layout"]["title"]["subtitle"]["text"].replace("<br>", "; ")
     return figure["data"][0]["customdata"], caption
 
@@ -69,7 +69,7 @@ def test_runs_without_shared_prompts_say_so(folder):
     (folder / "step_20.duckdb").unlink()
     app = opened("trends", source="folder")
     # the last one is like itself, which is no news
-    assert not charts(app) and "There is nothing to draw" in notes(app)
+    assert len(charts(app)) == 1 and "There is nothing to draw" in notes(app)
 
 
 def test_a_run_that_comes_is_drawn_without_a_restart(folder):
@@ -78,8 +78,7 @@ def test_a_run_that_comes_is_drawn_without_a_restart(folder):
     write_run(folder / "step_40.duckdb", seed=4)
     app.run()  # as the part that looks at the folder asks for
     assert "5 runs with `step` in the name" in " ".join(one.value for one in app.caption)
-    (chart,) = charts(app)
-    drawn = json.loads(chart.spec)["layout"]["xaxis"]["ticktext"]
+    drawn = json.loads(charts(app)[0].spec)["layout"]["xaxis"]["ticktext"]
     assert [int(re.search(r"\d+", one)[0]) for one in drawn] == [9, 10, 20, 30, 40]
     assert "runs" not in app.query_params
 

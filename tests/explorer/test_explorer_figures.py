@@ -90,7 +90,10 @@ def figures(run, routed):
         "load_heatmap": load_figures.load_heatmap(every, scope=scope),
         "load_bars": load_figures.load_bars(one, scope=scope),
         "lorenz": load_figures.lorenz(one, scope=scope),
-        "domain_heatmap": load_figures.domain_heatmap(by_domain, scope=scope),
+        "domain_heatmap": load_figures.domain_heatmap(
+            by_domain,
+            caption=scope.caption(f"1× = uniform share {load_figures.uniform_text(by_domain)}"),
+        ),
         "balance": load_figures.balance_over_layers(
             load.balance_table(every, n_tokens=33), "gini", scope=scope
         ),
@@ -359,7 +362,7 @@ def test_lines_of_checkpoints_are_seen_on_their_ground(dark):
 
 def test_domain_heatmap_holds_the_load(run):
     frame = load.expert_load_by_domain(run, 1)
-    figure = load_figures.domain_heatmap(frame, scope=SCOPE)
+    figure = load_figures.domain_heatmap(frame, caption="")
     domains = ["code", "law", "text", ""]
     points = click_points(figure)
     for row in frame.to_dict("records"):

@@ -66,7 +66,7 @@ def load_heatmap(
         by_rank=rank if order == "load" else None,
     )
     widths = load.groupby(["layer", "site"])["expert_id"].size()
-    uniform = _uniform_text(load)
+    uniform = uniform_text(load)
     absent = ["grey: no such expert"] if widths.nunique() > 1 else []
     theme.finish(
         figure,
@@ -175,15 +175,16 @@ def lorenz(load: pd.DataFrame, *, scope: Scope, layer: str = "", dark: bool = Fa
 
 
 def domain_heatmap(
-    load: pd.DataFrame, *, scope: Scope, by: str = "domain", layer: str = "", dark: bool = False
+    load: pd.DataFrame, *, caption: str, by: str = "domain", layer: str = "", dark: bool = False
 ) -> go.Figure:
     """Draw the load of one site's experts in each domain (or phase), against a fair share.
 
     Parameters
     ----------
     load : DataFrame
-        From ``queries.load.expert_load_by_domain``, ``_by_phase`` or ``_by_step``.
-    by : {"domain", "phase", "step"}
+        From ``queries.load.expert_load_by_domain``, ``_by_phase`` or ``_by_step``, or several of
+        ``queries.load.expert_load``.
+    by : {"domain", "phase", "step", "checkpoint"}
         The column that makes the rows.
 
     Returns
@@ -218,7 +219,7 @@ def domain_heatmap(
         figure,
         title=f"Load by {by} in layer {layer or _layer(load)} "
         f"(share of the {by}'s assignments / uniform share)",
-        caption=scope.caption(f"1× = uniform share {_uniform_text(load)}"),
+        caption=caption,
         dark=dark,
         height=int(np.clip(150 + 26 * len(parts), 300, 900)),
     )
@@ -240,7 +241,8 @@ def _layer(load: pd.DataFrame) -> str:
     return site_name(layer, site, several=site > 0)
 
 
-def _uniform_text(load: pd.DataFrame) -> str:
+def uniform_text(load: pd.DataFrame) -> str:
+    """Return the share of each expert where all have the same, for captions."""
     widths = sorted(set(load["n_experts"]))
     return " or ".join(f"1/{width}" for width in widths)
 

@@ -15,6 +15,7 @@ from explorer.pages.load_balance.figures import (
     floor_note,
     load_bars,
     lorenz,
+    uniform_text,
 )
 from explorer.pages.load_balance.memory import memory_section
 from explorer.pages.load_balance.serving import serving_section
@@ -191,7 +192,13 @@ def _part(view: View, load: pd.DataFrame, by: str) -> None:
         address.jump_to_expert(view, data)
 
     chart(
-        domain_heatmap(load, scope=view.scope(), by=by, layer=view.site_name, dark=is_dark()),
+        domain_heatmap(
+            load,
+            caption=view.scope().caption(f"1× = uniform share {uniform_text(load)}"),
+            by=by,
+            layer=view.site_name,
+            dark=is_dark(),
+        ),
         key=f"load by {by}",
         alt=f"Heatmap of {load[by].nunique()} {by}s by experts of layer {view.site_name}: share "
         f"of the {by}'s assignments over the uniform share. Click: its tokens.",

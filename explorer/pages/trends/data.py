@@ -21,7 +21,7 @@ from explorer.pages.compare_runs.data import (
     mean,
 )
 from explorer.pages.experts.data import loads_by_domain
-from explorer.queries.load import expert_load_by_step
+from explorer.queries.load import expert_load, expert_load_by_step
 from explorer.queries.overview import token_count
 from explorer.run import Run
 
@@ -126,6 +126,29 @@ def trend_table(
                 }
             )
     return pd.DataFrame(rows).astype({"step": "Int64", "shared": "Int64"})
+
+
+def expert_loads(
+    checkpoints: Sequence[Checkpoint],
+    layer: int,
+    *,
+    site: int = 0,
+    domain: str | None = None,
+    phase: str | None = None,
+) -> pd.DataFrame:
+    """Return the load of one site's experts at every checkpoint.
+
+    Returns
+    -------
+    DataFrame
+        As ``queries.load.expert_load`` has it, ``checkpoint`` = its name.
+    """
+    loads = [
+        expert_load(one.run, layer=layer, site=site, domain=domain, phase=phase)
+        for one in checkpoints
+    ]
+    names = [one.name for one in checkpoints]
+    return pd.concat(loads, keys=names, names=["checkpoint"]).reset_index("checkpoint")
 
 
 def steps_table(run: Run, *, most: int = 48) -> pd.DataFrame:

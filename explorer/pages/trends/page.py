@@ -11,7 +11,15 @@ from capture.demo import TRENDS as DEMO_TRENDS
 from capture.errors import CaptureError
 from capture.store import RunReader
 from explorer.errors import ExplorerError, RunError
-from explorer.pages.trends.data import MAX_TOKENS, in_order, steps_table, trend_table
+from explorer.pages.load_balance.figures import domain_heatmap, uniform_text
+from explorer.pages.trends.data import (
+    MAX_TOKENS,
+    Checkpoint,
+    expert_loads,
+    in_order,
+    steps_table,
+    trend_table,
+)
 from explorer.pages.trends.figures import TRENDS, tokens_of, trend_lines
 from explorer.queries.load import steps_of
 from explorer.run import Run
@@ -22,7 +30,7 @@ from explorer.ui.chart import chart
 from explorer.ui.problems import instead, section
 from explorer.ui.shell import current_view
 from explorer.ui.state import View, ask, is_dark
-from explorer.ui.wording import Caption, label, labels, number
+from explorer.ui.wording import Caption, label, labels, number, site_name
 
 _LISTED = 6  # checkpoints whose numbers of tokens are told one by one
 FOLLOW_SECONDS = 5.0
@@ -75,6 +83,7 @@ def render() -> None:
     if view.part is not None:
         st.caption("The search and the slice at the side do not act on checkpoints.")
     _figure(view, table, [one.name for one in checkpoints])
+    _experts(view, table, checkpoints)
 
 
 @section("Steps of this run")
@@ -132,6 +141,36 @@ def _figure(view: View, table: pd.DataFrame, names: list[str]) -> None:
     )
 
 
+@section("Expert by expert")
+def _experts(view: View, table: pd.DataFrame, checkpoints: Sequence[Checkpoint]) -> None:
+    """Draw the load of each expert of the layer that is looked at, a row a checkpoint."""
+    sites = [(site.layer, site.site) for site in checkpoints[0].run.sites]
+    layer, site = here = (view.layer, view.site)
+    if here not in sites:
+        layer, site = sites[0]
+        instead(f"These checkpoints have no router {view.site_name}: their first one is drawn.")
+    load = expert_loads(checkpoints, layer, site=site, domain=view.domain, phase=view.phase)
+    ends = [
+        load[load["checkpoint"] == one.name].set_index("expert_id")["ratio"]
+        for one in (checkpoints[0], checkpoints[-1])
+    ]
+    chart(
+        domain_heatmap(
+            load,
+            caption=_caption(
+                view, table, "max_violation", f"1× = uniform share {uniform_text(load)}"
+            ),
+            by="checkpoint",
+            layer=site_name(layer, site, several=any(other for _, other in sites)),
+            dark=is_dark(),
+        ),
+        key="load by checkpoint",
+        alt=f"Heatmap: load of each of {len(ends[0])} experts at {len(checkpoints)} checkpoints; "
+        f"{int((ends[1] / ends[0] >= 2).sum())} at least doubled from the first to the last.",
+        table=load,
+    )
+
+
 def _not_shared(table: pd.DataFrame, last: str) -> None:
     """Say which checkpoints have nothing in common with the last one, and which no ids."""
     others = table[table["name"] != last]
@@ -143,7 +182,9 @@ def _not_shared(table: pd.DataFrame, last: str) -> None:
             instead(f"{said}{_named(rows)}. Saturation is not defined for them.")
 
 
-def _caption(view: View, table: pd.DataFrame, quantity: str) -> Caption:
+def _caption(
+    view: View, table: pd.DataFrame, quantity: str, more: str = "one line a layer"
+) -> Caption:
     """Say how many tokens each checkpoint's values are of, and which filters act."""
     counts = tokens_of(table, quantity)
     most = max(counts.values())
@@ -156,7 +197,7 @@ def _caption(view: View, table: pd.DataFrame, quantity: str) -> Caption:
         scope = scope._replace(phase="prompt")
     of = "".join(f"; {name}: {label(value)}" for name, value in scope.filter_values().items())
     return Caption(
-        f"n = {_numbers(counts)}{what}{of}; one line a layer",
+        f"n = {_numbers(counts)}{what}{of}; {more}",
         scope.filter_values(),
     )
 
