@@ -28,6 +28,7 @@ TEXT = {
     "ernie4_5_vl_moe": "Ernie4_5_VLMoeTextModel",
     "glm4v_moe": "Glm4vMoeTextModel",
     "glm5_next": "Glm5NextTextModel",
+    "hy_v4_vl": "HYV4VLTextModel",
     "mistral_large4": "MistralLarge4TextModel",
     "muse_spark": "MuseSparkTextModel",
     "openai_privacy_filter": "OpenAIPrivacyFilterModel",
@@ -38,7 +39,8 @@ TEXT = {
 }
 # the whole of these is the same model with other parts beside it, or no decoder alone
 _WHOLE = {
-    *("aria", "dots3_note", "gemma4", "inkling2", "inkling_mm_model", "llama4", "minimax_m3_vl"),
+    *("aria", "dots3_note", "gemma4", "inkling2", "inkling2_loop", "inkling_mm_model", "llama4"),
+    "minimax_m3_vl",
     *("qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen4_exp", "nllb-moe", "switch_transformers"),
 }
 

@@ -23,7 +23,7 @@ def main(out: str) -> None:
         with torch.no_grad():
             read = model(**tokenizer(TEXTS[0], return_tensors="pt"))
             token = read.logits[:, -1:].argmax(dim=-1)
-            model(input_ids=token, past_key_values=read.past_key_values)
+            model(input_ids=token, cache=read.cache)
         model.generate(**batch, max_new_tokens=3, do_sample=False)
         model.train()
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -202,6 +202,12 @@ KNOWN: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _MLA,
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "hy_v4_vl_text": {"rope_parameters": _MROPE},
+    "inkling2_loop_text": {
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "loop_num_passes": 2,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**_MLA, **_MIXED},
     "laguna": {"moe_routed_scaling_factor": 1.7},

@@ -25,6 +25,7 @@ Ints = npt.NDArray[np.int64]
 # quick
 ROWS, LENGTH = 4, 16
 SEED = 0
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 Finish = Callable[[torch.Tensor], torch.Tensor]
 # logits held at a time; on a CPU they should stay within its caches
 LOGIT_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
@@ -442,15 +443,25 @@ def start_of(model: Any) -> tuple[int, int | None]:
 
 
 def cache_of(output: Any) -> Any:
-    """Return the cache that a model's output carries, if any; transformers 5.24 renamed it."""
-    found = (getattr(output, name, None) for name in ("cache", "past_key_values"))
-    return next((cache for cache in found if cache is not None), None)
+    """Return the cache that a model's output carries, if any."""
+    # not the other name too: transformers warns of it
+    name = next((name for name in CACHE_NAMES if hasattr(output, name)), None)
+    return None if name is None else getattr(output, name)
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """Return the arguments that hand a model its cache, under the name that it takes."""
-    name = "cache" if "cache" in _parameters(model) else "past_key_values"
-    return {name: cache, "use_cache": True}
+    # a class of one's own may hand on what it does not name
+    named = (name for given in _forwards(model) for name in CACHE_NAMES if name in given)
+    return {next(named, CACHE_NAMES[-1]): cache, "use_cache": True}
+
+
+def _forwards(model: Any) -> Iterator[Mapping[str, inspect.Parameter]]:
+    """Yield the parameters of a model's forward pass, then of those that it may hand on to."""
+    yield _parameters(model)
+    for kind in type(model).__mro__:
+        if "forward" in vars(kind):
+            yield inspect.signature(vars(kind)["forward"]).parameters
 
 
 def probe_tokens(model: nn.Module) -> torch.Tensor:

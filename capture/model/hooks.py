@@ -193,5 +193,6 @@ def _check_fired(site: Site, channel: Channel) -> None:
         )
     raise SiteError(
         f"{module} should run once between two calls of take(), but its router ran {ran[0]} and "
-        f"its experts {ran[1]} times. Call take() after every forward pass."
+        f"its experts {ran[1]} times. Call take() after every forward pass; a model that goes "
+        "through its layers several times in one pass (loops) cannot be recorded."
     )

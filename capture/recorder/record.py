@@ -113,9 +113,9 @@ def record(
         return put_together(plan, path) or plan[0].path.parent
 
 
-def template_of(given: str) -> str:
+def template_of(given: str | Path) -> str:
     """Return a chat template, given as itself or as the file that holds it."""
-    if "{{" in given or "{%" in given:
+    if isinstance(given, str) and ("{{" in given or "{%" in given):
         return given
     path = given_path(given, "the chat template", PromptError)
     try:

@@ -206,3 +206,10 @@ def _prompts(run: Run, tail: str, params: Params) -> pd.DataFrame:
         """,
         params,
     )
+
+
+def noted(run: Run) -> str:
+    """Return what the capture noted that changes how the figures of its run are read."""
+    told = (run.notes.get(name) for name in ("routers", "batches", "two_sides", "cache", "padding"))
+    # a stranger's file may hold anything
+    return " ".join(one[:600] for one in told if isinstance(one, str))

@@ -68,6 +68,7 @@ OTHERS = {
     "hunyuan_v1_moe": ("softmax", 3, 8, 1, True),
     "hy_v3": ("sigmoid", 3, 8, 1, True),
     "hy_v4": ("sigmoid", 3, 8, 1, True),
+    "hy_v4_vl": ("sigmoid", 3, 8, 1, True),
     "inkling2_text": ("sigmoid", 3, 8, 0, True),
     # each token's weights share their sum with the shared experts: a factor per token
     "inkling_text": ("sigmoid", 3, 8, 1, True),
@@ -76,6 +77,7 @@ OTHERS = {
     # adds its bias to logits, not to scores
     "kolibri1": ("sigmoid_topk", 3, 8, 1, True),
     "laguna": ("sigmoid", 3, 8, 1, True),
+    "lara_mini": ("softmax", 3, 8, 1, True),
     "lfm2_moe": ("sigmoid", 3, 8, 0, True),
     # eight experts and two that pass the token through
     "longcat_flash": ("softmax", 3, 10, 0, True),
@@ -99,7 +101,7 @@ OTHERS = {
     # eight experts and the class "skip"
     "zaya": ("softmax", 1, 9, 0, True),
 }
-OWN_TESTS = {"doge", "jetmoe", "llama4_text"}
+OWN_TESTS = {"doge", "inkling2_loop_text", "jetmoe", "llama4_text"}
 
 
 class Watch:
@@ -366,6 +368,12 @@ def test_doge_is_refused_in_batches_and_where_its_sum_is_another():
     model.model.layers[0].mlp.up_embed.register_forward_hook(lambda _, __, out: out.abs())
     with pytest.raises(SiteError, match=r"layers\.0\.mlp \(DogeCDMoE\).*by product keys"):
         attach(model, alone=True)
+
+
+def test_layers_that_run_several_times_in_a_pass_are_refused():
+    with pytest.raises(SiteError, match=r"layers\.1\.mlp .* ran 2 .*\(loops\)"):
+        attach(tiny_models.build("inkling2_loop_text"))
+    assert len(attach(tiny_models.build("inkling2_loop_text", loop_num_passes=1))) == 3
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])

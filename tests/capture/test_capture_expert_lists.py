@@ -20,6 +20,7 @@ from explorer.findings.halves import read_halves
 from explorer.maps.data import expert_facts
 from explorer.pages.experts.data import loads_by_domain
 from explorer.queries.load import expert_load, routing, window_loads
+from explorer.queries.overview import noted
 from explorer.queries.routed import left_out
 
 pytestmark = pytest.mark.slow
@@ -269,6 +270,8 @@ def test_a_mask_that_is_taken_for_ids_is_recorded_as_it_is_taken(tmp_path):
         assert run.query("SELECT sum(dropped) AS n FROM sites").n[0] > 0
         assert "take it for ids: experts 0 and 1" in run.notes["routers"]
         assert run.notes["batches"].endswith("every prompt was read by itself.")
+        told = ("routers", "batches", "two_sides")
+        assert noted(run) == " ".join(run.notes[name] for name in told)
         assert run.query("SELECT count(*) AS n FROM batches").n[0] >= 2
     for block in model.modules():
         vars(block).update({"second_expert_policy": "random"})

@@ -18,9 +18,9 @@ TOKENS = ROWS * LENGTH
 # layers that mix tokens by a recurrence, a convolution or an index, whose cost has no formula
 NO_FORMULA = {
     "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm5_next",
-    "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2_text", "inkling_text", "jamba",
-    "jetmoe", "kimi_linear", "lfm2_moe", "minimax", "mistral_large4", "nemotron_h",
-    "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "zaya",
+    "glm_moe_dsa", "granitemoehybrid", "hy_v4", "hy_v4_vl", "inkling2_text", "inkling_text",
+    "jamba", "jetmoe", "kimi_linear", "lara_mini", "lfm2_moe", "minimax", "mistral_large4",
+    "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "zaya",
 }  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def test_decoding_with_a_cache_sees_one_row_a_sequence(model):
         out = run(model, ids[:, :5], use_cache=True)
         parts = [taps.take()]
         for step in range(5, 8):
-            out = run(model, ids[:, step : step + 1], past_key_values=out.past_key_values)
+            out = run(model, ids[:, step : step + 1], cache=out.cache)
             parts.append(taps.take())
     for site in range(len(sites)):
         assert [p[site].expert_ids.shape[0] for p in parts] == [10, 2, 2, 2]

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 PAPER = Path(__file__).parents[2] / "capture" / "README.md"
 # every kind of block, of rule and of refusal
 SPREAD = (
-    *("mixtral", "deepseek_v3", "gpt_oss", "gemma4_text", "jetmoe", "llama4_text", "zaya"),
+    *("mixtral", "deepseek_v3", "gpt_oss", "gemma4_text", "jetmoe", "llama4", "zaya"),
     *("longcat_flash", "dbrx", "qwen3_omni_moe", "switch_transformers", "doge"),
 )
 FOUND = {one.model_type for one in architectures()}

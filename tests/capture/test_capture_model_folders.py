@@ -3,13 +3,17 @@
 import json
 import shutil
 
+import duckdb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import FineGrainedFP8Config, MixtralConfig, MixtralForCausalLM
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
+from capture import record
 from capture.errors import ModelError
 from capture.model.load import _unpickled, load_model
+from capture.model.sites import find_sites
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -133,3 +137,39 @@ def test_nothing_is_unpickled_whoever_names_it(folder):
     with _unpickled("m", allow_pickle=False), pytest.raises(ModelError, match="m names pickled"):
         torch.load(folder / "w.bin")
     assert torch.load(folder / "w.bin") == {}
+
+
+def test_a_float8_checkpoint_is_recorded_as_it_is_expanded(folder, tmp_path):
+    """Fine-grained FP8 on a CPU: transformers multiplies blocks by their scales when it loads."""
+    scale, floats, eights = torch.full((1, 1), 0.25), {}, {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        floats[name] = eights[name] = tensor
+        if tensor.shape == (16, 16) and "experts" in name:
+            eights[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            eights[f"{name}_scale_inv"] = scale.clone()
+            floats[name] = eights[name].float() * scale
+    runs = []
+    for tensors in (floats, eights):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        path = record(folder, [[5, 6, 7, 8], [9, 10]], tmp_path / f"{len(runs)}.duckdb",
+                      generate=2, progress=False)  # fmt: skip
+        with duckdb.connect(str(path), read_only=True) as run:
+            runs.append(run.sql("SELECT * FROM assignments ORDER BY ALL").fetchall())
+        skipped = ["lm_head", "gate", "q_proj", "k_proj", "v_proj", "o_proj"]
+        configured(quantization_config={
+            "quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": skipped,
+        })(folder)  # fmt: skip
+    assert runs[0] == runs[1] and runs[0]
+
+
+def test_the_blocks_of_float8_are_found_like_others(sound):
+    """On a GPU experts stay in eight bits, as modules of another class."""
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig.from_pretrained(sound))
+    model = replace_with_fp8_linear(
+        model, modules_to_not_convert=["gate"], quantization_config=FineGrainedFP8Config(),
+        pre_quantized=True,
+    )  # fmt: skip
+    sites = find_sites(model)
+    assert {type(site.experts).__name__ for site in sites} == {"FP8Experts"}
+    assert [(site.info.n_experts, site.info.top_k) for site in sites] == [(4, 2)] * 2

@@ -54,13 +54,13 @@ def test_what_cannot_be_followed_is_one_error_at_the_end(tmp_path):
     own = model()
     ids = torch.tensor([TEXTS[0]])
     with torch.no_grad():
-        cache = own(ids, use_cache=True).past_key_values
+        cache = own(ids, use_cache=True).cache
         with (
             pytest.raises(CaptureError, match="not seen reading") as error,
             capture.recording(own, tmp_path / "a.duckdb") as run,
         ):
             own(ids)
-            logits = own(torch.tensor([[30]]), past_key_values=cache).logits
+            logits = own(torch.tensor([[30]]), cache=cache).logits
             assert run.error is not None
             own(ids)
     assert logits.shape == (1, 1, 64), "the call went on"

@@ -40,11 +40,11 @@ def decoded(own, ids, steps, *, crop=0):
         for _ in range(steps):
             token = out.logits[:, -1:].argmax(-1)
             whole.append(token.item())
-            out = own(token, past_key_values=out.past_key_values)
+            out = own(token, cache=out.cache)
         if crop:
-            out.past_key_values.crop(-crop)
+            out.cache.crop(-crop)
             whole = whole[:-crop]
-            out = own(torch.tensor([[33, 34]]), past_key_values=out.past_key_values)
+            out = own(torch.tensor([[33, 34]]), cache=out.cache)
             whole += [33, 34]
     return whole
 
@@ -62,12 +62,12 @@ def test_rows_of_a_cache_that_are_chosen_and_repeated(tmp_path):
     own = model("mixtral")
     ids, mask = padded(TEXTS[:1] + TEXTS[2:], side="left")
     with torch.no_grad(), capture.recording(own, tmp_path / "a.duckdb"):
-        cache = own(ids, attention_mask=mask).past_key_values
+        cache = own(ids, attention_mask=mask).cache
         cache.batch_select_indices(torch.tensor([1]))
         cache.batch_repeat_interleave(2)
         mask = torch.ones(2, 6, dtype=torch.long)
         mask[:, 0] = 0
-        own(torch.tensor([[40], [41]]), attention_mask=mask, past_key_values=cache)
+        own(torch.tensor([[40], [41]]), attention_mask=mask, cache=cache)
     whole = [([*TEXTS[2], 40], 4), ([*TEXTS[2], 41], 4)]
     assert_recorded(own, tmp_path / "a.duckdb", whole)
 
@@ -79,7 +79,7 @@ def test_a_chat_that_keeps_its_cache(tmp_path):
     own.generation_config.eos_token_id = None
     with capture.recording(own, tmp_path / "a.duckdb") as run:
         cache = DynamicCache(config=own.config)
-        given = {"past_key_values": cache, "max_new_tokens": 3, "do_sample": False}
+        given = {"cache": cache, "max_new_tokens": 3, "do_sample": False}
         first = own.generate(torch.tensor([TEXTS[0]]), **given)
         again = torch.cat([first, torch.tensor([[50, 51]])], dim=1)
         second = own.generate(again, **given)
@@ -419,8 +419,8 @@ def test_what_is_refused_computes_what_it_computes_without(tmp_path, how):
     def loop():
         if how == "layers":
             return own.generate(ids, max_new_tokens=6, do_sample=False, assistant_early_exit=2)
-        cache = own(ids).past_key_values
-        return own(torch.tensor([[30]]), past_key_values=copy.deepcopy(cache)).logits
+        cache = own(ids).cache
+        return own(torch.tensor([[30]]), cache=copy.deepcopy(cache)).logits
 
     refused = capture.recording(own, tmp_path / "a.duckdb")
     with torch.no_grad():
@@ -434,11 +434,11 @@ def test_what_is_refused_computes_what_it_computes_without(tmp_path, how):
 def test_strict_raises_where_it_happens(tmp_path):
     own = model()
     with torch.no_grad():
-        cache = own(torch.tensor([LONG])).past_key_values
+        cache = own(torch.tensor([LONG])).cache
         with pytest.raises(CaptureError), capture.recording(
             own, tmp_path / "a.duckdb", strict=True
         ):  # fmt: skip
-            own(torch.tensor([[3]]), past_key_values=cache)
+            own(torch.tensor([[3]]), cache=cache)
             raise AssertionError("not reached")
     assert not (tmp_path / "a.duckdb").exists()
 

@@ -15,6 +15,7 @@ from capture.errors import PromptError
 from capture.model.tokens import decode_pieces, piece_ends, tokenize
 from capture.prompts import Prompt
 from capture.recorder.estimate import plan_sample, quotas
+from capture.recorder.record import template_of
 
 WEIGHTS = Path(__file__).parents[2] / "capture" / "demo" / "weights"
 HARD = [
@@ -234,7 +235,7 @@ def test_no_sample_says_so():
     assert "sample_tokens=0" in sample.record["why"]
 
 
-def test_a_conversation_has_the_tokens_of_its_chat_template():
+def test_a_conversation_has_the_tokens_of_its_chat_template(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
     chat = [{"role": "user", "content": "hi there"}]
     turns = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
@@ -261,3 +262,6 @@ def test_a_conversation_has_the_tokens_of_its_chat_template():
     ):
         with pytest.raises(PromptError, match=message):
             tokenized([prompt], tokenizer, chat_template=template)
+    file = tmp_path / "turns.jinja"
+    file.write_text(turns)
+    assert template_of(turns) == template_of(file) == template_of(str(file)) == turns

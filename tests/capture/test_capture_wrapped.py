@@ -319,7 +319,7 @@ class Blank(transformers.MixtralForCausalLM):
         out = super().forward(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
-        out.past_key_values = transformers.DynamicCache()
+        out.cache = transformers.DynamicCache()
         return out
 
 
@@ -411,21 +411,23 @@ def test_a_cache_that_computes_otherwise_is_noted(name, differs, tmp_path):
     assert ("computes otherwise than when it reads" in notes) == differs
 
 
-class Renamed(transformers.MixtralForCausalLM):
-    """Names its cache as transformers 5.24 does."""
+class Older(transformers.MixtralForCausalLM):
+    """Names its cache as transformers did before 5.24."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, **rest):
-        assert "past_key_values" not in rest
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **rest
+    ):
+        assert "cache" not in rest
         output = super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=cache, **rest,
+            cache=past_key_values, **rest,
         )  # fmt: skip
-        return types.SimpleNamespace(logits=output.logits, cache=output.past_key_values)
+        return types.SimpleNamespace(logits=output.logits, past_key_values=output.cache)
 
 
-def test_a_cache_under_its_new_name_is_used(tmp_path):
+def test_a_cache_under_its_old_name_is_used(tmp_path):
     found = {}
-    for kind in (transformers.MixtralForCausalLM, Renamed):
+    for kind in (transformers.MixtralForCausalLM, Older):
         model = tiny_models.build("mixtral", eos_token_id=None)
         model.__class__ = kind
         out = tmp_path / f"{kind.__name__}.duckdb"
@@ -436,7 +438,7 @@ def test_a_cache_under_its_new_name_is_used(tmp_path):
                 "select sum(tokens) from batches where phase = 'generated'"
             ).fetchone()
         assert steps == 3 * len(PROMPTS)
-    assert found[Renamed] == found[transformers.MixtralForCausalLM]
+    assert found[Older] == found[transformers.MixtralForCausalLM]
 
 
 class Restless(transformers.MixtralForCausalLM):

@@ -38,7 +38,7 @@ from capture.recorder.own_loop.intercept import (
 )
 from capture.recorder.transfer import Staging
 
-CACHE_ARGUMENTS = ("past_key_values", "cache", "cache_params", "past_key_value")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "past_key_value")
 STOPS = ("stopping_criteria", "stop_strings", "max_time")
 
 
@@ -434,10 +434,11 @@ def _length_of(cache: object) -> int | torch.Tensor:
 
 def _cache_in(output: Any) -> object | None:
     """Return the cache among what a model put out."""
-    for name in CACHE_ARGUMENTS:
-        found = getattr(output, name, None)
-        if found is not None:
-            return found if callable(getattr(found, "get_seq_length", None)) else None
+    # of the first name alone: transformers warns of older ones
+    name = next((name for name in CACHE_ARGUMENTS if hasattr(output, name)), None)
+    if name is not None:
+        found = getattr(output, name)
+        return found if callable(getattr(found, "get_seq_length", None)) else None
     for value in output if isinstance(output, tuple) else ():
         if callable(getattr(value, "get_seq_length", None)):
             return value  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from capture.paths import model_name
 from explorer.findings import findings
 from explorer.pages.load_balance.figures import load_heatmap
 from explorer.queries.load import expert_load, steps_of
-from explorer.queries.overview import domain_counts, gate_means, prompt_count
+from explorer.queries.overview import domain_counts, gate_means, noted, prompt_count
 from explorer.queries.routed import left_out
 from explorer.text import ABSENT, counted, plain, visible
 from explorer.ui import address
@@ -225,6 +225,8 @@ def _about(view: View) -> None:
             "value": st.column_config.TextColumn("Value", width="large"),
         },
     )
+    if said := noted(view.run):
+        st.caption(plain(said))
 
 
 def _recorded(view: View) -> str:
