@@ -60,12 +60,18 @@ OF_A_RUN = (
 )
 _NO_DOMAIN = "(none)"
 _MEMORY, _PAGE, _NOTES = "address memory", "address page", "address notes"
+_LEFT = "addresses that jumps left"
 
 
 def begin(page: str) -> None:
     """Start a script run: after a change of page, put back what the session knows of it."""
     state = st.session_state
     memory: dict[str, str] = state.setdefault(_MEMORY, {})
+    # a jump leaves a step in the browser's history with this page and the values of the next one
+    of_jumps = {*PAGE_NAMES["experts"], *PAGE_NAMES["tokens"]}
+    foreign = of_jumps.intersection(st.query_params).difference(names_of(page))
+    if foreign and page in state.get(_LEFT, {}):
+        st.query_params.from_dict(state[_LEFT][page])
     if _PAGE in state and state[_PAGE] != page:
         for name in (*GLOBAL_NAMES, *PAGE_NAMES[page]):
             if name not in st.query_params and memory.get(name):
@@ -320,9 +326,13 @@ def follow_jump() -> None:
     if target is None:
         return
     page, there = target
+    st.session_state.setdefault(_LEFT, {})[st.session_state[_PAGE]] = dict(st.query_params)
+    forgotten: tuple[str, ...] = ()
     if there.get("run", read("run")) != read("run"):
-        # filters and choices of the run before mean nothing there
-        write_run(there["run"])
+        # filters and choices of the run before mean nothing there; the page that is left keeps
+        # them in its address, for whoever goes back
+        forgotten = OF_A_RUN
+        st.session_state[_MEMORY].update(dict.fromkeys(forgotten, ""))
     if page == _TOKENS:
         token_strip.reveal()
-    st.switch_page(page, query_params=kept() | there)
+    st.switch_page(page, query_params=kept(*forgotten) | there)

@@ -169,8 +169,11 @@ def test_cells_of_two_runs_lead_to_the_expert_of_a_run_and_ids_mean_nothing_wher
     page.wait_for_url(re.compile("/experts.*run=other"))
     page.get_by_role("heading", name="Tokens of L1.0.E1").wait_for()
     has_run_nothing(page)
-    # going back would compare the run that was just chosen with the newest one
-    visit(page, f"{address}/compare-runs?run=plain&against=other&ids=same")
+    # the two runs again, not the one that was just opened beside the newest
+    page.go_back()
+    page.wait_for_url(re.compile("/compare-runs.*run=plain&against=other"))
+    settle(page)
+    assert "run=plain&against=other" in page.url
     choose(page, "Token by token")
     page.get_by_text("The same tokens in both runs", exact=True).first.wait_for()
     choose(page, "Unrelated")

@@ -123,6 +123,7 @@ def render() -> None:
             "comparison",
             "Comparison",
             list(files),
+            on_write=lambda chosen: address.write("comparison", chosen),
             help="One file for each model and settings; newest first.",
         )
     # written even if it is the default, which changes when another comparison is made

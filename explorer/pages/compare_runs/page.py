@@ -78,10 +78,19 @@ def _other(view: View) -> View | None:
             "the same prompts, on the page Capture."
         )
         return None
+    newest = state.default_run(names)
     if address.read("against") == view.name:
-        address.write("against", "")  # B became A at the side
-    name = address.choose(st.selectbox, "against", "B", names, default=state.default_run(names))
-    # written even if it is the default, which changes with the runs of the folder
+        address.write("against", newest)  # B became A at the side
+    name = address.choose(
+        st.selectbox,
+        "against",
+        "B",
+        names,
+        default=newest,
+        # by name even if it is the default, which changes with the runs of the folder; and an
+        # address without it would be a step of the browser's history that leads to the newest
+        on_write=lambda chosen: address.write("against", chosen),
+    )
     address.write("against", name)
     try:
         run, key = state.opened(name)
