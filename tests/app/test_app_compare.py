@@ -500,7 +500,8 @@ def test_a_file_with_conditions_draws_the_two_by_two_and_the_flips(runs):
     points = {one["name"]: one for one in front["data"] if one.get("mode") != "lines"}
     at = {name: np.frombuffer(b64decode(points[name]["x"]["bdata"])).tolist()
           for name in ("condition", "literature")}  # fmt: skip
-    assert at == {"condition": [0.75], "literature": [0.5, 0.5, 0.5]}
+    assert at == {"condition": [0.75], "literature": [0.5, 0.5]}
+    assert points["the model's own router"]["x"] == [0.5]
     assert "cache hits 75.0%, experts of a draft 2.50" in points["condition"]["hovertext"][0]
     assert any("What conditions cost" in spec for spec in specs)
     assert any("AUC 0.900" in spec for spec in specs)
