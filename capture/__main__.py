@@ -37,6 +37,8 @@ examples:
       routing that vLLM, SGLang, Megatron or another program recorded
   python -m capture MODEL --engine vllm --prompts mine.txt
       inside vLLM, in its environment: ids and weights of its own forward passes
+  python -m capture MODEL --engine ray --prompts FOLDER --engine-options '{"actors": 8}'
+      by 8 processes of a Ray cluster; what a dead one left is recorded again
   torchrun --nproc-per-node 8 -m capture MODEL --prompts big.jsonl --out runs/big.duckdb
       eight processes, a share of the prompts each; --shard I/N does the same on many machines
   python -m capture merge runs/big.parts --out runs/big.duckdb
@@ -95,11 +97,10 @@ def _capture(arguments: Sequence[str]) -> int:
     engine, more = options.pop("engine"), options.pop("engine_options")
     if engine:
         # torch takes seconds, and vLLM is in an environment of its own
-        from capture.engines import vllm
-
-        print(vllm.record(model, prompts, out, progress=progress, engine=more, **options))
+        inside = importlib.import_module(f"capture.engines.{engine}")
+        print(inside.record(model, prompts, out, progress=progress, engine=more, **options))
     elif more is not None:
-        raise ConfigError("--engine-options are for an engine. Give --engine vllm as well.")
+        raise ConfigError("--engine-options are for an engine. Give --engine vllm or ray as well.")
     else:
         print(record(model, prompts, out, progress=progress, **options))
     return 0
@@ -130,14 +131,16 @@ def _capture_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("engines")
     group.add_argument(
         "--engine",
-        choices=("vllm",),
-        help="record inside vLLM, which is installed (capture/engines/requirements-vllm.txt)",
+        choices=("vllm", "ray"),
+        help="record inside vLLM, or with actors of a Ray cluster; either is installed "
+        "(capture/engines/requirements-ENGINE.txt)",
     )
     group.add_argument(
         "--engine-options",
         type=_mapping,
         metavar="JSON",
-        help="more arguments of vllm.LLM, such as '{\"max_model_len\": 4096}'",
+        help="arguments of vllm.LLM, such as '{\"max_model_len\": 4096}'; of Ray, actors, prompts "
+        "(of a slice), num_gpus, num_cpus, address and partition",
     )
     add("--quiet", action="store_true", help="print only the path of the run")
     return parser

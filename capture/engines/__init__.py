@@ -1,5 +1,6 @@
-"""Routing recorded inside serving engines; each engine lives in an environment of its own.
+"""Other programs that run the model or spread the work: vLLM, and Ray. Each is optional.
 
-An engine's module imports the engine when it is used, never on import. What it records goes through
-``capture.traces`` into a run file, as the traces of other programs do.
+A module imports its engine when it is used, never on import. What vLLM computes goes through
+``capture.traces`` into a run file, as the traces of other programs do; Ray's actors record parts
+as ``capture.recorder`` does.
 """

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,84 +118,47 @@ def capture(
 
     With ``parts``, each of them is recorded under its own name, and nothing is written to ``out``.
     """
+    with prepared(model, given, config, tokenizer, reporter) as whole:
+        if not parts:
+            return whole.record(out, stop, started)
+        for part in parts:
+            whole.record_part(part, stop, started)
+            started = time.monotonic()
+        return parts[-1].path
+
+
+@contextlib.contextmanager
+def prepared(
+    model: "str | Path | PreTrainedModel",
+    given: PromptList,
+    config: CaptureConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    reporter: Reporter,
+) -> Iterator["Prepared"]:
+    """Load the model, read the prompts with it, and test that it can be recorded."""
     loaded = _load(model, config, tokenizer, reporter)
     with suspended(loaded.model) as was_compiled:
         if loaded.compiler is None and (was_compiled or config.compile):
             loaded = loaded._replace(compiler=default_compiler)
-        return _capture(loaded, given, out, config, reporter, stop, started, parts)
-
-
-def _capture(
-    loaded: LoadedModel,
-    given: PromptList,
-    out: Path,
-    config: CaptureConfig,
-    reporter: Reporter,
-    stop: Stopper,
-    started: float,
-    parts: Sequence[RunPart],
-) -> Path:
-    """Record with a model that is loaded, and not compiled yet."""
-    prompts = tokenize(
-        given,
-        loaded.tokenizer,
-        vocab_size=vocabulary(loaded.model),
-        max_length=max_length(loaded, config),
-        chat_template=config.chat_template,
-        answers=config.generate > 0,
-    )
-    reporter.enter("self-test", "Testing that every router can be tapped.")
-    sites = attach(loaded.model, two_sides=True, alone=True)
-    sample = plan_sample(
-        [p.domain for p in prompts],
-        [len(p.ids) for p in prompts],
-        config.sample_tokens,
-        config.seed,
-    )
-    attention = plan_attention(prompts, sites, loaded, config)
-    notes: dict[str, Any] = {"prompts": given.notes} if given.notes else {}
-    whole = _Prepared(prompts, sample, attention)
-    if not parts:
-        return _record(loaded, sites, whole, out, config, reporter, stop, started, notes)
-    for part in parts:
-        share = whole.share(part.note.numbers)
-        noted = notes | {PART: part.note._asdict()}
-        with part.attempt() as path:
-            _record(loaded, sites, share, path, config, reporter, stop, started, noted)
-        started = time.monotonic()
-    return parts[-1].path
-
-
-def _record(
-    loaded: LoadedModel,
-    sites: list[Site],
-    prepared: "_Prepared",
-    out: Path,
-    config: CaptureConfig,
-    reporter: Reporter,
-    stop: Stopper,
-    started: float,
-    notes: dict[str, Any],
-) -> Path:
-    """Record one file; ``notes`` are for ``run.notes``."""
-    prompts, sample, attention = prepared
-    cost = cost_of(prompts, sites, loaded, config, sample, attention)
-    check_space(cost, out)
-    if stop.is_cancelled():
-        raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
-    info = describe_run(loaded, config, sample, attention)
-    rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
-    plan = plan_recording(prompts, sample, loaded, config, attention, sites)
-    layers = attention.found.layers if attention is not None else ()
-    writer = RunWriter.create(out, info, [site.info for site in sites], rows, layers)
-    try:
-        session = _Session(loaded, sites, plan, writer, reporter, attention, notes)
-        session.seconds_before = time.monotonic() - started
-        reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
-    except BaseException:
-        writer.discard()
-        raise
-    return session.run(stop)
+        prompts = tokenize(
+            given,
+            loaded.tokenizer,
+            vocab_size=vocabulary(loaded.model),
+            max_length=max_length(loaded, config),
+            chat_template=config.chat_template,
+            answers=config.generate > 0,
+        )
+        reporter.enter("self-test", "Testing that every router can be tapped.")
+        sites = attach(loaded.model, two_sides=True, alone=True)
+        sample = plan_sample(
+            [p.domain for p in prompts],
+            [len(p.ids) for p in prompts],
+            config.sample_tokens,
+            config.seed,
+        )
+        attention = plan_attention(prompts, sites, loaded, config)
+        notes: dict[str, Any] = {"prompts": given.notes} if given.notes else {}
+        yield Prepared(loaded, sites, prompts, sample, attention, config, reporter, notes)
 
 
 def _load(
@@ -305,14 +268,26 @@ def plan_attention(
     return AttentionPlan(found, attended, AttentionTaps(found.sites, options), size)
 
 
-class _Prepared(NamedTuple):
-    """Prompts, and what is kept of them besides their routing."""
+class Prepared(NamedTuple):
+    """A model that is ready to be recorded, its prompts, and what is kept besides their routing."""
 
+    loaded: LoadedModel
+    sites: list[Site]
     prompts: list[TokenizedPrompt]
     sample: Sample
     attention: AttentionPlan | None
+    config: CaptureConfig
+    reporter: Reporter
+    notes: dict[str, Any]  # for ``run.notes``
 
-    def share(self, numbers: Sequence[int]) -> "_Prepared":
+    def record_part(self, part: RunPart, stop: Stopper, started: float) -> None:
+        """Record the prompts of a part under its name, unless it is there meanwhile."""
+        share = self._share(part.note.numbers)
+        share.notes[PART] = part.note._asdict()
+        with part.attempt() as path:
+            share.record(path, stop, started)
+
+    def _share(self, numbers: Sequence[int]) -> "Prepared":
         """Return the part with the prompts of these numbers, ascending; records stay of all."""
         lengths = [len(prompt.ids) for prompt in self.prompts]
         is_own = np.isin(np.arange(len(lengths)), numbers)
@@ -322,8 +297,33 @@ class _Prepared(NamedTuple):
             attended = attention.attended
             own = attended._replace(is_attended=attended.is_attended[is_own])
             attention = replace(attention, attended=own)
-        prompts = [self.prompts[number] for number in numbers]
-        return _Prepared(prompts, self.sample._replace(is_sampled=sampled), attention)
+        return self._replace(
+            prompts=[self.prompts[number] for number in numbers],
+            sample=self.sample._replace(is_sampled=sampled),
+            attention=attention,
+            notes=dict(self.notes),
+        )
+
+    def record(self, out: Path, stop: Stopper, started: float) -> Path:
+        """Record one file."""
+        loaded, sites, prompts, sample, attention, config, reporter, notes = self
+        cost = cost_of(prompts, sites, loaded, config, sample, attention)
+        check_space(cost, out)
+        if stop.is_cancelled():
+            raise CaptureCancelled(f"Cancelled before anything was recorded; there is no {out}.")
+        info = describe_run(loaded, config, sample, attention)
+        rows = [PromptInfo(p.text, p.domain, p.source, len(p.ids), p.truncated) for p in prompts]
+        plan = plan_recording(prompts, sample, loaded, config, attention, sites)
+        layers = attention.found.layers if attention is not None else ()
+        writer = RunWriter.create(out, info, [site.info for site in sites], rows, layers)
+        try:
+            session = _Session(loaded, sites, plan, writer, reporter, attention, notes)
+            session.seconds_before = time.monotonic() - started
+            reporter.enter("recording", " ".join(cost.lines()), total=cost.tokens)
+        except BaseException:
+            writer.discard()
+            raise
+        return session.run(stop)
 
 
 def cost_of(
