@@ -18,6 +18,16 @@ Weighing = Literal["host", "at_most", "own"]
 # stands in ``RouterInfo.identity`` for the number of experts that the model takes
 MODEL_K = "the model's k"
 
+# all four families, the literature beside them, and chance
+SENSIBLE = (
+    *("native", "top_k(k=1)", "top_p(p=0.5)", "expert_skipping"),
+    *("expert_key_attention", "yuan_attention", "head_attention"),
+    *("kmeans(n_clusters=128)", "cluster_shortlist", "cluster_linear"),
+    *("layer_gate_trained", "gru_recurrent"),
+    *("policy_gradient", "q_learning"),
+    *("hash_fitted", "expert_choice", "static_best", "random"),
+)
+
 FAMILIES: tuple[Family, ...] = ("attention", "clustering", "gating", "rl", "literature", "control")
 
 

@@ -45,7 +45,7 @@ from explorer.comparison.results_file import (
 )
 from explorer.comparison.text_split import recorded_texts, split_texts
 from explorer.errors import ComparisonCancelled, ComparisonError, ExplorerError
-from explorer.router_cards import RouterSpec, parse_router
+from explorer.router_cards import SENSIBLE, RouterSpec, parse_router
 from explorer.routers import ROUTERS, PartRouter, TrainedRouter
 from explorer.routers.by_name import content_of, make_router, takes_seed
 from explorer.routers.learning.training import TrainingCancelled
@@ -107,16 +107,6 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 Mode = Literal["replay", "live", "live-layer"]
-
-# all four families, the literature beside them, and chance
-SENSIBLE = (
-    *("native", "top_k(k=1)", "top_p(p=0.5)", "expert_skipping"),
-    *("expert_key_attention", "yuan_attention", "head_attention"),
-    *("kmeans(n_clusters=128)", "cluster_shortlist", "cluster_linear"),
-    *("layer_gate_trained", "gru_recurrent"),
-    *("policy_gradient", "q_learning"),
-    *("hash_fitted", "expert_choice", "static_best", "random"),
-)
 
 
 @dataclass(frozen=True)

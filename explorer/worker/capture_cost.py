@@ -1,6 +1,7 @@
-"""What a capture will cost, found without loading the model."""
+"""What a capture or a comparison will cost, found without loading the model."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from capture.prompts import Prompt
 from capture.recorder.config import RecordingOptions
 from capture.recorder.estimate import AttentionSize, Estimate, choose_attended, estimate
 from capture.store.records import SiteInfo
+from explorer.comparison.results_file import Comparison
+from explorer.run import Run
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent.parent / "capture" / "demo" / "weights"
 # for models whose tokenizer is not on this machine
@@ -77,6 +80,67 @@ def cost(model: str, prompts: Sequence[Prompt], **options: Any) -> CaptureCost |
         attention=attention,
     )
     return CaptureCost(found, counted)
+
+
+# of a comparison: a router's two controls beside it; turns with and without it, of so many tokens
+_PASSES, _TIMED = 3, 2 * 23 * 256
+_CELLS = 4  # of a condition: the base, and whose weights with whose routing
+_SMALL = 3  # a token of the small timed batches takes up to so many times as long
+_REST = 2  # loading, checks of what a router looks at, writing
+
+
+def seconds_per_token(run: Run, last: Comparison | None) -> tuple[float, float] | None:
+    """Return the least and the most that a forward pass took a token, as it was measured.
+
+    Parameters
+    ----------
+    run : Run
+    last : Comparison or None
+        Its passes are taken where there are some, else the recording of the run, which may have
+        been slower or faster than a swapped pass by a factor of three.
+
+    Returns
+    -------
+    (float, float) or None
+        None where neither was timed.
+    """
+    if last is not None:
+        live = last.table.query("mode == 'live' and layer.isna()")
+        rates = (live["seconds"] / live["tokens"]).astype(float)
+        rates = rates[(rates > 0) & (rates < math.inf)]
+        if len(rates):
+            return float(rates.min()), float(rates.max())
+    seconds, tokens = run.info["seconds"], run.info["n_tokens"]
+    return (seconds / tokens, 3 * seconds / tokens) if seconds and tokens else None
+
+
+def comparison_seconds(
+    per_token: tuple[float, float],
+    *,
+    routers: int,
+    tokens: int,
+    fit_tokens: int,
+    seeds: int,
+    latency: bool,
+    conditions: int,
+) -> tuple[float, float]:
+    """Return how long a live comparison will take, at least and at most.
+
+    Parameters
+    ----------
+    per_token : (float, float), seconds
+        See :func:`seconds_per_token`.
+    routers, conditions : int
+        How many there are.
+    tokens, fit_tokens, seeds, latency
+        As in :func:`explorer.compare`. At least, no router is fitted, has controls or draws.
+    """
+    low, high = per_token
+    timed = _TIMED if latency else 0
+    least = routers * (tokens + timed) + conditions * tokens
+    most = routers * seeds * (_PASSES * tokens + fit_tokens + _SMALL * timed)
+    most += conditions * (_CELLS * tokens + fit_tokens)
+    return low * least, _REST * high * most
 
 
 def _sites(config: dict[str, Any]) -> list[SiteInfo]:

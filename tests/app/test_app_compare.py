@@ -187,6 +187,8 @@ def test_a_wrong_router_is_said_and_cannot_be_started(runs):
 def test_a_comparison_shows_front_badges_card_and_the_first_divergence(runs):
     write_results(runs)
     app = opened("compare", run="known")
+    next(box for box in app.checkbox if "synthetic" in box.label).check().run()
+    assert any("Expected: **" in caption.value for caption in app.caption)
     specs = [chart.spec for chart in charts(app)]
     assert "What routers cost" in specs[0]
     assert "peeks&lt;script&gt;" in specs[0] and "peeks<script>" not in specs[0]

@@ -13,7 +13,7 @@ import pytest
 from capture.progress import Progress
 from explorer.errors import WorkerError
 from explorer.worker import CaptureRequest, RecoverRequest, WorkerClient
-from explorer.worker.capture_cost import CHARACTERS_PER_TOKEN, cost
+from explorer.worker.capture_cost import CHARACTERS_PER_TOKEN, comparison_seconds, cost
 
 pytestmark = pytest.mark.slow
 
@@ -215,3 +215,14 @@ def test_a_real_capture_runs_in_the_worker_and_cancel_keeps_what_was_recorded(tm
         assert "run.duckdb" in again.error
     finally:
         worker.close()
+
+
+def test_a_comparison_takes_as_many_passes_as_it_has_routers_and_conditions():
+    what = {"tokens": 1000, "fit_tokens": 2000, "seeds": 1, "latency": False}
+    low, high = comparison_seconds((1e-3, 2e-3), routers=2, conditions=0, **what)
+    # one pass of each at least; two controls and a fit beside each, and as much again, at most
+    assert low == pytest.approx(2.0) and high == pytest.approx(2 * 2e-3 * 2 * (3000 + 2000))
+    more = comparison_seconds((1e-3, 2e-3), routers=2, conditions=3, **what)
+    assert more[0] == pytest.approx(low + 3.0) and more[1] > high
+    seeds = comparison_seconds((1e-3, 2e-3), routers=2, conditions=0, **what | {"seeds": 3})
+    assert seeds == pytest.approx((low, 3 * high))

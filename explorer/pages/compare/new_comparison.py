@@ -10,15 +10,17 @@ from capture.errors import PromptError, cut, quoted
 from capture.paths import RUN_SUFFIX
 from explorer import writing
 from explorer.comparison.conditions import USUAL
-from explorer.errors import RouterError, UnknownNameError
+from explorer.comparison.results_file import comparisons_of, open_comparison
+from explorer.errors import ComparisonError, RouterError, UnknownNameError
 from explorer.pages.compare.figures import family_name
-from explorer.router_cards import CARDS, parse_router, split_routers
+from explorer.router_cards import CARDS, SENSIBLE, parse_router, split_routers
 from explorer.run import Run
-from explorer.text import plain
+from explorer.text import duration, plain
 from explorer.ui import address
 from explorer.ui.job import as_record, follow, typed_prompts, uploaded_prompts
-from explorer.ui.state import View, new_name, runs_folder
+from explorer.ui.state import Key, View, key_of, new_name, runs_folder
 from explorer.worker import CaptureRequest, CompareRequest, Job, shared_worker
+from explorer.worker.capture_cost import comparison_seconds, seconds_per_token
 from explorer.worker.requests import DEMO_MODEL
 
 _TOKENS = (2_000, 5_000, 10_000, 30_000, 100_000)
@@ -66,6 +68,8 @@ def start_comparison(view: View, *, first: bool) -> None:
             _start(view, wanted)
         if wanted.problem:
             st.caption(plain(wanted.problem))
+        elif expected := _expected(view, wanted):
+            st.caption(expected)
         st.caption(
             "The same from a terminal: `python -m explorer compare RUN --routers ... --live`. "
             "Routers that the file has already are not computed again."
@@ -142,6 +146,50 @@ def _form(run: Run) -> _Wanted:
         "conditions": conditions,
     }
     return _Wanted(routers, options, prompts, problem or wrong)
+
+
+def _expected(view: View, wanted: _Wanted) -> str:
+    """Say how long the comparison may take, from what was measured before; "" if nothing was."""
+    options = wanted.options
+    files = comparisons_of(view.run.path)
+    per_token = _per_token(view.key, key_of(files[0]) if files else None, view.run)
+    if per_token is None or wanted.prompts or not options.get("live", True):
+        return ""
+    names = wanted.routers or list(SENSIBLE)
+    low, high = comparison_seconds(
+        per_token,
+        routers=len(names) + 1,  # and chance
+        tokens=options["tokens"],
+        fit_tokens=options["fit_tokens"],
+        seeds=len(options["seeds"]),
+        latency=options["latency"],
+        conditions=len(options["conditions"]),
+    )
+    more = [
+        "rules that learn on the model's loss"
+        if any(CARDS[parse_router(name).name].fits == "trained" for name in names)
+        else "",
+        "one layer at a time" if options["layers"] else "",
+        "the bound of the last layer" if options["oracle"] else "",
+    ]
+    rest = " and ".join(one for one in more if one)
+    return (
+        f":material/timer: Expected: **{duration(low)} to {duration(high)}**, from the passes of "
+        + (plain(files[0].name) if files else "the recording of this run")
+        + (f"; {rest} take longer" if rest else "")
+        + ". Another machine, or a busy one, differs; routers that the file has cost nothing."
+    )
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _per_token(run_key: Key, key: Key | None, _run: Run) -> tuple[float, float] | None:
+    try:
+        if key is not None:
+            with open_comparison(Path(key[0])) as last:
+                return seconds_per_token(_run, last)
+    except (ComparisonError, OSError):
+        pass  # the page says what is wrong with the file
+    return seconds_per_token(_run, None)
 
 
 def _loading(run: Run) -> dict[str, Any]:
