@@ -62,7 +62,7 @@ def test_the_models_own_router_is_a_point_of_the_front(asked_for):
     own = traces["the model's own router"]
     assert (own.x[0], own.y[0]) == (1.0, 0.0) and own.customdata[0][0] == (2 if asked_for else -1)
     assert list(traces["literature"].x) == [1.2, 0.8]  # not drawn twice
-    assert list(traces["front: nothing is cheaper and better"].x) == [0.8, 1.0]
+    assert list(traces["front"].x) == [0.8, 1.0]
     figure = comparison.front(table, cost="max_violation", native_loss=3.0, tokens=10)
     drawn = [trace.x[0] for trace in figure.data if trace.name == own.name]
     assert drawn == ([pytest.approx(1.1)] if asked_for else [])

@@ -194,7 +194,7 @@ def front(
             y=best["loss_change"].to_numpy(dtype=np.float64),
             mode="lines",
             line={"color": theme.foreground(dark), "width": 1},
-            name="front: nothing is cheaper and better",
+            name="front",
             hoverinfo="skip",
         )
     )
@@ -204,12 +204,18 @@ def front(
     figure.update_yaxes(
         title="change in loss (nats a token; 0 = the model's own router)", range=[low, high]
     )
-    figure.update_layout(clickmode="event+select", dragmode="zoom", hovermode="closest")
+    figure.update_layout(
+        clickmode="event+select",
+        dragmode="zoom",
+        hovermode="closest",
+        legend=theme.LEGEND_RIGHT,  # above, its rows would lie on the caption of a narrow figure
+    )
     return theme.finish(
         figure,
         title="What routers cost and what they save",
         caption=f"n = {tokens:,} held-out tokens; bars: 95% interval of the paired "
-        f"difference over texts; the model's own loss is {native_loss:.3f}"
+        f"difference over texts; the model's own loss is {native_loss:.3f}; on the front: what no "
+        "other is both cheaper and better than"
         + (
             f"; {above} {'point lies' if above == 1 else 'points lie'} above: double-click to see "
             "all"
@@ -218,7 +224,6 @@ def front(
         ),
         dark=dark,
         height=480,
-        legend=True,
     )
 
 
