@@ -11,7 +11,7 @@ from synthetic import write_run
 from test_app_pages import charts, notes, opened
 
 from explorer import open_run
-from explorer.pages.trends.data import in_order, trend_table
+from explorer.pages.trends.data import expert_loads, in_order, trend_table
 from explorer.queries.overview import token_count
 
 pytestmark = pytest.mark.slow
@@ -45,8 +45,19 @@ def test_each_checkpoint_has_its_own_n(folder):
         open_run(folder / "step_20.duckdb") as b,
         open_run(folder / "step_30.duckdb") as c,
     ):
-        table = trend_table(in_order([("step_10", a), ("step_20", b), ("step_30", c)]))
+        checkpoints = in_order([("step_10", a), ("step_20", b), ("step_30", c)])
+        table = trend_table(checkpoints)
         tokens = [token_count(run) for run in (a, b, c)]
+        site = a.sites[0]
+        only = {"domain": "code", "phase": "prompt"}
+        load = expert_loads(checkpoints, site.layer, site=site.site, **only)
+        of_code = load.groupby("checkpoint")["assignments"].sum().tolist()
+        chosen = (
+            "SELECT count(*) AS n FROM assignments JOIN tokens USING (token_id) JOIN prompts"
+            " USING (prompt_id) WHERE domain = 'code' AND phase = 'prompt'"
+            f" AND layer = {site.layer} AND site = {site.site}"
+        )
+        assert of_code == [run.query(chosen)["n"].iloc[0] for run in (a, b, c)]
     counts = table.drop_duplicates("name")
     assert counts["tokens"].tolist() == tokens and len(set(tokens)) == 2
     # the last one shares all of its prompt tokens with itself
